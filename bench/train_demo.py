@@ -1,0 +1,161 @@
+"""Train the demo model on the standard library's own text; save often, resume where it stopped.
+
+    python bench/train_demo.py --out out/train            # tokenizer, then training; the same command resumes
+    python bench/train_demo.py --out out/train --export   # the last step as bf16 package data
+
+The loss on the calibration part is the held-out curve; the evaluation part is never looked at here.
+The schedule is warm-up, constant, then linear decay to zero over the last 30 % of the steps.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from secateur import demo
+
+VOCABULARY, CONTEXT, END = 4096, 512, "<|endoftext|>"
+CONFIG = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=192,
+    intermediate_size=512,
+    num_hidden_layers=6,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=CONTEXT,
+    tie_word_embeddings=True,
+    rms_norm_eps=1e-5,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on the training part."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(demo.documents("training"), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=END, bos_token=END, model_max_length=CONTEXT
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, part: str, file: Path) -> np.ndarray:
+    """One part as a stream of token ids, documents ended by the end-of-text token; cached in `file`."""
+    if not file.exists():
+        ids = tokenizer(list(demo.documents(part)))["input_ids"]
+        np.save(file, np.concatenate([np.array([*document, 0], dtype=np.uint16) for document in ids]))
+    return np.load(file)
+
+
+def rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
+    """The learning rate of a step."""
+    decay = round(0.3 * steps)
+    return peak * min((step + 1) / warmup, 1.0, (steps - step) / decay)
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, ids: np.ndarray, windows: int) -> float:
+    """Mean next-token loss in nats over the first windows of the calibration part."""
+    model.eval()
+    x = torch.from_numpy(ids[: windows * CONTEXT].astype(np.int64)).view(windows, CONTEXT)
+    losses = [model(batch, labels=batch).loss.item() for batch in x.split(16)]
+    model.train()
+    return sum(losses) / len(losses)
+
+
+def train(out: Path, steps: int, batch: int, peak: float, every: int) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / "tokenizer/tokenizer.json").exists():
+        train_tokenizer().save_pretrained(out / "tokenizer")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
+    text = encode(tokenizer, "training", out / "training.npy")
+    held_out = encode(tokenizer, "calibration", out / "calibration.npy")
+    print(f"training tokens {len(text):,}  held-out tokens {len(held_out):,}", flush=True)
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    print(f"parameters {model.num_parameters():,}", flush=True)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+        lr=peak,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    first, curve = 0, []
+    if (out / "state.pt").exists():
+        state = torch.load(out / "state.pt")
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        first, curve = state["step"], state["curve"]
+    offsets = np.arange(CONTEXT)
+    started = time.perf_counter()
+    for step in range(first, steps):
+        # Windows of one pass tile the stream at a random shift, in random order: every token once a pass.
+        per_pass = (len(text) - CONTEXT) // (CONTEXT * batch)
+        draw = np.random.default_rng(step // per_pass)
+        starts = draw.integers(CONTEXT) + CONTEXT * draw.permutation(per_pass * batch)
+        mine = starts[(step % per_pass) * batch :][:batch]
+        x = torch.from_numpy(text[mine[:, None] + offsets].astype(np.int64))
+        for group in optimiser.param_groups:
+            group["lr"] = rate(step, steps, peak)
+        loss = model(x, labels=x, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        done = step + 1
+        if done % 20 == 0 and done % every:
+            speed = (done - first) * batch * CONTEXT / (time.perf_counter() - started)
+            print(f"step {done}/{steps} loss {loss.item():.3f} {speed:.0f} tokens/s", flush=True)
+        if done % every == 0 or done == steps:
+            value = held_out_loss(model, held_out, 128)
+            curve.append({"step": done, "tokens": done * batch * CONTEXT, "held_out": round(value, 4)})
+            print(f"step {done}/{steps} held-out {value:.4f} perplexity {math.exp(value):.2f}", flush=True)
+            torch.save(
+                {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": done, "curve": curve},
+                out / "state.pt.part",
+            )
+            os.replace(out / "state.pt.part", out / "state.pt")
+            (out / "curve.json").write_text(json.dumps(curve, indent=1) + "\n")
+
+
+def export(out: Path, folder: Path) -> None:
+    """Write the last state as the package's model folder, in bf16."""
+    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    model.load_state_dict(torch.load(out / "state.pt")["model"])
+    model.to(torch.bfloat16).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(out / "tokenizer").save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/train"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--peak", type=float, default=3e-3)
+    parser.add_argument("--every", type=int, default=100, help="steps between held-out loss and save")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--export", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.export:
+        export(arguments.out, demo.model_folder())
+    else:
+        train(arguments.out, arguments.steps, arguments.batch, arguments.peak, arguments.every)
