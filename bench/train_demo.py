@@ -49,9 +49,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(demo.documents("training"), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token=END, bos_token=END, model_max_length=CONTEXT
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, bos_token=END, model_max_length=CONTEXT)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, part: str, file: Path) -> np.ndarray:
@@ -129,7 +127,12 @@ def train(out: Path, steps: int, batch: int, peak: float, every: int) -> None:
             curve.append({"step": done, "tokens": done * batch * CONTEXT, "held_out": round(value, 4)})
             print(f"step {done}/{steps} held-out {value:.4f} perplexity {math.exp(value):.2f}", flush=True)
             torch.save(
-                {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": done, "curve": curve},
+                {
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "step": done,
+                    "curve": curve,
+                },
                 out / "state.pt.part",
             )
             os.replace(out / "state.pt.part", out / "state.pt")
@@ -147,7 +150,7 @@ def export(out: Path, folder: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/train"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--peak", type=float, default=3e-3)
     parser.add_argument("--every", type=int, default=100, help="steps between held-out loss and save")

@@ -1,0 +1,25 @@
+"""Secateur prunes pretrained language models and tells the truth about the result."""
+
+from secateur.compare import compare
+from secateur.errors import SecateurError
+from secateur.evaluate import evaluate
+from secateur.inspection import inspect
+from secateur.methods import METHODS, Method, Pruned, scored
+from secateur.model import load
+from secateur.patterns import parse
+from secateur.prune import prune, prune_model
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "Pruned",
+    "SecateurError",
+    "compare",
+    "evaluate",
+    "inspect",
+    "load",
+    "parse",
+    "prune",
+    "prune_model",
+    "scored",
+]

@@ -1,0 +1,267 @@
+"""Checkpoint folders on disk: what is read is checked first, what is written gets its name last.
+
+A result is the source folder again, shard for shard: each shard is copied and the bytes of the pruned tensors
+are overwritten in place, which their unchanged shape and dtype allow. So headers, tensor order, sharding and
+every tensor that was not pruned stay byte for byte as they were, and memory never holds more than a block.
+
+`Output` works in a hidden folder beside the result, syncs it to disk and renames it at the end; until then
+nothing has the final name, and a failed run leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from secateur import demo
+from secateur.errors import BadCheckpoint, DiskFull, OutputRefused
+
+SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of a tensor lie."""
+
+    shard: str
+    offset: int
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A sound safetensors checkpoint: its folder, shards by name, and the place of every tensor."""
+
+    folder: Path
+    shards: tuple[str, ...]
+    places: Mapping[str, Place]
+
+    @property
+    def bytes(self) -> int:
+        """The size of the shards on disk."""
+        return sum((self.folder / shard).stat().st_size for shard in self.shards)
+
+    def sha256(self) -> dict[str, str]:
+        """The digest of every shard."""
+        return {shard: file_sha256(self.folder / shard) for shard in self.shards}
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, read from its shard."""
+        with safe_open(self.folder / self.places[name].shard, framework="pt") as shard:
+            return shard.get_tensor(name)
+
+
+def resolve(model: str | Path | None) -> Path:
+    """The folder of a model: the embedded demo for None, a folder as it is, else a download from the hub.
+
+    Raises BadCheckpoint where it is none of these.
+    """
+    if model is None:
+        return demo.model_folder()
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+        raise BadCheckpoint(f"There is no checkpoint folder {model}.")
+    try:
+        return Path(
+            snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
+        )
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError, RuntimeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadCheckpoint(f"{model} is neither a folder here nor a model that the hub gives out: {first}") from error
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, every header checked against its file. Raises BadCheckpoint."""
+    if not (folder / "config.json").is_file():
+        raise BadCheckpoint(f"{folder} is no checkpoint folder: it has no config.json.")
+    shards = _shard_names(folder)
+    places: dict[str, Place] = {}
+    for shard in shards:
+        for name, place in _read_header(folder / shard):
+            if name in places:
+                raise BadCheckpoint(f"{name} is in two shards of {folder}: {places[name].shard} and {shard}.")
+            places[name] = place
+    return Checkpoint(folder, shards, places)
+
+
+def _shard_names(folder: Path) -> tuple[str, ...]:
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            shards = tuple(sorted(set(weight_map.values())))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadCheckpoint(f"{folder / INDEX} is no index of safetensors shards ({error}).") from error
+        for shard in shards:
+            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+                raise BadCheckpoint(
+                    f"{folder / INDEX} names {shard!r}; a .safetensors file in the same folder was wanted."
+                )
+            if not (folder / shard).is_file():
+                raise BadCheckpoint(f"The index of {folder} names {shard}, which is missing. Fetch it again.")
+        return shards
+    if (folder / SINGLE).is_file():
+        return (SINGLE,)
+    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise BadCheckpoint(
+            f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded. "
+            "Convert them to safetensors first: load the model in a place you trust and call save_pretrained."
+        )
+    raise BadCheckpoint(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
+
+
+def _read_header(file: Path) -> Iterator[tuple[str, Place]]:
+    """Name and place of every tensor of a shard. The library checks that header and file size agree."""
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadCheckpoint(
+            f"{file} is no sound safetensors file ({error}). It may be cut short; fetch it again."
+        ) from error
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, stop = entry["data_offsets"]
+            yield (
+                name,
+                Place(file.name, 8 + length + start, stop - start, tuple(entry["shape"]), entry["dtype"]),
+            )
+
+
+def file_sha256(file: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(f"The disk filled up while {out} was written; nothing was left behind.") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputRefused(f"{out} cannot be written: {error.strerror}.") from error
+        raise
+
+
+class Output:
+    """A result folder being written. Use `with output(...) as result:`; `finish` gives it its name."""
+
+    def __init__(self, source: Checkpoint, out: Path, partial: Path, overwrite: bool) -> None:
+        self.source, self.out, self.partial, self.overwrite = source, out, partial, overwrite
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite tensors by checkpoint name; shapes as in the source, cast to the dtype stored there.
+
+        Raises NonFinite's parent only through its caller: values are written as they are.
+        """
+        with _disk_errors(self.out):
+            for name, tensor in tensors.items():
+                place = self.source.places[name]
+                stored = tensor.detach().cpu().to(_DTYPES[place.dtype]).contiguous()
+                if tuple(stored.shape) != place.shape:
+                    raise AssertionError(f"{name} has shape {tuple(stored.shape)}, stored {place.shape}")
+                with (self.partial / place.shard).open("r+b") as stream:
+                    stream.seek(place.offset)
+                    stream.write(stored.flatten().view(torch.uint8).numpy().data)
+
+    def finish(self, record: dict[str, Any]) -> None:
+        """Write `pruning.json`, sync everything to disk, and rename the folder into place."""
+        with _disk_errors(self.out):
+            record["shards"] = {
+                shard: {"source_sha256": digest, "sha256": file_sha256(self.partial / shard)}
+                for shard, digest in self.source.sha256().items()
+            }
+            text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+            (self.partial / RECORD).write_text(text + "\n", encoding="utf-8")
+            for file in self.partial.iterdir():
+                _sync(file)
+            _sync(self.partial)
+            if self.out.exists():
+                if not self.overwrite and any(self.out.iterdir()):
+                    raise OutputRefused(f"{self.out} appeared during the run; the result is in {self.partial}.")
+                aside = self.partial.with_name(f".{self.out.name}.replaced")
+                shutil.rmtree(aside, ignore_errors=True)
+                self.out.rename(aside)
+                self.partial.rename(self.out)
+                shutil.rmtree(aside)
+            else:
+                self.partial.rename(self.out)
+            _sync(self.out.parent)
+
+
+@contextmanager
+def output(source: Checkpoint, out: Path, *, overwrite: bool) -> Iterator[Output]:
+    """A result folder beside `out`, holding a copy of the source; removed again unless it is finished.
+
+    Raises OutputRefused where `out` holds something already, DiskFull where the copy cannot fit.
+    """
+    refuse_output(out, overwrite=overwrite)
+    if out.resolve() == source.folder.resolve():
+        raise OutputRefused(f"{out} is the model itself. Choose another folder.")
+    partial = out.with_name(f".{out.name}.partial")
+    with _disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(out.parent).free
+        if free < source.bytes:
+            raise DiskFull(f"{out} needs {source.bytes / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free.")
+        partial.mkdir()
+    try:
+        with _disk_errors(out):
+            for file in sorted(source.folder.iterdir()):
+                wanted = file.name in source.shards or not file.name.endswith(_OTHER_WEIGHTS)
+                if file.is_file() and wanted and file.name != RECORD:
+                    shutil.copyfile(file, partial / file.name)
+        yield Output(source, out, partial, overwrite)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_output(out: Path, *, overwrite: bool) -> None:
+    """Raise OutputRefused where `out` holds something that may not be replaced."""
+    if out.exists() and not out.is_dir():
+        raise OutputRefused(f"{out} is a file; a folder was wanted.")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise OutputRefused(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
+        if not (out / "config.json").exists():
+            raise OutputRefused(f"{out} is no checkpoint folder, so --overwrite does not replace it.")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,291 @@
+"""The command line: the public functions with the same names and defaults. Parsing and printing only."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from secateur.errors import SecateurError
+
+app = typer.Typer(
+    name="secateur",
+    help="Prunes pretrained language models and tells the truth about the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str | None, typer.Argument(help="A checkpoint folder or hub name. Default: the embedded demo.")]
+Out = Annotated[Path, typer.Option(help="The folder to write.")]
+Calibration = Annotated[
+    str | None, typer.Option(help="Text to calibrate on: demo, c4, wikitext2, or files separated by commas.")
+]
+EvaluationText = Annotated[
+    str | None, typer.Option("--evaluation", help="Text to measure perplexity on: as for --calibration.")
+]
+Samples = Annotated[int, typer.Option(help="Calibration windows.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens a window. Default: the smaller of 2048 and the context.")]
+WindowCount = Annotated[int | None, typer.Option("--windows", help="Evaluation windows. Default: all.")]
+Seed = Annotated[int, typer.Option(help="Seed of the calibration windows.")]
+Skip = Annotated[list[str] | None, typer.Option(help="Leave sites out: a glob on their names. May be repeated.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,cuda:1 …")]
+Dtype = Annotated[str, typer.Option(help="dtype of forward passes: auto, float32, bfloat16, float16.")]
+BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.")]
+DataDir = Annotated[Path | None, typer.Option(help="A folder with local copies of the corpora.")]
+LowCoverage = Annotated[bool, typer.Option("--allow-low-coverage", help="Prune although most weights are no sites.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document last.")]
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("secateur"))
+        raise typer.Exit
+
+
+def _progress(quiet: bool) -> Any:
+    """The progress display, with the loading bars of the libraries turned off."""
+    import datasets
+    import transformers
+
+    from secateur.progress import show
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    return show(quiet)
+
+
+@app.command()
+def prune(
+    model: Model = None,
+    out: Out = ...,  # type: ignore[assignment]
+    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
+    pattern: Annotated[str, typer.Option(help="50%, '50% of row', '50% of matrix', 2:4, 4:8 …")] = "50%",
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
+    skip: Skip = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 8,
+    data_dir: DataDir = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at --out.")] = False,
+    allow_low_coverage: LowCoverage = False,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a model; write a checkpoint that every loader reads, and what was done to it."""
+    import secateur
+    from secateur.prune import LEFT_OUT
+
+    with _display(quiet) as progress:
+        report = secateur.prune(
+            model, out=out, method=method, pattern=pattern, calibration=calibration, samples=samples,
+            seq_len=seq_len, seed=seed, skip=skip or (), device=device, dtype=dtype, batch_size=batch_size,
+            data_dir=data_dir, overwrite=overwrite, allow_low_coverage=allow_low_coverage,
+            trust_remote_code=trust_remote_code, command=_command(), progress=progress,
+        )  # fmt: skip
+    if as_json:
+        return _print_json(report)
+    errors = [site.output_error for site in report.sites if site.output_error is not None]
+    worst = max(
+        (s for s in report.sites if s.output_error is not None),
+        key=lambda s: s.output_error or 0,
+        default=None,
+    )
+    console = _console()
+    console.print(
+        f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of {len(report.sites)} sites are zero "
+        f"(coverage {report.coverage:.1%} of the block weights)."
+    )
+    if errors:
+        console.print(
+            f"Relative output error: mean {sum(errors) / len(errors):.4f}, most at {escape(worst.site)} "
+            f"({worst.output_error:.4f})."
+        )
+    for site in report.sites:
+        if site.note and site.note != LEFT_OUT:
+            console.print(f"{escape(site.site)}: {escape(site.note)}")
+    seconds = report.seconds
+    console.print(
+        f"{seconds.forward:.1f} s forward, {seconds.statistics:.1f} s statistics, {seconds.solve:.1f} s solving. "
+        f"Written to {escape(str(report.out))}."
+    )
+    return None
+
+
+@app.command()
+def evaluate(
+    model: Model = None,
+    dense: Annotated[str | None, typer.Option(help="The dense model to measure the distance from.")] = None,
+    evaluation: EvaluationText = None,
+    windows: WindowCount = None,
+    seq_len: SeqLen = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 8,
+    data_dir: DataDir = None,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the perplexity of a model, and with --dense its distance from the dense model."""
+    import secateur
+
+    with _display(quiet) as progress:
+        found = secateur.evaluate(
+            model, dense=dense, evaluation=evaluation, windows=windows, seq_len=seq_len, device=device,
+            dtype=dtype, batch_size=batch_size, data_dir=data_dir, trust_remote_code=trust_remote_code,
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        return _print_json(found)
+    console = _console()
+    text = found.evaluation
+    console.print(
+        f"Perplexity {found.perplexity:.4f} on {escape(text['source'])} ({text['split']}), {text['samples']} windows "
+        f"of {text['length']} tokens."
+    )
+    if found.delta is not None and found.delta_interval is not None:
+        low, high = found.delta_interval
+        console.print(
+            f"Dense {found.dense_perplexity:.4f}, difference {found.delta:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), "
+            f"KL {found.kl:.4f} nats, the same top token {found.top1_agreement:.1%} of the time."
+        )
+    return None
+
+
+@app.command()
+def compare(
+    model: Model = None,
+    out: Out = ...,  # type: ignore[assignment]
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "magnitude,wanda,sparsegpt",
+    patterns: Annotated[str, typer.Option(help="Patterns, separated by commas.")] = "50%,4:8,2:4",
+    calibration: Calibration = None,
+    evaluation: EvaluationText = None,
+    samples: Samples = 128,
+    windows: WindowCount = None,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
+    skip: Skip = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 8,
+    data_dir: DataDir = None,
+    allow_low_coverage: LowCoverage = False,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune with every method and pattern on the same tokens, and say which is better by how much."""
+    import secateur
+    from secateur.report import table
+
+    with _display(quiet) as progress:
+        results = secateur.compare(
+            model, out=out, methods=_list(methods), patterns=_list(patterns), calibration=calibration,
+            evaluation=evaluation, samples=samples, windows=windows, seq_len=seq_len, seed=seed, skip=skip or (),
+            device=device, dtype=dtype, batch_size=batch_size, data_dir=data_dir,
+            allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=_command(),
+            progress=progress,
+        )  # fmt: skip
+    if as_json:
+        return _print_json(results)
+    console = _console()
+    console.print(table(results, console.width))
+    console.print(f"Written to {escape(str(out / 'results.json'))} and report.md.")
+    return None
+
+
+@app.command()
+def inspect(
+    model: Annotated[str | None, typer.Argument(metavar="DIR", help="A checkpoint folder.")] = None,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a checkpoint really holds: sparsity, N:M patterns, -0.0 and NaN, site by site."""
+    import secateur
+    from secateur.inspection import rows
+
+    _progress(quiet=True)
+    found = secateur.inspect(model, trust_remote_code=trust_remote_code)
+    if as_json:
+        return _print_json(found)
+    shown = Table(title=escape(found.folder))
+    for column in ("tensor", "shape", "dtype", "sparsity", "satisfies", "odd values"):
+        shown.add_column(column, overflow="fold")
+    for row in rows(found):
+        shown.add_row(*map(escape, row))
+    console = _console()
+    console.print(shown)
+    coverage = "unknown (architecture not known here)" if found.coverage is None else f"{found.coverage:.1%}"
+    console.print(f"Sparsity {found.sparsity:.2%} over {len(found.tensors)} tensors; coverage {coverage}.")
+    if found.record:
+        console.print(escape(f"Pruned with {found.record.get('method')} to {found.record.get('pattern')}."))
+    return None
+
+
+class _display:  # noqa: N801 — used as a function
+    """The progress display for a `with` block, closed whatever happens."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.progress = _progress(quiet)
+
+    def __enter__(self) -> Any:
+        return self.progress
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.end()
+
+
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough for whole tables."""
+    return Console(width=None if sys.stdout.isatty() else 180)
+
+
+def _list(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _command() -> list[str]:
+    return ["secateur", *sys.argv[1:]]
+
+
+def _print_json(value: Any) -> None:
+    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    print(json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def guarded(run: Callable[[], Any]) -> int:
+    """Run the command line; the exit code. The user's mistakes are one sentence and 2, an interruption 130."""
+    try:
+        run()
+    except SecateurError as error:
+        print(f"secateur: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("secateur: interrupted; nothing was written under a final name.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main() -> None:
+    """The entry point of the `secateur` command."""
+    sys.exit(guarded(functools.partial(app, standalone_mode=True)))

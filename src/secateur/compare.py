@@ -1,0 +1,276 @@
+"""The grid: every method with every pattern on the same model, the same calibration tokens, the same metric.
+
+Each row is pruned, evaluated and kept in `OUT/rows/` as soon as it is finished, with the conditions it was
+measured under; the same command again computes only what is missing. A folder whose rows were measured under
+other conditions is refused, and so is nothing else: there is no way to put two conditions into one table.
+
+Rows are ranked by perplexity within one pattern only, so that kinds of sparsity are never ranked against each
+other, and two rows whose paired difference has a 95 % interval that contains zero are a tie.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from secateur.checkpoint import Checkpoint, open_checkpoint, resolve
+from secateur.data import calibration_windows, evaluation_windows, load_tokenizer
+from secateur.errors import ConditionsDiffer, OutputRefused
+from secateur.evaluate import Forward, Measured, measure, perplexity_difference
+from secateur.machine import machine, versions
+from secateur.methods import find_method
+from secateur.model import load
+from secateur.options import (
+    check_vocabulary,
+    default_corpus,
+    default_length,
+    find_devices,
+    find_dtype,
+    forward_dtype,
+)
+from secateur.patterns import parse
+from secateur.progress import Progress
+from secateur.prune import Report, prune_checkpoint
+from secateur.report import write_report
+from secateur.results import SCHEMA, Results, Row
+
+
+def compare(
+    model: str | Path | None = None,
+    *,
+    out: str | Path,
+    methods: Sequence[str] = ("magnitude", "wanda", "sparsegpt"),
+    patterns: Sequence[str] = ("50%", "4:8", "2:4"),
+    calibration: str | None = None,
+    evaluation: str | None = None,
+    samples: int = 128,
+    windows: int | None = None,
+    seq_len: int | None = None,
+    seed: int = 0,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    data_dir: str | Path | None = None,
+    allow_low_coverage: bool = False,
+    trust_remote_code: bool = False,
+    command: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Results:
+    """Prune and evaluate `model` with every method and pattern; write `results.json` and `report.md` to `out`.
+
+    Arguments as for `prune` and `evaluate`. The pruned checkpoints stay in `out/checkpoints`. Raises
+    SecateurError; ConditionsDiffer where `out` holds rows of another model, text or metric.
+    """
+    progress, out = progress or Progress(), Path(out)
+    for method in methods:
+        find_method(method)
+    grid = [(method, str(parse(pattern))) for pattern in patterns for method in methods]
+    chosen, dtype = find_devices(device)[0], find_dtype(dtype)
+    folder = resolve(model)
+    source = open_checkpoint(folder)
+    progress.begin(f"loading {model or 'the demo model'}")
+    language_model = load(folder, trust_remote_code=trust_remote_code)
+    length = seq_len or default_length(language_model)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    local = Path(data_dir) if data_dir else None
+    calibrated = calibration_windows(
+        tokenizer, default_corpus(model, calibration, "c4"),
+        samples=samples, length=length, seed=seed, data_dir=local,
+    )  # fmt: skip
+    judged = evaluation_windows(
+        tokenizer,
+        default_corpus(model, evaluation, "wikitext2"),
+        length=length,
+        windows=windows,
+        data_dir=local,
+    )
+    check_vocabulary(language_model, judged)
+    results = Results(
+        SCHEMA,
+        {
+            "name": str(model or "demo"),
+            "parameters": language_model.model.num_parameters(),
+            "shards": source.sha256(),
+        },
+        calibrated.fingerprint(),
+        judged.fingerprint(),
+        machine(),
+        versions(),
+        list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+        [],
+    )
+    conditions = _conditions(results, {"dtype": dtype, "skip": list(skip), "batch_size": batch_size})
+    try:
+        (out / "rows").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputRefused(f"{out} cannot be written: {error.strerror}.") from error
+    store = RowStore(out / "rows", conditions)
+    store.check()
+
+    run = (judged.ids, chosen, forward_dtype(dtype, chosen), batch_size)
+    dense = Forward(language_model, *run, spill=out / "dense.hidden")
+    try:
+        row, measured = store.get("dense", "-") or _dense_row(source, dense, progress)
+        store.put(row, measured)
+        rows = {row.name: (row, measured)}
+        for method, pattern in grid:
+            kept = store.get(method, pattern)
+            if kept is None:
+                place = out / "checkpoints" / _file_name(method, pattern)
+                report = prune_checkpoint(
+                    source, language_model, calibrated, place, method=method, pattern=pattern, skip=skip,
+                    device=device, dtype=dtype, batch_size=batch_size, overwrite=True,
+                    allow_low_coverage=allow_low_coverage, command=results.command, progress=progress,
+                )  # fmt: skip
+                kept = _pruned_row(report, place, dense, measured, run, trust_remote_code, progress)
+                kept[0].checkpoint = str(place.relative_to(out))
+                store.put(*kept)
+            rows[kept[0].name] = kept
+    finally:
+        (out / "dense.hidden").unlink(missing_ok=True)
+    rank({name: (row, found.loss) for name, (row, found) in rows.items()})
+    results.rows = [row for row, _ in rows.values()]
+    _write(out / "results.json", results.json())
+    write_report(results, out)
+    progress.end()
+    return results
+
+
+def _dense_row(source: Checkpoint, dense: Forward, progress: Progress) -> tuple[Row, Measured]:
+    progress.begin("evaluating the dense model")
+    measured = measure(dense, None, progress)
+    nothing = {"forward": 0.0, "statistics": 0.0, "solve": 0.0}
+    row = Row(
+        "dense",
+        "-",
+        "dense",
+        0.0,
+        measured.perplexity,
+        0.0,
+        (0.0, 0.0),
+        0.0,
+        1.0,
+        nothing,
+        None,
+        source.bytes,
+    )
+    return row, measured
+
+
+def _pruned_row(
+    report: Report,
+    place: Path,
+    dense: Forward,
+    expected: Measured,
+    run: tuple[Any, ...],
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[Row, Measured]:
+    progress.begin(f"evaluating {report.method} {report.pattern}")
+    pruned = load(place, trust_remote_code=trust_remote_code)
+    measured = measure(Forward(pruned, *run), dense, progress)
+    delta, interval = perplexity_difference(measured.loss, expected.loss)
+    row = Row(
+        report.method, report.pattern, report.kind, report.sparsity, measured.perplexity, delta, interval,
+        measured.mean_kl or 0.0, measured.mean_agreement or 0.0, asdict(report.seconds), report.peak_bytes,
+        open_checkpoint(place).bytes,
+    )  # fmt: skip
+    return row, measured
+
+
+def rank(rows: dict[str, tuple[Row, Any]]) -> None:
+    """Fill in `rank` and `ties` of every row but the dense one, among the rows of the same pattern.
+
+    `rows` gives each row with its loss per window. A rank is a range: a row is at best behind those that are
+    better with an interval apart from zero, and at worst before those that are worse so.
+    """
+    for row, loss in rows.values():
+        rivals = [(r, other) for r, other in rows.values() if r.pattern == row.pattern and r is not row]
+        if row.kind == "dense" or not rivals:
+            continue
+        better = worse = 0
+        row.ties = []
+        for rival, other in rivals:
+            _, (low, high) = perplexity_difference(loss, other)
+            if low > 0:
+                better += 1
+            elif high < 0:
+                worse += 1
+            else:
+                row.ties.append(rival.name)
+        best, last = better + 1, len(rivals) + 1 - worse
+        row.rank = str(best) if best == last else f"{best}-{last} tie"
+
+
+class RowStore:
+    """Finished rows on disk, a file each, with the conditions they were measured under and the loss per window."""
+
+    def __init__(self, folder: Path, conditions: dict[str, Any]) -> None:
+        self.folder, self.conditions = folder, conditions
+
+    def check(self) -> None:
+        """Raise ConditionsDiffer where a row here was measured under other conditions, naming the difference."""
+        for file in sorted(self.folder.glob("*.json")):
+            found = self._read(file)["conditions"]
+            wanted = json.loads(json.dumps(self.conditions))
+            for key in sorted(found.keys() | wanted.keys()):
+                if found.get(key) != wanted.get(key):
+                    raise ConditionsDiffer(
+                        f"{file} was measured with {key} {found.get(key)}, now it is {wanted.get(key)}. Rows of "
+                        "different conditions do not go into one table: choose another --out, or delete that folder."
+                    )
+
+    def get(self, method: str, pattern: str) -> tuple[Row, Measured] | None:
+        """A finished row, or None."""
+        file = self.folder / f"{_file_name(method, pattern)}.json"
+        if not file.exists():
+            return None
+        held = self._read(file)
+        row = Row(**held["row"])
+        row.delta_interval = (row.delta_interval[0], row.delta_interval[1])
+        return row, Measured(np.asarray(held["loss"]))
+
+    def put(self, row: Row, measured: Measured) -> None:
+        """Keep a finished row."""
+        held = {"conditions": self.conditions, "row": asdict(row), "loss": measured.loss.tolist()}
+        _write(self.folder / f"{_file_name(row.method, row.pattern)}.json", json.dumps(held, allow_nan=False))
+
+    def _read(self, file: Path) -> dict[str, Any]:
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+            if not held.keys() >= {"conditions", "row", "loss"}:
+                raise ValueError("fields are missing")
+        except (ValueError, AttributeError) as error:
+            raise ConditionsDiffer(f"{file} is no finished row ({error}). Delete it and run again.") from error
+        return held
+
+
+def _conditions(results: Results, options: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for two rows to stand in one table."""
+    return {
+        "schema": results.schema,
+        "model": results.model["shards"],
+        "calibration": results.calibration,
+        "evaluation": results.evaluation,
+        "versions": results.versions,
+        **options,
+    }
+
+
+def _file_name(method: str, pattern: str) -> str:
+    return f"{method}-{pattern}".replace("%", "pct").replace(":", "of").replace(" ", "-")
+
+
+def _write(file: Path, text: str) -> None:
+    """Write beside and rename, so that a file is whole or absent."""
+    part = file.with_name(f".{file.name}.partial")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)

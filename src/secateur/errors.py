@@ -1,0 +1,67 @@
+"""What can go wrong through no fault of ours. Each message says what was found, what was wanted, what to do.
+
+SecateurError               the command line prints the message alone and exits with 2
+├── UnknownName             a method, pattern, corpus or option value that does not exist ("did you mean")
+├── BadPattern              a pattern that cannot be read, or that does not fit a site
+├── BadCheckpoint           a folder that is no sound safetensors checkpoint
+├── UnsupportedModel        a model whose blocks cannot be replayed, or whose weights are mostly not sites
+├── NonFinite               NaN or Inf in weights, activations or results
+├── NotEnoughText           fewer tokens than asked for
+├── NotSolved               a factorisation that failed at every damping tried
+├── OutputRefused           an output folder that exists, is not ours, or cannot be written
+├── DiskFull                no space for the result
+└── ConditionsDiffer        rows that were measured under other conditions, and so cannot be compared
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class SecateurError(Exception):
+    """The root of all errors that are the user's to mend."""
+
+
+class UnknownName(SecateurError):
+    """A name that is in no table."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        near = get_close_matches(name, names, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(names)}."
+        super().__init__(f"There is no {kind} {name!r}. {hint}")
+
+
+class BadPattern(SecateurError):
+    """A pattern that cannot be read, or that does not fit a site."""
+
+
+class BadCheckpoint(SecateurError):
+    """A folder that is no sound safetensors checkpoint."""
+
+
+class UnsupportedModel(SecateurError):
+    """A model that the generic rules do not fit."""
+
+
+class NonFinite(SecateurError):
+    """NaN or Inf where a number was needed."""
+
+
+class NotEnoughText(SecateurError):
+    """Fewer tokens than asked for."""
+
+
+class NotSolved(SecateurError):
+    """A factorisation that failed at every damping tried."""
+
+
+class OutputRefused(SecateurError):
+    """An output folder that must not or cannot be written."""
+
+
+class DiskFull(SecateurError):
+    """No space for the result."""
+
+
+class ConditionsDiffer(SecateurError):
+    """Rows measured under different conditions."""

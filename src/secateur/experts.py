@@ -1,0 +1,82 @@
+"""Mixture-of-experts weights as sites, and the inputs that each expert's matrices see.
+
+transformers 5 stores the experts of a block as 3-D parameters of one module, `[experts, out, in]`, so a walk
+over `nn.Linear` would miss most of the model. That module is called with the hidden states and, for every
+token, the indices of its experts; its own flags say how the weights lie (`is_transposed`: `[experts, in,
+out]`), whether there are biases (`has_bias`) and whether the first matrix holds gate and up together
+(`has_gate`, applied by `_apply_gate`). From these the inputs of both matrices are recomputed per expert.
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds fused experts: both matrices 3-D, and the flags that say how they are applied."""
+    flags = all(hasattr(module, flag) for flag in ("is_transposed", "has_bias", "has_gate"))
+    return flags and all(isinstance(w := getattr(module, n, None), Tensor) and w.dim() == 3 for n in matrices(module))
+
+
+def matrices(module: nn.Module) -> tuple[str, str]:
+    """The names of an experts module's two matrices, in the order in which they are applied."""
+    first = "gate_up_proj" if getattr(module, "has_gate", hasattr(module, "gate_up_proj")) else "up_proj"
+    return first, "down_proj"
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weights lie as `[experts, in, out]`."""
+    return bool(getattr(module, "is_transposed", False))
+
+
+def expert_inputs(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, inputs of its first matrix, inputs of its second), for every expert that saw a token.
+
+    `hidden` is `[..., in]`; `chosen` holds the expert indices of each token, `[tokens, top_k]`.
+    """
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    chosen = chosen.reshape(len(hidden), -1)
+    first, _ = matrices(module)
+    for expert in chosen.unique().tolist():
+        if not 0 <= expert < len(getattr(module, first)):
+            continue  # some routers mark a token that no expert takes
+        x = hidden[(chosen == expert).any(1)]
+        weight: Tensor = getattr(module, first)[expert]
+        z = x @ weight if is_transposed(module) else x @ weight.T
+        if getattr(module, "has_bias", False):
+            z = z + getattr(module, f"{first}_bias")[expert]
+        if first == "gate_up_proj":
+            yield expert, x, module._apply_gate(z)  # type: ignore[operator]
+        else:
+            yield expert, x, module.act_fn(z)  # type: ignore[operator]
+
+
+def routers(block: nn.Module) -> set[nn.Module]:
+    """The modules that choose experts or weigh them: never pruned.
+
+    Beside an experts module, whatever has one output per expert or a single output (the gate of a shared expert).
+    Only the parent of the experts is searched: elsewhere in a block a width may equal the number of experts.
+    """
+    found: set[nn.Module] = set()
+    for parent in block.modules():
+        for child in parent.children():
+            if (count := _experts_in(child)) is None:
+                continue
+            for sibling in parent.children():
+                if sibling is not child:
+                    found |= {module for module in sibling.modules() if _outputs(module) in (1, count)}
+    return found
+
+
+def _experts_in(module: nn.Module) -> int | None:
+    """How many experts a module holds, fused or as a list of modules that are alike; None where it is neither."""
+    if is_experts(module):
+        return len(getattr(module, matrices(module)[0]))
+    if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(expert) for expert in module}) == 1:
+        return len(module)
+    return None
+
+
+def _outputs(module: nn.Module) -> int | None:
+    weight = getattr(module, "weight", None)
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.dim() == 2 else None

@@ -1,0 +1,148 @@
+"""What a checkpoint folder really holds: read from its tensors, one at a time, whoever wrote it.
+
+The model is built without memory for its weights, to learn which parameters are sites and which way they lie;
+the numbers come from the shards. A folder whose architecture transformers does not know is read as well: then
+every matrix counts, and coverage is unknown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from secateur.checkpoint import RECORD, Checkpoint, open_checkpoint, resolve
+from secateur.errors import SecateurError, UnsupportedModel
+from secateur.model import LanguageModel, checkpoint_tensors, find_stack, load_config, sites
+
+PATTERNS = ((1, 4), (2, 4), (4, 8), (8, 16))
+"""The N:M patterns that are looked for, with those that `pruning.json` names."""
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor of the checkpoint that is a site, or several. `patterns` are the N:M patterns it satisfies."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sparsity: float
+    patterns: tuple[str, ...]
+    negative_zeros: int
+    nans: int
+    infs: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` returns. `coverage` is the share of block weights that are sites, None where unknown."""
+
+    folder: str
+    sparsity: float
+    coverage: float | None
+    tensors: tuple[TensorReport, ...]
+    record: dict[str, Any] | None
+
+
+def inspect(model: str | Path | None = None, *, trust_remote_code: bool = False) -> Inspection:
+    """The realised sparsity and patterns of every site of a checkpoint folder. Raises BadCheckpoint."""
+    folder = resolve(model)
+    checkpoint = open_checkpoint(folder)
+    try:
+        orientation, coverage = _orientation(checkpoint, trust_remote_code=trust_remote_code)
+    except UnsupportedModel:
+        orientation, coverage = dict.fromkeys(_matrices(checkpoint), False), None
+    reports = [_read(checkpoint, name, transposed) for name, transposed in orientation.items()]
+    sizes = [torch.Size(report.shape).numel() for report in reports]
+    zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
+    return Inspection(str(folder), zeros / max(sum(sizes), 1), coverage, tuple(reports), _record(folder))
+
+
+def _orientation(checkpoint: Checkpoint, *, trust_remote_code: bool) -> tuple[dict[str, bool], float]:
+    """Which tensors are sites, with whether they lie `[in, out]`; and the coverage. Raises UnsupportedModel."""
+    config = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UnsupportedModel(f"{checkpoint.folder} describes no causal LM: {error}") from error
+    language_model = LanguageModel(model, find_stack(model), ())
+    found: dict[str, bool] = {}
+    covered = total = 0
+    for index, block in enumerate(language_model.blocks):
+        total += sum(p.numel() for p in block.parameters() if p.dim() > 1)
+        transposed: dict[str, bool] = {}
+        for site in sites(block).values():
+            covered += site.stored.numel()
+            transposed[f"{language_model.block_name(index)}.{site.parameter}"] = site.transposed
+        for name, lies in transposed.items():
+            parameter = {name: model.get_parameter(name).data}
+            found |= dict.fromkeys(checkpoint_tensors(language_model, parameter, checkpoint.places), lies)
+    return found, covered / max(total, 1)
+
+
+def _matrices(checkpoint: Checkpoint) -> list[str]:
+    return [name for name, place in checkpoint.places.items() if len(place.shape) > 1]
+
+
+def _read(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
+    tensor = checkpoint.tensor(name)
+    place = checkpoint.places[name]
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+        return TensorReport(name, place.shape, place.dtype, 0.0, (), 0, 0, 0)
+    zero = tensor == 0
+    lying = zero.transpose(-1, -2) if transposed else zero
+    return TensorReport(
+        name,
+        place.shape,
+        place.dtype,
+        zero.float().mean(dtype=torch.float64).item(),
+        tuple(f"{n}:{m}" for n, m in PATTERNS if _satisfies(lying, n, m)),
+        int((zero & tensor.signbit()).sum()),
+        int(tensor.isnan().sum()),
+        int(tensor.isinf().sum()),
+    )
+
+
+def _satisfies(zero: Tensor, n: int, m: int) -> bool:
+    """Whether every m consecutive inputs hold at most n that are not zero."""
+    if zero.shape[-1] % m:
+        return False
+    return bool((zero.unflatten(-1, (-1, m)).sum(-1) >= m - n).all())
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """The folder's own pruning.json, or None. Raises SecateurError where it is no JSON object."""
+    file = folder / RECORD
+    if not file.exists():
+        return None
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise SecateurError(f"{file} is no JSON ({error}). Delete it, or prune again.") from error
+    if not isinstance(held, dict):
+        raise SecateurError(f"{file} holds a {type(held).__name__}; an object was wanted.")
+    return held
+
+
+def rows(found: Inspection) -> Iterator[tuple[str, ...]]:
+    """The lines of the table that the command prints."""
+    for tensor in found.tensors:
+        odd = [f"{count} {what}" for count, what in (
+            (tensor.negative_zeros, "-0.0"), (tensor.nans, "NaN"), (tensor.infs, "Inf"),
+        ) if count]  # fmt: skip
+        shape = "×".join(map(str, tensor.shape))
+        yield (
+            tensor.name,
+            shape,
+            tensor.dtype,
+            f"{tensor.sparsity:.2%}",
+            " ".join(tensor.patterns),
+            ", ".join(odd),
+        )

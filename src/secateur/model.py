@@ -1,0 +1,401 @@
+"""The only file that knows transformers: a causal LM as a stack of blocks that can be replayed.
+
+No adapter class per family. The `nn.ModuleList` that holds most parameters is the stack of decoder blocks.
+A `Shell` is the model with every block replaced by a tap: one forward through it records what enters the
+first block and the arguments of each block's own call (masks, rotary tables), and one more turns the last
+block's output into logits. Running the blocks with those calls must equal `model(...)` bit for bit; `load`
+checks it, and a model that differs is refused rather than pruned wrongly.
+
+Weights stay where `from_pretrained` mapped them. `working_copy` converts one block at a time to the device
+and dtype of the computation; the model itself is never converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from secateur import experts
+from secateur.errors import BadCheckpoint, UnsupportedModel
+
+
+class Call(NamedTuple):
+    """How the model calls one block, apart from the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal LM and where its blocks are. `tuples` says which blocks return a tuple."""
+
+    model: PreTrainedModel
+    stack: str
+    tuples: tuple[bool, ...]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.get_submodule(self.stack).children())
+
+    def block_name(self, index: int) -> str:
+        return f"{self.stack}.{index}"
+
+
+@dataclass(frozen=True)
+class Site:
+    """One prunable matrix of a block: a view `[out, in]` of a parameter, whatever way the layer stores it."""
+
+    name: str
+    parameter: str
+    stored: Tensor
+    transposed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix `[out, in]`, sharing memory with the parameter."""
+        return self.stored.T if self.transposed else self.stored
+
+    def put(self, weight: Tensor) -> None:
+        """Write `[out, in]` back, cast to the stored dtype; zeros become +0.0."""
+        self.weight.copy_(weight.to(self.stored.dtype) + 0)
+
+
+def sites(block: nn.Module) -> dict[str, Site]:
+    """The prunable matrices of a block by name: linear layers and single experts, routers left out."""
+    found: dict[str, Site] = {}
+    left_out = experts.routers(block)
+    for name, module in block.named_modules():
+        if module in left_out:
+            continue
+        if isinstance(module, (nn.Linear, Conv1D)):
+            site = Site(name, f"{name}.weight", module.weight.data, isinstance(module, Conv1D))
+            found[name] = site
+        elif experts.is_experts(module):
+            for matrix in experts.matrices(module):
+                for expert, weight in enumerate(getattr(module, matrix).data):
+                    site = f"{name}.{expert}.{matrix}"
+                    found[site] = Site(site, f"{name}.{matrix}", weight, experts.is_transposed(module))
+    return found
+
+
+def coverage(block: nn.Module) -> tuple[int, int]:
+    """(weights that are sites, weights of all matrices) of a block; vectors are not counted."""
+    covered = sum(site.stored.numel() for site in sites(block).values())
+    return covered, sum(p.numel() for p in block.parameters() if p.dim() > 1)
+
+
+@contextmanager
+def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `record(site name, x [tokens, in])` is called for every site a forward of the block reaches."""
+
+    def linear(name: str) -> Callable[..., None]:
+        return lambda module, args: record(name, args[0])
+
+    def fused(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, chosen, *_ = *args, *kwargs.values()
+            first, second = experts.matrices(module)
+            for expert, x, inner in experts.expert_inputs(module, hidden, chosen):
+                record(f"{name}.{expert}.{first}", x)
+                record(f"{name}.{expert}.{second}", inner)
+
+        return hook
+
+    known, handles = sites(block), []
+    for name, module in block.named_modules():
+        if experts.is_experts(module):
+            handles.append(module.register_forward_pre_hook(fused(name), with_kwargs=True))
+        elif name in known:
+            handles.append(module.register_forward_pre_hook(linear(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def working_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """A copy of a block on `device`, in `dtype` (None: as stored). The original keeps its mapped weights."""
+    return _cast(deepcopy(module), device, dtype)
+
+
+def _cast(module: nn.Module, device: torch.device, dtype: torch.dtype | None, *, recurse: bool = True) -> nn.Module:
+    """Move a module; parameters take the dtype, buffers (rotary tables, masks) only where it is wider."""
+    for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
+        target = None
+        if dtype and tensor.is_floating_point():
+            wider = dtype.itemsize > tensor.dtype.itemsize
+            target = dtype if wider or isinstance(tensor, nn.Parameter) else None
+        tensor.data = tensor.data.to(device, target)
+    return module
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """The hidden state `[batch, tokens, hidden]` after a block."""
+    call = Call(*(_move(part, hidden.device) for part in call))
+    output = block(hidden, *call.args, **call.kwargs)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_move(part, device) for part in value)
+    if isinstance(value, dict):
+        return {key: _move(part, device) for key, part in value.items()}
+    return value
+
+
+class _Reached(Exception):
+    """Ends a forward at the last tap; what follows it is not needed."""
+
+
+class _Tap(nn.Module):
+    """Stands in for a block: hands each call to the shell, and looks like the block to whoever asks."""
+
+    def __init__(self, block: nn.Module, index: int) -> None:
+        super().__init__()
+        object.__setattr__(self, "block", block)
+        self.index = index
+        self.called: Callable[[int, Tensor, Call], Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "block"), name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Tap:
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.called is None:
+            raise AssertionError("a tap was called outside enter() and leave()")
+        if args:
+            hidden, *rest = args
+        else:
+            hidden, rest = kwargs.pop("hidden_states"), []
+        return self.called(self.index, hidden, Call(tuple(rest), kwargs))
+
+
+class Shell:
+    """A language model without its blocks: what happens before the first and after the last.
+
+    It runs on `device` with parameters in `dtype` (None: as stored). On the CPU the input embedding is never
+    copied: the few rows that are looked up are converted. Without `head`, only `enter` works, and the output
+    embedding stays mapped as well.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        *,
+        head: bool = True,
+    ) -> None:
+        self.tuples = language_model.tuples
+        blocks = language_model.blocks
+        self.taps = [_Tap(block, index) for index, block in enumerate(blocks)]
+        memo: dict[int, Any] = {id(block): tap for block, tap in zip(blocks, self.taps, strict=True)}
+        embedding = language_model.model.get_input_embeddings()
+        kept = [embedding] if device.type == "cpu" else []
+        if not head and (output := language_model.model.get_output_embeddings()) is not None:
+            kept.append(output)
+        memo |= {id(module): module for module in kept}
+        self.model = deepcopy(language_model.model, memo)
+        for module in self.model.modules():
+            if module not in kept and not isinstance(module, _Tap):
+                _cast(module, device, dtype, recurse=False)
+        self.embedding, self.dtype = embedding if device.type == "cpu" else None, dtype
+        self.device = device
+
+    @contextmanager
+    def _answering(self, answer: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
+        """While open, every tap answers its call with `answer(index, hidden, call)`."""
+
+        def called(index: int, hidden: Tensor, call: Call) -> Any:
+            output = answer(index, hidden, call)
+            return (output, None) if self.tuples[index] else output
+
+        def convert(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            return output.to(self.dtype) if self.dtype else output
+
+        for tap in self.taps:
+            tap.called = called
+        hook = self.embedding.register_forward_hook(convert) if self.embedding else None
+        try:
+            yield
+        finally:
+            if hook:
+                hook.remove()
+            for tap in self.taps:
+                tap.called = None
+
+    def enter(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
+        """The hidden state that enters block 0 for tokens `[batch, length]`, and every block's call."""
+        calls: list[Call] = []
+        entering: list[Tensor] = []
+
+        def note(index: int, hidden: Tensor, call: Call) -> Tensor:
+            if index != len(calls):
+                raise UnsupportedModel(f"Block {index} is called out of turn, after {len(calls)} others.")
+            calls.append(call)
+            entering.append(hidden)
+            if len(calls) == len(self.taps):
+                raise _Reached
+            return hidden
+
+        with self._answering(note):
+            try:
+                self.model(tokens.to(self.device), use_cache=False)
+            except _Reached:
+                return entering[0], calls
+        raise UnsupportedModel(f"{type(self.model).__name__} called {len(calls)} of its {len(self.taps)} blocks.")
+
+    def leave(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The logits `[batch, length, vocabulary]` when `hidden` is what the last block returned."""
+        with self._answering(lambda index, entering, call: hidden.to(entering.device)):
+            return self.model(tokens.to(self.device), use_cache=False).logits
+
+
+def find_stack(model: nn.Module) -> str:
+    """The name of the `nn.ModuleList` that holds most parameters. Raises UnsupportedModel where there is none."""
+    lists = {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    }
+    if not lists:
+        raise UnsupportedModel(f"{type(model).__name__} has no list of blocks.")
+    return max(lists, key=lambda name: lists[name])
+
+
+@torch.no_grad()
+def replayable(model: PreTrainedModel) -> LanguageModel:
+    """The model with its blocks found, after checking that replaying them gives its own logits bit for bit.
+
+    Raises UnsupportedModel with the largest difference where it does not.
+    """
+    stack = find_stack(model)
+    blocks = list(model.get_submodule(stack).children())
+    shared = [id(p) for block in blocks for p in block.parameters()]
+    if len(shared) != len(set(shared)):
+        raise UnsupportedModel(f"{type(model).__name__} shares weights between its blocks; that is not supported.")
+    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    tokens = torch.randint(int(vocabulary), (2, 16), generator=torch.Generator().manual_seed(0))
+    wanted = model(tokens, use_cache=False).logits
+    found = _with_tuples(model, stack, tokens)
+    shell = Shell(found, torch.device("cpu"), None)
+    hidden, calls = shell.enter(tokens)
+    for block, call in zip(found.blocks, calls, strict=True):
+        hidden = run_block(block, hidden, call)
+    got = shell.leave(tokens, hidden)
+    if not torch.equal(got, wanted):
+        difference = (got.float() - wanted.float()).abs().max().item()
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be replayed block by block: its logits differ by up to {difference:g}. "
+            "The model does more between its blocks than hand on the hidden state."
+        )
+    return found
+
+
+def _with_tuples(model: PreTrainedModel, stack: str, tokens: Tensor) -> LanguageModel:
+    """Which blocks return a tuple, asked of the real blocks in one forward."""
+    tuples: list[bool] = []
+    blocks = list(model.get_submodule(stack).children())
+    hooks = [
+        block.register_forward_hook(lambda module, args, output: tuples.append(isinstance(output, tuple)))
+        for block in blocks
+    ]
+    try:
+        model(tokens, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(tuples) != len(blocks):
+        raise UnsupportedModel(
+            f"{type(model).__name__} called its {len(blocks)} blocks {len(tuples)} times; once each is wanted."
+        )
+    return LanguageModel(model, stack, tuple(tuples))
+
+
+def load(folder: Path, *, trust_remote_code: bool = False) -> LanguageModel:
+    """The causal LM in a checkpoint folder, weights mapped in the dtype they are stored in, ready to replay.
+
+    Raises BadCheckpoint where configuration and weights do not belong together, UnsupportedModel where the
+    architecture is unknown, quantised, or cannot be replayed.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype="auto",
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, RuntimeError, OSError, TypeError, AttributeError) as error:
+        raise BadCheckpoint(f"transformers cannot load {folder}: {_first_line(error)}") from error
+    model, report = loaded
+    for what in ("missing_keys", "mismatched_keys"):
+        if report[what]:
+            names = sorted(str(key) for key in report[what])
+            raise BadCheckpoint(
+                f"{folder} does not hold the weights its config.json describes: {what.replace('_', ' ')} "
+                f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}."
+            )
+    return replayable(model.eval())
+
+
+def checkpoint_tensors(
+    language_model: LanguageModel, tensors: Mapping[str, Tensor], known: Container[str]
+) -> dict[str, Tensor]:
+    """Parameters by their name in the model, turned into the tensors by their name in the checkpoint.
+
+    transformers renames and re-stacks weights when it loads them (experts above all) and knows the way back;
+    `known` holds the names of the checkpoint. Raises UnsupportedModel for a name that it does not hold.
+    """
+    prefix = f"{language_model.model.base_model_prefix}."
+    stored: dict[str, Tensor] = {}
+    for name, tensor in revert_weight_conversion(language_model.model, dict(tensors)).items():
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in known:
+                stored[candidate] = tensor
+                break
+        else:
+            raise UnsupportedModel(f"The checkpoint has no tensor {name!r}, which the model was loaded from.")
+    return stored
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint folder. Raises UnsupportedModel or BadCheckpoint."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UnsupportedModel(
+            f"{folder}/config.json names no architecture that transformers knows: {_first_line(error)}"
+        ) from error
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModel(
+            f"{folder} is quantised (quantization_config in config.json). Prune the unquantised model instead."
+        )
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,59 @@
+"""What the words of an option mean, and what holds where none is given."""
+
+from pathlib import Path
+
+import torch
+
+from secateur.data import Windows
+from secateur.errors import UnknownName, UnsupportedModel
+from secateur.model import LanguageModel
+
+
+def default_length(language_model: LanguageModel) -> int:
+    """The window length where none is asked for: the smaller of 2048 and the model's context."""
+    config = language_model.model.config.get_text_config()
+    return min(2048, getattr(config, "max_position_embeddings", None) or 2048)
+
+
+def default_corpus(model: str | Path | None, corpus: str | None, otherwise: str) -> str:
+    """The corpus where none is asked for: the demo's own text for the demo model."""
+    return corpus or ("demo" if model is None else otherwise)
+
+
+def check_vocabulary(language_model: LanguageModel, windows: Windows) -> None:
+    """Raise UnsupportedModel where the tokenizer gives tokens that the model does not have."""
+    size = language_model.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    if windows.ids.max() >= size:
+        raise UnsupportedModel(
+            f"The tokenizer gives token {int(windows.ids.max())}, the model has {size}: they do not belong together."
+        )
+
+
+def find_devices(text: str) -> list[torch.device]:
+    """The devices that `text` names, separated by commas; `auto` is all GPUs, else the CPU. Raises UnknownName."""
+    if text == "auto":
+        count = torch.cuda.device_count()
+        return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
+    devices = []
+    for part in text.split(","):
+        known = ["cpu", "auto", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if part not in known and not (part == "cuda" and torch.cuda.is_available()):
+            raise UnknownName("device here", part, known)
+        devices.append(torch.device(part))
+    return devices
+
+
+def find_dtype(name: str) -> str:
+    """The name of a dtype for forward passes, checked. Raises UnknownName."""
+    names = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    names |= {full: full for full in ("float32", "bfloat16", "float16")}
+    if name not in names:
+        raise UnknownName("dtype", name, names)
+    return names[name]
+
+
+def forward_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of forward passes; None is as stored. `auto`: as stored, but float32 on the CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    return getattr(torch, name)

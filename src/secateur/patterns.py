@@ -1,0 +1,168 @@
+"""Which weights of a matrix may be removed together: sparsity patterns, and the masks they choose.
+
+A pattern turns scores `[out, in]` into a mask `[out, in]`, True where the weight is kept. Counts are exact,
+and among equal scores the weight at the lower position goes first, so a mask never depends on how a sort
+treats ties. `parse` reads what `str` writes.
+
+    50%              unstructured; the method chooses the comparison group it was published with
+    50% of row       unstructured, the same count in every output row
+    50% of matrix    unstructured, compared over the whole matrix
+    2:4              keep 2 of every 4 consecutive inputs (NVIDIA's meaning)
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from secateur.errors import BadPattern
+
+Group = Literal["row", "matrix"]
+
+
+class Pattern(Protocol):
+    """What a method asks of a sparsity pattern."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of sparsity, as tables show it."""
+        ...
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights removed."""
+        ...
+
+    @property
+    def chunk(self) -> int | None:
+        """How many consecutive inputs are decided together; None where any number will do."""
+        ...
+
+    def within(self, group: Group) -> Self:
+        """This pattern with the comparison group filled in where it was left open."""
+        ...
+
+    def columns(self, rows: int, start: int, stop: int) -> Self:
+        """The pattern that columns `start:stop` must hold so that the whole matrix holds this one exactly."""
+        ...
+
+    def check(self, shape: tuple[int, int], site: str) -> None:
+        """Raise BadPattern where a matrix `[out, in]` cannot hold this pattern."""
+        ...
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """The kept weights, bool `[out, in]`, for scores `[out, in]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Remove the `ratio` lowest-scored weights of each row, or of the whole matrix.
+
+    `round(ratio * n)` weights are removed from each group of n. Raises BadPattern unless 0 <= ratio < 1.
+    """
+
+    ratio: float
+    over: Group | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise BadPattern(f"Sparsity is the share removed, at least 0% and under 100%; found {100 * self.ratio:g}%.")
+
+    def __str__(self) -> str:
+        return f"{100 * self.ratio:.10g}%" + (f" of {self.over}" if self.over else "")
+
+    kind = "unstructured"
+    chunk = None
+
+    @property
+    def sparsity(self) -> float:
+        return self.ratio
+
+    def within(self, group: Group) -> "Unstructured":
+        return self if self.over else replace(self, over=group)
+
+    def columns(self, rows: int, start: int, stop: int) -> "Unstructured":
+        if self.over == "row":
+            rows = 1
+        removed = round(self.ratio * (rows * stop)) - round(self.ratio * (rows * start))
+        return replace(self, ratio=removed / (rows * (stop - start)))
+
+    def check(self, shape: tuple[int, int], site: str) -> None:
+        """Every matrix can hold it."""
+
+    def mask(self, scores: Tensor) -> Tensor:
+        if self.over is None:
+            raise AssertionError("the comparison group is open: call within() first")
+        flat = scores if self.over == "row" else scores.reshape(1, -1)
+        removed = round(self.ratio * flat.shape[1])
+        if removed == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        threshold = flat.kthvalue(removed, dim=1, keepdim=True).values
+        below = flat < threshold
+        equal = flat == threshold
+        missing = removed - below.sum(1, keepdim=True)
+        return ~(below | (equal & (equal.cumsum(1) <= missing))).view_as(scores)
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep `n` of every `m` consecutive inputs. Raises BadPattern unless 0 < n < m."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise BadPattern(f"N:M keeps N of every M inputs, 0 < N < M; found {self}.")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    kind = "semi-structured"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    @property
+    def chunk(self) -> int:
+        return self.m
+
+    def within(self, group: Group) -> "NM":
+        return self
+
+    def columns(self, rows: int, start: int, stop: int) -> "NM":
+        if start % self.m or stop % self.m:
+            raise AssertionError(f"columns {start}:{stop} cut a group of {self.m}")
+        return self
+
+    def check(self, shape: tuple[int, int], site: str) -> None:
+        if shape[1] % self.m:
+            raise BadPattern(
+                f"{self} needs inputs in groups of {self.m}; {site} has {shape[1]}. "
+                f"Leave it out with --skip '*{site.rsplit('.', 1)[-1]}' or use '{100 * self.sparsity:g}%'."
+            )
+
+    def mask(self, scores: Tensor) -> Tensor:
+        groups = scores.unflatten(1, (-1, self.m))  # [out, in / m, m]
+        position = torch.arange(self.m, device=scores.device)
+        ahead = torch.zeros_like(groups, dtype=torch.int16)  # how many of its group a weight gives way to
+        for other in range(self.m):
+            rival = groups[..., other : other + 1]
+            ahead += (rival > groups) | ((rival == groups) & (other > position))
+        return (ahead < self.n).view_as(scores)
+
+
+def parse(text: str) -> Pattern:
+    """The pattern that `text` names. Raises BadPattern for anything else."""
+    if found := re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip()):
+        return NM(int(found[1]), int(found[2]))
+    if found := re.fullmatch(r"(-?\d+(?:\.\d+)?)%(?: of (row|matrix))?", text.strip()):
+        over: Group | None = found[2]  # type: ignore[assignment]
+        return Unstructured(float(found[1]) / 100, over)
+    raise BadPattern(
+        f"{text!r} is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', or 'N:M' such as '2:4'."
+    )

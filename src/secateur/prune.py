@@ -1,0 +1,345 @@
+"""The program: a model and some text in, a pruned checkpoint and a record of what was done out.
+
+    tokens → hidden states entering block i → statistics per site → (weight, kept) per site
+           → the block's bytes in the result → hidden states entering block i+1 → …
+
+`prune` is the whole of it on disk; `prune_model` does the same to a model in memory; both are the loop
+`pruned_blocks` with something different done to each finished block.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.allocate import Plan, uniform
+from secateur.checkpoint import Checkpoint, open_checkpoint, output, refuse_output, resolve
+from secateur.data import Windows, calibration_windows, load_tokenizer
+from secateur.errors import NonFinite, UnsupportedModel
+from secateur.machine import versions
+from secateur.methods import Method, find_method
+from secateur.model import LanguageModel, Site, checkpoint_tensors, coverage, load, sites
+from secateur.options import (
+    check_vocabulary,
+    default_corpus,
+    default_length,
+    find_devices,
+    find_dtype,
+    forward_dtype,
+)
+from secateur.patterns import Pattern, parse
+from secateur.progress import PeakMemory, Progress
+from secateur.stats import Stats
+from secateur.stream import Seconds, Step, stream
+
+MINIMUM_COVERAGE = 0.95
+PROBE_TOKENS = 1024
+"""On how many calibration tokens, about, the output error of every site is measured."""
+LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token went through it"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one site. `pattern` is None where it was left dense, and `note` says why.
+
+    `output_error` is ‖(W − W') X‖² / ‖W X‖² on inputs X of about `PROBE_TOKENS` calibration tokens, those that
+    the pruned blocks before give; None where the site saw none of them.
+    """
+
+    site: str
+    shape: tuple[int, int]
+    pattern: str | None
+    sparsity: float
+    output_error: float | None
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """What a run did."""
+
+    method: str
+    pattern: str
+    kind: str
+    sparsity: float
+    coverage: float
+    sites: list[SiteReport]
+    seconds: Seconds
+    peak_bytes: int | None
+    calibration: dict[str, Any]
+    out: Path | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What a repeated run gives again, as JSON can hold it: no times, no memory, no place."""
+        values = asdict(self)
+        return {key: values[key] for key in values if key not in ("seconds", "peak_bytes", "out")}
+
+
+@dataclass
+class PrunedBlock:
+    """A finished block: the parameters that changed, by their name in the model, in the dtype they are stored in."""
+
+    index: int
+    tensors: dict[str, Tensor]
+    reports: list[SiteReport] = field(default_factory=list)
+
+
+def prune(
+    model: str | Path | None = None,
+    *,
+    out: str | Path,
+    method: str = "sparsegpt",
+    pattern: str = "50%",
+    calibration: str | None = None,
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    data_dir: str | Path | None = None,
+    overwrite: bool = False,
+    allow_low_coverage: bool = False,
+    trust_remote_code: bool = False,
+    command: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Prune a model and write the result to the folder `out`; returns the report that `pruning.json` holds.
+
+    `model` is a checkpoint folder, a hub name, or None for the embedded demo model. `pattern` is read by
+    `patterns.parse`; `method` is a key of `METHODS`. `device` may list several, separated by commas. `dtype` is
+    that of the forward passes (`auto`: float32 on the CPU, else as stored); statistics and solving are float32,
+    the result has the dtype of the source. Raises SecateurError in all its kinds; then `out` is untouched.
+    """
+    progress = progress or Progress()
+    # Whatever can be refused is refused before the model is touched.
+    find_method(method)
+    parse(pattern)
+    find_devices(device)
+    find_dtype(dtype)
+    refuse_output(Path(out), overwrite=overwrite)
+    folder = resolve(model)
+    source = open_checkpoint(folder)
+    progress.begin(f"loading {model or 'the demo model'}")
+    language_model = load(folder, trust_remote_code=trust_remote_code)
+    windows = calibration_windows(
+        load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        default_corpus(model, calibration, "c4"),
+        samples=samples,
+        length=seq_len or default_length(language_model),
+        seed=seed,
+        data_dir=Path(data_dir) if data_dir else None,
+    )
+    report = prune_checkpoint(
+        source, language_model, windows, Path(out), method=method, pattern=pattern, skip=skip, device=device,
+        dtype=dtype, batch_size=batch_size, overwrite=overwrite, allow_low_coverage=allow_low_coverage,
+        command=command, progress=progress,
+    )  # fmt: skip
+    progress.end()
+    return report
+
+
+def prune_checkpoint(
+    source: Checkpoint,
+    language_model: LanguageModel,
+    windows: Windows,
+    out: Path,
+    *,
+    method: str,
+    pattern: str,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    overwrite: bool = False,
+    allow_low_coverage: bool = False,
+    command: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """`prune` for a model that is loaded from `source` already and calibration windows that are drawn already."""
+    progress, wanted = progress or Progress(), parse(pattern)
+    check_vocabulary(language_model, windows)
+    plan = uniform(site_shapes(language_model), wanted, skip)
+    report = _report(language_model, method, wanted, windows, allow_low_coverage)
+    with output(source, out, overwrite=overwrite) as result, PeakMemory() as peak:
+        progress.begin(f"pruning with {method} to {pattern}")
+        blocks = pruned_blocks(
+            language_model, windows.ids, find_method(method), plan, devices=find_devices(device),
+            dtype=find_dtype(dtype), batch_size=batch_size, seconds=report.seconds, progress=progress,
+        )  # fmt: skip
+        for block in blocks:
+            _check_source(source, language_model, list(block.tensors))
+            result.write(checkpoint_tensors(language_model, block.tensors, source.places))
+            report.sites += block.reports
+        report.sparsity, report.peak_bytes, report.out = _total_sparsity(report.sites), peak.bytes, out
+        result.finish(
+            {
+                "schema": "secateur.pruning/1",
+                "model": str(source.folder),
+                "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+                "versions": versions(),
+                **report.record(),
+                "options": {"dtype": dtype, "batch_size": batch_size, "skip": list(skip)},
+            }
+        )
+    return report
+
+
+def _check_source(source: Checkpoint, language_model: LanguageModel, names: Sequence[str]) -> None:
+    """Raise UnsupportedModel unless the parameters, turned back, are the bytes that the source holds."""
+    loaded = {name: language_model.model.get_parameter(name).data for name in names}
+    for name, tensor in checkpoint_tensors(language_model, loaded, source.places).items():
+        if not torch.equal(source.tensor(name).to(tensor.dtype), tensor):
+            raise UnsupportedModel(f"{name} in {source.folder} is not what the model was loaded with.")
+
+
+def prune_model(
+    language_model: LanguageModel,
+    windows: Windows,
+    *,
+    method: str = "sparsegpt",
+    pattern: str = "50%",
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    allow_low_coverage: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Prune a model in memory, in place; arguments as for `prune`. Nothing is written to disk."""
+    wanted = parse(pattern)
+    plan = uniform(site_shapes(language_model), wanted, skip)
+    report = _report(language_model, method, wanted, windows, allow_low_coverage)
+    with PeakMemory() as peak:
+        for block in pruned_blocks(
+            language_model, windows.ids, find_method(method), plan, devices=find_devices(device),
+            dtype=find_dtype(dtype), batch_size=batch_size, seconds=report.seconds, progress=progress or Progress(),
+        ):  # fmt: skip
+            for name, tensor in block.tensors.items():
+                language_model.model.get_parameter(name).data.copy_(tensor)
+            report.sites += block.reports
+    report.sparsity, report.peak_bytes = _total_sparsity(report.sites), peak.bytes
+    return report
+
+
+def pruned_blocks(
+    language_model: LanguageModel,
+    tokens: Tensor,
+    method: Method,
+    plan: Plan,
+    *,
+    devices: Sequence[torch.device],
+    dtype: str,
+    batch_size: int,
+    seconds: Seconds,
+    progress: Progress,
+) -> Iterator[PrunedBlock]:
+    """Every block in order, pruned by `method` after `plan` on calibration tokens `[samples, length]`."""
+    count = len(language_model.blocks)
+    if not method.need:
+        tokens = tokens[:batch_size]  # enough for the probe on which errors are measured
+    steps = stream(
+        language_model, tokens, devices=devices, dtype=forward_dtype(dtype, devices[0]),
+        batch_size=batch_size, seconds=seconds,
+    )  # fmt: skip
+    for step in steps:
+        progress.advance(f"{step.name} inputs", step.index, count)
+        original = sites(language_model.blocks[step.index])
+        _refuse_non_finite(step, original)
+        stats, probes = step.observe(method.need, PROBE_TOKENS)
+        block = PrunedBlock(step.index, {})
+        started = perf_counter()
+        for name, site in step.sites.items():
+            full_name = f"{step.name}.{name}"
+            progress.advance(full_name, step.index, count)
+            pattern = plan.get(full_name)
+            if pattern is None or (method.need and name not in stats):
+                note = LEFT_OUT if pattern is None else UNSEEN
+                block.reports.append(_left_dense(full_name, site, note))
+                continue
+            seen = stats.get(name, Stats(0, {}))
+            stored_dtype = original[name].stored.dtype
+            report = prune_site(full_name, site, stored_dtype, method, seen, pattern, probes.get(name))
+            block.reports.append(report)
+            parameter = step.block.get_parameter(site.parameter).data
+            block.tensors[f"{step.name}.{site.parameter}"] = parameter.to("cpu", stored_dtype)
+        seconds.solve += perf_counter() - started
+        yield block
+    progress.advance("done", count, count)
+
+
+def prune_site(
+    name: str,
+    site: Site,
+    stored_dtype: torch.dtype,
+    method: Method,
+    stats: Stats,
+    pattern: Pattern,
+    probe: Tensor | None,
+) -> SiteReport:
+    """Prune one site in place, with the values that the stored dtype can hold. Raises NonFinite."""
+    dense = site.weight.to(torch.float32, copy=True)
+    pruned = method.prune(dense, stats, pattern.within(method.group))
+    stored = pruned.weight.to(stored_dtype)
+    if not stored.isfinite().all():
+        raise NonFinite(f"The pruned weights of {name} do not fit {stored_dtype}. Use another method, or --skip it.")
+    site.put(stored)
+    error = None
+    if probe is not None:
+        probe = probe.to(dense.device)
+        change = (probe @ (dense - stored.float()).T).square().sum()
+        error = (change / (probe @ dense.T).square().sum().clamp_min(1e-30)).item()
+    zeros = (stored == 0).sum().item() / stored.numel()
+    rows, columns = dense.shape
+    return SiteReport(name, (rows, columns), str(pattern), zeros, error, pruned.note)
+
+
+def site_shapes(language_model: LanguageModel) -> dict[str, tuple[int, int]]:
+    """`[out, in]` of every site by full name."""
+    return {
+        f"{language_model.block_name(index)}.{name}": (site.weight.shape[0], site.weight.shape[1])
+        for index, block in enumerate(language_model.blocks)
+        for name, site in sites(block).items()
+    }
+
+
+def _report(
+    language_model: LanguageModel, method: str, pattern: Pattern, windows: Windows, allow_low_coverage: bool
+) -> Report:
+    """The report of a run that is about to start. Raises UnsupportedModel for too low a coverage."""
+    counts = [coverage(block) for block in language_model.blocks]
+    share = sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
+    if share < MINIMUM_COVERAGE and not allow_low_coverage:
+        raise UnsupportedModel(
+            f"Only {share:.1%} of the block weights of {type(language_model.model).__name__} are prunable matrices; "
+            f"{MINIMUM_COVERAGE:.0%} are wanted, since {pattern} of those would be less of the model than it says. "
+            "Allow it with --allow-low-coverage."
+        )
+    return Report(method, str(pattern), pattern.kind, 0.0, share, [], Seconds(), None, windows.fingerprint())
+
+
+def _left_dense(name: str, site: Site, note: str) -> SiteReport:
+    zeros = (site.weight == 0).sum().item() / site.weight.numel()
+    rows, columns = site.weight.shape
+    return SiteReport(name, (rows, columns), None, zeros, None, note)
+
+
+def _total_sparsity(reports: Sequence[SiteReport]) -> float:
+    """The share of zeros over all sites, by weights."""
+    sizes = [rows * columns for rows, columns in (report.shape for report in reports)]
+    zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
+    return zeros / max(sum(sizes), 1)
+
+
+def _refuse_non_finite(step: Step, original: dict[str, Site]) -> None:
+    for name, site in original.items():
+        if not site.stored.isfinite().all():
+            raise NonFinite(f"The weights of {step.name}.{name} hold NaN or Inf. Fetch the checkpoint again.")

@@ -1,0 +1,105 @@
+"""Results as people read them: a table on the terminal and a Markdown page.
+
+There is no column for speed: none is shown until it is measured.
+"""
+
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from secateur.results import Results, Row
+
+COLUMNS = (
+    "method", "pattern", "kind", "sparsity", "perplexity", "difference [95 % interval]", "rank", "KL",
+    "top-1", "seconds", "peak memory", "on disk",
+)  # fmt: skip
+NARROW = ("method", "pattern", "kind", "perplexity", "difference [95 % interval]", "rank")
+"""The columns that fit a terminal of 80 characters."""
+WIDE_CHARACTERS = 150
+
+
+def cells(row: Row) -> dict[str, str]:
+    """One row of the table, by column."""
+    dense = row.kind == "dense"
+    low, high = row.delta_interval
+    seconds = "-" if dense else " + ".join(f"{row.seconds[k]:.1f}" for k in ("forward", "statistics", "solve"))
+    values = [
+        row.method,
+        row.pattern,
+        row.kind,
+        f"{row.sparsity:.2%}",
+        f"{row.perplexity:.4g}",
+        "-" if dense else f"{row.delta:+.4g} [{low:.4g}, {high:.4g}]",
+        row.rank or "-",
+        f"{row.kl:.4f}",
+        f"{row.top1_agreement:.1%}",
+        seconds,
+        "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB",
+        f"{row.disk_bytes / 2**20:.1f} MiB",
+    ]
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def table(results: Results, characters: int) -> Table:
+    """The comparison as a table for a terminal that wide; a narrow one gets `NARROW` alone."""
+    columns = COLUMNS if characters >= WIDE_CHARACTERS else NARROW
+    shown = Table(title=escape(_title(results)), caption=_caption(results), box=SIMPLE_HEAD)
+    for column in columns:
+        shown.add_column(escape(column), justify="left" if column in NARROW[:3] else "right")
+    for before, row in zip([None, *results.rows], results.rows, strict=False):
+        if before and before.pattern != row.pattern:
+            shown.add_section()
+        shown.add_row(*(escape(cells(row)[column]) for column in columns))
+    return shown
+
+
+def markdown(results: Results) -> str:
+    """The comparison as a Markdown page with its conditions."""
+    calibration, evaluation = results.calibration, results.evaluation
+    lines = [
+        f"# {_escape(_title(results))}",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+        *("| " + " | ".join(_escape(cell) for cell in cells(row).values()) + " |" for row in results.rows),
+        "",
+        _caption(results),
+        "",
+        "## Conditions",
+        "",
+        f"* model: {_escape(results.model['name'])}, {results.model['parameters']:,} parameters",
+        f"* calibration: {_escape(calibration['source'])} ({calibration['split']}), {calibration['samples']} samples "
+        f"of {calibration['length']} tokens, seed {calibration['seed']}, sha256 {calibration['sha256'][:16]}…",
+        f"* evaluation: {_escape(evaluation['source'])} ({evaluation['split']}), {evaluation['samples']} windows of "
+        f"{evaluation['length']} tokens, sha256 {evaluation['sha256'][:16]}…",
+        "* machine: " + ", ".join(f"{key} {value}" for key, value in results.machine.items()),
+        "* versions: " + ", ".join(f"{key} {value}" for key, value in results.versions.items()),
+        f"* command: `{' '.join(results.command)}`",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(results: Results, out: Path) -> None:
+    """Write `report.md`."""
+    (out / "report.md").write_text(markdown(results), encoding="utf-8")
+
+
+def _title(results: Results) -> str:
+    name = Path(results.model["name"]).name
+    return f"{name}: perplexity on {results.evaluation['source']} at {results.evaluation['length']} tokens"
+
+
+def _caption(results: Results) -> str:
+    return (
+        "Sparsity: share of zeros in the pruned matrices. Difference: perplexity minus dense, paired bootstrap over "
+        "windows. Rank: by perplexity within one pattern; rows whose paired difference may be zero are a tie. KL: dense "
+        "against pruned, nats a token. Seconds: forward passes + statistics + solving. No speed was measured here, and "
+        "zeros alone give none."
+    )
+
+
+def _escape(text: str) -> str:
+    """Text from outside as Markdown shows it literally."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>|" else c for c in text.replace("\n", " "))

@@ -1,0 +1,51 @@
+"""What is remembered of a site's inputs: sums over tokens, so that parts of the work merge exactly.
+
+Batches, devices, ranks and resumed runs each see some tokens; adding what they saw gives what one run
+over all tokens would have seen. Every token weighs the same, whatever sequence it came from.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Value = TypeVar("Value")
+
+STATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "square": lambda x: x.square().sum(0, dtype=torch.float64),  # [in]
+    "gram": lambda x: x.T @ x,  # [in, in]
+}
+"""Each statistic: x [tokens, in] float32 → a tensor that adds over tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """Sums over the tokens that a site saw. `derived` keeps what was computed from them once."""
+
+    tokens: int
+    sums: Mapping[str, Tensor]
+    derived: dict[object, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, x: Tensor, need: Iterable[str]) -> "Stats":
+        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype."""
+        x = x.float()
+        return cls(len(x), {name: STATS[name](x) for name in need})
+
+    def __add__(self, other: "Stats") -> "Stats":
+        return Stats(
+            self.tokens + other.tokens,
+            {name: total + other.sums[name].to(total.device) for name, total in self.sums.items()},
+        )
+
+    def mean(self, name: str) -> Tensor:
+        """A statistic divided by the number of tokens, float32."""
+        return (self.sums[name] / self.tokens).float()
+
+    def once(self, key: object, compute: Callable[[], Value]) -> Value:
+        """`compute()`, evaluated once for these statistics and shared by all sites that have them."""
+        if key not in self.derived:
+            self.derived[key] = compute()
+        return self.derived[key]

@@ -1,0 +1,246 @@
+"""The blocks in order, each with its calibration inputs: data only moves forward.
+
+`stream` records what enters block 0, then yields one `Step` per block. While a step is open its user reads
+statistics of the block's inputs and writes new weights into the working copy; asking for the next step runs
+the changed block, so the inputs of block i+1 come from the pruned block i, and overwrites the hidden states.
+
+The work is split over `devices` by batches: every device has a replica of the current block and its share of
+the batches. Statistics are sums, so the shares merge exactly; they are added in the order of the devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import NonFinite, UnsupportedModel
+from secateur.model import (
+    Call,
+    LanguageModel,
+    Shell,
+    Site,
+    recorded_inputs,
+    run_block,
+    sites,
+    working_copy,
+)
+from secateur.stats import Stats
+
+
+@dataclass
+class Seconds:
+    """Where the time of a run goes, in seconds; concurrent devices add up."""
+
+    forward: float = 0.0
+    statistics: float = 0.0
+    solve: float = 0.0
+
+
+@dataclass
+class Step:
+    """One block with its calibration inputs. `block` is a working copy; `sites` are views of its weights."""
+
+    index: int
+    name: str
+    block: nn.Module
+    sites: dict[str, Site]
+    seconds: Seconds
+    _observe: Callable[[Iterable[str], int], tuple[dict[str, Stats], dict[str, Tensor]]] = field(repr=False)
+
+    @torch.no_grad()
+    def observe(self, need: Iterable[str], probe: int) -> tuple[dict[str, Stats], dict[str, Tensor]]:
+        """The statistics `need` by site, and some inputs `[tokens, in]` of each site to measure errors on.
+
+        The probe takes evenly spaced tokens of the first batch, about `probe` of them. Sites that share an
+        input share one Stats. A site that saw no token is missing from both. Raises NonFinite.
+        """
+        return self._observe(need, probe)
+
+
+@torch.no_grad()
+def stream(
+    language_model: LanguageModel,
+    tokens: Tensor,
+    *,
+    devices: Sequence[torch.device],
+    dtype: torch.dtype | None,
+    batch_size: int,
+    seconds: Seconds | None = None,
+) -> Iterator[Step]:
+    """The blocks in order with the inputs that `tokens` `[samples, length]` give them."""
+    run = _Run(language_model, list(tokens.split(batch_size)), devices, dtype, seconds or Seconds())
+    for index in range(len(language_model.blocks)):
+        yield run.open(index)
+        if index + 1 < len(language_model.blocks):
+            run.advance(index)
+
+
+@torch.no_grad()
+def final_hidden(
+    language_model: LanguageModel, shell: Shell, tokens: Tensor, dtype: torch.dtype | None, batch_size: int
+) -> Tensor:
+    """What the last block returns for tokens `[samples, length]`: `[samples, length, hidden]`, on the CPU."""
+    run = _Run(language_model, list(tokens.split(batch_size)), [shell.device], dtype, Seconds(), shell)
+    for index in range(len(language_model.blocks)):
+        run.open(index)
+        run.advance(index)
+    return torch.cat([hidden.cpu() for hidden in run.hidden])
+
+
+class _Run:
+    """The state of one pass over the blocks: hidden states, recorded calls, replicas of the current block."""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        batches: list[Tensor],
+        devices: Sequence[torch.device],
+        dtype: torch.dtype | None,
+        seconds: Seconds,
+        shell: Shell | None = None,
+    ) -> None:
+        self.language_model, self.devices, self.dtype = language_model, devices, dtype
+        self.seconds = seconds
+        self.hidden: list[Tensor] = []
+        self.calls: list[list[Call]] = []
+        self.replicas: list[nn.Module] = []
+        shell = shell or Shell(language_model, devices[0], dtype, head=False)
+        started = perf_counter()
+        for number, batch in enumerate(batches):
+            hidden, calls = shell.enter(batch)
+            device = devices[number % len(devices)]
+            self.hidden.append(hidden.to(device))
+            self.calls.append(calls if not number or not _same(calls, self.calls[0]) else self.calls[0])
+        self.seconds.forward += perf_counter() - started
+
+    def open(self, index: int) -> Step:
+        original = self.language_model.blocks[index]
+        self.replicas = [working_copy(original, device, self.dtype) for device in self.devices]
+        block = self.replicas[0]
+        name = self.language_model.block_name(index)
+        return Step(index, name, block, sites(block), self.seconds, lambda *a: self.observe(index, *a))
+
+    def advance(self, index: int) -> None:
+        """Run the block over all batches; its outputs replace its inputs."""
+        state = self.replicas[0].state_dict()
+        for replica in self.replicas[1:]:
+            replica.load_state_dict(state)
+
+        def forward(share: int) -> None:
+            for number in range(share, len(self.hidden), len(self.devices)):
+                self.hidden[number] = self.forward(index, share, number)
+
+        started = perf_counter()
+        self.each(forward)
+        self.seconds.forward += perf_counter() - started
+
+    def forward(self, index: int, share: int, number: int) -> Tensor:
+        return run_block(self.replicas[share], self.hidden[number], self.calls[number][index])
+
+    def each(self, work: Callable[[int], Any]) -> list[Any]:
+        """`work(share)` for every device at once; the results in device order."""
+        if len(self.devices) == 1:
+            return [work(0)]
+        with ThreadPoolExecutor(len(self.devices)) as pool:
+            return list(pool.map(torch.no_grad()(work), range(len(self.devices))))
+
+    def observe(self, index: int, need: Iterable[str], probe: int) -> tuple[dict[str, Stats], dict[str, Tensor]]:
+        """One forward of the block in which the inputs of its sites are seen."""
+        need = tuple(need)
+        watches = [_Watch(need) for _ in self.devices]
+
+        def forward(share: int) -> None:
+            watch = watches[share]
+            with recorded_inputs(self.replicas[share], watch.see):
+                for number in range(share, len(self.hidden), len(self.devices)):
+                    watch.next_batch(probe if number == 0 else 0)
+                    self.forward(index, share, number)
+
+        started = perf_counter()
+        # Without statistics to gather, the first batch is enough for the probe.
+        if need:
+            self.each(forward)
+        else:
+            with recorded_inputs(self.replicas[0], watches[0].see):
+                watches[0].next_batch(probe)
+                self.forward(index, 0, 0)
+        statistics = sum(watch.seconds for watch in watches)
+        self.seconds.forward += perf_counter() - started - statistics
+        self.seconds.statistics += statistics
+        total, shared = dict(watches[0].stats), dict(watches[0].shared)
+        for watch in watches[1:]:
+            shared |= watch.shared
+            for name, stats in watch.stats.items():
+                total[name] = total[name] + stats if name in total else stats
+        _refuse_non_finite(self.language_model.block_name(index), total, watches[0].probes)
+        return (
+            {name: total[first] for name, first in shared.items() if first in total},
+            {name: watches[0].probes[first] for name, first in shared.items() if first in watches[0].probes},
+        )
+
+
+class _Watch:
+    """Sees the inputs of sites on one device: one set of sums for all sites that read the same tensor.
+
+    Sharing is observed, not declared: within a batch, a site whose input is a tensor already seen belongs to
+    the site that saw it first. The tensors of a batch are held until the next, so that no identity is reused.
+    """
+
+    def __init__(self, need: tuple[str, ...]) -> None:
+        self.need = need
+        self.stats: dict[str, Stats] = {}
+        self.probes: dict[str, Tensor] = {}
+        self.shared: dict[str, str] = {}
+        self.seconds = 0.0
+        self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
+        self._probe = 0
+
+    def next_batch(self, probe: int) -> None:
+        self._seen.clear()
+        self._probe = probe
+
+    def see(self, name: str, x: Tensor) -> None:
+        started = perf_counter()
+        first, _ = self._seen.setdefault((id(x), x._version), (name, x))
+        if self.shared.setdefault(name, first) != first:
+            raise UnsupportedModel(f"{name} shares its input with other sites in one batch and not in the next.")
+        if first == name:
+            x = x.reshape(-1, x.shape[-1])
+            if self.need and len(x):
+                stats = Stats.of(x, self.need)
+                self.stats[name] = self.stats[name] + stats if name in self.stats else stats
+            if self._probe and len(x):
+                kept = x[:: -(-len(x) // self._probe)].float()
+                self.probes[name] = torch.cat([self.probes[name], kept]) if name in self.probes else kept
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        self.seconds += perf_counter() - started
+
+
+def _refuse_non_finite(block: str, stats: dict[str, Stats], probes: dict[str, Tensor]) -> None:
+    for name, tensor in (
+        *((name, tensor) for name, found in stats.items() for tensor in found.sums.values()),
+        *probes.items(),
+    ):
+        if not tensor.isfinite().all():
+            raise NonFinite(
+                f"NaN or Inf in the activations that enter {block}.{name}. The model overflows on this text in "
+                "this dtype; try --dtype float32, and check the checkpoint with 'secateur inspect'."
+            )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two recorded calls are equal, tensors by value."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, (tuple, list)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return a is b or (isinstance(a, (str, int, float, bool)) and a == b)
