@@ -22,19 +22,24 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from secateur import demo
 
 VOCABULARY, CONTEXT, END = 4096, 512, "<|endoftext|>"
-CONFIG = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=192,
-    intermediate_size=512,
-    num_hidden_layers=6,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=CONTEXT,
-    tie_word_embeddings=True,
-    rms_norm_eps=1e-5,
-    bos_token_id=0,
-    eos_token_id=0,
-)
+
+
+def new_model() -> LlamaForCausalLM:
+    """The untrained model: six blocks, grouped-query attention with three heads on each key/value head."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -86,7 +91,7 @@ def train(out: Path, steps: int, batch: int, peak: float, every: int) -> None:
     print(f"training tokens {len(text):,}  held-out tokens {len(held_out):,}", flush=True)
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    model = new_model()
     print(f"parameters {model.num_parameters():,}", flush=True)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
@@ -141,9 +146,9 @@ def train(out: Path, steps: int, batch: int, peak: float, every: int) -> None:
 
 def export(out: Path, folder: Path) -> None:
     """Write the last state as the package's model folder, in bf16."""
-    model = LlamaForCausalLM(LlamaConfig(**CONFIG))
+    model = new_model()
     model.load_state_dict(torch.load(out / "state.pt")["model"])
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(out / "tokenizer").save_pretrained(folder)
 
 

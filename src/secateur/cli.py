@@ -115,7 +115,7 @@ def prune(
         f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of {len(report.sites)} sites are zero "
         f"(coverage {report.coverage:.1%} of the block weights)."
     )
-    if errors:
+    if worst and errors:
         console.print(
             f"Relative output error: mean {sum(errors) / len(errors):.4f}, most at {escape(worst.site)} "
             f"({worst.output_error:.4f})."
@@ -166,8 +166,9 @@ def evaluate(
     if found.delta is not None and found.delta_interval is not None:
         low, high = found.delta_interval
         console.print(
-            f"Dense {found.dense_perplexity:.4f}, difference {found.delta:+.4f} (95 % interval {low:+.4f} to {high:+.4f}), "
-            f"KL {found.kl:.4f} nats, the same top token {found.top1_agreement:.1%} of the time."
+            f"Dense {found.dense_perplexity:.4f}, difference {found.delta:+.4f} "
+            f"(95 % interval {low:+.4f} to {high:+.4f}), KL {found.kl:.4f} nats, "
+            f"the same top token {found.top1_agreement:.1%} of the time."
         )
     return None
 

@@ -61,15 +61,19 @@ class Pattern(Protocol):
 class Unstructured:
     """Remove the `ratio` lowest-scored weights of each row, or of the whole matrix.
 
-    `round(ratio * n)` weights are removed from each group of n. Raises BadPattern unless 0 <= ratio < 1.
+    `round(ratio * n)` weights are removed from each group of n. A whole matrix keeps something (`check`); a few of
+    its columns (`columns`) may lose everything. Raises BadPattern unless 0 <= ratio <= 1.
     """
 
     ratio: float
     over: Group | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ratio < 1:
-            raise BadPattern(f"Sparsity is the share removed, at least 0% and under 100%; found {100 * self.ratio:g}%.")
+        if not 0 <= self.ratio <= 1:
+            raise self._out_of_range()
+
+    def _out_of_range(self) -> BadPattern:
+        return BadPattern(f"Sparsity is the share removed, at least 0% and under 100%; found {100 * self.ratio:g}%.")
 
     def __str__(self) -> str:
         return f"{100 * self.ratio:.10g}%" + (f" of {self.over}" if self.over else "")
@@ -91,7 +95,8 @@ class Unstructured:
         return replace(self, ratio=removed / (rows * (stop - start)))
 
     def check(self, shape: tuple[int, int], site: str) -> None:
-        """Every matrix can hold it."""
+        if self.ratio == 1:
+            raise self._out_of_range()
 
     def mask(self, scores: Tensor) -> Tensor:
         if self.over is None:
@@ -162,7 +167,9 @@ def parse(text: str) -> Pattern:
         return NM(int(found[1]), int(found[2]))
     if found := re.fullmatch(r"(-?\d+(?:\.\d+)?)%(?: of (row|matrix))?", text.strip()):
         over: Group | None = found[2]  # type: ignore[assignment]
-        return Unstructured(float(found[1]) / 100, over)
+        pattern = Unstructured(float(found[1]) / 100, over)
+        pattern.check((1, 1), text)
+        return pattern
     raise BadPattern(
         f"{text!r} is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', or 'N:M' such as '2:4'."
     )

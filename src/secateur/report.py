@@ -94,9 +94,9 @@ def _title(results: Results) -> str:
 def _caption(results: Results) -> str:
     return (
         "Sparsity: share of zeros in the pruned matrices. Difference: perplexity minus dense, paired bootstrap over "
-        "windows. Rank: by perplexity within one pattern; rows whose paired difference may be zero are a tie. KL: dense "
-        "against pruned, nats a token. Seconds: forward passes + statistics + solving. No speed was measured here, and "
-        "zeros alone give none."
+        "windows. Rank: by perplexity within one pattern; rows whose paired difference may be zero are a tie. "
+        "KL: dense against pruned, nats a token. Seconds: forward passes + statistics + solving. "
+        "No speed was measured here, and zeros alone give none."
     )
 
 

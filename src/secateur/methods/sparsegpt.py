@@ -41,7 +41,7 @@ def _factor(stats: Stats, damping: float) -> tuple[Tensor, float]:
     for raised in (damping, 10 * damping, 100 * damping, 1000 * damping):
         try:
             return inverse_factor(gram, raised), raised
-        except RuntimeError:  # torch.linalg.LinAlgError is one; nothing else here raises it
+        except RuntimeError:  # what torch.linalg.cholesky raises, LinAlgError, is one
             continue
     raise NotSolved(
         f"The input statistics of {len(gram)} channels over {stats.tokens} tokens are not positive definite, "
@@ -53,8 +53,9 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """U `[in, in]` float32, upper triangular, with Uᵀ U = (H + damping · mean(diag H) · I)⁻¹.
 
     The mean is over inputs that were not always zero, and the others get it for their diagonal, so the scale of
-    H does not matter. Raises torch.linalg.LinAlgError where H is not positive definite. With J the reversal of order, J H J = L Lᵀ gives H = A Aᵀ for the upper triangular A = J L J,
-    so U = A⁻¹: one factorisation and one triangular inverse.
+    H does not matter. Raises torch.linalg.LinAlgError where H is not positive definite. With J the reversal of
+    order, J H J = L Lᵀ gives H = A Aᵀ for the upper triangular A = J L J, so U = A⁻¹: one factorisation and one
+    triangular inverse.
     """
     damped = gram.clone()
     diagonal = damped.diagonal()

@@ -1,0 +1,30 @@
+# Each target does all its own set-up. Needed: Python ≥ 3.11, make and a package registry.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check train clean
+
+demo: .venv/ready  ## compare magnitude, Wanda and SparseGPT on the embedded model
+	$(BIN)/secateur compare --methods magnitude,wanda,sparsegpt --patterns 50%,2:4 --out out/demo
+
+test: .venv/ready  ## every test; those that need ../shared/data skip where it is missing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: .venv/ready  ## format, lint, types
+	$(BIN)/ruff format --check src tests bench
+	$(BIN)/ruff check src tests bench
+	$(BIN)/pyright
+
+train: .venv/ready  ## train the embedded model again (hours on two cores); the same command resumes
+	$(BIN)/python bench/train_demo.py --out out/train
+	$(BIN)/python bench/train_demo.py --out out/train --export
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv out

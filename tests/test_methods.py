@@ -1,0 +1,185 @@
+"""Every method of the table through the same tests, and each against its slow reference."""
+
+import numpy as np
+import pytest
+import torch
+from reference.magnitude import magnitude
+from reference.masks import n_of_m, unstructured
+from reference.sparsegpt import sparsegpt
+from reference.wanda import wanda
+
+from secateur.errors import NotSolved
+from secateur.methods import METHODS
+from secateur.methods.sparsegpt import inverse_factor
+from secateur.patterns import NM, Pattern, Unstructured, parse
+from secateur.stats import STATS, Stats
+
+PATTERNS = ["0%", "50%", "30% of row", "61.8% of matrix", "99%", "2:4", "4:8", "1:3", "3:4"]
+ROWS, COLUMNS = 24, 264  # divisible by 2, 3, 4, 8, and more than two blocks of 128 columns
+
+
+def layer(seed: int = 0, rows: int = ROWS, columns: int = COLUMNS, tokens: int = 900):
+    """A weight and correlated inputs of unequal scale, float32."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=draw)
+    mix = torch.randn(columns, columns, generator=draw) / columns**0.5 + torch.eye(columns)
+    scale = torch.randn(columns, generator=draw).exp()
+    return weight, torch.randn(tokens, columns, generator=draw) @ mix * scale
+
+
+def mask_rule(pattern: Pattern):
+    """The reference's rule for a pattern."""
+    if isinstance(pattern, NM):
+        return lambda scores: n_of_m(scores, pattern.n, pattern.m)
+    assert isinstance(pattern, Unstructured)
+    return lambda scores: unstructured(scores, pattern.ratio, pattern.over)
+
+
+def run(name: str, pattern: str, weight: torch.Tensor, x: torch.Tensor):
+    method = METHODS[name]
+    return method.prune(weight, Stats.of(x, method.need), parse(pattern).within(method.group))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", METHODS)
+class TestEveryMethod:
+    def test_counts_are_exact_and_zeros_positive(self, name, pattern):
+        weight, x = layer()
+        pruned = run(name, pattern, weight, x)
+        resolved = parse(pattern).within(METHODS[name].group)
+        assert (~pruned.kept).sum() == round(resolved.sparsity * weight.numel()) or resolved.over == "row"
+        if isinstance(resolved, NM):
+            assert (pruned.kept.unflatten(1, (-1, resolved.m)).sum(-1) == resolved.n).all()
+        elif resolved.over == "row":
+            assert ((~pruned.kept).sum(1) == round(resolved.ratio * COLUMNS)).all()
+        assert (pruned.weight[~pruned.kept] == 0).all()
+        assert not pruned.weight[~pruned.kept].signbit().any()
+
+    def test_types_shapes_and_inputs_left_alone(self, name, pattern):
+        weight, x = layer()
+        before, stats = weight.clone(), Stats.of(x, METHODS[name].need)
+        sums = {key: value.clone() for key, value in stats.sums.items()}
+        pruned = METHODS[name].prune(weight, stats, parse(pattern).within(METHODS[name].group))
+        assert pruned.weight.dtype == torch.float32
+        assert pruned.kept.dtype == torch.bool
+        assert pruned.weight.shape == pruned.kept.shape == weight.shape
+        assert torch.equal(weight, before)
+        assert all(torch.equal(stats.sums[key], sums[key]) for key in sums)
+        assert METHODS[name].need <= STATS.keys()
+
+    def test_the_same_twice(self, name, pattern):
+        weight, x = layer()
+        first, second = run(name, pattern, weight, x), run(name, pattern, weight.clone(), x.clone())
+        assert torch.equal(first.weight, second.weight)
+        assert torch.equal(first.kept, second.kept)
+
+    def test_its_own_output_is_left_as_it_is(self, name, pattern):
+        weight, x = layer()
+        once = run(name, pattern, weight, x)
+        twice = run(name, pattern, once.weight, x)
+        assert torch.equal(once.weight, twice.weight)
+
+    def test_a_transposed_view_gives_the_same(self, name, pattern):
+        weight, x = layer()
+        stored = weight.T.contiguous()  # as Conv1D stores it
+        assert torch.equal(run(name, pattern, weight, x).weight, run(name, pattern, stored.T, x).weight)
+
+    def test_statistics_merged_from_uneven_parts_give_the_same_mask(self, name, pattern):
+        weight, x = layer()
+        method = METHODS[name]
+        whole = Stats.of(x, method.need)
+        parts = [Stats.of(part, method.need) for part in x.split([1, 500, 100, 299])]
+        merged = sum(parts[1:], parts[0])
+        assert merged.tokens == whole.tokens
+        resolved = parse(pattern).within(method.group)
+        first, second = method.prune(weight, whole, resolved), method.prune(weight, merged, resolved)
+        assert (first.kept != second.kept).float().mean() <= 0.0005
+        assert torch.allclose(first.weight, second.weight, rtol=1e-3, atol=1e-3) or name == "sparsegpt"
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_magnitude_equals_its_reference(pattern):
+    weight, x = layer()
+    resolved = parse(pattern).within("matrix")
+    expected, kept = magnitude(weight.numpy(), mask_rule(resolved))
+    pruned = run("magnitude", pattern, weight, x)
+    assert (pruned.kept.numpy() == kept).all()
+    assert (pruned.weight.numpy() == expected).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_wanda_equals_its_reference(pattern):
+    weight, x = layer()
+    resolved = parse(pattern).within("row")
+    expected, kept = wanda(weight.numpy(), x.numpy(), mask_rule(resolved))
+    pruned = run("wanda", pattern, weight, x)
+    assert (pruned.kept.numpy() == kept).all()
+    assert (pruned.weight.numpy() == expected).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sparsegpt_is_within_a_ten_thousandth_of_its_reference(pattern):
+    weight, x = layer(rows=16)
+    x[:, [3, 140]] = 0  # inputs that no token uses
+    resolved = parse(pattern).within("matrix")
+    if isinstance(resolved, NM):
+        expected, kept = sparsegpt(weight.numpy(), x.numpy(), (resolved.n, resolved.m))
+    else:
+        assert isinstance(resolved, Unstructured)
+        expected, kept = sparsegpt(weight.numpy(), x.numpy(), resolved.ratio, resolved.over or "matrix")
+    pruned = run("sparsegpt", pattern, weight, x)
+    assert (pruned.kept.numpy() == kept).all()
+    difference = np.linalg.norm(pruned.weight.numpy() - expected) / max(np.linalg.norm(expected), 1e-9)
+    assert difference < 1e-4
+
+
+def test_sparsegpt_groups_do_not_straddle_the_edge_of_a_column_block():
+    """1:3 in blocks of 128 columns: the reference code leaves 23 % of the groups invalid."""
+    weight, x = layer(columns=252)
+    kept = run("sparsegpt", "1:3", weight, x).kept
+    assert (kept.unflatten(1, (-1, 3)).sum(-1) == 1).all()
+
+
+def test_sparsegpt_leaves_less_error_than_wanda_and_wanda_less_than_magnitude():
+    weight, x = layer(tokens=4000)
+    errors = {}
+    for name in METHODS:
+        change = run(name, "2:4", weight, x).weight - weight
+        errors[name] = (x @ change.T).square().sum().item()
+    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+
+
+def test_the_scale_of_the_inputs_does_not_matter():
+    weight, x = layer()
+    for name in METHODS:
+        assert torch.equal(run(name, "2:4", weight, x).kept, run(name, "2:4", weight, x * 1024).kept)
+
+
+def test_an_input_without_any_token_loses_only_its_share():
+    """With all-zero statistics the reference code zeroes whole matrices."""
+    weight, x = layer()
+    pruned = run("sparsegpt", "50%", weight, torch.zeros_like(x))
+    assert (pruned.weight == 0).sum() == weight.numel() // 2
+
+
+def test_the_inverse_factor_is_what_it_says():
+    _, x = layer(columns=64)
+    gram = (x.T @ x / len(x)).double()
+    factor = inverse_factor(gram, 0.01)
+    identity = torch.eye(64, dtype=torch.float64)
+    damped = gram + 0.01 * gram.diagonal().mean() * identity
+    assert torch.allclose(factor.T @ factor @ damped, identity, atol=1e-9)
+    assert torch.equal(factor, factor.triu())
+
+
+def test_a_failing_factorisation_raises_the_damping_and_says_so():
+    gram = torch.eye(8)
+    gram[0, 1] = gram[1, 0] = 1.05  # not positive definite until the diagonal grows
+    pruned = METHODS["sparsegpt"].prune(torch.randn(4, 8), Stats(1, {"gram": gram}), parse("50% of matrix"))
+    assert pruned.note == "damping raised from 0.01 to 0.1"
+
+
+def test_a_hopeless_factorisation_is_an_error_and_never_the_identity():
+    gram = torch.eye(8) - 20 * torch.ones(8, 8) * (1 - torch.eye(8))
+    with pytest.raises(NotSolved, match="not positive definite, even with damping 10"):
+        METHODS["sparsegpt"].prune(torch.randn(4, 8), Stats(1, {"gram": gram}), parse("50% of matrix"))

@@ -1,0 +1,223 @@
+"""The stream: what enters each block, how statistics are gathered, several devices, and errors on the way."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+
+from secateur.allocate import uniform
+from secateur.data import Windows
+from secateur.errors import NonFinite, UnsupportedModel
+from secateur.methods import METHODS
+from secateur.model import load, replayable, sites
+from secateur.options import find_devices
+from secateur.patterns import parse
+from secateur.prune import LEFT_OUT, UNSEEN, prune_model, pruned_blocks, site_shapes
+from secateur.progress import Progress
+from secateur.stats import Stats
+from secateur.stream import Seconds, stream
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(2))
+
+
+def windows(tokens: torch.Tensor = TOKENS) -> Windows:
+    return Windows(tokens, "random", "none", 2, None)
+
+
+def steps(model, tokens=TOKENS, devices=(CPU,), batch_size=3):
+    return stream(replayable(model), tokens, devices=devices, dtype=None, batch_size=batch_size)
+
+
+def seen_by_hooks(model, tokens, names) -> dict[str, torch.Tensor]:
+    """The inputs of linear layers in one plain forward of the whole model: the slow, obvious way."""
+    inputs: dict[str, torch.Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0]}))
+        for name in names
+    ]
+    with torch.no_grad():
+        model(tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gemma3_text", "falcon", "cohere2"])
+def test_statistics_are_those_of_a_plain_forward(family):
+    """Gemma alternates local and global attention: one mask for all blocks would show here."""
+    model = tiny_model(family)
+    for step in steps(model):
+        stats, _ = step.observe({"square", "gram"}, 0)
+        expected = seen_by_hooks(model, TOKENS, [f"{step.name}.{site}" for site in step.sites])
+        for site, found in stats.items():
+            x = expected[f"{step.name}.{site}"]
+            assert found.tokens == len(x) == TOKENS.numel()
+            assert torch.allclose(found.mean("gram"), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+            assert torch.allclose(found.mean("square"), x.square().mean(0), rtol=1e-5)
+
+
+def test_sites_that_read_one_tensor_share_one_gram():
+    step = next(iter(steps(tiny_model("llama"))))
+    stats, _ = step.observe({"gram"}, 0)
+    assert stats["self_attn.q_proj"] is stats["self_attn.k_proj"] is stats["self_attn.v_proj"]
+    assert stats["mlp.gate_proj"] is stats["mlp.up_proj"]
+    assert stats["mlp.gate_proj"] is not stats["self_attn.q_proj"]
+
+
+def test_inputs_come_from_the_pruned_blocks_before():
+    model = tiny_model("llama")
+    for step in steps(model):
+        stats, _ = step.observe({"square"}, 0)
+        name = f"{step.name}.mlp.down_proj"
+        expected = seen_by_hooks(model, TOKENS, [name])[name]  # the model so far: earlier blocks changed
+        assert torch.allclose(stats["mlp.down_proj"].mean("square"), expected.square().mean(0), rtol=1e-4)
+        for site in step.sites.values():
+            site.put(site.weight * 0.5)
+        for site in sites(model.get_submodule(step.name)).values():
+            site.put(site.weight * 0.5)
+
+
+def test_every_token_weighs_the_same_however_batches_are_cut():
+    model = tiny_model("mixtral")
+    for one, other in zip(steps(model, batch_size=7), steps(model, batch_size=2), strict=True):
+        first, _ = one.observe({"square"}, 0)
+        second, _ = other.observe({"square"}, 0)
+        assert first.keys() == second.keys()
+        for site in first:
+            assert first[site].tokens == second[site].tokens
+            assert torch.allclose(first[site].mean("square"), second[site].mean("square"), rtol=1e-4)
+
+
+def test_each_expert_sees_only_its_own_tokens():
+    step = next(iter(steps(tiny_model("mixtral"))))
+    stats, _ = step.observe({"square"}, 0)
+    counts = [found.tokens for site, found in stats.items() if site.endswith("gate_up_proj")]
+    assert sum(counts) == 2 * TOKENS.numel()  # two experts a token
+    assert 0 < min(counts) < TOKENS.numel()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3_text", "jamba"])
+@pytest.mark.filterwarnings("ignore")
+def test_two_devices_give_the_masks_of_one(family, method):
+    masks = []
+    for devices in ([CPU], [CPU, CPU]):
+        language_model = replayable(tiny_model(family))
+        plan = uniform(site_shapes(language_model), parse("50%"))
+        blocks = pruned_blocks(
+            language_model, TOKENS, METHODS[method], plan, devices=devices, dtype="auto", batch_size=2,
+            seconds=Seconds(), progress=Progress(),
+        )  # fmt: skip
+        masks.append({name: tensor == 0 for block in blocks for name, tensor in block.tensors.items()})
+    assert masks[0].keys() == masks[1].keys()
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_an_error_inside_the_model_ends_the_run():
+    """The reference code swallows it and prunes with statistics of zero."""
+    language_model = replayable(tiny_model("llama"))
+
+    def fail(*_):
+        raise ValueError("inside the model")
+
+    language_model.blocks[2].register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="inside the model"):
+        prune_model(language_model, windows(), pattern="2:4")
+
+
+def test_an_expert_without_tokens_is_reported_and_left_alone():
+    model = tiny_model("mixtral")
+    language_model = replayable(model)
+    chosen = model.model.layers[1].mlp.experts
+
+    def never_expert_0(module, args):
+        hidden, index, weights = args
+        return hidden, index.clamp_min(1), weights
+
+    chosen.register_forward_pre_hook(never_expert_0)
+    before = chosen.gate_up_proj[0].clone()
+    report = prune_model(language_model, windows(), method="wanda", pattern="2:4")
+    notes = {site.site: site.note for site in report.sites if site.note}
+    assert notes == {
+        "model.layers.1.mlp.experts.0.gate_up_proj": UNSEEN,
+        "model.layers.1.mlp.experts.0.down_proj": UNSEEN,
+    }
+    assert torch.equal(chosen.gate_up_proj[0], before)
+
+
+def test_magnitude_prunes_experts_without_tokens_too():
+    model = tiny_model("mixtral")
+    report = prune_model(replayable(model), windows(TOKENS[:1, :2]), method="magnitude", pattern="2:4")
+    assert all(site.sparsity == 0.5 for site in report.sites)
+
+
+def test_skipped_sites_stay_dense_and_are_reported():
+    model = tiny_model("llama")
+    report = prune_model(replayable(model), windows(), method="wanda", pattern="2:4", skip=["down_proj", "*.0.*q_proj"])
+    left = {site.site for site in report.sites if site.note == LEFT_OUT}
+    assert left == {f"model.layers.{i}.mlp.down_proj" for i in range(4)} | {"model.layers.0.self_attn.q_proj"}
+    assert (model.model.layers[0].self_attn.q_proj.weight != 0).all()
+
+
+def test_infinite_activations_name_the_site():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[5] = float("inf")
+    with pytest.raises(NonFinite, match=r"activations that enter model\.layers\.1\.self_attn\.q_proj"):
+        prune_model(replayable_although_broken(model), windows(), method="wanda", pattern="2:4")
+
+
+def replayable_although_broken(model):
+    """NaN differs from itself, so the replay check would refuse first: check the sound model, then break it."""
+    weight = model.model.layers[1].input_layernorm.weight
+    broken = weight.data.clone()
+    weight.data.nan_to_num_(posinf=1.0)
+    language_model = replayable(model)
+    weight.data.copy_(broken)
+    return language_model
+
+
+def test_a_model_that_does_more_between_blocks_is_refused():
+    model = tiny_model("llama")
+    first, second = model.model.layers[0], model.model.layers[1]
+    kept = []
+    first.register_forward_hook(lambda m, args, output: kept.append(output))
+    second.register_forward_hook(lambda m, args, output: output + 0.1 * len(kept))
+    with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM cannot be replayed .* differ by up to"):
+        replayable(model)
+
+
+def test_output_error_is_measured_on_real_inputs():
+    model = tiny_model("llama")
+    dense = tiny_model("llama")
+    report = prune_model(replayable(model), windows(), method="wanda", pattern="2:4", batch_size=7)
+    site = next(site for site in report.sites if site.site.endswith("layers.0.self_attn.q_proj"))
+    x = seen_by_hooks(dense, TOKENS, [site.site])[site.site]
+    old, new = dense.get_submodule(site.site).weight, model.get_submodule(site.site).weight
+    expected = (x @ (old - new).T).square().sum() / (x @ old.T).square().sum()
+    assert site.output_error == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_devices_are_found_by_name():
+    assert find_devices("cpu,cpu") == [CPU, CPU]
+
+
+def test_stats_add(tmp_path: Path):
+    x = torch.randn(10, 4)
+    whole, parts = Stats.of(x, {"gram"}), Stats.of(x[:3], {"gram"}) + Stats.of(x[3:], {"gram"})
+    assert parts.tokens == 10
+    assert torch.allclose(whole.sums["gram"], parts.sums["gram"])
+
+
+def test_weights_stay_mapped_and_untouched(tiny_llama: Path):
+    language_model = load(tiny_llama)
+    before = {name: p.clone() for name, p in language_model.model.named_parameters()}
+    plan = uniform(site_shapes(language_model), parse("2:4"))
+    for _ in pruned_blocks(
+        language_model, TOKENS, METHODS["sparsegpt"], plan, devices=[CPU], dtype="auto", batch_size=2,
+        seconds=Seconds(), progress=Progress(),
+    ):  # fmt: skip
+        pass
+    assert all(torch.equal(p, before[name]) for name, p in language_model.model.named_parameters())
