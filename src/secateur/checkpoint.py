@@ -16,9 +16,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur import demo
-from secateur.errors import BadCheckpoint, DiskFull, OutputRefused
+from secateur.errors import BadCheckpoint, DiskFull, OutputRefused, in_one_line
 
 SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -84,46 +85,66 @@ def resolve(model: str | Path | None) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
-    if folder.exists() or str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+    if folder.exists():
+        raise BadCheckpoint(f"{model} is a file; the folder of a checkpoint was wanted.")
+    if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise BadCheckpoint(f"There is no checkpoint folder {model}.")
     try:
         return Path(
             snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
         )
     except (OSError, ValueError, HfHubHTTPError, HFValidationError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadCheckpoint(f"{model} is neither a folder here nor a model that the hub gives out: {first}") from error
+        raise BadCheckpoint(
+            f"{model} is neither a folder here nor a model that the hub gives out: {in_one_line(error)}."
+        ) from error
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, every header checked against its file. Raises BadCheckpoint."""
     if not (folder / "config.json").is_file():
         raise BadCheckpoint(f"{folder} is no checkpoint folder: it has no config.json.")
-    shards = _shard_names(folder)
+    _json_object(folder / "config.json")
+    indexed = _index(folder)
+    shards = tuple(sorted(set(indexed.values()))) if indexed else _single_shard(folder)
     places: dict[str, Place] = {}
     for shard in shards:
         for name, place in _read_header(folder / shard):
             if name in places:
                 raise BadCheckpoint(f"{name} is in two shards of {folder}: {places[name].shard} and {shard}.")
             places[name] = place
+    for name, shard in indexed.items():
+        if name not in places or places[name].shard != shard:
+            raise BadCheckpoint(f"The index of {folder} says that {name} is in {shard}, which does not hold it.")
     return Checkpoint(folder, shards, places)
 
 
-def _shard_names(folder: Path) -> tuple[str, ...]:
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            shards = tuple(sorted(set(weight_map.values())))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BadCheckpoint(f"{folder / INDEX} is no index of safetensors shards ({error}).") from error
-        for shard in shards:
-            if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-                raise BadCheckpoint(
-                    f"{folder / INDEX} names {shard!r}; a .safetensors file in the same folder was wanted."
-                )
-            if not (folder / shard).is_file():
-                raise BadCheckpoint(f"The index of {folder} names {shard}, which is missing. Fetch it again.")
-        return shards
+def _index(folder: Path) -> dict[str, str]:
+    """The shard of every tensor, as the index says; empty where there is no index."""
+    file = folder / INDEX
+    if not file.is_file():
+        return {}
+    weight_map = _json_object(file).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadCheckpoint(f"{file} is no index of safetensors shards: it has no 'weight_map' of names.")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise BadCheckpoint(f"{file} names {shard!r}; a .safetensors file in the same folder was wanted.")
+        if not (folder / shard).is_file():
+            raise BadCheckpoint(f"The index of {folder} names {shard}, which is missing. Fetch it again.")
+    return weight_map
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{file} is no JSON ({in_one_line(error)}). Fetch it again.") from error
+    if not isinstance(held, dict):
+        raise BadCheckpoint(f"{file} holds a {type(held).__name__}; an object was wanted.")
+    return held
+
+
+def _single_shard(folder: Path) -> tuple[str, ...]:
     if (folder / SINGLE).is_file():
         return (SINGLE,)
     pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -145,7 +166,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, Place]]:
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise BadCheckpoint(
-            f"{file} is no sound safetensors file ({error}). It may be cut short; fetch it again."
+            f"{file} is no sound safetensors file ({in_one_line(error)}). It may be cut short; fetch it again."
         ) from error
     for name, entry in header.items():
         if name != "__metadata__":
@@ -169,9 +190,7 @@ def _disk_errors(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(f"The disk filled up while {out} was written; nothing was left behind.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise OutputRefused(f"{out} cannot be written: {error.strerror}.") from error
-        raise
+        raise OutputRefused(f"{out} cannot be written: {in_one_line(error)}.") from error
 
 
 class Output:
@@ -207,17 +226,28 @@ class Output:
             for file in self.partial.iterdir():
                 _sync(file)
             _sync(self.partial)
-            if self.out.exists():
-                if not self.overwrite and any(self.out.iterdir()):
-                    raise OutputRefused(f"{self.out} appeared during the run; the result is in {self.partial}.")
-                aside = self.partial.with_name(f".{self.out.name}.replaced")
-                shutil.rmtree(aside, ignore_errors=True)
-                self.out.rename(aside)
-                self.partial.rename(self.out)
-                shutil.rmtree(aside)
-            else:
-                self.partial.rename(self.out)
+            self._rename()
             _sync(self.out.parent)
+
+    def _rename(self) -> None:
+        try:
+            refuse_output(self.out, overwrite=self.overwrite)
+        except OutputRefused as error:
+            kept = Path(mkdtemp(prefix=f"{self.out.name}.", dir=self.out.parent))
+            self.partial.rename(kept)
+            raise OutputRefused(f"{error} That came about during the run, so the result is in {kept}.") from error
+        if not self.out.exists():
+            self.partial.rename(self.out)
+            return
+        aside = self.partial.with_name(f".{self.out.name}.replaced")
+        shutil.rmtree(aside, ignore_errors=True)
+        self.out.rename(aside)
+        try:
+            self.partial.rename(self.out)
+        except OSError:
+            aside.rename(self.out)
+            raise
+        shutil.rmtree(aside)
 
 
 @contextmanager
@@ -226,19 +256,24 @@ def output(source: Checkpoint, out: Path, *, overwrite: bool) -> Iterator[Output
 
     Raises OutputRefused where `out` holds something already, DiskFull where the copy cannot fit.
     """
-    refuse_output(out, overwrite=overwrite)
-    if out.resolve() == source.folder.resolve():
+    out, model = out.resolve(), source.folder.resolve()  # a link is followed, so that the result lies where it points
+    if out == model:
         raise OutputRefused(f"{out} is the model itself. Choose another folder.")
+    if model in out.parents or out in model.parents:
+        raise OutputRefused(
+            f"One of {out} and the model's folder {model} lies inside the other. Choose another folder."
+        )
+    refuse_output(out, overwrite=overwrite)
     partial = out.with_name(f".{out.name}.partial")
-    with _disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < source.bytes:
-            raise DiskFull(f"{out} needs {source.bytes / 2**30:.2f} GiB, the disk has {free / 2**30:.2f} GiB free.")
-        partial.mkdir()
+    made = [folder for folder in out.parents if not folder.exists()]
     try:
         with _disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(out.parent).free
+            if free < source.bytes:
+                raise DiskFull(f"{out} needs {_size(source.bytes)}, the disk has {_size(free)} free.")
+            partial.mkdir()
             for file in sorted(source.folder.iterdir()):
                 wanted = file.name in source.shards or not file.name.endswith(_OTHER_WEIGHTS)
                 if file.is_file() and wanted and file.name != RECORD:
@@ -246,17 +281,30 @@ def output(source: Checkpoint, out: Path, *, overwrite: bool) -> Iterator[Output
         yield Output(source, out, partial, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # what is not empty stays
+            for folder in made:
+                folder.rmdir()
 
 
 def refuse_output(out: Path, *, overwrite: bool) -> None:
     """Raise OutputRefused where `out` holds something that may not be replaced."""
     if out.exists() and not out.is_dir():
         raise OutputRefused(f"{out} is a file; a folder was wanted.")
+    if out.is_mount():
+        raise OutputRefused(f"{out} is a mount point, which cannot be replaced at once. Name a folder inside it.")
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise OutputRefused(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
-        if not (out / "config.json").exists():
+        if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
             raise OutputRefused(f"{out} is no checkpoint folder, so --overwrite does not replace it.")
+        if folders := sorted(path.name for path in out.iterdir() if path.is_dir()):
+            raise OutputRefused(
+                f"{out} holds other folders ({folders[0]}), so --overwrite does not replace it. Delete it yourself."
+            )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
 
 
 def _sync(path: Path) -> None:

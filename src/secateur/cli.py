@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, in_one_line
 
 app = typer.Typer(
     name="secateur",
@@ -33,14 +33,16 @@ Calibration = Annotated[
 EvaluationText = Annotated[
     str | None, typer.Option("--evaluation", help="Text to measure perplexity on: as for --calibration.")
 ]
-Samples = Annotated[int, typer.Option(help="Calibration windows.")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens a window. Default: the smaller of 2048 and the context.")]
-WindowCount = Annotated[int | None, typer.Option("--windows", help="Evaluation windows. Default: all.")]
+Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
+SeqLen = Annotated[
+    int | None, typer.Option(min=2, help="Tokens a window. Default: the smaller of 2048 and the context.")
+]
+WindowCount = Annotated[int | None, typer.Option("--windows", min=2, help="Evaluation windows. Default: all.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration windows.")]
 Skip = Annotated[list[str] | None, typer.Option(help="Leave sites out: a glob on their names. May be repeated.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="dtype of forward passes: auto, float32, bfloat16, float16.")]
-BatchSize = Annotated[int, typer.Option(help="Windows a forward pass.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows a forward pass.")]
 DataDir = Annotated[Path | None, typer.Option(help="A folder with local copies of the corpora.")]
 LowCoverage = Annotated[bool, typer.Option("--allow-low-coverage", help="Prune although most weights are no sites.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
@@ -281,10 +283,21 @@ def guarded(run: Callable[[], Any]) -> int:
     except SecateurError as error:
         print(f"secateur: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"secateur: {in_one_line(error)}.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("secateur: interrupted; nothing was written under a final name.", file=sys.stderr)
-        return 130
+        return _interrupted()
+    except SystemExit as left:
+        if left.code != 130:
+            raise
+        return _interrupted()  # typer has caught the interruption
     return 0
+
+
+def _interrupted() -> int:
+    print("secateur: interrupted; nothing unfinished was left behind.", file=sys.stderr)
+    return 130
 
 
 def main() -> None:

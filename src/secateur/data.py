@@ -13,8 +13,11 @@ Perplexity is measured on the evaluation split cut into windows that do not over
 WikiText-2 is joined with two line feeds first, as the papers do.
 """
 
+import gzip
 import hashlib
+import json
 import random
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +29,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from secateur import demo
-from secateur.errors import BadCheckpoint, NotEnoughText, SecateurError, UnknownName
+from secateur.errors import BadCheckpoint, BadText, NotEnoughText, SecateurError, UnknownName, in_one_line
 
 CORPORA = ("demo", "c4", "wikitext2")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+_TOKENIZER_FILES = ("tokenizer", "vocab", "tekken")
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,34 @@ class Windows:
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder. Raises BadCheckpoint where there is none."""
+    if not any(
+        file.name.startswith(_TOKENIZER_FILES) or file.suffix in (".model", ".tiktoken") for file in folder.iterdir()
+    ):
+        raise BadCheckpoint(f"{folder} has no tokenizer (tokenizer.json or the like). Copy it there.")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadCheckpoint(f"{folder} has no tokenizer that transformers can load: {first}") from error
+        with _rust_errors(folder):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, RecursionError) as error:
+        if "trust_remote_code" in str(error):
+            raise BadCheckpoint(
+                f"The tokenizer of {folder} needs code of its own, which is not run unless asked for. "
+                "Read that code, then add --trust-remote-code."
+            ) from error
+        raise BadCheckpoint(f"{folder} has no tokenizer that transformers can load: {in_one_line(error)}.") from error
+
+
+class _rust_errors:  # noqa: N801 — used as a function
+    """Turns what the tokenizers library raises for a broken file, a bare `Exception`, into BadCheckpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and kind is Exception:
+            raise BadCheckpoint(f"The tokenizer of {self.folder} is broken: {in_one_line(error)}.") from error
 
 
 def calibration_windows(
@@ -85,10 +112,10 @@ def calibration_windows(
     if len(stream) < samples * length:
         raise NotEnoughText(
             f"{samples} samples of {length} tokens need {samples * length:,} tokens; {source} ({split}) has "
-            f"{len(stream):,}. Use --samples {len(stream) // length} or a smaller --seq-len."
+            f"{len(stream):,}. {_fewer('--samples', len(stream) // length)}"
         )
     if source == "wikitext2":
-        starts = [draw.randint(0, len(stream) - length - 1) for _ in range(samples)]
+        starts = [draw.randint(0, max(len(stream) - length - 1, 0)) for _ in range(samples)]
     else:
         spare = len(stream) - samples * length
         shift = draw.randint(0, min(spare, length - 1))
@@ -107,6 +134,8 @@ def evaluation_windows(
     data_dir: Path | None = None,
 ) -> Windows:
     """All windows of `length` tokens of the evaluation split, or the first `windows`. Raises NotEnoughText."""
+    if length < 2 or (windows is not None and windows < 2):
+        raise NotEnoughText(f"Evaluation needs at least 2 windows of 2 tokens; found {windows or 'all'} of {length}.")
     split = {"demo": "evaluation", "c4": "validation"}.get(source, "test")
     stream = _encoded(tokenizer, source, split, data_dir)
     count = len(stream) // length
@@ -119,16 +148,22 @@ def evaluation_windows(
     return Windows(ids.contiguous(), source, split, None, len(stream))
 
 
+def _fewer(option: str, most: int) -> str:
+    return f"Use {option} {most} or a smaller --seq-len." if most else "Use more text or a smaller --seq-len."
+
+
 def _encoded(tokenizer: PreTrainedTokenizerBase, source: str, split: str, data_dir: Path | None) -> Tensor:
     """A corpus as one stream of token ids, int64."""
     texts = _texts(source, split, data_dir)
+    if not texts:
+        return torch.empty(0, dtype=torch.int64)
     if source == "wikitext2":
-        return torch.tensor(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])
+        return torch.tensor(tokenizer("\n\n".join(texts), verbose=False)["input_ids"], dtype=torch.int64)
     documents: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]  # type: ignore[assignment]
     marked = tokenizer.num_special_tokens_to_add() > 0
     border = [] if marked or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = [np.asarray([*document, *border], dtype=np.int64) for document in documents]
-    return torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0, dtype=torch.int64)
+    return torch.from_numpy(np.concatenate(pieces))
 
 
 def _windows_of_documents(
@@ -177,9 +212,11 @@ def _texts(source: str, split: str, data_dir: Path | None) -> Sequence[str]:
     files = [Path(part) for part in source.split(",")]
     for file in files:
         if not file.name.endswith(SUFFIXES):
+            if file.exists() or file.suffix or len(file.parts) > 1:
+                raise BadText(f"{file} is no text file that can be read; {', '.join(SUFFIXES)} can.")
             raise UnknownName("corpus", source, CORPORA)
         if not file.is_file():
-            raise NotEnoughText(f"There is no text file {file}.")
+            raise BadText(f"There is no text file {file}.")
     return _from_files(files)
 
 
@@ -190,24 +227,58 @@ def _local_files(folder: Path, split: str) -> Iterator[Path]:
     yield from [file for file in named if split in file.name] if named else files
 
 
-def _from_files(files: list[Path]) -> Sequence[str]:
-    from datasets import DatasetDict, load_dataset  # pyarrow takes seconds to import
-    from datasets.exceptions import DatasetGenerationError
-
+def _from_files(files: Sequence[Path]) -> list[str]:
+    """The documents of files: the whole of a .txt, the `text` of each row elsewhere. Raises BadText."""
     texts: list[str] = []
     for file in files:
-        if file.name.endswith(".txt"):
-            texts.append(file.read_text(encoding="utf-8"))
-            continue
-        reader = "parquet" if file.name.endswith(".parquet") else "json"
         try:
-            rows = load_dataset(reader, data_files=str(file), split="train")
-        except (DatasetGenerationError, ValueError) as error:
-            raise NotEnoughText(f"{file} cannot be read as {reader}: {error}") from error
-        if isinstance(rows, DatasetDict) or "text" not in (rows.column_names or ()):
-            raise NotEnoughText(f"{file} has no 'text' field; found {', '.join(rows.column_names or ['nothing'])}.")
-        texts += rows["text"]
+            if file.name.endswith(".txt"):
+                texts.append(file.read_text(encoding="utf-8"))
+                continue
+            for number, row in enumerate(_rows(file), 1):
+                texts.append(_text(row, f"row {number} of {file}"))
+        except UnicodeDecodeError as error:
+            raise BadText(f"{file} is not text in UTF-8 ({in_one_line(error)}). Convert it first.") from error
+        except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+            raise BadText(f"{file} cannot be read: {in_one_line(error)}.") from error
     return texts
+
+
+def _rows(file: Path) -> Iterator[Any]:
+    """The rows of a .parquet, of a JSON array, or of a file with one JSON value a line; .gz is unpacked."""
+    if file.name.endswith(".parquet"):
+        from pyarrow import parquet  # takes long to import
+
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(columns=[name for name in table.schema_arrow.names if name == "text"]):
+                yield from batch.to_pylist()
+        return
+    with (gzip.open if file.name.endswith(".gz") else open)(file, "rt", encoding="utf-8") as stream:
+        array = stream.read(1) == "["
+        stream.seek(0)
+        if array:
+            yield from json.load(stream)
+            return
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise BadText(f"Line {number} of {file} is no JSON: {in_one_line(error)}.") from error
+
+
+def _text(row: Any, where: str) -> str:
+    if not isinstance(row, dict) or "text" not in row:
+        raise BadText(f"Every row needs a field 'text'; {where} has none.")
+    text = row["text"]
+    if not isinstance(text, str):
+        held = "null" if text is None else f"a {type(text).__name__}"
+        raise BadText(f"The field 'text' must hold a string; in {where} it holds {held}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadText(f"The text of {where} cannot be encoded: {in_one_line(error)}.") from error
+    return text
 
 
 def _from_hub(source: str, split: str) -> Sequence[str]:
@@ -219,7 +290,7 @@ def _from_hub(source: str, split: str) -> Sequence[str]:
         part = {"train": "train.00000-of-01024", "validation": "validation.00000-of-00008"}[split]
         return load_dataset("allenai/c4", data_files=f"en/c4-{part}.json.gz", split="train")["text"]
     except (OSError, ValueError, RuntimeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SecateurError(
-            f"{source} could not be fetched ({first}). Give a local copy with --data-dir, or use 'demo' or files."
+            f"{source} could not be fetched ({in_one_line(error)}). "
+            "Give a local copy with --data-dir, or use 'demo' or files."
         ) from error

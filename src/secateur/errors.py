@@ -6,6 +6,7 @@ SecateurError               the command line prints the message alone and exits 
 ├── BadCheckpoint           a folder that is no sound safetensors checkpoint
 ├── UnsupportedModel        a model whose blocks cannot be replayed, or whose weights are mostly not sites
 ├── NonFinite               NaN or Inf in weights, activations or results
+├── BadText                 a text file that is missing, or holds no text that can be read
 ├── NotEnoughText           fewer tokens than asked for
 ├── NotSolved               a factorisation that failed at every damping tried
 ├── OutputRefused           an output folder that exists, is not ours, or cannot be written
@@ -15,6 +16,12 @@ SecateurError               the command line prints the message alone and exits 
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+
+def in_one_line(error: BaseException, most: int = 240) -> str:
+    """What another library says went wrong, in one line of at most `most` characters, without the last full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= most else f"{text[: most - 2]} …").rstrip(".")
 
 
 class SecateurError(Exception):
@@ -45,6 +52,10 @@ class UnsupportedModel(SecateurError):
 
 class NonFinite(SecateurError):
     """NaN or Inf where a number was needed."""
+
+
+class BadText(SecateurError):
+    """A text file that is missing, or holds no text that can be read."""
 
 
 class NotEnoughText(SecateurError):

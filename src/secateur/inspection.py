@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from secateur.checkpoint import RECORD, Checkpoint, open_checkpoint, resolve
-from secateur.errors import SecateurError, UnsupportedModel
+from secateur.errors import SecateurError, UnsupportedModel, in_one_line
 from secateur.model import LanguageModel, checkpoint_tensors, find_stack, load_config, sites
+from secateur.refusals import LOAD_ERRORS
 
 PATTERNS = ((1, 4), (2, 4), (4, 8), (8, 16))
 """The N:M patterns that are looked for, with those that `pruning.json` names."""
@@ -70,8 +71,8 @@ def _orientation(checkpoint: Checkpoint, *, trust_remote_code: bool) -> tuple[di
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UnsupportedModel(f"{checkpoint.folder} describes no causal LM: {error}") from error
+    except LOAD_ERRORS as error:
+        raise UnsupportedModel(f"{checkpoint.folder} describes no causal LM: {in_one_line(error)}.") from error
     language_model = LanguageModel(model, find_stack(model), ())
     found: dict[str, bool] = {}
     covered = total = 0
@@ -125,7 +126,7 @@ def _record(folder: Path) -> dict[str, Any] | None:
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise SecateurError(f"{file} is no JSON ({error}). Delete it, or prune again.") from error
+        raise SecateurError(f"{file} is no JSON ({in_one_line(error)}). Delete it, or prune again.") from error
     if not isinstance(held, dict):
         raise SecateurError(f"{file} holds a {type(held).__name__}; an object was wanted.")
     return held

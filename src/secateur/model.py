@@ -26,7 +26,15 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from secateur import experts
-from secateur.errors import BadCheckpoint, UnsupportedModel
+from secateur.errors import UnsupportedModel
+from secateur.refusals import (
+    LOAD_ERRORS,
+    bad_config,
+    bad_weights,
+    refuse_encoder,
+    refuse_foreign_weights,
+    refuse_non_finite_ends,
+)
 
 
 class Call(NamedTuple):
@@ -295,7 +303,8 @@ def replayable(model: PreTrainedModel) -> LanguageModel:
     if len(shared) != len(set(shared)):
         raise UnsupportedModel(f"{type(model).__name__} shares weights between its blocks; that is not supported.")
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    tokens = torch.randint(int(vocabulary), (2, 16), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(int(vocabulary), (3, 16), generator=torch.Generator().manual_seed(0))
+    tokens[2, :-1] = tokens[1, :-1]  # for the check that no token sees a later one
     wanted = model(tokens, use_cache=False).logits
     found = _with_tuples(model, stack, tokens)
     shell = Shell(found, torch.device("cpu"), None)
@@ -303,12 +312,15 @@ def replayable(model: PreTrainedModel) -> LanguageModel:
     for block, call in zip(found.blocks, calls, strict=True):
         hidden = run_block(block, hidden, call)
     got = shell.leave(tokens, hidden)
-    if not torch.equal(got, wanted):
+    if hidden.isfinite().all() and not (got < torch.inf).all():  # NaN, or an infinity that is no mask
+        refuse_non_finite_ends(model, stack)
+    if not torch.allclose(got, wanted, rtol=0, atol=0, equal_nan=True):  # NaN in a block is found and named later
         difference = (got.float() - wanted.float()).abs().max().item()
         raise UnsupportedModel(
             f"{type(model).__name__} cannot be replayed block by block: its logits differ by up to {difference:g}. "
             "The model does more between its blocks than hand on the hidden state."
         )
+    refuse_encoder(model, wanted[1:])
     return found
 
 
@@ -349,16 +361,10 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> LanguageModel:
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (ValueError, KeyError, RuntimeError, OSError, TypeError, AttributeError) as error:
-        raise BadCheckpoint(f"transformers cannot load {folder}: {_first_line(error)}") from error
+    except LOAD_ERRORS as error:
+        raise bad_weights(folder, config, error) from error
     model, report = loaded
-    for what in ("missing_keys", "mismatched_keys"):
-        if report[what]:
-            names = sorted(str(key) for key in report[what])
-            raise BadCheckpoint(
-                f"{folder} does not hold the weights its config.json describes: {what.replace('_', ' ')} "
-                f"{', '.join(names[:3])}{' …' if len(names) > 3 else ''}."
-            )
+    refuse_foreign_weights(folder, model, find_stack(model), report)
     return replayable(model.eval())
 
 
@@ -386,16 +392,10 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a checkpoint folder. Raises UnsupportedModel or BadCheckpoint."""
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        raise UnsupportedModel(
-            f"{folder}/config.json names no architecture that transformers knows: {_first_line(error)}"
-        ) from error
+    except LOAD_ERRORS as error:
+        raise bad_config(folder, error) from error
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(
             f"{folder} is quantised (quantization_config in config.json). Prune the unquantised model instead."
         )
     return config
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

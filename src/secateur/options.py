@@ -11,8 +11,12 @@ from secateur.model import LanguageModel
 
 def default_length(language_model: LanguageModel) -> int:
     """The window length where none is asked for: the smaller of 2048 and the model's context."""
-    config = language_model.model.config.get_text_config()
-    return min(2048, getattr(config, "max_position_embeddings", None) or 2048)
+    return min(2048, _context(language_model) or 2048)
+
+
+def _context(language_model: LanguageModel) -> int | None:
+    """The longest window that the model was made for, None where it does not say."""
+    return getattr(language_model.model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def default_corpus(model: str | Path | None, corpus: str | None, otherwise: str) -> str:
@@ -21,7 +25,13 @@ def default_corpus(model: str | Path | None, corpus: str | None, otherwise: str)
 
 
 def check_vocabulary(language_model: LanguageModel, windows: Windows) -> None:
-    """Raise UnsupportedModel where the tokenizer gives tokens that the model does not have."""
+    """Raise UnsupportedModel where the windows have tokens that the model lacks, or are longer than its context."""
+    context, length = _context(language_model), windows.ids.shape[1]
+    if context and length > context:
+        raise UnsupportedModel(
+            f"Windows of {length} tokens were asked for; the model has a context of {context}. "
+            f"Use --seq-len {context} or less."
+        )
     size = language_model.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     if windows.ids.max() >= size:
         raise UnsupportedModel(
@@ -36,9 +46,9 @@ def find_devices(text: str) -> list[torch.device]:
         return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
     devices = []
     for part in text.split(","):
-        known = ["cpu", "auto", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if part not in known and not (part == "cuda" and torch.cuda.is_available()):
-            raise UnknownName("device here", part, known)
+            raise UnknownName("device here", part, [*known, "auto"])
         devices.append(torch.device(part))
     return devices
 

@@ -1,0 +1,63 @@
+"""Imports point one way, public names are sorted and documented, files stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import secateur
+
+SOURCE = Path(secateur.__file__).parent
+LAYERS = [
+    ["errors", "machine", "progress", "demo"],
+    ["patterns", "stats", "experts", "checkpoint", "data"],
+    ["methods", "refusals"],
+    ["model"],
+    ["allocate", "options", "stream", "inspection"],
+    ["prune", "evaluate", "results"],
+    ["report"],
+    ["compare"],
+    ["__init__"],
+    ["cli"],
+    ["__main__"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of the package that a file imports, at its top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "secateur":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {a.name if a.name in LEVEL else "__init__" for a in node.names}
+        if isinstance(node, ast.Import):
+            found |= {"__init__" for alias in node.names if alias.name == "secateur"}
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in LEVEL if name not in ("methods", "demo")])
+def test_imports_point_one_way(name):
+    for other in imported(SOURCE / f"{name}.py"):
+        assert LEVEL[other] < LEVEL[name], f"{name} imports {other}, which stands above it"
+
+
+@pytest.mark.parametrize("file", sorted((SOURCE / "methods").glob("*.py")), ids=lambda file: file.stem)
+def test_a_method_knows_only_patterns_statistics_and_errors(file):
+    assert imported(file) <= {"methods", "patterns", "stats", "errors"}
+
+
+def test_every_module_is_placed():
+    modules = {path.stem for path in SOURCE.glob("*.py")} | {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert modules == LEVEL.keys()
+
+
+def test_public_names_are_sorted_and_documented():
+    assert secateur.__all__ == sorted(secateur.__all__)
+    undocumented = [name for name in secateur.__all__ if not getattr(secateur, name).__doc__]
+    assert undocumented == []
+
+
+def test_files_stay_readable():
+    long = {str(f.name): n for f in SOURCE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 420}
+    assert long == {}

@@ -1,0 +1,160 @@
+"""The command line end to end: the four commands on a tiny model, in processes of their own where it matters."""
+
+import inspect as introspection
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import secateur
+from secateur import cli
+
+runner = CliRunner()
+
+
+def run(*arguments: object) -> str:
+    result = runner.invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.fixture
+def pruned(tiny_llama, text_file, tmp_path) -> Path:
+    out = tmp_path / "pruned"
+    secateur.prune(str(tiny_llama), out=out, pattern="2:4", calibration=str(text_file), samples=8, seq_len=32)
+    return out
+
+
+def test_prune_writes_a_folder_that_stock_loaders_read(tiny_llama, text_file, tmp_path):
+    out = tmp_path / "out"
+    text = run(
+        "prune", tiny_llama, "--method", "wanda", "--pattern", "2:4", "--calibration", text_file, "--samples", 8,
+        "--seq-len", 32, "--out", out, "--quiet",
+    )  # fmt: skip
+    assert "50.00% of the weights of 28 sites are zero" in text
+    assert {p.name for p in out.iterdir()} == {p.name for p in tiny_llama.iterdir()} | {"pruning.json"}
+    assert (out / "config.json").read_bytes() == (tiny_llama / "config.json").read_bytes()
+    AutoTokenizer.from_pretrained(out)
+    AutoModelForCausalLM.from_pretrained(out)
+    with safe_open(out / "model.safetensors", "pt") as new, safe_open(tiny_llama / "model.safetensors", "pt") as old:
+        assert new.metadata() == old.metadata()
+        for name in old.keys():  # noqa: SIM118 — not a mapping
+            changed = not new.get_tensor(name).equal(old.get_tensor(name))
+            assert changed == ("proj" in name), name
+
+
+def test_the_record_tells_what_was_done(pruned, tiny_llama):
+    record = json.loads((pruned / "pruning.json").read_text())
+    assert record["schema"] == "secateur.pruning/1"
+    assert (record["method"], record["pattern"], record["sparsity"], record["coverage"]) == ("sparsegpt", "2:4", 0.5, 1)
+    assert len(record["sites"]) == 28
+    assert all(site["sparsity"] == 0.5 and 0 < site["output_error"] < 1 for site in record["sites"])
+    assert record["calibration"].keys() >= {"source", "samples", "length", "seed", "sha256"}
+    assert record["versions"].keys() >= {"secateur", "torch", "transformers", "python"}
+    from secateur.checkpoint import file_sha256
+
+    digests = record["shards"]["model.safetensors"]
+    assert digests["source_sha256"] == file_sha256(tiny_llama / "model.safetensors")
+    assert digests["sha256"] == file_sha256(pruned / "model.safetensors")
+
+
+def test_two_runs_of_one_command_are_byte_identical(tiny_llama, text_file, tmp_path):
+    command = [
+        sys.executable, "-m", "secateur", "prune", str(tiny_llama), "--pattern", "4:8", "--out", "out",
+        "--calibration", str(text_file), "--samples", "8", "--seq-len", "32",
+    ]  # fmt: skip
+    held = []
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        done = subprocess.run(command, cwd=tmp_path / folder, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        held.append({p.name: p.read_bytes() for p in (tmp_path / folder / "out").iterdir()})
+    assert held[0] == held[1]
+
+
+def test_progress_goes_to_standard_error_in_plain_lines(tiny_llama, text_file, tmp_path):
+    result = runner.invoke(
+        cli.app,
+        ["prune", str(tiny_llama), "--calibration", str(text_file), "--samples", "8", "--seq-len", "32",
+         "--out", str(tmp_path / "out"), "--json"],
+    )  # fmt: skip
+    assert "4/4 done  elapsed" in result.stderr
+    assert "memory" in result.stderr
+    assert json.loads(result.stdout)["method"] == "sparsegpt"
+
+
+def test_evaluate(pruned, tiny_llama, text_file):
+    text = run("evaluate", pruned, "--dense", tiny_llama, "--evaluation", text_file, "--windows", 9, "--quiet")
+    assert "9 windows of 128 tokens" in text
+    assert "95 % interval" in text
+    held = json.loads(run("evaluate", pruned, "--evaluation", text_file, "--windows", 9, "--quiet", "--json"))
+    assert held["perplexity"] > 1
+    assert held["delta"] is None
+
+
+def test_compare(tiny_llama, text_file, tmp_path):
+    text = run(
+        "compare", tiny_llama, "--methods", "magnitude,wanda", "--patterns", "2:4", "--calibration", text_file,
+        "--evaluation", text_file, "--samples", 8, "--seq-len", 32, "--windows", 9, "--out", tmp_path / "c", "--quiet",
+    )  # fmt: skip
+    assert "semi-structured" in text
+    assert (tmp_path / "c" / "results.json").exists()
+
+
+def test_inspect(pruned, tiny_llama):
+    held = json.loads(run("inspect", pruned, "--json"))
+    assert (held["sparsity"], held["coverage"]) == (0.5, 1)
+    assert all("2:4" in tensor["patterns"] and "1:4" not in tensor["patterns"] for tensor in held["tensors"])
+    text = run("inspect", pruned)
+    assert "Pruned with sparsegpt to 2:4." in text
+    assert json.loads(run("inspect", tiny_llama, "--json"))["sparsity"] < 0.001
+
+
+def test_inspect_counts_odd_values(tiny_llama, tmp_path):
+    import torch
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.up_proj.weight
+        weight[0, :3] = -0.0
+        weight[1, 0] = float("nan")
+        weight[2, :2] = float("inf")
+    model.save_pretrained(tmp_path)
+    tensors = {t.name: t for t in secateur.inspect(tmp_path).tensors}
+    found = tensors["model.layers.1.mlp.up_proj.weight"]
+    assert (found.negative_zeros, found.nans, found.infs) == (3, 1, 2)
+    assert "3 -0.0, 1 NaN, 2 Inf" in run("inspect", tmp_path)
+
+
+def test_inspect_reads_an_architecture_that_is_not_known(tiny_llama, tmp_path):
+    for file in tiny_llama.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "of another world"}')
+    found = secateur.inspect(tmp_path)
+    assert found.coverage is None
+    assert "model.layers.0.mlp.up_proj.weight" in {tensor.name for tensor in found.tensors}
+
+
+@pytest.mark.parametrize("name", ["prune", "evaluate", "compare", "inspect"])
+def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
+    function = introspection.signature(getattr(secateur, name)).parameters
+    command = introspection.signature(getattr(cli, name)).parameters
+    spelled = {"quiet", "as_json"}
+    assert command.keys() - spelled == function.keys() - {"command", "progress"}
+    for option in command.keys() - spelled:
+        one, other = command[option].default, function[option].default
+        if isinstance(other, tuple):
+            assert one in (None, ",".join(other))
+        elif other is not introspection.Parameter.empty:
+            assert one == other, option
+
+
+def test_version_and_help():
+    assert run("--version").strip()
+    assert "compare" in run("--help")
+    assert "--calibration" in run("prune", "--help")

@@ -1,0 +1,132 @@
+"""The comparison: its rows, its ties, what it keeps, what it refuses; and one real model."""
+
+import json
+
+import numpy as np
+import pytest
+
+import secateur
+from secateur.compare import rank
+from secateur.errors import ConditionsDiffer
+from secateur.report import markdown, table
+from secateur.results import Row
+
+FIELDS = {
+    "method", "pattern", "kind", "sparsity", "perplexity", "delta", "delta_interval", "kl", "top1_agreement",
+    "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint",
+}  # fmt: skip
+TOP = ["schema", "model", "calibration", "evaluation", "machine", "versions", "command", "rows"]
+
+
+@pytest.fixture
+def options(tiny_llama, text_file):
+    return {
+        "model": str(tiny_llama), "calibration": str(text_file), "evaluation": str(text_file), "samples": 8,
+        "seq_len": 32, "windows": 30, "methods": ["magnitude", "wanda"], "patterns": ["50%", "2:4"],
+        "command": ["secateur", "compare"],
+    }  # fmt: skip
+
+
+def test_results_hold_what_the_schema_says(options, tmp_path):
+    results = secateur.compare(**options, out=tmp_path)
+    held = json.loads((tmp_path / "results.json").read_text())
+    assert list(held) == TOP
+    assert all(row.keys() == FIELDS for row in held["rows"])
+    assert [(row["method"], row["pattern"]) for row in held["rows"]] == [
+        ("dense", "-"), ("magnitude", "50%"), ("wanda", "50%"), ("magnitude", "2:4"), ("wanda", "2:4"),
+    ]  # fmt: skip
+    assert [row["kind"] for row in held["rows"]] == ["dense", *["unstructured"] * 2, *["semi-structured"] * 2]
+    assert [row["sparsity"] for row in held["rows"]] == [0, 0.5, 0.5, 0.5, 0.5]
+    assert held["calibration"]["samples"] == 8
+    assert "speed" not in (tmp_path / "results.json").read_text()
+    for row in held["rows"][1:]:
+        found = secateur.evaluate(
+            str(tmp_path / row["checkpoint"]), dense=options["model"], evaluation=options["evaluation"],
+            seq_len=32, windows=30,
+        )  # fmt: skip
+        assert row["perplexity"] == pytest.approx(found.perplexity, rel=1e-9)
+        assert row["kl"] == pytest.approx(found.kl, rel=1e-6)
+        assert row["seconds"].keys() == {"forward", "statistics", "solve"}
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "report.md", "rows", "checkpoints"}
+    assert results.rows[0].perplexity == held["rows"][0]["perplexity"]
+
+
+def test_a_finished_row_is_kept_and_only_what_is_missing_is_computed(options, tmp_path, monkeypatch):
+    first = secateur.compare(**{**options, "patterns": ["50%"]}, out=tmp_path)
+    pruned = []
+    real = secateur.compare.__globals__["prune_checkpoint"]
+
+    def counted(*args, **kwargs):
+        pruned.append((kwargs["method"], kwargs["pattern"]))
+        return real(*args, **kwargs)
+
+    monkeypatch.setitem(secateur.compare.__globals__, "prune_checkpoint", counted)
+    (tmp_path / "rows" / "wanda-50pct.json").unlink()
+    second = secateur.compare(**options, out=tmp_path)
+    assert pruned == [("wanda", "50%"), ("magnitude", "2:4"), ("wanda", "2:4")]
+    for one, other in zip(first.rows, second.rows, strict=False):
+        assert (one.name, one.perplexity, one.delta_interval) == (other.name, other.perplexity, other.delta_interval)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"samples": 4}, "calibration"), ({"windows": 20}, "evaluation"), ({"skip": ["q_proj"]}, "skip")],
+)
+def test_rows_of_other_conditions_are_refused(options, tmp_path, changed, named):
+    secateur.compare(**{**options, "methods": ["magnitude"], "patterns": ["50%"]}, out=tmp_path)
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ConditionsDiffer, match=f"was measured with {named} .* choose another --out"):
+        secateur.compare(**{**options, **changed}, out=tmp_path)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def row(method: str, pattern: str = "2:4") -> Row:
+    return Row(method, pattern, "semi-structured", 0.5, 0, 0, (0, 0), 0, 0, {}, None, 0)
+
+
+def test_a_tie_is_not_ranked():
+    draw = np.random.default_rng(0)
+    hard = draw.normal(2, 0.5, 200)
+    losses = {
+        "a": hard,
+        "b": hard + draw.normal(0, 0.05, 200),  # no real difference
+        "c": hard + 0.1,
+        "d": hard + 0.05,
+    }
+    rows = {name: (row(name), loss) for name, loss in losses.items()}
+    rows["e"] = (row("e", "4:8"), hard - 1)  # better than all, but another pattern
+    rows["f"] = (row("f", "4:8"), hard)
+    rank(rows)
+    assert {name: found.rank for name, (found, _) in rows.items()} == {
+        "a": "1-2 tie", "b": "1-2 tie", "c": "4", "d": "3", "e": "1", "f": "2",
+    }  # fmt: skip
+    assert rows["a"][0].ties == ["b 2:4"]
+    assert rows["d"][0].ties == []
+
+
+def test_the_report_escapes_names_and_has_no_speed_column(options, tmp_path):
+    results = secateur.compare(**{**options, "methods": ["magnitude"], "patterns": ["50%"]}, out=tmp_path)
+    results.model["name"] = "<script>|`x`[red]"
+    text = markdown(results)
+    assert "<script>" not in text.replace("\\<script\\>", "")
+    columns = text.splitlines()[2]
+    assert "speed" not in columns
+    assert "128" not in columns
+    assert "8 samples" in text
+    for characters in (80, 200):
+        assert table(results, characters).row_count == 2
+
+
+def test_a_real_model_ranks_the_methods(shared_data, tmp_path):
+    """stories260K on TinyStories: SparseGPT before Wanda before magnitude, intervals apart."""
+    stories = shared_data / "tinystories"
+    results = secateur.compare(
+        str(shared_data / "models" / "stories260K"), out=tmp_path, patterns=["50% of row", "2:4"], windows=100,
+        calibration=str(stories / "v2_train_head.jsonl"), evaluation=str(stories / "valid_head.jsonl"), samples=32,
+    )  # fmt: skip
+    found = {row.name: row for row in results.rows}
+    assert found["dense -"].perplexity == pytest.approx(3.6742, abs=0.001)
+    for pattern, most in (("50% of row", 15), ("2:4", 35)):
+        ranks = [found[f"{method} {pattern}"].rank for method in ("sparsegpt", "wanda", "magnitude")]
+        assert ranks == ["1", "2", "3"]
+        assert found[f"sparsegpt {pattern}"].perplexity < most

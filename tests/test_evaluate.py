@@ -1,0 +1,117 @@
+"""Evaluation against plain stock code, and the interval against what it must mean."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import secateur
+from secateur.evaluate import Forward, measure, perplexity_difference
+from secateur.model import load
+from secateur.progress import Progress
+
+
+def plain_losses(folder: Path, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Mean next-token loss of every window with stock transformers, one window at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    with torch.no_grad():
+        return torch.stack([model(window[None], labels=window[None]).loss for window in ids])
+
+
+def plain_windows(folder: Path, texts: list[str], length: int) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    stream = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    return torch.tensor(stream[: len(stream) // length * length]).view(-1, length)
+
+
+def documents(file: Path) -> list[str]:
+    import json
+
+    return [json.loads(line)["text"] for line in file.read_text().splitlines()]
+
+
+def test_perplexity_equals_stock_transformers(tiny_llama, text_file):
+    found = secateur.evaluate(str(tiny_llama), evaluation=str(text_file), seq_len=64, batch_size=3)
+    ids = plain_windows(tiny_llama, documents(text_file), 64)
+    expected = plain_losses(tiny_llama, ids).double().mean().exp().item()
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+    assert found.evaluation["samples"] == len(ids)
+    assert found.delta is None
+
+
+def test_a_bf16_checkpoint_is_evaluated_as_its_float32_copy(tiny_llama, text_file, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    found = secateur.evaluate(str(tmp_path), evaluation=str(text_file), seq_len=64, windows=20)
+    ids = plain_windows(tiny_llama, documents(text_file), 64)[:20]
+    expected = plain_losses(tmp_path, ids).double().mean().exp().item()
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+
+
+def test_distance_from_the_dense_model(tiny_llama, text_file, tmp_path):
+    pruned = tmp_path / "pruned"
+    secateur.prune(
+        str(tiny_llama), out=pruned, method="wanda", pattern="2:4", calibration=str(text_file), samples=8, seq_len=32
+    )
+    found = secateur.evaluate(str(pruned), dense=str(tiny_llama), evaluation=str(text_file), seq_len=64, windows=20)
+    ids = plain_windows(tiny_llama, documents(text_file), 64)[:20]
+    logits = {}
+    for folder in (tiny_llama, pruned):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            logits[folder] = model(ids).logits[:, :-1]
+    log_p, log_q = logits[tiny_llama].log_softmax(-1), logits[pruned].log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean().item()
+    assert found.kl == pytest.approx(kl, rel=1e-4)
+    assert found.top1_agreement == pytest.approx(agreement, abs=1e-6)
+    dense, sparse = (plain_losses(f, ids).double().mean().exp().item() for f in (tiny_llama, pruned))
+    assert found.dense_perplexity == pytest.approx(dense, rel=1e-5)
+    assert found.delta == pytest.approx(sparse - dense, abs=1e-3)
+    assert found.delta_interval is not None
+    low, high = found.delta_interval
+    assert low < found.delta < high
+
+
+def test_a_model_does_not_differ_from_itself(tiny_llama, text_file):
+    found = secateur.evaluate(str(tiny_llama), dense=str(tiny_llama), evaluation=str(text_file), windows=4)
+    assert (found.delta, found.delta_interval) == (0, (0, 0))
+    assert found.kl == pytest.approx(0, abs=1e-9)
+    assert found.top1_agreement == 1
+
+
+def test_spilled_hidden_states_give_the_same(tiny_llama, tmp_path):
+    ids = torch.randint(3, 100, (9, 32), generator=torch.Generator().manual_seed(0))
+    run = (load(tiny_llama), ids, torch.device("cpu"), torch.float32, 2)
+    plain = Forward(*run)
+    spilling = Forward(*run, spill=tmp_path / "spill")
+    first, second, third = (measure(f, None, Progress()).loss for f in (plain, spilling, spilling))
+    assert (first == second).all()
+    assert (first == third).all()
+
+
+def test_the_interval_covers_what_it_says():
+    """Over many pairs with a known difference, 95 % intervals must hold it about 95 % of the time."""
+    draw = np.random.default_rng(1)
+    inside = 0
+    for _ in range(200):
+        hard = draw.normal(2.0, 0.5, 60)  # what both models find hard about a window
+        a = hard + draw.normal(0.1, 0.05, 60)
+        b = hard
+        _, (low, high) = perplexity_difference(a, b)
+        true = np.exp(2.1 + 0 * a.mean()) - np.exp(2.0)
+        # the mean over windows is random too, so judge the ratio, which pairing makes sharp
+        scale = np.exp(hard.mean() - 2.0)
+        inside += low <= true * scale <= high
+    assert 180 <= inside <= 200
+
+
+def test_pairing_makes_the_interval_narrow():
+    draw = np.random.default_rng(2)
+    hard = draw.normal(2.0, 0.5, 100)
+    _, (low, high) = perplexity_difference(hard + 0.01, hard)
+    assert 0 < low < high < 0.2
+    _, (low, high) = perplexity_difference(draw.permutation(hard) + 0.01, hard)
+    assert low < 0 < high
