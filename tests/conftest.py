@@ -40,7 +40,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder: a random float32 Llama of 4 blocks, context 128, with a byte tokenizer. Do not write to it."""
+    """A checkpoint folder: a random float32 Llama of 4 blocks, context 128, with a byte tokenizer. Read only."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     tiny_model("llama").save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -1,6 +1,7 @@
 """The comparison: its rows, its ties, what it keeps, what it refuses; and one real model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -78,6 +79,25 @@ def test_rows_of_other_conditions_are_refused(options, tmp_path, changed, named)
     with pytest.raises(ConditionsDiffer, match=f"was measured with {named} .* choose another --out"):
         secateur.compare(**{**options, **changed}, out=tmp_path)
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_another_config_is_another_model(options, tmp_path, tiny_llama):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    options |= {"model": str(model), "methods": ["magnitude"], "patterns": ["50%"]}
+    secateur.compare(**options, out=tmp_path / "out")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    with pytest.raises(ConditionsDiffer, match="was measured with config"):
+        secateur.compare(**options, out=tmp_path / "out")
+
+
+def test_a_row_whose_checkpoint_is_gone_is_made_again(options, tmp_path):
+    options |= {"methods": ["magnitude"], "patterns": ["50%"]}
+    secateur.compare(**options, out=tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints")
+    (row,) = secateur.compare(**options, out=tmp_path).rows[1:]
+    assert (tmp_path / str(row.checkpoint) / "config.json").exists()
 
 
 def row(method: str, pattern: str = "2:4") -> Row:

@@ -1,15 +1,19 @@
 """Evaluation against plain stock code, and the interval against what it must mean."""
 
+import copy
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from families import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
+from secateur.errors import DiskFull
 from secateur.evaluate import Forward, measure, perplexity_difference
-from secateur.model import load
+from secateur.model import load, replayable
 from secateur.progress import Progress
 
 
@@ -70,6 +74,7 @@ def test_distance_from_the_dense_model(tiny_llama, text_file, tmp_path):
     dense, sparse = (plain_losses(f, ids).double().mean().exp().item() for f in (tiny_llama, pruned))
     assert found.dense_perplexity == pytest.approx(dense, rel=1e-5)
     assert found.delta == pytest.approx(sparse - dense, abs=1e-3)
+    assert found.delta is not None
     assert found.delta_interval is not None
     low, high = found.delta_interval
     assert low < found.delta < high
@@ -115,3 +120,38 @@ def test_pairing_makes_the_interval_narrow():
     assert 0 < low < high < 0.2
     _, (low, high) = perplexity_difference(draw.permutation(hard) + 0.01, hard)
     assert low < 0 < high
+
+
+@pytest.mark.parametrize("family", ["gemma2", "minicpm3", "gemma3n_text"])
+@pytest.mark.filterwarnings("ignore")
+def test_families_with_scaled_embeddings_or_several_streams(family):
+    """A bf16 model evaluated in float32 equals its float32 copy; Gemma 3n has a hidden state of four dimensions."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        ids = torch.randint(3, 128, (5, 32), generator=torch.Generator().manual_seed(0))
+        narrow = copy.deepcopy(model).bfloat16()
+        expected = torch.stack([copy.deepcopy(narrow).float()(w[None], labels=w[None]).loss for w in ids])
+    run = Forward(replayable(narrow), ids, torch.device("cpu"), torch.float32, 2)
+    assert torch.allclose(torch.from_numpy(measure(run, None, Progress()).loss).float(), expected, rtol=1e-5)
+
+
+def test_tokens_that_neither_model_can_say_cost_no_divergence(tiny_llama):
+    language_model = load(tiny_llama)
+    head = language_model.model.get_output_embeddings()
+    assert head is not None
+    head.register_forward_hook(lambda m, args, logits: logits.index_fill(-1, torch.tensor([1]), float("-inf")))
+    ids = torch.randint(3, 100, (4, 32), generator=torch.Generator().manual_seed(0))
+    run = (language_model, ids, torch.device("cpu"), torch.float32, 2)
+    found = measure(Forward(*run), Forward(*run), Progress())
+    assert found.mean_kl == pytest.approx(0, abs=1e-9)
+
+
+def test_a_disk_too_small_to_spill_is_one_sentence(tiny_llama, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    ids = torch.randint(3, 100, (4, 32))
+    run = Forward(load(tiny_llama), ids, torch.device("cpu"), torch.float32, 2, spill=tmp_path / "spill")
+    with pytest.raises(DiskFull, match="The disk filled up while"):
+        measure(run, None, Progress())

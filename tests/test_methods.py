@@ -9,11 +9,12 @@ from reference.sparsegpt import sparsegpt
 from reference.wanda import wanda
 
 from secateur.errors import NotSolved
-from secateur.methods import METHODS
+from secateur.methods import METHODS, REFINEMENTS, find_method
 from secateur.methods.sparsegpt import inverse_factor
 from secateur.patterns import NM, Pattern, Unstructured, parse
 from secateur.stats import STATS, Stats
 
+NAMES = [*METHODS, *(f"{method}+{name}" for name in REFINEMENTS for method in ("magnitude", "wanda", "sparsegpt"))]
 PATTERNS = ["0%", "50%", "30% of row", "61.8% of matrix", "99%", "2:4", "4:8", "1:3", "3:4"]
 ROWS, COLUMNS = 24, 264  # divisible by 2, 3, 4, 8, and more than two blocks of 128 columns
 
@@ -36,36 +37,39 @@ def mask_rule(pattern: Pattern):
 
 
 def run(name: str, pattern: str, weight: torch.Tensor, x: torch.Tensor):
-    method = METHODS[name]
+    method = find_method(name)
     return method.prune(weight, Stats.of(x, method.need), parse(pattern).within(method.group))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 class TestEveryMethod:
     def test_counts_are_exact_and_zeros_positive(self, name, pattern):
         weight, x = layer()
         pruned = run(name, pattern, weight, x)
-        resolved = parse(pattern).within(METHODS[name].group)
-        assert (~pruned.kept).sum() == round(resolved.sparsity * weight.numel()) or resolved.over == "row"
-        if isinstance(resolved, NM):
-            assert (pruned.kept.unflatten(1, (-1, resolved.m)).sum(-1) == resolved.n).all()
-        elif resolved.over == "row":
-            assert ((~pruned.kept).sum(1) == round(resolved.ratio * COLUMNS)).all()
+        resolved = parse(pattern).within(find_method(name).group)
         assert (pruned.weight[~pruned.kept] == 0).all()
         assert not pruned.weight[~pruned.kept].signbit().any()
+        if isinstance(resolved, NM):
+            assert (pruned.kept.unflatten(1, (-1, resolved.m)).sum(-1) == resolved.n).all()
+            return
+        assert isinstance(resolved, Unstructured)
+        if resolved.over == "matrix":
+            assert (~pruned.kept).sum() == round(resolved.ratio * weight.numel())
+        else:
+            assert ((~pruned.kept).sum(1) == round(resolved.ratio * COLUMNS)).all()
 
     def test_types_shapes_and_inputs_left_alone(self, name, pattern):
         weight, x = layer()
-        before, stats = weight.clone(), Stats.of(x, METHODS[name].need)
+        before, stats = weight.clone(), Stats.of(x, find_method(name).need)
         sums = {key: value.clone() for key, value in stats.sums.items()}
-        pruned = METHODS[name].prune(weight, stats, parse(pattern).within(METHODS[name].group))
+        pruned = find_method(name).prune(weight, stats, parse(pattern).within(find_method(name).group))
         assert pruned.weight.dtype == torch.float32
         assert pruned.kept.dtype == torch.bool
         assert pruned.weight.shape == pruned.kept.shape == weight.shape
         assert torch.equal(weight, before)
         assert all(torch.equal(stats.sums[key], sums[key]) for key in sums)
-        assert METHODS[name].need <= STATS.keys()
+        assert find_method(name).need <= STATS.keys()
 
     def test_the_same_twice(self, name, pattern):
         weight, x = layer()
@@ -77,16 +81,23 @@ class TestEveryMethod:
         weight, x = layer()
         once = run(name, pattern, weight, x)
         twice = run(name, pattern, once.weight, x)
-        assert torch.equal(once.weight, twice.weight)
+        assert torch.equal(once.kept, twice.kept) or not find_method(name).updates
+        if find_method(name).updates:  # solved again in float32
+            assert torch.allclose(once.weight, twice.weight, rtol=1e-3, atol=1e-4)
+        else:
+            assert torch.equal(once.weight, twice.weight)
 
     def test_a_transposed_view_gives_the_same(self, name, pattern):
         weight, x = layer()
         stored = weight.T.contiguous()  # as Conv1D stores it
-        assert torch.equal(run(name, pattern, weight, x).weight, run(name, pattern, stored.T, x).weight)
+        before = stored.clone()
+        transposed = run(name, pattern, stored.T, x)
+        assert torch.equal(stored, before)
+        assert torch.equal(run(name, pattern, weight, x).kept, transposed.kept)
 
     def test_statistics_merged_from_uneven_parts_give_the_same_mask(self, name, pattern):
         weight, x = layer()
-        method = METHODS[name]
+        method = find_method(name)
         whole = Stats.of(x, method.need)
         parts = [Stats.of(part, method.need) for part in x.split([1, 500, 100, 299])]
         merged = sum(parts[1:], parts[0])
@@ -94,7 +105,7 @@ class TestEveryMethod:
         resolved = parse(pattern).within(method.group)
         first, second = method.prune(weight, whole, resolved), method.prune(weight, merged, resolved)
         assert (first.kept != second.kept).float().mean() <= 0.0005
-        assert torch.allclose(first.weight, second.weight, rtol=1e-3, atol=1e-3) or name == "sparsegpt"
+        assert torch.allclose(first.weight, second.weight, rtol=1e-3, atol=1e-3) or method.updates
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -146,7 +157,7 @@ def test_sparsegpt_leaves_less_error_than_wanda_and_wanda_less_than_magnitude():
     for name in METHODS:
         change = run(name, "2:4", weight, x).weight - weight
         errors[name] = (x @ change.T).square().sum().item()
-    assert errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
+    assert errors["alps"] < errors["sparsegpt"] < errors["wanda"] < errors["magnitude"]
 
 
 def test_the_scale_of_the_inputs_does_not_matter():

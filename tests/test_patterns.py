@@ -35,10 +35,10 @@ def test_n_of_m_mask_equals_the_sorted_reference(scores, nm):
 
 @given(ratios, st.integers(1, 7), st.lists(st.integers(1, 40), min_size=1, max_size=6))
 def test_column_blocks_add_up_to_the_exact_count(ratio, rows, widths):
-    for over, groups in (("matrix", 1), ("row", rows)):
+    for pattern, groups in ((Unstructured(ratio, "matrix"), 1), (Unstructured(ratio, "row"), rows)):
         removed = start = 0
         for width in widths:
-            part = Unstructured(ratio, over).columns(rows, start, start + width)
+            part = pattern.columns(rows, start, start + width)
             removed += (~part.mask(torch.rand(rows, width))).sum().item()
             start += width
         assert removed == groups * round(ratio * (rows * start // groups))

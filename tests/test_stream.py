@@ -10,11 +10,12 @@ from secateur.allocate import uniform
 from secateur.data import Windows
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods import METHODS
-from secateur.model import load, replayable, sites
+from secateur.model import load, replayable
 from secateur.options import find_devices
 from secateur.patterns import parse
-from secateur.prune import LEFT_OUT, UNSEEN, prune_model, pruned_blocks, site_shapes
 from secateur.progress import Progress
+from secateur.prune import LEFT_OUT, UNSEEN, prune_model, pruned_blocks, site_shapes
+from secateur.sites import sites
 from secateur.stats import Stats
 from secateur.stream import Seconds, stream
 
@@ -195,7 +196,7 @@ def test_output_error_is_measured_on_real_inputs():
     report = prune_model(replayable(model), windows(), method="wanda", pattern="2:4", batch_size=7)
     site = next(site for site in report.sites if site.site.endswith("layers.0.self_attn.q_proj"))
     x = seen_by_hooks(dense, TOKENS, [site.site])[site.site]
-    old, new = dense.get_submodule(site.site).weight, model.get_submodule(site.site).weight
+    old, new = (m.get_parameter(f"{site.site}.weight") for m in (dense, model))
     expected = (x @ (old - new).T).square().sum() / (x @ old.T).square().sum()
     assert site.output_error == pytest.approx(expected.item(), rel=1e-4)
 
@@ -221,3 +222,11 @@ def test_weights_stay_mapped_and_untouched(tiny_llama: Path):
     ):  # fmt: skip
         pass
     assert all(torch.equal(p, before[name]) for name, p in language_model.model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_forward_dtype_does_not_touch_the_weights_that_are_kept(dtype):
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    prune_model(replayable(model), windows(), method="magnitude", pattern="2:4", dtype=dtype)
+    for pruned, before in zip(model.parameters(), dense.parameters(), strict=True):
+        assert torch.equal(pruned, before.where(pruned != 0, 0.0))

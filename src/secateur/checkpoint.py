@@ -33,7 +33,7 @@ from secateur.errors import BadCheckpoint, DiskFull, OutputRefused, in_one_line
 
 SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-_DTYPES = {
+FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -184,7 +184,7 @@ def file_sha256(file: Path) -> str:
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -204,10 +204,10 @@ class Output:
 
         Raises NonFinite's parent only through its caller: values are written as they are.
         """
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             for name, tensor in tensors.items():
                 place = self.source.places[name]
-                stored = tensor.detach().cpu().to(_DTYPES[place.dtype]).contiguous()
+                stored = tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous()
                 if tuple(stored.shape) != place.shape:
                     raise AssertionError(f"{name} has shape {tuple(stored.shape)}, stored {place.shape}")
                 with (self.partial / place.shard).open("r+b") as stream:
@@ -216,7 +216,7 @@ class Output:
 
     def finish(self, record: dict[str, Any]) -> None:
         """Write `pruning.json`, sync everything to disk, and rename the folder into place."""
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             record["shards"] = {
                 shard: {"source_sha256": digest, "sha256": file_sha256(self.partial / shard)}
                 for shard, digest in self.source.sha256().items()
@@ -267,7 +267,7 @@ def output(source: Checkpoint, out: Path, *, overwrite: bool) -> Iterator[Output
     partial = out.with_name(f".{out.name}.partial")
     made = [folder for folder in out.parents if not folder.exists()]
     try:
-        with _disk_errors(out):
+        with disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(out.parent).free

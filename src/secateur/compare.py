@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from secateur.checkpoint import Checkpoint, open_checkpoint, resolve
+from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
 from secateur.data import calibration_windows, evaluation_windows, load_tokenizer
 from secateur.errors import ConditionsDiffer, OutputRefused
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
@@ -28,7 +28,7 @@ from secateur.machine import machine, versions
 from secateur.methods import find_method
 from secateur.model import load
 from secateur.options import (
-    check_vocabulary,
+    check_windows,
     default_corpus,
     default_length,
     find_devices,
@@ -92,7 +92,7 @@ def compare(
         windows=windows,
         data_dir=local,
     )
-    check_vocabulary(language_model, judged)
+    check_windows(language_model, judged, batch_size)
     results = Results(
         SCHEMA,
         {
@@ -107,7 +107,14 @@ def compare(
         list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
         [],
     )
-    conditions = _conditions(results, {"dtype": dtype, "skip": list(skip), "batch_size": batch_size})
+    options = {
+        "config": file_sha256(folder / "config.json"),
+        "dtype": str(forward_dtype(dtype, chosen)),
+        "device": chosen.type,
+        "skip": list(skip),
+        "batch_size": batch_size,
+    }
+    conditions = _conditions(results, options)
     try:
         (out / "rows").mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -229,12 +236,14 @@ class RowStore:
                     )
 
     def get(self, method: str, pattern: str) -> tuple[Row, Measured] | None:
-        """A finished row, or None."""
+        """A finished row, or None: also where its checkpoint is gone."""
         file = self.folder / f"{_file_name(method, pattern)}.json"
         if not file.exists():
             return None
         held = self._read(file)
         row = Row(**held["row"])
+        if row.checkpoint and not (self.folder.parent / row.checkpoint).is_dir():
+            return None
         row.delta_interval = (row.delta_interval[0], row.delta_interval[1])
         return row, Measured(np.asarray(held["loss"]))
 

@@ -67,7 +67,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise BadCheckpoint(f"{folder} has no tokenizer (tokenizer.json or the like). Copy it there.")
     try:
         with _rust_errors(folder):
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
     except (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, RecursionError) as error:
         if "trust_remote_code" in str(error):
             raise BadCheckpoint(
@@ -75,6 +77,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
                 "Read that code, then add --trust-remote-code."
             ) from error
         raise BadCheckpoint(f"{folder} has no tokenizer that transformers can load: {in_one_line(error)}.") from error
+    # Where only the settings are there, transformers makes a tokenizer of nothing but special tokens.
+    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)) < 2:
+        raise BadCheckpoint(f"{folder} has no tokenizer with a vocabulary. Copy tokenizer.json or the like there.")
+    return tokenizer
 
 
 class _rust_errors:  # noqa: N801 — used as a function
@@ -186,6 +192,12 @@ def _windows_of_documents(
             start = draw.randint(0, len(ids) - length - 1)  # type: ignore[arg-type]
             windows.append(torch.tensor(ids[start : start + length]))  # type: ignore[index]
     distinct = sum(n for n in lengths.values() if n > length)
+    for number in range(len(texts)):  # repeated draws may have left out documents that are long enough
+        if distinct >= samples * length or len(lengths) > 2000 + 500 * samples:
+            break
+        if number not in lengths:
+            lengths[number] = len(tokenizer(texts[number], verbose=False)["input_ids"])  # type: ignore[arg-type]
+            distinct += lengths[number] if lengths[number] > length else 0
     if len(windows) < samples or distinct < samples * length:
         raise NotEnoughText(
             f"{samples} samples of {length} tokens need {samples * length:,} tokens from documents longer than "

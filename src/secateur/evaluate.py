@@ -11,6 +11,7 @@ memory at once. Nothing is rounded to the dtype of the checkpoint: on the CPU th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from secateur.checkpoint import open_checkpoint, resolve
+from secateur.checkpoint import disk_errors, open_checkpoint, resolve
 from secateur.data import evaluation_windows, load_tokenizer
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.model import LanguageModel, Shell, load
 from secateur.options import (
-    check_vocabulary,
+    check_windows,
     default_corpus,
     default_length,
     find_devices,
@@ -88,17 +89,22 @@ class Forward:
             yield slice(start, min(start + self.group, len(self.tokens)))
 
     def hidden(self, windows: slice) -> Tensor:
-        """What the last block returns, `[windows, length, hidden]`."""
+        """What the last block returns, `[…, windows, length, hidden]`."""
         if windows.start in self.done and self.spilled is not None:
-            return torch.from_numpy(self.spilled[windows].copy())
+            return torch.from_numpy(self.spilled[..., windows, :, :].copy())
         found = final_hidden(self.language_model, self.shell, self.tokens[windows], self.dtype, self.batch_size)
         if self.spill and found.dtype == torch.float32:
             if self.spilled is None:
-                shape = (len(self.tokens), *found.shape[1:])
-                self.spilled = np.memmap(self.spill, np.float32, "w+", shape=shape)
-            self.spilled[windows] = found.numpy()
+                self.spilled = self._reserve(self.spill, (*found.shape[:-3], len(self.tokens), *found.shape[-2:]))
+            self.spilled[..., windows, :, :] = found.numpy()
             self.done.add(windows.start)
         return found
+
+    def _reserve(self, file: Path, shape: tuple[int, ...]) -> np.memmap:
+        """A file of that many float32, its space taken at once: a mapped file that meets a full disk is a crash."""
+        with disk_errors(file), file.open("wb") as stream:
+            os.posix_fallocate(stream.fileno(), 0, 4 * int(np.prod(shape)))
+        return np.memmap(file, np.float32, "r+", shape=shape)
 
     def logits(self, windows: slice, hidden: Tensor) -> Tensor:
         """Next-token logits `[windows, length - 1, vocabulary]` float32."""
@@ -151,7 +157,7 @@ def evaluate(
         windows=windows,
         data_dir=Path(data_dir) if data_dir else None,
     )
-    check_vocabulary(language_model, found)
+    check_windows(language_model, found, batch_size)
     run = (found.ids, chosen, forward_dtype(dtype, chosen), batch_size)
     reference = None
     if dense is not None:
@@ -188,18 +194,20 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
         for start in range(windows.start, windows.stop, step):
             part = slice(start, min(start + step, windows.stop))
             inside = slice(part.start - windows.start, part.stop - windows.start)
-            logits = model.logits(part, hidden[inside])
+            logits = model.logits(part, hidden[..., inside, :, :])
             log_q = logits.log_softmax(-1)
             target = model.tokens[part, 1:].to(log_q.device)
             loss.append(-log_q.gather(-1, target[..., None])[..., 0].double().mean(1).cpu())
             if dense is not None and reference is not None:
-                expected = dense.logits(part, reference[inside])
+                expected = dense.logits(part, reference[..., inside, :, :])
                 if expected.shape != logits.shape:
                     raise UnsupportedModel(
                         f"The dense model has a vocabulary of {expected.shape[-1]}, the other {logits.shape[-1]}."
                     )
                 log_p = expected.log_softmax(-1)
-                kl.append((log_p.exp() * (log_p - log_q)).sum(-1).double().mean(1).cpu())
+                divergence = log_p.exp() * (log_p - log_q)
+                divergence = divergence.where(log_p > -torch.inf, 0.0)  # what cannot be said costs nothing
+                kl.append(divergence.sum(-1).double().mean(1).cpu())
                 agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).cpu())
         progress.advance("evaluating", windows.stop, len(model.tokens))
     losses = torch.cat(loss).numpy()

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 
 from secateur.checkpoint import RECORD, Checkpoint, open_checkpoint, resolve
 from secateur.errors import SecateurError, UnsupportedModel, in_one_line
-from secateur.model import LanguageModel, checkpoint_tensors, find_stack, load_config, sites
+from secateur.model import LanguageModel, checkpoint_tensors, find_stack, load_config
 from secateur.refusals import LOAD_ERRORS
+from secateur.sites import sites
 
 PATTERNS = ((1, 4), (2, 4), (4, 8), (8, 16))
 """The N:M patterns that are looked for, with those that `pruning.json` names."""

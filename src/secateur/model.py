@@ -12,9 +12,10 @@ and dtype of the computation; the model itself is never converted.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,10 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.pytorch_utils import Conv1D
 
-from secateur import experts
-from secateur.errors import UnsupportedModel
+from secateur.checkpoint import FLOATS, open_checkpoint
+from secateur.errors import BadCheckpoint, UnsupportedModel
 from secateur.refusals import (
     LOAD_ERRORS,
     bad_config,
@@ -58,79 +58,6 @@ class LanguageModel:
 
     def block_name(self, index: int) -> str:
         return f"{self.stack}.{index}"
-
-
-@dataclass(frozen=True)
-class Site:
-    """One prunable matrix of a block: a view `[out, in]` of a parameter, whatever way the layer stores it."""
-
-    name: str
-    parameter: str
-    stored: Tensor
-    transposed: bool
-
-    @property
-    def weight(self) -> Tensor:
-        """The matrix `[out, in]`, sharing memory with the parameter."""
-        return self.stored.T if self.transposed else self.stored
-
-    def put(self, weight: Tensor) -> None:
-        """Write `[out, in]` back, cast to the stored dtype; zeros become +0.0."""
-        self.weight.copy_(weight.to(self.stored.dtype) + 0)
-
-
-def sites(block: nn.Module) -> dict[str, Site]:
-    """The prunable matrices of a block by name: linear layers and single experts, routers left out."""
-    found: dict[str, Site] = {}
-    left_out = experts.routers(block)
-    for name, module in block.named_modules():
-        if module in left_out:
-            continue
-        if isinstance(module, (nn.Linear, Conv1D)):
-            site = Site(name, f"{name}.weight", module.weight.data, isinstance(module, Conv1D))
-            found[name] = site
-        elif experts.is_experts(module):
-            for matrix in experts.matrices(module):
-                for expert, weight in enumerate(getattr(module, matrix).data):
-                    site = f"{name}.{expert}.{matrix}"
-                    found[site] = Site(site, f"{name}.{matrix}", weight, experts.is_transposed(module))
-    return found
-
-
-def coverage(block: nn.Module) -> tuple[int, int]:
-    """(weights that are sites, weights of all matrices) of a block; vectors are not counted."""
-    covered = sum(site.stored.numel() for site in sites(block).values())
-    return covered, sum(p.numel() for p in block.parameters() if p.dim() > 1)
-
-
-@contextmanager
-def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `record(site name, x [tokens, in])` is called for every site a forward of the block reaches."""
-
-    def linear(name: str) -> Callable[..., None]:
-        return lambda module, args: record(name, args[0])
-
-    def fused(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, chosen, *_ = *args, *kwargs.values()
-            first, second = experts.matrices(module)
-            for expert, x, inner in experts.expert_inputs(module, hidden, chosen):
-                record(f"{name}.{expert}.{first}", x)
-                record(f"{name}.{expert}.{second}", inner)
-
-        return hook
-
-    known, handles = sites(block), []
-    for name, module in block.named_modules():
-        if experts.is_experts(module):
-            handles.append(module.register_forward_pre_hook(fused(name), with_kwargs=True))
-        elif name in known:
-            handles.append(module.register_forward_pre_hook(linear(name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def working_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
@@ -239,7 +166,7 @@ class Shell:
             return (output, None) if self.tuples[index] else output
 
         def convert(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            return output.to(self.dtype) if self.dtype else output
+            return _looked_up(module, args[0], self.dtype) if self.dtype else output
 
         for tap in self.taps:
             tap.called = called
@@ -277,6 +204,19 @@ class Shell:
         """The logits `[batch, length, vocabulary]` when `hidden` is what the last block returned."""
         with self._answering(lambda index, entering, call: hidden.to(entering.device)):
             return self.model(tokens.to(self.device), use_cache=False).logits
+
+
+def _looked_up(embedding: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """What an embedding gives in another dtype: only the rows that are looked up are converted.
+
+    Its own forward runs on them, since some families scale the result.
+    """
+    rows, places = tokens.unique(return_inverse=True)
+    weight: Tensor = embedding.weight  # type: ignore[assignment]
+    narrow = copy(embedding)
+    narrow._parameters = {"weight": nn.Parameter(weight[rows].to(dtype), requires_grad=False)}
+    narrow.padding_idx = None  # type: ignore[assignment]
+    return narrow.forward(places)
 
 
 def find_stack(model: nn.Module) -> str:
@@ -355,7 +295,7 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> LanguageModel:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype="auto",
+            dtype=stored_dtype(folder),
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
@@ -366,6 +306,17 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> LanguageModel:
     model, report = loaded
     refuse_foreign_weights(folder, model, find_stack(model), report)
     return replayable(model.eval())
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The floating dtype in which most of a checkpoint's bytes are stored, whatever its config.json says."""
+    bytes_of: Counter[str] = Counter()
+    for place in open_checkpoint(folder).places.values():
+        if place.dtype in FLOATS:
+            bytes_of[place.dtype] += place.bytes
+    if not bytes_of:
+        raise BadCheckpoint(f"{folder} holds no floating-point weights.")
+    return FLOATS[bytes_of.most_common(1)[0][0]]
 
 
 def checkpoint_tensors(

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from secateur.data import Windows
-from secateur.errors import UnknownName, UnsupportedModel
+from secateur.errors import NotEnoughText, UnknownName, UnsupportedModel
 from secateur.model import LanguageModel
 
 
@@ -24,8 +24,13 @@ def default_corpus(model: str | Path | None, corpus: str | None, otherwise: str)
     return corpus or ("demo" if model is None else otherwise)
 
 
-def check_vocabulary(language_model: LanguageModel, windows: Windows) -> None:
-    """Raise UnsupportedModel where the windows have tokens that the model lacks, or are longer than its context."""
+def check_windows(language_model: LanguageModel, windows: Windows, batch_size: int) -> None:
+    """Raise UnsupportedModel where the windows have tokens that the model lacks, or are longer than its context.
+
+    Raises NotEnoughText for batches of nothing.
+    """
+    if batch_size < 1:
+        raise NotEnoughText(f"A batch needs at least one window; found --batch-size {batch_size}.")
     context, length = _context(language_model), windows.ids.shape[1]
     if context and length > context:
         raise UnsupportedModel(

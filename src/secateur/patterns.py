@@ -109,6 +109,8 @@ class Unstructured:
         below = flat < threshold
         equal = flat == threshold
         missing = removed - below.sum(1, keepdim=True)
+        if torch.equal(missing, equal.sum(1, keepdim=True)):  # no ties at the threshold
+            return ~(below | equal).view_as(scores)
         return ~(below | (equal & (equal.cumsum(1) <= missing))).view_as(scores)
 
 

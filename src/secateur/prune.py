@@ -10,24 +10,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.allocate import Plan, uniform
 from secateur.checkpoint import Checkpoint, open_checkpoint, output, refuse_output, resolve
 from secateur.data import Windows, calibration_windows, load_tokenizer
 from secateur.errors import NonFinite, UnsupportedModel
-from secateur.machine import versions
+from secateur.machine import release_memory, versions
 from secateur.methods import Method, find_method
-from secateur.model import LanguageModel, Site, checkpoint_tensors, coverage, load, sites
+from secateur.model import LanguageModel, checkpoint_tensors, load, working_copy
 from secateur.options import (
-    check_vocabulary,
+    check_windows,
     default_corpus,
     default_length,
     find_devices,
@@ -36,6 +36,7 @@ from secateur.options import (
 )
 from secateur.patterns import Pattern, parse
 from secateur.progress import PeakMemory, Progress
+from secateur.sites import Site, coverage, sites
 from secateur.stats import Stats
 from secateur.stream import Seconds, Step, stream
 
@@ -166,7 +167,7 @@ def prune_checkpoint(
 ) -> Report:
     """`prune` for a model that is loaded from `source` already and calibration windows that are drawn already."""
     progress, wanted = progress or Progress(), parse(pattern)
-    check_vocabulary(language_model, windows)
+    check_windows(language_model, windows, batch_size)
     plan = uniform(site_shapes(language_model), wanted, skip)
     report = _report(language_model, method, wanted, windows, allow_low_coverage)
     with output(source, out, overwrite=overwrite) as result, PeakMemory() as peak:
@@ -197,7 +198,8 @@ def _check_source(source: Checkpoint, language_model: LanguageModel, names: Sequ
     """Raise UnsupportedModel unless the parameters, turned back, are the bytes that the source holds."""
     loaded = {name: language_model.model.get_parameter(name).data for name in names}
     for name, tensor in checkpoint_tensors(language_model, loaded, source.places).items():
-        if not torch.equal(source.tensor(name).to(tensor.dtype), tensor):
+        held = source.tensor(name)
+        if held.dtype != tensor.dtype or not torch.equal(held, tensor):
             raise UnsupportedModel(f"{name} in {source.folder} is not what the model was loaded with.")
 
 
@@ -252,45 +254,60 @@ def pruned_blocks(
     )  # fmt: skip
     for step in steps:
         progress.advance(f"{step.name} inputs", step.index, count)
-        original = sites(language_model.blocks[step.index])
-        _refuse_non_finite(step, original)
-        stats, probes = step.observe(method.need, PROBE_TOKENS)
-        block = PrunedBlock(step.index, {})
-        started = perf_counter()
-        for name, site in step.sites.items():
-            full_name = f"{step.name}.{name}"
-            progress.advance(full_name, step.index, count)
-            pattern = plan.get(full_name)
-            if pattern is None or (method.need and name not in stats):
-                note = LEFT_OUT if pattern is None else UNSEEN
-                block.reports.append(_left_dense(full_name, site, note))
-                continue
-            seen = stats.get(name, Stats(0, {}))
-            stored_dtype = original[name].stored.dtype
-            report = prune_site(full_name, site, stored_dtype, method, seen, pattern, probes.get(name))
-            block.reports.append(report)
-            parameter = step.block.get_parameter(site.parameter).data
-            block.tensors[f"{step.name}.{site.parameter}"] = parameter.to("cpu", stored_dtype)
-        seconds.solve += perf_counter() - started
+        original = language_model.blocks[step.index]
+        block = _prune_block(
+            step, original, method, plan, lambda name, index=step.index: progress.advance(name, index, count)
+        )
+        del step  # with its copy of the block: the next is made before the name is used again
         yield block
+        block.tensors.clear()
     progress.advance("done", count, count)
+
+
+def _prune_block(
+    step: Step, original: nn.Module, method: Method, plan: Plan, at_hand: Callable[[str], None]
+) -> PrunedBlock:
+    """Prune the sites of one block, in the copy on which the stream goes on and in another as it is stored."""
+    result = working_copy(original, torch.device("cpu"), None)
+    targets = sites(result)
+    _refuse_non_finite(step, targets)
+    stats, probes = step.observe(method.need, PROBE_TOKENS)
+    block = PrunedBlock(step.index, {})
+    started = perf_counter()
+    for name, site in step.sites.items():
+        full_name = f"{step.name}.{name}"
+        at_hand(full_name)
+        pattern = plan.get(full_name)
+        if pattern is None or (method.need and name not in stats):
+            block.reports.append(_left_dense(full_name, site, LEFT_OUT if pattern is None else UNSEEN))
+            continue
+        seen, probe = stats.get(name, Stats(0, {})), probes.get(name)
+        block.reports.append(prune_site(full_name, site, targets[name], method, seen, pattern, probe))
+        block.tensors[f"{step.name}.{site.parameter}"] = result.get_parameter(site.parameter).data
+        release_memory()
+    step.seconds.solve += perf_counter() - started
+    return block
 
 
 def prune_site(
     name: str,
     site: Site,
-    stored_dtype: torch.dtype,
+    target: Site,
     method: Method,
     stats: Stats,
     pattern: Pattern,
     probe: Tensor | None,
 ) -> SiteReport:
-    """Prune one site in place, with the values that the stored dtype can hold. Raises NonFinite."""
-    dense = site.weight.to(torch.float32, copy=True)
+    """Prune one site in place: `target`, in the dtype it is stored in, and `site`, on which the stream goes on.
+
+    What is pruned is the stored weight, whatever dtype the forward passes use. Raises NonFinite.
+    """
+    dense = target.weight.to(site.stored.device, torch.float32, copy=True)
     pruned = method.prune(dense, stats, pattern.within(method.group))
-    stored = pruned.weight.to(stored_dtype)
+    stored = pruned.weight.to(target.stored.dtype)
     if not stored.isfinite().all():
-        raise NonFinite(f"The pruned weights of {name} do not fit {stored_dtype}. Use another method, or --skip it.")
+        raise NonFinite(f"The pruned weights of {name} do not fit {stored.dtype}. Use another method, or --skip it.")
+    target.put(stored)
     site.put(stored)
     error = None
     if probe is not None:

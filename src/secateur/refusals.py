@@ -1,4 +1,4 @@
-"""What is refused while a checkpoint is loaded, and in which words: `model` asks here, and goes on where nothing is raised.
+"""What is refused while a checkpoint is loaded, and in which words; where nothing is raised, `model` goes on.
 
 transformers loads much that is no causal language model, or not the one that its folder describes: weights that
 are missing are made up, those it has no use for are dropped, encoders predict tokens that they have seen.
@@ -22,7 +22,7 @@ LOAD_ERRORS = (
     ValueError, LookupError, RuntimeError, OSError, TypeError, AttributeError, ArithmeticError, AssertionError,
     ImportError, StrictDataclassError,
 )  # fmt: skip
-STORED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+STORED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL")  # the last four hold positions and masks
 
 
 def bad_config(folder: Path, error: BaseException) -> SecateurError:
@@ -75,10 +75,10 @@ def refuse_foreign_weights(folder: Path, model: nn.Module, stack: str, report: d
     for what, names in (("it lacks", sorted(map(str, report["missing_keys"]))), ("it has besides", sorted(beyond))):
         if names:
             raise _foreign(folder, f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
-    for name, parameter in model.named_parameters():
-        if parameter.dtype not in STORED:
+    for name, place in open_checkpoint(folder).places.items():
+        if place.dtype not in STORED:
             raise UnsupportedModel(
-                f"{name} in {folder} is stored as {str(parameter.dtype).removeprefix('torch.')}, which is not pruned. "
+                f"{name} in {folder} is stored as {place.dtype}, which cannot be pruned. "
                 "Use the float32, bfloat16 or float16 weights."
             )
 

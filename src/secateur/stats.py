@@ -1,7 +1,8 @@
 """What is remembered of a site's inputs: sums over tokens, so that parts of the work merge exactly.
 
 Batches, devices, ranks and resumed runs each see some tokens; adding what they saw gives what one run
-over all tokens would have seen. Every token weighs the same, whatever sequence it came from.
+over all tokens would have seen. Every token weighs the same, whatever sequence it came from. Products are float32,
+sums float64: then the order of adding does not show in the float32 mean, and two devices choose the masks of one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -14,8 +15,8 @@ from torch import Tensor
 Value = TypeVar("Value")
 
 STATS: dict[str, Callable[[Tensor], Tensor]] = {
-    "square": lambda x: x.square().sum(0, dtype=torch.float64),  # [in]
-    "gram": lambda x: x.T @ x,  # [in, in]
+    "square": lambda x: torch.stack([part.double().square().sum(0) for part in x.split(1024)]).sum(0),  # [in] float64
+    "gram": lambda x: (x.T @ x).double(),  # [in, in] float64
 }
 """Each statistic: x [tokens, in] float32 → a tensor that adds over tokens."""
 

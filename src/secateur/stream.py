@@ -20,16 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import NonFinite, UnsupportedModel
+from secateur.machine import release_memory
 from secateur.model import (
     Call,
     LanguageModel,
     Shell,
-    Site,
-    recorded_inputs,
     run_block,
-    sites,
     working_copy,
 )
+from secateur.sites import Site, recorded_inputs, sites
 from secateur.stats import Stats
 
 
@@ -76,7 +75,9 @@ def stream(
     """The blocks in order with the inputs that `tokens` `[samples, length]` give them."""
     run = _Run(language_model, list(tokens.split(batch_size)), devices, dtype, seconds or Seconds())
     for index in range(len(language_model.blocks)):
-        yield run.open(index)
+        step = run.open(index)
+        yield step
+        del step  # its copy of the block would live beside the next one
         if index + 1 < len(language_model.blocks):
             run.advance(index)
 
@@ -85,12 +86,15 @@ def stream(
 def final_hidden(
     language_model: LanguageModel, shell: Shell, tokens: Tensor, dtype: torch.dtype | None, batch_size: int
 ) -> Tensor:
-    """What the last block returns for tokens `[samples, length]`: `[samples, length, hidden]`, on the CPU."""
+    """What the last block returns for tokens `[samples, length]`: `[…, samples, length, hidden]`, on the CPU.
+
+    Most families have nothing before the samples; Gemma 3n has several streams there.
+    """
     run = _Run(language_model, list(tokens.split(batch_size)), [shell.device], dtype, Seconds(), shell)
     for index in range(len(language_model.blocks)):
         run.open(index)
         run.advance(index)
-    return torch.cat([hidden.cpu() for hidden in run.hidden])
+    return torch.cat([hidden.cpu() for hidden in run.hidden], dim=-3)
 
 
 class _Run:
@@ -121,6 +125,8 @@ class _Run:
 
     def open(self, index: int) -> Step:
         original = self.language_model.blocks[index]
+        self.replicas.clear()
+        release_memory()
         self.replicas = [working_copy(original, device, self.dtype) for device in self.devices]
         block = self.replicas[0]
         name = self.language_model.block_name(index)
@@ -179,6 +185,7 @@ class _Run:
             for name, stats in watch.stats.items():
                 total[name] = total[name] + stats if name in total else stats
         _refuse_non_finite(self.language_model.block_name(index), total, watches[0].probes)
+        release_memory()
         return (
             {name: total[first] for name, first in shared.items() if first in total},
             {name: watches[0].probes[first] for name, first in shared.items() if first in watches[0].probes},

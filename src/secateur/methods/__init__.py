@@ -1,23 +1,44 @@
-"""The pruning methods, one paper a file. A new method is a file here and its line in `METHODS`."""
+"""The pruning methods, one paper a file. A new method is a file here and its line in `METHODS`.
+
+A name may end in refinements, applied in order: `wanda+refit` is Wanda's mask with the best weights for it.
+"""
+
+from collections.abc import Callable
 
 from secateur.errors import UnknownName
+from secateur.methods.alps import alps
 from secateur.methods.base import Method, Pruned, scored
 from secateur.methods.magnitude import magnitude
-from secateur.methods.sparsegpt import sparsegpt
+from secateur.methods.refit import refit
+from secateur.methods.ria import ria
+from secateur.methods.sparsegpt import sparsegpt, sweep
 from secateur.methods.wanda import wanda
 
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
     "wanda": wanda,
+    "ria": ria(),
     "sparsegpt": sparsegpt(),
+    "sweep": sweep(),
+    "alps": alps(),
+    "alps-fast": alps(stages=4, updates=4, first=0.1, last=2.0),
+}
+REFINEMENTS: dict[str, Callable[[Method], Method]] = {
+    "refit": refit,
 }
 
 
 def find_method(name: str) -> Method:
-    """The method of that name. Raises UnknownName."""
-    if name not in METHODS:
-        raise UnknownName("method", name, METHODS)
-    return METHODS[name]
+    """The method of that name, with its refinements. Raises UnknownName."""
+    first, *refinements = name.split("+")
+    if first not in METHODS:
+        raise UnknownName("method", first, METHODS)
+    method = METHODS[first]
+    for refinement in refinements:
+        if refinement not in REFINEMENTS:
+            raise UnknownName("refinement", refinement, REFINEMENTS)
+        method = REFINEMENTS[refinement](method)
+    return method
 
 
-__all__ = ["METHODS", "Method", "Pruned", "find_method", "scored"]
+__all__ = ["METHODS", "REFINEMENTS", "Method", "Pruned", "find_method", "scored"]

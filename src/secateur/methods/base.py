@@ -35,6 +35,7 @@ class Method(NamedTuple):
     need: frozenset[str]
     group: Group
     prune: Callable[[Tensor, Stats, Pattern], Pruned]
+    updates: bool = False
 
 
 def scored(need: Iterable[str], group: Group, score: Callable[[Tensor, Stats], Tensor]) -> Method:

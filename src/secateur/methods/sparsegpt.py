@@ -5,12 +5,13 @@ With H = E[x xᵀ] damped by `damping · mean(diag H)` and U the upper Cholesky 
 score is w² / U_jj², its removal leaves the error w / U_jj, and the later columns absorb it along row U_j.
 
 Unstructured masks are chosen for `width` columns at a time over all rows, N:M masks when the sweep reaches a
-group, both from the weights as updated so far. Departures from the reference code: groups of M never straddle
-the edge of a column block (the block is the largest multiple of M that fits); counts are exact over the
-matrix; weights on inputs that were always zero are removed first but not zeroed beyond the pattern, and such inputs
-do not enter the mean of the damping (the code's constant 1 for them makes its result depend on H's scale); U comes
-from one Cholesky factorisation and a triangular inverse instead of three steps; where the factorisation
-fails the damping is raised tenfold, at most three times, and the note says so.
+group, both from the weights as updated so far. Departures from the reference code:
+
+* groups of M never straddle the edge of a column block (the block is the largest multiple of M that fits);
+* counts are exact over the matrix;
+* weights on inputs that were always zero are removed first, but not zeroed beyond the pattern, and such inputs do
+  not enter the mean of the damping (a constant 1 for them makes the code's result depend on the scale of H);
+* where the factorisation fails, the damping is raised tenfold, at most three times, and the note says so.
 """
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from secateur.errors import NotSolved
 from secateur.methods.base import Method, Pruned
 from secateur.patterns import Pattern
+from secateur.solve import normalise
 from secateur.stats import Stats
 
 
@@ -32,7 +34,19 @@ def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
         note = "" if used == damping else f"damping raised from {damping:g} to {used:g}"
         return Pruned(swept, kept, note)
 
-    return Method(frozenset({"gram"}), "matrix", prune)
+    return Method(frozenset({"gram"}), "matrix", prune, updates=True)
+
+
+def sweep(width: int = 128) -> Method:
+    """SparseGPT's sweep in normalised coordinates: the same but for its damping, which is relative (see solve.py)."""
+
+    def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
+        problem = normalise(weight, stats)
+        factor = stats.once("normalised factor", lambda: _upper_inverse(problem.gram)).to(weight.device)
+        kept, swept = _sweep(problem.weight, factor, problem.alive, pattern, width)
+        return Pruned(problem.restore(swept, kept, weight), kept)
+
+    return Method(frozenset({"gram"}), "matrix", prune, updates=True)
 
 
 def _factor(stats: Stats, damping: float) -> tuple[Tensor, float]:
@@ -53,9 +67,7 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """U `[in, in]` float32, upper triangular, with Uᵀ U = (H + damping · mean(diag H) · I)⁻¹.
 
     The mean is over inputs that were not always zero, and the others get it for their diagonal, so the scale of
-    H does not matter. Raises torch.linalg.LinAlgError where H is not positive definite. With J the reversal of
-    order, J H J = L Lᵀ gives H = A Aᵀ for the upper triangular A = J L J, so U = A⁻¹: one factorisation and one
-    triangular inverse.
+    H does not matter. Raises torch.linalg.LinAlgError where H is not positive definite.
     """
     damped = gram.clone()
     diagonal = damped.diagonal()
@@ -63,7 +75,16 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     mean = diagonal.sum() / (~dead).sum().clamp_min(1)
     diagonal[dead] = mean if mean > 0 else 1.0
     diagonal += damping * mean
-    upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    return _upper_inverse(damped)
+
+
+def _upper_inverse(gram: Tensor) -> Tensor:
+    """U upper triangular with Uᵀ U = H⁻¹, for H `[in, in]` positive definite.
+
+    With J the reversal of order, J H J = L Lᵀ gives H = A Aᵀ for the upper triangular A = J L J, so U = A⁻¹: one
+    factorisation and one triangular inverse, where the reference code takes three steps.
+    """
+    upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
     identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve_triangular(upper, identity, upper=True)
 
@@ -77,7 +98,7 @@ def _sweep(weight: Tensor, factor: Tensor, alive: Tensor, pattern: Pattern, widt
     rows, columns = weight.shape
     chunk = pattern.chunk or width
     width = max(width // chunk, 1) * chunk
-    swept = weight.T.contiguous()  # [in, out]
+    swept = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]; a view may be contiguous already
     kept = torch.empty_like(swept, dtype=torch.bool)
     diagonal = factor.diagonal()
     for start in range(0, columns, width):

@@ -1,0 +1,89 @@
+"""The prunable matrices of a block, and the inputs that each of them sees.
+
+A site is a matrix view `[out, in]`: a linear layer, a Conv1D (GPT-2 stores `[in, out]`), or one expert's slice of a
+3-D parameter. Routers, and whatever else is no such matrix, are not sites; `coverage` says how much that leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from secateur import experts
+
+
+@dataclass(frozen=True)
+class Site:
+    """One prunable matrix of a block: a view `[out, in]` of a parameter, whatever way the layer stores it."""
+
+    name: str
+    parameter: str
+    stored: Tensor
+    transposed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix `[out, in]`, sharing memory with the parameter."""
+        return self.stored.T if self.transposed else self.stored
+
+    def put(self, weight: Tensor) -> None:
+        """Write `[out, in]` back, cast to the stored dtype; zeros become +0.0."""
+        self.weight.copy_(weight.to(self.stored.dtype) + 0)
+
+
+def sites(block: nn.Module) -> dict[str, Site]:
+    """The prunable matrices of a block by name: linear layers and single experts, routers left out."""
+    found: dict[str, Site] = {}
+    left_out = experts.routers(block)
+    for name, module in block.named_modules():
+        if module in left_out:
+            continue
+        if isinstance(module, (nn.Linear, Conv1D)):
+            found[name] = Site(name, f"{name}.weight", module.weight.data, isinstance(module, Conv1D))
+        elif experts.is_experts(module):
+            for matrix in experts.matrices(module):
+                for expert, weight in enumerate(getattr(module, matrix).data):
+                    site = f"{name}.{expert}.{matrix}"
+                    found[site] = Site(site, f"{name}.{matrix}", weight, experts.is_transposed(module))
+    return found
+
+
+def coverage(block: nn.Module) -> tuple[int, int]:
+    """(weights that are sites, weights of all matrices) of a block; vectors are not counted."""
+    covered = sum(site.stored.numel() for site in sites(block).values())
+    return covered, sum(p.numel() for p in block.parameters() if p.dim() > 1)
+
+
+@contextmanager
+def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `record(site name, x [tokens, in])` is called for every site a forward of the block reaches."""
+
+    def linear(name: str) -> Callable[..., None]:
+        return lambda module, args: record(name, args[0])
+
+    def fused(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, chosen, *_ = *args, *kwargs.values()
+            first, second = experts.matrices(module)
+            for expert, x, inner in experts.expert_inputs(module, hidden, chosen):
+                record(f"{name}.{expert}.{first}", x)
+                record(f"{name}.{expert}.{second}", inner)
+
+        return hook
+
+    known, handles = sites(block), []
+    for name, module in block.named_modules():
+        if experts.is_experts(module):
+            handles.append(module.register_forward_pre_hook(fused(name), with_kwargs=True))
+        elif name in known:
+            handles.append(module.register_forward_pre_hook(linear(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
