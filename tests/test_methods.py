@@ -14,7 +14,11 @@ from secateur.methods.sparsegpt import inverse_factor
 from secateur.patterns import NM, Pattern, Unstructured, parse
 from secateur.stats import STATS, Stats
 
-NAMES = [*METHODS, *(f"{method}+{name}" for name in REFINEMENTS for method in ("magnitude", "wanda", "sparsegpt"))]
+NAMES = [
+    *METHODS,
+    *(f"{method}+{refinement}" for refinement in REFINEMENTS for method in METHODS
+      if refinement != "swap" or not METHODS[method].updates),
+]  # fmt: skip
 PATTERNS = ["0%", "50%", "30% of row", "61.8% of matrix", "99%", "2:4", "4:8", "1:3", "3:4"]
 ROWS, COLUMNS = 24, 264  # divisible by 2, 3, 4, 8, and more than two blocks of 128 columns
 
@@ -83,7 +87,7 @@ class TestEveryMethod:
         twice = run(name, pattern, once.weight, x)
         assert torch.equal(once.kept, twice.kept) or not find_method(name).updates
         if find_method(name).updates:  # solved again in float32
-            assert torch.allclose(once.weight, twice.weight, rtol=1e-3, atol=1e-4)
+            assert (once.weight - twice.weight).norm() <= 1e-3 * once.weight.norm()
         else:
             assert torch.equal(once.weight, twice.weight)
 

@@ -50,7 +50,7 @@ def test_statistics_are_those_of_a_plain_forward(family):
     """Gemma alternates local and global attention: one mask for all blocks would show here."""
     model = tiny_model(family)
     for step in steps(model):
-        stats, _ = step.observe({"square", "gram"}, 0)
+        stats = step.observe({"square", "gram"}, 0).stats
         expected = seen_by_hooks(model, TOKENS, [f"{step.name}.{site}" for site in step.sites])
         for site, found in stats.items():
             x = expected[f"{step.name}.{site}"]
@@ -61,7 +61,7 @@ def test_statistics_are_those_of_a_plain_forward(family):
 
 def test_sites_that_read_one_tensor_share_one_gram():
     step = next(iter(steps(tiny_model("llama"))))
-    stats, _ = step.observe({"gram"}, 0)
+    stats = step.observe({"gram"}, 0).stats
     assert stats["self_attn.q_proj"] is stats["self_attn.k_proj"] is stats["self_attn.v_proj"]
     assert stats["mlp.gate_proj"] is stats["mlp.up_proj"]
     assert stats["mlp.gate_proj"] is not stats["self_attn.q_proj"]
@@ -70,7 +70,7 @@ def test_sites_that_read_one_tensor_share_one_gram():
 def test_inputs_come_from_the_pruned_blocks_before():
     model = tiny_model("llama")
     for step in steps(model):
-        stats, _ = step.observe({"square"}, 0)
+        stats = step.observe({"square"}, 0).stats
         name = f"{step.name}.mlp.down_proj"
         expected = seen_by_hooks(model, TOKENS, [name])[name]  # the model so far: earlier blocks changed
         assert torch.allclose(stats["mlp.down_proj"].mean("square"), expected.square().mean(0), rtol=1e-4)
@@ -83,8 +83,8 @@ def test_inputs_come_from_the_pruned_blocks_before():
 def test_every_token_weighs_the_same_however_batches_are_cut():
     model = tiny_model("mixtral")
     for one, other in zip(steps(model, batch_size=7), steps(model, batch_size=2), strict=True):
-        first, _ = one.observe({"square"}, 0)
-        second, _ = other.observe({"square"}, 0)
+        first = one.observe({"square"}, 0).stats
+        second = other.observe({"square"}, 0).stats
         assert first.keys() == second.keys()
         for site in first:
             assert first[site].tokens == second[site].tokens
@@ -93,7 +93,7 @@ def test_every_token_weighs_the_same_however_batches_are_cut():
 
 def test_each_expert_sees_only_its_own_tokens():
     step = next(iter(steps(tiny_model("mixtral"))))
-    stats, _ = step.observe({"square"}, 0)
+    stats = step.observe({"square"}, 0).stats
     counts = [found.tokens for site, found in stats.items() if site.endswith("gate_up_proj")]
     assert sum(counts) == 2 * TOKENS.numel()  # two experts a token
     assert 0 < min(counts) < TOKENS.numel()
@@ -230,3 +230,56 @@ def test_the_forward_dtype_does_not_touch_the_weights_that_are_kept(dtype):
     prune_model(replayable(model), windows(), method="magnitude", pattern="2:4", dtype=dtype)
     for pruned, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(pruned, before.where(pruned != 0, 0.0))
+
+
+def test_sequential_gives_each_site_the_inputs_that_the_sites_before_it_leave():
+    """Checked from the outside: the reported error of the last site, against hooks on the partly pruned model."""
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    options = {"method": "wanda", "pattern": "2:4", "batch_size": len(TOKENS)}
+    report = prune_model(replayable(model), windows(), sequential=True, **options)
+    for block in (0, 3):
+        name = f"model.layers.{block}.mlp.down_proj"
+        x = seen_by_hooks(model, TOKENS, [name])[name]  # everything before this site is pruned by now
+        old, new = dense.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.weight")
+        expected = (x @ (old - new).T).square().sum() / (x @ old.T).square().sum()
+        found = next(site for site in report.sites if site.site == name)
+        assert found.output_error == pytest.approx(expected.item(), rel=1e-3)
+    mask = model.get_parameter("model.layers.3.mlp.down_proj.weight") != 0
+    other = tiny_model("llama")
+    prune_model(replayable(other), windows(), **options)
+    assert not torch.equal(mask, other.get_parameter("model.layers.3.mlp.down_proj.weight") != 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "falcon"])
+def test_groups_cover_every_site_once_in_order(family):
+    step = next(iter(steps(tiny_model(family))))
+    groups = step.groups()
+    assert sorted(name for group in groups for name in group) == sorted(step.sites)
+    if family == "llama":
+        ends = [[name.rsplit(".", 1)[-1] for name in group] for group in groups]
+        assert ends == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    if family == "mixtral":
+        assert [len(group) for group in groups] == [3, 1, 4, 4]
+
+
+@pytest.mark.parametrize("devices", [[CPU], [CPU, CPU]])
+def test_cross_products_pair_dense_inputs_with_those_of_the_pruned_model(devices):
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    run = stream(replayable(tiny_model("llama")), TOKENS, devices=devices, dtype=None, batch_size=3, dense=True)
+    for step in run:
+        stats = step.observe({"gram", "cross"}, 0).stats
+        names = [f"{step.name}.{site}" for site in step.sites]
+        pruned, original = seen_by_hooks(model, TOKENS, names), seen_by_hooks(dense, TOKENS, names)
+        for site, found in stats.items():
+            name = f"{step.name}.{site}"
+            expected = original[name].T @ pruned[name] / TOKENS.numel()
+            assert torch.allclose(found.mean("cross"), expected, rtol=1e-3, atol=1e-5)
+        for site in (*step.sites.values(), *sites(model.get_submodule(step.name)).values()):
+            site.put(site.weight * 0.7)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+def test_the_dense_target_prunes_to_the_same_counts(family):
+    model = tiny_model(family)
+    report = prune_model(replayable(model), windows(), method="sweep+refit", pattern="2:4", dense_target=True)
+    assert all(site.sparsity == 0.5 for site in report.sites)

@@ -43,6 +43,12 @@ Skip = Annotated[list[str] | None, typer.Option(help="Leave sites out: a glob on
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="dtype of forward passes: auto, float32, bfloat16, float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows a forward pass.")]
+Sequential = Annotated[
+    bool, typer.Option("--sequential", help="Inside a block too, a site's inputs come from the sites pruned before it.")
+]
+DenseTarget = Annotated[
+    bool, typer.Option("--dense-target", help="Solvers aim at what the dense model computes from its own inputs.")
+]
 DataDir = Annotated[Path | None, typer.Option(help="A folder with local copies of the corpora.")]
 LowCoverage = Annotated[bool, typer.Option("--allow-low-coverage", help="Prune although most weights are no sites.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
@@ -86,6 +92,8 @@ def prune(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 8,
+    sequential: Sequential = False,
+    dense_target: DenseTarget = False,
     data_dir: DataDir = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at --out.")] = False,
     allow_low_coverage: LowCoverage = False,
@@ -101,7 +109,7 @@ def prune(
         report = secateur.prune(
             model, out=out, method=method, pattern=pattern, calibration=calibration, samples=samples,
             seq_len=seq_len, seed=seed, skip=skip or (), device=device, dtype=dtype, batch_size=batch_size,
-            data_dir=data_dir, overwrite=overwrite, allow_low_coverage=allow_low_coverage,
+            sequential=sequential, dense_target=dense_target, data_dir=data_dir, overwrite=overwrite, allow_low_coverage=allow_low_coverage,
             trust_remote_code=trust_remote_code, command=_command(), progress=progress,
         )  # fmt: skip
     if as_json:
@@ -191,6 +199,8 @@ def compare(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 8,
+    sequential: Sequential = False,
+    dense_target: DenseTarget = False,
     data_dir: DataDir = None,
     allow_low_coverage: LowCoverage = False,
     trust_remote_code: RemoteCode = False,
@@ -205,7 +215,8 @@ def compare(
         results = secateur.compare(
             model, out=out, methods=_list(methods), patterns=_list(patterns), calibration=calibration,
             evaluation=evaluation, samples=samples, windows=windows, seq_len=seq_len, seed=seed, skip=skip or (),
-            device=device, dtype=dtype, batch_size=batch_size, data_dir=data_dir,
+            device=device, dtype=dtype, batch_size=batch_size, sequential=sequential,
+            dense_target=dense_target, data_dir=data_dir,
             allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=_command(),
             progress=progress,
         )  # fmt: skip

@@ -58,6 +58,8 @@ def compare(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
+    sequential: bool = False,
+    dense_target: bool = False,
     data_dir: str | Path | None = None,
     allow_low_coverage: bool = False,
     trust_remote_code: bool = False,
@@ -113,6 +115,8 @@ def compare(
         "device": chosen.type,
         "skip": list(skip),
         "batch_size": batch_size,
+        "sequential": sequential,
+        "dense_target": dense_target,
     }
     conditions = _conditions(results, options)
     try:
@@ -134,7 +138,8 @@ def compare(
                 place = out / "checkpoints" / _file_name(method, pattern)
                 report = prune_checkpoint(
                     source, language_model, calibrated, place, method=method, pattern=pattern, skip=skip,
-                    device=device, dtype=dtype, batch_size=batch_size, overwrite=True,
+                    device=device, dtype=dtype, batch_size=batch_size, sequential=sequential,
+                    dense_target=dense_target, overwrite=True,
                     allow_low_coverage=allow_low_coverage, command=results.command, progress=progress,
                 )  # fmt: skip
                 kept = _pruned_row(report, place, dense, measured, run, trust_remote_code, progress)

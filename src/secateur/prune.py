@@ -106,6 +106,8 @@ def prune(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
+    sequential: bool = False,
+    dense_target: bool = False,
     data_dir: str | Path | None = None,
     overwrite: bool = False,
     allow_low_coverage: bool = False,
@@ -141,8 +143,8 @@ def prune(
     )
     report = prune_checkpoint(
         source, language_model, windows, Path(out), method=method, pattern=pattern, skip=skip, device=device,
-        dtype=dtype, batch_size=batch_size, overwrite=overwrite, allow_low_coverage=allow_low_coverage,
-        command=command, progress=progress,
+        dtype=dtype, batch_size=batch_size, sequential=sequential, dense_target=dense_target, overwrite=overwrite,
+        allow_low_coverage=allow_low_coverage, command=command, progress=progress,
     )  # fmt: skip
     progress.end()
     return report
@@ -160,6 +162,8 @@ def prune_checkpoint(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
+    sequential: bool = False,
+    dense_target: bool = False,
     overwrite: bool = False,
     allow_low_coverage: bool = False,
     command: Sequence[str] | None = None,
@@ -175,6 +179,7 @@ def prune_checkpoint(
         blocks = pruned_blocks(
             language_model, windows.ids, find_method(method), plan, devices=find_devices(device),
             dtype=find_dtype(dtype), batch_size=batch_size, seconds=report.seconds, progress=progress,
+            sequential=sequential, dense_target=dense_target,
         )  # fmt: skip
         for block in blocks:
             _check_source(source, language_model, list(block.tensors))
@@ -188,7 +193,13 @@ def prune_checkpoint(
                 "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
                 "versions": versions(),
                 **report.record(),
-                "options": {"dtype": dtype, "batch_size": batch_size, "skip": list(skip)},
+                "options": {
+                    "dtype": dtype,
+                    "batch_size": batch_size,
+                    "skip": list(skip),
+                    "sequential": sequential,
+                    "dense_target": dense_target,
+                },
             }
         )
     return report
@@ -213,6 +224,8 @@ def prune_model(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
+    sequential: bool = False,
+    dense_target: bool = False,
     allow_low_coverage: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -224,6 +237,7 @@ def prune_model(
         for block in pruned_blocks(
             language_model, windows.ids, find_method(method), plan, devices=find_devices(device),
             dtype=find_dtype(dtype), batch_size=batch_size, seconds=report.seconds, progress=progress or Progress(),
+            sequential=sequential, dense_target=dense_target,
         ):  # fmt: skip
             for name, tensor in block.tensors.items():
                 language_model.model.get_parameter(name).data.copy_(tensor)
@@ -243,21 +257,30 @@ def pruned_blocks(
     batch_size: int,
     seconds: Seconds,
     progress: Progress,
+    sequential: bool = False,
+    dense_target: bool = False,
 ) -> Iterator[PrunedBlock]:
-    """Every block in order, pruned by `method` after `plan` on calibration tokens `[samples, length]`."""
+    """Every block in order, pruned by `method` after `plan` on calibration tokens `[samples, length]`.
+
+    `sequential`: inside a block too, each site's inputs come from the sites pruned before it, at the price of one
+    forward pass of the block for each group of sites that share an input. `dense_target`: solvers aim at what the
+    dense model computes from its own inputs, at the price of a second stream.
+    """
     count = len(language_model.blocks)
+    dense_target = dense_target and "gram" in method.need
     if not method.need:
         tokens = tokens[:batch_size]  # enough for the probe on which errors are measured
     steps = stream(
         language_model, tokens, devices=devices, dtype=forward_dtype(dtype, devices[0]),
-        batch_size=batch_size, seconds=seconds,
+        batch_size=batch_size, seconds=seconds, dense=dense_target,
     )  # fmt: skip
     for step in steps:
         progress.advance(f"{step.name} inputs", step.index, count)
         original = language_model.blocks[step.index]
         block = _prune_block(
-            step, original, method, plan, lambda name, index=step.index: progress.advance(name, index, count)
-        )
+            step, original, method, plan, lambda name, index=step.index: progress.advance(name, index, count),
+            sequential=sequential, dense_target=dense_target,
+        )  # fmt: skip
         del step  # with its copy of the block: the next is made before the name is used again
         yield block
         block.tensors.clear()
@@ -265,27 +288,36 @@ def pruned_blocks(
 
 
 def _prune_block(
-    step: Step, original: nn.Module, method: Method, plan: Plan, at_hand: Callable[[str], None]
+    step: Step,
+    original: nn.Module,
+    method: Method,
+    plan: Plan,
+    at_hand: Callable[[str], None],
+    *,
+    sequential: bool,
+    dense_target: bool,
 ) -> PrunedBlock:
     """Prune the sites of one block, in the copy on which the stream goes on and in another as it is stored."""
     result = working_copy(original, torch.device("cpu"), None)
     targets = sites(result)
     _refuse_non_finite(step, targets)
-    stats, probes = step.observe(method.need, PROBE_TOKENS)
+    need = method.need | {"cross"} if dense_target else method.need
     block = PrunedBlock(step.index, {})
-    started = perf_counter()
-    for name, site in step.sites.items():
-        full_name = f"{step.name}.{name}"
-        at_hand(full_name)
-        pattern = plan.get(full_name)
-        if pattern is None or (method.need and name not in stats):
-            block.reports.append(_left_dense(full_name, site, LEFT_OUT if pattern is None else UNSEEN))
-            continue
-        seen, probe = stats.get(name, Stats(0, {})), probes.get(name)
-        block.reports.append(prune_site(full_name, site, targets[name], method, seen, pattern, probe))
-        block.tensors[f"{step.name}.{site.parameter}"] = result.get_parameter(site.parameter).data
-        release_memory()
-    step.seconds.solve += perf_counter() - started
+    for group in step.groups() if sequential else [list(step.sites)]:
+        observed = step.observe(need, PROBE_TOKENS, group)
+        started = perf_counter()
+        for name in group:
+            site, full_name = step.sites[name], f"{step.name}.{name}"
+            at_hand(full_name)
+            pattern, stats = plan.get(full_name), observed.stats.get(name, Stats(0, {}))
+            if pattern is None or (method.need and not stats.tokens):
+                block.reports.append(_left_dense(full_name, site, LEFT_OUT if pattern is None else UNSEEN))
+                continue
+            probe = observed.probes.get(name)
+            block.reports.append(prune_site(full_name, site, targets[name], method, stats, pattern, probe))
+            block.tensors[f"{step.name}.{site.parameter}"] = result.get_parameter(site.parameter).data
+            release_memory()
+        step.seconds.solve += perf_counter() - started
     return block
 
 

@@ -25,6 +25,7 @@ class Site:
     parameter: str
     stored: Tensor
     transposed: bool
+    expert: bool = False
 
     @property
     def weight(self) -> Tensor:
@@ -49,7 +50,7 @@ def sites(block: nn.Module) -> dict[str, Site]:
             for matrix in experts.matrices(module):
                 for expert, weight in enumerate(getattr(module, matrix).data):
                     site = f"{name}.{expert}.{matrix}"
-                    found[site] = Site(site, f"{name}.{matrix}", weight, experts.is_transposed(module))
+                    found[site] = Site(site, f"{name}.{matrix}", weight, experts.is_transposed(module), expert=True)
     return found
 
 

@@ -50,7 +50,11 @@ def normalise(weight: Tensor, stats: Stats) -> Problem:
     gram, scale, alive = stats.once("normalised", lambda: _normalised(stats, damping))
     gram, scale, alive = gram.to(weight.device), scale.to(weight.device), alive.to(weight.device)
     scaled = weight * scale * alive
-    return Problem(scaled, gram, scaled @ gram, scale, alive)
+    target = scaled @ gram
+    if "cross" in stats.sums:  # what the dense model gives: W E[x_dense xᵀ], with the ridge to W as before
+        cross = stats.mean("cross").to(weight.device)
+        target = (weight @ cross / scale + damping * scaled) * alive
+    return Problem(scaled, gram, target, scale, alive)
 
 
 def _normalised(stats: Stats, damping: float) -> tuple[Tensor, Tensor, Tensor]:

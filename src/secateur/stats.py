@@ -14,11 +14,17 @@ from torch import Tensor
 
 Value = TypeVar("Value")
 
-STATS: dict[str, Callable[[Tensor], Tensor]] = {
-    "square": lambda x: torch.stack([part.double().square().sum(0) for part in x.split(1024)]).sum(0),  # [in] float64
-    "gram": lambda x: (x.T @ x).double(),  # [in, in] float64
+STATS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "square": lambda x, dense: torch.stack([part.double().square().sum(0) for part in x.split(1024)]).sum(
+        0
+    ),  # [in] float64
+    "gram": lambda x, dense: (x.T @ x).double(),  # [in, in] float64
+    "cross": lambda x, dense: (dense.T @ x).double(),  # [in, in] float64
 }
-"""Each statistic: x [tokens, in] float32 → a tensor that adds over tokens."""
+"""Each statistic of inputs x `[tokens, in]`, float32: a tensor that adds over tokens.
+
+`dense` are the inputs of the same tokens in the dense model; "cross" alone reads them.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,10 +36,11 @@ class Stats:
     derived: dict[object, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, x: Tensor, need: Iterable[str]) -> "Stats":
-        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype."""
+    def of(cls, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
+        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; "cross" only where `dense` is given."""
         x = x.float()
-        return cls(len(x), {name: STATS[name](x) for name in need})
+        other = x if dense is None else dense.float()
+        return cls(len(x), {name: STATS[name](x, other) for name in need if name != "cross" or dense is not None})
 
     def __add__(self, other: "Stats") -> "Stats":
         return Stats(

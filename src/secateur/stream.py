@@ -10,11 +10,11 @@ the batches. Statistics are sums, so the shares merge exactly; they are added in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,18 @@ class Seconds:
     solve: float = 0.0
 
 
+class Observed(NamedTuple):
+    """What was seen of a block's inputs, by site; a site that saw no token is missing.
+
+    `stats`, one for all sites that share an input; `probes`, some inputs `[tokens, in]` to measure errors on;
+    `shared`, for every site the one that read the same tensor first, in the order in which they were reached.
+    """
+
+    stats: dict[str, Stats]
+    probes: dict[str, Tensor]
+    shared: dict[str, str]
+
+
 @dataclass
 class Step:
     """One block with its calibration inputs. `block` is a working copy; `sites` are views of its weights."""
@@ -50,16 +62,28 @@ class Step:
     block: nn.Module
     sites: dict[str, Site]
     seconds: Seconds
-    _observe: Callable[[Iterable[str], int], tuple[dict[str, Stats], dict[str, Tensor]]] = field(repr=False)
+    _observe: Callable[..., Observed] = field(repr=False)
 
     @torch.no_grad()
-    def observe(self, need: Iterable[str], probe: int) -> tuple[dict[str, Stats], dict[str, Tensor]]:
-        """The statistics `need` by site, and some inputs `[tokens, in]` of each site to measure errors on.
+    def observe(self, need: Iterable[str], probe: int, only: Collection[str] | None = None) -> Observed:
+        """One forward of the block as it is now, in which the inputs of its sites are seen, or those in `only`.
 
-        The probe takes evenly spaced tokens of the first batch, about `probe` of them. Sites that share an
-        input share one Stats. A site that saw no token is missing from both. Raises NonFinite.
+        The probe takes evenly spaced tokens of the first batch, about `probe` of them. Raises NonFinite.
         """
-        return self._observe(need, probe)
+        return self._observe(need, probe, only)
+
+    def groups(self) -> list[list[str]]:
+        """The sites in the order in which the block reaches them, those that share an input together.
+
+        All experts' matrices of one kind are one group. Sites that the first batch does not reach come last.
+        """
+        order = self.observe((), 1).shared
+        groups: dict[str, list[str]] = {}
+        for name, first in order.items():
+            site = self.sites[name]
+            groups.setdefault(site.parameter if site.expert else first, []).append(name)
+        rest = [name for name in self.sites if name not in order]
+        return [*groups.values(), *([rest] if rest else [])]
 
 
 @torch.no_grad()
@@ -71,9 +95,15 @@ def stream(
     dtype: torch.dtype | None,
     batch_size: int,
     seconds: Seconds | None = None,
+    dense: bool = False,
 ) -> Iterator[Step]:
-    """The blocks in order with the inputs that `tokens` `[samples, length]` give them."""
+    """The blocks in order with the inputs that `tokens` `[samples, length]` give them.
+
+    With `dense`, a second stream goes through the dense blocks, for the statistic "cross".
+    """
     run = _Run(language_model, list(tokens.split(batch_size)), devices, dtype, seconds or Seconds())
+    if dense:
+        run.dense = list(run.hidden)
     for index in range(len(language_model.blocks)):
         step = run.open(index)
         yield step
@@ -114,6 +144,8 @@ class _Run:
         self.hidden: list[Tensor] = []
         self.calls: list[list[Call]] = []
         self.replicas: list[nn.Module] = []
+        self.dense: list[Tensor] | None = None  # the hidden states in the dense model, where they are wanted
+        self.originals: list[nn.Module] = []
         shell = shell or Shell(language_model, devices[0], dtype, head=False)
         started = perf_counter()
         for number, batch in enumerate(batches):
@@ -126,8 +158,11 @@ class _Run:
     def open(self, index: int) -> Step:
         original = self.language_model.blocks[index]
         self.replicas.clear()
+        self.originals.clear()
         release_memory()
         self.replicas = [working_copy(original, device, self.dtype) for device in self.devices]
+        if self.dense is not None:
+            self.originals = [working_copy(original, device, self.dtype) for device in self.devices]
         block = self.replicas[0]
         name = self.language_model.block_name(index)
         return Step(index, name, block, sites(block), self.seconds, lambda *a: self.observe(index, *a))
@@ -141,6 +176,9 @@ class _Run:
         def forward(share: int) -> None:
             for number in range(share, len(self.hidden), len(self.devices)):
                 self.hidden[number] = self.forward(index, share, number)
+                if self.dense is not None:
+                    call = self.calls[number][index]
+                    self.dense[number] = run_block(self.originals[share], self.dense[number], call)
 
         started = perf_counter()
         self.each(forward)
@@ -156,16 +194,15 @@ class _Run:
         with ThreadPoolExecutor(len(self.devices)) as pool:
             return list(pool.map(torch.no_grad()(work), range(len(self.devices))))
 
-    def observe(self, index: int, need: Iterable[str], probe: int) -> tuple[dict[str, Stats], dict[str, Tensor]]:
-        """One forward of the block in which the inputs of its sites are seen."""
+    def observe(self, index: int, need: Iterable[str], probe: int, only: Collection[str] | None) -> Observed:
         need = tuple(need)
-        watches = [_Watch(need) for _ in self.devices]
+        watches = [_Watch(need, only) for _ in self.devices]
 
         def forward(share: int) -> None:
             watch = watches[share]
             with recorded_inputs(self.replicas[share], watch.see):
                 for number in range(share, len(self.hidden), len(self.devices)):
-                    watch.next_batch(probe if number == 0 else 0)
+                    watch.next_batch(probe if number == 0 else 0, self.dense_inputs(index, share, number, need))
                     self.forward(index, share, number)
 
         started = perf_counter()
@@ -174,7 +211,7 @@ class _Run:
             self.each(forward)
         else:
             with recorded_inputs(self.replicas[0], watches[0].see):
-                watches[0].next_batch(probe)
+                watches[0].next_batch(probe, {})
                 self.forward(index, 0, 0)
         statistics = sum(watch.seconds for watch in watches)
         self.seconds.forward += perf_counter() - started - statistics
@@ -186,10 +223,26 @@ class _Run:
                 total[name] = total[name] + stats if name in total else stats
         _refuse_non_finite(self.language_model.block_name(index), total, watches[0].probes)
         release_memory()
-        return (
+        probes = watches[0].probes
+        return Observed(
             {name: total[first] for name, first in shared.items() if first in total},
-            {name: watches[0].probes[first] for name, first in shared.items() if first in watches[0].probes},
+            {name: probes[first] for name, first in shared.items() if first in probes},
+            shared,
         )
+
+    def dense_inputs(self, index: int, share: int, number: int, need: tuple[str, ...]) -> dict[str, Tensor]:
+        """The inputs of the block's linear layers in the dense model, for one batch; not of experts.
+
+        Which tokens reach an expert differs between the two models, so there are no pairs to sum over.
+        """
+        found: dict[str, Tensor] = {}
+        if self.dense is None or "cross" not in need:
+            return found
+        block = self.originals[share]
+        linear = {site.name for site in sites(block).values() if not site.expert}
+        with recorded_inputs(block, lambda name, x: found.update({name: x} if name in linear else {})):
+            run_block(block, self.dense[number], self.calls[number][index])
+        return found
 
 
 class _Watch:
@@ -199,20 +252,24 @@ class _Watch:
     the site that saw it first. The tensors of a batch are held until the next, so that no identity is reused.
     """
 
-    def __init__(self, need: tuple[str, ...]) -> None:
-        self.need = need
+    def __init__(self, need: tuple[str, ...], only: Collection[str] | None) -> None:
+        self.need, self.only = need, only
         self.stats: dict[str, Stats] = {}
         self.probes: dict[str, Tensor] = {}
         self.shared: dict[str, str] = {}
         self.seconds = 0.0
         self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
         self._probe = 0
+        self._dense: dict[str, Tensor] = {}
 
-    def next_batch(self, probe: int) -> None:
+    def next_batch(self, probe: int, dense: dict[str, Tensor]) -> None:
+        """Forget the tensors of the batch before; `dense` are the dense model's inputs of the next, by site."""
         self._seen.clear()
-        self._probe = probe
+        self._probe, self._dense = probe, dense
 
     def see(self, name: str, x: Tensor) -> None:
+        if self.only is not None and name not in self.only:
+            return
         started = perf_counter()
         first, _ = self._seen.setdefault((id(x), x._version), (name, x))
         if self.shared.setdefault(name, first) != first:
@@ -220,7 +277,8 @@ class _Watch:
         if first == name:
             x = x.reshape(-1, x.shape[-1])
             if self.need and len(x):
-                stats = Stats.of(x, self.need)
+                dense = self._dense.get(name)
+                stats = Stats.of(x, self.need, None if dense is None else dense.reshape(x.shape))
                 self.stats[name] = self.stats[name] + stats if name in self.stats else stats
             if self._probe and len(x):
                 kept = x[:: -(-len(x) // self._probe)].float()

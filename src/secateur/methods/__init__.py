@@ -12,6 +12,7 @@ from secateur.methods.magnitude import magnitude
 from secateur.methods.refit import refit
 from secateur.methods.ria import ria
 from secateur.methods.sparsegpt import sparsegpt, sweep
+from secateur.methods.swap import swap
 from secateur.methods.wanda import wanda
 
 METHODS: dict[str, Method] = {
@@ -25,6 +26,7 @@ METHODS: dict[str, Method] = {
 }
 REFINEMENTS: dict[str, Callable[[Method], Method]] = {
     "refit": refit,
+    "swap": swap,
 }
 
 

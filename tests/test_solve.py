@@ -1,0 +1,198 @@
+"""Solvers on a fixed mask against exact least squares; ALPS and swap against slow, obvious versions."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from reference.least_squares import exact
+
+from secateur.errors import UnknownName
+from secateur.methods import METHODS, find_method
+from secateur.methods.alps import alps
+from secateur.methods.refit import refit
+from secateur.patterns import parse
+from secateur.solve import masked_least_squares, normalise, objective, ridge
+from secateur.stats import Stats
+
+
+def layer(rows: int = 24, columns: int = 96, tokens: int = 3200, seed: int = 0):
+    """A weight and inputs with a power-law spectrum and unequal scales."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=draw)
+    basis = torch.linalg.qr(torch.randn(columns, columns, generator=draw))[0]
+    spectrum = torch.arange(1, columns + 1).float().pow(-0.8)
+    scale = torch.randn(columns, generator=draw).exp()
+    return weight, torch.randn(tokens, columns, generator=draw) * spectrum @ basis * scale
+
+
+def error(weight, pruned, x) -> float:
+    return ((x @ (weight - pruned).T).square().sum() / (x @ weight.T).square().sum()).item()
+
+
+def stats_of(x) -> Stats:
+    return Stats.of(x, {"gram", "square"})
+
+
+@pytest.mark.parametrize("pattern", ["50% of matrix", "70% of row", "2:4"])
+def test_many_iterations_reach_exact_least_squares(pattern):
+    weight, x = layer()
+    stats = stats_of(x)
+    kept = METHODS["wanda"].prune(weight, stats, parse(pattern)).kept
+    problem = normalise(weight, stats)
+    solution = masked_least_squares(problem, kept, problem.weight, 400)
+    expected = exact(weight.numpy(), x.numpy(), kept.numpy(), ridge(stats))
+    found = problem.restore(solution, kept, weight).numpy()
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 2e-3
+    residual = (problem.target - solution @ problem.gram).where(kept, 0.0)  # the gradient on the mask
+    assert residual.norm() / problem.target.norm() < 1e-4
+
+
+@pytest.mark.parametrize("start", ["sweep", "sparsegpt"])
+@pytest.mark.parametrize("pattern", ["50%", "70%", "2:4"])
+def test_twenty_iterations_after_a_sweep_are_within_two_percent_of_exact(pattern, start):
+    weight, x = layer(tokens=32 * 96)
+    stats = stats_of(x)
+    method = refit(find_method(start), 20)
+    pruned = method.prune(weight, stats, parse(pattern).within(method.group))
+    best = torch.from_numpy(exact(weight.numpy(), x.numpy(), pruned.kept.numpy(), ridge(stats))).float()
+    assert error(weight, pruned.weight, x) <= 1.02 * error(weight, best, x)
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5, 50])
+@pytest.mark.parametrize("name", ["magnitude", "wanda", "sparsegpt"])
+def test_no_row_is_worse_than_its_start(name, iterations):
+    weight, x = layer(tokens=50)  # fewer tokens than inputs: a singular Gram matrix
+    stats = stats_of(x)
+    pruned = find_method(name).prune(weight, stats, parse("50% of row"))
+    problem = normalise(weight, stats)
+    start = pruned.weight * problem.scale
+    solution = masked_least_squares(problem, pruned.kept, start, iterations)
+    assert (objective(problem, solution) <= objective(problem, start)).all()
+    assert (solution[~pruned.kept] == 0).all()
+
+
+def test_a_full_mask_gives_the_dense_weight_back():
+    """The ridge pulls to the dense weights, not to zero."""
+    weight, x = layer(tokens=20)
+    stats = stats_of(x)
+    kept = torch.ones_like(weight, dtype=torch.bool)
+    problem = normalise(weight, stats)
+    solution = masked_least_squares(problem, kept, torch.zeros_like(weight), 300)
+    assert torch.allclose(problem.restore(solution, kept, weight), weight, atol=2e-3)
+
+
+def test_inputs_that_no_token_uses_keep_their_dense_weights():
+    weight, x = layer()
+    x[:, 7] = 0
+    for name in ("wanda+refit", "sweep", "alps"):
+        method = find_method(name)
+        pruned = method.prune(weight, stats_of(x), parse("0%").within(method.group))
+        assert torch.equal(pruned.weight[:, 7], weight[:, 7])
+        assert pruned.weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "damping"), [(32 * 96, 0.01), (1000 * 96, 0.01), (16 * 96, 0.02), (96, 0.1), (1, 0.1)]
+)
+def test_the_ridge_grows_as_tokens_become_few(tokens, damping):
+    assert ridge(Stats(tokens, {"gram": torch.eye(96)})) == pytest.approx(damping)
+
+
+def test_scales_of_the_inputs_do_not_matter_to_the_solvers():
+    """Relative damping: a massive channel changes nothing for the others."""
+    weight, x = layer()
+    scale = torch.ones(96)
+    scale[[3, 50]] = 4096.0
+    for name in ("wanda+refit", "sweep", "alps"):
+        method = find_method(name)
+        one = method.prune(weight, stats_of(x), parse("2:4"))
+        other = method.prune(weight / scale, stats_of(x * scale), parse("2:4"))
+        assert (one.kept != other.kept).float().mean() < 0.002
+        assert torch.allclose(one.weight, other.weight * scale, rtol=1e-2, atol=1e-2) or name == "alps"
+
+
+def test_alps_follows_the_textbook_iteration():
+    """Against plain float64 ADMM, with the inverse formed anew and the mask by sorting."""
+    weight, x = layer(rows=6, columns=24, tokens=1000)
+    stats = stats_of(x)
+    found = alps(stages=3, updates=2, iterations=0).prune(weight, stats, parse("2:4"))
+    scale = np.sqrt((x.double().numpy() ** 2).mean(0))
+    gram = (x.double().numpy() / scale).T @ (x.double().numpy() / scale) / len(x)
+    np.fill_diagonal(gram, 1 + ridge(stats))
+    t = weight.double().numpy() * scale
+
+    def project(z):
+        kept = np.zeros(z.shape, dtype=bool)
+        for row, group in itertools.product(range(6), range(6)):
+            best = sorted(range(4), key=lambda j: abs(z[row, 4 * group + j]))[2:]
+            kept[row, [4 * group + j for j in best]] = True
+        return kept
+
+    sparse, multiplier, free, penalty = t * project(t), np.zeros_like(t), t, 1.0
+    for penalty in np.geomspace(0.05, 5, 3):
+        for _ in range(2):
+            free = (t @ gram - multiplier + penalty * sparse) @ np.linalg.inv(gram + penalty * np.eye(24))
+            moved = free + multiplier / penalty
+            sparse = moved * project(moved)
+            multiplier += penalty * (free - sparse)
+    kept = project(free + multiplier / penalty)
+    assert (found.kept.numpy() == kept).all()
+    assert np.allclose(found.weight.numpy(), free * kept / scale, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", ["50% of row", "2:4"])
+def test_swap_makes_the_best_exchange_and_then_none_is_left(pattern):
+    weight, x = layer(rows=3, columns=12, tokens=400)
+    stats = stats_of(x)
+    base = find_method("wanda").prune(weight, stats, parse(pattern))
+    found = find_method("wanda+swap").prune(weight, stats, parse(pattern))
+    problem = normalise(weight, stats)
+    t, gram = problem.weight.double().numpy(), problem.gram.double().numpy()
+    groups = [range(12)] if pattern != "2:4" else [range(i, i + 4) for i in range(0, 12, 4)]
+    for row in range(3):
+        removed = ~base.kept[row].numpy()
+
+        def cost(mask, row=row):
+            u = t[row] * mask
+            return u @ gram @ u
+
+        while True:
+            trials = []
+            for group in groups:
+                for q, p in itertools.product(group, group):
+                    if not removed[q] and removed[p]:
+                        trial = removed.copy()
+                        trial[q], trial[p] = True, False
+                        trials.append((cost(trial), q, p))
+            best = min(trials)
+            if best[0] >= cost(removed) - 1e-9:
+                break
+            removed[best[1]], removed[best[2]] = True, False
+        assert (found.kept[row].numpy() == ~removed).all()
+    assert torch.equal(found.weight, weight.where(found.kept, 0.0))
+
+
+def test_swap_after_a_method_that_changes_weights_is_refused():
+    with pytest.raises(UnknownName, match="There is no refinement 'swap' after a method that changes weights"):
+        find_method("alps+swap")
+
+
+def test_unknown_refinements_are_named():
+    with pytest.raises(UnknownName, match=r"There is no refinement 'refti'. Did you mean 'refit'\?"):
+        find_method("wanda+refti")
+
+
+def test_a_dense_target_aims_at_the_dense_output():
+    """With inputs that the pruned prefix has bent, the solution comes nearer to W x_dense than a symmetric one."""
+    weight, dense = layer()
+    draw = torch.Generator().manual_seed(5)
+    bend = torch.eye(96) + 0.1 * torch.randn(96, 96, generator=draw)
+    x = dense @ bend
+    kept = METHODS["wanda"].prune(weight, stats_of(x), parse("2:4")).kept
+    errors = []
+    for needed in ({"gram"}, {"gram", "cross"}):
+        problem = normalise(weight, Stats.of(x, needed, dense))
+        solution = problem.restore(masked_least_squares(problem, kept, problem.weight, 200), kept, weight)
+        errors.append((dense @ weight.T - x @ solution.T).square().sum().item())
+    assert errors[1] < 0.7 * errors[0]
