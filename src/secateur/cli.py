@@ -109,8 +109,9 @@ def prune(
         report = secateur.prune(
             model, out=out, method=method, pattern=pattern, calibration=calibration, samples=samples,
             seq_len=seq_len, seed=seed, skip=skip or (), device=device, dtype=dtype, batch_size=batch_size,
-            sequential=sequential, dense_target=dense_target, data_dir=data_dir, overwrite=overwrite, allow_low_coverage=allow_low_coverage,
-            trust_remote_code=trust_remote_code, command=_command(), progress=progress,
+            sequential=sequential, dense_target=dense_target, data_dir=data_dir, overwrite=overwrite,
+            allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=_command(),
+            progress=progress,
         )  # fmt: skip
     if as_json:
         return _print_json(report)
@@ -215,8 +216,8 @@ def compare(
         results = secateur.compare(
             model, out=out, methods=_list(methods), patterns=_list(patterns), calibration=calibration,
             evaluation=evaluation, samples=samples, windows=windows, seq_len=seq_len, seed=seed, skip=skip or (),
-            device=device, dtype=dtype, batch_size=batch_size, sequential=sequential,
-            dense_target=dense_target, data_dir=data_dir,
+            device=device, dtype=dtype, batch_size=batch_size,
+            sequential=sequential, dense_target=dense_target, data_dir=data_dir,
             allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=_command(),
             progress=progress,
         )  # fmt: skip
