@@ -5,7 +5,7 @@ BIN := .venv/bin
 .PHONY: demo test check train clean
 
 demo: .venv/ready  ## compare magnitude, Wanda and SparseGPT on the embedded model
-	$(BIN)/secateur compare --methods magnitude,wanda,sparsegpt --patterns 50%,2:4 --out out/demo
+	$(BIN)/secateur compare --methods magnitude,wanda,sparsegpt --patterns 50%,2:4 --windows 256 --out out/demo
 
 test: .venv/ready  ## every test; those that need ../shared/data skip where it is missing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -38,7 +38,7 @@ from secateur.progress import Progress
 from secateur.stream import final_hidden
 
 Floats = NDArray[np.float64]
-LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**22  # small enough for the allocator to use the same memory again
 
 
 @dataclass(frozen=True)
