@@ -30,8 +30,8 @@ def cells(row: Row) -> dict[str, str]:
         row.pattern,
         row.kind,
         f"{row.sparsity:.2%}",
-        f"{row.perplexity:.4g}",
-        "-" if dense else f"{row.delta:+.4g} [{low:.4g}, {high:.4g}]",
+        _number(row.perplexity),
+        "-" if dense else f"{row.delta:+.3g} [{low:.3g}, {high:.3g}]",
         row.rank or "-",
         f"{row.kl:.4f}",
         f"{row.top1_agreement:.1%}",
@@ -45,7 +45,9 @@ def cells(row: Row) -> dict[str, str]:
 def table(results: Results, characters: int) -> Table:
     """The comparison as a table for a terminal that wide; a narrow one gets `NARROW` alone."""
     columns = COLUMNS if characters >= WIDE_CHARACTERS else NARROW
-    shown = Table(title=escape(_title(results)), caption=_caption(results), box=SIMPLE_HEAD)
+    shown = Table(
+        title=escape(_title(results)), caption=_caption(results), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     for column in columns:
         shown.add_column(escape(column), justify="left" if column in NARROW[:3] else "right")
     for before, row in zip([None, *results.rows], results.rows, strict=False):
@@ -87,8 +89,18 @@ def write_report(results: Results, out: Path) -> None:
 
 
 def _title(results: Results) -> str:
-    name = Path(results.model["name"]).name
-    return f"{name}: perplexity on {results.evaluation['source']} at {results.evaluation['length']} tokens"
+    """What was measured and on how much; a table never stands without its calibration size."""
+    judged, calibrated = results.evaluation, results.calibration
+    return (
+        f"{Path(results.model['name']).name}: perplexity on {judged['samples']} windows of {judged['length']} tokens "
+        f"({Path(judged['source']).name}), calibrated on {calibrated['samples']} × {calibrated['length']} tokens "
+        f"({Path(calibrated['source']).name})"
+    )
+
+
+def _number(value: float) -> str:
+    """Two decimals where they say something, else four digits."""
+    return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
 
 
 def _caption(results: Results) -> str:
