@@ -14,6 +14,7 @@ LAYERS = [
     ["solve", "sites", "refusals"],
     ["methods", "model"],
     ["allocate", "options", "stream", "inspection"],
+    ["record"],
     ["prune", "evaluate", "results"],
     ["report"],
     ["compare"],

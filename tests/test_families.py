@@ -16,7 +16,8 @@ from secateur.data import Windows
 from secateur.errors import UnsupportedModel
 from secateur.inspection import inspect
 from secateur.model import load, replayable
-from secateur.prune import UNSEEN, prune_checkpoint, prune_model
+from secateur.prune import prune_checkpoint, prune_model
+from secateur.record import UNSEEN
 
 REFUSED = {
     "jetmoe": "Only 3.9% of the block weights of JetMoeForCausalLM are prunable matrices",

@@ -14,7 +14,8 @@ from secateur.model import load, replayable
 from secateur.options import find_devices
 from secateur.patterns import parse
 from secateur.progress import Progress
-from secateur.prune import LEFT_OUT, UNSEEN, prune_model, pruned_blocks, site_shapes
+from secateur.prune import prune_model, pruned_blocks, site_shapes
+from secateur.record import LEFT_OUT, UNSEEN
 from secateur.sites import sites
 from secateur.stats import Stats
 from secateur.stream import Seconds, stream

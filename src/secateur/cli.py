@@ -103,7 +103,7 @@ def prune(
 ) -> None:
     """Prune a model; write a checkpoint that every loader reads, and what was done to it."""
     import secateur
-    from secateur.prune import LEFT_OUT
+    from secateur.record import LEFT_OUT
 
     with _display(quiet) as progress:
         report = secateur.prune(

@@ -37,7 +37,8 @@ from secateur.options import (
 )
 from secateur.patterns import parse
 from secateur.progress import Progress
-from secateur.prune import Report, prune_checkpoint
+from secateur.prune import prune_checkpoint
+from secateur.record import Report
 from secateur.report import write_report
 from secateur.results import SCHEMA, Results, Row
 

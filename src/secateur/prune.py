@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,7 @@ from secateur.options import (
 )
 from secateur.patterns import Pattern, parse
 from secateur.progress import PeakMemory, Progress
+from secateur.record import LEFT_OUT, UNSEEN, Report, SiteReport, left_dense, total_sparsity
 from secateur.sites import Site, coverage, sites
 from secateur.stats import Stats
 from secateur.stream import Seconds, Step, stream
@@ -43,44 +43,6 @@ from secateur.stream import Seconds, Step, stream
 MINIMUM_COVERAGE = 0.95
 PROBE_TOKENS = 1024
 """On how many calibration tokens, about, the output error of every site is measured."""
-LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token went through it"
-
-
-@dataclass(frozen=True)
-class SiteReport:
-    """What became of one site. `pattern` is None where it was left dense, and `note` says why.
-
-    `output_error` is ‖(W − W') X‖² / ‖W X‖² on inputs X of about `PROBE_TOKENS` calibration tokens, those that
-    the pruned blocks before give; None where the site saw none of them.
-    """
-
-    site: str
-    shape: tuple[int, int]
-    pattern: str | None
-    sparsity: float
-    output_error: float | None
-    note: str = ""
-
-
-@dataclass
-class Report:
-    """What a run did."""
-
-    method: str
-    pattern: str
-    kind: str
-    sparsity: float
-    coverage: float
-    sites: list[SiteReport]
-    seconds: Seconds
-    peak_bytes: int | None
-    calibration: dict[str, Any]
-    out: Path | None = None
-
-    def record(self) -> dict[str, Any]:
-        """What a repeated run gives again, as JSON can hold it: no times, no memory, no place."""
-        values = asdict(self)
-        return {key: values[key] for key in values if key not in ("seconds", "peak_bytes", "out")}
 
 
 @dataclass
@@ -185,7 +147,7 @@ def prune_checkpoint(
             _check_source(source, language_model, list(block.tensors))
             result.write(checkpoint_tensors(language_model, block.tensors, source.places))
             report.sites += block.reports
-        report.sparsity, report.peak_bytes, report.out = _total_sparsity(report.sites), peak.bytes, out
+        report.sparsity, report.peak_bytes, report.out = total_sparsity(report.sites), peak.bytes, out
         result.finish(
             {
                 "schema": "secateur.pruning/1",
@@ -242,7 +204,7 @@ def prune_model(
             for name, tensor in block.tensors.items():
                 language_model.model.get_parameter(name).data.copy_(tensor)
             report.sites += block.reports
-    report.sparsity, report.peak_bytes = _total_sparsity(report.sites), peak.bytes
+    report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
     return report
 
 
@@ -311,7 +273,7 @@ def _prune_block(
             at_hand(full_name)
             pattern, stats = plan.get(full_name), observed.stats.get(name, Stats(0, {}))
             if pattern is None or (method.need and not stats.tokens):
-                block.reports.append(_left_dense(full_name, site, LEFT_OUT if pattern is None else UNSEEN))
+                block.reports.append(left_dense(full_name, site, LEFT_OUT if pattern is None else UNSEEN))
                 continue
             probe = observed.probes.get(name)
             block.reports.append(prune_site(full_name, site, targets[name], method, stats, pattern, probe))
@@ -373,19 +335,6 @@ def _report(
             "Allow it with --allow-low-coverage."
         )
     return Report(method, str(pattern), pattern.kind, 0.0, share, [], Seconds(), None, windows.fingerprint())
-
-
-def _left_dense(name: str, site: Site, note: str) -> SiteReport:
-    zeros = (site.weight == 0).sum().item() / site.weight.numel()
-    rows, columns = site.weight.shape
-    return SiteReport(name, (rows, columns), None, zeros, None, note)
-
-
-def _total_sparsity(reports: Sequence[SiteReport]) -> float:
-    """The share of zeros over all sites, by weights."""
-    sizes = [rows * columns for rows, columns in (report.shape for report in reports)]
-    zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
-    return zeros / max(sum(sizes), 1)
 
 
 def _refuse_non_finite(step: Step, original: dict[str, Site]) -> None:

@@ -1,0 +1,62 @@
+"""What a pruning run says of itself: one report a site, one for the run; `pruning.json` holds them."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from secateur.sites import Site
+from secateur.stream import Seconds
+
+LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token went through it"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one site. `pattern` is None where it was left dense, and `note` says why.
+
+    `output_error` is ‖(W − W') X‖² / ‖W X‖² on inputs X of about `PROBE_TOKENS` calibration tokens, those that
+    the pruned blocks before give; None where the site saw none of them.
+    """
+
+    site: str
+    shape: tuple[int, int]
+    pattern: str | None
+    sparsity: float
+    output_error: float | None
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """What a run did."""
+
+    method: str
+    pattern: str
+    kind: str
+    sparsity: float
+    coverage: float
+    sites: list[SiteReport]
+    seconds: Seconds
+    peak_bytes: int | None
+    calibration: dict[str, Any]
+    out: Path | None = None
+
+    def record(self) -> dict[str, Any]:
+        """What a repeated run gives again, as JSON can hold it: no times, no memory, no place."""
+        values = asdict(self)
+        return {key: values[key] for key in values if key not in ("seconds", "peak_bytes", "out")}
+
+
+def left_dense(name: str, site: Site, note: str) -> SiteReport:
+    """The report of a site that was not pruned."""
+    zeros = (site.weight == 0).sum().item() / site.weight.numel()
+    rows, columns = site.weight.shape
+    return SiteReport(name, (rows, columns), None, zeros, None, note)
+
+
+def total_sparsity(reports: Sequence[SiteReport]) -> float:
+    """The share of zeros over all sites, by weights."""
+    sizes = [rows * columns for rows, columns in (report.shape for report in reports)]
+    zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
+    return zeros / max(sum(sizes), 1)
