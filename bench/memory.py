@@ -22,8 +22,9 @@ from secateur.machine import machine, versions
 
 BARE = """
 import torch
-from secateur.progress import anonymous_bytes
-print(anonymous_bytes())
+from pathlib import Path
+status = Path("/proc/self/status").read_text()
+print(1024 * int(status.split("RssAnon:")[1].split()[0]))
 """
 PRUNE = """
 import sys, torch

@@ -84,7 +84,7 @@ def test_progress_goes_to_standard_error_in_plain_lines(tiny_llama, text_file, t
          "--out", str(tmp_path / "out"), "--json"],
     )  # fmt: skip
     assert "4/4 done  elapsed" in result.stderr
-    assert "memory" in result.stderr
+    assert "peak memory" in result.stderr
     assert json.loads(result.stdout)["method"] == "sparsegpt"
 
 

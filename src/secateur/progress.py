@@ -77,21 +77,22 @@ class Lines(Progress):
 
     def __init__(self, every_seconds: float = 5.0) -> None:
         self.every = every_seconds
-        self.title, self.started, self.shown = "", perf_counter(), 0.0
+        self.title, self.started, self.shown, self.peak = "", perf_counter(), 0.0, 0
 
     def begin(self, title: str) -> None:
         self.title, self.started, self.shown = title, perf_counter(), 0.0
         print(title, file=sys.stderr, flush=True)
 
     def advance(self, what: str, done: int, total: int) -> None:
+        self.peak = max(self.peak, anonymous_bytes() or 0)
         now = perf_counter()
         if now - self.shown < self.every and done < total:
             return
         self.shown = now
         elapsed = now - self.started
-        remaining = elapsed / done * (total - done) if done else float("nan")
+        remaining = f"{elapsed / done * (total - done):.0f} s" if done else "?"
         print(
-            f"  {done}/{total} {what}  elapsed {elapsed:.0f} s  remaining {remaining:.0f} s  memory {_memory()}",
+            f"  {done}/{total} {what}  elapsed {elapsed:.0f} s  remaining {remaining}  peak memory {_gib(self.peak)}",
             file=sys.stderr,
             flush=True,
         )
@@ -112,7 +113,7 @@ class Terminal(Progress):
             transient=True,
         )
         self.task = None
-        self.title = ""
+        self.title, self.peak = "", 0
         self.bar.start()
 
     def begin(self, title: str) -> None:
@@ -122,9 +123,10 @@ class Terminal(Progress):
         self.title = title
 
     def advance(self, what: str, done: int, total: int) -> None:
+        self.peak = max(self.peak, anonymous_bytes() or 0)
         if self.task is None:
             self.task = self.bar.add_task(what, total=total, title=self.title, memory="")
-        self.bar.update(self.task, completed=done, total=total, description=what, memory=_memory())
+        self.bar.update(self.task, completed=done, total=total, description=what, memory=f"peak {_gib(self.peak)}")
 
     def end(self) -> None:
         self.bar.stop()
@@ -137,6 +139,5 @@ def show(quiet: bool) -> Progress:
     return Terminal() if sys.stderr.isatty() else Lines()
 
 
-def _memory() -> str:
-    now = anonymous_bytes()
-    return "" if now is None else f"{now / 2**30:.2f} GiB"
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count else "unknown"
