@@ -25,8 +25,8 @@ from secateur.patterns import parse
 from secateur.stats import Stats
 
 METHODS = (
-    "magnitude", "wanda", "ria", "wanda+refit", "ria+refit", "sparsegpt", "sparsegpt+refit", "sweep", "sweep+refit",
-    "alps-fast", "alps",
+    "magnitude", "wanda", "ria", "wanda+swap", "wanda+refit", "ria+refit", "sparsegpt", "sparsegpt+refit", "sweep",
+    "sweep+refit", "fast", "alps-fast", "alps", "best",
 )  # fmt: skip
 PATTERNS = ("50%", "70%", "4:8", "2:4")
 

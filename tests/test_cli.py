@@ -26,7 +26,9 @@ def run(*arguments: object) -> str:
 @pytest.fixture
 def pruned(tiny_llama, text_file, tmp_path) -> Path:
     out = tmp_path / "pruned"
-    secateur.prune(str(tiny_llama), out=out, pattern="2:4", calibration=str(text_file), samples=8, seq_len=32)
+    secateur.prune(
+        str(tiny_llama), out=out, method="sparsegpt", pattern="2:4", calibration=str(text_file), samples=8, seq_len=32
+    )
     return out
 
 
@@ -85,7 +87,7 @@ def test_progress_goes_to_standard_error_in_plain_lines(tiny_llama, text_file, t
     )  # fmt: skip
     assert "4/4 done  elapsed" in result.stderr
     assert "peak memory" in result.stderr
-    assert json.loads(result.stdout)["method"] == "sparsegpt"
+    assert json.loads(result.stdout)["method"] == "default"
 
 
 def test_evaluate(pruned, tiny_llama, text_file):

@@ -47,7 +47,7 @@ Sequential = Annotated[
     bool, typer.Option("--sequential", help="Inside a block too, a site's inputs come from the sites pruned before it.")
 ]
 DenseTarget = Annotated[
-    bool, typer.Option("--dense-target", help="Solvers aim at what the dense model computes from its own inputs.")
+    bool, typer.Option("--dense-target", help="Solvers aim at what the dense model computes; implies --sequential.")
 ]
 DataDir = Annotated[Path | None, typer.Option(help="A folder with local copies of the corpora.")]
 LowCoverage = Annotated[bool, typer.Option("--allow-low-coverage", help="Prune although most weights are no sites.")]
@@ -82,7 +82,9 @@ def _progress(quiet: bool) -> Any:
 def prune(
     model: Model = None,
     out: Out = ...,  # type: ignore[assignment]
-    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
+    method: Annotated[
+        str, typer.Option(help="A method of the table in the README, or a preset: fast, default, best.")
+    ] = "default",
     pattern: Annotated[str, typer.Option(help="50%, '50% of row', '50% of matrix', 2:4, 4:8 …")] = "50%",
     calibration: Calibration = None,
     samples: Samples = 128,

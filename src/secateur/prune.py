@@ -58,7 +58,7 @@ def prune(
     model: str | Path | None = None,
     *,
     out: str | Path,
-    method: str = "sparsegpt",
+    method: str = "default",
     pattern: str = "50%",
     calibration: str | None = None,
     samples: int = 128,
@@ -180,7 +180,7 @@ def prune_model(
     language_model: LanguageModel,
     windows: Windows,
     *,
-    method: str = "sparsegpt",
+    method: str = "default",
     pattern: str = "50%",
     skip: Sequence[str] = (),
     device: str = "auto",
@@ -226,10 +226,12 @@ def pruned_blocks(
 
     `sequential`: inside a block too, each site's inputs come from the sites pruned before it, at the price of one
     forward pass of the block for each group of sites that share an input. `dense_target`: solvers aim at what the
-    dense model computes from its own inputs, at the price of a second stream.
+    dense model computes from its own inputs, at the price of a second stream. It takes `sequential` along: without
+    it every site of a block would make up for the whole error of the blocks before, and together they do too much.
     """
     count = len(language_model.blocks)
     dense_target = dense_target and "gram" in method.need
+    sequential = sequential or dense_target
     if not method.need:
         tokens = tokens[:batch_size]  # enough for the probe on which errors are measured
     steps = stream(

@@ -1,6 +1,8 @@
 """The pruning methods, one paper a file. A new method is a file here and its line in `METHODS`.
 
-A name may end in refinements, applied in order: `wanda+refit` is Wanda's mask with the best weights for it.
+A name may end in refinements, applied in order: `wanda+refit` is Wanda's mask with the best weights for it. Three
+lines are presets, by what they cost: `fast` factorises nothing, `default` is about as fast as SparseGPT, `best` takes
+the time it takes. Figures for all of them: docs/quality.md.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from secateur.methods.sparsegpt import sparsegpt, sweep
 from secateur.methods.swap import swap
 from secateur.methods.wanda import wanda
 
+_alps_fast = alps(stages=4, updates=4, first=0.1, last=2.0)
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
     "wanda": wanda,
@@ -22,7 +25,10 @@ METHODS: dict[str, Method] = {
     "sparsegpt": sparsegpt(),
     "sweep": sweep(),
     "alps": alps(),
-    "alps-fast": alps(stages=4, updates=4, first=0.1, last=2.0),
+    "alps-fast": _alps_fast,
+    "fast": refit(wanda._replace(group="matrix")),
+    "default": _alps_fast,
+    "best": alps(iterations=20),
 }
 REFINEMENTS: dict[str, Callable[[Method], Method]] = {
     "refit": refit,
