@@ -202,7 +202,7 @@ class Output:
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite tensors by checkpoint name; shapes as in the source, cast to the dtype stored there.
 
-        Raises NonFinite's parent only through its caller: values are written as they are.
+        Raises DiskFull or OutputRefused.
         """
         with disk_errors(self.out):
             for name, tensor in tensors.items():

@@ -4,7 +4,7 @@ With u the removed part of a row, the row's output error is u H uᵀ. Removing w
 it by a_q + b_p − 2 w_q w_p H_qp, with c = u H, a_q = 2 w_q c_q + w_q² H_qq and b_p = −2 w_p c_p + w_p² H_pp. Each step
 makes the best exchange of every row, within an N:M group where the pattern has groups, and stops when none helps; so
 the error on the calibration tokens never grows and every count stays. Unstructured exchanges are looked for among the
-`candidates` best a and b of a row, which finds nearly all of the gain of all pairs (docs/LOG.md).
+`candidates` best a and b of a row alone: with more inputs than that, the best pair of all can be missed.
 
 For those who must not touch weights. Where weights may change, `+refit` or `alps` are far better, and a swapped mask
 is no better a start for refit than the one it came from.
