@@ -4,7 +4,8 @@ arXiv:2406.07831), then refit on the mask found.
 ADMM alternates a ridge solution X, which ignores the mask, with a projection D of X + V/ρ onto the pattern; the
 multiplier V and a growing penalty ρ pull the two together until the support stands still. Departures: ρ runs
 through a fixed geometric series, a few updates at each, with one Cholesky factorisation a stage in float32; the
-paper adapts ρ to the change of support and uses one float64 eigendecomposition. Coordinates are normalised before damping, not after.
+paper adapts ρ to the change of support and uses one float64 eigendecomposition. Coordinates are normalised before
+damping, not after.
 """
 
 import torch
