@@ -142,7 +142,7 @@ def test_inspect_reads_an_architecture_that_is_not_known(tiny_llama, tmp_path):
     assert "model.layers.0.mlp.up_proj.weight" in {tensor.name for tensor in found.tensors}
 
 
-@pytest.mark.parametrize("name", ["prune", "evaluate", "compare", "inspect"])
+@pytest.mark.parametrize("name", ["prune", "plan", "evaluate", "compare", "inspect"])
 def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
     function = introspection.signature(getattr(secateur, name)).parameters
     command = introspection.signature(getattr(cli, name)).parameters

@@ -9,9 +9,9 @@ from reference.sparsegpt import sparsegpt
 from reference.wanda import wanda
 
 from secateur.errors import NotSolved
-from secateur.methods import METHODS, REFINEMENTS, find_method
+from secateur.methods import METHODS, REFINEMENTS, find_method, prune_together
 from secateur.methods.sparsegpt import inverse_factor
-from secateur.patterns import NM, Pattern, Unstructured, parse
+from secateur.patterns import NM, Pattern, Stacked, Unstructured, kind_of, parse
 from secateur.stats import STATS, Stats
 
 NAMES = [
@@ -110,6 +110,36 @@ class TestEveryMethod:
         first, second = method.prune(weight, whole, resolved), method.prune(weight, merged, resolved)
         assert (first.kept != second.kept).float().mean() <= 0.0005
         assert torch.allclose(first.weight, second.weight, rtol=1e-3, atol=1e-3) or method.updates
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("name", NAMES)
+def test_matrices_solved_together_are_what_they_are_alone(name, pattern):
+    """q, k and v read one input: stacking them shares the factorisation, and must change nothing else."""
+    method = find_method(name)
+    weights = [layer(seed, rows)[0] for seed, rows in enumerate([24, 8, 16])]
+    x = layer()[1]
+    stats = Stats.of(x, method.need | {"gram"})
+    patterns = [parse(pattern)] * 3 if ":" in pattern else [parse(pattern), parse("40%"), parse("70% of row")]
+    together = prune_together(method, weights, stats, patterns)
+    for weight, own, found in zip(weights, patterns, together, strict=True):
+        alone = method.prune(weight, stats, own.within(method.group))
+        assert (found.kept != alone.kept).float().mean() <= 0.001
+        assert torch.allclose(found.weight, alone.weight, rtol=1e-3, atol=1e-3) or not torch.equal(
+            found.kept, alone.kept
+        )
+        assert found.kept.sum() == alone.kept.sum()
+
+
+def test_a_stack_of_patterns_asks_each_of_its_own_rows():
+    scores = torch.rand(10, 8, generator=torch.Generator().manual_seed(1))
+    parts = (parse("50% of matrix"), parse("25% of row"))
+    stacked = Stacked((6, 4), parts)
+    expected = torch.cat([parts[0].mask(scores[:6]), parts[1].mask(scores[6:])])
+    assert torch.equal(stacked.mask(scores), expected)
+    assert stacked.sparsity == pytest.approx((0.5 * 6 + 0.25 * 4) / 10)
+    assert stacked.kind == "unstructured"
+    assert kind_of([parse("2:4"), parse("50%")]) == "semi-structured + unstructured"
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -14,11 +14,12 @@ from secateur.model import load, replayable
 from secateur.options import find_devices
 from secateur.patterns import parse
 from secateur.progress import Progress
-from secateur.prune import prune_model, pruned_blocks, site_shapes
+from secateur.prune import prune_model, pruned_blocks
 from secateur.record import LEFT_OUT, UNSEEN
 from secateur.sites import sites
 from secateur.stats import Stats
 from secateur.stream import Seconds, stream
+from secateur.trial import site_shapes
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(2))
@@ -236,8 +237,8 @@ def test_the_forward_dtype_does_not_touch_the_weights_that_are_kept(dtype):
 def test_sequential_gives_each_site_the_inputs_that_the_sites_before_it_leave():
     """Checked from the outside: the reported error of the last site, against hooks on the partly pruned model."""
     model, dense = tiny_model("llama"), tiny_model("llama")
-    options = {"method": "wanda", "pattern": "2:4", "batch_size": len(TOKENS)}
-    report = prune_model(replayable(model), windows(), sequential=True, **options)
+    options = {"pattern": "2:4", "batch_size": len(TOKENS)}
+    report = prune_model(replayable(model), windows(), method="wanda+sequential", **options)
     for block in (0, 3):
         name = f"model.layers.{block}.mlp.down_proj"
         x = seen_by_hooks(model, TOKENS, [name])[name]  # everything before this site is pruned by now
@@ -247,7 +248,7 @@ def test_sequential_gives_each_site_the_inputs_that_the_sites_before_it_leave():
         assert found.output_error == pytest.approx(expected.item(), rel=1e-3)
     mask = model.get_parameter("model.layers.3.mlp.down_proj.weight") != 0
     other = tiny_model("llama")
-    prune_model(replayable(other), windows(), **options)
+    prune_model(replayable(other), windows(), method="wanda", **options)
     assert not torch.equal(mask, other.get_parameter("model.layers.3.mlp.down_proj.weight") != 0)
 
 
@@ -282,5 +283,5 @@ def test_cross_products_pair_dense_inputs_with_those_of_the_pruned_model(devices
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
 def test_the_dense_target_prunes_to_the_same_counts(family):
     model = tiny_model(family)
-    report = prune_model(replayable(model), windows(), method="sweep+refit", pattern="2:4", dense_target=True)
+    report = prune_model(replayable(model), windows(), method="sweep+refit+dense-target", pattern="2:4")
     assert all(site.sparsity == 0.5 for site in report.sites)

@@ -7,6 +7,7 @@ from secateur.inspection import inspect
 from secateur.methods import METHODS, Method, Pruned, scored
 from secateur.model import load
 from secateur.patterns import parse
+from secateur.plan import plan
 from secateur.prune import prune, prune_model
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "inspect",
     "load",
     "parse",
+    "plan",
     "prune",
     "prune_model",
     "scored",

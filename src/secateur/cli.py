@@ -43,12 +43,6 @@ Skip = Annotated[list[str] | None, typer.Option(help="Leave sites out: a glob on
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="dtype of forward passes: auto, float32, bfloat16, float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows a forward pass.")]
-Sequential = Annotated[
-    bool, typer.Option("--sequential", help="Inside a block too, a site's inputs come from the sites pruned before it.")
-]
-DenseTarget = Annotated[
-    bool, typer.Option("--dense-target", help="Solvers aim at what the dense model computes; implies --sequential.")
-]
 DataDir = Annotated[Path | None, typer.Option(help="A folder with local copies of the corpora.")]
 LowCoverage = Annotated[bool, typer.Option("--allow-low-coverage", help="Prune although most weights are no sites.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
@@ -86,6 +80,9 @@ def prune(
         str, typer.Option(help="A method of the table in the README, or a preset: fast, default, best.")
     ] = "default",
     pattern: Annotated[str, typer.Option(help="50%, '50% of row', '50% of matrix', 2:4, 4:8 …")] = "50%",
+    allocate: Annotated[
+        str, typer.Option(help="How sparsity is shared out: uniform, owl, error, search, or a plan's .json file.")
+    ] = "uniform",
     calibration: Calibration = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
@@ -94,8 +91,6 @@ def prune(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 8,
-    sequential: Sequential = False,
-    dense_target: DenseTarget = False,
     data_dir: DataDir = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at --out.")] = False,
     allow_low_coverage: LowCoverage = False,
@@ -109,10 +104,10 @@ def prune(
 
     with _display(quiet) as progress:
         report = secateur.prune(
-            model, out=out, method=method, pattern=pattern, calibration=calibration, samples=samples,
-            seq_len=seq_len, seed=seed, skip=skip or (), device=device, dtype=dtype, batch_size=batch_size,
-            sequential=sequential, dense_target=dense_target, data_dir=data_dir, overwrite=overwrite,
-            allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=_command(),
+            model, out=out, method=method, pattern=pattern, allocate=allocate, calibration=calibration,
+            samples=samples, seq_len=seq_len, seed=seed, skip=skip or (), device=device, dtype=dtype,
+            batch_size=batch_size, data_dir=data_dir, overwrite=overwrite, allow_low_coverage=allow_low_coverage,
+            trust_remote_code=trust_remote_code, command=_command(),
             progress=progress,
         )  # fmt: skip
     if as_json:
@@ -141,6 +136,49 @@ def prune(
         f"{seconds.forward:.1f} s forward, {seconds.statistics:.1f} s statistics, {seconds.solve:.1f} s solving. "
         f"Written to {escape(str(report.out))}."
     )
+    return None
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    out: Annotated[Path, typer.Option(help="The .json file to write.")] = ...,  # type: ignore[assignment]
+    allocate: Annotated[
+        str, typer.Option(help="The rule that shares sparsity out: owl, error, search, uniform.")
+    ] = "error",
+    method: Annotated[str, typer.Option(help="The method whose errors are measured.")] = "default",
+    pattern: Annotated[str, typer.Option(help="The mean sparsity, such as 70%.")] = "70%",
+    calibration: Calibration = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
+    skip: Skip = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 8,
+    data_dir: DataDir = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how much each site can lose, and write it as a plan to edit or to prune by (--allocate FILE)."""
+    import secateur
+
+    with _display(quiet) as progress:
+        found = secateur.plan(
+            model, out=out, allocate=allocate, method=method, pattern=pattern, calibration=calibration,
+            samples=samples, seq_len=seq_len, seed=seed, skip=skip or (), device=device, dtype=dtype,
+            batch_size=batch_size, data_dir=data_dir, overwrite=overwrite, trust_remote_code=trust_remote_code,
+            command=_command(), progress=progress,
+        )  # fmt: skip
+    sites = {name: str(pattern) for name, pattern in found.items()}
+    if as_json:
+        return _print_json(sites)
+    console = _console()
+    for name, removed in sites.items():
+        console.print(f"{removed:>8}  {escape(name)}")
+    console.print(f"Written to {escape(str(out))}.")
     return None
 
 
@@ -192,6 +230,9 @@ def compare(
     out: Out = ...,  # type: ignore[assignment]
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "magnitude,wanda,sparsegpt",
     patterns: Annotated[str, typer.Option(help="Patterns, separated by commas.")] = "50%,4:8,2:4",
+    allocate: Annotated[
+        str, typer.Option(help="How sparsity is shared out, a row each: uniform, owl, error, search.")
+    ] = "uniform",
     calibration: Calibration = None,
     evaluation: EvaluationText = None,
     samples: Samples = 128,
@@ -202,8 +243,6 @@ def compare(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 8,
-    sequential: Sequential = False,
-    dense_target: DenseTarget = False,
     data_dir: DataDir = None,
     allow_low_coverage: LowCoverage = False,
     trust_remote_code: RemoteCode = False,
@@ -216,10 +255,11 @@ def compare(
 
     with _display(quiet) as progress:
         results = secateur.compare(
-            model, out=out, methods=_list(methods), patterns=_list(patterns), calibration=calibration,
-            evaluation=evaluation, samples=samples, windows=windows, seq_len=seq_len, seed=seed, skip=skip or (),
+            model, out=out, methods=_list(methods), patterns=_list(patterns),
+            allocate=_list(allocate), calibration=calibration, evaluation=evaluation, samples=samples,
+            windows=windows, seq_len=seq_len, seed=seed, skip=skip or (),
             device=device, dtype=dtype, batch_size=batch_size,
-            sequential=sequential, dense_target=dense_target, data_dir=data_dir,
+            data_dir=data_dir,
             allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=_command(),
             progress=progress,
         )  # fmt: skip

@@ -36,11 +36,12 @@ from secateur.options import (
     forward_dtype,
 )
 from secateur.patterns import parse
+from secateur.plan import check_allocation
 from secateur.progress import Progress
 from secateur.prune import prune_checkpoint
 from secateur.record import Report
 from secateur.report import write_report
-from secateur.results import SCHEMA, Results, Row
+from secateur.results import SCHEMA, Results, Row, row_name
 
 
 def compare(
@@ -49,6 +50,7 @@ def compare(
     out: str | Path,
     methods: Sequence[str] = ("magnitude", "wanda", "sparsegpt"),
     patterns: Sequence[str] = ("50%", "4:8", "2:4"),
+    allocate: Sequence[str] = ("uniform",),
     calibration: str | None = None,
     evaluation: str | None = None,
     samples: int = 128,
@@ -59,8 +61,6 @@ def compare(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
-    sequential: bool = False,
-    dense_target: bool = False,
     data_dir: str | Path | None = None,
     allow_low_coverage: bool = False,
     trust_remote_code: bool = False,
@@ -69,13 +69,16 @@ def compare(
 ) -> Results:
     """Prune and evaluate `model` with every method and pattern; write `results.json` and `report.md` to `out`.
 
-    Arguments as for `prune` and `evaluate`. The pruned checkpoints stay in `out/checkpoints`. Raises
+    `allocate` lists rules as `prune` knows them; each makes a row of its own. The other arguments are as for
+    `prune` and `evaluate`. The pruned checkpoints stay in `out/checkpoints`. Raises
     SecateurError; ConditionsDiffer where `out` holds rows of another model, text or metric.
     """
     progress, out = progress or Progress(), Path(out)
     for method in methods:
         find_method(method)
-    grid = [(method, str(parse(pattern))) for pattern in patterns for method in methods]
+    grid = [(method, str(parse(pattern)), rule) for pattern in patterns for method in methods for rule in allocate]
+    for _, pattern, rule in grid:
+        check_allocation(rule, pattern, files=False)
     chosen, dtype = find_devices(device)[0], find_dtype(dtype)
     folder = resolve(model)
     source = open_checkpoint(folder)
@@ -116,8 +119,6 @@ def compare(
         "device": chosen.type,
         "skip": list(skip),
         "batch_size": batch_size,
-        "sequential": sequential,
-        "dense_target": dense_target,
     }
     conditions = _conditions(results, options)
     try:
@@ -130,17 +131,16 @@ def compare(
     run = (judged.ids, chosen, forward_dtype(dtype, chosen), batch_size)
     dense = Forward(language_model, *run, spill=out / "dense.hidden")
     try:
-        row, measured = store.get("dense", "-") or _dense_row(source, dense, progress)
+        row, measured = store.get(row_name("dense", "-")) or _dense_row(source, dense, progress)
         store.put(row, measured)
         rows = {row.name: (row, measured)}
-        for method, pattern in grid:
-            kept = store.get(method, pattern)
+        for method, pattern, rule in grid:
+            kept = store.get(row_name(method, pattern, rule))
             if kept is None:
-                place = out / "checkpoints" / _file_name(method, pattern)
+                place = out / "checkpoints" / _file_name(row_name(method, pattern, rule))
                 report = prune_checkpoint(
-                    source, language_model, calibrated, place, method=method, pattern=pattern, skip=skip,
-                    device=device, dtype=dtype, batch_size=batch_size, sequential=sequential,
-                    dense_target=dense_target, overwrite=True,
+                    source, language_model, calibrated, place, method=method, pattern=pattern, allocate=rule,
+                    skip=skip, device=device, dtype=dtype, batch_size=batch_size, overwrite=True,
                     allow_low_coverage=allow_low_coverage, command=results.command, progress=progress,
                 )  # fmt: skip
                 kept = _pruned_row(report, place, dense, measured, run, trust_remote_code, progress)
@@ -194,7 +194,7 @@ def _pruned_row(
     row = Row(
         report.method, report.pattern, report.kind, report.sparsity, measured.perplexity, delta, interval,
         measured.mean_kl or 0.0, measured.mean_agreement or 0.0, asdict(report.seconds), report.peak_bytes,
-        open_checkpoint(place).bytes,
+        open_checkpoint(place).bytes, allocation=report.allocation,
     )  # fmt: skip
     return row, measured
 
@@ -241,9 +241,9 @@ class RowStore:
                         "different conditions do not go into one table: choose another --out, or delete that folder."
                     )
 
-    def get(self, method: str, pattern: str) -> tuple[Row, Measured] | None:
-        """A finished row, or None: also where its checkpoint is gone."""
-        file = self.folder / f"{_file_name(method, pattern)}.json"
+    def get(self, name: str) -> tuple[Row, Measured] | None:
+        """A finished row by its name, or None: also where its checkpoint is gone."""
+        file = self.folder / f"{_file_name(name)}.json"
         if not file.exists():
             return None
         held = self._read(file)
@@ -256,7 +256,7 @@ class RowStore:
     def put(self, row: Row, measured: Measured) -> None:
         """Keep a finished row."""
         held = {"conditions": self.conditions, "row": asdict(row), "loss": measured.loss.tolist()}
-        _write(self.folder / f"{_file_name(row.method, row.pattern)}.json", json.dumps(held, allow_nan=False))
+        _write(self.folder / f"{_file_name(row.name)}.json", json.dumps(held, allow_nan=False))
 
     def _read(self, file: Path) -> dict[str, Any]:
         try:
@@ -280,8 +280,8 @@ def _conditions(results: Results, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _file_name(method: str, pattern: str) -> str:
-    return f"{method}-{pattern}".replace("%", "pct").replace(":", "of").replace(" ", "-")
+def _file_name(row: str) -> str:
+    return row.replace("%", "pct").replace(":", "of").replace(" ", "-")
 
 
 def _write(file: Path, text: str) -> None:

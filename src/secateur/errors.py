@@ -3,6 +3,7 @@
 SecateurError               the command line prints the message alone and exits with 2
 ├── UnknownName             a method, pattern, corpus or option value that does not exist ("did you mean")
 ├── BadPattern              a pattern that cannot be read, or that does not fit a site
+├── BadPlan                 a plan that cannot be read, or cannot be made as asked
 ├── BadCheckpoint           a folder that is no sound safetensors checkpoint
 ├── UnsupportedModel        a model whose blocks cannot be replayed, or whose weights are mostly not sites
 ├── NonFinite               NaN or Inf in weights, activations or results
@@ -40,6 +41,10 @@ class UnknownName(SecateurError):
 
 class BadPattern(SecateurError):
     """A pattern that cannot be read, or that does not fit a site."""
+
+
+class BadPlan(SecateurError):
+    """A plan that cannot be read, or cannot be made as asked."""
 
 
 class BadCheckpoint(SecateurError):

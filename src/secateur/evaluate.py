@@ -205,9 +205,7 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
                         f"The dense model has a vocabulary of {expected.shape[-1]}, the other {logits.shape[-1]}."
                     )
                 log_p = expected.log_softmax(-1)
-                divergence = log_p.exp() * (log_p - log_q)
-                divergence = divergence.where(log_p > -torch.inf, 0.0)  # what cannot be said costs nothing
-                kl.append(divergence.sum(-1).double().mean(1).cpu())
+                kl.append(divergence(log_p, log_q).double().mean(1).cpu())
                 agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).cpu())
         progress.advance("evaluating", windows.stop, len(model.tokens))
     losses = torch.cat(loss).numpy()
@@ -219,6 +217,11 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
     if dense is None:
         return Measured(losses)
     return Measured(losses, torch.cat(kl).numpy(), torch.cat(agreement).numpy())
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; what p cannot say costs nothing."""
+    return (log_p.exp() * (log_p - log_q)).where(log_p > -torch.inf, 0.0).sum(-1)
 
 
 def perplexity_difference(loss: Floats, reference: Floats) -> tuple[float, tuple[float, float]]:

@@ -11,6 +11,7 @@ treats ties. `parse` reads what `str` writes.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, Self
 
@@ -161,6 +162,46 @@ class NM:
             rival = groups[..., other : other + 1]
             ahead += (rival > groups) | ((rival == groups) & (other > position))
         return (ahead < self.n).view_as(scores)
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """Several matrices on top of each other, `rows` of each, every one to its own pattern; chunks must agree."""
+
+    rows: tuple[int, ...]
+    parts: tuple[Pattern, ...]
+
+    @property
+    def kind(self) -> str:
+        return kind_of(self.parts)
+
+    @property
+    def sparsity(self) -> float:
+        return sum(r * p.sparsity for r, p in zip(self.rows, self.parts, strict=True)) / sum(self.rows)
+
+    @property
+    def chunk(self) -> int | None:
+        return self.parts[0].chunk
+
+    def within(self, group: Group) -> "Stacked":
+        return replace(self, parts=tuple(part.within(group) for part in self.parts))
+
+    def columns(self, rows: int, start: int, stop: int) -> "Stacked":
+        parts = zip(self.parts, self.rows, strict=True)
+        return replace(self, parts=tuple(part.columns(count, start, stop) for part, count in parts))
+
+    def check(self, shape: tuple[int, int], site: str) -> None:
+        for part, rows in zip(self.parts, self.rows, strict=True):
+            part.check((rows, shape[1]), site)
+
+    def mask(self, scores: Tensor) -> Tensor:
+        stacked = zip(self.parts, scores.split(self.rows), strict=True)
+        return torch.cat([part.mask(rows) for part, rows in stacked])
+
+
+def kind_of(patterns: Iterable[Pattern]) -> str:
+    """The kinds of sparsity among patterns, in one word where there is one."""
+    return " + ".join(sorted({pattern.kind for pattern in patterns}))
 
 
 def parse(text: str) -> Pattern:

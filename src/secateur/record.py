@@ -1,11 +1,10 @@
 """What a pruning run says of itself: one report a site, one for the run; `pruning.json` holds them."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.sites import Site
 from secateur.stream import Seconds
 
 LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token went through it"
@@ -40,19 +39,15 @@ class Report:
     seconds: Seconds
     peak_bytes: int | None
     calibration: dict[str, Any]
+    allocation: str = "uniform"
+    refined: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """With `+refine`: the relative output error of each block before and after."""
     out: Path | None = None
 
     def record(self) -> dict[str, Any]:
         """What a repeated run gives again, as JSON can hold it: no times, no memory, no place."""
         values = asdict(self)
         return {key: values[key] for key in values if key not in ("seconds", "peak_bytes", "out")}
-
-
-def left_dense(name: str, site: Site, note: str) -> SiteReport:
-    """The report of a site that was not pruned."""
-    zeros = (site.weight == 0).sum().item() / site.weight.numel()
-    rows, columns = site.weight.shape
-    return SiteReport(name, (rows, columns), None, zeros, None, note)
 
 
 def total_sparsity(reports: Sequence[SiteReport]) -> float:

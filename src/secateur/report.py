@@ -26,7 +26,7 @@ def cells(row: Row) -> dict[str, str]:
     low, high = row.delta_interval
     seconds = "-" if dense else " + ".join(f"{row.seconds[k]:.1f}" for k in ("forward", "statistics", "solve"))
     values = [
-        row.method,
+        row.method if row.allocation == "uniform" else f"{row.method} by {row.allocation}",
         row.pattern,
         row.kind,
         f"{row.sparsity:.2%}",

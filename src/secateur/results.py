@@ -26,10 +26,16 @@ class Row:
     rank: str = ""
     ties: list[str] = field(default_factory=list)
     checkpoint: str | None = None
+    allocation: str = "uniform"
 
     @property
     def name(self) -> str:
-        return f"{self.method} {self.pattern}"
+        return row_name(self.method, self.pattern, self.allocation)
+
+
+def row_name(method: str, pattern: str, allocation: str = "uniform") -> str:
+    """What tells a row from the others of its table."""
+    return f"{method} {pattern}" + ("" if allocation == "uniform" else f" {allocation}")
 
 
 @dataclass

@@ -41,6 +41,14 @@ class Seconds:
     solve: float = 0.0
 
 
+class Batch(NamedTuple):
+    """Some calibration windows at one block: `hidden` enters it, `target` is what should leave it."""
+
+    hidden: Tensor
+    call: Call
+    target: Tensor
+
+
 class Observed(NamedTuple):
     """What was seen of a block's inputs, by site; a site that saw no token is missing.
 
@@ -63,6 +71,12 @@ class Step:
     sites: dict[str, Site]
     seconds: Seconds
     _observe: Callable[..., Observed] = field(repr=False)
+    _batches: Callable[[], list[Batch]] = field(repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the working copy lies."""
+        return next(self.block.parameters()).device
 
     @torch.no_grad()
     def observe(self, need: Iterable[str], probe: int, only: Collection[str] | None = None) -> Observed:
@@ -71,6 +85,11 @@ class Step:
         The probe takes evenly spaced tokens of the first batch, about `probe` of them. Raises NonFinite.
         """
         return self._observe(need, probe, only)
+
+    @torch.no_grad()
+    def batches(self) -> list[Batch]:
+        """The inputs of the block, and what the dense block gives on the dense inputs; `stream` with `dense` only."""
+        return self._batches()
 
     def groups(self) -> list[list[str]]:
         """The sites in the order in which the block reaches them, those that share an input together.
@@ -99,7 +118,7 @@ def stream(
 ) -> Iterator[Step]:
     """The blocks in order with the inputs that `tokens` `[samples, length]` give them.
 
-    With `dense`, a second stream goes through the dense blocks, for the statistic "cross".
+    With `dense`, a second stream goes through the dense blocks, for the statistic "cross" and for `Step.batches`.
     """
     run = _Run(language_model, list(tokens.split(batch_size)), devices, dtype, seconds or Seconds())
     if dense:
@@ -145,6 +164,7 @@ class _Run:
         self.calls: list[list[Call]] = []
         self.replicas: list[nn.Module] = []
         self.dense: list[Tensor] | None = None  # the hidden states in the dense model, where they are wanted
+        self.targets: list[Tensor] | None = None  # and what the dense block at hand makes of them
         self.originals: list[nn.Module] = []
         shell = shell or Shell(language_model, devices[0], dtype, head=False)
         started = perf_counter()
@@ -165,7 +185,11 @@ class _Run:
             self.originals = [working_copy(original, device, self.dtype) for device in self.devices]
         block = self.replicas[0]
         name = self.language_model.block_name(index)
-        return Step(index, name, block, sites(block), self.seconds, lambda *a: self.observe(index, *a))
+        self.targets = None
+        return Step(
+            index, name, block, sites(block), self.seconds, lambda *a: self.observe(index, *a),
+            lambda: self.batches(index),
+        )  # fmt: skip
 
     def advance(self, index: int) -> None:
         """Run the block over all batches; its outputs replace its inputs."""
@@ -176,13 +200,32 @@ class _Run:
         def forward(share: int) -> None:
             for number in range(share, len(self.hidden), len(self.devices)):
                 self.hidden[number] = self.forward(index, share, number)
-                if self.dense is not None:
-                    call = self.calls[number][index]
-                    self.dense[number] = run_block(self.originals[share], self.dense[number], call)
 
         started = perf_counter()
+        if self.dense is not None:
+            self.dense = self.dense_outputs(index)
         self.each(forward)
         self.seconds.forward += perf_counter() - started
+
+    def dense_outputs(self, index: int) -> list[Tensor]:
+        """What the dense block gives on the dense inputs, batch by batch; computed once."""
+        if self.targets is None:
+            dense, targets = self.dense or [], [torch.empty(0)] * len(self.hidden)
+
+            def forward(share: int) -> None:
+                for number in range(share, len(dense), len(self.devices)):
+                    targets[number] = run_block(self.originals[share], dense[number], self.calls[number][index])
+
+            self.each(forward)
+            self.targets = targets
+        return self.targets
+
+    def batches(self, index: int) -> list[Batch]:
+        started = perf_counter()
+        targets = self.dense_outputs(index)
+        self.seconds.forward += perf_counter() - started
+        calls = (calls[index] for calls in self.calls)
+        return [Batch(*parts) for parts in zip(self.hidden, calls, targets, strict=True)]
 
     def forward(self, index: int, share: int, number: int) -> Tensor:
         return run_block(self.replicas[share], self.hidden[number], self.calls[number][index])

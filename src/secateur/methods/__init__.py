@@ -1,15 +1,17 @@
 """The pruning methods, one paper a file. A new method is a file here and its line in `METHODS`.
 
-A name may end in refinements, applied in order: `wanda+refit` is Wanda's mask with the best weights for it. Three
-lines are presets, by what they cost: `fast` factorises nothing, `default` is about as fast as SparseGPT, `best` takes
-the time it takes. Figures for all of them: docs/quality.md.
+A name may end in refinements, applied in order: `wanda+refit` is Wanda's mask with the best weights for it, and
+`sweep+refit+dense-target` aims at what the dense model computes. Three lines are presets, by what they cost: `fast`
+factorises nothing, `default` is about as fast as SparseGPT, `best` takes the time it takes. Figures for all of them:
+docs/quality.md.
 """
 
 from collections.abc import Callable
 
 from secateur.errors import UnknownName
 from secateur.methods.alps import alps
-from secateur.methods.base import Method, Pruned, scored
+from secateur.methods.base import Method, Pruned, prune_together, scored
+from secateur.methods.dense_target import dense_target
 from secateur.methods.magnitude import magnitude
 from secateur.methods.refit import refit
 from secateur.methods.ria import ria
@@ -17,6 +19,7 @@ from secateur.methods.sparsegpt import sparsegpt, sweep
 from secateur.methods.swap import swap
 from secateur.methods.wanda import wanda
 
+REFINE_EPOCHS = 10
 _alps_fast = alps(stages=4, updates=4, first=0.1, last=2.0)
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
@@ -34,19 +37,26 @@ REFINEMENTS: dict[str, Callable[[Method], Method]] = {
     "refit": refit,
     "swap": swap,
 }
+"""What is done to a method's result, site by site."""
+SWITCHES: dict[str, Callable[[Method], Method]] = {
+    "sequential": lambda method: method._replace(sequential=True),
+    "dense-target": dense_target,
+    "refine": lambda method: method._replace(refine=REFINE_EPOCHS),
+}
+"""What the stream of blocks does for a method, whatever it is."""
 
 
 def find_method(name: str) -> Method:
-    """The method of that name, with its refinements. Raises UnknownName."""
+    """The method of that name, with its refinements and switches. Raises UnknownName."""
     first, *refinements = name.split("+")
     if first not in METHODS:
         raise UnknownName("method", first, METHODS)
-    method = METHODS[first]
+    method, known = METHODS[first], REFINEMENTS | SWITCHES
     for refinement in refinements:
-        if refinement not in REFINEMENTS:
-            raise UnknownName("refinement", refinement, REFINEMENTS)
-        method = REFINEMENTS[refinement](method)
+        if refinement not in known:
+            raise UnknownName("refinement", refinement, known)
+        method = known[refinement](method)
     return method
 
 
-__all__ = ["METHODS", "REFINEMENTS", "Method", "Pruned", "find_method", "scored"]
+__all__ = ["METHODS", "REFINEMENTS", "SWITCHES", "Method", "Pruned", "find_method", "prune_together", "scored"]

@@ -4,12 +4,13 @@ SparseGPT picks its mask while it updates the weights, so score, mask and update
 function does it all, and `scored` lifts the easy case of a score alone.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from secateur.patterns import Group, Pattern
+from secateur.patterns import Group, Pattern, Stacked
 from secateur.stats import Stats
 
 
@@ -29,20 +30,45 @@ class Method(NamedTuple):
 
     `need` names the statistics it reads (keys of `STATS`); `group` is the comparison group it was published
     with, used where an unstructured pattern leaves it open. `prune(weight, stats, pattern)` is pure: weight
-    `[out, in]` float32 is not changed.
+    `[out, in]` float32 is not changed. `updates`: it changes the weights that it keeps. `row_wise`: rows touch each
+    other through the pattern alone, so matrices that read the same input can be solved as one.
+
+    The rest says what the stream of blocks does for it. `sequential`: inside a block too, a site's inputs come from
+    the sites pruned before it. `refine`: how many times the finished block is tuned on all calibration tokens.
     """
 
     need: frozenset[str]
     group: Group
     prune: Callable[[Tensor, Stats, Pattern], Pruned]
     updates: bool = False
+    row_wise: bool = True
+    sequential: bool = False
+    refine: int = 0
 
 
-def scored(need: Iterable[str], group: Group, score: Callable[[Tensor, Stats], Tensor]) -> Method:
+def scored(
+    need: Iterable[str], group: Group, score: Callable[[Tensor, Stats], Tensor], *, row_wise: bool = True
+) -> Method:
     """The method that removes the lowest `score(weight, stats)` `[out, in]` and changes no other weight."""
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         kept = pattern.mask(score(weight, stats))
         return Pruned(weight.where(kept, 0.0), kept)
 
-    return Method(frozenset(need), group, prune)
+    return Method(frozenset(need), group, prune, row_wise=row_wise)
+
+
+def prune_together(
+    method: Method, weights: Sequence[Tensor], stats: Stats, patterns: Sequence[Pattern]
+) -> list[Pruned]:
+    """`method.prune` of several weights `[out, in]` that read the same input, each to its own pattern.
+
+    Where rows are independent they are solved as one matrix, so that what is factorised is factorised once.
+    """
+    patterns = [pattern.within(method.group) for pattern in patterns]
+    if not method.row_wise or len(weights) == 1 or len({pattern.chunk for pattern in patterns}) > 1:
+        return [method.prune(weight, stats, pattern) for weight, pattern in zip(weights, patterns, strict=True)]
+    rows = tuple(len(weight) for weight in weights)
+    pruned = method.prune(torch.cat(list(weights)), stats, Stacked(rows, tuple(patterns)))
+    parts = zip(pruned.weight.split(rows), pruned.kept.split(rows), strict=True)
+    return [Pruned(weight, kept, pruned.note) for weight, kept in parts]

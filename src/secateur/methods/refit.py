@@ -23,4 +23,4 @@ def refit(method: Method, iterations: int | None = None) -> Method:
         solution = masked_least_squares(problem, found.kept, start, steps)
         return found._replace(weight=problem.restore(solution, found.kept, weight))
 
-    return Method(method.need | {"gram"}, method.group, prune, updates=True)
+    return method._replace(need=method.need | {"gram"}, prune=prune, updates=True)

@@ -19,4 +19,4 @@ def ria(exponent: float = 0.5) -> Method:
         relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
         return relative * stats.mean("square").sqrt().pow(exponent).to(weight.device)
 
-    return scored({"square"}, "matrix", score)
+    return scored({"square"}, "matrix", score, row_wise=False)

@@ -38,7 +38,7 @@ def swap(method: Method, steps: int = 100, candidates: int = 64) -> Method:
             kept[rows, back[rows]] = True
         return found._replace(weight=weight.where(kept, 0.0), kept=kept)
 
-    return Method(method.need | {"gram"}, method.group, prune)
+    return method._replace(need=method.need | {"gram"}, prune=prune)
 
 
 def _best_exchanges(

@@ -1,0 +1,134 @@
+"""One block: the statistics of its inputs, then the method, site by site; what comes out is ready to be written.
+
+Two copies of the block are changed alike: the one in the dtype of the forward passes, on which the stream goes on,
+and one as it is stored, which is the result. What is pruned is the stored weight, whatever dtype the forward has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+from secateur.allocate import Plan
+from secateur.errors import NonFinite
+from secateur.machine import release_memory
+from secateur.methods import Method, prune_together
+from secateur.model import working_copy
+from secateur.record import LEFT_OUT, UNSEEN, SiteReport
+from secateur.refine import Tuned, refine
+from secateur.sites import Site, sites
+from secateur.stats import Stats
+from secateur.stream import Observed, Step
+
+PROBE_TOKENS = 1024
+"""On how many calibration tokens, about, the output error of every site is measured."""
+
+
+@dataclass
+class PrunedBlock:
+    """A finished block: the parameters that changed, by their name in the model, in the dtype they are stored in."""
+
+    index: int
+    tensors: dict[str, Tensor]
+    reports: list[SiteReport]
+    tuned: Tuned | None = None
+
+
+@torch.no_grad()
+def prune_block(
+    step: Step, original: nn.Module, method: Method, plan: Plan, at_hand: Callable[[str], None]
+) -> PrunedBlock:
+    """Prune the sites of one block after `plan`; `at_hand` is told the name of each. Raises NonFinite."""
+    result = working_copy(original, torch.device("cpu"), None)
+    dense, targets = sites(original), sites(result)
+    _refuse_non_finite(step, dense)
+    notes: dict[str, str] = {}  # of every site that was pruned
+    probes: dict[str, Tensor] = {}
+    for group in step.groups() if method.sequential else [list(step.sites)]:
+        observed = step.observe(method.need, PROBE_TOKENS, group)
+        probes |= observed.probes
+        started = perf_counter()
+        for names in _solved_together(group, observed, method):
+            stats = observed.stats.get(names[0], Stats(0, {}))
+            chosen = {name: plan[full] for name in names if (full := f"{step.name}.{name}") in plan}
+            if not chosen or (method.need and not stats.tokens):
+                continue
+            at_hand(f"{step.name}.{names[0]}")
+            weights = [dense[name].weight.to(step.device, torch.float32, copy=True) for name in chosen]
+            found = prune_together(method, weights, stats, list(chosen.values()))
+            for name, pruned in zip(chosen, found, strict=True):
+                _put(step, name, pruned.weight, targets)
+                notes[name] = pruned.note
+            release_memory()
+        step.seconds.solve += perf_counter() - started
+    changed = sorted({step.sites[name].parameter for name in notes})
+    tuned = None
+    if method.refine and changed:
+        at_hand(f"{step.name} as a whole")
+        tuned = _refine(step, result, changed, method.refine)
+    reports = [
+        _report(f"{step.name}.{name}", dense[name], targets[name], plan, notes.get(name), probes.get(name))
+        for name in step.sites
+    ]
+    return PrunedBlock(
+        step.index, {f"{step.name}.{name}": result.get_parameter(name).data for name in changed}, reports, tuned
+    )
+
+
+def _solved_together(group: Sequence[str], observed: Observed, method: Method) -> Iterator[list[str]]:
+    """The sites of a group in order; those that share the statistics of a solver together."""
+    together: dict[int, list[str]] = {}
+    for position, name in enumerate(group):
+        shared = "gram" in method.need and name in observed.stats
+        together.setdefault(id(observed.stats[name]) if shared else -position - 1, []).append(name)
+    yield from together.values()
+
+
+def _put(step: Step, name: str, weight: Tensor, targets: Mapping[str, Site]) -> None:
+    """Write a pruned weight `[out, in]` into both copies of the block, rounded as it is stored. Raises NonFinite."""
+    stored = weight.to(targets[name].stored.dtype)
+    if not stored.isfinite().all():
+        raise NonFinite(
+            f"The pruned weights of {step.name}.{name} do not fit {stored.dtype}. Use another method, or --skip it."
+        )
+    targets[name].put(stored)
+    step.sites[name].put(stored)
+
+
+def _refine(step: Step, result: nn.Module, changed: Sequence[str], epochs: int) -> Tuned:
+    """Tune the block, in float32, and round what came out into both copies."""
+    started = perf_counter()
+    block = working_copy(step.block, step.device, torch.float32)
+    for name in changed:
+        block.get_parameter(name).data.copy_(result.get_parameter(name).data)
+    kept = {name: block.get_parameter(name) != 0 for name in changed}
+    tuned = refine(block, kept, step.batches(), epochs)
+    for name in changed:
+        stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
+        step.block.get_parameter(name).data.copy_(stored)
+    step.seconds.solve += perf_counter() - started
+    return tuned
+
+
+def _report(name: str, dense: Site, target: Site, plan: Plan, note: str | None, probe: Tensor | None) -> SiteReport:
+    """What became of a site; `note` is None where it was not pruned."""
+    rows, columns = target.weight.shape
+    zeros = (target.weight == 0).sum().item() / (rows * columns)
+    if note is None:
+        return SiteReport(name, (rows, columns), None, zeros, None, UNSEEN if name in plan else LEFT_OUT)
+    error = None
+    if probe is not None:
+        before, after = (site.weight.to(probe.device, torch.float32) for site in (dense, target))
+        change = (probe @ (before - after).T).square().sum()
+        error = (change / (probe @ before.T).square().sum().clamp_min(1e-30)).item()
+    return SiteReport(name, (rows, columns), str(plan[name]), zeros, error, note)
+
+
+def _refuse_non_finite(step: Step, original: Mapping[str, Site]) -> None:
+    for name, site in original.items():
+        if not site.stored.isfinite().all():
+            raise NonFinite(f"The weights of {step.name}.{name} hold NaN or Inf. Fetch the checkpoint again.")

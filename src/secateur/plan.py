@@ -1,0 +1,184 @@
+"""Plans that are measured: how much each block or site can lose, asked of the dense model before anything is pruned.
+
+`ALLOCATIONS` is the table of rules; `uniform` needs none. `owl` reads the norms of inputs; `error` prunes every site
+at several sparsities and looks at what is left of its output; `search` moves sparsity between blocks. Only
+percentages can be shared out: N:M removes the same everywhere. The arithmetic is in allocate.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from secateur.allocate import Plan, by_outliers, least_error, read_plan, scaled, uniform, write_plan
+from secateur.checkpoint import disk_errors, open_checkpoint, resolve
+from secateur.data import Windows, calibration_windows, load_tokenizer
+from secateur.errors import BadPlan, OutputRefused, UnknownName
+from secateur.methods import find_method
+from secateur.model import LanguageModel, load
+from secateur.options import check_windows, default_corpus, default_length, find_devices, find_dtype, forward_dtype
+from secateur.patterns import Unstructured, parse
+from secateur.progress import Progress
+from secateur.search import search
+from secateur.trial import Measuring, levels_around, pruned_at, site_shapes, solvable
+
+OUTLIER, SPREAD = 5.0, 0.08
+"""OWL's M, from how many times the mean a score is an outlier, and λ, how far a block may go from the mean."""
+
+
+def plan(
+    model: str | Path | None = None,
+    *,
+    out: str | Path,
+    allocate: str = "error",
+    method: str = "default",
+    pattern: str = "70%",
+    calibration: str | None = None,
+    samples: int = 128,
+    seq_len: int | None = None,
+    seed: int = 0,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    data_dir: str | Path | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    command: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Plan:
+    """How much to remove from which site of `model`, measured and written to the JSON file `out`.
+
+    The file may be edited, and given to `prune` as `allocate`. Arguments as for `prune`. Raises SecateurError.
+    """
+    progress, out = progress or Progress(), Path(out)
+    find_method(method)
+    parse(pattern)
+    if out.is_dir() or (out.exists() and not overwrite):
+        raise OutputRefused(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
+    folder = resolve(model)
+    open_checkpoint(folder)
+    progress.begin(f"loading {model or 'the demo model'}")
+    language_model = load(folder, trust_remote_code=trust_remote_code)
+    windows = calibration_windows(
+        load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        default_corpus(model, calibration, "c4"),
+        samples=samples,
+        length=seq_len or default_length(language_model),
+        seed=seed,
+        data_dir=Path(data_dir) if data_dir else None,
+    )
+    found = make_plan(
+        language_model, windows, allocate, method=method, pattern=pattern, skip=skip, device=device, dtype=dtype,
+        batch_size=batch_size, progress=progress,
+    )  # fmt: skip
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        made = {
+            "model": str(model or "demo"),
+            "allocation": allocate,
+            "method": method,
+            "pattern": pattern,
+            "calibration": windows.fingerprint(),
+            "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+        }
+        write_plan(out, found, site_shapes(language_model), made)
+    progress.end()
+    return found
+
+
+@torch.no_grad()
+def make_plan(
+    language_model: LanguageModel,
+    windows: Windows,
+    allocate: str,
+    *,
+    method: str,
+    pattern: str,
+    skip: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> Plan:
+    """The plan that `allocate` names: `uniform`, a key of `ALLOCATIONS`, or a JSON file.
+
+    Raises UnknownName, BadPlan, BadPattern.
+    """
+    check_windows(language_model, windows, batch_size)
+    shapes, wanted = site_shapes(language_model), parse(pattern)
+    base = uniform(shapes, wanted, skip)
+    if is_file(allocate):
+        held = read_plan(Path(allocate), shapes)
+        return {name: pattern for name, pattern in held.items() if name in base}
+    check_allocation(allocate, pattern)
+    if allocate == "uniform":
+        return base
+    progress, devices = progress or Progress(), find_devices(device)
+    progress.begin(f"planning by {allocate}")
+    measuring = Measuring(
+        language_model, windows.ids, find_method(method), base, wanted.sparsity, devices,
+        forward_dtype(find_dtype(dtype), devices[0]), batch_size, progress,
+    )  # fmt: skip
+    return scaled(base, ALLOCATIONS[allocate](measuring))
+
+
+def is_file(allocate: str) -> bool:
+    """Whether this names a plan's file rather than a rule."""
+    return allocate.endswith(".json")
+
+
+def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None:
+    """Raise UnknownName for a rule that does not exist, BadPlan for a pattern that cannot be shared out.
+
+    `files`: a plan's file will do as well.
+    """
+    if files and is_file(allocate):
+        return
+    if allocate not in ("uniform", *ALLOCATIONS):
+        known = ["uniform", *ALLOCATIONS, *(["a plan's .json file"] if files else [])]
+        raise UnknownName("allocation", allocate, known)
+    wanted = parse(pattern)
+    if allocate in ALLOCATIONS and not isinstance(wanted, Unstructured):
+        raise BadPlan(
+            f"{wanted} removes the same of every site; --allocate {allocate} needs a percentage such as '70%'."
+        )
+
+
+def owl(measuring: Measuring) -> Mapping[str, float]:
+    """The sparsity of each block by its share of outlying scores |w|·‖x‖ (Yin et al. 2024, arXiv:2310.05175)."""
+    shares = {}
+    for step in measuring.steps("outliers of"):
+        stats = step.observe({"square"}, 0).stats
+        inside = [name for name in stats if f"{step.name}.{name}" in measuring.plan]
+        scores = [
+            (step.sites[name].weight.float().abs() * stats[name].mean("square").sqrt()).flatten() for name in inside
+        ]
+        if scores:
+            whole = torch.cat(scores)
+            shares[step.name] = (whole > OUTLIER * whole.mean()).float().mean().item()
+    return by_outliers(shares, {name: measuring.blocks[name] for name in shares}, measuring.sparsity, SPREAD)
+
+
+def by_error(measuring: Measuring) -> Mapping[str, float]:
+    """The sparsity of each site that makes the sum of relative output errors least, by the method's own errors."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for step in measuring.steps("errors of"):
+        for names, weights, stats in solvable(step, measuring):
+            for level in levels_around(measuring.sparsity):
+                for name, error, _ in pruned_at(level, names, weights, stats, measuring.method):
+                    curves.setdefault(f"{step.name}.{name}", []).append((level, error))
+    shapes = site_shapes(measuring.language_model)
+    sizes = {name: shapes[name][0] * shapes[name][1] for name in curves}
+    rest = dict.fromkeys(measuring.plan.keys() - curves.keys(), measuring.sparsity)  # sites without tokens
+    return least_error(curves, sizes, measuring.sparsity) | rest
+
+
+ALLOCATIONS: dict[str, Callable[[Measuring], Mapping[str, float]]] = {
+    "owl": owl,
+    "error": by_error,
+    "search": search,
+}

@@ -1,0 +1,94 @@
+"""`+refine`: the kept weights of one finished block, tuned together so that the block does what the dense one does.
+
+Site by site, a solver sees one matrix; here attention, gates and products of the whole block take part. Masks stand
+still, Adam moves what is kept, and the loss is the error of the block's output on the calibration tokens: inputs as
+the pruned prefix gives them, targets what the dense block gives on dense inputs, so that errors of earlier blocks
+are made up for as well (EBFT, Guo et al. 2024, arXiv:2402.12419). Gradients end at the block's border, so one block
+is in memory, with three numbers more for each of its weights.
+
+Departures: each token's error is taken relative to the power of its target, since the norm that reads it divides by
+that; the rate is relative to the size of a parameter's weights and falls to zero. A block that did not come nearer
+keeps its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateur.model import run_block
+from secateur.stream import Batch
+
+RATE = 0.01
+"""Adam's first step as a share of the root mean square of a parameter's kept weights."""
+
+
+class Tuned(NamedTuple):
+    """A block's relative output error before and after it was tuned; tuned weights are taken where they are better."""
+
+    before: float
+    after: float
+
+    @property
+    def better(self) -> bool:
+        return self.after < self.before
+
+
+def refine(
+    block: nn.Module, kept: Mapping[str, Tensor], batches: Sequence[Batch], epochs: int, rate: float = RATE
+) -> Tuned:
+    """Tune the parameters named in `kept` (bool, of their shape) in place; float32 parameters, or none changes enough.
+
+    Parameters are visited in one fixed shuffled order of `batches`, `epochs` times. What `kept` leaves out stays zero.
+    """
+    tuned = {name: block.get_parameter(name) for name in kept}
+    start = {name: parameter.detach().clone() for name, parameter in tuned.items()}
+    before = error(block, batches)
+    for parameter in block.parameters():
+        parameter.requires_grad_(False)
+    groups = []
+    for name, parameter in tuned.items():
+        parameter.requires_grad_(True)
+        size = parameter.detach().square().sum().div(kept[name].sum().clamp_min(1)).sqrt().item()
+        groups.append({"params": [parameter], "lr": rate * size})
+    optimiser = torch.optim.Adam(groups)
+    steps = epochs * len(batches)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(steps, 1))
+    draw = torch.Generator().manual_seed(0)
+    with torch.enable_grad():
+        for _ in range(epochs):
+            for number in torch.randperm(len(batches), generator=draw).tolist():
+                optimiser.zero_grad()
+                _loss(block, batches[number]).backward()
+                for name, parameter in tuned.items():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(kept[name])
+                optimiser.step()
+                schedule.step()
+    for parameter in block.parameters():
+        parameter.requires_grad_(False).grad = None
+    found = Tuned(before, error(block, batches))
+    if not found.better:
+        for name, parameter in tuned.items():
+            parameter.copy_(start[name])
+    return found
+
+
+@torch.no_grad()
+def error(block: nn.Module, batches: Sequence[Batch]) -> float:
+    """The mean over tokens of ‖output − target‖² / ‖target‖²."""
+    return sum(_loss(block, batch).item() * len(batch.hidden) for batch in batches) / sum(
+        len(b.hidden) for b in batches
+    )
+
+
+def _loss(block: nn.Module, batch: Batch) -> Tensor:
+    device = next(block.parameters()).device
+    hidden, target = batch.hidden.to(device), batch.target.to(device).float()
+    with torch.autocast(device.type, hidden.dtype, enabled=hidden.dtype != torch.float32):
+        output = run_block(block, hidden, batch.call)
+    power = target.square().sum(-1).clamp_min(1e-30)
+    return ((output.float() - target).square().sum(-1) / power).mean()

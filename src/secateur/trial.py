@@ -1,0 +1,98 @@
+"""Trials: the blocks of the dense model pruned at several sparsities, to see what each of them would lose.
+
+Nothing is written into the model; every block sees the inputs that the dense blocks before it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from secateur.allocate import Plan, Shapes
+from secateur.methods import Method, prune_together
+from secateur.model import LanguageModel
+from secateur.patterns import Unstructured
+from secateur.progress import Progress
+from secateur.sites import sites
+from secateur.stats import Stats
+from secateur.stream import Step, stream
+
+STEPS = (-0.20, -0.15, -0.10, -0.05, 0.0, 0.05, 0.10, 0.15, 0.20)
+"""The sparsities that are tried, from the one asked for."""
+MOST = 0.95
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """A model and the text on which a plan for it is measured."""
+
+    language_model: LanguageModel
+    tokens: Tensor
+    method: Method
+    plan: Plan
+    sparsity: float
+    devices: Sequence[torch.device]
+    dtype: torch.dtype | None
+    batch_size: int
+    progress: Progress
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """How many weights the plan covers in each block, by its name; blocks without any are left out."""
+        shapes, found = site_shapes(self.language_model), {}
+        for index in range(len(self.language_model.blocks)):
+            start = self.language_model.block_name(index)
+            inside = (shapes[name] for name in self.plan if name.startswith(f"{start}."))
+            if size := sum(rows * columns for rows, columns in inside):
+                found[start] = size
+        return found
+
+    def steps(self, what: str) -> Iterator[Step]:
+        """The blocks of the dense model in order, with their inputs."""
+        count = len(self.language_model.blocks)
+        for step in stream(
+            self.language_model, self.tokens, devices=self.devices, dtype=self.dtype, batch_size=self.batch_size
+        ):
+            self.progress.advance(f"{what} {step.name}", step.index, count)
+            yield step
+        self.progress.advance(what, count, count)
+
+
+def site_shapes(language_model: LanguageModel) -> Shapes:
+    """`[out, in]` of every site by full name."""
+    return {
+        f"{language_model.block_name(index)}.{name}": (site.weight.shape[0], site.weight.shape[1])
+        for index, block in enumerate(language_model.blocks)
+        for name, site in sites(block).items()
+    }
+
+
+def levels_around(sparsity: float) -> list[float]:
+    """The sparsities to try: around the one asked for, none below 0 or above 95 %."""
+    return [round(sparsity + step, 6) for step in STEPS if 0 <= sparsity + step <= MOST]
+
+
+def solvable(step: Step, measuring: Measuring) -> Iterator[tuple[list[str], list[Tensor], Stats]]:
+    """The sites of a block in the plan: those that share an input, with their weights and its statistics."""
+    together: dict[int, list[str]] = {}
+    found = step.observe((measuring.method.need - {"cross"}) | {"gram"}, 0).stats
+    for name, stats in found.items():
+        if f"{step.name}.{name}" in measuring.plan:
+            together.setdefault(id(stats), []).append(name)
+    for names in together.values():
+        yield names, [step.sites[name].weight.float() for name in names], found[names[0]]
+
+
+def pruned_at(
+    level: float, names: Sequence[str], weights: Sequence[Tensor], stats: Stats, method: Method
+) -> Iterator[tuple[str, float, Tensor]]:
+    """(site, relative output error, weight) of sites that share an input, pruned to `level`."""
+    gram = stats.mean("gram")
+    found = prune_together(method, weights, stats, [Unstructured(level)] * len(weights))
+    for name, weight, pruned in zip(names, weights, found, strict=True):
+        change = weight - pruned.weight
+        power = ((weight @ gram) * weight).sum().clamp_min(1e-30)
+        yield name, (((change @ gram) * change).sum() / power).item(), pruned.weight

@@ -1,0 +1,112 @@
+"""Tuning a finished block: against the closed form where there is one, and what it must leave alone."""
+
+import pytest
+import torch
+from families import tiny_model
+from test_stream import TOKENS, windows
+from torch import nn
+
+from secateur.model import Call, replayable
+from secateur.prune import prune_model
+from secateur.refine import error, refine
+from secateur.stream import Batch
+
+
+class OneLayer(nn.Module):
+    """A block of one linear layer without a residual, so that the best weights are known."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        self.layer.weight.data.copy_(weight)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.layer(hidden)
+
+
+def problem():
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 12, generator=draw)
+    x = torch.randn(6, 5, 40, 12, generator=draw) @ (torch.eye(12) + 0.4 * torch.randn(12, 12, generator=draw))
+    kept = torch.rand(8, 12, generator=draw) > 0.5
+    return weight, x, kept
+
+
+def test_it_finds_the_weighted_least_squares_solution():
+    weight, x, kept = problem()
+    block = OneLayer(weight.where(kept, 0.0))
+    batches = [Batch(part, Call((), {}), part @ weight.T) for part in x]
+    with torch.no_grad():
+        tuned = refine(block, {"layer.weight": kept}, batches, epochs=400, rate=0.03)
+    assert tuned.better
+    flat = x.reshape(-1, 12).double()
+    scale = 1 / (flat @ weight.double().T).norm(dim=1, keepdim=True)  # each token relative to its target
+    expected = torch.zeros(8, 12, dtype=torch.float64)
+    for row in range(8):
+        index = kept[row].nonzero()[:, 0]
+        target = (flat @ weight[row].double())[:, None] * scale
+        expected[row, index] = torch.linalg.lstsq((flat * scale)[:, index], target).solution[:, 0]
+    assert torch.allclose(block.layer.weight.double(), expected, atol=2e-3)
+    assert (block.layer.weight[~kept] == 0).all()
+    assert tuned.after == pytest.approx(error(block, batches))
+
+
+def test_a_block_that_gets_no_better_keeps_its_weights():
+    weight, x, kept = problem()
+    block = OneLayer(weight)
+    batches = [Batch(part, Call((), {}), part @ weight.T) for part in x]  # perfect already
+    with torch.no_grad():
+        tuned = refine(block, {"layer.weight": torch.ones_like(kept)}, batches, epochs=1, rate=1.0)
+    assert not tuned.better
+    assert torch.equal(block.layer.weight, weight)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gemma3_text"])
+@pytest.mark.filterwarnings("ignore")
+def test_refined_blocks_are_nearer_and_masks_stand_still(family, dtype):
+    """Of every family: zeros stay, what is no site stays, the block's error falls, the model comes nearer."""
+    found = {}
+    for method in ("wanda", "wanda+refine"):
+        model, dense = tiny_model(family), tiny_model(family)
+        report = prune_model(replayable(model), windows(), method=method, pattern="2:4", batch_size=3, dtype=dtype)
+        assert all(site.sparsity == pytest.approx(0.5, abs=1e-3) for site in report.sites)
+        pruned = {site.site.rsplit(".", 1)[0] for site in report.sites}
+        assert pruned
+        with torch.no_grad():
+            p, q = (m(TOKENS, use_cache=False).logits.log_softmax(-1) for m in (dense, model))
+        found[method] = (p.exp() * (p - q)).sum(-1).mean().item()
+        if method == "wanda+refine":
+            assert list(report.refined) == [f"{replayable(model).stack}.{i}" for i in range(4)]
+            assert all(after < before for before, after in report.refined.values())
+            for name, parameter in model.named_parameters():
+                if parameter.dim() == 1 or "embed" in name or "wte" in name:
+                    assert torch.equal(parameter, dense.get_parameter(name))
+    assert found["wanda+refine"] < found["wanda"]
+
+
+def test_the_first_mask_is_the_one_that_the_method_chose():
+    """Block 0 has the same inputs either way, so its zeros must be the same ones."""
+    masks = []
+    for method in ("sparsegpt", "sparsegpt+refine"):
+        model = tiny_model("llama")
+        prune_model(replayable(model), windows(), method=method, pattern="50%")
+        masks.append({name: p == 0 for name, p in model.model.layers[0].named_parameters()})
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+
+
+def test_two_devices_refine_on_the_same_batches():
+    weights = []
+    for devices in ("cpu", "cpu,cpu"):
+        model = tiny_model("llama")
+        prune_model(replayable(model), windows(), method="wanda+refine", pattern="2:4", device=devices, batch_size=2)
+        weights.append(model.model.layers[3].mlp.down_proj.weight)
+    assert torch.allclose(weights[0], weights[1], rtol=1e-4, atol=1e-6)
+
+
+def test_skipped_sites_are_not_tuned():
+    model, dense = tiny_model("llama"), tiny_model("llama")
+    prune_model(replayable(model), windows(), method="wanda+refine", pattern="2:4", skip=["down_proj"])
+    for index in range(4):
+        name = f"model.layers.{index}.mlp.down_proj.weight"
+        assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
