@@ -15,6 +15,7 @@ LAYERS = [
     ["methods", "model"],
     ["allocate", "options", "stream", "inspection", "trace"],
     ["record", "units"],
+    ["permute"],
     ["prune", "evaluate", "results"],
     ["report"],
     ["compare"],
