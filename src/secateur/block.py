@@ -18,11 +18,16 @@ from secateur.errors import NonFinite
 from secateur.machine import release_memory
 from secateur.methods import Method, prune_together
 from secateur.model import working_copy
+from secateur.patterns import NM, Pattern
+from secateur.permute import input_order, permuted, reorder, verified
 from secateur.record import LEFT_OUT, UNSEEN, SiteReport
 from secateur.refine import Tuned, refine
 from secateur.sites import Site, sites
 from secateur.stats import Stats
 from secateur.stream import Observed, Step
+from secateur.units import Unit
+
+Classes = list[list[Unit]]
 
 PROBE_TOKENS = 1024
 """On how many calibration tokens, about, the output error of every site is measured."""
@@ -40,12 +45,24 @@ class PrunedBlock:
 
 @torch.no_grad()
 def prune_block(
-    step: Step, original: nn.Module, method: Method, plan: Plan, at_hand: Callable[[str], None]
+    step: Step,
+    original: nn.Module,
+    method: Method,
+    plan: Plan,
+    at_hand: Callable[[str], None],
+    units: Mapping[str, Classes],
 ) -> PrunedBlock:
-    """Prune the sites of one block after `plan`; `at_hand` is told the name of each. Raises NonFinite."""
+    """Prune the sites of one block after `plan`; `at_hand` is told the name of each. Raises NonFinite.
+
+    `units` are those that may change places, by the site that reads them; only for a method that permutes.
+    """
     result = working_copy(original, torch.device("cpu"), None)
+    if units:
+        original = working_copy(original, torch.device("cpu"), None)  # will be permuted as well
+        units = verified(step.block, *step.first(), units)
     dense, targets = sites(original), sites(result)
     _refuse_non_finite(step, dense)
+    moved: set[str] = set()  # parameters of which rows or columns changed places
     notes: dict[str, str] = {}  # of every site that was pruned
     probes: dict[str, Tensor] = {}
     for group in step.groups() if method.sequential else [list(step.sites)]:
@@ -58,11 +75,18 @@ def prune_block(
             if not chosen or (method.need and not stats.tokens):
                 continue
             at_hand(f"{step.name}.{names[0]}")
+            for name in chosen.keys() & units.keys() if len(names) == 1 else ():
+                order = _order(dense[name].weight.float(), method, stats, chosen[name], units[name])
+                if order is not None:
+                    stats, probes[name] = permuted(stats, order), probes[name][:, order]
+                    for block in (step.block, result, original):
+                        moved |= set(reorder(block, name, units[name], order))
+                    notes[name] = "inputs permuted"
             weights = [dense[name].weight.to(step.device, torch.float32, copy=True) for name in chosen]
             found = prune_together(method, weights, stats, list(chosen.values()))
             for name, pruned in zip(chosen, found, strict=True):
                 _put(step, name, pruned.weight, targets)
-                notes[name] = pruned.note
+                notes[name] = ", ".join(note for note in (notes.get(name, ""), pruned.note) if note)
             release_memory()
         step.seconds.solve += perf_counter() - started
     changed = sorted({step.sites[name].parameter for name in notes})
@@ -74,9 +98,13 @@ def prune_block(
         _report(f"{step.name}.{name}", dense[name], targets[name], plan, notes.get(name), probes.get(name))
         for name in step.sites
     ]
-    return PrunedBlock(
-        step.index, {f"{step.name}.{name}": result.get_parameter(name).data for name in changed}, reports, tuned
-    )
+    tensors = {f"{step.name}.{name}": result.get_parameter(name).data for name in sorted(moved.union(changed))}
+    return PrunedBlock(step.index, tensors, reports, tuned)
+
+
+def _order(weight: Tensor, method: Method, stats: Stats, pattern: Pattern, classes: Classes) -> Tensor | None:
+    """The order in which a site's inputs should come, or None to leave them; only N:M has anything to gain."""
+    return input_order(method.score(weight, stats), classes, pattern) if isinstance(pattern, NM) else None
 
 
 def _solved_together(group: Sequence[str], observed: Observed, method: Method) -> Iterator[list[str]]:

@@ -45,10 +45,14 @@ def expert_inputs(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator
         z = x @ weight if is_transposed(module) else x @ weight.T
         if getattr(module, "has_bias", False):
             z = z + getattr(module, f"{first}_bias")[expert]
-        if first == "gate_up_proj":
-            yield expert, x, module._apply_gate(z)  # type: ignore[operator]
-        else:
-            yield expert, x, module.act_fn(z)  # type: ignore[operator]
+        yield expert, x, activated(module, z)
+
+
+def activated(module: nn.Module, z: Tensor) -> Tensor:
+    """The inputs of the second matrix, `[tokens, in]`, for what the first one returned, `[tokens, out]`."""
+    if matrices(module)[0] == "gate_up_proj":
+        return module._apply_gate(z)  # type: ignore[operator]
+    return module.act_fn(z)  # type: ignore[operator]
 
 
 def routers(block: nn.Module) -> set[nn.Module]:

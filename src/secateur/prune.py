@@ -39,7 +39,9 @@ from secateur.progress import PeakMemory, Progress
 from secateur.record import Report, total_sparsity
 from secateur.sites import coverage
 from secateur.stream import Seconds, stream
+from secateur.trace import signature
 from secateur.trial import site_shapes
+from secateur.units import Unit, movable
 
 MINIMUM_COVERAGE = 0.95
 
@@ -209,6 +211,7 @@ def pruned_blocks(
     one that reads "cross" or refines costs a second stream, through the dense model.
     """
     count = len(language_model.blocks)
+    kinds: dict[Any, dict[str, list[list[Unit]]]] = {}  # units that may change places, by kind of block
     if not method.need and not method.refine:
         tokens = tokens[:batch_size]  # enough for the probe on which errors are measured
     steps = stream(
@@ -218,8 +221,14 @@ def pruned_blocks(
     for step in steps:
         progress.advance(f"{step.name} inputs", step.index, count)
         original = language_model.blocks[step.index]
+        units = {}
+        if method.permute:
+            if (kind := signature(original)) not in kinds:
+                progress.advance(f"{step.name} traced", step.index, count)
+                kinds[kind] = movable(language_model, step.index, devices[0])
+            units = kinds[kind]
         block = prune_block(
-            step, original, method, plan, lambda name, index=step.index: progress.advance(name, index, count)
+            step, original, method, plan, lambda name, index=step.index: progress.advance(name, index, count), units
         )
         del step  # with its copy of the block: the next is made before the name is used again
         yield block

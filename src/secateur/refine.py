@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from secateur.model import run_block
 from secateur.stream import Batch
 
-RATE = 0.01
+RATE = 0.03
 """Adam's first step as a share of the root mean square of a parameter's kept weights."""
 
 

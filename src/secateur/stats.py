@@ -52,6 +52,10 @@ class Stats:
         """A statistic divided by the number of tokens, float32."""
         return (self.sums[name] / self.tokens).float()
 
+    def power(self) -> Tensor:
+        """The mean square of every input, `[in]` float32, from whichever statistic has it."""
+        return self.mean("square") if "square" in self.sums else self.mean("gram").diagonal()
+
     def once(self, key: object, compute: Callable[[], Value]) -> Value:
         """`compute()`, evaluated once for these statistics and shared by all sites that have them."""
         if key not in self.derived:

@@ -72,6 +72,7 @@ class Step:
     seconds: Seconds
     _observe: Callable[..., Observed] = field(repr=False)
     _batches: Callable[[], list[Batch]] = field(repr=False)
+    _first: Callable[[], tuple[Tensor, Call]] = field(repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +86,10 @@ class Step:
         The probe takes evenly spaced tokens of the first batch, about `probe` of them. Raises NonFinite.
         """
         return self._observe(need, probe, only)
+
+    def first(self) -> tuple[Tensor, Call]:
+        """The hidden states of the first batch as they enter the block, and its call."""
+        return self._first()
 
     @torch.no_grad()
     def batches(self) -> list[Batch]:
@@ -188,7 +193,7 @@ class _Run:
         self.targets = None
         return Step(
             index, name, block, sites(block), self.seconds, lambda *a: self.observe(index, *a),
-            lambda: self.batches(index),
+            lambda: self.batches(index), lambda: (self.hidden[0], self.calls[0][index]),
         )  # fmt: skip
 
     def advance(self, index: int) -> None:

@@ -41,6 +41,7 @@ REFINEMENTS: dict[str, Callable[[Method], Method]] = {
 SWITCHES: dict[str, Callable[[Method], Method]] = {
     "sequential": lambda method: method._replace(sequential=True),
     "dense-target": dense_target,
+    "permute": lambda method: method._replace(permute=True),
     "refine": lambda method: method._replace(refine=REFINE_EPOCHS),
 }
 """What the stream of blocks does for a method, whatever it is."""

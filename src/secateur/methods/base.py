@@ -25,6 +25,11 @@ class Pruned(NamedTuple):
     note: str = ""
 
 
+def importance(weight: Tensor, stats: Stats) -> Tensor:
+    """|w| · the root mean square of its input, `[out, in]`: what a weight adds to the output (Wanda's score)."""
+    return weight.abs() * stats.power().sqrt().to(weight.device)
+
+
 class Method(NamedTuple):
     """A pruning method.
 
@@ -34,7 +39,8 @@ class Method(NamedTuple):
     other through the pattern alone, so matrices that read the same input can be solved as one.
 
     The rest says what the stream of blocks does for it. `sequential`: inside a block too, a site's inputs come from
-    the sites pruned before it. `refine`: how many times the finished block is tuned on all calibration tokens.
+    the sites pruned before it. `permute`: inputs change places before an N:M mask is chosen, so that it keeps most of
+    `score`. `refine`: how many times the finished block is tuned on all calibration tokens.
     """
 
     need: frozenset[str]
@@ -42,7 +48,9 @@ class Method(NamedTuple):
     prune: Callable[[Tensor, Stats, Pattern], Pruned]
     updates: bool = False
     row_wise: bool = True
+    score: Callable[[Tensor, Stats], Tensor] = importance
     sequential: bool = False
+    permute: bool = False
     refine: int = 0
 
 
@@ -55,7 +63,7 @@ def scored(
         kept = pattern.mask(score(weight, stats))
         return Pruned(weight.where(kept, 0.0), kept)
 
-    return Method(frozenset(need), group, prune, row_wise=row_wise)
+    return Method(frozenset(need), group, prune, row_wise=row_wise, score=score)
 
 
 def prune_together(

@@ -4,6 +4,6 @@ Compared within each output row, or within each N:M group. The norm here is the 
 the reference code averages over sequences, which is the same for the equal lengths it uses, and wrong for others.
 """
 
-from secateur.methods.base import scored
+from secateur.methods.base import importance, scored
 
-wanda = scored({"square"}, "row", lambda weight, stats: weight.abs() * stats.mean("square").sqrt().to(weight.device))
+wanda = scored({"square"}, "row", importance)
