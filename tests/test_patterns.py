@@ -33,6 +33,48 @@ def test_n_of_m_mask_equals_the_sorted_reference(scores, nm):
     assert NM(*nm).mask(scores).tolist() == masks.n_of_m(scores.numpy(), *nm).tolist()
 
 
+def _columns_in_order(draw):
+    return torch.arange(512.0).expand(320, 512) + torch.rand(320, 512, generator=draw)  # a sample sees few columns
+
+
+@pytest.mark.parametrize("ratio", [1e-5, 0.003, 0.5, 0.7, 0.99999])
+@pytest.mark.parametrize(
+    "scores",
+    [
+        lambda draw: torch.randn(320, 512, generator=draw).abs(),
+        lambda draw: torch.randint(5, (320, 512), generator=draw).float(),
+        lambda draw: torch.zeros(320, 512),
+        _columns_in_order,
+        lambda draw: torch.arange(320.0 * 512).view(320, 512).flip(0),
+        lambda draw: torch.where(torch.rand(320, 512, generator=draw) < 0.5, 0.0, torch.inf),
+    ],
+    ids=["normal", "five values", "zeros", "columns in order", "descending", "infinite"],
+)
+def test_a_large_matrix_loses_its_lowest_exactly(scores, ratio):
+    """Large enough for the threshold to be looked for in a sample."""
+    values = scores(torch.Generator().manual_seed(0))
+    count = round(ratio * values.numel())
+    expected = torch.ones(values.numel(), dtype=torch.bool)
+    expected[values.flatten().sort(stable=True).indices[:count]] = False
+    assert torch.equal(Unstructured(ratio, "matrix").mask(values), expected.view_as(values))
+
+
+def test_a_threshold_that_the_sample_misses_is_still_exact():
+    """Every sampled score is high, the others low."""
+    values = torch.rand(320, 512, generator=torch.Generator().manual_seed(0))
+    values.view(-1)[:: 320 * 512 // 2**15 | 1] += 2
+    kept = Unstructured(0.5, "matrix").mask(values)
+    assert (~kept).sum() == 320 * 256
+    assert values[~kept].max() < values[kept].min()
+
+
+@pytest.mark.parametrize("nm", [(1, 200), (150, 200)])
+def test_groups_of_hundreds_are_counted(nm):
+    """More than an int8 can hold."""
+    scores = torch.randint(50, (3, 400), generator=torch.Generator().manual_seed(0)).float()
+    assert NM(*nm).mask(scores).tolist() == masks.n_of_m(scores.numpy(), *nm).tolist()
+
+
 @given(ratios, st.integers(1, 7), st.lists(st.integers(1, 40), min_size=1, max_size=6))
 def test_column_blocks_add_up_to_the_exact_count(ratio, rows, widths):
     for pattern, groups in ((Unstructured(ratio, "matrix"), 1), (Unstructured(ratio, "row"), rows)):
