@@ -75,7 +75,9 @@ def masked_least_squares(problem: Problem, kept: Tensor, start: Tensor, iteratio
     """
     start = start.where(kept, 0.0)
     solution = start.clone()
-    residual = (problem.target - solution @ problem.gram).where(kept, 0.0)
+    image = start @ problem.gram
+    before = _objective(problem, start, image)
+    residual = (problem.target - image) * kept  # `*`: a third of the time of `where` on a processor
     direction = residual.clone()
     size = residual.square().sum(1, keepdim=True)
     enough = 1e-12 * size
@@ -84,13 +86,18 @@ def masked_least_squares(problem: Problem, kept: Tensor, start: Tensor, iteratio
         step = size / (direction * image).sum(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
         step = step.where(size > enough, 0.0)
         solution += step * direction
-        residual -= step * image.where(kept, 0.0)
+        residual -= step * (image * kept)
         previous, size = size, residual.square().sum(1, keepdim=True)
         direction = residual + direction * (size / previous.clamp_min(torch.finfo(size.dtype).tiny))
-    worse = ~(objective(problem, solution) <= objective(problem, start))
+    worse = ~(objective(problem, solution) <= before)
     return start.where(worse[:, None], solution)
 
 
 def objective(problem: Problem, solution: Tensor) -> Tensor:
     """½ x H xᵀ − B xᵀ of every row x of `solution`: its output error up to a constant, `[out]`."""
-    return ((0.5 * solution @ problem.gram - problem.target) * solution).sum(1)
+    return _objective(problem, solution, solution @ problem.gram)
+
+
+def _objective(problem: Problem, solution: Tensor, image: Tensor) -> Tensor:
+    """The objective where `image`, the solution times H, is known."""
+    return ((0.5 * image - problem.target) * solution).sum(1)
