@@ -43,8 +43,7 @@ def _admm(problem: Problem, pattern: Pattern, penalties: Tensor, updates: int) -
         for _ in range(updates):
             free = (problem.target - multiplier + penalty * sparse) @ inverse
             moved = free + multiplier / penalty
-            kept = pattern.mask(moved.abs())
-            sparse = moved.where(kept, 0.0)
-            multiplier += penalty * (free - sparse)
+            sparse = moved * pattern.mask(moved.abs())
+            multiplier = penalty * (moved - sparse)  # V + ρ (X − D): what the projection took off
     kept = pattern.mask((free + multiplier / penalty).abs())
     return kept, free
