@@ -1,0 +1,247 @@
+"""What each method costs on Llama-2-7B: counted operations, not a run.
+
+    python bench/cost.py --json bench/results/cost-7b.json
+
+Three steps, each checked by the one before it. (1) The matrix operations of every `method.prune` are counted while
+it runs on two small layers, and a closed formula in the layer's shape must give the same count. (2) The formulas are
+evaluated at the shapes of Llama-2-7B; the forward pass and the Gram matrices are formulas alone. (3) The rate of
+float32 products on this machine and the seconds of each method on one middling layer are measured, so that the last
+columns show how far a method is from its arithmetic.
+
+A multiplication and an addition count as two operations; triangular solves and inverses as executed, with no use made
+of zeros. Not counted: passes over the elements of a matrix, such as scores, thresholds and masks. They are what the
+last columns show above 1, with the column sweep's other cost: it is a chain of one small step per input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from quality import inputs
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.machine import machine, versions
+from secateur.methods import find_method
+from secateur.patterns import parse
+from secateur.stats import Stats
+
+
+class Cost(NamedTuple):
+    """The matrix operations of a method on one site `[out, in]`.
+
+    `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the columns; `factors`,
+    Cholesky and triangular inverse, which sites with the same inputs share.
+    """
+
+    products: int = 0
+    inverses: int = 0
+    sweeps: int = 0
+    factors: int = 0
+
+    def site(self, rows: int, columns: int) -> float:
+        """Operations of one site, without what sites share."""
+        return (
+            self.products * 2 * rows * columns**2
+            + self.inverses * columns**3  # Cholesky ⅓, inverse ⅔
+            + self.sweeps * rows * columns * (columns + 1)  # column j updates itself and all later ones
+        )
+
+    def shared(self, columns: int) -> float:
+        """Operations for all sites with the same inputs."""
+        return self.factors * columns**3 * 4 / 3  # Cholesky ⅓, triangular solve for the identity 1
+
+
+def _refit(iterations: int) -> int:
+    """Products of a refit: the target, the first residual, one an iteration, the objective at the end."""
+    return iterations + 3
+
+
+def _alps(stages: int, updates: int, iterations: int) -> Cost:
+    return Cost(products=stages * updates + _refit(iterations), inverses=stages)
+
+
+METHODS = {
+    "magnitude": Cost(),
+    "wanda": Cost(),
+    "ria": Cost(),
+    "sparsegpt": Cost(sweeps=1, factors=1),
+    "sweep+refit": Cost(products=1 + _refit(10), sweeps=1, factors=1),  # 1: a target, which the sweep does not read
+    "fast": Cost(products=_refit(20)),
+    "default": _alps(4, 4, 10),
+    "alps": _alps(16, 2, 10),
+    "best": _alps(16, 2, 20),
+}
+"""The closed formula of every method; `check` fails where a method has changed and its line here has not."""
+
+BLOCKS, TOKENS, CONTEXT = 32, 128 * 2048, 2048
+SITES = {  # those with the same inputs in one group, [out, in]
+    "q, k, v": [(4096, 4096)] * 3,
+    "o": [(4096, 4096)],
+    "gate, up": [(11008, 4096)] * 2,
+    "down": [(4096, 11008)],
+}
+
+
+def count(name: str, rows: int, columns: int) -> float:
+    """Operations of one `prune`, counted while it runs."""
+    formulas: dict[Any, Callable[..., int]] = {
+        torch.ops.aten.addmm_: lambda a, b, c, **_: 2 * b[0] * b[1] * c[1],
+        torch.ops.aten.addr_: lambda a, b, c, **_: 2 * b[0] * c[0],
+        torch.ops.aten.linalg_cholesky_ex: lambda a, **_: a[0] ** 3,  # in thirds, see below
+        torch.ops.aten.cholesky_inverse: lambda a, **_: 2 * a[0] ** 3,
+        torch.ops.aten.linalg_solve_triangular: lambda a, b, **_: b[0] ** 2 * b[1],
+    }
+    thirds = ("aten.linalg_cholesky_ex", "aten.cholesky_inverse")
+    weight, stats = _layer(rows, columns)
+    method = find_method(name)
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        method.prune(weight, stats, parse("50%").within(method.group))
+    found = counter.get_flop_counts().get("Global", {})
+    return sum(number / 3 if str(operation) in thirds else number for operation, number in found.items())
+
+
+def check() -> list[dict]:
+    """Counted operations beside the formula's, at two small sizes. Exits where they are not the same."""
+    lines = []
+    for rows, columns in ((192, 320), (448, 160)):
+        for name, cost in METHODS.items():
+            counted, formula = count(name, rows, columns), cost.site(rows, columns) + cost.shared(columns)
+            if abs(counted - formula) > 1e-9 * counted:
+                sys.exit(
+                    f"{name} at {rows}x{columns}: counted {counted:.0f} operations, the formula says {formula:.0f}"
+                )
+            lines.append({"kind": "counted", "method": name, "layer": f"{rows}x{columns}", "flops": counted})
+    return lines
+
+
+def model_lines() -> list[dict]:
+    """Operations for a block and for the model, from the formulas."""
+    sites = [shape for group in SITES.values() for shape in group]
+    linear = 2 * TOKENS * sum(rows * columns for rows, columns in sites)
+    attention = 4 * TOKENS * CONTEXT * 4096  # scores and values, with no use made of the causal mask
+    parts = {
+        "forward pass, once": (float(linear + attention), 0),
+        "Gram matrices": (float(sum(2 * TOKENS * group[0][1] ** 2 for group in SITES.values())), 0),
+    }
+    for name, cost in METHODS.items():
+        solving = sum(cost.site(*shape) for shape in sites)
+        solving += sum(cost.shared(group[0][1]) for group in SITES.values())
+        parts[name] = (solving, steps(cost, sites))
+    return [
+        {"kind": "derived", "part": part, "block_flops": flops, "model_flops": BLOCKS * flops,
+         "model_sequential_steps": BLOCKS * chain}
+        for part, (flops, chain) in parts.items()
+    ]  # fmt: skip
+
+
+def steps(cost: Cost, sites: list[tuple[int, int]]) -> int:
+    """Matrix operations that wait for one another: a sweep has one for each input."""
+    return sum(cost.products + cost.inverses + cost.factors + cost.sweeps * columns for _, columns in sites)
+
+
+def rate(threads: int) -> float:
+    """Operations a second of float32 products 1024 × 1024, the best of a hundred.
+
+    One thread by its processor time, as the methods are, so that other work on the machine does not show. Two by the
+    clock, where it does: read that one beside the load.
+    """
+    torch.set_num_threads(threads)
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    seconds = min(_seconds(clock, torch.mm, a, b) for _ in range(100))
+    torch.set_num_threads(1)
+    return 2 * 1024**3 / seconds
+
+
+def measure(size: int, one_thread: float) -> list[dict]:
+    """Processor seconds of each method on one layer `[size, size]`, one thread, the best of three."""
+    lines = []
+    for name, cost in METHODS.items():
+        method = find_method(name)
+        weight, stats = _layer(size, size)
+        for pattern in ("50%", "2:4"):
+            resolved = parse(pattern).within(method.group)
+            fresh = [Stats(stats.tokens, stats.sums) for _ in range(3)]  # nothing derived yet
+            seconds = min(_seconds(time.process_time, method.prune, weight, each, resolved) for each in fresh)
+            flops = cost.site(size, size) + cost.shared(size)
+            lines.append({"kind": "measured", "method": name, "layer": f"{size}x{size}", "pattern": pattern,
+                          "cpu_seconds": seconds, "flops": flops,
+                          "seconds_over_arithmetic": seconds * one_thread / flops if flops else None})  # fmt: skip
+    return lines
+
+
+def _layer(rows: int, columns: int) -> tuple[Tensor, Stats]:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(7))
+    x, _ = inputs(columns, 4 * columns, 1.6, False, seed=1)
+    gram = (x.T @ x).double()
+    return weight, Stats(len(x), {"gram": gram, "square": gram.diagonal()})
+
+
+def _seconds(clock: Callable[[], float], work: Callable[..., object], *arguments: object) -> float:
+    started = clock()
+    work(*arguments)
+    return clock() - started
+
+
+def show(rates: dict[int, float], lines: list[dict], size: int, load: float) -> None:
+    """One table: derived columns for the model, measured columns for one layer."""
+    print(f"Measured: float32 products {rates[1] / 1e9:.0f} Gflop/s on one thread (processor time),", end=" ")
+    print(f"{rates[2] / 1e9:.0f} on two (clock, load average {load:.1f} at the start).")
+    print("Counted: formula and count agree for every method at two sizes.\n")
+    print(f"{'':20}{'derived: Llama-2-7B, 128 x 2048 tokens':^48}{f'measured: {size}x{size}, one thread':^38}")
+    print(f"{'':20}{'Tflop/block':>12}{'Pflop/model':>12}{'/ forward':>10}{'steps/model':>14}", end="")
+    print(f"{'cpu-s 50%':>10}{'/ flop':>8}{'cpu-s 2:4':>12}{'/ flop':>8}")
+    derived = [line for line in lines if line["kind"] == "derived"]
+    for line in derived:
+        part = line["part"]
+        text = f"{part:20}{line['block_flops'] / 1e12:12.1f}{line['model_flops'] / 1e15:12.2f}"
+        text += f"{line['block_flops'] / derived[0]['block_flops']:10.2f}{line['model_sequential_steps'] or '':>14}"
+        for mine in (x for x in lines if x["kind"] == "measured" and x["method"] == part):
+            ratio = mine["seconds_over_arithmetic"]
+            text += f"{mine['cpu_seconds']:{10 if mine['pattern'] == '50%' else 12}.3f}"
+            text += f"{ratio:8.1f}" if ratio else f"{'-':>8}"
+        print(text)
+    print("\n/ forward: operations over those of one forward pass of the calibration tokens.")
+    print("steps: matrix operations that wait for one another; a sweep has one for each input of each site.")
+    print("/ flop: seconds over what the operations would take at the rate of products on one thread.")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=1024, help="the side of the layer that is measured")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    load = os.getloadavg()[0]
+    found = check() + model_lines()
+    rates = {threads: rate(threads) for threads in (1, 2)}
+    found += measure(chosen.size, rates[1])
+    show(rates, found, chosen.size, load)
+    if chosen.json:
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
+        found += [
+            {
+                "kind": "measured",
+                "threads": threads,
+                "clock": "processor" if threads == 1 else "wall",
+                "flops_per_second": x,
+            }
+            for threads, x in rates.items()
+        ]
+        document = {
+            "command": sys.argv,
+            "machine": machine(),
+            "versions": versions(),
+            "load_average": load,
+            "lines": found,
+        }
+        chosen.json.write_text(json.dumps(document, indent=1) + "\n")
