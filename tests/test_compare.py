@@ -47,7 +47,7 @@ def test_results_hold_what_the_schema_says(options, tmp_path):
         )  # fmt: skip
         assert row["perplexity"] == pytest.approx(found.perplexity, rel=1e-9)
         assert row["kl"] == pytest.approx(found.kl, rel=1e-6)
-        assert row["seconds"].keys() == {"forward", "statistics", "solve"}
+        assert row["seconds"].keys() == {"forward", "statistics", "solve", "refine", "plan"}
     assert {p.name for p in tmp_path.iterdir()} == {"results.json", "report.md", "rows", "checkpoints"}
     assert results.rows[0].perplexity == held["rows"][0]["perplexity"]
 

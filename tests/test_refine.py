@@ -37,7 +37,7 @@ def test_it_finds_the_weighted_least_squares_solution():
     block = OneLayer(weight.where(kept, 0.0))
     batches = [Batch(part, Call((), {}), part @ weight.T) for part in x]
     with torch.no_grad():
-        tuned = refine(block, {"layer.weight": kept}, batches, epochs=400, rate=0.03)
+        tuned = refine(block, {"layer.weight": kept}, batches, epochs=400, rate=0.1)
     assert tuned.better
     flat = x.reshape(-1, 12).double()
     scale = 1 / (flat @ weight.double().T).norm(dim=1, keepdim=True)  # each token relative to its target

@@ -129,16 +129,17 @@ def _put(step: Step, name: str, weight: Tensor, targets: Mapping[str, Site]) -> 
 
 def _refine(step: Step, result: nn.Module, changed: Sequence[str], epochs: int) -> Tuned:
     """Tune the block, in float32, and round what came out into both copies."""
+    batches = step.batches()
     started = perf_counter()
     block = working_copy(step.block, step.device, torch.float32)
     for name in changed:
         block.get_parameter(name).data.copy_(result.get_parameter(name).data)
     kept = {name: block.get_parameter(name) != 0 for name in changed}
-    tuned = refine(block, kept, step.batches(), epochs)
+    tuned = refine(block, kept, batches, epochs)
     for name in changed:
         stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
         step.block.get_parameter(name).data.copy_(stored)
-    step.seconds.solve += perf_counter() - started
+    step.seconds.refine += perf_counter() - started
     return tuned
 
 

@@ -133,7 +133,8 @@ def prune(
             console.print(f"{escape(site.site)}: {escape(site.note)}")
     seconds = report.seconds
     console.print(
-        f"{seconds.forward:.1f} s forward, {seconds.statistics:.1f} s statistics, {seconds.solve:.1f} s solving. "
+        f"{seconds.total:.1f} s: {seconds.plan:.1f} planning, {seconds.forward:.1f} forward, "
+        f"{seconds.statistics:.1f} statistics, {seconds.solve:.1f} solving, {seconds.refine:.1f} refining. "
         f"Written to {escape(str(report.out))}."
     )
     return None

@@ -42,6 +42,7 @@ from secateur.prune import prune_checkpoint
 from secateur.record import Report
 from secateur.report import write_report
 from secateur.results import SCHEMA, Results, Row, row_name
+from secateur.stream import Seconds
 
 
 def compare(
@@ -160,7 +161,6 @@ def compare(
 def _dense_row(source: Checkpoint, dense: Forward, progress: Progress) -> tuple[Row, Measured]:
     progress.begin("evaluating the dense model")
     measured = measure(dense, None, progress)
-    nothing = {"forward": 0.0, "statistics": 0.0, "solve": 0.0}
     row = Row(
         "dense",
         "-",
@@ -171,7 +171,7 @@ def _dense_row(source: Checkpoint, dense: Forward, progress: Progress) -> tuple[
         (0.0, 0.0),
         0.0,
         1.0,
-        nothing,
+        asdict(Seconds()),
         None,
         source.bytes,
     )

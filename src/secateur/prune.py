@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from secateur.block import PrunedBlock, prune_block
 from secateur.checkpoint import Checkpoint, open_checkpoint, output, refuse_output, resolve
 from secateur.data import Windows, calibration_windows, load_tokenizer
 from secateur.errors import UnsupportedModel
-from secateur.machine import versions
+from secateur.machine import release_memory, versions
 from secateur.methods import Method, find_method
 from secateur.model import LanguageModel, checkpoint_tensors, load
 from secateur.options import (
@@ -125,11 +126,11 @@ def prune_checkpoint(
 ) -> Report:
     """`prune` for a model that is loaded from `source` already and calibration windows that are drawn already."""
     progress = progress or Progress()
-    report, plan = _begin(
-        language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
-        dtype=dtype, batch_size=batch_size, allow_low_coverage=allow_low_coverage, progress=progress,
-    )  # fmt: skip
     with output(source, out, overwrite=overwrite) as result, PeakMemory() as peak:
+        report, plan = _begin(
+            language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
+            dtype=dtype, batch_size=batch_size, allow_low_coverage=allow_low_coverage, progress=progress,
+        )  # fmt: skip
         blocks = pruned_blocks(
             language_model, windows.ids, find_method(method), plan, devices=find_devices(device),
             dtype=find_dtype(dtype), batch_size=batch_size, seconds=report.seconds, progress=progress,
@@ -177,11 +178,11 @@ def prune_model(
 ) -> Report:
     """Prune a model in memory, in place; arguments as for `prune`. Nothing is written to disk."""
     progress = progress or Progress()
-    report, plan = _begin(
-        language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
-        dtype=dtype, batch_size=batch_size, allow_low_coverage=allow_low_coverage, progress=progress,
-    )  # fmt: skip
     with PeakMemory() as peak:
+        report, plan = _begin(
+            language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
+            dtype=dtype, batch_size=batch_size, allow_low_coverage=allow_low_coverage, progress=progress,
+        )  # fmt: skip
         for block in pruned_blocks(
             language_model, windows.ids, find_method(method), plan, devices=find_devices(device),
             dtype=find_dtype(dtype), batch_size=batch_size, seconds=report.seconds, progress=progress,
@@ -257,12 +258,15 @@ def _begin(
             f"{MINIMUM_COVERAGE:.0%} are wanted, since {parse(pattern)} of those would be less of the model than it "
             "says. Allow it with --allow-low-coverage."
         )
+    started = perf_counter()
     plan = make_plan(language_model, windows, allocate, method=method, pattern=pattern, progress=progress, **options)
+    seconds = Seconds(plan=perf_counter() - started)
+    release_memory()
     shown = label(plan, site_shapes(language_model)) if is_file(allocate) else str(parse(pattern))
     progress.begin(f"pruning with {method} to {shown}")
     fingerprint = windows.fingerprint()
     kind = kind_of(plan.values())
-    return Report(method, shown, kind, 0.0, share, [], Seconds(), None, fingerprint, allocate), plan
+    return Report(method, shown, kind, 0.0, share, [], seconds, None, fingerprint, allocate), plan
 
 
 def _add(report: Report, block: PrunedBlock, language_model: LanguageModel) -> None:

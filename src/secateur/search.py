@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,23 +11,27 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from secateur.allocate import least_error
 from secateur.checkpoint import disk_errors
 from secateur.evaluate import divergence
 from secateur.model import Shell, run_block, working_copy
 from secateur.sites import sites
-from secateur.trial import Measuring, levels_around, pruned_at, solvable
+from secateur.trial import Measuring, levels_around, pruned_at, site_shapes, solvable
 
 SEARCH_WINDOWS = 8
 """On how many calibration windows a search looks."""
 
 
 def search(measuring: Measuring) -> Mapping[str, float]:
-    """The sparsity of each block, found by moving 5 % at a time between two blocks while that lowers the divergence.
+    """The sparsity of each site: of the blocks by search, inside each block by the errors of its sites.
+
+    Sparsity moves 5 % at a time from one block to another while that lowers the divergence from the dense model.
 
     The divergence is KL(dense ‖ pruned) of the next-token distributions on the first `SEARCH_WINDOWS` calibration
     windows, with every block pruned beforehand at every level on the dense model's inputs (as the database of
     EvoPress, Sieberling et al. 2025, arXiv:2410.14649). That database lies in the folder for temporary files and
-    takes up to nine times the model's blocks. Blocks exchange only with blocks of as many weights.
+    takes up to nine times the model's blocks. Blocks exchange only with blocks of as many weights. What a block ends
+    with is shared out among its sites by `least_error`, from the errors that filling the database has measured.
     """
     sizes, levels = measuring.blocks, levels_around(measuring.sparsity)
     names = list(sizes)
@@ -60,7 +65,12 @@ def search(measuring: Measuring) -> Mapping[str, float]:
                     break
             if not stale:
                 break
-    return {name: levels[level] for name, level in chosen.items()}
+    shapes, found = site_shapes(measuring.language_model), {}
+    for name, level in chosen.items():
+        inside = {site: curve for site, curve in library.curves.items() if site.startswith(f"{name}.")}
+        shared = least_error(inside, {site: prod(shapes[site]) for site in inside}, levels[level])
+        found |= {name: levels[level]} | shared  # a site that saw no token has no curve: it goes with its block
+    return found
 
 
 class _Library:
@@ -68,11 +78,13 @@ class _Library:
 
     def __init__(self, folder: Path, measuring: Measuring, levels: Sequence[float]) -> None:
         self.folder = folder
+        self.curves: dict[str, list[tuple[float, float]]] = {}
         for step in measuring.steps("all levels of"):
             held: list[dict[str, Tensor]] = [{} for _ in levels]
             for names, weights, stats in solvable(step, measuring):
                 for level, tensors in zip(levels, held, strict=True):
-                    for name, _, weight in pruned_at(level, names, weights, stats, measuring.method):
+                    for name, error, weight in pruned_at(level, names, weights, stats, measuring.method):
+                        self.curves.setdefault(f"{step.name}.{name}", []).append((level, error))
                         stored = step.sites[name].stored
                         lying = weight.T if step.sites[name].transposed else weight
                         tensors[name] = lying.to(stored.dtype).cpu().contiguous()

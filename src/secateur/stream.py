@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -39,6 +39,12 @@ class Seconds:
     forward: float = 0.0
     statistics: float = 0.0
     solve: float = 0.0
+    refine: float = 0.0
+    plan: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
 
 
 class Batch(NamedTuple):
@@ -198,9 +204,7 @@ class _Run:
 
     def advance(self, index: int) -> None:
         """Run the block over all batches; its outputs replace its inputs."""
-        state = self.replicas[0].state_dict()
-        for replica in self.replicas[1:]:
-            replica.load_state_dict(state)
+        self.align()
 
         def forward(share: int) -> None:
             for number in range(share, len(self.hidden), len(self.devices)):
@@ -211,6 +215,12 @@ class _Run:
             self.dense = self.dense_outputs(index)
         self.each(forward)
         self.seconds.forward += perf_counter() - started
+
+    def align(self) -> None:
+        """Give the other devices the block as it is now on the first, where its sites are written."""
+        state = self.replicas[0].state_dict()
+        for replica in self.replicas[1:]:
+            replica.load_state_dict(state)
 
     def dense_outputs(self, index: int) -> list[Tensor]:
         """What the dense block gives on the dense inputs, batch by batch; computed once."""
@@ -254,6 +264,7 @@ class _Run:
                     self.forward(index, share, number)
 
         started = perf_counter()
+        self.align()
         # Without statistics to gather, the first batch is enough for the probe.
         if need:
             self.each(forward)

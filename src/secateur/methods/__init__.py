@@ -19,7 +19,7 @@ from secateur.methods.sparsegpt import sparsegpt, sweep
 from secateur.methods.swap import swap
 from secateur.methods.wanda import wanda
 
-REFINE_EPOCHS = 10
+REFINE_EPOCHS = 5
 _alps_fast = alps(stages=4, updates=4, first=0.1, last=2.0)
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
     "alps-fast": _alps_fast,
     "fast": refit(wanda._replace(group="matrix")),
     "default": _alps_fast,
-    "best": alps(iterations=20),
+    "best": dense_target(alps(iterations=20))._replace(refine=REFINE_EPOCHS),
 }
 REFINEMENTS: dict[str, Callable[[Method], Method]] = {
     "refit": refit,

@@ -1,0 +1,93 @@
+"""The same comparison with several calibration seeds: does a ranking hold, or was it the draw of the text?
+
+    python bench/seeds.py --methods sparsegpt,default,best --patterns 70%,2:4 --json bench/results/quality-demo.json
+
+Every seed is a `secateur compare` of its own in `out/seeds/NAME/SEED`, so an interrupted run goes on where it was. For
+each row the table gives the added perplexity of every seed and their mean; a row is called better than `sparsegpt`
+where, for every seed, the paired 95 % intervals of the two differences to the dense model do not overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import secateur
+from secateur.progress import show
+
+
+def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of every seed, with the seed in each."""
+    rows = []
+    for seed in map(int, chosen.seeds.split(",")):
+        results = secateur.compare(
+            chosen.model, out=Path("out/seeds") / chosen.name / str(seed), methods=chosen.methods.split(","),
+            patterns=chosen.patterns.split(","), allocate=chosen.allocate.split(","), calibration=chosen.calibration,
+            evaluation=chosen.evaluation, windows=chosen.windows, seq_len=chosen.seq_len, seed=seed,
+            command=["python", *sys.argv], progress=show(quiet=False),
+        )  # fmt: skip
+        shared = {"model": results.model, "calibration": results.calibration, "evaluation": results.evaluation}
+        shared |= {"machine": results.machine, "versions": results.versions}
+        rows += [{"seed": seed, **asdict(row), **(shared if row.kind == "dense" else {})} for row in results.rows]
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: one line for each pattern and method, with the added perplexity of every seed."""
+    seeds = sorted({row["seed"] for row in rows})
+    keys = list(dict.fromkeys((r["pattern"], r["method"], r["allocation"]) for r in rows if r["kind"] != "dense"))
+    keys.sort(key=lambda key: list(dict.fromkeys(key[0] for key in keys)).index(key[0]))
+    dense = {row["seed"]: row["perplexity"] for row in rows if row["kind"] == "dense"}
+    lines = [
+        f"Dense: {', '.join(f'{value:.4f}' for value in dense.values())} (seeds {', '.join(map(str, seeds))}).",
+        "",
+        "| pattern | method | added perplexity by seed | mean | of SparseGPT's | KL | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for pattern, method, allocation in keys:
+        mine = {
+            r["seed"]: r for r in rows if (r["pattern"], r["method"], r["allocation"]) == (pattern, method, allocation)
+        }
+        base = {
+            r["seed"]: r
+            for r in rows
+            if (r["pattern"], r["method"], r["allocation"]) == (pattern, "sparsegpt", "uniform")
+        }
+        mean = sum(r["delta"] for r in mine.values()) / len(mine)
+        share = "" if base.keys() != mine.keys() else f"{mean * len(base) / sum(r['delta'] for r in base.values()):.0%}"
+        if share and method != "sparsegpt":
+            apart = all(mine[s]["delta_interval"][1] < base[s]["delta_interval"][0] for s in mine)
+            share += ", better with every seed" if apart else ""
+        by_seed = "; ".join(
+            f"{r['delta']:+.3g} [{r['delta_interval'][0]:.3g}, {r['delta_interval'][1]:.3g}]" for r in mine.values()
+        )
+        kl = sum(r["kl"] for r in mine.values()) / len(mine)
+        seconds = sum(sum(r["seconds"].values()) for r in mine.values()) / len(mine)
+        name = method if allocation == "uniform" else f"{method} by {allocation}"
+        lines.append(f"| {pattern} | {name} | {by_seed} | {mean:+.3g} | {share} | {kl:.4f} | {seconds:.0f} |")
+    return lines
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="default: the embedded demo model")
+    parser.add_argument("--name", default="demo", help="the folder under out/seeds")
+    parser.add_argument("--methods", default="magnitude,wanda,sparsegpt,fast,default,best")
+    parser.add_argument("--patterns", default="50%,60%,70%,80%,4:8,2:4")
+    parser.add_argument("--allocate", default="uniform")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--calibration")
+    parser.add_argument("--evaluation")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = run(options)
+    print("\n".join(table(found)))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"command": sys.argv, "rows": found}, indent=1) + "\n")
