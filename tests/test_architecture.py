@@ -11,7 +11,7 @@ SOURCE = Path(secateur.__file__).parent
 LAYERS = [
     ["errors", "machine", "progress", "demo"],
     ["patterns", "stats", "experts", "checkpoint", "data"],
-    ["solve", "sites", "refusals"],
+    ["solve", "sites", "refusals", "watch"],
     ["methods", "model"],
     ["allocate", "options", "stream", "inspection", "trace"],
     ["record", "refine", "trial", "evaluate", "results", "units"],

@@ -452,6 +452,10 @@ def test_patterns(prune, tiny_llama, pattern, words):
     [
         ("--method", "wnda", "There is no method 'wnda'. Did you mean 'wanda'?"),
         ("--method", "lottery", "There is no method 'lottery'. Known: "),
+        ("--method", "alps+refin", "There is no refinement 'refin'. Did you mean 'refine'?"),
+        ("--method", "wanda+dense-target", "There is no refinement 'dense-target' after a method that solves nothing"),
+        ("--allocate", "oul", "There is no allocation 'oul'. Did you mean 'owl'?"),
+        ("--allocate", "nowhere.json", "nowhere.json cannot be read as a plan: "),
         ("--calibration", "wikitext", "There is no corpus 'wikitext'. Did you mean 'wikitext2'?"),
         ("--calibration", "pile", "There is no corpus 'pile'. Known: c4, demo, wikitext2."),
         ("--dtype", "floaty32", "There is no dtype 'floaty32'. Did you mean 'float32'?"),
@@ -473,6 +477,31 @@ def test_evaluate_with_windows_longer_than_the_context(refused, tiny_llama, text
         "evaluate", tiny_llama, "--evaluation", text_file, "--seq-len", 256, "--quiet",
         words="Windows of 256 tokens were asked for; the model has a context of 128.",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", ["owl", "error", "search"])
+def test_a_rule_for_a_pattern_that_cannot_be_shared_out(prune, refused, tiny_llama, out, rule):
+    words = f"2:4 removes the same of every site; --allocate {rule} needs a percentage such as '70%'."
+    prune(tiny_llama, "--pattern", "2:4", "--allocate", rule, words=words)
+    refused("plan", tiny_llama, "--out", out, "--pattern", "2:4", "--allocate", rule, words=words)
+    refused("compare", tiny_llama, "--out", out, "--patterns", "50%,2:4", "--allocate", rule, words=words)
+
+
+def test_a_plan_in_the_way(refused, tiny_llama, out):
+    out.write_text("mine")
+    refused("plan", tiny_llama, "--out", out, words="exists already. Choose another --out, or replace it with")
+    assert out.read_text() == "mine"
+
+
+def test_a_plan_of_another_model(prune, tiny_llama, tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps({"schema": "secateur.plan/1", "sites": {"model.layers.9.mlp.up_proj": "50%"}}))
+    prune(tiny_llama, "--allocate", file, words="There is no site in this model 'model.layers.9.mlp.up_proj'. Did you")
+
+
+def test_a_sparsity_near_all(prune, tiny_llama):
+    words = "of its weights for a mean of 95.0%; between 0 and 99% is possible. Ask for less"
+    prune(tiny_llama, "--pattern", "95%", "--allocate", "owl", words=words)
 
 
 def test_compare_names_an_unknown_method(refused, tiny_llama, out):

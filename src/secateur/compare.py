@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
-from secateur.data import calibration_windows, evaluation_windows, load_tokenizer
+from secateur.data import evaluation_windows, load_tokenizer
 from secateur.errors import ConditionsDiffer, OutputRefused
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.machine import machine, versions
@@ -31,6 +31,7 @@ from secateur.options import (
     check_windows,
     default_corpus,
     default_length,
+    draw_calibration,
     find_devices,
     find_dtype,
     forward_dtype,
@@ -86,18 +87,16 @@ def compare(
     progress.begin(f"loading {model or 'the demo model'}")
     language_model = load(folder, trust_remote_code=trust_remote_code)
     length = seq_len or default_length(language_model)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    local = Path(data_dir) if data_dir else None
-    calibrated = calibration_windows(
-        tokenizer, default_corpus(model, calibration, "c4"),
-        samples=samples, length=length, seed=seed, data_dir=local,
+    calibrated = draw_calibration(
+        language_model, folder, model, calibration, samples=samples, seq_len=length, seed=seed, data_dir=data_dir,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     judged = evaluation_windows(
-        tokenizer,
+        load_tokenizer(folder, trust_remote_code=trust_remote_code),
         default_corpus(model, evaluation, "wikitext2"),
         length=length,
         windows=windows,
-        data_dir=local,
+        data_dir=Path(data_dir) if data_dir else None,
     )
     check_windows(language_model, judged, batch_size)
     results = Results(

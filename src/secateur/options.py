@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.data import Windows
+from secateur.data import Windows, calibration_windows, load_tokenizer
 from secateur.errors import NotEnoughText, UnknownName, UnsupportedModel
 from secateur.model import LanguageModel
 
@@ -22,6 +22,32 @@ def _context(language_model: LanguageModel) -> int | None:
 def default_corpus(model: str | Path | None, corpus: str | None, otherwise: str) -> str:
     """The corpus where none is asked for: the demo's own text for the demo model."""
     return corpus or ("demo" if model is None else otherwise)
+
+
+def draw_calibration(
+    language_model: LanguageModel,
+    folder: Path,
+    model: str | Path | None,
+    corpus: str | None,
+    *,
+    samples: int,
+    seq_len: int | None,
+    seed: int,
+    data_dir: str | Path | None,
+    trust_remote_code: bool,
+) -> Windows:
+    """The calibration windows of a run: `corpus` (default: c4, or the demo's own text) through the model's tokenizer.
+
+    Raises NotEnoughText, UnknownName, BadText, BadCheckpoint.
+    """
+    return calibration_windows(
+        load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        default_corpus(model, corpus, "c4"),
+        samples=samples,
+        length=seq_len or default_length(language_model),
+        seed=seed,
+        data_dir=Path(data_dir) if data_dir else None,
+    )
 
 
 def check_windows(language_model: LanguageModel, windows: Windows, batch_size: int) -> None:

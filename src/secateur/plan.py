@@ -15,11 +15,11 @@ import torch
 
 from secateur.allocate import Plan, by_outliers, least_error, read_plan, scaled, uniform, write_plan
 from secateur.checkpoint import disk_errors, open_checkpoint, resolve
-from secateur.data import Windows, calibration_windows, load_tokenizer
+from secateur.data import Windows
 from secateur.errors import BadPlan, OutputRefused, UnknownName
 from secateur.methods import find_method
 from secateur.model import LanguageModel, load
-from secateur.options import check_windows, default_corpus, default_length, find_devices, find_dtype, forward_dtype
+from secateur.options import check_windows, draw_calibration, find_devices, find_dtype, forward_dtype
 from secateur.patterns import Unstructured, parse
 from secateur.progress import Progress
 from secateur.search import search
@@ -56,21 +56,19 @@ def plan(
     """
     progress, out = progress or Progress(), Path(out)
     find_method(method)
-    parse(pattern)
+    check_allocation(allocate, pattern, files=False)
+    find_devices(device)
+    find_dtype(dtype)
     if out.is_dir() or (out.exists() and not overwrite):
         raise OutputRefused(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
     folder = resolve(model)
     open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
     language_model = load(folder, trust_remote_code=trust_remote_code)
-    windows = calibration_windows(
-        load_tokenizer(folder, trust_remote_code=trust_remote_code),
-        default_corpus(model, calibration, "c4"),
-        samples=samples,
-        length=seq_len or default_length(language_model),
-        seed=seed,
-        data_dir=Path(data_dir) if data_dir else None,
-    )
+    windows = draw_calibration(
+        language_model, folder, model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     found = make_plan(
         language_model, windows, allocate, method=method, pattern=pattern, skip=skip, device=device, dtype=dtype,
         batch_size=batch_size, progress=progress,

@@ -21,19 +21,12 @@ from torch import Tensor
 from secateur.allocate import Plan, label
 from secateur.block import PrunedBlock, prune_block
 from secateur.checkpoint import Checkpoint, open_checkpoint, output, refuse_output, resolve
-from secateur.data import Windows, calibration_windows, load_tokenizer
+from secateur.data import Windows
 from secateur.errors import UnsupportedModel
 from secateur.machine import release_memory, versions
 from secateur.methods import Method, find_method
 from secateur.model import LanguageModel, checkpoint_tensors, load
-from secateur.options import (
-    check_windows,
-    default_corpus,
-    default_length,
-    find_devices,
-    find_dtype,
-    forward_dtype,
-)
+from secateur.options import check_windows, draw_calibration, find_devices, find_dtype, forward_dtype
 from secateur.patterns import kind_of, parse
 from secateur.plan import check_allocation, is_file, make_plan
 from secateur.progress import PeakMemory, Progress
@@ -89,14 +82,10 @@ def prune(
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
     language_model = load(folder, trust_remote_code=trust_remote_code)
-    windows = calibration_windows(
-        load_tokenizer(folder, trust_remote_code=trust_remote_code),
-        default_corpus(model, calibration, "c4"),
-        samples=samples,
-        length=seq_len or default_length(language_model),
-        seed=seed,
-        data_dir=Path(data_dir) if data_dir else None,
-    )
+    windows = draw_calibration(
+        language_model, folder, model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     report = prune_checkpoint(
         source, language_model, windows, Path(out), method=method, pattern=pattern, allocate=allocate, skip=skip,
         device=device, dtype=dtype, batch_size=batch_size, overwrite=overwrite,

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import NonFinite, UnsupportedModel
 from secateur.machine import release_memory
 from secateur.model import (
     Call,
@@ -29,7 +28,7 @@ from secateur.model import (
     working_copy,
 )
 from secateur.sites import Site, recorded_inputs, sites
-from secateur.stats import Stats
+from secateur.watch import Observed, Watch, refuse_non_finite
 
 
 @dataclass
@@ -53,18 +52,6 @@ class Batch(NamedTuple):
     hidden: Tensor
     call: Call
     target: Tensor
-
-
-class Observed(NamedTuple):
-    """What was seen of a block's inputs, by site; a site that saw no token is missing.
-
-    `stats`, one for all sites that share an input; `probes`, some inputs `[tokens, in]` to measure errors on;
-    `shared`, for every site the one that read the same tensor first, in the order in which they were reached.
-    """
-
-    stats: dict[str, Stats]
-    probes: dict[str, Tensor]
-    shared: dict[str, str]
 
 
 @dataclass
@@ -254,7 +241,7 @@ class _Run:
 
     def observe(self, index: int, need: Iterable[str], probe: int, only: Collection[str] | None) -> Observed:
         need = tuple(need)
-        watches = [_Watch(need, only) for _ in self.devices]
+        watches = [Watch(need, only) for _ in self.devices]
 
         def forward(share: int) -> None:
             watch = watches[share]
@@ -280,7 +267,7 @@ class _Run:
             shared |= watch.shared
             for name, stats in watch.stats.items():
                 total[name] = total[name] + stats if name in total else stats
-        _refuse_non_finite(self.language_model.block_name(index), total, watches[0].probes)
+        refuse_non_finite(self.language_model.block_name(index), total, watches[0].probes)
         release_memory()
         probes = watches[0].probes
         return Observed(
@@ -302,61 +289,6 @@ class _Run:
         with recorded_inputs(block, lambda name, x: found.update({name: x} if name in linear else {})):
             run_block(block, self.dense[number], self.calls[number][index])
         return found
-
-
-class _Watch:
-    """Sees the inputs of sites on one device: one set of sums for all sites that read the same tensor.
-
-    Sharing is observed, not declared: within a batch, a site whose input is a tensor already seen belongs to
-    the site that saw it first. The tensors of a batch are held until the next, so that no identity is reused.
-    """
-
-    def __init__(self, need: tuple[str, ...], only: Collection[str] | None) -> None:
-        self.need, self.only = need, only
-        self.stats: dict[str, Stats] = {}
-        self.probes: dict[str, Tensor] = {}
-        self.shared: dict[str, str] = {}
-        self.seconds = 0.0
-        self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
-        self._probe = 0
-        self._dense: dict[str, Tensor] = {}
-
-    def next_batch(self, probe: int, dense: dict[str, Tensor]) -> None:
-        """Forget the tensors of the batch before; `dense` are the dense model's inputs of the next, by site."""
-        self._seen.clear()
-        self._probe, self._dense = probe, dense
-
-    def see(self, name: str, x: Tensor) -> None:
-        if self.only is not None and name not in self.only:
-            return
-        started = perf_counter()
-        first, _ = self._seen.setdefault((id(x), x._version), (name, x))
-        if self.shared.setdefault(name, first) != first:
-            raise UnsupportedModel(f"{name} shares its input with other sites in one batch and not in the next.")
-        if first == name:
-            x = x.reshape(-1, x.shape[-1])
-            if self.need and len(x):
-                dense = self._dense.get(name)
-                stats = Stats.of(x, self.need, None if dense is None else dense.reshape(x.shape))
-                self.stats[name] = self.stats[name] + stats if name in self.stats else stats
-            if self._probe and len(x):
-                kept = x[:: -(-len(x) // self._probe)].float()
-                self.probes[name] = torch.cat([self.probes[name], kept]) if name in self.probes else kept
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        self.seconds += perf_counter() - started
-
-
-def _refuse_non_finite(block: str, stats: dict[str, Stats], probes: dict[str, Tensor]) -> None:
-    for name, tensor in (
-        *((name, tensor) for name, found in stats.items() for tensor in found.sums.values()),
-        *probes.items(),
-    ):
-        if not tensor.isfinite().all():
-            raise NonFinite(
-                f"NaN or Inf in the activations that enter {block}.{name}. The model overflows on this text in "
-                "this dtype; try --dtype float32, and check the checkpoint with 'secateur inspect'."
-            )
 
 
 def _same(a: Any, b: Any) -> bool:
