@@ -5,6 +5,7 @@ import pytest
 import torch
 from reference.magnitude import magnitude
 from reference.masks import n_of_m, unstructured
+from reference.ria import ria
 from reference.sparsegpt import sparsegpt
 from reference.wanda import wanda
 
@@ -12,6 +13,7 @@ from secateur.errors import NotSolved
 from secateur.methods import METHODS, REFINEMENTS, find_method, prune_together
 from secateur.methods.sparsegpt import inverse_factor
 from secateur.patterns import NM, Pattern, Stacked, Unstructured, kind_of, parse
+from secateur.solve import ridge
 from secateur.stats import STATS, Stats
 
 NAMES = [
@@ -176,6 +178,32 @@ def test_sparsegpt_is_within_a_ten_thousandth_of_its_reference(pattern):
     assert (pruned.kept.numpy() == kept).all()
     difference = np.linalg.norm(pruned.weight.numpy() - expected) / max(np.linalg.norm(expected), 1e-9)
     assert difference < 1e-4
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_ria_equals_its_reference(pattern):
+    weight, x = layer()
+    expected, kept = ria(weight.numpy(), x.numpy(), mask_rule(parse(pattern).within("matrix")))
+    pruned = run("ria", pattern, weight, x)
+    assert (pruned.kept.numpy() == kept).all()
+    assert (pruned.weight.numpy() == expected).all()
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sweep_is_the_published_algorithm_in_normalised_coordinates(pattern):
+    """There the mean of the diagonal is 1, so the reference's damping is what `ridge` says."""
+    weight, x = layer(rows=16)
+    resolved = parse(pattern).within("matrix")
+    ratio = (resolved.n, resolved.m) if isinstance(resolved, NM) else resolved.ratio
+    over = getattr(resolved, "over", None) or "matrix"
+    scale = x.double().square().mean(0).sqrt().numpy()
+    damping = ridge(Stats.of(x, {"gram"}))
+    expected, kept = sparsegpt(weight.numpy() * scale, x.numpy() / scale, ratio, over, damping)
+    pruned = run("sweep", pattern, weight, x)
+    assert (pruned.kept.numpy() == kept).mean() > 0.9995
+    if (pruned.kept.numpy() == kept).all():
+        difference = np.linalg.norm(pruned.weight.numpy() * scale - expected) / max(np.linalg.norm(expected), 1e-9)
+        assert difference < 1e-4
 
 
 def test_sparsegpt_groups_do_not_straddle_the_edge_of_a_column_block():
