@@ -40,7 +40,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown: one line for each pattern and method, with the added perplexity of every seed."""
     seeds = sorted({row["seed"] for row in rows})
     keys = list(dict.fromkeys((r["pattern"], r["method"], r["allocation"]) for r in rows if r["kind"] != "dense"))
-    keys.sort(key=lambda key: list(dict.fromkeys(key[0] for key in keys)).index(key[0]))
+    order = list(dict.fromkeys(pattern for pattern, _, _ in keys))
+    keys.sort(key=lambda key: order.index(key[0]))
     dense = {row["seed"]: row["perplexity"] for row in rows if row["kind"] == "dense"}
     lines = [
         f"Dense: {', '.join(f'{value:.4f}' for value in dense.values())} (seeds {', '.join(map(str, seeds))}).",

@@ -455,7 +455,7 @@ def test_patterns(prune, tiny_llama, pattern, words):
         ("--method", "alps+refin", "There is no refinement 'refin'. Did you mean 'refine'?"),
         ("--method", "wanda+dense-target", "There is no refinement 'dense-target' after a method that solves nothing"),
         ("--allocate", "oul", "There is no allocation 'oul'. Did you mean 'owl'?"),
-        ("--allocate", "nowhere.json", "nowhere.json cannot be read as a plan: "),
+        ("--allocate", "nowhere.json", "There is no plan nowhere.json. Write one with"),
         ("--calibration", "wikitext", "There is no corpus 'wikitext'. Did you mean 'wikitext2'?"),
         ("--calibration", "pile", "There is no corpus 'pile'. Known: c4, demo, wikitext2."),
         ("--dtype", "floaty32", "There is no dtype 'floaty32'. Did you mean 'float32'?"),

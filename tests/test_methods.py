@@ -194,7 +194,7 @@ def test_sweep_is_the_published_algorithm_in_normalised_coordinates(pattern):
     """There the mean of the diagonal is 1, so the reference's damping is what `ridge` says."""
     weight, x = layer(rows=16)
     resolved = parse(pattern).within("matrix")
-    ratio = (resolved.n, resolved.m) if isinstance(resolved, NM) else resolved.ratio
+    ratio = (resolved.n, resolved.m) if isinstance(resolved, NM) else resolved.sparsity
     over = getattr(resolved, "over", None) or "matrix"
     scale = x.double().square().mean(0).sqrt().numpy()
     damping = ridge(Stats.of(x, {"gram"}))

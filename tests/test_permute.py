@@ -300,3 +300,12 @@ def test_permuting_keeps_more_of_the_output():
         report = prune_model(replayable(tiny_model("llama")), windows(), method=method, pattern="2:4")
         errors[method] = [site.output_error for site in report.sites if site.site.endswith("down_proj")]
     assert sum(errors["ria+permute"]) < 0.97 * sum(errors["ria"])
+
+
+@pytest.mark.parametrize("method", ["magnitude+permute", "wanda+permute"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_expert_that_the_first_batch_misses_is_permuted_too(method: str):
+    report = prune_model(
+        replayable(tiny_model("mixtral")), windows(TOKENS[:, :1]), method=method, pattern="2:4", batch_size=1
+    )
+    assert sum("inputs permuted" in site.note for site in report.sites) > 4

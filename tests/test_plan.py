@@ -208,3 +208,46 @@ def test_a_written_plan_prunes_as_the_rule_does(tiny_llama, text_file, tmp_path)
     report = secateur.prune(str(tiny_llama), out=tmp_path / "edited", method="wanda", allocate=str(file), **options)
     assert (report.pattern, report.kind) == ("2:4", "semi-structured")
     assert {site.site.rsplit(".", 1)[-1] for site in report.sites if site.pattern} == {"down_proj"}
+
+
+@pytest.mark.parametrize("rule", ["error", "search"])
+@pytest.mark.parametrize("pattern", ["90%", "33.33333333%", "4.66666667%", "95%"])
+def test_any_sparsity_can_be_shared_out(rule, pattern):
+    language_model = replayable(tiny_model("llama"))
+    plan = make_plan(language_model, windows(), rule, method="wanda", pattern=pattern, batch_size=4)
+    wanted = parse(pattern).sparsity
+    assert sparsity_of(plan, site_shapes(language_model)) == pytest.approx(wanted, abs=1e-5)
+    if pattern == "90%" and rule == "error":
+        assert len({str(found) for found in plan.values()}) > 1
+        assert max(found.sparsity for found in plan.values()) > 0.9
+
+
+def test_more_than_can_be_measured_is_refused():
+    with pytest.raises(BadPlan, match=r"Up to 95% can be shared out by measuring; found 96.0%"):
+        make_plan(replayable(tiny_model("llama")), windows(), "search", method="wanda", pattern="96%")
+
+
+@pytest.mark.parametrize("rule", ["uniform", *ALLOCATIONS])
+def test_nothing_to_prune_is_refused(rule):
+    with pytest.raises(BadPlan, match="Every site is left out; nothing would be pruned"):
+        make_plan(replayable(tiny_model("llama")), windows(), rule, method="wanda", pattern="50%", skip=["*"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_owl_leaves_blocks_without_tokens_at_the_mean():
+    language_model = replayable(tiny_model("mixtral"))
+    skip = ["self_attn.*", "*.experts.0.*", "*.experts.1.*"]
+    plan = make_plan(language_model, windows(TOKENS[:1, :1]), "owl", method="wanda", pattern="60%", skip=skip)
+    assert sparsity_of(plan, {name: site_shapes(language_model)[name] for name in plan}) == pytest.approx(0.6, abs=1e-5)
+
+
+def test_a_plan_s_file_decides_instead_of_the_pattern(tmp_path):
+    language_model = replayable(tiny_model("llama"))
+    shapes = site_shapes(language_model)
+    written = {name: parse("50%") for name in shapes if "layers.1." in name}
+    write_plan(tmp_path / "plan.json", written, shapes, {})
+    file = str(tmp_path / "plan.json")
+    found = make_plan(language_model, windows(), file, method="wanda", pattern="3:7", skip=["q_proj"])
+    assert found.keys() == {name for name in written if not name.endswith("q_proj")}
+    with pytest.raises(BadPlan, match="Every site is left out"):
+        make_plan(language_model, windows(), file, method="wanda", pattern="50%", skip=["*.1.*"])

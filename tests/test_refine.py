@@ -3,13 +3,13 @@
 import pytest
 import torch
 from families import tiny_model
-from test_stream import TOKENS, windows
+from test_stream import CPU, TOKENS, windows
 from torch import nn
 
 from secateur.model import Call, replayable
 from secateur.prune import prune_model
 from secateur.refine import error, refine
-from secateur.stream import Batch
+from secateur.stream import Batch, stream
 
 
 class OneLayer(nn.Module):
@@ -61,7 +61,7 @@ def test_a_block_that_gets_no_better_keeps_its_weights():
     assert torch.equal(block.layer.weight, weight)
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gemma3_text"])
 @pytest.mark.filterwarnings("ignore")
 def test_refined_blocks_are_nearer_and_masks_stand_still(family, dtype):
@@ -110,3 +110,35 @@ def test_skipped_sites_are_not_tuned():
     for index in range(4):
         name = f"model.layers.{index}.mlp.down_proj.weight"
         assert torch.equal(model.get_parameter(name), dense.get_parameter(name))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_skipped_and_unseen_experts_are_not_tuned():
+    """Experts share a parameter, so a mask of the whole parameter would let them drift."""
+    model, dense = tiny_model("mixtral"), tiny_model("mixtral")
+    report = prune_model(
+        replayable(model), windows(TOKENS[:1, :3]), method="wanda+refine", pattern="2:4", skip=["*.experts.0.*"]
+    )
+    left = [site.site for site in report.sites if site.pattern is None]
+    assert any(".experts.0." in name for name in left)
+    assert any(".experts.0." not in name for name in left)  # three tokens do not reach every expert
+    for name in left:
+        layer, expert, matrix = name.rsplit(".", 2)
+        before, after = (m.get_parameter(f"{layer}.{matrix}")[int(expert)] for m in (dense, model))
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3n_text", "gemma4_text"])
+@pytest.mark.filterwarnings("ignore")
+def test_targets_are_what_the_dense_model_computes(family):
+    """Gemma 3n and 4 leave keys and values in a block's call for later blocks: the two streams must not share them."""
+    dense, expected = tiny_model(family), []
+    for block in replayable(dense).blocks:
+        block.register_forward_hook(lambda m, args, output: expected.append(output))
+    with torch.no_grad():
+        dense(TOKENS[:3], use_cache=False)
+    run = stream(replayable(tiny_model(family)), TOKENS, devices=[CPU], dtype=None, batch_size=3, dense=True)
+    for index, step in enumerate(run):
+        assert torch.allclose(step.batches()[0].target, expected[index], rtol=1e-4, atol=1e-5)
+        for site in step.sites.values():
+            site.put(site.weight * 0.3)

@@ -35,11 +35,17 @@ def uniform(shapes: Shapes, pattern: Pattern, skip: Sequence[str] = ()) -> Plan:
     (`down_proj`, `mlp.*`). Raises UnknownName for a glob that matches nothing, BadPattern where a site cannot
     hold the pattern.
     """
-    left_out = {name for glob in skip for name in _matching(shapes, glob)}
-    plan = {name: pattern for name in shapes if name not in left_out}
+    plan = dict.fromkeys(names_left(shapes, skip), pattern)
     for name in plan:
         pattern.check(shapes[name], name)
     return plan
+
+
+def names_left(names: Iterable[str], skip: Sequence[str]) -> list[str]:
+    """The names that match no glob in `skip`. Raises UnknownName for a glob that matches nothing."""
+    names = list(names)
+    left_out = {name for glob in skip for name in _matching(names, glob)}
+    return [name for name in names if name not in left_out]
 
 
 def by_outliers(
@@ -97,7 +103,7 @@ def _checked(ratios: dict[str, float], sparsity: float) -> dict[str, float]:
         if not 0 <= ratio <= MOST:
             raise BadPlan(
                 f"{name} would lose {ratio:.1%} of its weights for a mean of {sparsity:.1%}; between 0 and {MOST:.0%} "
-                "is possible. Ask for less, or use --allocate uniform."
+                "is possible. Ask for another sparsity, or use --allocate uniform."
             )
     return ratios
 

@@ -6,7 +6,7 @@ and one as it is stored, which is the result. What is pruned is the stored weigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -78,7 +78,9 @@ def prune_block(
             for name in chosen.keys() & units.keys() if len(names) == 1 else ():
                 order = _order(dense[name].weight.float(), method, stats, chosen[name], units[name])
                 if order is not None:
-                    stats, probes[name] = permuted(stats, order), probes[name][:, order]
+                    stats = permuted(stats, order)
+                    if name in probes:  # the first batch may have missed an expert
+                        probes[name] = probes[name][:, order]
                     for block in (step.block, result, original):
                         moved |= set(reorder(block, name, units[name], order))
                     notes[name] = "inputs permuted"
@@ -93,7 +95,7 @@ def prune_block(
     tuned = None
     if method.refine and changed:
         at_hand(f"{step.name} as a whole")
-        tuned = _refine(step, result, changed, method.refine)
+        tuned = _refine(step, result, changed, notes, method.refine)
     reports = [
         _report(f"{step.name}.{name}", dense[name], targets[name], plan, notes.get(name), probes.get(name))
         for name in step.sites
@@ -127,14 +129,17 @@ def _put(step: Step, name: str, weight: Tensor, targets: Mapping[str, Site]) -> 
     step.sites[name].put(stored)
 
 
-def _refine(step: Step, result: nn.Module, changed: Sequence[str], epochs: int) -> Tuned:
-    """Tune the block, in float32, and round what came out into both copies."""
+def _refine(step: Step, result: nn.Module, changed: Sequence[str], pruned: Container[str], epochs: int) -> Tuned:
+    """Tune the pruned sites of the block, in float32, and round what came out into both copies."""
     batches = step.batches()
     started = perf_counter()
     block = working_copy(step.block, step.device, torch.float32)
     for name in changed:
         block.get_parameter(name).data.copy_(result.get_parameter(name).data)
     kept = {name: block.get_parameter(name) != 0 for name in changed}
+    for site in sites(block).values():
+        if site.expert and site.parameter in kept and site.name not in pruned:
+            kept[site.parameter][int(site.name.rsplit(".", 2)[1])] = False
     tuned = refine(block, kept, batches, epochs)
     for name in changed:
         stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 
 import torch
 
-from secateur.allocate import Plan, by_outliers, least_error, read_plan, scaled, uniform, write_plan
+from secateur.allocate import Plan, by_outliers, least_error, names_left, read_plan, scaled, uniform, write_plan
 from secateur.checkpoint import disk_errors, open_checkpoint, resolve
 from secateur.data import Windows
 from secateur.errors import BadPlan, OutputRefused, UnknownName
 from secateur.methods import find_method
+from secateur.methods.base import importance
 from secateur.model import LanguageModel, load
 from secateur.options import check_windows, draw_calibration, find_devices, find_dtype, forward_dtype
 from secateur.patterns import Unstructured, parse
 from secateur.progress import Progress
 from secateur.search import search
+from secateur.stream import Step
 from secateur.trial import Measuring, levels_around, pruned_at, site_shapes, solvable
 
 OUTLIER, SPREAD = 5.0, 0.08
@@ -107,12 +110,14 @@ def make_plan(
     Raises UnknownName, BadPlan, BadPattern.
     """
     check_windows(language_model, windows, batch_size)
-    shapes, wanted = site_shapes(language_model), parse(pattern)
-    base = uniform(shapes, wanted, skip)
+    shapes = site_shapes(language_model)
     if is_file(allocate):
         held = read_plan(Path(allocate), shapes)
-        return {name: pattern for name, pattern in held.items() if name in base}
+        left = names_left(shapes, skip)
+        return _not_empty({name: pattern for name, pattern in held.items() if name in left})
     check_allocation(allocate, pattern)
+    wanted = parse(pattern)
+    base = _not_empty(uniform(shapes, wanted, skip))
     if allocate == "uniform":
         return base
     progress, devices = progress or Progress(), find_devices(device)
@@ -122,6 +127,12 @@ def make_plan(
         forward_dtype(find_dtype(dtype), devices[0]), batch_size, progress,
     )  # fmt: skip
     return scaled(base, ALLOCATIONS[allocate](measuring))
+
+
+def _not_empty(plan: Plan) -> Plan:
+    if not plan:
+        raise BadPlan("Every site is left out; nothing would be pruned. Use fewer --skip.")
+    return plan
 
 
 def is_file(allocate: str) -> bool:
@@ -135,6 +146,8 @@ def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None
     `files`: a plan's file will do as well.
     """
     if files and is_file(allocate):
+        if not Path(allocate).is_file():
+            raise BadPlan(f"There is no plan {allocate}. Write one with 'secateur plan'.")
         return
     if allocate not in ("uniform", *ALLOCATIONS):
         known = ["uniform", *ALLOCATIONS, *(["a plan's .json file"] if files else [])]
@@ -148,31 +161,37 @@ def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None
 
 def owl(measuring: Measuring) -> Mapping[str, float]:
     """The sparsity of each block by its share of outlying scores |w|·‖x‖ (Yin et al. 2024, arXiv:2310.05175)."""
-    shares = {}
-    for step in measuring.steps("outliers of"):
+    shares: dict[str, float] = {}
+
+    def look(step: Step) -> None:
         stats = step.observe({"square"}, 0).stats
         inside = [name for name in stats if f"{step.name}.{name}" in measuring.plan]
-        scores = [
-            (step.sites[name].weight.float().abs() * stats[name].mean("square").sqrt()).flatten() for name in inside
-        ]
+        scores = [importance(step.sites[name].weight.float(), stats[name]).flatten() for name in inside]
         if scores:
             whole = torch.cat(scores)
             shares[step.name] = (whole > OUTLIER * whole.mean()).float().mean().item()
-    return by_outliers(shares, {name: measuring.blocks[name] for name in shares}, measuring.sparsity, SPREAD)
+
+    measuring.each("outliers of", look)
+    sizes = measuring.blocks
+    unseen = dict.fromkeys(sizes.keys() - shares.keys(), measuring.sparsity)  # blocks without tokens
+    return by_outliers(shares, {name: sizes[name] for name in shares}, measuring.sparsity, SPREAD) | unseen
 
 
 def by_error(measuring: Measuring) -> Mapping[str, float]:
     """The sparsity of each site that makes the sum of relative output errors least, by the method's own errors."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for step in measuring.steps("errors of"):
+
+    def look(step: Step) -> None:
         for names, weights, stats in solvable(step, measuring):
             for level in levels_around(measuring.sparsity):
                 for name, error, _ in pruned_at(level, names, weights, stats, measuring.method):
                     curves.setdefault(f"{step.name}.{name}", []).append((level, error))
+
+    measuring.each("errors of", look)
     shapes = site_shapes(measuring.language_model)
-    sizes = {name: shapes[name][0] * shapes[name][1] for name in curves}
-    rest = dict.fromkeys(measuring.plan.keys() - curves.keys(), measuring.sparsity)  # sites without tokens
-    return least_error(curves, sizes, measuring.sparsity) | rest
+    sizes = {name: prod(shapes[name]) for name in curves}
+    unseen = dict.fromkeys(measuring.plan.keys() - curves.keys(), measuring.sparsity)  # sites without tokens
+    return least_error(curves, sizes, measuring.sparsity) | unseen
 
 
 ALLOCATIONS: dict[str, Callable[[Measuring], Mapping[str, float]]] = {

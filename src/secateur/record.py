@@ -7,7 +7,7 @@ from typing import Any
 
 from secateur.stream import Seconds
 
-LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token went through it"
+LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go through it"
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -103,7 +104,6 @@ class Step:
         return [*groups.values(), *([rest] if rest else [])]
 
 
-@torch.no_grad()
 def stream(
     language_model: LanguageModel,
     tokens: Tensor,
@@ -118,9 +118,11 @@ def stream(
 
     With `dense`, a second stream goes through the dense blocks, for the statistic "cross" and for `Step.batches`.
     """
+    # Not under no_grad as a whole: torch's wrapper of a generator would hold on to the step before.
     run = _Run(language_model, list(tokens.split(batch_size)), devices, dtype, seconds or Seconds())
     if dense:
         run.dense = list(run.hidden)
+        run.dense_calls = [_own(calls, {}) for calls in run.calls]
     for index in range(len(language_model.blocks)):
         step = run.open(index)
         yield step
@@ -147,6 +149,7 @@ def final_hidden(
 class _Run:
     """The state of one pass over the blocks: hidden states, recorded calls, replicas of the current block."""
 
+    @torch.no_grad()
     def __init__(
         self,
         language_model: LanguageModel,
@@ -162,6 +165,7 @@ class _Run:
         self.calls: list[list[Call]] = []
         self.replicas: list[nn.Module] = []
         self.dense: list[Tensor] | None = None  # the hidden states in the dense model, where they are wanted
+        self.dense_calls: list[list[Call]] = []
         self.targets: list[Tensor] | None = None  # and what the dense block at hand makes of them
         self.originals: list[nn.Module] = []
         shell = shell or Shell(language_model, devices[0], dtype, head=False)
@@ -189,6 +193,7 @@ class _Run:
             lambda: self.batches(index), lambda: (self.hidden[0], self.calls[0][index]),
         )  # fmt: skip
 
+    @torch.no_grad()
     def advance(self, index: int) -> None:
         """Run the block over all batches; its outputs replace its inputs."""
         self.align()
@@ -216,7 +221,7 @@ class _Run:
 
             def forward(share: int) -> None:
                 for number in range(share, len(dense), len(self.devices)):
-                    targets[number] = run_block(self.originals[share], dense[number], self.calls[number][index])
+                    targets[number] = run_block(self.originals[share], dense[number], self.dense_calls[number][index])
 
             self.each(forward)
             self.targets = targets
@@ -247,7 +252,7 @@ class _Run:
             watch = watches[share]
             with recorded_inputs(self.replicas[share], watch.see):
                 for number in range(share, len(self.hidden), len(self.devices)):
-                    watch.next_batch(probe if number == 0 else 0, self.dense_inputs(index, share, number, need))
+                    watch.next_batch(probe if number == 0 else 0, self.dense_inputs(index, share, number, need, only))
                     self.forward(index, share, number)
 
         started = perf_counter()
@@ -276,8 +281,10 @@ class _Run:
             shared,
         )
 
-    def dense_inputs(self, index: int, share: int, number: int, need: tuple[str, ...]) -> dict[str, Tensor]:
-        """The inputs of the block's linear layers in the dense model, for one batch; not of experts.
+    def dense_inputs(
+        self, index: int, share: int, number: int, need: tuple[str, ...], only: Collection[str] | None
+    ) -> dict[str, Tensor]:
+        """The inputs of the block's linear layers in the dense model, for one batch, those in `only`; not of experts.
 
         Which tokens reach an expert differs between the two models, so there are no pairs to sum over.
         """
@@ -285,10 +292,23 @@ class _Run:
         if self.dense is None or "cross" not in need:
             return found
         block = self.originals[share]
-        linear = {site.name for site in sites(block).values() if not site.expert}
+        linear = {name for name in sites(block) if not any(part.isdigit() for part in name.split("."))}
+        if not (linear := linear if only is None else linear & set(only)):
+            return found
         with recorded_inputs(block, lambda name, x: found.update({name: x} if name in linear else {})):
-            run_block(block, self.dense[number], self.calls[number][index])
+            run_block(block, self.dense[number], self.dense_calls[number][index])
         return found
+
+
+def _own(value: Any, memo: dict[int, Any]) -> Any:
+    """The recorded calls of a batch once more: tensors are shared, what blocks leave for later ones (keys) is not."""
+    if isinstance(value, Call):
+        return Call(*(_own(part, memo) for part in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_own(part, memo) for part in value)
+    if type(value) is dict:
+        return {key: _own(part, memo) for key, part in value.items()}
+    return value if isinstance(value, Tensor) else memo.setdefault(id(value), deepcopy(value))
 
 
 def _same(a: Any, b: Any) -> bool:

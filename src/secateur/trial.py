@@ -5,13 +5,14 @@ Nothing is written into the model; every block sees the inputs that the dense bl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from secateur.allocate import Plan, Shapes
+from secateur.errors import BadPlan
 from secateur.methods import Method, prune_together
 from secateur.model import LanguageModel
 from secateur.patterns import Unstructured
@@ -50,14 +51,15 @@ class Measuring:
                 found[start] = size
         return found
 
-    def steps(self, what: str) -> Iterator[Step]:
-        """The blocks of the dense model in order, with their inputs."""
+    def each(self, what: str, look: Callable[[Step], None]) -> None:
+        """`look` at the blocks of the dense model in order, with their inputs; none of them is held after that."""
         count = len(self.language_model.blocks)
         for step in stream(
             self.language_model, self.tokens, devices=self.devices, dtype=self.dtype, batch_size=self.batch_size
         ):
             self.progress.advance(f"{what} {step.name}", step.index, count)
-            yield step
+            look(step)
+            del step
         self.progress.advance(what, count, count)
 
 
@@ -71,8 +73,14 @@ def site_shapes(language_model: LanguageModel) -> Shapes:
 
 
 def levels_around(sparsity: float) -> list[float]:
-    """The sparsities to try: around the one asked for, none below 0 or above 95 %."""
-    return [round(sparsity + step, 6) for step in STEPS if 0 <= sparsity + step <= MOST]
+    """The sparsities to try, rising: the one asked for, and around it what is not below 0 or above 95 %.
+
+    Raises BadPlan for more than 95 %, where there is nothing to share out.
+    """
+    if sparsity > MOST:
+        raise BadPlan(f"Up to {MOST:.0%} can be shared out by measuring; found {sparsity:.1%}. Use --allocate uniform.")
+    around = [sparsity + step for step in STEPS if step]
+    return sorted([sparsity, *(level for level in around if -1e-9 <= level <= MOST + 1e-9)])
 
 
 def solvable(step: Step, measuring: Measuring) -> Iterator[tuple[list[str], list[Tensor], Stats]]:
@@ -91,7 +99,7 @@ def pruned_at(
 ) -> Iterator[tuple[str, float, Tensor]]:
     """(site, relative output error, weight) of sites that share an input, pruned to `level`."""
     gram = stats.mean("gram")
-    found = prune_together(method, weights, stats, [Unstructured(level)] * len(weights))
+    found = prune_together(method, weights, stats, [Unstructured(max(level, 0.0))] * len(weights))
     for name, weight, pruned in zip(names, weights, found, strict=True):
         change = weight - pruned.weight
         power = ((weight @ gram) * weight).sum().clamp_min(1e-30)
