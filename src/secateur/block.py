@@ -75,15 +75,14 @@ def prune_block(
             if not chosen or (method.need and not stats.tokens):
                 continue
             at_hand(f"{step.name}.{names[0]}")
-            for name in chosen.keys() & units.keys() if len(names) == 1 else ():
-                order = _order(dense[name].weight.float(), method, stats, chosen[name], units[name])
-                if order is not None:
-                    stats = permuted(stats, order)
-                    if name in probes:  # the first batch may have missed an expert
-                        probes[name] = probes[name][:, order]
-                    for block in (step.block, result, original):
-                        moved |= set(reorder(block, name, units[name], order))
-                    notes[name] = "inputs permuted"
+            name = names[0]
+            order = _order(dense[name], method, stats, chosen[name], units.get(name)) if len(names) == 1 else None
+            if order is not None:
+                stats, notes[name] = permuted(stats, order), "inputs permuted"
+                if name in probes:  # the first batch may have missed an expert
+                    probes[name] = probes[name][:, order]
+                for copy in (step.block, result, original):
+                    moved |= set(reorder(copy, name, units[name], order))
             weights = [dense[name].weight.to(step.device, torch.float32, copy=True) for name in chosen]
             found = prune_together(method, weights, stats, list(chosen.values()))
             for name, pruned in zip(chosen, found, strict=True):
@@ -104,9 +103,11 @@ def prune_block(
     return PrunedBlock(step.index, tensors, reports, tuned)
 
 
-def _order(weight: Tensor, method: Method, stats: Stats, pattern: Pattern, classes: Classes) -> Tensor | None:
+def _order(site: Site, method: Method, stats: Stats, pattern: Pattern, classes: Classes | None) -> Tensor | None:
     """The order in which a site's inputs should come, or None to leave them; only N:M has anything to gain."""
-    return input_order(method.score(weight, stats), classes, pattern) if isinstance(pattern, NM) else None
+    if classes is None or not isinstance(pattern, NM):
+        return None
+    return input_order(method.score(site.weight.float(), stats), classes, pattern)
 
 
 def _solved_together(group: Sequence[str], observed: Observed, method: Method) -> Iterator[list[str]]:
