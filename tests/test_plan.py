@@ -16,7 +16,7 @@ from secateur.allocate import by_outliers, label, least_error, read_plan, scaled
 from secateur.errors import BadPattern, BadPlan, UnknownName
 from secateur.methods import find_method
 from secateur.model import replayable
-from secateur.patterns import parse
+from secateur.patterns import Unstructured, parse
 from secateur.plan import ALLOCATIONS, make_plan
 from secateur.progress import Progress
 from secateur.prune import prune_model
@@ -136,7 +136,8 @@ def test_the_judge_of_a_search_sees_what_a_plain_forward_sees(tmp_path):
     language_model = replayable(tiny_model("llama"))
     base = uniform(site_shapes(language_model), parse("60%"))
     cpu = torch.device("cpu")
-    measuring = Measuring(language_model, TOKENS, find_method("wanda"), base, 0.6, [cpu], torch.float32, 3, Progress())
+    pattern = Unstructured(0.6)
+    measuring = Measuring(language_model, TOKENS, find_method("wanda"), base, pattern, [cpu], None, 3, Progress())
     levels = levels_around(0.6)
     library = _Library(tmp_path, measuring, levels)
     judge = _Judge(measuring, library)

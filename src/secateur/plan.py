@@ -120,10 +120,11 @@ def make_plan(
     base = _not_empty(uniform(shapes, wanted, skip))
     if allocate == "uniform":
         return base
+    assert isinstance(wanted, Unstructured), "check_allocation refuses others"
     progress, devices = progress or Progress(), find_devices(device)
     progress.begin(f"planning by {allocate}")
     measuring = Measuring(
-        language_model, windows.ids, find_method(method), base, wanted.sparsity, devices,
+        language_model, windows.ids, find_method(method), base, wanted, devices,
         forward_dtype(find_dtype(dtype), devices[0]), batch_size, progress,
     )  # fmt: skip
     return scaled(base, ALLOCATIONS[allocate](measuring))
@@ -184,7 +185,7 @@ def by_error(measuring: Measuring) -> Mapping[str, float]:
     def look(step: Step) -> None:
         for names, weights, stats in solvable(step, measuring):
             for level in levels_around(measuring.sparsity):
-                for name, error, _ in pruned_at(level, names, weights, stats, measuring.method):
+                for name, error, _ in pruned_at(measuring.at(level), names, weights, stats, measuring.method):
                     curves.setdefault(f"{step.name}.{name}", []).append((level, error))
 
     measuring.each("errors of", look)

@@ -88,7 +88,7 @@ class _Library:
             for number, level in enumerate(levels):
                 tensors = {}
                 for names, weights, stats in groups:
-                    for name, error, weight in pruned_at(level, names, weights, stats, measuring.method):
+                    for name, error, weight in pruned_at(measuring.at(level), names, weights, stats, measuring.method):
                         self.curves.setdefault(f"{step.name}.{name}", []).append((level, error))
                         site = step.sites[name]
                         lying = weight.T if site.transposed else weight

@@ -6,7 +6,7 @@ Nothing is written into the model; every block sees the inputs that the dense bl
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,11 +34,20 @@ class Measuring:
     tokens: Tensor
     method: Method
     plan: Plan
-    sparsity: float
+    pattern: Unstructured
     devices: Sequence[torch.device]
     dtype: torch.dtype | None
     batch_size: int
     progress: Progress
+
+    @property
+    def sparsity(self) -> float:
+        """The mean sparsity that is asked for."""
+        return self.pattern.ratio
+
+    def at(self, level: float) -> Unstructured:
+        """The pattern with another sparsity."""
+        return replace(self.pattern, ratio=max(level, 0.0))
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -95,11 +104,11 @@ def solvable(step: Step, measuring: Measuring) -> Iterator[tuple[list[str], list
 
 
 def pruned_at(
-    level: float, names: Sequence[str], weights: Sequence[Tensor], stats: Stats, method: Method
+    pattern: Unstructured, names: Sequence[str], weights: Sequence[Tensor], stats: Stats, method: Method
 ) -> Iterator[tuple[str, float, Tensor]]:
-    """(site, relative output error, weight) of sites that share an input, pruned to `level`."""
+    """(site, relative output error, weight) of sites that share an input, pruned to `pattern`."""
     gram = stats.mean("gram")
-    found = prune_together(method, weights, stats, [Unstructured(max(level, 0.0))] * len(weights))
+    found = prune_together(method, weights, stats, [pattern] * len(weights))
     for name, weight, pruned in zip(names, weights, found, strict=True):
         change = weight - pruned.weight
         power = ((weight @ gram) * weight).sum().clamp_min(1e-30)
