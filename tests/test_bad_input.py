@@ -500,7 +500,7 @@ def test_a_plan_of_another_model(prune, tiny_llama, tmp_path):
 
 
 def test_a_sparsity_near_all(prune, tiny_llama):
-    words = "of its weights for a mean of 95.0%; between 0 and 99% is possible. Ask for less"
+    words = "of its weights for a mean of 95.0%; between 0 and 99% is possible. Ask for another"
     prune(tiny_llama, "--pattern", "95%", "--allocate", "owl", words=words)
 
 
