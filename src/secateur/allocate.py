@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import BadPlan, UnknownName, in_one_line
-from secateur.patterns import Pattern, Unstructured, parse
+from secateur.patterns import Pattern, Unstructured, parse_pattern
 
 Plan = Mapping[str, Pattern]
 Shapes = Mapping[str, tuple[int, int]]
@@ -165,7 +165,7 @@ def read_plan(file: Path, shapes: Shapes) -> Plan:
         if not isinstance(text, str):
             raise BadPlan(f"{file} gives {name} {text!r}; a pattern such as '70%', or 'dense', was wanted.")
         if text != "dense":
-            plan[name] = parse(text)
+            plan[name] = parse_pattern(text)
             plan[name].check(shapes[name], name)
     if not plan:
         raise BadPlan(f"{file} leaves every site dense; nothing would be pruned.")

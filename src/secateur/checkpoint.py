@@ -198,15 +198,27 @@ class Output:
 
     def __init__(self, source: Checkpoint, out: Path, partial: Path, overwrite: bool) -> None:
         self.source, self.out, self.partial, self.overwrite = source, out, partial, overwrite
+        self.places = source.places
+
+    def configure(self, changes: Mapping[str, Any], model_type: str) -> None:
+        """Change fields of `config.json`, in the part of it that describes a model of that type. Raises BadCheckpoint."""
+        file = self.partial / "config.json"
+        held = _json_object(file)
+        parts = [part for part in (held, *held.values()) if isinstance(part, dict) and part.get("model_type") == model_type]
+        if not parts:
+            raise BadCheckpoint(f"{self.source.folder / 'config.json'} has no part for a {model_type!r} model.")
+        parts[0].update(changes)
+        with disk_errors(self.out):
+            file.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite tensors by checkpoint name; shapes as in the source, cast to the dtype stored there.
+        """Overwrite tensors by checkpoint name; shapes as in `places`, cast to the dtype stored there.
 
         Raises DiskFull or OutputRefused.
         """
         with disk_errors(self.out):
             for name, tensor in tensors.items():
-                place = self.source.places[name]
+                place = self.places[name]
                 stored = tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous()
                 if tuple(stored.shape) != place.shape:
                     raise AssertionError(f"{name} has shape {tuple(stored.shape)}, stored {place.shape}")
@@ -220,6 +232,7 @@ class Output:
             record["shards"] = {
                 shard: {"source_sha256": digest, "sha256": file_sha256(self.partial / shard)}
                 for shard, digest in self.source.sha256().items()
+                if (self.partial / shard).exists()
             }
             text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
             (self.partial / RECORD).write_text(text + "\n", encoding="utf-8")
@@ -251,10 +264,10 @@ class Output:
 
 
 @contextmanager
-def output(source: Checkpoint, out: Path, *, overwrite: bool) -> Iterator[Output]:
+def output(source: Checkpoint, out: Path, *, overwrite: bool, weights: bool = True) -> Iterator[Output]:
     """A result folder beside `out`, holding a copy of the source; removed again unless it is finished.
 
-    Raises OutputRefused where `out` holds something already, DiskFull where the copy cannot fit.
+    Without `weights` the shards are left to whoever makes others (`layout.resized`). Raises OutputRefused where `out` holds something already, DiskFull where the copy cannot fit.
     """
     out, model = out.resolve(), source.folder.resolve()  # a link is followed, so that the result lies where it points
     if out == model:
@@ -275,7 +288,8 @@ def output(source: Checkpoint, out: Path, *, overwrite: bool) -> Iterator[Output
                 raise DiskFull(f"{out} needs {_size(source.bytes)}, the disk has {_size(free)} free.")
             partial.mkdir()
             for file in sorted(source.folder.iterdir()):
-                wanted = file.name in source.shards or not file.name.endswith(_OTHER_WEIGHTS)
+                shard = file.name in source.shards
+                wanted = weights if shard else not file.name.endswith(_OTHER_WEIGHTS)
                 if file.is_file() and wanted and file.name != RECORD:
                     shutil.copyfile(file, partial / file.name)
         yield Output(source, out, partial, overwrite)

@@ -320,12 +320,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def checkpoint_tensors(
-    language_model: LanguageModel, tensors: Mapping[str, Tensor], known: Container[str]
+    language_model: LanguageModel, tensors: Mapping[str, Tensor], known: Container[str], optional: Container[str] = ()
 ) -> dict[str, Tensor]:
     """Parameters by their name in the model, turned into the tensors by their name in the checkpoint.
 
     transformers renames and re-stacks weights when it loads them (experts above all) and knows the way back;
-    `known` holds the names of the checkpoint. Raises UnsupportedModel for a name that it does not hold.
+    `known` holds the names of the checkpoint. Raises UnsupportedModel for a name that it does not hold, unless that
+    is `optional`.
     """
     prefix = f"{language_model.model.base_model_prefix}."
     stored: dict[str, Tensor] = {}
@@ -335,7 +336,8 @@ def checkpoint_tensors(
                 stored[candidate] = tensor
                 break
         else:
-            raise UnsupportedModel(f"The checkpoint has no tensor {name!r}, which the model was loaded from.")
+            if name not in optional:
+                raise UnsupportedModel(f"The checkpoint has no tensor {name!r}, which the model was loaded from.")
     return stored
 
 

@@ -8,6 +8,8 @@ treats ties. `parse` reads what `str` writes.
     50% of row       unstructured, the same count in every output row
     50% of matrix    unstructured, compared over the whole matrix
     2:4              keep 2 of every 4 consecutive inputs (NVIDIA's meaning)
+
+What takes out whole channels, heads, experts or blocks has no mask and is in structures.py; `parse` reads it as well.
 """
 
 import re
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import BadPattern
+from secateur.structures import Structure, parse_structure
 
 Group = Literal["row", "matrix"]
 
@@ -223,8 +226,13 @@ def kind_of(patterns: Iterable[Pattern]) -> str:
     return " + ".join(sorted({pattern.kind for pattern in patterns}))
 
 
-def parse(text: str) -> Pattern:
-    """The pattern that `text` names. Raises BadPattern for anything else."""
+def parse(text: str) -> Pattern | Structure:
+    """The pattern or structure that `text` names. Raises BadPattern for anything else."""
+    return parse_structure(text.strip()) or parse_pattern(text)
+
+
+def parse_pattern(text: str) -> Pattern:
+    """The pattern of zeros that `text` names. Raises BadPattern for anything else, structures too."""
     if found := re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip()):
         return NM(int(found[1]), int(found[2]))
     if found := re.fullmatch(r"(-?\d+(?:\.\d+)?)%(?: of (row|matrix))?", text.strip()):
@@ -232,6 +240,9 @@ def parse(text: str) -> Pattern:
         pattern = Unstructured(float(found[1]) / 100, over)
         pattern.check((1, 1), text)
         return pattern
+    if parse_structure(text.strip()):
+        raise BadPattern(f"{text} takes out whole structures; a pattern of zeros is wanted here, such as '50%' or '2:4'.")
     raise BadPattern(
-        f"{text!r} is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', or 'N:M' such as '2:4'."
+        f"{text!r} is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', 'N:M' such as '2:4', "
+        "'25% of channels', '25% of heads', '25% of experts', '4 blocks' or '12% of blocks'."
     )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from secateur.model import Call, run_block
 from secateur.patterns import NM
-from secateur.sites import Site, recorded_inputs, sites
+from secateur.sites import Site, bias, recorded_inputs, sites
 from secateur.stats import Stats
 from secateur.units import Unit
 
@@ -134,8 +134,8 @@ def reorder(block: nn.Module, consumer: str, classes: list[list[Unit]], order: T
         site = known[name]
         site.weight.copy_(site.weight[moved.to(site.weight.device)])
         changed.append(site.parameter)
-        if (bias := _bias(block, site)) is not None:
-            parameter, values = bias
+        if (held := bias(block, site)) is not None:
+            parameter, values = held
             values.copy_(values[moved.to(values.device)])
             changed.append(parameter)
     return list(dict.fromkeys(changed))
@@ -160,17 +160,6 @@ def _output_orders(known: Mapping[str, Site], classes: list[list[Unit]], order: 
     return rows
 
 
-def _bias(block: nn.Module, site: Site) -> tuple[str, Tensor] | None:
-    """(name, values `[out]`) of a site's bias, a view; None where it has none."""
-    if site.expert:
-        owner, expert, matrix = site.name.rsplit(".", 2)
-        if not getattr(block.get_submodule(owner), "has_bias", False):
-            return None
-        return f"{owner}.{matrix}_bias", block.get_parameter(f"{owner}.{matrix}_bias").data[int(expert)]
-    bias = block.get_submodule(site.name).bias
-    return None if bias is None else (f"{site.name}.bias", bias.data)  # type: ignore[return-value]
-
-
 def permuted(stats: Stats, order: Tensor) -> Stats:
     """What the statistics would be had the inputs come in this order, int64 `[in]`."""
     sums = {}
@@ -193,13 +182,13 @@ def same_output(before: nn.Module, after: nn.Module, consumer: str, order: Tenso
         with recorded_inputs(block, lambda name, x, seen=seen: seen.append(x) if name == consumer else None):
             outputs.append(run_block(block, hidden, call))
         inputs.append(seen)
-    if len(inputs[0]) != len(inputs[1]) or not _close(outputs[0], outputs[1]):
+    if len(inputs[0]) != len(inputs[1]) or not close(outputs[0], outputs[1]):
         return False
     at = order.to(hidden.device)
-    return all(x.shape == y.shape and _close(x[..., at], y) for x, y in zip(*inputs, strict=True))
+    return all(x.shape == y.shape and close(x[..., at], y) for x, y in zip(*inputs, strict=True))
 
 
-def _close(wanted: Tensor, got: Tensor) -> bool:
+def close(wanted: Tensor, got: Tensor) -> bool:
     """Whether each channel (last dimension) differs by little of its norm, or of 1 % of the typical norm.
 
     Little is 0.1 %, or a few roundings of a 16-bit dtype: a wrong order is far off.

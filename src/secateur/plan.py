@@ -22,7 +22,7 @@ from secateur.methods import find_method
 from secateur.methods.base import importance
 from secateur.model import LanguageModel, load
 from secateur.options import check_windows, draw_calibration, find_devices, find_dtype, forward_dtype
-from secateur.patterns import Unstructured, parse
+from secateur.patterns import Unstructured, parse_pattern
 from secateur.progress import Progress
 from secateur.search import search
 from secateur.stream import Step
@@ -116,7 +116,7 @@ def make_plan(
         left = names_left(shapes, skip)
         return _not_empty({name: pattern for name, pattern in held.items() if name in left})
     check_allocation(allocate, pattern)
-    wanted = parse(pattern)
+    wanted = parse_pattern(pattern)
     base = _not_empty(uniform(shapes, wanted, skip))
     if allocate == "uniform":
         return base
@@ -153,7 +153,7 @@ def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None
     if allocate not in ("uniform", *ALLOCATIONS):
         known = ["uniform", *ALLOCATIONS, *(["a plan's .json file"] if files else [])]
         raise UnknownName("allocation", allocate, known)
-    wanted = parse(pattern)
+    wanted = parse_pattern(pattern)
     if allocate in ALLOCATIONS and not isinstance(wanted, Unstructured):
         raise BadPlan(
             f"{wanted} removes the same of every site; --allocate {allocate} needs a percentage such as '70%'."

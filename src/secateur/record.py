@@ -42,6 +42,10 @@ class Report:
     allocation: str = "uniform"
     refined: dict[str, tuple[float, float]] = field(default_factory=dict)
     """With `+refine`: the relative output error of each block before and after."""
+    parameters: tuple[int, int] | None = None
+    """Of a smaller model: how many parameters it had and has."""
+    removed: dict[str, str] = field(default_factory=dict)
+    """Of a smaller model: what was taken out of which part of a block, in words, and which blocks."""
     out: Path | None = None
 
     def record(self) -> dict[str, Any]:

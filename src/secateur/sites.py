@@ -54,6 +54,17 @@ def sites(block: nn.Module) -> dict[str, Site]:
     return found
 
 
+def bias(block: nn.Module, site: Site) -> tuple[str, Tensor] | None:
+    """(name, values `[out]`) of a site's bias, a view; None where it has none."""
+    if site.expert:
+        owner, expert, matrix = site.name.rsplit(".", 2)
+        if not getattr(block.get_submodule(owner), "has_bias", False):
+            return None
+        return f"{owner}.{matrix}_bias", block.get_parameter(f"{owner}.{matrix}_bias").data[int(expert)]
+    held = block.get_submodule(site.name).bias
+    return None if held is None else (f"{site.name}.bias", held.data)  # type: ignore[return-value]
+
+
 def coverage(block: nn.Module) -> tuple[int, int]:
     """(weights that are sites, weights of all matrices) of a block; vectors are not counted."""
     covered = sum(site.stored.numel() for site in sites(block).values())

@@ -20,11 +20,14 @@ STATS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ),  # [in] float64
     "gram": lambda x, dense: (x.T @ x).double(),  # [in, in] float64
     "cross": lambda x, dense: (dense.T @ x).double(),  # [in, in] float64
+    "sum": lambda x, dense: x.double().sum(0),  # [in] float64
+    "dense sum": lambda x, dense: dense.double().sum(0),  # [in] float64
 }
 """Each statistic of inputs x `[tokens, in]`, float32: a tensor that adds over tokens.
 
-`dense` are the inputs of the same tokens in the dense model; "cross" alone reads them.
+`dense` are the inputs of the same tokens in the dense model; those in `OF_DENSE` alone read them.
 """
+OF_DENSE = frozenset({"cross", "dense sum"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +40,10 @@ class Stats:
 
     @classmethod
     def of(cls, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
-        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; "cross" only where `dense` is given."""
+        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE` only where it is given."""
         x = x.float()
         other = x if dense is None else dense.float()
-        return cls(len(x), {name: STATS[name](x, other) for name in need if name != "cross" or dense is not None})
+        return cls(len(x), {name: STATS[name](x, other) for name in need if name not in OF_DENSE or dense is not None})
 
     def __add__(self, other: "Stats") -> "Stats":
         return Stats(

@@ -29,6 +29,7 @@ from secateur.model import (
     working_copy,
 )
 from secateur.sites import Site, recorded_inputs, sites
+from secateur.stats import OF_DENSE
 from secateur.watch import Observed, Watch, refuse_non_finite
 
 
@@ -66,7 +67,8 @@ class Step:
     seconds: Seconds
     _observe: Callable[..., Observed] = field(repr=False)
     _batches: Callable[[], list[Batch]] = field(repr=False)
-    _first: Callable[[], tuple[Tensor, Call]] = field(repr=False)
+    _windows: Callable[[], list[tuple[Tensor, list[Call]]]] = field(repr=False)
+    _replace: Callable[[nn.Module], None] = field(repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +85,16 @@ class Step:
 
     def first(self) -> tuple[Tensor, Call]:
         """The hidden states of the first batch as they enter the block, and its call."""
-        return self._first()
+        hidden, calls = self._windows()[0]
+        return hidden, calls[self.index]
+
+    def windows(self) -> list[tuple[Tensor, list[Call]]]:
+        """The hidden states of every batch as they enter the block, and the calls of all blocks of the model."""
+        return self._windows()
+
+    def replace(self, block: nn.Module) -> None:
+        """Go on with this block instead of the working copy, which is dropped; it may have other shapes."""
+        self._replace(block)
 
     @torch.no_grad()
     def batches(self) -> list[Batch]:
@@ -113,8 +124,9 @@ def stream(
     batch_size: int,
     seconds: Seconds | None = None,
     dense: bool = False,
+    kept: Collection[int] | None = None,
 ) -> Iterator[Step]:
-    """The blocks in order with the inputs that `tokens` `[samples, length]` give them.
+    """The blocks in order with the inputs that `tokens` `[samples, length]` give them; those in `kept`, or all.
 
     With `dense`, a second stream goes through the dense blocks, for the statistic "cross" and for `Step.batches`.
     """
@@ -123,11 +135,16 @@ def stream(
     if dense:
         run.dense = list(run.hidden)
         run.dense_calls = [_own(calls, {}) for calls in run.calls]
-    for index in range(len(language_model.blocks)):
+    count = len(language_model.blocks)
+    last = count - 1 if kept is None else max(kept)
+    for index in range(last + 1):
+        if kept is not None and index not in kept:
+            run.skip(index)
+            continue
         step = run.open(index)
         yield step
         del step  # its copy of the block would live beside the next one
-        if index + 1 < len(language_model.blocks):
+        if index < last:
             run.advance(index)
 
 
@@ -190,8 +207,19 @@ class _Run:
         self.targets = None
         return Step(
             index, name, block, sites(block), self.seconds, lambda *a: self.observe(index, *a),
-            lambda: self.batches(index), lambda: (self.hidden[0], self.calls[0][index]),
+            lambda: self.batches(index), lambda: list(zip(self.hidden, self.calls, strict=True)), self.replace,
         )  # fmt: skip
+
+    def replace(self, block: nn.Module) -> None:
+        self.replicas = [working_copy(block, device, self.dtype) for device in self.devices]
+
+    @torch.no_grad()
+    def skip(self, index: int) -> None:
+        """Leave a block out; only the dense stream goes through it."""
+        if self.dense is not None:
+            self.originals = [working_copy(self.language_model.blocks[index], device, self.dtype) for device in self.devices]
+            self.targets = None
+            self.dense = self.dense_outputs(index)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
@@ -289,7 +317,7 @@ class _Run:
         Which tokens reach an expert differs between the two models, so there are no pairs to sum over.
         """
         found: dict[str, Tensor] = {}
-        if self.dense is None or "cross" not in need:
+        if self.dense is None or not OF_DENSE.intersection(need):
             return found
         block = self.originals[share]
         linear = {name for name in sites(block) if not any(part.isdigit() for part in name.split("."))}

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from secateur.model import LanguageModel
 from secateur.trace import Trace
@@ -36,6 +38,66 @@ def movable(language_model: LanguageModel, index: int, device: torch.device) -> 
     found = trace_block(language_model, index, device=device, dtype=torch.float32)
     readers = {consumer for _, consumer in found.reach}
     return {name: units for name in sorted(readers) if (units := exchangeable(found, name))}
+
+
+def removable(trace: Trace) -> dict[str, list[Unit]]:
+    """The units that can be taken out whole, by the site that reads them; a site's units are all of one size.
+
+    Channels and inputs that meet belong together, and so does whatever meets one of them: a feed-forward channel, or a
+    key-value head with the query heads that read it. What also arrives elsewhere, or is reached from the block's own
+    input, stays. So do the units of a site that are not all alike, and what one site feeds to several.
+    """
+    starts, total = {}, 0  # every channel and every input is a node
+    for key, size in _sizes(trace).items():
+        starts[key] = total
+        total += size
+    sources, targets = [], []
+    held = np.zeros(total, dtype=bool)
+    for (producer, consumer), reach in trace.reach.items():
+        if producer not in trace.leaks:
+            continue
+        leaks = trace.leaks[producer]
+        held[starts[consumer, "in"] + reach[leaks].any(0).nonzero().flatten().numpy()] = True
+        channels, inputs = (reach & ~leaks[:, None]).nonzero().T.numpy()
+        sources.append(starts[producer, "out"] + channels)
+        targets.append(starts[consumer, "in"] + inputs)
+    for producer, leaks in trace.leaks.items():
+        if (producer, "out") in starts:
+            held[starts[producer, "out"] + leaks.nonzero().flatten().numpy()] = True
+    for consumer in trace.direct:
+        if (consumer, "in") in starts:
+            held[starts[consumer, "in"] : starts[consumer, "in"] + _sizes(trace)[consumer, "in"]] = True
+    ends = np.concatenate(sources or [[]]).astype(int), np.concatenate(targets or [[]]).astype(int)
+    graph = coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(total, total))
+    count, label = connected_components(graph, directed=False)
+    stays = np.zeros(count, dtype=bool)
+    stays[label[held]] = True
+    members: dict[int, tuple[list[tuple[str, int]], list[tuple[str, int]]]] = defaultdict(lambda: ([], []))
+    for (name, way), size in _sizes(trace).items():
+        for channel, component in enumerate(label[starts[name, way] : starts[name, way] + size].tolist()):
+            if not stays[component]:
+                members[component][way == "out"].append((name, channel))
+    found: dict[str, list[Unit]] = defaultdict(list)
+    for inputs, outputs in members.values():
+        readers = {name for name, _ in inputs}
+        if len(readers) == 1 and outputs:
+            found[readers.pop()].append(Unit(tuple(i for _, i in inputs), tuple(outputs)))
+    return {name: units for name, units in sorted(found.items()) if _alike(units, _sizes(trace)[name, "in"])}
+
+
+def _sizes(trace: Trace) -> dict[tuple[str, str], int]:
+    """How many channels every producer has, and inputs every consumer, of those that meet."""
+    sizes = {}
+    for (producer, consumer), reach in trace.reach.items():
+        if producer in trace.leaks:
+            sizes[producer, "out"], sizes[consumer, "in"] = reach.shape
+    return sizes
+
+
+def _alike(units: list[Unit], width: int) -> bool:
+    """Whether units are of one kind and together hold all inputs of their reader."""
+    kinds = {(len(unit.inputs), tuple(sorted(Counter(site for site, _ in unit.outputs).items()))) for unit in units}
+    return len(kinds) == 1 and sum(len(unit.inputs) for unit in units) == width
 
 
 def exchangeable(trace: Trace, consumer: str) -> list[list[Unit]]:

@@ -1,0 +1,139 @@
+"""What structured pruning takes out whole: channels, heads, experts, blocks. `parse` reads what `str` writes.
+
+    25% of channels    of the feed-forward channels of every block (of every expert, where there are experts)
+    25% of heads       of the key-value heads of every block, each with the query heads that read it
+    25% of experts     of the experts of every block
+    4 blocks           whole decoder blocks; `12% of blocks` likewise
+    A + B              several of these, one after the other
+
+What is left is a smaller dense model. Every block keeps the same number, since stock configurations hold nothing else.
+"""
+
+import re
+from dataclasses import dataclass
+from math import gcd
+from typing import Literal
+
+from secateur.errors import BadPattern
+
+Kind = Literal["channels", "heads", "experts"]
+
+
+@dataclass(frozen=True)
+class Units:
+    """Remove the share `ratio` of the channels, heads or experts of every block. Raises BadPattern outside 0 to 1."""
+
+    ratio: float
+    of: Kind
+
+    def __post_init__(self) -> None:
+        _check(self.ratio)
+
+    def __str__(self) -> str:
+        return f"{100 * self.ratio:.10g}% of {self.of}"
+
+    kind = "structured"
+
+    def kept(self, total: int, align: int | None, where: str) -> int:
+        """How many of `total` units stay: the multiple of `align` that is nearest to what was asked.
+
+        Raises BadPattern where that is none or all of them.
+        """
+        align = (align or default_alignment(total)) if self.of == "channels" else 1
+        left = round(total * (1 - self.ratio) / align) * align
+        if 0 < left < total:
+            return left
+        steps = f" in steps of {align}" if align > 1 else ""
+        least = 100 * min(align, total) / total
+        wanted = "nothing of them would be left" if not left else "that is less than one step"
+        raise BadPattern(
+            f"{where} has {total} {self.of}, which go{steps}; {self} was asked, and {wanted}. "
+            f"One step is {least:.3g}%, the most that can go {100 - least:.3g}%."
+        )
+
+
+def default_alignment(total: int) -> int:
+    """The largest power of two up to 128 that divides a width and is at most a 32nd of it.
+
+    Kernels lose speed on widths that are no multiple of 16 or 128; small models have no width to give away for it.
+    """
+    align = gcd(total, 128)
+    while align > 1 and align > total // 32:
+        align //= 2
+    return align
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Remove whole blocks: `count` of them, or the share `ratio`. Raises BadPattern for neither or both."""
+
+    count: int | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.ratio is None):
+            raise BadPattern("A number of blocks or a share of them is wanted.")
+        if self.ratio is not None:
+            _check(self.ratio)
+
+    def __str__(self) -> str:
+        if self.count is not None:
+            return f"{self.count} block{'' if self.count == 1 else 's'}"
+        return f"{100 * (self.ratio or 0):.10g}% of blocks"
+
+    kind = "structured"
+
+    def removed(self, total: int) -> int:
+        """How many of `total` blocks go. Raises BadPattern where that is none or all of them."""
+        count = self.count if self.count is not None else round((self.ratio or 0) * total)
+        if not 0 < count < total:
+            raise BadPattern(f"The model has {total} blocks; {self} was asked. From 1 to {total - 1} can be removed.")
+        return count
+
+
+@dataclass(frozen=True)
+class Several:
+    """Several structures removed together, at most one of each kind. Raises BadPattern otherwise."""
+
+    parts: tuple[Units | Depth, ...]
+
+    def __post_init__(self) -> None:
+        kinds = [part.of if isinstance(part, Units) else "blocks" for part in self.parts]
+        if len(set(kinds)) < len(kinds):
+            raise BadPattern(f"{self} names {max(kinds, key=kinds.count)} twice.")
+
+    def __str__(self) -> str:
+        return " + ".join(map(str, self.parts))
+
+    kind = "structured"
+
+
+Structure = Units | Depth | Several
+
+
+def _check(ratio: float) -> None:
+    if not 0 < ratio < 1:
+        raise BadPattern(f"The share to remove is over 0% and under 100%; found {100 * ratio:g}%.")
+
+
+def parts(structure: Structure) -> tuple[Units | Depth, ...]:
+    """The simple structures of which one is made."""
+    return structure.parts if isinstance(structure, Several) else (structure,)
+
+
+def parse_structure(text: str) -> Structure | None:
+    """The structure that `text` names, None where it names none. Raises BadPattern for an impossible one."""
+    found = [_parse_part(part.strip()) for part in text.split("+")]
+    whole = tuple(part for part in found if part is not None)
+    if len(whole) < len(found):
+        return None
+    return whole[0] if len(whole) == 1 else Several(whole)
+
+
+def _parse_part(text: str) -> Units | Depth | None:
+    if found := re.fullmatch(r"(-?\d+(?:\.\d+)?)% of (channels|heads|experts|blocks)", text):
+        ratio, of = float(found[1]) / 100, found[2]
+        return Depth(ratio=ratio) if of == "blocks" else Units(ratio, of)  # type: ignore[arg-type]
+    if found := re.fullmatch(r"(\d{1,6}) blocks?", text):
+        return Depth(count=int(found[1]))
+    return None

@@ -1,0 +1,264 @@
+"""Before any work: what of a model can go, how many of it, and the stock configuration that holds what is left.
+
+One block of each kind is traced. What comes out is tried on the block itself with stand-ins for the units that will
+go: the block as the smaller configuration builds it must do what the dense block does without them. So whatever
+cannot be held, or is wired in a way that no trace shows, is refused here with the counts that would do.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur import stock
+from secateur.cut import State, experts_of, module_of, without_experts, without_units
+from secateur.errors import BadPattern, SecateurError, UnsupportedModel
+from secateur.model import LanguageModel, run_block
+from secateur.permute import close
+from secateur.sites import sites
+from secateur.stock import Number, Stock, find_stock, tensor_shapes
+from secateur.structures import Structure, Units, parts
+from secateur.trace import entering, signature, trace
+from secateur.units import Unit, removable
+
+NARROW = 0.1
+"""A matrix with fewer inputs than this share of the widest is no feed-forward: a low-rank side path, say."""
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A site whose inputs go in units, and how many of these go."""
+
+    units: list[Unit]
+    gone: int
+    of: str
+
+    @property
+    def inputs(self) -> Tensor:
+        """The inputs of every unit, int64 `[units, inputs of each]`."""
+        return torch.tensor([unit.inputs for unit in self.units])
+
+
+@dataclass(frozen=True)
+class BlockCut:
+    """What goes out of every block of one kind: units by their reader, heads first, and experts by their module."""
+
+    consumers: dict[str, Consumer]
+    experts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """`kinds` by signature of a block; `stock` is the smaller model, `kept` the blocks that stay."""
+
+    kinds: Mapping[Any, BlockCut]
+    kept: tuple[int, ...]
+    stock: Stock
+
+    def of(self, block: nn.Module) -> BlockCut:
+        return self.kinds[signature(block)]
+
+
+def survey(
+    language_model: LanguageModel, structure: Structure, kept: Sequence[int], align: int | None, device: torch.device
+) -> Survey:
+    """What goes out of the blocks that stay. Raises BadPattern or UnsupportedModel, with the counts that would do."""
+    found = _traced(language_model, structure, device)
+    kinds = {kind: _counted(cut, structure, align, language_model) for kind, cut in found.items()}
+    fitting = _find(language_model, kinds, kept)
+    if fitting is None:
+        raise UnsupportedModel(_no_stock(language_model, structure, found, kept, align))
+    result = Survey(kinds, tuple(kept), fitting)
+    _try(language_model, result, device)
+    return result
+
+
+def holds(language_model: LanguageModel) -> Callable[[Sequence[int]], bool]:
+    """Whether a stock configuration holds the model without some of its blocks."""
+    total = len(language_model.blocks)
+    nothing = {signature(block): BlockCut({}, {}) for block in language_model.blocks}
+
+    def asked(gone: Sequence[int]) -> bool:
+        kept = [i for i in range(total) if i not in gone]
+        return len(nothing) == 1 or _find(language_model, nothing, kept) is not None
+
+    return asked
+
+
+def _traced(language_model: LanguageModel, structure: Structure, device: torch.device) -> dict[Any, BlockCut]:
+    """All that could go out of each kind of block, of what the structure names. Raises UnsupportedModel for nothing."""
+    wanted = {part.of for part in parts(structure) if isinstance(part, Units)}
+    found: dict[Any, BlockCut] = {}
+    for index, block in enumerate(language_model.blocks):
+        if (kind := signature(block)) in found:
+            continue
+        units: dict[str, list[Unit]] = {}
+        if wanted & {"channels", "heads"}:
+            units = removable(trace(language_model, index, device=device, dtype=torch.float32))
+        heads = {n: u for n, u in units.items() if len(u[0].inputs) > 1 and len(u) > 1}
+        channels = {n: u for n, u in units.items() if len(u[0].inputs) == 1}
+        widest = max((len(u) for u in channels.values()), default=0)
+        channels = {n: u for n, u in channels.items() if len(u) >= NARROW * widest}
+        consumers = {}
+        for of, kinds in (("heads", heads), ("channels", channels)):
+            if of in wanted:
+                consumers |= {name: Consumer(u, 0, of) for name, u in kinds.items()}
+        found[kind] = BlockCut(consumers, experts_of(block) if "experts" in wanted else {})
+    seen = {consumer.of for cut in found.values() for consumer in cut.consumers.values()}
+    seen |= {"experts" for cut in found.values() if cut.experts}
+    for of in sorted(wanted - seen):
+        name = type(language_model.model).__name__
+        raise UnsupportedModel(
+            {
+                "experts": f"{name} has no experts that transformers keeps as one module; {structure} cannot be removed.",
+                "heads": f"{name} has no heads that can go: all heads of a block are bound together (one key-value "
+                "head, or a norm over all of them).",
+                "channels": f"{name} has no feed-forward channels that can go: something binds them together, such "
+                "as a norm over all of them.",
+            }[of]
+        )
+    return found
+
+
+def _counted(cut: BlockCut, structure: Structure, align: int | None, language_model: LanguageModel) -> BlockCut:
+    """The same with the numbers that go. Raises BadPattern."""
+    asked = {part.of: part for part in parts(structure) if isinstance(part, Units)}
+    consumers = {}
+    for name, consumer in cut.consumers.items():
+        total = len(consumer.units)
+        kept = asked[consumer.of].kept(total, align, f"{name} of {type(language_model.model).__name__}")  # type: ignore[index]
+        consumers[name] = Consumer(consumer.units, total - kept, consumer.of)
+    experts = {}
+    for name, total in cut.experts.items():
+        kept = asked["experts"].kept(total, align, f"{name} of {type(language_model.model).__name__}")
+        active = getattr(language_model.model.config, "num_experts_per_tok", None) or 1
+        if kept < active:
+            raise BadPattern(
+                f"{name} sends every token to {active} of its {total} experts; {asked['experts']} would leave {kept}. "
+                f"At most {100 * (total - active) / total:.3g}% can go."
+            )
+        experts[name] = total - kept
+    return BlockCut(consumers, experts)
+
+
+def _find(language_model: LanguageModel, kinds: Mapping[Any, BlockCut], kept: Sequence[int]) -> Stock | None:
+    """The stock model of a cut, by its shapes."""
+    empty = stock.empty(language_model)
+    shapes = dict(tensor_shapes(language_model))
+    dense: dict[Any, dict[str, tuple[int, ...]]] = {}
+    for index in range(len(language_model.blocks)):
+        start = f"{language_model.block_name(index)}."
+        for name in [name for name in shapes if name.startswith(start)]:
+            del shapes[name]
+    for position, index in enumerate(kept):
+        block = language_model.blocks[index]
+        kind = signature(block)
+        if kind not in dense:
+            state = _stand_in(empty.blocks[index], kinds[kind])
+            dense[kind] = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        shapes |= {f"{language_model.block_name(position)}.{name}": shape for name, shape in dense[kind].items()}
+    return find_stock(language_model, shapes, _numbers(language_model, kinds), kept)
+
+
+def _stand_in(block: nn.Module, cut: BlockCut) -> State:
+    """The tensors of a block without the last units of each consumer, and the last experts."""
+    state = without_units(block, _last_units(cut))
+    counts = experts_of(block)
+    return without_experts(block, state, {n: torch.arange(counts[n] - gone) for n, gone in cut.experts.items()})
+
+
+def _last_units(cut: BlockCut) -> dict[str, list[Unit]]:
+    return {name: consumer.units[len(consumer.units) - consumer.gone :] for name, consumer in cut.consumers.items()}
+
+
+def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockCut]) -> list[Number]:
+    """The numbers of a configuration that change."""
+    found: dict[Number, None] = {}
+    heads = language_model.model.config.num_attention_heads
+    for cut in kinds.values():
+        for consumer in cut.consumers.values():
+            total = len(consumer.units)
+            left = total - consumer.gone
+            if consumer.of == "heads":
+                found[Number(total, left, stock.HEADS)] = None
+                if heads != total:
+                    found[Number(heads, heads * left // total, stock.HEADS)] = None
+            else:
+                found[Number(total, left, stock.CHANNELS)] = None
+        for block in language_model.blocks:
+            totals = experts_of(block)
+            for name, gone in cut.experts.items():
+                if name in totals:
+                    found[Number(totals[name], totals[name] - gone, stock.EXPERTS)] = None
+    return [number for number in found if number.old != number.new]
+
+
+def _no_stock(
+    language_model: LanguageModel, structure: Structure, found: Mapping[Any, BlockCut], kept: Sequence[int], align: int | None
+) -> str:
+    """Why nothing holds the result, and what would be held."""
+    name = type(language_model.model).__name__
+    fitting: dict[str, list[str]] = {}
+    for part in parts(structure):
+        if not isinstance(part, Units) or part.of != "heads":
+            continue
+        (total,) = Counter(len(c.units) for cut in found.values() for c in cut.consumers.values() if c.of == "heads") or (0,)
+        for left in range(1, total):
+            tried = {kind: _counted_to(cut, "heads", left) for kind, cut in found.items()}
+            if _find(language_model, tried, kept) is not None:
+                fitting.setdefault("heads", []).append(f"{left} of {total}")
+    would = "; ".join(f"it would hold {', '.join(counts)} {of}" for of, counts in fitting.items())
+    return (
+        f"No configuration of transformers holds a {name} without {structure}"
+        + (f": {would}." if would else ", nor with any other number of them.")
+        + " Nothing was written."
+    )
+
+
+def _counted_to(cut: BlockCut, of: str, left: int) -> BlockCut:
+    consumers = {n: Consumer(c.units, len(c.units) - left, of) for n, c in cut.consumers.items() if c.of == of}
+    return BlockCut(consumers, {})
+
+
+@torch.no_grad()
+def _try(language_model: LanguageModel, found: Survey, device: torch.device) -> None:
+    """Compare one block of every kind, cut, with the dense one whose units that go read as zero."""
+    vocabulary = language_model.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    tokens = torch.randint(int(vocabulary), (2, 16), generator=torch.Generator().manual_seed(0))
+    seen = set()
+    for position, index in enumerate(found.kept):
+        original = language_model.blocks[index]
+        kind = signature(original)
+        cut = found.kinds[kind]
+        if kind in seen or not cut.consumers:
+            continue
+        seen.add(kind)
+        block, hidden, call = entering(language_model, index, tokens, device, torch.float32)
+        gone = _last_units(cut)
+        state = without_units(block, gone)
+        for name, units in gone.items():
+            sites(block)[name].weight[:, [i for unit in units for i in unit.inputs]] = 0
+        if cut.experts:
+            continue  # which experts a token takes changes; the reloaded model is compared at the end
+        wanted = run_block(block, hidden, call)
+        try:
+            smaller = module_of(found.stock.language_model.blocks[position], state, block).to(device)
+            got = run_block(smaller, hidden, call)
+        except SecateurError:
+            raise
+        except Exception as error:  # whatever a family's forward raises when its sizes do not fit
+            raise UnsupportedModel(_wired(language_model, index, type(error).__name__)) from error
+        if got.shape != wanted.shape or not close(wanted, got):
+            raise UnsupportedModel(_wired(language_model, index, "its output differs"))
+
+
+def _wired(language_model: LanguageModel, index: int, what: str) -> str:
+    return (
+        f"{language_model.block_name(index)} of {type(language_model.model).__name__} does not compute the same with "
+        f"fewer channels or heads as with zeros in their place ({what}): its numbers depend on their count or order."
+    )
