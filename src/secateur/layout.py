@@ -16,19 +16,22 @@ from typing import Any
 
 from secateur.checkpoint import INDEX, Checkpoint, Place
 
-Shapes = Mapping[str, tuple[int, ...]]
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+"""By the name of every tensor of a smaller checkpoint: the tensor of the source that it comes from, and its shape."""
 
 
-def resized(source: Checkpoint, folder: Path, shapes: Shapes) -> Mapping[str, Place]:
-    """Write the shards of a smaller checkpoint to `folder`; the places of its tensors, `shapes` by checkpoint name.
+def resized(source: Checkpoint, folder: Path, tensors: Tensors) -> Mapping[str, Place]:
+    """Write the shards of a smaller checkpoint to `folder`; returns the places of its tensors.
 
-    Tensors of unchanged shape are copied, the others are left to be written. A shard that has no tensor left is gone.
+    A tensor lies in the shard that its origin lies in, in the same order. What has kept its name and its shape is
+    copied, everything else is left to be written. A shard that has no tensor left is gone.
     """
     places: dict[str, Place] = {}
     for shard in source.shards:
-        inside = [name for name, place in source.places.items() if place.shard == shard and name in shapes]
+        inside = [name for name, (origin, _) in tensors.items() if source.places[origin].shard == shard]
         if inside:
-            places |= _shard(source, folder / shard, sorted(inside, key=lambda n: source.places[n].offset), shapes)
+            inside.sort(key=lambda name: (source.places[tensors[name][0]].offset, name))
+            places |= _shard(source, folder / shard, inside, tensors)
     if (folder / INDEX).exists():
         total = sum(place.bytes for place in places.values())
         index = {"metadata": {"total_size": total}, "weight_map": {n: p.shard for n, p in sorted(places.items())}}
@@ -36,14 +39,15 @@ def resized(source: Checkpoint, folder: Path, shapes: Shapes) -> Mapping[str, Pl
     return places
 
 
-def _shard(source: Checkpoint, file: Path, names: list[str], shapes: Shapes) -> dict[str, Place]:
+def _shard(source: Checkpoint, file: Path, names: list[str], tensors: Tensors) -> dict[str, Place]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    sizes, start = {}, 0
+    start = 0
     for name in names:
-        old = source.places[name]
-        sizes[name] = old.bytes // max(prod(old.shape), 1) * prod(shapes[name])
-        header[name] = {"dtype": old.dtype, "shape": list(shapes[name]), "data_offsets": [start, start + sizes[name]]}
-        start += sizes[name]
+        origin, shape = tensors[name]
+        old = source.places[origin]
+        size = old.bytes // max(prod(old.shape), 1) * prod(shape)
+        header[name] = {"dtype": old.dtype, "shape": list(shape), "data_offsets": [start, start + size]}
+        start += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     places = {}
@@ -51,11 +55,12 @@ def _shard(source: Checkpoint, file: Path, names: list[str], shapes: Shapes) -> 
         stream.write(len(text).to_bytes(8, "little") + text)
         stream.truncate(8 + len(text) + start)
         for name in names:
-            old = source.places[name]
-            offset = 8 + len(text) + header[name]["data_offsets"][0]
-            places[name] = replace(old, offset=offset, bytes=sizes[name], shape=tuple(shapes[name]))
-            if old.shape == places[name].shape:
+            origin, shape = tensors[name]
+            old, (first, last) = source.places[origin], header[name]["data_offsets"]
+            place = replace(old, offset=8 + len(text) + first, bytes=last - first, shape=shape)
+            places[name] = place
+            if origin == name and old.shape == shape:
                 held.seek(old.offset)
-                stream.seek(offset)
+                stream.seek(place.offset)
                 stream.write(held.read(old.bytes))
     return places

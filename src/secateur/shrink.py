@@ -119,12 +119,12 @@ def shrink_checkpoint(
             parameters=(dense, dense - _difference(language_model, found.stock.language_model)),
             removed=_in_words(language_model, found),
         )  # fmt: skip
-        places = _Names(source, language_model, found)
+        names = _Names(source, language_model, found)
         with output(source, out, overwrite=overwrite, weights=False) as result:
-            result.places = resized(source, result.partial, places.shapes())
+            result.places = resized(source, result.partial, names.places())
             result.configure(found.stock.changes, language_model.model.config.model_type)
             progress.begin(f"shrinking with {method} to {structure}")
-            logits = _shrink(run, found, report, places, result)
+            logits = _shrink(run, found, report, names, result)
             _verify(result, windows.ids, logits, trust_remote_code, progress)
             report.sparsity = _share_gone(language_model, found)
             report.peak_bytes, report.out = peak.bytes, out
@@ -199,13 +199,9 @@ def _shrink(run: _Run, found: Survey, report: Report, names: _Names, result: Out
         result.write(names.of_block(position, state))
         position += 1
         if position == count:
-            hidden, call = step.first()
-            part = hidden[..., :1, :CHECKED_TOKENS, :]
-            tokens = run.tokens[:1, :CHECKED_TOKENS]
+            leaving = run_block(working_copy(smaller, step.device, run.dtype), *step.first())
             shell = Shell(model, step.device, run.dtype)
-            _, calls = shell.enter(tokens)
-            block = working_copy(smaller, step.device, run.dtype)
-            logits = shell.leave(tokens, run_block(block, part, calls[step.index])).cpu()
+            logits = shell.leave(run.tokens[:1, :CHECKED_TOKENS], leaving[..., :1, :CHECKED_TOKENS, :]).cpu()
         del step
         release_memory()
     run.progress.advance("done", count, count)
@@ -349,38 +345,56 @@ def _verify(result: Output, tokens: Tensor, logits: Tensor, trust_remote_code: b
 
 
 class _Names:
-    """Which tensors the smaller checkpoint has, by the names that the source has for them."""
+    """Which tensors the smaller checkpoint has, by the names that the source has, or would have, for them."""
 
     def __init__(self, source: Checkpoint, language_model: LanguageModel, found: Survey) -> None:
         self.source, self.dense, self.found = source, language_model, found
+        stem = language_model.stack
+        prefix = f"{language_model.model.base_model_prefix}."
+        stems = [f"{part}." for part in (stem, stem.removeprefix(prefix), prefix + stem)]
+        self.stem = next((part for part in stems if any(name.startswith(part) for name in source.places)), stems[0])
 
     def of_block(self, position: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block of the smaller model, by checkpoint name."""
-        smaller = self.found.stock.language_model
-        return self._stored(smaller, position, state)
+        return self._stored(self.found.stock.language_model, position, self.found.kept[position], state)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of the smaller checkpoint: outside the blocks as it was, in them as they will be."""
+    def places(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """For every tensor of the smaller checkpoint the source's tensor that it comes from, and its own shape."""
         inside: set[str] = set()
         for index, block in enumerate(self.dense.blocks):
-            inside |= self._stored(self.dense, index, block.state_dict()).keys()
-        stem = self.dense.stack
-        stems = tuple(f"{part}." for part in (stem, stem.split(".", 1)[-1], f"{self.dense.model.base_model_prefix}.{stem}"))
+            inside |= self._stored(self.dense, index, index, block.state_dict()).keys()
         found = {
-            name: place.shape
+            name: (name, place.shape)
             for name, place in self.source.places.items()
-            if name not in inside and not name.startswith(stems)
+            if name not in inside and not name.startswith(self.stem)
         }
         for position, block in enumerate(self.found.stock.language_model.blocks):
-            stored = self._stored(self.found.stock.language_model, position, block.state_dict())
-            found |= {name: tuple(tensor.shape) for name, tensor in stored.items()}
+            old = _Old(self.source, f"{self.stem}{position}.", f"{self.stem}{self.found.kept[position]}.")
+            for name, tensor in self.of_block(position, block.state_dict()).items():
+                found[name] = old.name(name), tuple(tensor.shape)
         return found
 
-    def _stored(self, model: LanguageModel, index: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        start = model.block_name(index)
-        buffers = {f"{start}.{name}" for name, _ in model.blocks[index].named_buffers()}
+    def _stored(self, model: LanguageModel, position: int, index: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        start = model.block_name(position)
+        buffers = {f"{start}.{name}" for name, _ in model.blocks[position].named_buffers()}
         tensors = {f"{start}.{name}": tensor for name, tensor in state.items()}
-        return checkpoint_tensors(model, tensors, self.source.places, buffers)
+        known = _Old(self.source, f"{self.stem}{position}.", f"{self.stem}{index}.")
+        return checkpoint_tensors(model, tensors, known, buffers)
+
+
+@dataclass(frozen=True)
+class _Old:
+    """The names of a block's tensors where the block has moved; those are in it that the source has under its number."""
+
+    source: Checkpoint
+    now: str
+    before: str
+
+    def name(self, name: str) -> str:
+        return self.before + name.removeprefix(self.now) if name.startswith(self.now) else name
+
+    def __contains__(self, name: object) -> bool:
+        return self.name(str(name)) in self.source.places
 
 
 def _difference(dense: LanguageModel, smaller: LanguageModel) -> int:

@@ -40,6 +40,10 @@ class Number:
     new: int
     names: tuple[str, ...]
 
+    def of(self, value: int | None) -> int:
+        """What a field becomes that held the old number, or twice that (gate and up together), or nothing."""
+        return self.new * (value or self.old) // self.old
+
 
 CHANNELS = ("inter", "inner", "ffn", "ff", "mlp", "expansion")
 HEADS = ("head",)
@@ -113,12 +117,13 @@ def _candidates(config: Any, numbers: Sequence[Number], kept: Sequence[int]) -> 
     for number in numbers:
         fields = [name for name, value in held.items() if _may_hold(name, value, number)]
         sets = [chosen for size in (1, 2, 3) for chosen in combinations(fields, size)]
-        choices.append([dict.fromkeys(chosen, number.new) for chosen in sets])
-    explicit = {}
-    if any(number.names == HEADS for number in numbers) and "head_dim" in held:
-        explicit = {"head_dim": held["head_dim"] or config.hidden_size // config.num_attention_heads}
-    for chosen in product(*choices):
-        changes = dict(depth) | explicit
+        choices.append([{name: number.of(held[name]) for name in chosen} for chosen in sets])
+    said: list[dict[str, Any]] = [{}]  # the width of a head, which many derive from their number unless it is said
+    if any(number.names == HEADS for number in numbers):
+        width = held.get("head_dim") or config.hidden_size // config.num_attention_heads
+        said.insert(0, {"head_dim": width})
+    for explicit, *chosen in product(said, *choices):
+        changes = depth | explicit
         for part in chosen:
             changes |= part
         yield changes
@@ -127,8 +132,9 @@ def _candidates(config: Any, numbers: Sequence[Number], kept: Sequence[int]) -> 
 def _may_hold(name: str, value: Any, number: Number) -> bool:
     if not any(part in name for part in number.names) or isinstance(value, bool):
         return False
-    computed = value is None and number.names == CHANNELS  # GPT-2's n_inner is 4 x hidden where it is not said
-    return value == number.old or computed
+    if number.names == CHANNELS:  # GPT-2's n_inner is 4 x hidden where it is not said
+        return value in (number.old, 2 * number.old, None)
+    return value == number.old
 
 
 def _fewer_blocks(config: Any, held: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:

@@ -7,8 +7,7 @@ cannot be held, or is wired in a way that no trace shows, is refused here with t
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,13 +68,13 @@ def survey(
 ) -> Survey:
     """What goes out of the blocks that stay. Raises BadPattern or UnsupportedModel, with the counts that would do."""
     found = _traced(language_model, structure, device)
-    kinds = {kind: _counted(cut, structure, align, language_model) for kind, cut in found.items()}
-    fitting = _find(language_model, kinds, kept)
-    if fitting is None:
-        raise UnsupportedModel(_no_stock(language_model, structure, found, kept, align))
-    result = Survey(kinds, tuple(kept), fitting)
-    _try(language_model, result, device)
-    return result
+    for among in _alternatives(found):
+        kinds = {kind: _counted(cut, structure, align, language_model) for kind, cut in among.items()}
+        if fitting := _find(language_model, kinds, kept):
+            result = Survey(kinds, tuple(kept), fitting)
+            _try(language_model, result, device)
+            return result
+    raise UnsupportedModel(_no_stock(language_model, structure, found, kept))
 
 
 def holds(language_model: LanguageModel) -> Callable[[Sequence[int]], bool]:
@@ -123,6 +122,27 @@ def _traced(language_model: LanguageModel, structure: Structure, device: torch.d
             }[of]
         )
     return found
+
+
+def _alternatives(found: Mapping[Any, BlockCut]) -> Iterator[Mapping[Any, BlockCut]]:
+    """All that could go; else the widest channels alone, since a side path may have no field of its own; else one
+    kind of head alone, since linear attention beside softmax attention seldom has one."""
+    yield found
+
+    def only(wanted: Callable[[str, Consumer, BlockCut], bool]) -> Mapping[Any, BlockCut]:
+        return {
+            kind: BlockCut({n: c for n, c in cut.consumers.items() if wanted(n, c, cut)}, cut.experts)
+            for kind, cut in found.items()
+        }
+
+    def widest(name: str, consumer: Consumer, cut: BlockCut) -> bool:
+        most = max(len(c.units) for c in cut.consumers.values() if c.of == consumer.of)
+        return consumer.of == "heads" or len(consumer.units) == most
+
+    yield only(widest)
+    names = {n: None for cut in found.values() for n, c in cut.consumers.items() if c.of == "heads"}
+    for kept in names if len(names) > 1 else ():
+        yield only(lambda name, consumer, cut, kept=kept: name == kept or (consumer.of != "heads" and widest(name, consumer, cut)))
 
 
 def _counted(cut: BlockCut, structure: Structure, align: int | None, language_model: LanguageModel) -> BlockCut:
@@ -179,14 +199,14 @@ def _last_units(cut: BlockCut) -> dict[str, list[Unit]]:
 def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockCut]) -> list[Number]:
     """The numbers of a configuration that change."""
     found: dict[Number, None] = {}
-    heads = language_model.model.config.num_attention_heads
+    heads = getattr(language_model.model.config, "num_attention_heads", None)
     for cut in kinds.values():
         for consumer in cut.consumers.values():
             total = len(consumer.units)
             left = total - consumer.gone
             if consumer.of == "heads":
                 found[Number(total, left, stock.HEADS)] = None
-                if heads != total:
+                if heads and heads != total:
                     found[Number(heads, heads * left // total, stock.HEADS)] = None
             else:
                 found[Number(total, left, stock.CHANNELS)] = None
@@ -199,29 +219,31 @@ def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockCut]) -> li
 
 
 def _no_stock(
-    language_model: LanguageModel, structure: Structure, found: Mapping[Any, BlockCut], kept: Sequence[int], align: int | None
+    language_model: LanguageModel, structure: Structure, found: Mapping[Any, BlockCut], kept: Sequence[int]
 ) -> str:
     """Why nothing holds the result, and what would be held."""
-    name = type(language_model.model).__name__
-    fitting: dict[str, list[str]] = {}
-    for part in parts(structure):
-        if not isinstance(part, Units) or part.of != "heads":
+    name, said = type(language_model.model).__name__, list[str]()
+    for of in ("heads", "channels"):
+        totals = {len(c.units) for cut in found.values() for c in cut.consumers.values() if c.of == of}
+        if not totals:
             continue
-        (total,) = Counter(len(c.units) for cut in found.values() for c in cut.consumers.values() if c.of == "heads") or (0,)
-        for left in range(1, total):
-            tried = {kind: _counted_to(cut, "heads", left) for kind, cut in found.items()}
-            if _find(language_model, tried, kept) is not None:
-                fitting.setdefault("heads", []).append(f"{left} of {total}")
-    would = "; ".join(f"it would hold {', '.join(counts)} {of}" for of, counts in fitting.items())
-    return (
-        f"No configuration of transformers holds a {name} without {structure}"
-        + (f": {would}." if would else ", nor with any other number of them.")
-        + " Nothing was written."
-    )
+        counts = range(1, max(totals)) if of == "heads" else [max(totals) // 2]
+        fitting = [
+            f"{left} of {max(totals)}"
+            for left in counts
+            if _find(language_model, {kind: _counted_to(cut, of, left) for kind, cut in found.items()}, kept)
+        ]
+        if fitting and of == "heads":
+            said.append(f"of the heads it would hold {', '.join(fitting)}")
+        elif not fitting:
+            said.append(f"it has no field for the number of {of} alone")
+    why = f" ({'; '.join(said)})" if said else ""
+    return f"No configuration of transformers holds {name} without {structure}{why}. Nothing was written."
 
 
 def _counted_to(cut: BlockCut, of: str, left: int) -> BlockCut:
-    consumers = {n: Consumer(c.units, len(c.units) - left, of) for n, c in cut.consumers.items() if c.of == of}
+    mine = {n: c for n, c in cut.consumers.items() if c.of == of}
+    consumers = {n: Consumer(c.units, max(len(c.units) - left, 0), of) for n, c in mine.items()}
     return BlockCut(consumers, {})
 
 
