@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.machine import machine, versions
 from secateur.methods import find_method
-from secateur.patterns import parse
+from secateur.patterns import parse_pattern
 from secateur.stats import Stats
 
 METHODS = (
@@ -86,7 +86,7 @@ def run(rows: int, channels: int, tokens_per_channel: int, alpha: float, massive
             method = find_method(name)
             stats = Stats(len(calibration), {"gram": gram, "square": gram.diagonal().double()})
             started = time.process_time()
-            pruned = method.prune(weight, stats, parse(pattern).within(method.group))
+            pruned = method.prune(weight, stats, parse_pattern(pattern).within(method.group))
             seconds = time.process_time() - started
             error = relative_error(weight, pruned.weight, fresh)
             baseline = error if name == "sparsegpt" else baseline

@@ -12,7 +12,7 @@ from reference.wanda import wanda
 from secateur.errors import NotSolved
 from secateur.methods import METHODS, REFINEMENTS, find_method, prune_together
 from secateur.methods.sparsegpt import inverse_factor
-from secateur.patterns import NM, Pattern, Stacked, Unstructured, kind_of, parse
+from secateur.patterns import NM, Pattern, Stacked, Unstructured, kind_of, parse_pattern
 from secateur.solve import ridge
 from secateur.stats import STATS, Stats
 
@@ -44,7 +44,7 @@ def mask_rule(pattern: Pattern):
 
 def run(name: str, pattern: str, weight: torch.Tensor, x: torch.Tensor):
     method = find_method(name)
-    return method.prune(weight, Stats.of(x, method.need), parse(pattern).within(method.group))
+    return method.prune(weight, Stats.of(x, method.need), parse_pattern(pattern).within(method.group))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -53,7 +53,7 @@ class TestEveryMethod:
     def test_counts_are_exact_and_zeros_positive(self, name, pattern):
         weight, x = layer()
         pruned = run(name, pattern, weight, x)
-        resolved = parse(pattern).within(find_method(name).group)
+        resolved = parse_pattern(pattern).within(find_method(name).group)
         assert (pruned.weight[~pruned.kept] == 0).all()
         assert not pruned.weight[~pruned.kept].signbit().any()
         if isinstance(resolved, NM):
@@ -69,7 +69,7 @@ class TestEveryMethod:
         weight, x = layer()
         before, stats = weight.clone(), Stats.of(x, find_method(name).need)
         sums = {key: value.clone() for key, value in stats.sums.items()}
-        pruned = find_method(name).prune(weight, stats, parse(pattern).within(find_method(name).group))
+        pruned = find_method(name).prune(weight, stats, parse_pattern(pattern).within(find_method(name).group))
         assert pruned.weight.dtype == torch.float32
         assert pruned.kept.dtype == torch.bool
         assert pruned.weight.shape == pruned.kept.shape == weight.shape
@@ -108,7 +108,7 @@ class TestEveryMethod:
         parts = [Stats.of(part, method.need) for part in x.split([1, 500, 100, 299])]
         merged = sum(parts[1:], parts[0])
         assert merged.tokens == whole.tokens
-        resolved = parse(pattern).within(method.group)
+        resolved = parse_pattern(pattern).within(method.group)
         first, second = method.prune(weight, whole, resolved), method.prune(weight, merged, resolved)
         assert (first.kept != second.kept).float().mean() <= 0.0005
         assert torch.allclose(first.weight, second.weight, rtol=1e-3, atol=1e-3) or method.updates
@@ -122,7 +122,11 @@ def test_matrices_solved_together_are_what_they_are_alone(name, pattern):
     weights = [layer(seed, rows)[0] for seed, rows in enumerate([24, 8, 16])]
     x = layer()[1]
     stats = Stats.of(x, method.need | {"gram"})
-    patterns = [parse(pattern)] * 3 if ":" in pattern else [parse(pattern), parse("40%"), parse("70% of row")]
+    patterns = (
+        [parse_pattern(pattern)] * 3
+        if ":" in pattern
+        else [parse_pattern(pattern), parse_pattern("40%"), parse_pattern("70% of row")]
+    )
     together = prune_together(method, weights, stats, patterns)
     for weight, own, found in zip(weights, patterns, together, strict=True):
         alone = method.prune(weight, stats, own.within(method.group))
@@ -135,19 +139,19 @@ def test_matrices_solved_together_are_what_they_are_alone(name, pattern):
 
 def test_a_stack_of_patterns_asks_each_of_its_own_rows():
     scores = torch.rand(10, 8, generator=torch.Generator().manual_seed(1))
-    parts = (parse("50% of matrix"), parse("25% of row"))
+    parts = (parse_pattern("50% of matrix"), parse_pattern("25% of row"))
     stacked = Stacked((6, 4), parts)
     expected = torch.cat([parts[0].mask(scores[:6]), parts[1].mask(scores[6:])])
     assert torch.equal(stacked.mask(scores), expected)
     assert stacked.sparsity == pytest.approx((0.5 * 6 + 0.25 * 4) / 10)
     assert stacked.kind == "unstructured"
-    assert kind_of([parse("2:4"), parse("50%")]) == "semi-structured + unstructured"
+    assert kind_of([parse_pattern("2:4"), parse_pattern("50%")]) == "semi-structured + unstructured"
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_magnitude_equals_its_reference(pattern):
     weight, x = layer()
-    resolved = parse(pattern).within("matrix")
+    resolved = parse_pattern(pattern).within("matrix")
     expected, kept = magnitude(weight.numpy(), mask_rule(resolved))
     pruned = run("magnitude", pattern, weight, x)
     assert (pruned.kept.numpy() == kept).all()
@@ -157,7 +161,7 @@ def test_magnitude_equals_its_reference(pattern):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_wanda_equals_its_reference(pattern):
     weight, x = layer()
-    resolved = parse(pattern).within("row")
+    resolved = parse_pattern(pattern).within("row")
     expected, kept = wanda(weight.numpy(), x.numpy(), mask_rule(resolved))
     pruned = run("wanda", pattern, weight, x)
     assert (pruned.kept.numpy() == kept).all()
@@ -168,7 +172,7 @@ def test_wanda_equals_its_reference(pattern):
 def test_sparsegpt_is_within_a_ten_thousandth_of_its_reference(pattern):
     weight, x = layer(rows=16)
     x[:, [3, 140]] = 0  # inputs that no token uses
-    resolved = parse(pattern).within("matrix")
+    resolved = parse_pattern(pattern).within("matrix")
     if isinstance(resolved, NM):
         expected, kept = sparsegpt(weight.numpy(), x.numpy(), (resolved.n, resolved.m))
     else:
@@ -183,7 +187,7 @@ def test_sparsegpt_is_within_a_ten_thousandth_of_its_reference(pattern):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_ria_equals_its_reference(pattern):
     weight, x = layer()
-    expected, kept = ria(weight.numpy(), x.numpy(), mask_rule(parse(pattern).within("matrix")))
+    expected, kept = ria(weight.numpy(), x.numpy(), mask_rule(parse_pattern(pattern).within("matrix")))
     pruned = run("ria", pattern, weight, x)
     assert (pruned.kept.numpy() == kept).all()
     assert (pruned.weight.numpy() == expected).all()
@@ -193,7 +197,7 @@ def test_ria_equals_its_reference(pattern):
 def test_sweep_is_the_published_algorithm_in_normalised_coordinates(pattern):
     """There the mean of the diagonal is 1, so the reference's damping is what `ridge` says."""
     weight, x = layer(rows=16)
-    resolved = parse(pattern).within("matrix")
+    resolved = parse_pattern(pattern).within("matrix")
     ratio = (resolved.n, resolved.m) if isinstance(resolved, NM) else resolved.sparsity
     over = getattr(resolved, "over", None) or "matrix"
     scale = x.double().square().mean(0).sqrt().numpy()
@@ -248,11 +252,11 @@ def test_the_inverse_factor_is_what_it_says():
 def test_a_failing_factorisation_raises_the_damping_and_says_so():
     gram = torch.eye(8)
     gram[0, 1] = gram[1, 0] = 1.05  # not positive definite until the diagonal grows
-    pruned = METHODS["sparsegpt"].prune(torch.randn(4, 8), Stats(1, {"gram": gram}), parse("50% of matrix"))
+    pruned = METHODS["sparsegpt"].prune(torch.randn(4, 8), Stats(1, {"gram": gram}), parse_pattern("50% of matrix"))
     assert pruned.note == "damping raised from 0.01 to 0.1"
 
 
 def test_a_hopeless_factorisation_is_an_error_and_never_the_identity():
     gram = torch.eye(8) - 20 * torch.ones(8, 8) * (1 - torch.eye(8))
     with pytest.raises(NotSolved, match="not positive definite, even with damping 10"):
-        METHODS["sparsegpt"].prune(torch.randn(4, 8), Stats(1, {"gram": gram}), parse("50% of matrix"))
+        METHODS["sparsegpt"].prune(torch.randn(4, 8), Stats(1, {"gram": gram}), parse_pattern("50% of matrix"))

@@ -16,7 +16,7 @@ from secateur.allocate import by_outliers, label, least_error, read_plan, scaled
 from secateur.errors import BadPattern, BadPlan, UnknownName
 from secateur.methods import find_method
 from secateur.model import replayable
-from secateur.patterns import Unstructured, parse
+from secateur.patterns import Unstructured, parse_pattern
 from secateur.plan import ALLOCATIONS, make_plan
 from secateur.progress import Progress
 from secateur.prune import prune_model
@@ -134,7 +134,7 @@ def test_search_ends_nearer_to_the_dense_model_than_it_began():
 def test_the_judge_of_a_search_sees_what_a_plain_forward_sees(tmp_path):
     """The divergence with levels of two blocks, against the model with those weights written into it."""
     language_model = replayable(tiny_model("llama"))
-    base = uniform(site_shapes(language_model), parse("60%"))
+    base = uniform(site_shapes(language_model), parse_pattern("60%"))
     cpu = torch.device("cpu")
     pattern = Unstructured(0.6)
     measuring = Measuring(language_model, TOKENS, find_method("wanda"), base, pattern, [cpu], None, 3, Progress())
@@ -158,14 +158,14 @@ def test_the_judge_of_a_search_sees_what_a_plain_forward_sees(tmp_path):
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path):
-    plan = {"a.q": parse("61.8%"), "a.down": parse("2:4"), "b.down": parse("70% of row")}
+    plan = {"a.q": parse_pattern("61.8%"), "a.down": parse_pattern("2:4"), "b.down": parse_pattern("70% of row")}
     write_plan(tmp_path / "plan.json", plan, SHAPES, {"allocation": "by hand"})
     assert read_plan(tmp_path / "plan.json", SHAPES) == plan
     held = json.loads((tmp_path / "plan.json").read_text())
     assert held["sites"] == {"a.q": "61.8%", "a.down": "2:4", "b.q": "dense", "b.down": "70% of row"}
     assert held["sparsity"] == pytest.approx((0.618 * 32 + 0.5 * 128 + 0.7 * 128) / 320)
     assert label(plan, SHAPES) == "60.2%"  # over the sites that are pruned
-    assert label({"a.q": parse("2:4"), "b.q": parse("2:4")}, SHAPES) == "2:4"
+    assert label({"a.q": parse_pattern("2:4"), "b.q": parse_pattern("2:4")}, SHAPES) == "2:4"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_what_is_no_plan_is_refused(tmp_path, text, error, words):
 
 def test_only_percentages_can_be_shared_out():
     with pytest.raises(BadPlan, match=r"2:4 removes the same of every site"):
-        scaled({"a.q": parse("2:4")}, {"a": 0.5})
+        scaled({"a.q": parse_pattern("2:4")}, {"a": 0.5})
 
 
 def test_a_written_plan_prunes_as_the_rule_does(tiny_llama, text_file, tmp_path):
@@ -216,7 +216,7 @@ def test_a_written_plan_prunes_as_the_rule_does(tiny_llama, text_file, tmp_path)
 def test_any_sparsity_can_be_shared_out(rule, pattern):
     language_model = replayable(tiny_model("llama"))
     plan = make_plan(language_model, windows(), rule, method="wanda", pattern=pattern, batch_size=4)
-    wanted = parse(pattern).sparsity
+    wanted = parse_pattern(pattern).sparsity
     assert sparsity_of(plan, site_shapes(language_model)) == pytest.approx(wanted, abs=1e-5)
     if pattern == "90%" and rule == "error":
         assert len({str(found) for found in plan.values()}) > 1
@@ -245,7 +245,7 @@ def test_owl_leaves_blocks_without_tokens_at_the_mean():
 def test_a_plan_s_file_decides_instead_of_the_pattern(tmp_path):
     language_model = replayable(tiny_model("llama"))
     shapes = site_shapes(language_model)
-    written = {name: parse("50%") for name in shapes if "layers.1." in name}
+    written = {name: parse_pattern("50%") for name in shapes if "layers.1." in name}
     write_plan(tmp_path / "plan.json", written, shapes, {})
     file = str(tmp_path / "plan.json")
     found = make_plan(language_model, windows(), file, method="wanda", pattern="3:7", skip=["q_proj"])

@@ -11,7 +11,7 @@ from secateur.errors import UnknownName
 from secateur.methods import METHODS, find_method
 from secateur.methods.alps import alps
 from secateur.methods.refit import refit
-from secateur.patterns import parse
+from secateur.patterns import parse_pattern
 from secateur.solve import masked_least_squares, normalise, objective, ridge
 from secateur.stats import Stats
 
@@ -38,7 +38,7 @@ def stats_of(x) -> Stats:
 def test_many_iterations_reach_exact_least_squares(pattern):
     weight, x = layer()
     stats = stats_of(x)
-    kept = METHODS["wanda"].prune(weight, stats, parse(pattern)).kept
+    kept = METHODS["wanda"].prune(weight, stats, parse_pattern(pattern)).kept
     problem = normalise(weight, stats)
     solution = masked_least_squares(problem, kept, problem.weight, 400)
     expected = exact(weight.numpy(), x.numpy(), kept.numpy(), ridge(stats))
@@ -54,7 +54,7 @@ def test_twenty_iterations_after_a_sweep_are_within_two_percent_of_exact(pattern
     weight, x = layer(tokens=32 * 96)
     stats = stats_of(x)
     method = refit(find_method(start), 20)
-    pruned = method.prune(weight, stats, parse(pattern).within(method.group))
+    pruned = method.prune(weight, stats, parse_pattern(pattern).within(method.group))
     best = torch.from_numpy(exact(weight.numpy(), x.numpy(), pruned.kept.numpy(), ridge(stats))).float()
     assert error(weight, pruned.weight, x) <= 1.02 * error(weight, best, x)
 
@@ -64,7 +64,7 @@ def test_twenty_iterations_after_a_sweep_are_within_two_percent_of_exact(pattern
 def test_no_row_is_worse_than_its_start(name, iterations):
     weight, x = layer(tokens=50)  # fewer tokens than inputs: a singular Gram matrix
     stats = stats_of(x)
-    pruned = find_method(name).prune(weight, stats, parse("50% of row"))
+    pruned = find_method(name).prune(weight, stats, parse_pattern("50% of row"))
     problem = normalise(weight, stats)
     start = pruned.weight * problem.scale
     solution = masked_least_squares(problem, pruned.kept, start, iterations)
@@ -87,7 +87,7 @@ def test_inputs_that_no_token_uses_keep_their_dense_weights():
     x[:, 7] = 0
     for name in ("wanda+refit", "sweep", "alps"):
         method = find_method(name)
-        pruned = method.prune(weight, stats_of(x), parse("0%").within(method.group))
+        pruned = method.prune(weight, stats_of(x), parse_pattern("0%").within(method.group))
         assert torch.equal(pruned.weight[:, 7], weight[:, 7])
         assert pruned.weight.isfinite().all()
 
@@ -106,8 +106,8 @@ def test_scales_of_the_inputs_do_not_matter_to_the_solvers():
     scale[[3, 50]] = 4096.0
     for name in ("wanda+refit", "sweep", "alps"):
         method = find_method(name)
-        one = method.prune(weight, stats_of(x), parse("2:4"))
-        other = method.prune(weight / scale, stats_of(x * scale), parse("2:4"))
+        one = method.prune(weight, stats_of(x), parse_pattern("2:4"))
+        other = method.prune(weight / scale, stats_of(x * scale), parse_pattern("2:4"))
         assert (one.kept != other.kept).float().mean() < 0.002
         assert torch.allclose(one.weight, other.weight * scale, rtol=1e-2, atol=1e-2) or name == "alps"
 
@@ -116,7 +116,7 @@ def test_alps_follows_the_textbook_iteration():
     """Against plain float64 ADMM, with the inverse formed anew and the mask by sorting."""
     weight, x = layer(rows=6, columns=24, tokens=1000)
     stats = stats_of(x)
-    found = alps(stages=3, updates=2, iterations=0).prune(weight, stats, parse("2:4"))
+    found = alps(stages=3, updates=2, iterations=0).prune(weight, stats, parse_pattern("2:4"))
     scale = np.sqrt((x.double().numpy() ** 2).mean(0))
     gram = (x.double().numpy() / scale).T @ (x.double().numpy() / scale) / len(x)
     np.fill_diagonal(gram, 1 + ridge(stats))
@@ -145,8 +145,8 @@ def test_alps_follows_the_textbook_iteration():
 def test_swap_makes_the_best_exchange_and_then_none_is_left(pattern):
     weight, x = layer(rows=3, columns=12, tokens=400)
     stats = stats_of(x)
-    base = find_method("wanda").prune(weight, stats, parse(pattern))
-    found = find_method("wanda+swap").prune(weight, stats, parse(pattern))
+    base = find_method("wanda").prune(weight, stats, parse_pattern(pattern))
+    found = find_method("wanda+swap").prune(weight, stats, parse_pattern(pattern))
     problem = normalise(weight, stats)
     t, gram = problem.weight.double().numpy(), problem.gram.double().numpy()
     groups = [range(12)] if pattern != "2:4" else [range(i, i + 4) for i in range(0, 12, 4)]
@@ -189,7 +189,7 @@ def test_a_dense_target_aims_at_the_dense_output():
     draw = torch.Generator().manual_seed(5)
     bend = torch.eye(96) + 0.1 * torch.randn(96, 96, generator=draw)
     x = dense @ bend
-    kept = METHODS["wanda"].prune(weight, stats_of(x), parse("2:4")).kept
+    kept = METHODS["wanda"].prune(weight, stats_of(x), parse_pattern("2:4")).kept
     errors = []
     for needed in ({"gram"}, {"gram", "cross"}):
         problem = normalise(weight, Stats.of(x, needed, dense))

@@ -13,7 +13,7 @@ from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods import METHODS
 from secateur.model import load, replayable
 from secateur.options import find_devices
-from secateur.patterns import parse
+from secateur.patterns import parse_pattern
 from secateur.progress import Progress
 from secateur.prune import prune_model, pruned_blocks
 from secateur.record import LEFT_OUT, UNSEEN
@@ -113,7 +113,7 @@ def test_two_devices_give_the_masks_of_one(family, method):
     masks = []
     for devices in ([CPU], [CPU, CPU]):
         language_model = replayable(tiny_model(family))
-        plan = uniform(site_shapes(language_model), parse("50%"))
+        plan = uniform(site_shapes(language_model), parse_pattern("50%"))
         blocks = pruned_blocks(
             language_model, TOKENS, METHODS[method], plan, devices=devices, dtype="auto", batch_size=2,
             seconds=Seconds(), progress=Progress(),
@@ -222,7 +222,7 @@ def test_stats_add(tmp_path: Path):
 def test_weights_stay_mapped_and_untouched(tiny_llama: Path):
     language_model = load(tiny_llama)
     before = {name: p.clone() for name, p in language_model.model.named_parameters()}
-    plan = uniform(site_shapes(language_model), parse("2:4"))
+    plan = uniform(site_shapes(language_model), parse_pattern("2:4"))
     for _ in pruned_blocks(
         language_model, TOKENS, METHODS["sparsegpt"], plan, devices=[CPU], dtype="auto", batch_size=2,
         seconds=Seconds(), progress=Progress(),

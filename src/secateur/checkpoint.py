@@ -204,7 +204,9 @@ class Output:
         """Change fields of `config.json`, in the part of it that describes a model of that type. Raises BadCheckpoint."""
         file = self.partial / "config.json"
         held = _json_object(file)
-        parts = [part for part in (held, *held.values()) if isinstance(part, dict) and part.get("model_type") == model_type]
+        parts = [
+            part for part in (held, *held.values()) if isinstance(part, dict) and part.get("model_type") == model_type
+        ]
         if not parts:
             raise BadCheckpoint(f"{self.source.folder / 'config.json'} has no part for a {model_type!r} model.")
         parts[0].update(changes)

@@ -39,6 +39,9 @@ SeqLen = Annotated[
 ]
 WindowCount = Annotated[int | None, typer.Option("--windows", min=2, help="Evaluation windows. Default: all.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration windows.")]
+Align = Annotated[
+    int | None, typer.Option(min=1, help="Channels that stay are a multiple of this. Default: up to 128, by width.")
+]
 Skip = Annotated[list[str] | None, typer.Option(help="Leave sites out: a glob on their names. May be repeated.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="dtype of forward passes: auto, float32, bfloat16, float16.")]
@@ -79,10 +82,13 @@ def prune(
     method: Annotated[
         str, typer.Option(help="A method of the table in the README, or a preset: fast, default, best.")
     ] = "default",
-    pattern: Annotated[str, typer.Option(help="50%, '50% of row', '50% of matrix', 2:4, 4:8 …")] = "50%",
+    pattern: Annotated[
+        str, typer.Option(help="50%, '50% of row', 2:4 …, or '25% of channels', '25% of heads', '4 blocks' …")
+    ] = "50%",
     allocate: Annotated[
         str, typer.Option(help="How sparsity is shared out: uniform, owl, error, search, or a plan's .json file.")
     ] = "uniform",
+    align: Align = None,
     calibration: Calibration = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
@@ -104,10 +110,10 @@ def prune(
 
     with _display(quiet) as progress:
         report = secateur.prune(
-            model, out=out, method=method, pattern=pattern, allocate=allocate, calibration=calibration,
-            samples=samples, seq_len=seq_len, seed=seed, skip=skip or (), device=device, dtype=dtype,
-            batch_size=batch_size, data_dir=data_dir, overwrite=overwrite, allow_low_coverage=allow_low_coverage,
-            trust_remote_code=trust_remote_code, command=_command(),
+            model, out=out, method=method, pattern=pattern, allocate=allocate, align=align,
+            calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, skip=skip or (), device=device,
+            dtype=dtype, batch_size=batch_size, data_dir=data_dir, overwrite=overwrite,
+            allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=_command(),
             progress=progress,
         )  # fmt: skip
     if as_json:
@@ -119,10 +125,17 @@ def prune(
         default=None,
     )
     console = _console()
-    console.print(
-        f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of {len(report.sites)} sites are zero "
-        f"(coverage {report.coverage:.1%} of the block weights)."
-    )
+    if report.parameters:
+        before, after = report.parameters
+        console.print(
+            f"{report.method}, {report.pattern}: {before:,} parameters became {after:,} ({after / before:.1%}). "
+            f"Gone: {escape('; '.join(f'{what} of {where}' for where, what in report.removed.items()))}."
+        )
+    else:
+        console.print(
+            f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of {len(report.sites)} sites are "
+            f"zero (coverage {report.coverage:.1%} of the block weights)."
+        )
     if worst and errors:
         console.print(
             f"Relative output error: mean {sum(errors) / len(errors):.4f}, most at {escape(worst.site)} "
@@ -234,6 +247,7 @@ def compare(
     allocate: Annotated[
         str, typer.Option(help="How sparsity is shared out, a row each: uniform, owl, error, search.")
     ] = "uniform",
+    align: Align = None,
     calibration: Calibration = None,
     evaluation: EvaluationText = None,
     samples: Samples = 128,
@@ -257,7 +271,7 @@ def compare(
     with _display(quiet) as progress:
         results = secateur.compare(
             model, out=out, methods=_list(methods), patterns=_list(patterns),
-            allocate=_list(allocate), calibration=calibration, evaluation=evaluation, samples=samples,
+            allocate=_list(allocate), align=align, calibration=calibration, evaluation=evaluation, samples=samples,
             windows=windows, seq_len=seq_len, seed=seed, skip=skip or (),
             device=device, dtype=dtype, batch_size=batch_size,
             data_dir=data_dir,

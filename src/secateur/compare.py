@@ -22,10 +22,9 @@ import numpy as np
 
 from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
 from secateur.data import evaluation_windows, load_tokenizer
-from secateur.errors import ConditionsDiffer, OutputRefused
+from secateur.errors import ConditionsDiffer, OutputRefused, UnknownName
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.machine import machine, versions
-from secateur.methods import find_method
 from secateur.model import load
 from secateur.options import (
     check_windows,
@@ -39,11 +38,12 @@ from secateur.options import (
 from secateur.patterns import parse
 from secateur.plan import check_allocation
 from secateur.progress import Progress
-from secateur.prune import prune_checkpoint
+from secateur.prune import check_method, prune_checkpoint
 from secateur.record import Report
 from secateur.report import write_report
 from secateur.results import SCHEMA, Results, Row, row_name
 from secateur.stream import Seconds
+from secateur.structures import Structure
 
 
 def compare(
@@ -53,6 +53,7 @@ def compare(
     methods: Sequence[str] = ("magnitude", "wanda", "sparsegpt"),
     patterns: Sequence[str] = ("50%", "4:8", "2:4"),
     allocate: Sequence[str] = ("uniform",),
+    align: int | None = None,
     calibration: str | None = None,
     evaluation: str | None = None,
     samples: int = 128,
@@ -76,11 +77,7 @@ def compare(
     SecateurError; ConditionsDiffer where `out` holds rows of another model, text or metric.
     """
     progress, out = progress or Progress(), Path(out)
-    for method in methods:
-        find_method(method)
-    grid = [(method, str(parse(pattern)), rule) for pattern in patterns for method in methods for rule in allocate]
-    for _, pattern, rule in grid:
-        check_allocation(rule, pattern, files=False)
+    grid = _grid(methods, patterns, allocate)
     chosen, dtype = find_devices(device)[0], find_dtype(dtype)
     folder = resolve(model)
     source = open_checkpoint(folder)
@@ -118,6 +115,7 @@ def compare(
         "dtype": str(forward_dtype(dtype, chosen)),
         "device": chosen.type,
         "skip": list(skip),
+        **({"align": align} if align else {}),
         "batch_size": batch_size,
     }
     conditions = _conditions(results, options)
@@ -140,8 +138,9 @@ def compare(
                 place = out / "checkpoints" / _file_name(row_name(method, pattern, rule))
                 report = prune_checkpoint(
                     source, language_model, calibrated, place, method=method, pattern=pattern, allocate=rule,
-                    skip=skip, device=device, dtype=dtype, batch_size=batch_size, overwrite=True,
-                    allow_low_coverage=allow_low_coverage, command=results.command, progress=progress,
+                    align=align if isinstance(parse(pattern), Structure) else None, skip=skip, device=device,
+                    dtype=dtype, batch_size=batch_size, overwrite=True, allow_low_coverage=allow_low_coverage,
+                    trust_remote_code=trust_remote_code, command=results.command, progress=progress,
                 )  # fmt: skip
                 kept = _pruned_row(report, place, dense, measured, run, trust_remote_code, progress)
                 kept[0].checkpoint = str(place.relative_to(out))
@@ -155,6 +154,29 @@ def compare(
     write_report(results, out)
     progress.end()
     return results
+
+
+def _grid(methods: Sequence[str], patterns: Sequence[str], allocate: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(method, pattern, rule) of every row: each method with the patterns of its kind, zeros or structures.
+
+    Raises UnknownName for a method that goes with none of the patterns, and what `check_method` and `parse` raise.
+    """
+    grid, fitting = [], set[str]()
+    for pattern in patterns:
+        wanted = parse(pattern)
+        for method in methods:
+            try:
+                check_method(method, pattern)
+            except UnknownName:
+                continue
+            fitting.add(method)
+            for rule in allocate if not isinstance(wanted, Structure) else ("uniform",):
+                check_allocation(rule, str(wanted), files=False) if rule != "uniform" else None
+                grid.append((method, str(wanted), rule))
+    for method in methods:
+        if method not in fitting and patterns:
+            check_method(method, patterns[0])
+    return grid
 
 
 def _dense_row(source: Checkpoint, dense: Forward, progress: Progress) -> tuple[Row, Measured]:
@@ -173,6 +195,7 @@ def _dense_row(source: Checkpoint, dense: Forward, progress: Progress) -> tuple[
         asdict(Seconds()),
         None,
         source.bytes,
+        parameters=dense.language_model.model.num_parameters(),
     )
     return row, measured
 
@@ -193,7 +216,7 @@ def _pruned_row(
     row = Row(
         report.method, report.pattern, report.kind, report.sparsity, measured.perplexity, delta, interval,
         measured.mean_kl or 0.0, measured.mean_agreement or 0.0, asdict(report.seconds), report.peak_bytes,
-        open_checkpoint(place).bytes, allocation=report.allocation,
+        open_checkpoint(place).bytes, allocation=report.allocation, parameters=pruned.model.num_parameters(),
     )  # fmt: skip
     return row, measured
 

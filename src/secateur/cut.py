@@ -106,7 +106,9 @@ def module_of(empty: nn.Module, state: Mapping[str, Tensor], original: nn.Module
     Raises UnsupportedModel where a buffer that is not stored has another shape in the smaller block.
     """
     block = deepcopy(empty)
-    block.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}, assign=True)
+    block.load_state_dict(
+        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}, assign=True
+    )
     buffers = dict(original.named_buffers())
     for name, buffer in list(block.named_buffers()):
         if not buffer.is_meta:

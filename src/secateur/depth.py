@@ -87,7 +87,9 @@ def _cosines(looking: Looking, span: int, *, last: bool) -> list[float]:
 
 
 def _cosine(before: list[Tensor], after: list[Tensor]) -> float:
-    pairs = [torch.cosine_similarity(a.float(), b.float(), dim=-1).flatten() for a, b in zip(before, after, strict=True)]
+    pairs = [
+        torch.cosine_similarity(a.float(), b.float(), dim=-1).flatten() for a, b in zip(before, after, strict=True)
+    ]
     return torch.cat(pairs).double().mean().item()
 
 
@@ -172,7 +174,9 @@ def last_matrix(block: nn.Module, hidden: Tensor, call: Call) -> Site | None:
     added = [s for s in sites(block).values() if not s.expert and s.weight.shape[0] == before.shape[-1]]
     for site in sorted(added, key=lambda s: -s.weight.shape[1]):
         seen: list[Tensor] = []
-        with recorded_inputs(block, lambda name, x, site=site, seen=seen: seen.append(x) if name == site.name else None):
+        with recorded_inputs(
+            block, lambda name, x, site=site, seen=seen: seen.append(x) if name == site.name else None
+        ):
             run_block(block, hidden, call)
         if len(seen) != 1 or seen[0].shape[:-1] != before.shape[:-1]:
             continue
@@ -188,7 +192,11 @@ def last_matrix(block: nn.Module, hidden: Tensor, call: Call) -> Site | None:
 
 
 def span_effect(
-    block: nn.Module, span: Sequence[tuple[int, nn.Module]], site: str, windows: Sequence[tuple[Tensor, list[Call]]], index: int
+    block: nn.Module,
+    span: Sequence[tuple[int, nn.Module]],
+    site: str,
+    windows: Sequence[tuple[Tensor, list[Call]]],
+    index: int,
 ) -> Tensor:
     """E[δ xᵀ] `[hidden, in]` float32, with E[δ] as one more column: what the span adds to what the block gives.
 

@@ -241,7 +241,9 @@ def parse_pattern(text: str) -> Pattern:
         pattern.check((1, 1), text)
         return pattern
     if parse_structure(text.strip()):
-        raise BadPattern(f"{text} takes out whole structures; a pattern of zeros is wanted here, such as '50%' or '2:4'.")
+        raise BadPattern(
+            f"{text} takes out whole structures; a pattern of zeros is wanted here, such as '50%' or '2:4'."
+        )
     raise BadPattern(
         f"{text!r} is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', 'N:M' such as '2:4', "
         "'25% of channels', '25% of heads', '25% of experts', '4 blocks' or '12% of blocks'."

@@ -22,17 +22,19 @@ from secateur.allocate import Plan, label
 from secateur.block import PrunedBlock, prune_block
 from secateur.checkpoint import Checkpoint, open_checkpoint, output, refuse_output, resolve
 from secateur.data import Windows
-from secateur.errors import UnsupportedModel
+from secateur.errors import BadPattern, UnsupportedModel
 from secateur.machine import release_memory, versions
 from secateur.methods import Method, find_method
 from secateur.model import LanguageModel, checkpoint_tensors, load
 from secateur.options import check_windows, draw_calibration, find_devices, find_dtype, forward_dtype
-from secateur.patterns import kind_of, parse
+from secateur.patterns import kind_of, parse, parse_pattern
 from secateur.plan import check_allocation, is_file, make_plan
 from secateur.progress import PeakMemory, Progress
 from secateur.record import Report, total_sparsity
+from secateur.shrink import check_structure, shrink_checkpoint
 from secateur.sites import coverage
 from secateur.stream import Seconds, stream
+from secateur.structures import Structure
 from secateur.trace import signature
 from secateur.trial import site_shapes
 from secateur.units import Unit, movable
@@ -47,6 +49,7 @@ def prune(
     method: str = "default",
     pattern: str = "50%",
     allocate: str = "uniform",
+    align: int | None = None,
     calibration: str | None = None,
     samples: int = 128,
     seq_len: int | None = None,
@@ -65,16 +68,16 @@ def prune(
     """Prune a model and write the result to the folder `out`; returns the report that `pruning.json` holds.
 
     `model` is a checkpoint folder, a hub name, or None for the embedded demo model. `pattern` is read by
-    `patterns.parse`; `method` is a key of `METHODS`, with refinements; `allocate` says how sparsity is shared out:
-    `uniform`, a rule of `plan.ALLOCATIONS`, or a plan's .json file, which decides instead of `pattern`. `device` may
+    `patterns.parse`; `method` is a key of `METHODS`, with refinements, or for structures what `shrink.find_shrinking`
+    knows; `allocate` says how sparsity is shared out: `uniform`, a rule of `plan.ALLOCATIONS`, or a plan's .json file,
+    which decides instead of `pattern`. `align`: the channels that stay are a multiple of it. `device` may
     list several, separated by commas. `dtype` is that of the forward passes (`auto`: float32 on the CPU, else as
     stored); statistics and solving are float32, the result has the dtype of the source. Raises SecateurError in all
     its kinds; then `out` is untouched.
     """
     progress = progress or Progress()
     # Whatever can be refused is refused before the model is touched.
-    find_method(method)
-    check_allocation(allocate, pattern)
+    check_method(method, pattern, allocate, skip, align)
     find_devices(device)
     find_dtype(dtype)
     refuse_output(Path(out), overwrite=overwrite)
@@ -87,12 +90,26 @@ def prune(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     report = prune_checkpoint(
-        source, language_model, windows, Path(out), method=method, pattern=pattern, allocate=allocate, skip=skip,
-        device=device, dtype=dtype, batch_size=batch_size, overwrite=overwrite,
-        allow_low_coverage=allow_low_coverage, command=command, progress=progress,
+        source, language_model, windows, Path(out), method=method, pattern=pattern, allocate=allocate, align=align,
+        skip=skip, device=device, dtype=dtype, batch_size=batch_size, overwrite=overwrite,
+        allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=command, progress=progress,
     )  # fmt: skip
     progress.end()
     return report
+
+
+def check_method(
+    method: str, pattern: str, allocate: str = "uniform", skip: Sequence[str] = (), align: int | None = None
+) -> None:
+    """Raise UnknownName, BadPattern or BadPlan for a method, a pattern and options that do not go together."""
+    structure = parse(pattern)
+    if isinstance(structure, Structure):
+        check_structure(structure, method, allocate, skip)
+        return
+    find_method(method)
+    check_allocation(allocate, pattern)
+    if align is not None:
+        raise BadPattern(f"--align is for the channels of a structure; {structure} removes none.")
 
 
 def prune_checkpoint(
@@ -104,17 +121,29 @@ def prune_checkpoint(
     method: str,
     pattern: str,
     allocate: str = "uniform",
+    align: int | None = None,
     skip: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
     overwrite: bool = False,
     allow_low_coverage: bool = False,
+    trust_remote_code: bool = False,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """`prune` for a model that is loaded from `source` already and calibration windows that are drawn already."""
+    """`prune` for a model that is loaded from `source` already and calibration windows that are drawn already.
+
+    A structure makes a smaller model and is another program, `shrink_checkpoint`; from here on there are zeros only.
+    """
     progress = progress or Progress()
+    check_method(method, pattern, allocate, skip, align)
+    if isinstance(structure := parse(pattern), Structure):
+        return shrink_checkpoint(
+            source, language_model, windows, out, method=method, structure=structure, align=align, device=device,
+            dtype=dtype, batch_size=batch_size, overwrite=overwrite, trust_remote_code=trust_remote_code,
+            command=command, progress=progress,
+        )  # fmt: skip
     with output(source, out, overwrite=overwrite) as result, PeakMemory() as peak:
         report, plan = _begin(
             language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
@@ -165,8 +194,12 @@ def prune_model(
     allow_low_coverage: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Prune a model in memory, in place; arguments as for `prune`. Nothing is written to disk."""
+    """Prune a model in memory, in place; arguments as for `prune`. Nothing is written to disk.
+
+    Raises BadPattern for a structure, which leaves another model: use `prune`.
+    """
     progress = progress or Progress()
+    parse_pattern(pattern)
     with PeakMemory() as peak:
         report, plan = _begin(
             language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,

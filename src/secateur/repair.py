@@ -55,14 +55,16 @@ def repaired(
         gram = gram - torch.outer(mean / problem.scale, mean / problem.scale)
         target = target - torch.outer(output, mean / problem.scale)
     try:
-        factor = torch.linalg.cholesky(gram[kept][:, kept])
+        inside = gram[kept][:, kept]
+        factor = torch.linalg.cholesky(inside)
     except RuntimeError as error:  # LinAlgError is one
         raise NotSolved(
             f"The statistics of {int(kept.sum())} inputs over {stats.tokens} tokens are not positive definite. "
             "Use more calibration samples, or a method without '+repair'."
         ) from error
     solution = torch.zeros_like(weight)
-    solution[:, kept] = torch.cholesky_solve(target[:, kept].T, factor).T
+    missing = target[:, kept] - problem.weight[:, kept] @ inside
+    solution[:, kept] = problem.weight[:, kept] + torch.cholesky_solve(missing.T, factor).T
     solved = problem.restore(solution, kept.expand_as(weight), weight)
     if bias is None or mean is None or output is None:
         return Repaired(solved, None)

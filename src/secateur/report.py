@@ -13,7 +13,7 @@ from secateur.results import Results, Row
 
 COLUMNS = (
     "method", "pattern", "kind", "sparsity", "perplexity", "difference [95 % interval]", "rank", "KL",
-    "top-1", "seconds", "peak memory", "on disk",
+    "top-1", "parameters", "seconds", "peak memory", "on disk",
 )  # fmt: skip
 NARROW = ("method", "pattern", "kind", "perplexity", "difference [95 % interval]", "rank")
 """The columns that fit a terminal of 80 characters."""
@@ -34,6 +34,7 @@ def cells(row: Row) -> dict[str, str]:
         row.rank or "-",
         f"{row.kl:.4f}",
         f"{row.top1_agreement:.1%}",
+        "-" if row.parameters is None else _parameters(row.parameters),
         "-" if dense else f"{sum(row.seconds.values()):.1f}",
         "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB",
         f"{row.disk_bytes / 2**20:.1f} MiB",
@@ -102,9 +103,18 @@ def _number(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
 
 
+def _parameters(count: int) -> str:
+    """A number of parameters in three digits, as papers give it."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
+
+
 def _caption(results: Results) -> str:
     return (
-        "Sparsity: share of zeros in the pruned matrices. Difference: perplexity minus dense, paired bootstrap over "
+        "Sparsity: share of zeros in the pruned matrices; of a structured row, share of the block weights that are gone "
+        "for good, so the model is smaller. Difference: perplexity minus dense, paired bootstrap over "
         "windows. Rank: by perplexity within one pattern; rows whose paired difference may be zero are a tie. "
         "KL: dense against pruned, nats a token. Seconds: planning, forward passes, statistics, solving and refining; "
         "not loading, writing and evaluating. "

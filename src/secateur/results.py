@@ -27,6 +27,7 @@ class Row:
     ties: list[str] = field(default_factory=list)
     checkpoint: str | None = None
     allocation: str = "uniform"
+    parameters: int | None = None
 
     @property
     def name(self) -> str:

@@ -217,7 +217,9 @@ class _Run:
     def skip(self, index: int) -> None:
         """Leave a block out; only the dense stream goes through it."""
         if self.dense is not None:
-            self.originals = [working_copy(self.language_model.blocks[index], device, self.dtype) for device in self.devices]
+            self.originals = [
+                working_copy(self.language_model.blocks[index], device, self.dtype) for device in self.devices
+            ]
             self.targets = None
             self.dense = self.dense_outputs(index)
 

@@ -142,7 +142,11 @@ def _alternatives(found: Mapping[Any, BlockCut]) -> Iterator[Mapping[Any, BlockC
     yield only(widest)
     names = {n: None for cut in found.values() for n, c in cut.consumers.items() if c.of == "heads"}
     for kept in names if len(names) > 1 else ():
-        yield only(lambda name, consumer, cut, kept=kept: name == kept or (consumer.of != "heads" and widest(name, consumer, cut)))
+        yield only(
+            lambda name, consumer, cut, kept=kept: (
+                name == kept or (consumer.of != "heads" and widest(name, consumer, cut))
+            )
+        )
 
 
 def _counted(cut: BlockCut, structure: Structure, align: int | None, language_model: LanguageModel) -> BlockCut:

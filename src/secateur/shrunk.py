@@ -1,0 +1,205 @@
+"""One block made smaller: which of its units go, what makes up for them, and its tensors in their new shapes.
+
+Until its end the block keeps its shape, with zeros where something will be gone; so whatever is observed later in it
+comes from what was removed before. As in `block`, the copy that the stream runs and the one that is stored change
+alike. Heads go before channels, since the feed-forward reads what attention leaves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateur.cut import State, without_experts, without_units
+from secateur.depth import BLOCKS, last_matrix, span_effect
+from secateur.errors import NonFinite, UnknownName
+from secateur.model import LanguageModel, working_copy
+from secateur.progress import Progress
+from secateur.reap import EXPERTS, routed_to
+from secateur.record import SiteReport
+from secateur.repair import NEED, repaired
+from secateur.selection import SELECTIONS, lowest
+from secateur.sites import bias, sites
+from secateur.stats import OF_DENSE, Stats
+from secateur.stream import Seconds, Step
+from secateur.structures import Depth, Structure, parts
+from secateur.survey import BlockCut, Consumer
+from secateur.taylor import taylor
+from secateur.units import Unit
+
+DEFAULT = {"channels": "obs", "heads": "obs", "experts": "reap", "blocks": "kl"}
+"""The selections of `default`, which repairs as well."""
+PROBE_TOKENS = 1024
+
+
+class Shrinking(NamedTuple):
+    """A structured method: which selection for which kind of unit, whether the rest is repaired, and to which target."""
+
+    selections: Mapping[str, str]
+    repair: bool
+    dense: bool
+
+
+def find_shrinking(name: str, structure: Structure) -> Shrinking:
+    """The structured method of that name for a structure. Raises UnknownName.
+
+    A selection and suffixes: `energy`, `obs+repair`, `kl+repair`, `obs+repair+dense-target`. `default` selects and
+    repairs. In a structure of several kinds, those that a selection does not know are selected as by default.
+    """
+    first, *suffixes = name.split("+")
+    tables: dict[str, Mapping[str, Any]] = {
+        "channels": SELECTIONS, "heads": SELECTIONS, "experts": EXPERTS, "blocks": BLOCKS,
+    }  # fmt: skip
+    kinds = ["blocks" if isinstance(part, Depth) else part.of for part in parts(structure)]
+    known = {"default", *(selection for kind in kinds for selection in tables[kind])}
+    if first not in known:
+        raise UnknownName(f"method for {structure}", first, known)
+    for suffix in suffixes:
+        if suffix not in ("repair", "dense-target"):
+            raise UnknownName("refinement of a structured method", suffix, ("repair", "dense-target"))
+    chosen = {kind: first if first in tables[kind] else DEFAULT[kind] for kind in kinds}
+    return Shrinking(chosen, first == "default" or bool(suffixes), "dense-target" in suffixes)
+
+
+@dataclass
+class Run:
+    """What every step of a run needs to know."""
+
+    language_model: LanguageModel
+    tokens: Tensor
+    shrinking: Shrinking
+    devices: Sequence[torch.device]
+    dtype: torch.dtype | None
+    batch_size: int
+    seconds: Seconds
+    progress: Progress
+
+
+@torch.no_grad()
+def shrunk_block(
+    step: Step, original: nn.Module, cut: BlockCut, span: Sequence[int], run: Run
+) -> tuple[State, list[SiteReport]]:
+    """The tensors of a block after its units and experts are gone and what reads them is repaired, as stored."""
+    result = working_copy(original, torch.device("cpu"), None)
+    gone: dict[str, list[Unit]] = {}
+    reports: list[SiteReport] = []
+    kept_experts: dict[str, Tensor] = {}
+    if cut.experts:
+        routed = routed_to(step.block, ((h, calls[step.index]) for h, calls in step.windows()))
+        for name, count in cut.experts.items():
+            score = EXPERTS[run.shrinking.selections["experts"]](routed[name])
+            leaving = set(lowest(score, count).tolist())
+            kept_experts[name] = torch.tensor([e for e in range(len(score)) if e not in leaving])
+    fold = _folded_into(step, span, run)
+    for of in ("heads", "channels"):
+        names = [name for name, consumer in cut.consumers.items() if consumer.of == of]
+        if names:
+            gone |= _remove(step, result, {n: cut.consumers[n] for n in names}, fold, span, run, reports)
+    if fold and fold not in gone:
+        _remove(step, result, {fold: Consumer([], 0, "blocks")}, fold, span, run, reports)
+    state = without_units(result, gone)
+    return without_experts(result, state, kept_experts), reports
+
+
+def _folded_into(step: Step, span: Sequence[int], run: Run) -> str | None:
+    """The site that can take over what a span of removed blocks did; None where there is none, or it is not wanted."""
+    if not span or not run.shrinking.repair:
+        return None
+    hidden, call = step.first()
+    site = last_matrix(step.block, hidden, call)
+    return site.name if site else None
+
+
+def _remove(
+    step: Step,
+    result: nn.Module,
+    consumers: Mapping[str, Consumer],
+    fold: str | None,
+    span: Sequence[int],
+    run: Run,
+    reports: list[SiteReport],
+) -> dict[str, list[Unit]]:
+    """Choose units of consumers in one forward, write zeros in their place and what makes up for them."""
+    repair = run.shrinking.repair
+    need = (NEED | (OF_DENSE if run.shrinking.dense else set())) if repair else frozenset[str]()
+    selections = {n: SELECTIONS[run.shrinking.selections[c.of]] for n, c in consumers.items() if c.units}
+    need = need.union(*(selection.need for selection in selections.values())) - {"taylor"}
+    observed = step.observe(need | {"square"}, PROBE_TOKENS, list(consumers))
+    added = None
+    if fold in consumers:
+        blocks = [(i, working_copy(run.language_model.blocks[i], step.device, run.dtype)) for i in span]
+        added = span_effect(step.block, blocks, str(fold), step.windows(), step.index)
+    started = perf_counter()
+    gone: dict[str, list[Unit]] = {}
+    targets = sites(result)
+    for name, consumer in consumers.items():
+        weight = targets[name].weight.to(step.device, torch.float32, copy=True)
+        held = bias(result, targets[name])
+        old = None if held is None else held[1].to(step.device, torch.float32, copy=True)
+        stats = observed.stats.get(name)
+        kept = torch.ones(weight.shape[1], dtype=torch.bool, device=step.device)
+        if consumer.units:
+            chosen = _choose(step, name, consumer, weight, stats, run)
+            gone[name] = [consumer.units[i] for i in chosen]
+            kept[[i for unit in gone[name] for i in unit.inputs]] = False
+        new, new_bias = weight * kept, old
+        if repair and stats is not None:
+            new, new_bias = repaired(weight, stats, kept, old, added if name == fold else None)
+        _put(step, result, name, new, new_bias)
+        note = "" if stats is not None else "no calibration token: chosen by weights"
+        note += f"blocks {span[0]} to {span[-1]} folded into it" if name == fold else ""
+        probe = observed.probes.get(name) if name != fold else None  # there the target is another
+        reports.append(_report(step, name, consumer, weight, targets[name].weight, old, new_bias, probe, note))
+    step.seconds.solve += perf_counter() - started
+    return gone
+
+
+def _choose(step: Step, name: str, consumer: Consumer, weight: Tensor, stats: Stats | None, run: Run) -> list[int]:
+    units = consumer.inputs.to(weight.device)
+    selection = SELECTIONS[run.shrinking.selections[consumer.of]]
+    if stats is None:
+        return lowest(weight.square().sum(0)[units].sum(1), consumer.gone).tolist()
+    if "taylor" in selection.need:
+        batches = ((h, calls[step.index]) for h, calls in step.windows())
+        block = working_copy(step.block, step.device, torch.float32)
+        stats = Stats(stats.tokens, {**stats.sums, "taylor": taylor(block, name, units, batches).to(weight.device)})
+    return selection.choose(weight, stats, units, consumer.gone).tolist()
+
+
+def _put(step: Step, result: nn.Module, name: str, weight: Tensor, new_bias: Tensor | None) -> None:
+    """Write a weight and a bias into both copies of the block, rounded as they are stored. Raises NonFinite."""
+    for block in (result, step.block):
+        site = sites(block)[name]
+        stored = weight.to(sites(result)[name].stored.dtype)
+        if not stored.isfinite().all():
+            raise NonFinite(
+                f"The repaired weights of {step.name}.{name} do not fit {stored.dtype}. Leave out '+repair'."
+            )
+        site.put(stored)
+        held = bias(block, site)
+        if held is not None and new_bias is not None:
+            rounded = bias(result, sites(result)[name])
+            assert rounded is not None
+            held[1].copy_(new_bias.to(rounded[1].dtype))
+
+
+def _report(
+    step: Step, name: str, consumer: Consumer, before: Tensor, after: Tensor, old: Tensor | None, new: Tensor | None,
+    probe: Tensor | None, note: str,
+) -> SiteReport:  # fmt: skip
+    total, error = len(consumer.units), None
+    left = total - consumer.gone
+    if probe is not None and consumer.units:
+        change = probe @ (before - after.to(probe.device, torch.float32)).T
+        if old is not None and new is not None:
+            change = change + (old - new)
+        error = (change.square().sum() / (probe @ before.T).square().sum().clamp_min(1e-30)).item()
+    size = len(consumer.units[0].inputs) if total else 0
+    inputs = left * size if total else before.shape[1]
+    pattern = f"{left} of {total} {consumer.of}" if total else None
+    return SiteReport(f"{step.name}.{name}", (before.shape[0], inputs), pattern, 0.0, error, note)

@@ -1,0 +1,322 @@
+"""Smaller models, family by family: what is cut is what zeros would do, and stock code loads what is written."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from secateur import experts, shrink, shrunk, verify
+from secateur.checkpoint import open_checkpoint
+from secateur.cut import without_units
+from secateur.data import Windows
+from secateur.errors import BadPattern, BadPlan, SecateurError, UnknownName, UnsupportedModel
+from secateur.model import load
+from secateur.patterns import parse
+from secateur.prune import check_method, prune_checkpoint
+from secateur.sites import bias, sites
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # each family warns about itself in its own way
+
+TOKENS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(7))
+CHANNELS = """
+    llama gpt2 opt phi3 falcon gptj gpt_neox gpt_bigcode gemma2 qwen3 cohere2 phi starcoder2 olmo2 codegen persimmon
+    glm4 stablelm mixtral qwen2_moe gpt_oss deepseek_v3 jamba qwen3_next recurrent_gemma gemma4_text
+""".split()  # noqa: SIM905
+HEADS = """
+    llama mistral qwen2 qwen3 phi3 gemma gemma2 gemma3_text granite glm4 cohere starcoder2 phi smollm3 nemotron mixtral
+    qwen2_moe qwen3_moe qwen3_next jamba lfm2 falcon_h1
+""".split()  # noqa: SIM905
+BLOCKS = "llama gpt2 gemma2 qwen3_next deepseek_v3 lfm2 nemotron_h olmo_hybrid exaone_moe".split()  # noqa: SIM905
+EXPERTS = "mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3 olmoe jamba glm4_moe minimax_m2 lfm2_moe".split()  # noqa: SIM905
+REFUSED = {
+    ("bloom", "25% of channels"): "it has no field for the number of channels alone",
+    ("bitnet", "25% of channels"): "no feed-forward channels that can go",
+    ("gpt2", "25% of heads"): "it has no field for the number of heads alone",
+    ("opt", "25% of heads"): "it has no field for the number of heads alone",
+    ("falcon", "50% of heads"): "no heads that can go",
+    ("olmo2", "50% of heads"): "no heads that can go",
+    ("llama", "25% of experts"): "has no experts",
+    ("gemma4_text", "1 block"): "kinds of block come in a fixed order",
+}
+
+
+def windows(seed: int = 1) -> Windows:
+    ids = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(seed))
+    return Windows(ids, "random", "none", 1, None)
+
+
+@pytest.fixture
+def in_process(monkeypatch) -> list[float]:
+    """The check by a fresh process, made in this one, since starting it takes seconds; the differences it found."""
+    found: list[float] = []
+
+    def check(folder: Path, tokens: Tensor, logits: Tensor, **options) -> None:
+        found.append(verify.difference(folder, tokens, logits, **options))
+        assert found[-1] <= 1e-5
+
+    monkeypatch.setattr(shrink, "refuse_unequal", check)
+    return found
+
+
+@pytest.fixture
+def cuts(monkeypatch) -> list[dict]:
+    """What was cut out of every block, in order, and the block as it was when it was cut."""
+    seen: list[dict] = []
+
+    def noted(block, gone):
+        seen.append({"gone": gone, "state": deepcopy(block.state_dict())})
+        return without_units(block, gone)
+
+    monkeypatch.setattr(shrunk, "without_units", noted)
+    return seen
+
+
+def smaller(family: str, folder: Path, pattern: str, method: str = "energy", **options):
+    source, out = folder / "source", folder / "out"
+    if not source.exists():
+        tiny_model(family).save_pretrained(source)
+    arguments = {"method": method, "pattern": pattern, "batch_size": 3, **options}
+    report = prune_checkpoint(open_checkpoint(source), load(source), windows(), out, **arguments)
+    return report, source, out
+
+
+@torch.no_grad()
+def logits(folder: Path) -> Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()(TOKENS, use_cache=False).logits
+
+
+def close(got: Tensor, wanted: Tensor) -> bool:
+    return bool((got - wanted).abs().max() <= 1e-6 * max(1.0, float(wanted.abs().max())))
+
+
+@pytest.mark.parametrize(("family", "pattern"), [
+    *((family, "25% of channels") for family in CHANNELS), *((family, "50% of heads") for family in HEADS),
+])  # fmt: skip
+def test_cutting_is_zeroing(family: str, pattern: str, tmp_path: Path, in_process, cuts):
+    report, source, out = smaller(family, tmp_path, pattern)
+    zeroed = load(source)
+    for block, cut in zip(zeroed.blocks, cuts, strict=True):
+        for name, units in cut["gone"].items():
+            sites(block)[name].weight[:, [i for unit in units for i in unit.inputs]] = 0
+    with torch.no_grad():
+        wanted = zeroed.model(TOKENS, use_cache=False).logits
+    assert any(cut["gone"] for cut in cuts)
+    assert close(logits(out), wanted)
+    assert report.parameters is not None
+    before, after = report.parameters
+    assert after < before == zeroed.model.num_parameters()
+    assert after == AutoModelForCausalLM.from_pretrained(out).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern"), [("llama", "50% of heads"), ("opt", "25% of channels"), ("mixtral", "25% of channels")]
+)
+def test_repaired_weights_are_those_of_the_block_in_memory(family: str, pattern: str, tmp_path: Path, in_process, cuts):
+    report, source, out = smaller(family, tmp_path, pattern, "obs+repair")
+    zeroed = load(source)
+    for block, cut in zip(zeroed.blocks, cuts, strict=True):
+        block.load_state_dict(cut["state"])
+    with torch.no_grad():
+        wanted = zeroed.model(TOKENS, use_cache=False).logits
+    assert close(logits(out), wanted)
+    plain = {s.site: s.output_error for s in smaller(family, tmp_path / "plain", pattern, "obs")[0].sites}
+    assert sum(s.output_error < plain[s.site] for s in report.sites) >= 0.75 * len(plain)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_blocks_leave_without_a_trace(family: str, tmp_path: Path, in_process):
+    report, source, out = smaller(family, tmp_path, "1 block", "influence")
+    (gone,) = map(int, report.removed["blocks"].split(","))
+    language_model = load(source)
+    with torch.no_grad():
+        skipped = language_model.blocks[gone]
+        hook = skipped.register_forward_hook(
+            lambda module, args, kwargs, output: entering(args, kwargs, output), with_kwargs=True
+        )
+        wanted = language_model.model(TOKENS, use_cache=False).logits
+        hook.remove()
+    assert close(logits(out), wanted)
+    config = AutoConfig.from_pretrained(out)
+    assert config.num_hidden_layers == 3
+    kinds = getattr(AutoConfig.from_pretrained(source), "layer_types", None)
+    if kinds:
+        assert config.layer_types == [kind for i, kind in enumerate(kinds) if i != gone]
+
+
+def entering(args, kwargs, output):
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_leave_and_the_router_chooses_among_the_rest(family: str, tmp_path: Path, in_process):
+    report, source, out = smaller(family, tmp_path, "25% of experts", "reap")
+    before, after = AutoModelForCausalLM.from_pretrained(source), AutoModelForCausalLM.from_pretrained(out)
+    kept = {}
+    for (name, old), (_, new) in zip(before.named_modules(), after.named_modules(), strict=True):
+        if experts.is_experts(old):
+            first = experts.matrices(old)[0]
+            rows = [
+                [e for e in range(4) if torch.equal(getattr(old, first)[e], weight)][0]
+                for weight in getattr(new, first)
+            ]
+            assert len(rows) == 3
+            kept[name] = rows
+            parent = name.rpartition(".")[0]
+            for module in experts.routers(before.get_submodule(parent)):
+                if getattr(module, "weight", torch.empty(0)).shape[0] == 4:
+                    (path,) = [n for n, m in before.named_modules() if m is module]
+                    smaller_router = after.get_submodule(path)
+                    assert torch.equal(module.weight[rows], smaller_router.weight)
+    assert kept
+    assert report.removed
+
+
+@pytest.mark.parametrize(("family", "pattern"), REFUSED)
+def test_what_no_stock_configuration_holds_is_refused_before_any_work(
+    family: str, pattern: str, tmp_path: Path, in_process
+):
+    with pytest.raises(SecateurError, match=REFUSED[family, pattern]):
+        smaller(family, tmp_path, pattern, "default")
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_refusal_names_the_counts_that_would_do(tmp_path: Path, in_process):
+    model = tiny_model("gpt_neox")  # 4 heads of 16 on 64; with half of them a head would be 32 wide
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(UnsupportedModel, match="no field for the number of heads alone"):
+        smaller("gpt_neox", tmp_path, "50% of heads")
+
+
+def test_llama_is_carried_by_mistral_where_its_own_configuration_refuses(tmp_path: Path, in_process):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
+    config = LlamaConfig(**sizes, num_key_value_heads=4, head_dim=8, vocab_size=128, max_position_embeddings=128)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    report, _, out = smaller("llama", tmp_path, "25% of heads")  # 6 query heads: 64 is no multiple
+    written = json.loads((out / "config.json").read_text())
+    assert written["model_type"] == "mistral"
+    assert (written["num_attention_heads"], written["num_key_value_heads"], written["head_dim"]) == (6, 3, 8)
+    assert report.removed == {"self_attn.o_proj": "1 of 4 heads"}
+    assert in_process == [pytest.approx(0, abs=1e-6)]
+
+
+def test_several_structures_at_once(tmp_path: Path, in_process):
+    report, _, out = smaller("llama", tmp_path, "1 block + 50% of heads + 25% of channels", "default")
+    assert report.removed.keys() == {"self_attn.o_proj", "mlp.down_proj", "blocks"}
+    config = AutoConfig.from_pretrained(out)
+    assert (config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size) == (3, 1, 96)
+    assert logits(out).shape[-1] == 128
+
+
+def test_every_method_gives_a_model_that_loads(tmp_path: Path, in_process):
+    names = [
+        f"{name}{suffix}"
+        for name in (*shrunk.SELECTIONS, "default")
+        for suffix in ("", "+repair", "+repair+dense-target")
+    ]
+    for name in names:
+        smaller("llama", tmp_path, "25% of channels", name, overwrite=True)
+    for name in ("influence", "angular", "kl", "influence+repair", "kl+repair"):
+        smaller("llama", tmp_path, "2 blocks", name, overwrite=True)
+    assert len(in_process) == len(names) + 5
+
+
+def test_shards_and_index_follow(tmp_path: Path, in_process):
+    model = tiny_model("qwen3_moe")
+    model.save_pretrained(tmp_path / "source", max_shard_size="200kB")
+    _, source, out = smaller("qwen3_moe", tmp_path, "1 block + 25% of experts", "default")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    held = {}
+    for shard in sorted(out.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as opened:
+            held |= {name: (shard.name, opened.get_tensor(name).nbytes) for name in opened.keys()}  # noqa: SIM118
+    assert index["weight_map"] == {name: shard for name, (shard, _) in held.items()}
+    assert index["metadata"]["total_size"] == sum(size for _, size in held.values())
+    assert len(open_checkpoint(source).shards) > 2
+    assert open_checkpoint(out).bytes < open_checkpoint(source).bytes
+
+
+def test_two_runs_give_the_same_bytes(tmp_path: Path, in_process):
+    for name in ("one", "two"):
+        smaller("llama", tmp_path / name, "25% of channels", "obs+repair")
+    one, two = (open_checkpoint(tmp_path / name / "out").sha256() for name in ("one", "two"))
+    assert one == two
+
+
+def test_two_devices_choose_what_one_does(tmp_path: Path, in_process):
+    for name, device in (("one", "cpu"), ("two", "cpu,cpu")):
+        smaller("llama", tmp_path / name, "25% of channels + 50% of heads", "obs+repair", device=device)
+    one, two = (logits(tmp_path / name / "out") for name in ("one", "two"))
+    assert torch.allclose(one, two, atol=1e-5)
+
+
+def test_bfloat16_is_written_as_bfloat16(tmp_path: Path, in_process):
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    _, _, out = smaller("llama", tmp_path, "25% of channels", "obs+repair")
+    assert {place.dtype for place in open_checkpoint(out).places.values()} == {"BF16"}
+
+
+def test_a_fresh_process_is_asked_and_believed(tmp_path: Path, monkeypatch):
+    smaller("llama", tmp_path, "25% of channels")
+    honest = shrink.run_block
+    monkeypatch.setattr(shrink, "run_block", lambda *args: honest(*args).flip(-1))
+    with pytest.raises(UnsupportedModel, match="does not reload as it was: its logits differ"):
+        smaller("llama", tmp_path, "25% of channels", overwrite=True)
+    assert open_checkpoint(tmp_path / "out").folder.exists()  # the one before stays
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_expert_biases_and_biases_follow(tmp_path: Path, in_process):
+    _, source, out = smaller("gpt_oss", tmp_path, "25% of channels", "obs+repair")
+    block = load(out).blocks[0]
+    site = sites(block)["mlp.experts.1.gate_up_proj"]
+    assert site.weight.shape[0] == 2 * 96
+    held = bias(block, site)
+    assert held is not None
+    assert held[1].shape == (192,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "words"),
+    [
+        (("wanda", "25% of channels"), UnknownName, "method for 25% of channels"),
+        (("energy", "2 blocks"), UnknownName, "Known: angular, default, influence, kl"),
+        (("energy+refit", "25% of channels"), UnknownName, "refinement of a structured method"),
+        (("energy", "50%"), UnknownName, "no method 'energy'"),
+        (("energy", "25% of channels", "owl"), BadPlan, "takes the same out of every block"),
+        (("energy", "25% of channels", "uniform", ["o_proj"]), BadPattern, "cannot leave one out"),
+        (("wanda", "50%", "uniform", (), 8), BadPattern, "--align is for the channels"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments, kind, words):
+    with pytest.raises(kind, match=words):
+        check_method(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern", "options", "words"),
+    [
+        ("llama", "25% of heads", {}, "One step is 50%"),
+        ("llama", "99% of channels", {}, "nothing of them would be left"),
+        ("llama", "25% of channels", {"align": 128}, "steps of 128"),
+        ("llama", "4 blocks", {}, "From 1 to 3 can be removed"),
+        ("mixtral", "75% of experts", {}, "At most 50% can go"),
+    ],
+)
+def test_counts_that_cannot_be(family, pattern, options, words, tmp_path, in_process):
+    with pytest.raises(BadPattern, match=words):
+        smaller(family, tmp_path, pattern, "default", **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_parsed_structure_says_its_kind():
+    assert parse("25% of channels").kind == "structured"
