@@ -191,26 +191,28 @@ def last_matrix(block: nn.Module, hidden: Tensor, call: Call) -> Site | None:
     return None
 
 
-def span_effect(
+def missing(
     block: nn.Module,
     span: Sequence[tuple[int, nn.Module]],
     site: str,
     windows: Sequence[tuple[Tensor, list[Call]]],
     index: int,
+    dense: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """E[δ xᵀ] `[hidden, in]` float32, with E[δ] as one more column: what the span adds to what the block gives.
+    """E[δ xᵀ] `[hidden, in]` float32, with E[δ] as one more column: what should be added to what the block gives.
 
-    `block`, its number `index`, and the blocks of the span are working copies on the device of the hidden states;
-    x are the inputs of `site` in the block.
+    That is the effect of a span of blocks that are gone; with `dense`, what the dense block gives on dense inputs by
+    batch, also all that the stream has lost up to here. `block`, its number `index`, and the blocks of the span are
+    working copies on the device of the hidden states; x are the inputs of `site` in the block.
     """
     total, tokens = torch.zeros(()), 0
-    for hidden, calls in windows:
+    for number, (hidden, calls) in enumerate(windows):
         seen: list[Tensor] = []
         with recorded_inputs(block, lambda name, x, seen=seen: seen.append(x) if name == site else None):
             before = run_block(block, hidden, calls[index])
-        after = before
-        for number, removed in span:
-            after = run_block(removed, after, calls[number])
+        after = before if dense is None else dense[number]
+        for removed, module in span:
+            after = run_block(module, after, calls[removed])
         delta = (after - before).float().flatten(0, -2)
         x = seen[0].float().flatten(0, -2)
         x = torch.cat([x, torch.ones(len(x), 1, device=x.device)], 1)

@@ -29,7 +29,7 @@ from secateur.model import LanguageModel, Shell, run_block, working_copy
 from secateur.options import check_windows, find_devices, find_dtype, forward_dtype
 from secateur.progress import PeakMemory, Progress
 from secateur.record import Report
-from secateur.shrunk import Run, find_shrinking, shrunk_block
+from secateur.shrunk import Run, find_shrinking, refined, shrunk_block
 from secateur.sites import coverage, sites
 from secateur.stream import Seconds, stream
 from secateur.structures import Depth, Structure, parts
@@ -140,7 +140,7 @@ def _shrink(run: Run, found: Survey, report: Report, names: Names, result: Outpu
     model, position, count = run.language_model, 0, len(found.kept)
     steps = stream(
         model, run.tokens, devices=run.devices, dtype=run.dtype, batch_size=run.batch_size, seconds=run.seconds,
-        dense=run.shrinking.dense, kept=found.kept,
+        dense=run.shrinking.second_stream, kept=found.kept,
     )  # fmt: skip
     logits = torch.empty(0)
     for step in steps:
@@ -148,7 +148,13 @@ def _shrink(run: Run, found: Survey, report: Report, names: Names, result: Outpu
         original = model.blocks[step.index]
         span = _span(found.kept, position, len(model.blocks))
         state, reports = shrunk_block(step, original, found.of(original), span, run)
-        smaller = module_of(found.stock.language_model.blocks[position], state, original)
+        empty = found.stock.language_model.blocks[position]
+        smaller = module_of(empty, state, original)
+        if run.shrinking.refine:
+            run.progress.advance(f"{step.name} as a whole", position, count)
+            state, tuned = refined(step, smaller, state, span, run)
+            report.refined[model.block_name(position)] = (tuned.before, tuned.after)
+            smaller = module_of(empty, state, original)
         step.replace(smaller)
         report.sites += reports
         result.write(names.of_block(position, state))

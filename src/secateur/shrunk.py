@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from secateur.cut import State, without_experts, without_units
-from secateur.depth import BLOCKS, last_matrix, span_effect
+from secateur.depth import BLOCKS, last_matrix, missing
 from secateur.errors import NonFinite, UnknownName
-from secateur.model import LanguageModel, working_copy
+from secateur.methods import REFINE_EPOCHS
+from secateur.model import LanguageModel, run_block, working_copy
 from secateur.progress import Progress
+from secateur.refine import Tuned, refine
 from secateur.reap import EXPERTS, routed_to
 from secateur.record import SiteReport
 from secateur.repair import NEED, repaired
 from secateur.selection import SELECTIONS, lowest
 from secateur.sites import bias, sites
 from secateur.stats import OF_DENSE, Stats
-from secateur.stream import Seconds, Step
+from secateur.stream import Batch, Seconds, Step
 from secateur.structures import Depth, Structure, parts
 from secateur.survey import BlockCut, Consumer
 from secateur.taylor import taylor
@@ -34,6 +36,8 @@ from secateur.units import Unit
 
 DEFAULT = {"channels": "obs", "heads": "obs", "experts": "reap", "blocks": "kl"}
 """The selections of `default`, which repairs as well."""
+DEFAULT_SUFFIXES = ("repair", "dense-target")
+SUFFIXES = ("repair", "dense-target", "refine")
 PROBE_TOKENS = 1024
 
 
@@ -43,13 +47,19 @@ class Shrinking(NamedTuple):
     selections: Mapping[str, str]
     repair: bool
     dense: bool
+    refine: int = 0
+
+    @property
+    def second_stream(self) -> bool:
+        """Whether what the dense model gives is wanted beside what the smaller one gives."""
+        return self.dense or self.refine > 0
 
 
 def find_shrinking(name: str, structure: Structure) -> Shrinking:
     """The structured method of that name for a structure. Raises UnknownName.
 
-    A selection and suffixes: `energy`, `obs+repair`, `kl+repair`, `obs+repair+dense-target`. `default` selects and
-    repairs. In a structure of several kinds, those that a selection does not know are selected as by default.
+    A selection and suffixes: `energy`, `obs+repair`, `kl+repair`, `obs+repair+dense-target+refine`. `default` selects
+    and repairs. In a structure of several kinds, those that a selection does not know are selected as by default.
     """
     first, *suffixes = name.split("+")
     tables: dict[str, Mapping[str, Any]] = {
@@ -60,10 +70,13 @@ def find_shrinking(name: str, structure: Structure) -> Shrinking:
     if first not in known:
         raise UnknownName(f"method for {structure}", first, known)
     for suffix in suffixes:
-        if suffix not in ("repair", "dense-target"):
-            raise UnknownName("refinement of a structured method", suffix, ("repair", "dense-target"))
+        if suffix not in SUFFIXES:
+            raise UnknownName("refinement of a structured method", suffix, SUFFIXES)
     chosen = {kind: first if first in tables[kind] else DEFAULT[kind] for kind in kinds}
-    return Shrinking(chosen, first == "default" or bool(suffixes), "dense-target" in suffixes)
+    if first == "default":
+        suffixes = [*suffixes, *DEFAULT_SUFFIXES]
+    dense, refine = "dense-target" in suffixes, REFINE_EPOCHS if "refine" in suffixes else 0
+    return Shrinking(chosen, dense or "repair" in suffixes, dense, refine)
 
 
 @dataclass
@@ -106,9 +119,30 @@ def shrunk_block(
     return without_experts(result, state, kept_experts), reports
 
 
+def refined(step: Step, smaller: nn.Module, state: State, span: Sequence[int], run: Run) -> tuple[State, Tuned]:
+    """The tensors of a smaller block tuned as a whole to do what the dense one does, and the span after it.
+
+    `smaller` is its module in float32, which is changed. What no expert's token reaches moves by nothing.
+    """
+    batches = step.batches()
+    for number in span:
+        block = working_copy(run.language_model.blocks[number], step.device, run.dtype)
+        calls = [calls[number] for _, calls in step.windows()]
+        batches = [
+            Batch(b.hidden, b.call, run_block(block, b.target, call)) for b, call in zip(batches, calls, strict=True)
+        ]
+    started = perf_counter()
+    smaller = smaller.to(step.device)
+    names = sorted({site.parameter for site in sites(smaller).values()})
+    kept = {name: torch.ones_like(smaller.get_parameter(name), dtype=torch.bool) for name in names}
+    tuned = refine(smaller, kept, batches, run.shrinking.refine)
+    step.seconds.refine += perf_counter() - started
+    return {**state, **{n: smaller.get_parameter(n).data.to(state[n].dtype).cpu() for n in names}}, tuned
+
+
 def _folded_into(step: Step, span: Sequence[int], run: Run) -> str | None:
     """The site that can take over what a span of removed blocks did; None where there is none, or it is not wanted."""
-    if not span or not run.shrinking.repair:
+    if not run.shrinking.repair or not (span or run.shrinking.dense):
         return None
     hidden, call = step.first()
     site = last_matrix(step.block, hidden, call)
@@ -126,14 +160,17 @@ def _remove(
 ) -> dict[str, list[Unit]]:
     """Choose units of consumers in one forward, write zeros in their place and what makes up for them."""
     repair = run.shrinking.repair
-    need = (NEED | (OF_DENSE if run.shrinking.dense else set())) if repair else frozenset[str]()
+    cross = run.shrinking.dense and fold not in consumers
+    need = (NEED | (OF_DENSE if cross else set())) if repair else frozenset[str]()
     selections = {n: SELECTIONS[run.shrinking.selections[c.of]] for n, c in consumers.items() if c.units}
     need = need.union(*(selection.need for selection in selections.values())) - {"taylor"}
     observed = step.observe(need | {"square"}, PROBE_TOKENS, list(consumers))
     added = None
     if fold in consumers:
         blocks = [(i, working_copy(run.language_model.blocks[i], step.device, run.dtype)) for i in span]
-        added = span_effect(step.block, blocks, str(fold), step.windows(), step.index)
+        dense = [batch.target for batch in step.batches()] if run.shrinking.dense else None
+        added = missing(step.block, blocks, str(fold), step.windows(), step.index, dense)
+        del blocks
     started = perf_counter()
     gone: dict[str, list[Unit]] = {}
     targets = sites(result)
@@ -152,7 +189,7 @@ def _remove(
             new, new_bias = repaired(weight, stats, kept, old, added if name == fold else None)
         _put(step, result, name, new, new_bias)
         note = "" if stats is not None else "no calibration token: chosen by weights"
-        note += f"blocks {span[0]} to {span[-1]} folded into it" if name == fold else ""
+        note += f"blocks {span[0]} to {span[-1]} folded into it" if name == fold and span else ""
         probe = observed.probes.get(name) if name != fold else None  # there the target is another
         reports.append(_report(step, name, consumer, weight, targets[name].weight, old, new_bias, probe, note))
     step.seconds.solve += perf_counter() - started
