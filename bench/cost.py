@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.machine import machine, versions
 from secateur.methods import REFINE_EPOCHS, find_method
-from secateur.patterns import parse
+from secateur.patterns import parse_pattern
 from secateur.stats import Stats
 
 
@@ -111,7 +111,7 @@ def count(name: str, rows: int, columns: int) -> float:
     weight, stats = _layer(rows, columns)
     method = find_method(name)
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        method.prune(weight, stats, parse("50%").within(method.group))
+        method.prune(weight, stats, parse_pattern("50%").within(method.group))
     found = counter.get_flop_counts().get("Global", {})
     return sum(number / 3 if str(operation) in thirds else number for operation, number in found.items())
 
@@ -179,7 +179,7 @@ def measure(size: int, one_thread: float) -> list[dict]:
         method = find_method(name)
         weight, stats = _layer(size, size)
         for pattern in ("50%", "2:4"):
-            resolved = parse(pattern).within(method.group)
+            resolved = parse_pattern(pattern).within(method.group)
             fresh = [Stats(stats.tokens, stats.sums) for _ in range(3)]  # nothing derived yet
             seconds = min(_seconds(time.process_time, method.prune, weight, each, resolved) for each in fresh)
             flops = cost.site(size, size) + cost.shared(size)

@@ -14,7 +14,7 @@ from secateur.results import Row
 
 FIELDS = {
     "method", "pattern", "kind", "sparsity", "perplexity", "delta", "delta_interval", "kl", "top1_agreement",
-    "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint", "allocation",
+    "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint", "allocation", "parameters",
 }  # fmt: skip
 TOP = ["schema", "model", "calibration", "evaluation", "machine", "versions", "command", "rows"]
 

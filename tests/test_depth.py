@@ -1,13 +1,15 @@
 """Which blocks, units and experts go, against whole forwards of the model; and what takes over from removed blocks."""
 
 from copy import deepcopy
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from families import tiny_model
 from torch import nn
 
-from secateur.depth import Looking, angular, influence, kl, last_matrix, span_effect
+from secateur.depth import Looking, angular, influence, kl, last_matrix, missing
 from secateur.evaluate import divergence
 from secateur.model import LanguageModel, replayable
 from secateur.progress import Progress
@@ -34,11 +36,15 @@ def looking(language_model: LanguageModel, batch_size: int = 4) -> Looking:
 def states(language_model: LanguageModel) -> list[torch.Tensor]:
     """What enters each block, and what leaves the last one, of one whole forward."""
     seen: list[torch.Tensor] = []
-    hooks = [b.register_forward_pre_hook(lambda m, a, k: seen.append(a[0] if a else k["hidden_states"]), with_kwargs=True)
-             for b in language_model.blocks]  # fmt: skip
-    last = language_model.blocks[-1].register_forward_hook(
-        lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o)
-    )
+
+    def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    def leaves(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in language_model.blocks]
+    last = language_model.blocks[-1].register_forward_hook(leaves)
     language_model.model(TOKENS, use_cache=False)
     for hook in (*hooks, last):
         hook.remove()
@@ -49,7 +55,7 @@ def states(language_model: LanguageModel) -> list[torch.Tensor]:
 def test_influence_takes_what_changes_the_hidden_state_least(family):
     language_model = replayable(tiny_model(family))
     seen = states(language_model)
-    score = [1 - torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(seen, seen[1:], strict=False)]
+    score = [1 - torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in pairwise(seen)]
     for count in (1, 2, 3):
         wanted = sorted(sorted(range(4), key=lambda i: score[i])[:count])
         assert influence(looking(language_model), count, lambda gone: True) == wanted
@@ -117,12 +123,10 @@ def test_the_matrix_that_adds_to_the_output(family, site):
 @torch.no_grad()
 def test_a_fold_is_the_best_linear_stand_in_for_the_blocks_that_are_gone():
     language_model = replayable(tiny_model("llama"))
-    (step, *_) = [
-        s for s in stream(language_model, TOKENS, devices=[CPU], dtype=torch.float32, batch_size=4) if s.index == 0
-    ]
+    step = next(stream(language_model, TOKENS, devices=[CPU], dtype=torch.float32, batch_size=4))
     stats = step.observe(NEED, 0, ["mlp.down_proj"]).stats["mlp.down_proj"]
     span = [(i, language_model.blocks[i]) for i in (1, 2)]
-    added = span_effect(step.block, span, "mlp.down_proj", step.windows(), 0)
+    added = missing(step.block, span, "mlp.down_proj", step.windows(), 0)
     weight = step.sites["mlp.down_proj"].weight
     kept = torch.ones(weight.shape[1], dtype=torch.bool)
     kept[::4] = False
@@ -173,7 +177,7 @@ def test_taylor_of_heads_is_the_derivative_of_the_block():
                 x[..., unit] *= size
                 return (x,)
 
-            hook = block.self_attn.o_proj.register_forward_pre_hook(scaled)
+            hook = block.get_submodule("self_attn.o_proj").register_forward_pre_hook(scaled)
             kwargs = {k: tuple(t.double() for t in v) if isinstance(v, tuple) else v for k, v in call.kwargs.items()}
             with torch.no_grad():
                 outputs.append(block(hidden.double(), *call.args, **kwargs))

@@ -163,7 +163,7 @@ def test_experts_leave_and_the_router_chooses_among_the_rest(family: str, tmp_pa
         if experts.is_experts(old):
             first = experts.matrices(old)[0]
             rows = [
-                [e for e in range(4) if torch.equal(getattr(old, first)[e], weight)][0]
+                next(e for e in range(4) if torch.equal(getattr(old, first)[e], weight))
                 for weight in getattr(new, first)
             ]
             assert len(rows) == 3
@@ -173,7 +173,7 @@ def test_experts_leave_and_the_router_chooses_among_the_rest(family: str, tmp_pa
                 if getattr(module, "weight", torch.empty(0)).shape[0] == 4:
                     (path,) = [n for n, m in before.named_modules() if m is module]
                     smaller_router = after.get_submodule(path)
-                    assert torch.equal(module.weight[rows], smaller_router.weight)
+                    assert torch.equal(module.get_parameter("weight")[rows], smaller_router.get_parameter("weight"))
     assert kept
     assert report.removed
 
@@ -198,8 +198,10 @@ def test_llama_is_carried_by_mistral_where_its_own_configuration_refuses(tmp_pat
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
-    config = LlamaConfig(**sizes, num_key_value_heads=4, head_dim=8, vocab_size=128, max_position_embeddings=128)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=8, vocab_size=128, max_position_embeddings=128,
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
     report, _, out = smaller("llama", tmp_path, "25% of heads")  # 6 query heads: 64 is no multiple
     written = json.loads((out / "config.json").read_text())
@@ -220,14 +222,14 @@ def test_several_structures_at_once(tmp_path: Path, in_process):
 def test_every_method_gives_a_model_that_loads(tmp_path: Path, in_process):
     names = [
         f"{name}{suffix}"
-        for name in (*shrunk.SELECTIONS, "default")
+        for name in (*shrunk.SELECTIONS, "fast", "default")
         for suffix in ("", "+repair", "+repair+dense-target")
     ]
     for name in names:
         smaller("llama", tmp_path, "25% of channels", name, overwrite=True)
-    for name in ("influence", "angular", "kl", "influence+repair", "kl+repair"):
+    for name in ("influence", "angular", "kl", "influence+repair", "kl+repair", "best", "angular+refine"):
         smaller("llama", tmp_path, "2 blocks", name, overwrite=True)
-    assert len(in_process) == len(names) + 5
+    assert len(in_process) == len(names) + 7
 
 
 def test_shards_and_index_follow(tmp_path: Path, in_process):
@@ -260,7 +262,7 @@ def test_two_devices_choose_what_one_does(tmp_path: Path, in_process):
 
 
 def test_bfloat16_is_written_as_bfloat16(tmp_path: Path, in_process):
-    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    tiny_model("llama").bfloat16().save_pretrained(tmp_path / "source")
     _, _, out = smaller("llama", tmp_path, "25% of channels", "obs+repair")
     assert {place.dtype for place in open_checkpoint(out).places.values()} == {"BF16"}
 
@@ -276,7 +278,7 @@ def test_a_fresh_process_is_asked_and_believed(tmp_path: Path, monkeypatch):
 
 
 def test_expert_biases_and_biases_follow(tmp_path: Path, in_process):
-    _, source, out = smaller("gpt_oss", tmp_path, "25% of channels", "obs+repair")
+    _, _, out = smaller("gpt_oss", tmp_path, "25% of channels", "obs+repair")
     block = load(out).blocks[0]
     site = sites(block)["mlp.experts.1.gate_up_proj"]
     assert site.weight.shape[0] == 2 * 96
@@ -289,7 +291,7 @@ def test_expert_biases_and_biases_follow(tmp_path: Path, in_process):
     ("arguments", "kind", "words"),
     [
         (("wanda", "25% of channels"), UnknownName, "method for 25% of channels"),
-        (("energy", "2 blocks"), UnknownName, "Known: angular, default, influence, kl"),
+        (("energy", "2 blocks"), UnknownName, "Known: angular, best, default, fast, influence, kl"),
         (("energy+refit", "25% of channels"), UnknownName, "refinement of a structured method"),
         (("energy", "50%"), UnknownName, "no method 'energy'"),
         (("energy", "25% of channels", "owl"), BadPlan, "takes the same out of every block"),
@@ -316,6 +318,38 @@ def test_counts_that_cannot_be(family, pattern, options, words, tmp_path, in_pro
     with pytest.raises(BadPattern, match=words):
         smaller(family, tmp_path, pattern, "default", **options)
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(
+    ("family", "share", "kinds"),
+    [
+        ("llama", 80, "channels"),
+        ("llama", 60, "channels, blocks"),
+        ("llama", 50, "channels, blocks, heads"),
+        ("mixtral", 85, "experts"),
+        ("gpt2", 80, "channels"),
+    ],
+)
+def test_a_budget_is_kept_with_no_more_than_is_needed(family, share, kinds, tmp_path, in_process):
+    report, _, out = smaller(family, tmp_path, f"to {share}% of parameters", "fast")
+    assert report.parameters is not None
+    before, after = report.parameters
+    assert after <= share / 100 * before
+    assert after >= (share - 10 if family == "mixtral" else share - 5) / 100 * before
+    said = " ".join(["blocks" if where == "blocks" else what for where, what in report.removed.items()])
+    assert all(kind in said for kind in kinds.split(", "))
+    assert after == AutoModelForCausalLM.from_pretrained(out).num_parameters()
+
+
+def test_a_budget_in_bytes_is_the_size_on_disk(tmp_path, in_process):
+    tiny_model("llama").save_pretrained(tmp_path / "source")
+    size = open_checkpoint(tmp_path / "source").bytes
+    smaller("llama", tmp_path, f"to {round(0.85 * size)}B", "fast")
+    assert 0.8 * size < open_checkpoint(tmp_path / "out").bytes <= 0.85 * size
+    with pytest.raises(BadPattern, match="bytes of weights already"):
+        smaller("llama", tmp_path, "to 1GB", "fast", overwrite=True)
+    with pytest.raises(BadPattern, match="out of reach"):
+        smaller("llama", tmp_path, "to 20% of parameters", "fast", overwrite=True)
 
 
 def test_a_parsed_structure_says_its_kind():

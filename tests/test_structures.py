@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from secateur.errors import BadPattern
 from secateur.patterns import parse, parse_pattern
-from secateur.structures import Depth, Several, Units, default_alignment, parts
+from secateur.structures import Budget, Depth, Several, Units, default_alignment, parts
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,9 @@ from secateur.structures import Depth, Several, Units, default_alignment, parts
         ("1 block", Depth(count=1)),
         ("4 blocks", Depth(count=4)),
         ("12% of blocks", Depth(ratio=0.12)),
+        ("to 75% of parameters", Budget(share=0.75)),
+        ("to 6GB", Budget(bytes=6 * 10**9)),
+        ("to 700MiB", Budget(bytes=700 * 2**20)),
         ("2 blocks + 20% of channels", Several((Depth(count=2), Units(0.2, "channels")))),
     ],
 )
@@ -28,7 +31,16 @@ def test_text_round_trips(text, structure):
 
 
 @pytest.mark.parametrize(
-    "text", ["0% of channels", "100% of heads", "-5% of experts", "0% of blocks", "20% of channels + 30% of channels"]
+    "text",
+    [
+        "0% of channels",
+        "100% of heads",
+        "-5% of experts",
+        "0% of blocks",
+        "20% of channels + 30% of channels",
+        "to 0% of parameters",
+        "to 120% of parameters",
+    ],
 )
 def test_the_impossible_is_refused(text):
     with pytest.raises(BadPattern):

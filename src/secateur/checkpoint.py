@@ -201,7 +201,7 @@ class Output:
         self.places = source.places
 
     def configure(self, changes: Mapping[str, Any], model_type: str) -> None:
-        """Change fields of `config.json`, in the part of it that describes a model of that type. Raises BadCheckpoint."""
+        """Change fields of `config.json`, in the part that describes a model of that type. Raises BadCheckpoint."""
         file = self.partial / "config.json"
         held = _json_object(file)
         parts = [
@@ -269,7 +269,8 @@ class Output:
 def output(source: Checkpoint, out: Path, *, overwrite: bool, weights: bool = True) -> Iterator[Output]:
     """A result folder beside `out`, holding a copy of the source; removed again unless it is finished.
 
-    Without `weights` the shards are left to whoever makes others (`layout.resized`). Raises OutputRefused where `out` holds something already, DiskFull where the copy cannot fit.
+    Without `weights` the shards are left to whoever makes others (`layout.resized`). Raises OutputRefused where `out`
+    holds something already, DiskFull where the copy cannot fit.
     """
     out, model = out.resolve(), source.folder.resolve()  # a link is followed, so that the result lies where it points
     if out == model:

@@ -83,7 +83,7 @@ def prune(
         str, typer.Option(help="A method of the table in the README, or a preset: fast, default, best.")
     ] = "default",
     pattern: Annotated[
-        str, typer.Option(help="50%, '50% of row', 2:4 …, or '25% of channels', '25% of heads', '4 blocks' …")
+        str, typer.Option(help="50%, '50% of row', 2:4, '25% of channels', '4 blocks', 'to 75% of parameters' …")
     ] = "50%",
     allocate: Annotated[
         str, typer.Option(help="How sparsity is shared out: uniform, owl, error, search, or a plan's .json file.")
@@ -106,7 +106,7 @@ def prune(
 ) -> None:
     """Prune a model; write a checkpoint that every loader reads, and what was done to it."""
     import secateur
-    from secateur.record import LEFT_OUT
+    from secateur.report import summary
 
     with _display(quiet) as progress:
         report = secateur.prune(
@@ -118,38 +118,9 @@ def prune(
         )  # fmt: skip
     if as_json:
         return _print_json(report)
-    errors = [site.output_error for site in report.sites if site.output_error is not None]
-    worst = max(
-        (s for s in report.sites if s.output_error is not None),
-        key=lambda s: s.output_error or 0,
-        default=None,
-    )
     console = _console()
-    if report.parameters:
-        before, after = report.parameters
-        console.print(
-            f"{report.method}, {report.pattern}: {before:,} parameters became {after:,} ({after / before:.1%}). "
-            f"Gone: {escape('; '.join(f'{what} of {where}' for where, what in report.removed.items()))}."
-        )
-    else:
-        console.print(
-            f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of {len(report.sites)} sites are "
-            f"zero (coverage {report.coverage:.1%} of the block weights)."
-        )
-    if worst and errors:
-        console.print(
-            f"Relative output error: mean {sum(errors) / len(errors):.4f}, most at {escape(worst.site)} "
-            f"({worst.output_error:.4f})."
-        )
-    for site in report.sites:
-        if site.note and site.note != LEFT_OUT:
-            console.print(f"{escape(site.site)}: {escape(site.note)}")
-    seconds = report.seconds
-    console.print(
-        f"{seconds.total:.1f} s: {seconds.plan:.1f} planning, {seconds.forward:.1f} forward, "
-        f"{seconds.statistics:.1f} statistics, {seconds.solve:.1f} solving, {seconds.refine:.1f} refining. "
-        f"Written to {escape(str(report.out))}."
-    )
+    for line in summary(report):
+        console.print(escape(line))
     return None
 
 

@@ -178,14 +178,14 @@ def last_matrix(block: nn.Module, hidden: Tensor, call: Call) -> Site | None:
             block, lambda name, x, site=site, seen=seen: seen.append(x) if name == site.name else None
         ):
             run_block(block, hidden, call)
-        if len(seen) != 1 or seen[0].shape[:-1] != before.shape[:-1]:
+        if len(seen) != 1 or seen[0].shape[:-1].numel() != before.shape[:-1].numel():
             continue
         old = site.weight.clone()
         change = torch.randn(old.shape, generator=torch.Generator().manual_seed(0)).to(old.device) * old.std()
         site.weight.add_(change)
         moved = run_block(block, hidden, call) - before
         site.weight.copy_(old)
-        wanted = seen[0] @ change.T
+        wanted = (seen[0] @ change.T).view(before.shape)  # OPT flattens the tokens
         if (moved - wanted).norm() <= 1e-3 * wanted.norm():
             return site
     return None

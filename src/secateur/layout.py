@@ -112,7 +112,7 @@ class Names:
 
 @dataclass(frozen=True)
 class _Old:
-    """The names of a block's tensors where the block has moved; those are in it that the source has under its number."""
+    """The names of a block's tensors where the block has moved; the source has those that are in it."""
 
     source: Checkpoint
     now: str

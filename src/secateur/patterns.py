@@ -246,5 +246,5 @@ def parse_pattern(text: str) -> Pattern:
         )
     raise BadPattern(
         f"{text!r} is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', 'N:M' such as '2:4', "
-        "'25% of channels', '25% of heads', '25% of experts', '4 blocks' or '12% of blocks'."
+        "'25% of channels', '25% of heads', '25% of experts', '4 blocks', '12% of blocks', or 'to 75% of parameters'."
     )

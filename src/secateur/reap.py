@@ -72,10 +72,8 @@ def _watched(block: nn.Module, found: dict[str, Routed]) -> Iterator[None]:
                 if getattr(module, "has_bias", False):
                     output = output + getattr(module, f"{second}_bias")[expert]
                 mine = chosen == expert
-                if gates.shape == chosen.shape:
-                    gate = (gates * mine).sum(1)[mine.any(1)]
-                else:  # one gate for every expert, chosen or not
-                    gate = gates[mine.any(1), expert]
+                whole = gates.shape != chosen.shape  # one gate for every expert, chosen or not
+                gate = gates[mine.any(1), expert] if whole else (gates * mine).sum(1)[mine.any(1)]
                 routed.tokens[expert] += len(output)
                 routed.contribution[expert] += (gate.double().abs() * output.double().norm(dim=1)).sum().cpu()
 

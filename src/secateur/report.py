@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from secateur.record import LEFT_OUT, Report
 from secateur.results import Results, Row
 
 COLUMNS = (
@@ -18,6 +19,37 @@ COLUMNS = (
 NARROW = ("method", "pattern", "kind", "perplexity", "difference [95 % interval]", "rank")
 """The columns that fit a terminal of 80 characters."""
 WIDE_CHARACTERS = 150
+
+
+def summary(report: Report) -> list[str]:
+    """What a run of `prune` did, in a few lines."""
+    if report.parameters:
+        before, after = report.parameters
+        gone = "; ".join(
+            f"blocks {what}" if where == "blocks" else f"{what} of {where}" for where, what in report.removed.items()
+        )
+        lines = [
+            f"{report.method}, {report.pattern}: {before:,} parameters became {after:,} ({after / before:.1%}).",
+            f"Gone: {gone}.",
+        ]
+    else:
+        lines = [
+            f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of {len(report.sites)} sites are "
+            f"zero (coverage {report.coverage:.1%} of the block weights)."
+        ]
+    errors = {site.site: site.output_error for site in report.sites if site.output_error is not None}
+    if errors:
+        worst = max(errors, key=lambda site: errors[site])
+        mean = sum(errors.values()) / len(errors)
+        lines.append(f"Relative output error: mean {mean:.4f}, most at {worst} ({errors[worst]:.4f}).")
+    lines += [f"{site.site}: {site.note}" for site in report.sites if site.note and site.note != LEFT_OUT]
+    seconds = report.seconds
+    lines.append(
+        f"{seconds.total:.1f} s: {seconds.plan:.1f} planning, {seconds.forward:.1f} forward, "
+        f"{seconds.statistics:.1f} statistics, {seconds.solve:.1f} solving, {seconds.refine:.1f} refining. "
+        f"Written to {report.out}."
+    )
+    return lines
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -113,8 +145,8 @@ def _parameters(count: int) -> str:
 
 def _caption(results: Results) -> str:
     return (
-        "Sparsity: share of zeros in the pruned matrices; of a structured row, share of the block weights that are gone "
-        "for good, so the model is smaller. Difference: perplexity minus dense, paired bootstrap over "
+        "Sparsity: share of zeros in the pruned matrices; of a structured row, share of the block weights that are "
+        "gone, so the model is smaller. Difference: perplexity minus dense, paired bootstrap over "
         "windows. Rank: by perplexity within one pattern; rows whose paired difference may be zero are a tie. "
         "KL: dense against pruned, nats a token. Seconds: planning, forward passes, statistics, solving and refining; "
         "not loading, writing and evaluating. "

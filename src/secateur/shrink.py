@@ -18,6 +18,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
+from secateur.budget import within_budget
 from secateur.checkpoint import Checkpoint, Output, output
 from secateur.cut import module_of
 from secateur.data import Windows
@@ -32,8 +33,8 @@ from secateur.record import Report
 from secateur.shrunk import Run, find_shrinking, refined, shrunk_block
 from secateur.sites import coverage, sites
 from secateur.stream import Seconds, stream
-from secateur.structures import Depth, Structure, parts
-from secateur.survey import Survey, holds, survey
+from secateur.structures import Budget, Depth, Structure, parts
+from secateur.survey import Survey, block_parameters, holds, survey
 from secateur.verify import refuse_unequal
 
 CHECKED_TOKENS = 256
@@ -78,14 +79,20 @@ def shrink_checkpoint(
     )  # fmt: skip
     with PeakMemory() as peak:
         started = perf_counter()
-        found = _surveyed(run, structure, align)
+        wanted = structure
+        if isinstance(structure, Budget):
+            wanted = within_budget(language_model, structure, source.bytes, align, devices[0])
+        found = _surveyed(run, wanted, align)
         run.seconds.plan = perf_counter() - started
         counts = [coverage(block) for block in language_model.blocks]
         share = sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
         dense = language_model.model.num_parameters()
         report = Report(
             method, str(structure), "structured", 0.0, share, [], run.seconds, None, windows.fingerprint(),
-            parameters=(dense, dense - _difference(language_model, found.stock.language_model)),
+            parameters=(
+                dense,
+                dense - block_parameters(language_model) + block_parameters(found.stock.language_model),
+            ),
             removed=_in_words(language_model, found),
         )  # fmt: skip
         names = Names(source, language_model, found.stock.language_model, found.kept)
@@ -137,13 +144,13 @@ def _surveyed(run: Run, structure: Structure, align: int | None) -> Survey:
 @torch.no_grad()
 def _shrink(run: Run, found: Survey, report: Report, names: Names, result: Output) -> Tensor:
     """Shrink and write every block that stays; the logits of the first window's first tokens in the smaller model."""
-    model, position, count = run.language_model, 0, len(found.kept)
+    model, count = run.language_model, len(found.kept)
     steps = stream(
         model, run.tokens, devices=run.devices, dtype=run.dtype, batch_size=run.batch_size, seconds=run.seconds,
         dense=run.shrinking.second_stream, kept=found.kept,
     )  # fmt: skip
     logits = torch.empty(0)
-    for step in steps:
+    for position, step in enumerate(steps):
         run.progress.advance(step.name, position, count)
         original = model.blocks[step.index]
         span = _span(found.kept, position, len(model.blocks))
@@ -158,8 +165,7 @@ def _shrink(run: Run, found: Survey, report: Report, names: Names, result: Outpu
         step.replace(smaller)
         report.sites += reports
         result.write(names.of_block(position, state))
-        position += 1
-        if position == count:
+        if position == count - 1:
             leaving = run_block(working_copy(smaller, step.device, run.dtype), *step.first())
             shell = Shell(model, step.device, run.dtype)
             logits = shell.leave(run.tokens[:1, :CHECKED_TOKENS], leaving[..., :1, :CHECKED_TOKENS, :]).cpu()
@@ -182,14 +188,6 @@ def _verify(result: Output, tokens: Tensor, logits: Tensor, trust_remote_code: b
     )  # fmt: skip
 
 
-def _difference(dense: LanguageModel, smaller: LanguageModel) -> int:
-    """How many parameters the blocks of one model have more than those of the other."""
-    return sum(
-        sum(p.numel() for block in model.blocks for p in block.parameters()) * sign
-        for model, sign in ((dense, 1), (smaller, -1))
-    )
-
-
 def _share_gone(language_model: LanguageModel, found: Survey) -> float:
     """The share of the blocks' matrix weights that are gone."""
     before, after = (
@@ -205,8 +203,8 @@ def _in_words(language_model: LanguageModel, found: Survey) -> dict[str, str]:
     for cut in found.kinds.values():
         for name, consumer in cut.consumers.items():
             words[name] = f"{consumer.gone} of {len(consumer.units)} {consumer.of}"
-        for name, gone in cut.experts.items():
-            words[name] = f"{gone} experts"
+        for name, (total, gone) in cut.experts.items():
+            words[name] = f"{gone} of {total} experts"
     if gone := [i for i in range(len(language_model.blocks)) if i not in found.kept]:
         words["blocks"] = ", ".join(map(str, gone))
     return words

@@ -21,9 +21,9 @@ from secateur.errors import NonFinite, UnknownName
 from secateur.methods import REFINE_EPOCHS
 from secateur.model import LanguageModel, run_block, working_copy
 from secateur.progress import Progress
-from secateur.refine import Tuned, refine
 from secateur.reap import EXPERTS, routed_to
 from secateur.record import SiteReport
+from secateur.refine import Tuned, refine
 from secateur.repair import NEED, repaired
 from secateur.selection import SELECTIONS, lowest
 from secateur.sites import bias, sites
@@ -34,15 +34,22 @@ from secateur.survey import BlockCut, Consumer
 from secateur.taylor import taylor
 from secateur.units import Unit
 
-DEFAULT = {"channels": "obs", "heads": "obs", "experts": "reap", "blocks": "kl"}
-"""The selections of `default`, which repairs as well."""
-DEFAULT_SUFFIXES = ("repair", "dense-target")
+BEST = {"channels": "obs", "heads": "obs", "experts": "reap", "blocks": "kl"}
+PRESETS: dict[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
+    "fast": ({"channels": "energy", "heads": "energy", "experts": "reap", "blocks": "influence"}, ("repair",)),
+    "default": (BEST, ("repair", "dense-target")),
+    "best": (BEST, ("repair", "dense-target", "refine")),
+}
+"""Selections by kind of unit and suffixes of a preset; figures in docs/structured.md."""
 SUFFIXES = ("repair", "dense-target", "refine")
 PROBE_TOKENS = 1024
 
 
 class Shrinking(NamedTuple):
-    """A structured method: which selection for which kind of unit, whether the rest is repaired, and to which target."""
+    """A structured method: the selection for each kind of unit, and what is done about what is lost.
+
+    `repair`: what reads the units is fitted anew; `dense`: to the dense model; `refine`: epochs of tuning the block.
+    """
 
     selections: Mapping[str, str]
     repair: bool
@@ -58,23 +65,23 @@ class Shrinking(NamedTuple):
 def find_shrinking(name: str, structure: Structure) -> Shrinking:
     """The structured method of that name for a structure. Raises UnknownName.
 
-    A selection and suffixes: `energy`, `obs+repair`, `kl+repair`, `obs+repair+dense-target+refine`. `default` selects
-    and repairs. In a structure of several kinds, those that a selection does not know are selected as by default.
+    A selection and suffixes: `energy`, `obs+repair`, `kl+repair+dense-target+refine`; or one of `PRESETS`. In a
+    structure of several kinds, those that a selection does not know are selected as by default.
     """
     first, *suffixes = name.split("+")
     tables: dict[str, Mapping[str, Any]] = {
         "channels": SELECTIONS, "heads": SELECTIONS, "experts": EXPERTS, "blocks": BLOCKS,
     }  # fmt: skip
-    kinds = ["blocks" if isinstance(part, Depth) else part.of for part in parts(structure)]
-    known = {"default", *(selection for kind in kinds for selection in tables[kind])}
+    kinds = ["blocks" if isinstance(part, Depth) else part.of for part in parts(structure)] or list(tables)
+    known = {*PRESETS, *(selection for kind in kinds for selection in tables[kind])}
     if first not in known:
         raise UnknownName(f"method for {structure}", first, known)
     for suffix in suffixes:
         if suffix not in SUFFIXES:
             raise UnknownName("refinement of a structured method", suffix, SUFFIXES)
-    chosen = {kind: first if first in tables[kind] else DEFAULT[kind] for kind in kinds}
-    if first == "default":
-        suffixes = [*suffixes, *DEFAULT_SUFFIXES]
+    otherwise, more = PRESETS.get(first, (BEST, ()))
+    chosen = {kind: first if first in tables[kind] else otherwise[kind] for kind in kinds}
+    suffixes = [*suffixes, *more]
     dense, refine = "dense-target" in suffixes, REFINE_EPOCHS if "refine" in suffixes else 0
     return Shrinking(chosen, dense or "repair" in suffixes, dense, refine)
 
@@ -104,7 +111,7 @@ def shrunk_block(
     kept_experts: dict[str, Tensor] = {}
     if cut.experts:
         routed = routed_to(step.block, ((h, calls[step.index]) for h, calls in step.windows()))
-        for name, count in cut.experts.items():
+        for name, (_, count) in cut.experts.items():
             score = EXPERTS[run.shrinking.selections["experts"]](routed[name])
             leaving = set(lowest(score, count).tolist())
             kept_experts[name] = torch.tensor([e for e in range(len(score)) if e not in leaving])

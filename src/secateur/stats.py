@@ -40,7 +40,7 @@ class Stats:
 
     @classmethod
     def of(cls, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
-        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE` only where it is given."""
+        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE` only with it."""
         x = x.float()
         other = x if dense is None else dense.float()
         return cls(len(x), {name: STATS[name](x, other) for name in need if name not in OF_DENSE or dense is not None})

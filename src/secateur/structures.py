@@ -5,6 +5,7 @@
     25% of experts     of the experts of every block
     4 blocks           whole decoder blocks; `12% of blocks` likewise
     A + B              several of these, one after the other
+    to 75% of parameters, to 6GB    whatever reaches that size (`budget`)
 
 What is left is a smaller dense model. Every block keeps the same number, since stock configurations hold nothing else.
 """
@@ -108,7 +109,32 @@ class Several:
     kind = "structured"
 
 
-Structure = Units | Depth | Several
+@dataclass(frozen=True)
+class Budget:
+    """Make the model as small as that: a share of its parameters, or bytes of weights."""
+
+    share: float | None = None
+    bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.share is not None and not 0 < self.share < 1:
+            raise BadPattern(
+                f"A smaller model has over 0% and under 100% of the parameters; found {100 * self.share:g}%."
+            )
+
+    def __str__(self) -> str:
+        if self.share is not None:
+            return f"to {100 * self.share:.10g}% of parameters"
+        unit = next(unit for unit, size in SIZES.items() if (self.bytes or 0) % size == 0)
+        return f"to {(self.bytes or 0) // SIZES[unit]}{unit}"
+
+    kind = "structured"
+
+
+SIZES = {
+    "TiB": 2**40, "TB": 10**12, "GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6, "KiB": 2**10, "kB": 10**3, "B": 1,
+}  # fmt: skip
+Structure = Units | Depth | Several | Budget
 
 
 def _check(ratio: float) -> None:
@@ -117,12 +143,18 @@ def _check(ratio: float) -> None:
 
 
 def parts(structure: Structure) -> tuple[Units | Depth, ...]:
-    """The simple structures of which one is made."""
+    """The simple structures of which one is made; of a budget, none yet."""
+    if isinstance(structure, Budget):
+        return ()
     return structure.parts if isinstance(structure, Several) else (structure,)
 
 
 def parse_structure(text: str) -> Structure | None:
     """The structure that `text` names, None where it names none. Raises BadPattern for an impossible one."""
+    if found := re.fullmatch(r"to (-?\d+(?:\.\d+)?)% of parameters", text):
+        return Budget(share=float(found[1]) / 100)
+    if found := re.fullmatch(rf"to (\d+(?:\.\d+)?) ?({'|'.join(SIZES)})", text):
+        return Budget(bytes=round(float(found[1]) * SIZES[found[2]]))
     found = [_parse_part(part.strip()) for part in text.split("+")]
     whole = tuple(part for part in found if part is not None)
     if len(whole) < len(found):

@@ -48,7 +48,8 @@ class BlockCut:
     """What goes out of every block of one kind: units by their reader, heads first, and experts by their module."""
 
     consumers: dict[str, Consumer]
-    experts: dict[str, int]
+    experts: dict[str, tuple[int, int]]
+    """(how many there are, how many go)"""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ def survey(
             _try(language_model, result, device)
             return result
     raise UnsupportedModel(_no_stock(language_model, structure, found, kept))
+
+
+def block_parameters(language_model: LanguageModel) -> int:
+    """How many parameters the blocks of a model have."""
+    return sum(parameter.numel() for block in language_model.blocks for parameter in block.parameters())
 
 
 def holds(language_model: LanguageModel) -> Callable[[Sequence[int]], bool]:
@@ -107,14 +113,16 @@ def _traced(language_model: LanguageModel, structure: Structure, device: torch.d
         for of, kinds in (("heads", heads), ("channels", channels)):
             if of in wanted:
                 consumers |= {name: Consumer(u, 0, of) for name, u in kinds.items()}
-        found[kind] = BlockCut(consumers, experts_of(block) if "experts" in wanted else {})
+        found[kind] = BlockCut(
+            consumers, {n: (count, 0) for n, count in experts_of(block).items()} if "experts" in wanted else {}
+        )
     seen = {consumer.of for cut in found.values() for consumer in cut.consumers.values()}
     seen |= {"experts" for cut in found.values() if cut.experts}
     for of in sorted(wanted - seen):
         name = type(language_model.model).__name__
         raise UnsupportedModel(
             {
-                "experts": f"{name} has no experts that transformers keeps as one module; {structure} cannot be removed.",
+                "experts": f"{name} has no experts that transformers keeps in one module; {structure} cannot go.",
                 "heads": f"{name} has no heads that can go: all heads of a block are bound together (one key-value "
                 "head, or a norm over all of them).",
                 "channels": f"{name} has no feed-forward channels that can go: something binds them together, such "
@@ -158,7 +166,7 @@ def _counted(cut: BlockCut, structure: Structure, align: int | None, language_mo
         kept = asked[consumer.of].kept(total, align, f"{name} of {type(language_model.model).__name__}")  # type: ignore[index]
         consumers[name] = Consumer(consumer.units, total - kept, consumer.of)
     experts = {}
-    for name, total in cut.experts.items():
+    for name, (total, _) in cut.experts.items():
         kept = asked["experts"].kept(total, align, f"{name} of {type(language_model.model).__name__}")
         active = getattr(language_model.model.config, "num_experts_per_tok", None) or 1
         if kept < active:
@@ -166,7 +174,7 @@ def _counted(cut: BlockCut, structure: Structure, align: int | None, language_mo
                 f"{name} sends every token to {active} of its {total} experts; {asked['experts']} would leave {kept}. "
                 f"At most {100 * (total - active) / total:.3g}% can go."
             )
-        experts[name] = total - kept
+        experts[name] = total, total - kept
     return BlockCut(consumers, experts)
 
 
@@ -192,8 +200,7 @@ def _find(language_model: LanguageModel, kinds: Mapping[Any, BlockCut], kept: Se
 def _stand_in(block: nn.Module, cut: BlockCut) -> State:
     """The tensors of a block without the last units of each consumer, and the last experts."""
     state = without_units(block, _last_units(cut))
-    counts = experts_of(block)
-    return without_experts(block, state, {n: torch.arange(counts[n] - gone) for n, gone in cut.experts.items()})
+    return without_experts(block, state, {n: torch.arange(total - gone) for n, (total, gone) in cut.experts.items()})
 
 
 def _last_units(cut: BlockCut) -> dict[str, list[Unit]]:
@@ -214,11 +221,8 @@ def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockCut]) -> li
                     found[Number(heads, heads * left // total, stock.HEADS)] = None
             else:
                 found[Number(total, left, stock.CHANNELS)] = None
-        for block in language_model.blocks:
-            totals = experts_of(block)
-            for name, gone in cut.experts.items():
-                if name in totals:
-                    found[Number(totals[name], totals[name] - gone, stock.EXPERTS)] = None
+        for total, gone in cut.experts.values():
+            found[Number(total, total - gone, stock.EXPERTS)] = None
     return [number for number in found if number.old != number.new]
 
 

@@ -10,12 +10,9 @@ def ridge_refit(
     """argmin over V (and b) of mean ‖y − V x_S − b‖² + λ Σ_j E[x_j²] ‖V_:j − W_:j‖², rows stacked under the tokens."""
     weight, x, target = weight.double(), x.double(), target.double()
     inside = x[:, kept]
+    mean, wanted, power = inside.mean(0), target.mean(0), inside.square().mean(0)
     if bias is not None:
-        target, mean, wanted = target - target.mean(0), inside.mean(0), target.mean(0)
-        power = x[:, kept].square().mean(0)
-        inside = inside - mean
-    else:
-        power = inside.square().mean(0)
+        inside, target = inside - mean, target - wanted
     scale = (damping * power * len(x)).sqrt()
     a = torch.cat([inside, torch.diag(scale)])
     b = torch.cat([target, scale[:, None] * weight[:, kept].T])
@@ -34,10 +31,8 @@ def energies(weight: Tensor, x: Tensor, units: Tensor) -> Tensor:
 def fluctuations(weight: Tensor, x: Tensor, units: Tensor) -> Tensor:
     """The same for the deviation of single inputs from their mean."""
     moved = x.double() - x.double().mean(0)
-    return torch.stack([
-        sum((moved[:, i : i + 1] @ weight[:, i : i + 1].double().T).square().sum(1).mean() for i in unit.tolist())
-        for unit in units
-    ])  # fmt: skip
+    power = [(moved[:, [i]] @ weight[:, [i]].double().T).square().sum(1).mean() for i in range(x.shape[1])]
+    return torch.stack(power)[units].sum(1)
 
 
 def greedy_removal(weight: Tensor, x: Tensor, units: Tensor, count: int, damping: float) -> list[int]:
