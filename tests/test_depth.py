@@ -15,6 +15,7 @@ from secateur.model import LanguageModel, replayable
 from secateur.progress import Progress
 from secateur.reap import EXPERTS, routed_to
 from secateur.repair import NEED, repaired
+from secateur.shrunk import _error_left
 from secateur.sites import recorded_inputs, sites
 from secateur.stream import stream
 from secateur.survey import holds
@@ -130,7 +131,7 @@ def test_a_fold_is_the_best_linear_stand_in_for_the_blocks_that_are_gone():
     weight = step.sites["mlp.down_proj"].weight
     kept = torch.ones(weight.shape[1], dtype=torch.bool)
     kept[::4] = False
-    folded = repaired(weight, stats, kept, None, added).weight
+    folded = repaired(weight, stats, kept, None, added.product).weight
     seen = states(language_model)
     inputs: list[torch.Tensor] = []
     with recorded_inputs(
@@ -145,6 +146,11 @@ def test_a_fold_is_the_best_linear_stand_in_for_the_blocks_that_are_gone():
     wanted = torch.zeros_like(weight, dtype=torch.float64)
     wanted[:, kept] = target[:, kept] @ torch.linalg.inv(damped[kept][:, kept])
     assert (folded - wanted).abs().max() <= 1e-3 * wanted.abs().max()
+    left = ((seen[3] - seen[1]).flatten(0, 1) + x.float() @ (weight - folded).T).square().sum()
+    change = torch.cat([weight - folded, torch.zeros(len(weight), 1)], 1)
+    assert _error_left(change, weight, stats, added) == pytest.approx(
+        (left / (x.float() @ weight.T).square().sum()).item(), 1e-3
+    )
     after = seen[1].double() + x.view(*seen[1].shape[:2], -1) @ (wanted - weight.double()).T
     assert (after - seen[3]).norm() < (seen[1] - seen[3]).norm()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
+from families import tiny_config, tiny_model
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,10 +15,11 @@ from secateur import experts, shrink, shrunk, verify
 from secateur.checkpoint import open_checkpoint
 from secateur.cut import without_units
 from secateur.data import Windows
-from secateur.errors import BadPattern, BadPlan, SecateurError, UnknownName, UnsupportedModel
+from secateur.errors import BadPattern, BadPlan, NonFinite, SecateurError, UnknownName, UnsupportedModel
 from secateur.model import load
 from secateur.patterns import parse
 from secateur.prune import check_method, prune_checkpoint
+from secateur.reap import highest_in_groups
 from secateur.sites import bias, sites
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # each family warns about itself in its own way
@@ -270,11 +271,90 @@ def test_bfloat16_is_written_as_bfloat16(tmp_path: Path, in_process):
 def test_a_fresh_process_is_asked_and_believed(tmp_path: Path, monkeypatch):
     smaller("llama", tmp_path, "25% of channels")
     honest = shrink.run_block
-    monkeypatch.setattr(shrink, "run_block", lambda *args: honest(*args).flip(-1))
+    monkeypatch.setattr(shrink, "run_block", lambda *args: honest(*args).roll(1, -1))
     with pytest.raises(UnsupportedModel, match="does not reload as it was: its logits differ"):
         smaller("llama", tmp_path, "25% of channels", overwrite=True)
     assert open_checkpoint(tmp_path / "out").folder.exists()  # the one before stays
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_stream_in_the_stored_dtype_goes_on_in_it(tmp_path: Path, in_process, monkeypatch):
+    """As on a GPU, where `auto` leaves the forward passes in the dtype of the checkpoint."""
+    monkeypatch.setattr(shrink, "forward_dtype", lambda name, device: None)
+    tiny_model("llama").bfloat16().save_pretrained(tmp_path / "source")
+    for pattern, method in (("25% of channels", "energy"), ("1 block + 50% of heads", "default"), ("1 block", "best")):
+        smaller("llama", tmp_path, pattern, method, overwrite=True)
+
+
+def test_a_call_in_bfloat16_does_for_float32(tmp_path: Path, in_process, monkeypatch):
+    monkeypatch.setattr(shrink, "forward_dtype", lambda name, device: None)
+    tiny_model("bloom").bfloat16().save_pretrained(tmp_path / "source")  # ALiBi comes with the call
+    smaller("bloom", tmp_path, "1 block", "kl+repair")
+
+
+def test_tensors_that_are_not_cut_keep_their_bytes(tmp_path: Path, in_process):
+    model = tiny_model("llama").bfloat16()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = parameter.data.float() + 1e-5
+    model.save_pretrained(tmp_path / "source")
+    _, source, out = smaller("llama", tmp_path, "25% of channels + 1 block", "default")
+    before, after = open_checkpoint(source), open_checkpoint(out)
+    gone = json.loads((out / "pruning.json").read_text())["removed"]["blocks"]
+    kept = [index for index in range(4) if str(index) != gone]
+    for position, index in enumerate(kept):
+        for name in ("input_layernorm.weight", "self_attn.q_proj.weight"):
+            held = after.tensor(f"model.layers.{position}.{name}")
+            assert torch.equal(held, before.tensor(f"model.layers.{index}.{name}"))
+            assert held.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", ["diffllama", "minicpm3"])
+def test_blocks_that_know_their_number_or_count_are_refused(family: str, tmp_path: Path, in_process, monkeypatch):
+    monkeypatch.setattr(shrink, "BLOCKS", {"influence": lambda *args: [1]})
+    with pytest.raises(UnsupportedModel, match="it depends on their number or order"):
+        smaller(family, tmp_path, "1 block", "influence")
+
+
+def test_lists_that_only_happen_to_be_as_long_are_left(tmp_path: Path, in_process):
+    model = tiny_model("llama")
+    model.config.eos_token_id = [2, 5, 7, 9]
+    model.save_pretrained(tmp_path / "source")
+    _, _, out = smaller("llama", tmp_path, "1 block", "influence")
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [2, 5, 7, 9]
+
+
+@pytest.mark.parametrize("pattern", ["25% of channels", "1 block"])
+def test_weights_that_are_no_numbers_are_named(pattern: str, tmp_path: Path, in_process):
+    model = tiny_model("llama")
+    model.get_parameter("model.layers.1.mlp.down_proj.weight").data[3, 4] = torch.nan
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(NonFinite, match=r"layers\.1\.mlp\.down_proj"):
+        smaller("llama", tmp_path, pattern, "fast" if "channels" in pattern else "angular")
+
+
+@pytest.mark.parametrize("pattern", ["25% of experts", "50% of experts"])
+def test_a_router_that_looks_in_groups_keeps_them(pattern: str, tmp_path: Path, in_process):
+    config = tiny_config("deepseek_v3")
+    config.n_routed_experts, config.n_group, config.topk_group = 8, 2, 1
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")
+    smaller("deepseek_v3", tmp_path, pattern, "reap")
+    with pytest.raises(BadPattern, match="Let a multiple of 2 stay, at least 4"):
+        smaller("deepseek_v3", tmp_path, "37.5% of experts", "reap", overwrite=True)
+
+
+def test_experts_go_from_every_group_alike():
+    score = torch.tensor([5.0, 1.0, 4.0, 3.0, 0.0, 0.1, 0.3, 0.2])
+    assert highest_in_groups(score, 4, 2).tolist() == [0, 2, 6, 7]
+    assert highest_in_groups(score, 6, 1).tolist() == [0, 1, 2, 3, 6, 7]
+
+
+@pytest.mark.parametrize(("family", "pattern", "method"), [
+    ("mixtral", "25% of channels", "taylor+repair"), ("ernie4_5_moe", "25% of experts", "reap"),
+])  # fmt: skip
+def test_what_once_failed(family: str, pattern: str, method: str, tmp_path: Path, in_process):
+    assert smaller(family, tmp_path, pattern, method)[0].removed
 
 
 def test_expert_biases_and_biases_follow(tmp_path: Path, in_process):

@@ -61,7 +61,7 @@ def prune_block(
         original = working_copy(original, torch.device("cpu"), None)  # will be permuted as well
         units = verified(step.block, *step.first(), units)
     dense, targets = sites(original), sites(result)
-    _refuse_non_finite(step, dense)
+    refuse_non_finite_weights(step, dense)
     moved: set[str] = set()  # parameters of which rows or columns changed places
     notes: dict[str, str] = {}  # of every site that was pruned
     probes: dict[str, Tensor] = {}
@@ -163,7 +163,8 @@ def _report(name: str, dense: Site, target: Site, plan: Plan, note: str | None, 
     return SiteReport(name, (rows, columns), str(plan[name]), zeros, error, note)
 
 
-def _refuse_non_finite(step: Step, original: Mapping[str, Site]) -> None:
+def refuse_non_finite_weights(step: Step, original: Mapping[str, Site]) -> None:
+    """Raise NonFinite for NaN or Inf in the stored weights of a block."""
     for name, site in original.items():
         if not site.stored.isfinite().all():
             raise NonFinite(f"The weights of {step.name}.{name} hold NaN or Inf. Fetch the checkpoint again.")

@@ -80,14 +80,17 @@ def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) 
         count = len(getattr(module, experts.matrices(module)[0]))
         parent = name.rpartition(".")[0]
         for key, tensor in state.items():
+            if not tensor.dim():
+                continue
             owner = key.rpartition(".")[0]
             inside = owner == name or (
                 key.startswith(f"{parent}." if parent else "")
-                and (tensor.dim() == 1 or block.get_submodule(owner) in routers)
+                and (min(tensor.dim(), len(tensor.squeeze().shape)) == 1 or block.get_submodule(owner) in routers)
                 and not owner.startswith(f"{name}.")
             )
-            if inside and tensor.dim() and len(tensor) == count:
-                state[key] = tensor[indices.to(tensor.device)].contiguous()
+            if inside and count in (tensor.shape[:1].numel(), tensor.shape[1:].numel() if len(tensor) == 1 else 0):
+                dimension = 0 if len(tensor) == count else 1  # Ernie's correction bias is [1, experts]
+                state[key] = tensor.index_select(dimension, indices.to(tensor.device)).contiguous()
     return state
 
 
@@ -101,14 +104,12 @@ def experts_of(block: nn.Module) -> dict[str, int]:
 
 
 def module_of(empty: nn.Module, state: Mapping[str, Tensor], original: nn.Module) -> nn.Module:
-    """The stock module `empty` (on the meta device) with these tensors, in float32, and the buffers of the original.
+    """The stock module `empty` (on the meta device) with these tensors, and the buffers of the original.
 
     Raises UnsupportedModel where a buffer that is not stored has another shape in the smaller block.
     """
     block = deepcopy(empty)
-    block.load_state_dict(
-        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}, assign=True
-    )
+    block.load_state_dict(state, assign=True)
     buffers = dict(original.named_buffers())
     for name, buffer in list(block.named_buffers()):
         if not buffer.is_meta:

@@ -14,14 +14,15 @@ al. 2025, arXiv:2505.02819) estimates a linear map of the block's output instead
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from secateur.evaluate import divergence
-from secateur.model import Call, LanguageModel, Shell, run_block, working_copy
+from secateur.model import Call, LanguageModel, Shell, in_float32, run_block, working_copy
 from secateur.progress import Progress
 from secateur.sites import Site, recorded_inputs, sites
 from secateur.stream import stream
@@ -163,16 +164,17 @@ BLOCKS: dict[str, Blocks] = {"influence": influence, "angular": angular, "kl": k
 
 
 @torch.no_grad()
-def last_matrix(block: nn.Module, hidden: Tensor, call: Call) -> Site | None:
-    """The site with most inputs whose output is simply added to the block's: None where no site is such.
+def last_matrix(block: nn.Module, hidden: Tensor, call: Call, first: Collection[str] = ()) -> Site | None:
+    """A site whose output is simply added to the block's, the one with most inputs; None where no site is such.
 
-    Asked of the block itself: its weight is changed a little, and the output must change by that times the input.
+    Those in `first` are asked before the others. Asked of the block itself: its weight is changed a little, and the
+    output must change by that times the input.
     """
     block = working_copy(block, hidden.device, torch.float32)
-    hidden = hidden.float()
+    hidden, call = hidden.float(), in_float32(call)
     before = run_block(block, hidden, call)
     added = [s for s in sites(block).values() if not s.expert and s.weight.shape[0] == before.shape[-1]]
-    for site in sorted(added, key=lambda s: -s.weight.shape[1]):
+    for site in sorted(added, key=lambda s: (s.name not in first, -s.weight.shape[1])):
         seen: list[Tensor] = []
         with recorded_inputs(
             block, lambda name, x, site=site, seen=seen: seen.append(x) if name == site.name else None
@@ -191,6 +193,16 @@ def last_matrix(block: nn.Module, hidden: Tensor, call: Call) -> Site | None:
     return None
 
 
+class Missing(NamedTuple):
+    """What should be added to a block's output, δ, as a repair needs it.
+
+    `product` is E[δ xᵀ] `[hidden, in]` float32 with E[δ] as one more column, `power` E‖δ‖².
+    """
+
+    product: Tensor
+    power: float
+
+
 def missing(
     block: nn.Module,
     span: Sequence[tuple[int, nn.Module]],
@@ -198,14 +210,14 @@ def missing(
     windows: Sequence[tuple[Tensor, list[Call]]],
     index: int,
     dense: Sequence[Tensor] | None = None,
-) -> Tensor:
-    """E[δ xᵀ] `[hidden, in]` float32, with E[δ] as one more column: what should be added to what the block gives.
+) -> Missing:
+    """What should be added to what a block gives, on all batches.
 
     That is the effect of a span of blocks that are gone; with `dense`, what the dense block gives on dense inputs by
     batch, also all that the stream has lost up to here. `block`, its number `index`, and the blocks of the span are
     working copies on the device of the hidden states; x are the inputs of `site` in the block.
     """
-    total, tokens = torch.zeros(()), 0
+    total, power, tokens = torch.zeros(()), 0.0, 0
     for number, (hidden, calls) in enumerate(windows):
         seen: list[Tensor] = []
         with recorded_inputs(block, lambda name, x, seen=seen: seen.append(x) if name == site else None):
@@ -217,5 +229,6 @@ def missing(
         x = seen[0].float().flatten(0, -2)
         x = torch.cat([x, torch.ones(len(x), 1, device=x.device)], 1)
         total = total.to(x.device) + (delta.T @ x).double()
+        power += delta.double().square().sum().item()
         tokens += len(x)
-    return (total / max(tokens, 1)).float()
+    return Missing((total / tokens).float(), power / tokens)

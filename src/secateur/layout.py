@@ -8,26 +8,31 @@ be written to their places as before and memory never holds more than one.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from secateur.checkpoint import INDEX, Checkpoint, Place
+from secateur.errors import UnsupportedModel
 from secateur.model import LanguageModel, checkpoint_tensors
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """By the name of every tensor of a smaller checkpoint: the tensor of the source that it comes from, and its shape."""
 
 
+CHUNK = 2**24
+
+
 def resized(source: Checkpoint, folder: Path, tensors: Tensors) -> Mapping[str, Place]:
     """Write the shards of a smaller checkpoint to `folder`; returns the places of its tensors.
 
-    A tensor lies in the shard that its origin lies in, in the same order. What has kept its name and its shape is
-    copied, everything else is left to be written. A shard that has no tensor left is gone.
+    A tensor lies in the shard that its origin lies in, in the same order. What has kept its shape is copied byte for
+    byte, everything else is left to be written. A shard that has no tensor left is gone.
     """
     places: dict[str, Place] = {}
     for shard in source.shards:
@@ -62,11 +67,29 @@ def _shard(source: Checkpoint, file: Path, names: list[str], tensors: Tensors) -
             old, (first, last) = source.places[origin], header[name]["data_offsets"]
             place = replace(old, offset=8 + len(text) + first, bytes=last - first, shape=shape)
             places[name] = place
-            if origin == name and old.shape == shape:
+            if old.shape == shape:
                 held.seek(old.offset)
                 stream.seek(place.offset)
-                stream.write(held.read(old.bytes))
+                for start in range(0, old.bytes, CHUNK):
+                    stream.write(held.read(min(CHUNK, old.bytes - start)))
     return places
+
+
+def check_source(source: Checkpoint, language_model: LanguageModel, names: Iterable[str]) -> None:
+    """Raise UnsupportedModel unless the tensors, by their name in the model, are the bytes that the source holds.
+
+    transformers turns some into others when it loads them; turned back, they must be what they were.
+    """
+    loaded = {name: _tensor(language_model.model, name) for name in names}
+    for name, tensor in checkpoint_tensors(language_model, loaded, source.places).items():
+        held = source.tensor(name)
+        if held.dtype != tensor.dtype or not torch.equal(held, tensor):
+            raise UnsupportedModel(f"{name} in {source.folder} is not what the model was loaded with.")
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf).data
 
 
 class Names:

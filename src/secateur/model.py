@@ -83,13 +83,18 @@ def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _move(value: Any, device: torch.device) -> Any:
+def in_float32(call: Call) -> Call:
+    """The call with its floating-point tensors (rotary tables, ALiBi, masks) in float32."""
+    return Call(*(_move(part, None, torch.float32) for part in call))
+
+
+def _move(value: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.to(device, dtype if value.is_floating_point() else None)
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(part, device) for part in value)
+        return type(value)(_move(part, device, dtype) for part in value)
     if isinstance(value, dict):
-        return {key: _move(part, device) for key, part in value.items()}
+        return {key: _move(part, device, dtype) for key, part in value.items()}
     return value
 
 

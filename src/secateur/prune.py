@@ -23,6 +23,7 @@ from secateur.block import PrunedBlock, prune_block
 from secateur.checkpoint import Checkpoint, open_checkpoint, output, refuse_output, resolve
 from secateur.data import Windows
 from secateur.errors import BadPattern, UnsupportedModel
+from secateur.layout import check_source
 from secateur.machine import release_memory, versions
 from secateur.methods import Method, find_method
 from secateur.model import LanguageModel, checkpoint_tensors, load
@@ -154,7 +155,7 @@ def prune_checkpoint(
             dtype=find_dtype(dtype), batch_size=batch_size, seconds=report.seconds, progress=progress,
         )  # fmt: skip
         for block in blocks:
-            _check_source(source, language_model, list(block.tensors))
+            check_source(source, language_model, list(block.tensors))
             result.write(checkpoint_tensors(language_model, block.tensors, source.places))
             _add(report, block, language_model)
         report.sparsity, report.peak_bytes, report.out = total_sparsity(report.sites), peak.bytes, out
@@ -169,15 +170,6 @@ def prune_checkpoint(
             }
         )
     return report
-
-
-def _check_source(source: Checkpoint, language_model: LanguageModel, names: Sequence[str]) -> None:
-    """Raise UnsupportedModel unless the parameters, turned back, are the bytes that the source holds."""
-    loaded = {name: language_model.model.get_parameter(name).data for name in names}
-    for name, tensor in checkpoint_tensors(language_model, loaded, source.places).items():
-        held = source.tensor(name)
-        if held.dtype != tensor.dtype or not torch.equal(held, tensor):
-            raise UnsupportedModel(f"{name} in {source.folder} is not what the model was loaded with.")
 
 
 def prune_model(

@@ -44,6 +44,13 @@ def at_random(routed: Routed) -> Tensor:
 EXPERTS: dict[str, Callable[[Routed], Tensor]] = {"reap": reap, "frequency": frequency, "random": at_random}
 
 
+def highest_in_groups(score: Tensor, count: int, groups: int) -> Tensor:
+    """The `count` experts with the highest scores `[experts]`, int64 ascending, as many of each group of neighbours."""
+    inside = score.view(groups, -1)
+    order = inside.argsort(dim=1, descending=True, stable=True)[:, : count // groups]
+    return (order + inside.shape[1] * torch.arange(groups)[:, None]).flatten().sort().values
+
+
 @torch.no_grad()
 def routed_to(block: nn.Module, batches: Iterable[tuple[Tensor, Call]]) -> dict[str, Routed]:
     """What every fused experts module of a block sees while batches go through it, by its name."""

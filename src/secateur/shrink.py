@@ -24,7 +24,7 @@ from secateur.cut import module_of
 from secateur.data import Windows
 from secateur.depth import BLOCKS, Looking
 from secateur.errors import BadPattern, BadPlan
-from secateur.layout import Names, resized
+from secateur.layout import Names, check_source, resized
 from secateur.machine import release_memory, versions
 from secateur.model import LanguageModel, Shell, run_block, working_copy
 from secateur.options import check_windows, find_devices, find_dtype, forward_dtype
@@ -143,36 +143,38 @@ def _surveyed(run: Run, structure: Structure, align: int | None) -> Survey:
 
 @torch.no_grad()
 def _shrink(run: Run, found: Survey, report: Report, names: Names, result: Output) -> Tensor:
-    """Shrink and write every block that stays; the logits of the first window's first tokens in the smaller model."""
-    model, count = run.language_model, len(found.kept)
+    """Shrink and write every block that stays; the logits of the first window's first tokens in the smaller model.
+
+    These go through the smaller blocks in float32, whatever dtype the stream has, so that they can be compared closely.
+    """
+    model, count, device = run.language_model, len(found.kept), run.devices[0]
+    tokens = run.tokens[:1, :CHECKED_TOKENS]
+    hidden, calls = Shell(model, device, torch.float32, head=False).enter(tokens)
     steps = stream(
         model, run.tokens, devices=run.devices, dtype=run.dtype, batch_size=run.batch_size, seconds=run.seconds,
         dense=run.shrinking.second_stream, kept=found.kept,
     )  # fmt: skip
-    logits = torch.empty(0)
     for position, step in enumerate(steps):
         run.progress.advance(step.name, position, count)
-        original = model.blocks[step.index]
+        original, empty = model.blocks[step.index], found.stock.language_model.blocks[position]
         span = _span(found.kept, position, len(model.blocks))
         state, reports = shrunk_block(step, original, found.of(original), span, run)
-        empty = found.stock.language_model.blocks[position]
-        smaller = module_of(empty, state, original)
+        report.sites += reports
         if run.shrinking.refine:
             run.progress.advance(f"{step.name} as a whole", position, count)
-            state, tuned = refined(step, smaller, state, span, run)
+            state, tuned = refined(step, module_of(empty, state, original), state, span, run)
             report.refined[model.block_name(position)] = (tuned.before, tuned.after)
-            smaller = module_of(empty, state, original)
+        smaller = module_of(empty, state, original)
+        hidden = run_block(working_copy(smaller, device, torch.float32), hidden, calls[step.index])
         step.replace(smaller)
-        report.sites += reports
-        result.write(names.of_block(position, state))
-        if position == count - 1:
-            leaving = run_block(working_copy(smaller, step.device, run.dtype), *step.first())
-            shell = Shell(model, step.device, run.dtype)
-            logits = shell.leave(run.tokens[:1, :CHECKED_TOKENS], leaving[..., :1, :CHECKED_TOKENS, :]).cpu()
+        held = original.state_dict()
+        changed = {n: t for n, t in state.items() if t.shape != held[n].shape or not torch.equal(t, held[n])}
+        check_source(result.source, model, [f"{step.name}.{name}" for name in changed])
+        result.write(names.of_block(position, changed))
         del step
         release_memory()
     run.progress.advance("done", count, count)
-    return logits
+    return Shell(model, device, torch.float32).leave(tokens, hidden).cpu()
 
 
 def _span(kept: Sequence[int], position: int, total: int) -> list[int]:

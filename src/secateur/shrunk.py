@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from secateur.block import refuse_non_finite_weights
 from secateur.cut import State, without_experts, without_units
-from secateur.depth import BLOCKS, last_matrix, missing
+from secateur.depth import BLOCKS, Missing, last_matrix, missing
 from secateur.errors import NonFinite, UnknownName
 from secateur.methods import REFINE_EPOCHS
 from secateur.model import LanguageModel, run_block, working_copy
 from secateur.progress import Progress
-from secateur.reap import EXPERTS, routed_to
+from secateur.reap import EXPERTS, highest_in_groups, routed_to
 from secateur.record import SiteReport
 from secateur.refine import Tuned, refine
 from secateur.repair import NEED, repaired
@@ -99,12 +100,18 @@ class Run:
     seconds: Seconds
     progress: Progress
 
+    @property
+    def routing_groups(self) -> int:
+        """In how many groups a router looks for experts: of every one the same number goes."""
+        return getattr(self.language_model.model.config, "n_group", None) or 1
+
 
 @torch.no_grad()
 def shrunk_block(
     step: Step, original: nn.Module, cut: BlockCut, span: Sequence[int], run: Run
 ) -> tuple[State, list[SiteReport]]:
     """The tensors of a block after its units and experts are gone and what reads them is repaired, as stored."""
+    refuse_non_finite_weights(step, sites(original))
     result = working_copy(original, torch.device("cpu"), None)
     gone: dict[str, list[Unit]] = {}
     reports: list[SiteReport] = []
@@ -113,9 +120,8 @@ def shrunk_block(
         routed = routed_to(step.block, ((h, calls[step.index]) for h, calls in step.windows()))
         for name, (_, count) in cut.experts.items():
             score = EXPERTS[run.shrinking.selections["experts"]](routed[name])
-            leaving = set(lowest(score, count).tolist())
-            kept_experts[name] = torch.tensor([e for e in range(len(score)) if e not in leaving])
-    fold = _folded_into(step, span, run)
+            kept_experts[name] = highest_in_groups(score, len(score) - count, run.routing_groups)
+    fold = _folded_into(step, span, run, [n for n, c in cut.consumers.items() if c.of == "channels"])
     for of in ("heads", "channels"):
         names = [name for name, consumer in cut.consumers.items() if consumer.of == of]
         if names:
@@ -136,10 +142,11 @@ def refined(step: Step, smaller: nn.Module, state: State, span: Sequence[int], r
         block = working_copy(run.language_model.blocks[number], step.device, run.dtype)
         calls = [calls[number] for _, calls in step.windows()]
         batches = [
-            Batch(b.hidden, b.call, run_block(block, b.target, call)) for b, call in zip(batches, calls, strict=True)
+            Batch(b.hidden, b.call, run_block(block, b.target.to(step.device), call))
+            for b, call in zip(batches, calls, strict=True)
         ]
     started = perf_counter()
-    smaller = smaller.to(step.device)
+    smaller = smaller.to(step.device).float()
     names = sorted({site.parameter for site in sites(smaller).values()})
     kept = {name: torch.ones_like(smaller.get_parameter(name), dtype=torch.bool) for name in names}
     tuned = refine(smaller, kept, batches, run.shrinking.refine)
@@ -147,12 +154,12 @@ def refined(step: Step, smaller: nn.Module, state: State, span: Sequence[int], r
     return {**state, **{n: smaller.get_parameter(n).data.to(state[n].dtype).cpu() for n in names}}, tuned
 
 
-def _folded_into(step: Step, span: Sequence[int], run: Run) -> str | None:
+def _folded_into(step: Step, span: Sequence[int], run: Run, last: Sequence[str]) -> str | None:
     """The site that can take over what a span of removed blocks did; None where there is none, or it is not wanted."""
     if not run.shrinking.repair or not (span or run.shrinking.dense):
         return None
     hidden, call = step.first()
-    site = last_matrix(step.block, hidden, call)
+    site = last_matrix(step.block, hidden, call, last)
     return site.name if site else None
 
 
@@ -170,12 +177,14 @@ def _remove(
     cross = run.shrinking.dense and fold not in consumers
     need = (NEED | (OF_DENSE if cross else set())) if repair else frozenset[str]()
     selections = {n: SELECTIONS[run.shrinking.selections[c.of]] for n, c in consumers.items() if c.units}
-    need = need.union(*(selection.need for selection in selections.values())) - {"taylor"}
+    need = need.union(*(selection.need for selection in selections.values()))
+    if "taylor" in need:
+        need = need - {"taylor"} | {"gram"}
     observed = step.observe(need | {"square"}, PROBE_TOKENS, list(consumers))
     added = None
     if fold in consumers:
         blocks = [(i, working_copy(run.language_model.blocks[i], step.device, run.dtype)) for i in span]
-        dense = [batch.target for batch in step.batches()] if run.shrinking.dense else None
+        dense = [batch.target.to(step.device) for batch in step.batches()] if run.shrinking.dense else None
         added = missing(step.block, blocks, str(fold), step.windows(), step.index, dense)
         del blocks
     started = perf_counter()
@@ -193,12 +202,16 @@ def _remove(
             kept[[i for unit in gone[name] for i in unit.inputs]] = False
         new, new_bias = weight * kept, old
         if repair and stats is not None:
-            new, new_bias = repaired(weight, stats, kept, old, added if name == fold else None)
+            new, new_bias = repaired(weight, stats, kept, old, added.product if added and name == fold else None)
         _put(step, result, name, new, new_bias)
         note = "" if stats is not None else "no calibration token: chosen by weights"
         note += f"blocks {span[0]} to {span[-1]} folded into it" if name == fold and span else ""
-        probe = observed.probes.get(name) if name != fold else None  # there the target is another
-        reports.append(_report(step, name, consumer, weight, targets[name].weight, old, new_bias, probe, note))
+        change = _change(weight, old, targets[name].weight, new_bias)
+        if added and name == fold and stats is not None:
+            error = _error_left(change, weight, stats, added)
+        else:
+            error = _error_on(change, weight, observed.probes.get(name))
+        reports.append(_report(f"{step.name}.{name}", consumer, weight, error, note))
     step.seconds.solve += perf_counter() - started
     return gone
 
@@ -208,6 +221,8 @@ def _choose(step: Step, name: str, consumer: Consumer, weight: Tensor, stats: St
     selection = SELECTIONS[run.shrinking.selections[consumer.of]]
     if stats is None:
         return lowest(weight.square().sum(0)[units].sum(1), consumer.gone).tolist()
+    if "taylor" in selection.need and step.sites[name].expert:
+        selection = SELECTIONS["energy"]  # an expert's output is added: to first order they are the same
     if "taylor" in selection.need:
         batches = ((h, calls[step.index]) for h, calls in step.windows())
         block = working_copy(step.block, step.device, torch.float32)
@@ -232,18 +247,35 @@ def _put(step: Step, result: nn.Module, name: str, weight: Tensor, new_bias: Ten
             held[1].copy_(new_bias.to(rounded[1].dtype))
 
 
-def _report(
-    step: Step, name: str, consumer: Consumer, before: Tensor, after: Tensor, old: Tensor | None, new: Tensor | None,
-    probe: Tensor | None, note: str,
-) -> SiteReport:  # fmt: skip
-    total, error = len(consumer.units), None
+def _change(weight: Tensor, old: Tensor | None, new: Tensor, new_bias: Tensor | None) -> Tensor:
+    """What a matrix lost, `[out, in]` float32, and what its bias lost as one more column."""
+    change = weight - new.to(weight.device, torch.float32)
+    bias_change = torch.zeros(len(weight), device=weight.device) if old is None or new_bias is None else old - new_bias
+    return torch.cat([change, bias_change[:, None]], 1)
+
+
+def _error_on(change: Tensor, weight: Tensor, probe: Tensor | None) -> float | None:
+    """The output error of a change relative to the output, on inputs `[tokens, in]`."""
+    if probe is None:
+        return None
+    lost = probe @ change[:, :-1].T + change[:, -1]
+    return (lost.square().sum() / (probe @ weight.T).square().sum().clamp_min(1e-30)).item()
+
+
+def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) -> float:
+    """The same where δ should have been added: E‖change x + δ‖² relative to E‖W x‖², over all tokens."""
+    gram, mean = stats.mean("gram"), stats.mean("sum")
+    gram = torch.cat([gram, mean[None]])
+    gram = torch.cat([gram, torch.cat([mean, torch.ones_like(mean[:1])])[:, None]], 1).to(change.device)
+    left = ((change @ gram + 2 * added.product.to(change.device)) * change).sum().item() + added.power
+    output = ((weight @ gram[:-1, :-1]) * weight).sum().clamp_min(1e-30).item()
+    return max(left, 0.0) / output
+
+
+def _report(name: str, consumer: Consumer, weight: Tensor, error: float | None, note: str) -> SiteReport:
+    total = len(consumer.units)
     left = total - consumer.gone
-    if probe is not None and consumer.units:
-        change = probe @ (before - after.to(probe.device, torch.float32)).T
-        if old is not None and new is not None:
-            change = change + (old - new)
-        error = (change.square().sum() / (probe @ before.T).square().sum().clamp_min(1e-30)).item()
     size = len(consumer.units[0].inputs) if total else 0
-    inputs = left * size if total else before.shape[1]
+    inputs = left * size if total else weight.shape[1]
     pattern = f"{left} of {total} {consumer.of}" if total else None
-    return SiteReport(f"{step.name}.{name}", (before.shape[0], inputs), pattern, 0.0, error, note)
+    return SiteReport(name, (weight.shape[0], inputs), pattern, 0.0, error, note)

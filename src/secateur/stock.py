@@ -144,7 +144,8 @@ def _fewer_blocks(config: Any, held: Mapping[str, Any], kept: Sequence[int]) -> 
         return {}
     changes: dict[str, Any] = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
     for name, value in held.items():
-        if isinstance(value, (list, tuple)) and len(value) == total:
+        listed = isinstance(value, (list, tuple)) and not name.endswith(("_id", "_ids", "_classes"))
+        if listed and len(value) == total:
             changes[name] = [deepcopy(value[i]) for i in kept]
         if name in LEADING and isinstance(value, int):
             changes[name] = sum(i < value for i in kept)

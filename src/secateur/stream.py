@@ -90,7 +90,7 @@ class Step:
 
     def windows(self) -> list[tuple[Tensor, list[Call]]]:
         """The hidden states of every batch as they enter the block, and the calls of all blocks of the model."""
-        return self._windows()
+        return [(hidden.to(self.device), calls) for hidden, calls in self._windows()]
 
     def replace(self, block: nn.Module) -> None:
         """Go on with this block instead of the working copy, which is dropped; it may have other shapes."""

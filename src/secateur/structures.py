@@ -40,6 +40,8 @@ class Units:
 
         Raises BadPattern where that is none or all of them.
         """
+        if align is not None and align < 1:
+            raise BadPattern(f"Channels stay in multiples of 1 or more; found {align}.")
         align = (align or default_alignment(total)) if self.of == "channels" else 1
         left = round(total * (1 - self.ratio) / align) * align
         if 0 < left < total:
@@ -47,10 +49,10 @@ class Units:
         steps = f" in steps of {align}" if align > 1 else ""
         least = 100 * min(align, total) / total
         wanted = "nothing of them would be left" if not left else "that is less than one step"
-        raise BadPattern(
-            f"{where} has {total} {self.of}, which go{steps}; {self} was asked, and {wanted}. "
-            f"One step is {least:.3g}%, the most that can go {100 - least:.3g}%."
-        )
+        can = f"One step is {least:.3g}%, the most that can go {100 - least:.3g}%."
+        if least > 50:
+            can = "None can go; ask for a smaller --align." if align > 1 else "None can go."
+        raise BadPattern(f"{where} has {total} {self.of}, which go{steps}; {self} was asked, and {wanted}. {can}")
 
 
 def default_alignment(total: int) -> int:

@@ -8,7 +8,8 @@ cannot be held, or is wired in a way that no trace shows, is refused here with t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 from secateur import stock
 from secateur.cut import State, experts_of, module_of, without_experts, without_units
 from secateur.errors import BadPattern, SecateurError, UnsupportedModel
-from secateur.model import LanguageModel, run_block
+from secateur.model import Call, LanguageModel, Shell, run_block, working_copy
 from secateur.permute import close
 from secateur.sites import sites
 from secateur.stock import Number, Stock, find_stock, tensor_shapes
-from secateur.structures import Structure, Units, parts
-from secateur.trace import entering, signature, trace
+from secateur.structures import Structure, Units, default_alignment, parts
+from secateur.trace import signature, trace
 from secateur.units import Unit, removable
 
 NARROW = 0.1
@@ -36,6 +37,7 @@ class Consumer:
     units: list[Unit]
     gone: int
     of: str
+    expert: bool = False
 
     @property
     def inputs(self) -> Tensor:
@@ -102,7 +104,7 @@ def _traced(language_model: LanguageModel, structure: Structure, device: torch.d
     for index, block in enumerate(language_model.blocks):
         if (kind := signature(block)) in found:
             continue
-        units: dict[str, list[Unit]] = {}
+        units, known = dict[str, list[Unit]](), sites(block)
         if wanted & {"channels", "heads"}:
             units = removable(trace(language_model, index, device=device, dtype=torch.float32))
         heads = {n: u for n, u in units.items() if len(u[0].inputs) > 1 and len(u) > 1}
@@ -112,7 +114,7 @@ def _traced(language_model: LanguageModel, structure: Structure, device: torch.d
         consumers = {}
         for of, kinds in (("heads", heads), ("channels", channels)):
             if of in wanted:
-                consumers |= {name: Consumer(u, 0, of) for name, u in kinds.items()}
+                consumers |= {name: Consumer(u, 0, of, known[name].expert) for name, u in kinds.items()}
         found[kind] = BlockCut(
             consumers, {n: (count, 0) for n, count in experts_of(block).items()} if "experts" in wanted else {}
         )
@@ -160,22 +162,40 @@ def _alternatives(found: Mapping[Any, BlockCut]) -> Iterator[Mapping[Any, BlockC
 def _counted(cut: BlockCut, structure: Structure, align: int | None, language_model: LanguageModel) -> BlockCut:
     """The same with the numbers that go. Raises BadPattern."""
     asked = {part.of: part for part in parts(structure) if isinstance(part, Units)}
+    config = language_model.model.config
+    # Kernels that multiply by all experts at once take rows of whole 16 bytes only.
+    least = 16 // (getattr(config, "dtype", None) or torch.float32).itemsize
     consumers = {}
     for name, consumer in cut.consumers.items():
         total = len(consumer.units)
-        kept = asked[consumer.of].kept(total, align, f"{name} of {type(language_model.model).__name__}")  # type: ignore[index]
-        consumers[name] = Consumer(consumer.units, total - kept, consumer.of)
+        steps = align
+        if consumer.expert:
+            steps = lcm(align or default_alignment(total), least)
+        kept = asked[consumer.of].kept(total, steps, f"{name} of {type(language_model.model).__name__}")  # type: ignore[index]
+        consumers[name] = replace(consumer, gone=total - kept)
     experts = {}
     for name, (total, _) in cut.experts.items():
         kept = asked["experts"].kept(total, align, f"{name} of {type(language_model.model).__name__}")
-        active = getattr(language_model.model.config, "num_experts_per_tok", None) or 1
+        active = getattr(config, "num_experts_per_tok", None) or 1
         if kept < active:
             raise BadPattern(
                 f"{name} sends every token to {active} of its {total} experts; {asked['experts']} would leave {kept}. "
                 f"At most {100 * (total - active) / total:.3g}% can go."
             )
+        _check_groups(config, name, kept)
         experts[name] = total, total - kept
     return BlockCut(consumers, experts)
+
+
+def _check_groups(config: Any, name: str, kept: int) -> None:
+    """Raise BadPattern where a router that looks for experts in groups could not do so among those that stay."""
+    groups = getattr(config, "n_group", None) or 1
+    chosen, active = getattr(config, "topk_group", None) or 1, getattr(config, "num_experts_per_tok", None) or 1
+    if groups > 1 and (kept % groups or kept // groups < 2 or chosen * (kept // groups) < active):
+        raise BadPattern(
+            f"{name} chooses {active} experts from {chosen} of {groups} groups; {kept} experts cannot be grouped so. "
+            f"Let a multiple of {groups} stay, at least {max(2 * groups, -(-active // chosen) * groups)}."
+        )
 
 
 def _find(language_model: LanguageModel, kinds: Mapping[Any, BlockCut], kept: Sequence[int]) -> Stock | None:
@@ -251,44 +271,59 @@ def _no_stock(
 
 def _counted_to(cut: BlockCut, of: str, left: int) -> BlockCut:
     mine = {n: c for n, c in cut.consumers.items() if c.of == of}
-    consumers = {n: Consumer(c.units, max(len(c.units) - left, 0), of) for n, c in mine.items()}
+    consumers = {n: replace(c, gone=max(len(c.units) - left, 0)) for n, c in mine.items()}
     return BlockCut(consumers, {})
 
 
 @torch.no_grad()
 def _try(language_model: LanguageModel, found: Survey, device: torch.device) -> None:
-    """Compare one block of every kind, cut, with the dense one whose units that go read as zero."""
+    """Compare blocks of the smaller model with the dense ones whose units that go read as zero, in one pass.
+
+    One block of every kind, or every one that stays where blocks go: some count them, or know their own number. Blocks
+    that lose experts route otherwise than before and are left out; the reloaded model is compared at the end.
+    """
     vocabulary = language_model.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     tokens = torch.randint(int(vocabulary), (2, 16), generator=torch.Generator().manual_seed(0))
-    seen = set()
-    for position, index in enumerate(found.kept):
-        original = language_model.blocks[index]
-        kind = signature(original)
-        cut = found.kinds[kind]
-        if kind in seen or not cut.consumers:
-            continue
-        seen.add(kind)
-        block, hidden, call = entering(language_model, index, tokens, device, torch.float32)
-        gone = _last_units(cut)
-        state = without_units(block, gone)
-        for name, units in gone.items():
-            sites(block)[name].weight[:, [i for unit in units for i in unit.inputs]] = 0
-        if cut.experts:
-            continue  # which experts a token takes changes; the reloaded model is compared at the end
-        wanted = run_block(block, hidden, call)
-        try:
-            smaller = module_of(found.stock.language_model.blocks[position], state, block).to(device)
-            got = run_block(smaller, hidden, call)
-        except SecateurError:
-            raise
-        except Exception as error:  # whatever a family's forward raises when its sizes do not fit
-            raise UnsupportedModel(_wired(language_model, index, type(error).__name__)) from error
-        if got.shape != wanted.shape or not close(wanted, got):
-            raise UnsupportedModel(_wired(language_model, index, "its output differs"))
+    hidden, calls = Shell(language_model, device, torch.float32, head=False).enter(tokens)
+    seen, fewer = set(), len(found.kept) < len(language_model.blocks)
+    wanted = [i for i in found.kept if fewer or found.of(language_model.blocks[i]).consumers]
+    for index, original in enumerate(language_model.blocks[: max(wanted, default=-1) + 1]):
+        block, call = working_copy(original, device, torch.float32), calls[index]
+        cut = found.of(original)
+        before = _own(call)
+        dense = run_block(block, hidden, call)
+        if index in wanted and not cut.experts and (fewer or signature(original) not in seen):
+            seen.add(signature(original))
+            gone = _last_units(cut)
+            state = without_units(block, gone)
+            for name, units in gone.items():
+                sites(block)[name].weight[:, [i for unit in units for i in unit.inputs]] = 0
+            expected = run_block(block, hidden, before) if gone else dense
+            empty = found.stock.language_model.blocks[found.kept.index(index)]
+            _compare(language_model, index, expected, lambda e=empty, s=state, b=block, h=hidden, c=call: run_block(
+                module_of(e, s, b).to(device), h, _own(c)))  # fmt: skip
+        hidden = dense
 
 
-def _wired(language_model: LanguageModel, index: int, what: str) -> str:
-    return (
+def _own(call: Call) -> Call:
+    """The call with dicts of its own, since a block may leave something there for a later one."""
+    return Call(call.args, {key: dict(part) if type(part) is dict else part for key, part in call.kwargs.items()})
+
+
+def _compare(language_model: LanguageModel, index: int, wanted: Tensor, smaller: Callable[[], Tensor]) -> None:
+    """Raise UnsupportedModel unless the smaller block runs and gives what is wanted."""
+    what = "its output differs"
+    if not wanted.isfinite().all():
+        return  # named when its weights are read
+    try:
+        got = smaller()
+        if got.shape == wanted.shape and close(wanted, got):
+            return
+    except SecateurError:
+        raise
+    except Exception as error:  # whatever a family's forward raises when its sizes do not fit
+        what = type(error).__name__
+    raise UnsupportedModel(
         f"{language_model.block_name(index)} of {type(language_model.model).__name__} does not compute the same with "
-        f"fewer channels or heads as with zeros in their place ({what}): its numbers depend on their count or order."
+        f"fewer channels, heads or blocks as with zeros in their place ({what}): it depends on their number or order."
     )

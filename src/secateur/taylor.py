@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from secateur.model import Call, run_block
+from secateur.model import Call, in_float32, run_block
 
 
 def taylor(block: nn.Module, consumer: str, units: Tensor, batches: Iterable[tuple[Tensor, Call]]) -> Tensor:
@@ -34,7 +34,7 @@ def taylor(block: nn.Module, consumer: str, units: Tensor, batches: Iterable[tup
     try:
         with torch.enable_grad():
             for hidden, call in batches:
-                output = run_block(block, hidden.float(), call)
+                output = run_block(block, hidden.float(), in_float32(call))
                 projection = torch.randn(output.shape, generator=draw).to(output.device)
                 (gradient,) = torch.autograd.grad(output, held[0], projection)
                 change = (held[0].detach() * gradient).flatten(0, -2)[:, units]  # [tokens, units, inputs]
