@@ -3,7 +3,7 @@
     python bench/seeds.py --methods sparsegpt,default,best --patterns 70%,2:4 --json bench/results/quality-demo.json
 
 Every seed is a `secateur compare` of its own in `out/seeds/NAME/SEED`, so an interrupted run goes on where it was. For
-each row the table gives the added perplexity of every seed and their mean; a row is called better than `sparsegpt`
+each row the table gives the added perplexity of every seed and their mean; a row is called better than the baseline
 where, for every seed, the paired 95 % intervals of the two differences to the dense model do not overlap.
 """
 
@@ -36,7 +36,7 @@ def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def table(rows: list[dict[str, Any]], baseline: str = "sparsegpt") -> list[str]:
     """Markdown: one line for each pattern and method, with the added perplexity of every seed."""
     seeds = sorted({row["seed"] for row in rows})
     keys = list(dict.fromkeys((r["pattern"], r["method"], r["allocation"]) for r in rows if r["kind"] != "dense"))
@@ -46,7 +46,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"Dense: {', '.join(f'{value:.4f}' for value in dense.values())} (seeds {', '.join(map(str, seeds))}).",
         "",
-        "| pattern | method | added perplexity by seed | mean | of SparseGPT's | KL | seconds |",
+        f"| pattern | method | added perplexity by seed | mean | of {baseline}'s | KL | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for pattern, method, allocation in keys:
@@ -56,11 +56,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         base = {
             r["seed"]: r
             for r in rows
-            if (r["pattern"], r["method"], r["allocation"]) == (pattern, "sparsegpt", "uniform")
+            if (r["pattern"], r["method"], r["allocation"]) == (pattern, baseline, "uniform")
         }
         mean = sum(r["delta"] for r in mine.values()) / len(mine)
         share = "" if base.keys() != mine.keys() else f"{mean * len(base) / sum(r['delta'] for r in base.values()):.0%}"
-        if share and method != "sparsegpt":
+        if share and method != baseline:
             apart = all(mine[s]["delta_interval"][1] < base[s]["delta_interval"][0] for s in mine)
             share += ", better with every seed" if apart else ""
         by_seed = "; ".join(
@@ -80,6 +80,7 @@ if __name__ == "__main__":
     parser.add_argument("--methods", default="magnitude,wanda,sparsegpt,fast,default,best")
     parser.add_argument("--patterns", default="50%,60%,70%,80%,4:8,2:4")
     parser.add_argument("--allocate", default="uniform")
+    parser.add_argument("--baseline", default="sparsegpt", help="the method that the others are compared with")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--seq-len", type=int)
@@ -88,7 +89,7 @@ if __name__ == "__main__":
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found = run(options)
-    print("\n".join(table(found)))
+    print("\n".join(table(found, options.baseline)))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"command": sys.argv, "rows": found}, indent=1) + "\n")
