@@ -54,9 +54,7 @@ def table(rows: list[dict[str, Any]], baseline: str = "sparsegpt") -> list[str]:
             r["seed"]: r for r in rows if (r["pattern"], r["method"], r["allocation"]) == (pattern, method, allocation)
         }
         base = {
-            r["seed"]: r
-            for r in rows
-            if (r["pattern"], r["method"], r["allocation"]) == (pattern, baseline, "uniform")
+            r["seed"]: r for r in rows if (r["pattern"], r["method"], r["allocation"]) == (pattern, baseline, "uniform")
         }
         mean = sum(r["delta"] for r in mine.values()) / len(mine)
         share = "" if base.keys() != mine.keys() else f"{mean * len(base) / sum(r['delta'] for r in base.values()):.0%}"

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,8 @@ from secateur.checkpoint import open_checkpoint
 from secateur.data import Windows
 from secateur.machine import machine, versions
 from secateur.model import load
-from secateur.patterns import parse
 from secateur.shrink import shrink_checkpoint
+from secateur.structures import parse_structure
 
 PROMPT = 256
 
@@ -69,7 +70,7 @@ class Decode(nn.Module):
         return self.model(ids, past_key_values=cache, position_ids=position, use_cache=True).logits
 
 
-def workloads(model: nn.Module) -> dict[str, tuple[nn.Module, tuple]]:
+def workloads(model: Any) -> dict[str, tuple[nn.Module, tuple]]:
     """What is timed: a module and its inputs."""
     config = model.config
     shape = (1, config.num_key_value_heads, PROMPT, config.head_dim)
@@ -87,7 +88,7 @@ def runners(folder: Path, onnx: Path | None) -> dict[str, Callable[[], object]]:
         found[f"transformers {name}"] = lambda module=module, inputs=inputs: module(*inputs)
         if onnx is None:
             continue
-        import onnxruntime
+        import onnxruntime  # pyright: ignore[reportMissingImports]
 
         file = onnx / f"{folder.name}-{name}.onnx"
         torch.onnx.export(module, inputs, file, dynamo=True, external_data=True, verbose=False)
@@ -138,7 +139,8 @@ def main() -> None:
         for number, pattern in enumerate(chosen.patterns.split(",")):
             folders[pattern] = place / f"smaller-{number}"
             ids = torch.randint(3, 1000, (2, 64), generator=torch.Generator().manual_seed(0))
-            structure = parse(pattern)
+            structure = parse_structure(pattern)
+            assert structure, f"{pattern} is no structure"
             shrink_checkpoint(
                 open_checkpoint(source), load(source), Windows(ids, "random", "none", 0, None), folders[pattern],
                 method="influence" if "blocks" in pattern else "random", structure=structure,
