@@ -1,0 +1,80 @@
+"""Which families can be made smaller: every tiny model of the tests, with every kind of structure.
+
+    python bench/families.py --json bench/results/families.json
+
+Each is shrunk, written, loaded by the stock loader and compared in logits (in this process, not a fresh one). `held`:
+the result loads and is equal; otherwise the sentence with which it was refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import transformers
+
+from secateur import shrink, verify
+from secateur.checkpoint import open_checkpoint
+from secateur.data import Windows
+from secateur.errors import SecateurError, UnsupportedModel
+from secateur.machine import machine, versions
+from secateur.model import load
+from secateur.structures import parse_structure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from families import FAMILIES, tiny_model
+
+PATTERNS = {"25% of channels": "fast", "50% of heads": "fast", "1 block": "influence", "25% of experts": "reap"}
+
+
+def check(folder: Path, tokens: torch.Tensor, logits: torch.Tensor, **options: bool) -> None:
+    """What `verify` does in a fresh process."""
+    if (found := verify.difference(folder, tokens, logits, **options)) > verify.MOST:
+        raise UnsupportedModel(f"DIFFERS by {found:.1e}")
+
+
+def tried(source: Path, out: Path, pattern: str, method: str) -> str:
+    """`held`, or why not."""
+    ids = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
+    structure = parse_structure(pattern)
+    assert structure
+    try:
+        shrink.shrink_checkpoint(
+            open_checkpoint(source), load(source), Windows(ids, "random", "none", 1, None), out, method=method,
+            structure=structure, overwrite=True,
+        )  # fmt: skip
+    except SecateurError as error:
+        return str(error)
+    return "held"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    shrink.refuse_unequal = check
+    found: dict[str, dict[str, str]] = {}
+    for family in FAMILIES:
+        with TemporaryDirectory() as temporary:
+            source = Path(temporary) / "source"
+            tiny_model(family).save_pretrained(source)
+            found[family] = {p: tried(source, Path(temporary) / "out", p, m) for p, m in PATTERNS.items()}
+        print(family, " · ".join(f"{p}: {said[:60]}" for p, said in found[family].items()), flush=True)
+    for pattern in PATTERNS:
+        held = sum(said[pattern] == "held" for said in found.values())
+        print(f"{pattern}: held by {held} of {len(found)} families")
+    if chosen.json:
+        held = {"machine": machine(), "versions": versions(), "families": found}
+        chosen.json.write_text(json.dumps(held, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
