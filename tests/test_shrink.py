@@ -208,7 +208,7 @@ def test_llama_is_carried_by_mistral_where_its_own_configuration_refuses(tmp_pat
     written = json.loads((out / "config.json").read_text())
     assert written["model_type"] == "mistral"
     assert (written["num_attention_heads"], written["num_key_value_heads"], written["head_dim"]) == (6, 3, 8)
-    assert report.removed == {"self_attn.o_proj": "1 of 4 heads"}
+    assert report.removed == {"self_attn.o_proj": "1 of 4 key-value heads"}
     assert in_process == [pytest.approx(0, abs=1e-6)]
 
 

@@ -21,6 +21,8 @@ from secateur.structures import Budget, Depth, Several, Units, default_alignment
         ("to 75% of parameters", Budget(share=0.75)),
         ("to 6GB", Budget(bytes=6 * 10**9)),
         ("to 700MiB", Budget(bytes=700 * 2**20)),
+        ("to 4.5MB", Budget(bytes=4_500_000)),
+        ("to 123456789B", Budget(bytes=123_456_789)),
         ("2 blocks + 20% of channels", Several((Depth(count=2), Units(0.2, "channels")))),
     ],
 )

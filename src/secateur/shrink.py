@@ -33,7 +33,7 @@ from secateur.record import Report
 from secateur.shrunk import Run, find_shrinking, refined, shrunk_block
 from secateur.sites import coverage, sites
 from secateur.stream import Seconds, stream
-from secateur.structures import Budget, Depth, Structure, parts
+from secateur.structures import NAMES, Budget, Depth, Structure, parts
 from secateur.survey import Survey, block_parameters, holds, survey
 from secateur.verify import refuse_unequal
 
@@ -204,7 +204,7 @@ def _in_words(language_model: LanguageModel, found: Survey) -> dict[str, str]:
     words: dict[str, str] = {}
     for cut in found.kinds.values():
         for name, consumer in cut.consumers.items():
-            words[name] = f"{consumer.gone} of {len(consumer.units)} {consumer.of}"
+            words[name] = f"{consumer.gone} of {len(consumer.units)} {NAMES[consumer.of]}"
         for name, (total, gone) in cut.experts.items():
             words[name] = f"{gone} of {total} experts"
     if gone := [i for i in range(len(language_model.blocks)) if i not in found.kept]:

@@ -30,7 +30,7 @@ from secateur.selection import SELECTIONS, lowest
 from secateur.sites import bias, sites
 from secateur.stats import OF_DENSE, Stats
 from secateur.stream import Batch, Seconds, Step
-from secateur.structures import Depth, Structure, parts
+from secateur.structures import NAMES, Depth, Structure, parts
 from secateur.survey import BlockCut, Consumer
 from secateur.taylor import taylor
 from secateur.units import Unit
@@ -205,7 +205,8 @@ def _remove(
             new, new_bias = repaired(weight, stats, kept, old, added.product if added and name == fold else None)
         _put(step, result, name, new, new_bias)
         note = "" if stats is not None else "no calibration token: chosen by weights"
-        note += f"blocks {span[0]} to {span[-1]} folded into it" if name == fold and span else ""
+        if name == fold and span:
+            note += f"{'block' if len(span) == 1 else 'blocks'} {', '.join(map(str, span))} folded into it"
         change = _change(weight, old, targets[name].weight, new_bias)
         if added and name == fold and stats is not None:
             error = _error_left(change, weight, stats, added)
@@ -277,5 +278,5 @@ def _report(name: str, consumer: Consumer, weight: Tensor, error: float | None, 
     left = total - consumer.gone
     size = len(consumer.units[0].inputs) if total else 0
     inputs = left * size if total else weight.shape[1]
-    pattern = f"{left} of {total} {consumer.of}" if total else None
+    pattern = f"{left} of {total} {NAMES[consumer.of]}" if total else None
     return SiteReport(name, (weight.shape[0], inputs), pattern, 0.0, error, note)

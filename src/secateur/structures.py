@@ -18,6 +18,8 @@ from typing import Literal
 from secateur.errors import BadPattern
 
 Kind = Literal["channels", "heads", "experts"]
+NAMES = {"channels": "channels", "heads": "key-value heads", "experts": "experts"}
+"""What is counted: of heads, those with keys and values of their own; the query heads that read them go along."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Units:
         can = f"One step is {least:.3g}%, the most that can go {100 - least:.3g}%."
         if least > 50:
             can = "None can go; ask for a smaller --align." if align > 1 else "None can go."
-        raise BadPattern(f"{where} has {total} {self.of}, which go{steps}; {self} was asked, and {wanted}. {can}")
+        raise BadPattern(
+            f"{where} has {total} {NAMES[self.of]}, which go{steps}; {self} was asked, and {wanted}. {can}"
+        )
 
 
 def default_alignment(total: int) -> int:
@@ -127,8 +131,11 @@ class Budget:
     def __str__(self) -> str:
         if self.share is not None:
             return f"to {100 * self.share:.10g}% of parameters"
-        unit = next(unit for unit, size in SIZES.items() if (self.bytes or 0) % size == 0)
-        return f"to {(self.bytes or 0) // SIZES[unit]}{unit}"
+        asked = self.bytes or 0
+        for unit, size in SIZES.items():
+            if asked >= size and round(float(f"{asked / size:.4g}") * size) == asked:
+                return f"to {asked / size:.4g}{unit}"
+        return f"to {asked}B"
 
     kind = "structured"
 
