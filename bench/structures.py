@@ -1,6 +1,6 @@
 """Which families can be made smaller: every tiny model of the tests, with every kind of structure.
 
-    python bench/families.py --json bench/results/families.json
+    python bench/structures.py --json bench/results/families.json
 
 Each is shrunk, written, loaded by the stock loader and compared in logits (in this process, not a fresh one). `held`:
 the result loads and is equal; otherwise the sentence with which it was refused.
