@@ -8,7 +8,7 @@ import pytest
 
 import secateur
 from secateur.compare import rank
-from secateur.errors import ConditionsDiffer
+from secateur.errors import ConditionsDiffer, SecateurError
 from secateur.report import markdown, table
 from secateur.results import Row
 
@@ -150,3 +150,37 @@ def test_a_real_model_ranks_the_methods(shared_data, tmp_path):
         ranks = [found[f"{method} {pattern}"].rank for method in ("sparsegpt", "wanda", "magnitude")]
         assert ranks == ["1", "2", "3"]
         assert found[f"sparsegpt {pattern}"].perplexity < most
+
+
+def test_structures_stand_beside_zeros(options, tmp_path):
+    options |= {"methods": ["magnitude", "energy", "fast"], "patterns": ["50%", "25% of channels", "1 block"]}
+    results = secateur.compare(**options, out=tmp_path)
+    rows = [(row.method, row.pattern, row.kind) for row in results.rows]
+    assert rows == [
+        ("dense", "-", "dense"), ("magnitude", "50%", "unstructured"), ("fast", "50%", "unstructured"),
+        ("energy", "25% of channels", "structured"), ("fast", "25% of channels", "structured"),
+        ("fast", "1 block", "structured"),
+    ]  # fmt: skip
+    dense, zeros, *_, channels, block = results.rows
+    assert dense.parameters == zeros.parameters
+    assert dense.parameters > channels.parameters > block.parameters  # type: ignore[operator]
+    assert "structured" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"methods": ["energy"], "patterns": ["25% of channels", "1 block"]}, "There is no method for 1 block"),
+        ({"methods": ["magnitude"], "patterns": ["50%", "25% of channels"]}, "chooses single weights"),
+        ({"methods": ["magnitude", "kl"], "patterns": ["50%"]}, "'kl' chooses whole structures"),
+        ({"methods": ["fast"], "patterns": ["50%", "7 blocks"]}, "7 blocks was asked"),
+        ({"methods": ["fast"], "patterns": ["50%", "25% of experts"]}, "has no experts"),
+        ({"methods": ["fast"], "patterns": ["50%", "25% of channels"], "skip": ["q_proj"]}, "cannot leave one out"),
+        ({"methods": ["fast"], "patterns": ["25% of channels"], "allocate": ["owl"]}, "same out of every block"),
+        ({"patterns": []}, "at least one method and one pattern"),
+    ],
+)
+def test_a_grid_with_an_impossible_row_is_refused_before_any_work(options, tmp_path, changed, words):
+    with pytest.raises(SecateurError, match=words):
+        secateur.compare(**{**options, **changed}, out=tmp_path / "out")
+    assert not (tmp_path / "out" / "rows").exists()

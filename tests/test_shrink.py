@@ -370,10 +370,14 @@ def test_expert_biases_and_biases_follow(tmp_path: Path, in_process):
 @pytest.mark.parametrize(
     ("arguments", "kind", "words"),
     [
-        (("wanda", "25% of channels"), UnknownName, "method for 25% of channels"),
+        (("wanda", "25% of channels"), BadPattern, "'wanda' chooses single weights"),
+        (("wandaa", "25% of channels"), UnknownName, "method for 25% of channels"),
         (("energy", "2 blocks"), UnknownName, "Known: angular, best, default, fast, influence, kl"),
         (("energy+refit", "25% of channels"), UnknownName, "refinement of a structured method"),
-        (("energy", "50%"), UnknownName, "no method 'energy'"),
+        (("energy", "50%"), BadPattern, "'energy' chooses whole structures"),
+        (("reap+repair", "25% of experts"), UnknownName, "where no matrix reads what goes"),
+        (("energy", "50% of heads", "uniform", (), 8), BadPattern, "--align 8 is for channels"),
+        (("energy", "25% of channels", "owll"), UnknownName, "Did you mean 'owl'"),
         (("energy", "25% of channels", "owl"), BadPlan, "takes the same out of every block"),
         (("energy", "25% of channels", "uniform", ["o_proj"]), BadPattern, "cannot leave one out"),
         (("wanda", "50%", "uniform", (), 8), BadPattern, "--align is for the channels"),
@@ -430,6 +434,22 @@ def test_a_budget_in_bytes_is_the_size_on_disk(tmp_path, in_process):
         smaller("llama", tmp_path, "to 1GB", "fast", overwrite=True)
     with pytest.raises(BadPattern, match="out of reach"):
         smaller("llama", tmp_path, "to 20% of parameters", "fast", overwrite=True)
+
+
+def test_a_repair_says_that_it_fills_zeros(tmp_path, in_process):
+    model = tiny_model("llama")
+    for name, parameter in model.named_parameters():
+        if "down_proj" in name:
+            parameter.data[:, ::2] = 0
+    model.save_pretrained(tmp_path / "source")
+    report, _, _ = smaller("llama", tmp_path, "25% of channels", "fast")
+    assert all("50% of it were zeros, which the repair has filled" in site.note for site in report.sites)
+
+
+def test_a_span_that_nothing_takes_over_is_named(tmp_path, in_process):
+    report, _, _ = smaller("mixtral", tmp_path, "1 block", "influence+repair")
+    if report.removed["blocks"] != "0":
+        assert any("no matrix here is simply added" in site.note for site in report.sites)
 
 
 def test_a_parsed_structure_says_its_kind():

@@ -21,6 +21,7 @@ from secateur.structures import Budget, Depth, Several, Units, default_alignment
         ("to 75% of parameters", Budget(share=0.75)),
         ("to 6GB", Budget(bytes=6 * 10**9)),
         ("to 700MiB", Budget(bytes=700 * 2**20)),
+        ("to 3.5TB", Budget(bytes=3_500_000_000_000)),
         ("to 4.5MB", Budget(bytes=4_500_000)),
         ("to 123456789B", Budget(bytes=123_456_789)),
         ("2 blocks + 20% of channels", Several((Depth(count=2), Units(0.2, "channels")))),
@@ -108,6 +109,11 @@ def test_blocks_are_counted():
     for depth in (Depth(count=4), Depth(ratio=0.01), Depth(count=0)):
         with pytest.raises(BadPattern, match="From 1 to 3"):
             depth.removed(4)
+
+
+@pytest.mark.parametrize("text", ["25 % of channels", " 25% of channel ", "25%  of channels"[:3] + " of channels"])
+def test_small_slips_are_read(text):
+    assert parse(text) == Units(0.25, "channels")
 
 
 def test_parts():

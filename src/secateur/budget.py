@@ -62,9 +62,11 @@ def within_budget(
             if channels and (taken := channels.reaching(wanted / left, step)):
                 chosen.append(Units(taken / channels.total, "channels"))
             return chosen[0] if len(chosen) == 1 else Several(tuple(chosen))
+    halves = {"experts": experts, "channels": channels, "heads": heads}
+    known = [of for of, half in halves.items() if half] or ["nothing"]
     raise BadPattern(
-        f"{budget} is out of reach with half of the experts, channels and heads and {blocks} of {count} blocks. "
-        "Say what should go, such as '60% of channels + 50% of blocks'."
+        f"{budget} is out of reach: for a size at most half of the {' and '.join(known)} are taken and {blocks} of "
+        f"{count} blocks. Say what should go, such as '60% of channels' or '50% of blocks'."
     )
 
 
@@ -74,7 +76,11 @@ def _half(
     """What half of a kind of unit would be; None where they cannot go."""
     try:
         found = survey(language_model, Units(MOST, of), range(len(language_model.blocks)), align, device)
-    except (UnsupportedModel, BadPattern):
+    except UnsupportedModel:
+        return None
+    except BadPattern:
+        if of == "channels" and align:
+            raise
         return None
     counts = [(len(c.units), c.gone) for cut in found.kinds.values() for c in cut.consumers.values()]
     counts += [count for cut in found.kinds.values() for count in cut.experts.values()]

@@ -266,11 +266,11 @@ class Output:
 
 
 @contextmanager
-def output(source: Checkpoint, out: Path, *, overwrite: bool, weights: bool = True) -> Iterator[Output]:
+def output(source: Checkpoint, out: Path, *, overwrite: bool, other_weights: int | None = None) -> Iterator[Output]:
     """A result folder beside `out`, holding a copy of the source; removed again unless it is finished.
 
-    Without `weights` the shards are left to whoever makes others (`layout.resized`). Raises OutputRefused where `out`
-    holds something already, DiskFull where the copy cannot fit.
+    With `other_weights` the shards are left to whoever makes others of so many bytes (`layout.resized`). Raises
+    OutputRefused where `out` holds something already, DiskFull where the result cannot fit.
     """
     out, model = out.resolve(), source.folder.resolve()  # a link is followed, so that the result lies where it points
     if out == model:
@@ -287,12 +287,12 @@ def output(source: Checkpoint, out: Path, *, overwrite: bool, weights: bool = Tr
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
             free = shutil.disk_usage(out.parent).free
-            if free < source.bytes:
-                raise DiskFull(f"{out} needs {_size(source.bytes)}, the disk has {_size(free)} free.")
+            if free < (size := source.bytes if other_weights is None else other_weights):
+                raise DiskFull(f"{out} needs {_size(size)}, the disk has {_size(free)} free.")
             partial.mkdir()
             for file in sorted(source.folder.iterdir()):
                 shard = file.name in source.shards
-                wanted = weights if shard else not file.name.endswith(_OTHER_WEIGHTS)
+                wanted = other_weights is None if shard else not file.name.endswith(_OTHER_WEIGHTS)
                 if file.is_file() and wanted and file.name != RECORD:
                     shutil.copyfile(file, partial / file.name)
         yield Output(source, out, partial, overwrite)
@@ -307,6 +307,8 @@ def refuse_output(out: Path, *, overwrite: bool) -> None:
     """Raise OutputRefused where `out` holds something that may not be replaced."""
     if out.exists() and not out.is_dir():
         raise OutputRefused(f"{out} is a file; a folder was wanted.")
+    if out.resolve() == Path.cwd():
+        raise OutputRefused(f"{out} is the current folder. Name a folder inside it.")
     if out.is_mount():
         raise OutputRefused(f"{out} is a mount point, which cannot be replaced at once. Name a folder inside it.")
     if out.is_dir() and any(out.iterdir()):

@@ -40,7 +40,8 @@ SeqLen = Annotated[
 WindowCount = Annotated[int | None, typer.Option("--windows", min=2, help="Evaluation windows. Default: all.")]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration windows.")]
 Align = Annotated[
-    int | None, typer.Option(min=1, help="Channels that stay are a multiple of this. Default: up to 128, by width.")
+    int | None,
+    typer.Option(min=1, help="Channels that stay are a multiple of this; default 128, less for widths under 4096."),
 ]
 Skip = Annotated[list[str] | None, typer.Option(help="Leave sites out: a glob on their names. May be repeated.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,cuda:1 …")]
@@ -282,6 +283,10 @@ def inspect(
     console.print(f"Sparsity {found.sparsity:.2%} over {len(found.tensors)} tensors; coverage {coverage}.")
     if found.record:
         console.print(escape(f"Pruned with {found.record.get('method')} to {found.record.get('pattern')}."))
+        if found.record.get("parameters"):
+            before, after = found.record["parameters"]
+            gone = "; ".join(f"{where}: {what}" for where, what in found.record["removed"].items())
+            console.print(escape(f"A smaller model: {before:,} parameters became {after:,}. Gone: {gone}."))
     return None
 
 

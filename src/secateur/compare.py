@@ -22,10 +22,10 @@ import numpy as np
 
 from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
 from secateur.data import evaluation_windows, load_tokenizer
-from secateur.errors import ConditionsDiffer, OutputRefused, UnknownName
+from secateur.errors import BadPattern, ConditionsDiffer, OutputRefused, SecateurError, UnknownName
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.machine import machine, versions
-from secateur.model import load
+from secateur.model import LanguageModel, load
 from secateur.options import (
     check_windows,
     default_corpus,
@@ -36,12 +36,14 @@ from secateur.options import (
     forward_dtype,
 )
 from secateur.patterns import parse
-from secateur.plan import check_allocation
+from secateur.plan import ALLOCATIONS, check_allocation
 from secateur.progress import Progress
 from secateur.prune import check_method, prune_checkpoint
 from secateur.record import Report
 from secateur.report import write_report
 from secateur.results import SCHEMA, Results, Row, row_name
+from secateur.shrink import refuse_structure
+from secateur.sites import sites
 from secateur.stream import Seconds
 from secateur.structures import Structure
 
@@ -77,12 +79,15 @@ def compare(
     SecateurError; ConditionsDiffer where `out` holds rows of another model, text or metric.
     """
     progress, out = progress or Progress(), Path(out)
-    grid = _grid(methods, patterns, allocate)
+    grid = _grid(methods, patterns, allocate, skip, align)
     chosen, dtype = find_devices(device)[0], find_dtype(dtype)
     folder = resolve(model)
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
     language_model = load(folder, trust_remote_code=trust_remote_code)
+    for structure in {pattern: parse(pattern) for _, pattern, _ in grid}.values():
+        if isinstance(structure, Structure):
+            refuse_structure(language_model, structure, source.bytes, align, chosen)
     length = seq_len or default_length(language_model)
     calibrated = draw_calibration(
         language_model, folder, model, calibration, samples=samples, seq_len=length, seed=seed, data_dir=data_dir,
@@ -156,27 +161,44 @@ def compare(
     return results
 
 
-def _grid(methods: Sequence[str], patterns: Sequence[str], allocate: Sequence[str]) -> list[tuple[str, str, str]]:
+def _grid(
+    methods: Sequence[str], patterns: Sequence[str], allocate: Sequence[str], skip: Sequence[str], align: int | None
+) -> list[tuple[str, str, str]]:
     """(method, pattern, rule) of every row: each method with the patterns of its kind, zeros or structures.
 
-    Raises UnknownName for a method that goes with none of the patterns, and what `check_method` and `parse` raise.
+    Raises UnknownName or BadPattern for a method that goes with none of the patterns, or a pattern with none of the
+    methods; and whatever `check_method` raises for the options.
     """
-    grid, fitting = [], set[str]()
+    if not methods or not patterns:
+        raise BadPattern("A comparison wants at least one method and one pattern.")
+    grid: list[tuple[str, str, str]] = []
+    refused: dict[str, SecateurError] = {}
     for pattern in patterns:
         wanted = parse(pattern)
         for method in methods:
             try:
                 check_method(method, pattern)
-            except UnknownName:
+            except (UnknownName, BadPattern) as error:
+                refused[method] = refused[pattern] = error
                 continue
-            fitting.add(method)
-            for rule in allocate if not isinstance(wanted, Structure) else ("uniform",):
-                check_allocation(rule, str(wanted), files=False) if rule != "uniform" else None
+            structure = isinstance(wanted, Structure)
+            rules = [rule for rule in allocate if rule == "uniform"] or allocate if structure else allocate
+            for rule in rules:
+                check_method(method, pattern, rule, skip, align if structure else None)
+                if rule not in ("uniform", *ALLOCATIONS):
+                    check_allocation(rule, str(wanted), files=False)
                 grid.append((method, str(wanted), rule))
-    for method in methods:
-        if method not in fitting and patterns:
-            check_method(method, patterns[0])
+    fitting = {method for method, _, _ in grid} | {pattern for _, pattern, _ in grid}
+    for asked, named in [*((m, m) for m in methods), *((p, str(parse(p))) for p in patterns)]:
+        if named not in fitting:
+            raise refused[asked]
     return grid
+
+
+def _zeros(language_model: LanguageModel) -> float:
+    """The share of zeros in the sites of a model, which may have been pruned before."""
+    held = [site.stored for block in language_model.blocks for site in sites(block).values()]
+    return sum((weight == 0).sum().item() for weight in held) / max(sum(weight.numel() for weight in held), 1)
 
 
 def _dense_row(source: Checkpoint, dense: Forward, progress: Progress) -> tuple[Row, Measured]:
@@ -186,7 +208,7 @@ def _dense_row(source: Checkpoint, dense: Forward, progress: Progress) -> tuple[
         "dense",
         "-",
         "dense",
-        0.0,
+        _zeros(dense.language_model),
         measured.perplexity,
         0.0,
         (0.0, 0.0),

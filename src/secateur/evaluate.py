@@ -164,6 +164,12 @@ def evaluate(
         other = resolve(dense)
         open_checkpoint(other)
         reference = Forward(load(other, trust_remote_code=trust_remote_code), *run)
+        sizes = [m.model.config.get_text_config().vocab_size for m in (reference.language_model, language_model)]
+        if sizes[0] != sizes[1]:
+            raise UnsupportedModel(
+                f"{dense} has a vocabulary of {sizes[0]} tokens, {model or 'the demo model'} one of {sizes[1]}. Name "
+                "the dense model that the other was made from."
+            )
     progress.begin("evaluating")
     measured = measure(Forward(language_model, *run), reference, progress)
     if reference is None:

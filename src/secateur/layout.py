@@ -28,6 +28,15 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 CHUNK = 2**24
 
 
+def size_of(source: Checkpoint, tensors: Tensors) -> int:
+    """The bytes of the tensors of a smaller checkpoint."""
+    return sum(_bytes(source.places[origin], shape) for origin, shape in tensors.values())
+
+
+def _bytes(old: Place, shape: tuple[int, ...]) -> int:
+    return old.bytes // max(prod(old.shape), 1) * prod(shape)
+
+
 def resized(source: Checkpoint, folder: Path, tensors: Tensors) -> Mapping[str, Place]:
     """Write the shards of a smaller checkpoint to `folder`; returns the places of its tensors.
 
@@ -53,7 +62,7 @@ def _shard(source: Checkpoint, file: Path, names: list[str], tensors: Tensors) -
     for name in names:
         origin, shape = tensors[name]
         old = source.places[origin]
-        size = old.bytes // max(prod(old.shape), 1) * prod(shape)
+        size = _bytes(old, shape)
         header[name] = {"dtype": old.dtype, "shape": list(shape), "data_offsets": [start, start + size]}
         start += size
     text = json.dumps(header, separators=(",", ":")).encode()

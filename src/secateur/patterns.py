@@ -242,7 +242,8 @@ def parse_pattern(text: str) -> Pattern:
         return pattern
     if parse_structure(text.strip()):
         raise BadPattern(
-            f"{text} takes out whole structures; a pattern of zeros is wanted here, such as '50%' or '2:4'."
+            f"{text} takes out whole structures, which need no plan; a pattern of zeros is wanted here, such as '50%' "
+            "or '2:4'. Structures go to 'secateur prune' as they are."
         )
     raise BadPattern(
         f"{text!r} is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', 'N:M' such as '2:4', "

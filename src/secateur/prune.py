@@ -22,17 +22,21 @@ from secateur.allocate import Plan, label
 from secateur.block import PrunedBlock, prune_block
 from secateur.checkpoint import Checkpoint, open_checkpoint, output, refuse_output, resolve
 from secateur.data import Windows
+from secateur.depth import BLOCKS
 from secateur.errors import BadPattern, UnsupportedModel
 from secateur.layout import check_source
 from secateur.machine import release_memory, versions
-from secateur.methods import Method, find_method
+from secateur.methods import METHODS, Method, find_method
 from secateur.model import LanguageModel, checkpoint_tensors, load
 from secateur.options import check_windows, draw_calibration, find_devices, find_dtype, forward_dtype
 from secateur.patterns import kind_of, parse, parse_pattern
 from secateur.plan import check_allocation, is_file, make_plan
 from secateur.progress import PeakMemory, Progress
+from secateur.reap import EXPERTS
 from secateur.record import Report, total_sparsity
+from secateur.selection import SELECTIONS
 from secateur.shrink import check_structure, shrink_checkpoint
+from secateur.shrunk import PRESETS
 from secateur.sites import coverage
 from secateur.stream import Seconds, stream
 from secateur.structures import Structure
@@ -103,10 +107,20 @@ def check_method(
     method: str, pattern: str, allocate: str = "uniform", skip: Sequence[str] = (), align: int | None = None
 ) -> None:
     """Raise UnknownName, BadPattern or BadPlan for a method, a pattern and options that do not go together."""
-    structure = parse(pattern)
+    structure, name = parse(pattern), method.split("+")[0]
     if isinstance(structure, Structure):
-        check_structure(structure, method, allocate, skip)
+        if name in METHODS and name not in PRESETS:
+            raise BadPattern(
+                f"{name!r} chooses single weights; {structure} takes out whole structures. Say '50%' or '2:4'."
+            )
+        if allocate != "uniform":
+            check_allocation(allocate, "50%")
+        check_structure(structure, method, allocate, skip, align)
         return
+    if name in {*SELECTIONS, *BLOCKS, *EXPERTS}:
+        raise BadPattern(
+            f"{name!r} chooses whole structures; {structure} is a pattern of zeros. Say '25% of channels'."
+        )
     find_method(method)
     check_allocation(allocate, pattern)
     if align is not None:

@@ -10,6 +10,7 @@ Whatever can be refused is refused by the survey, before any work.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from secateur.cut import module_of
 from secateur.data import Windows
 from secateur.depth import BLOCKS, Looking
 from secateur.errors import BadPattern, BadPlan
-from secateur.layout import Names, check_source, resized
+from secateur.layout import Names, check_source, resized, size_of
 from secateur.machine import release_memory, versions
 from secateur.model import LanguageModel, Shell, run_block, working_copy
 from secateur.options import check_windows, find_devices, find_dtype, forward_dtype
@@ -33,7 +34,7 @@ from secateur.record import Report
 from secateur.shrunk import Run, find_shrinking, refined, shrunk_block
 from secateur.sites import coverage, sites
 from secateur.stream import Seconds, stream
-from secateur.structures import NAMES, Budget, Depth, Structure, parts
+from secateur.structures import NAMES, Budget, Depth, Structure, Units, parts
 from secateur.survey import Survey, block_parameters, holds, survey
 from secateur.verify import refuse_unequal
 
@@ -41,12 +42,17 @@ CHECKED_TOKENS = 256
 """How many tokens of the first window the reloaded model is compared on."""
 
 
-def check_structure(structure: Structure, method: str, allocate: str, skip: Sequence[str]) -> None:
+def check_structure(structure: Structure, method: str, allocate: str, skip: Sequence[str], align: int | None) -> None:
     """Raise UnknownName or BadPattern for options that do not go with a structure."""
     find_shrinking(method, structure)
     if allocate != "uniform":
         raise BadPlan(f"{structure} takes the same out of every block, since stock configurations hold nothing else; "
                       f"--allocate {allocate} needs a percentage such as '70%'.")  # fmt: skip
+    channels = isinstance(structure, Budget) or any(
+        isinstance(p, Units) and p.of == "channels" for p in parts(structure)
+    )
+    if align is not None and not channels:
+        raise BadPattern(f"--align {align} is for channels, and {structure} removes none.")
     if skip:
         raise BadPattern(f"{structure} takes the same out of every block, so --skip {skip[0]} cannot leave one out.")
 
@@ -96,8 +102,9 @@ def shrink_checkpoint(
             removed=_in_words(language_model, found),
         )  # fmt: skip
         names = Names(source, language_model, found.stock.language_model, found.kept)
-        with output(source, out, overwrite=overwrite, weights=False) as result:
-            result.places = resized(source, result.partial, names.places())
+        tensors = names.places()
+        with output(source, out, overwrite=overwrite, other_weights=size_of(source, tensors)) as result:
+            result.places = resized(source, result.partial, tensors)
             result.configure(found.stock.changes, language_model.model.config.model_type)
             progress.begin(f"shrinking with {method} to {structure}")
             logits = _shrink(run, found, report, names, result)
@@ -115,6 +122,18 @@ def shrink_checkpoint(
                 }
             )
     return report
+
+
+def refuse_structure(
+    language_model: LanguageModel, structure: Structure, size: int, align: int | None, device: torch.device
+) -> None:
+    """Raise BadPattern or UnsupportedModel where a model, `size` bytes of weights, cannot be made smaller like that."""
+    if isinstance(structure, Budget):
+        structure = within_budget(language_model, structure, size, align, device)
+    survey(language_model, structure, range(len(language_model.blocks)), align, device)
+    for part in parts(structure):
+        if isinstance(part, Depth):
+            part.removed(len(language_model.blocks))
 
 
 def _surveyed(run: Run, structure: Structure, align: int | None) -> Survey:
@@ -204,7 +223,7 @@ def _in_words(language_model: LanguageModel, found: Survey) -> dict[str, str]:
     words: dict[str, str] = {}
     for cut in found.kinds.values():
         for name, consumer in cut.consumers.items():
-            words[name] = f"{consumer.gone} of {len(consumer.units)} {NAMES[consumer.of]}"
+            words[re.sub(r"\.\d+\.", ".*.", name)] = f"{consumer.gone} of {len(consumer.units)} {NAMES[consumer.of]}"
         for name, (total, gone) in cut.experts.items():
             words[name] = f"{gone} of {total} experts"
     if gone := [i for i in range(len(language_model.blocks)) if i not in found.kept]:

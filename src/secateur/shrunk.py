@@ -44,6 +44,8 @@ PRESETS: dict[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
 """Selections by kind of unit and suffixes of a preset; figures in docs/structured.md."""
 SUFFIXES = ("repair", "dense-target", "refine")
 PROBE_TOKENS = 1024
+MANY_ZEROS = 0.2
+"""From this share of zeros in a matrix on, it is said that a repair fills them."""
 
 
 class Shrinking(NamedTuple):
@@ -78,6 +80,8 @@ def find_shrinking(name: str, structure: Structure) -> Shrinking:
     if first not in known:
         raise UnknownName(f"method for {structure}", first, known)
     for suffix in suffixes:
+        if kinds == ["experts"] and suffix in ("repair", "dense-target"):
+            raise UnknownName(f"refinement for {structure}, where no matrix reads what goes,", suffix, ("refine",))
         if suffix not in SUFFIXES:
             raise UnknownName("refinement of a structured method", suffix, SUFFIXES)
     otherwise, more = PRESETS.get(first, (BEST, ()))
@@ -126,6 +130,9 @@ def shrunk_block(
         names = [name for name, consumer in cut.consumers.items() if consumer.of == of]
         if names:
             gone |= _remove(step, result, {n: cut.consumers[n] for n in names}, fold, span, run, reports)
+    if span and run.shrinking.repair and not fold:
+        note = f"blocks {', '.join(map(str, span))} are gone, and no matrix here is simply added that could take over"
+        reports.append(SiteReport(step.name, (0, 0), None, 0.0, None, note))
     if fold and fold not in gone:
         _remove(step, result, {fold: Consumer([], 0, "blocks")}, fold, span, run, reports)
     state = without_units(result, gone)
@@ -205,6 +212,9 @@ def _remove(
             new, new_bias = repaired(weight, stats, kept, old, added.product if added and name == fold else None)
         _put(step, result, name, new, new_bias)
         note = "" if stats is not None else "no calibration token: chosen by weights"
+        zeros = (weight == 0).float().mean().item()
+        if repair and zeros > MANY_ZEROS:
+            note += f"{zeros:.0%} of it were zeros, which the repair has filled; leave out '+repair' to keep them"
         if name == fold and span:
             note += f"{'block' if len(span) == 1 else 'blocks'} {', '.join(map(str, span))} folded into it"
         change = _change(weight, old, targets[name].weight, new_bias)
@@ -278,5 +288,5 @@ def _report(name: str, consumer: Consumer, weight: Tensor, error: float | None, 
     left = total - consumer.gone
     size = len(consumer.units[0].inputs) if total else 0
     inputs = left * size if total else weight.shape[1]
-    pattern = f"{left} of {total} {NAMES[consumer.of]}" if total else None
+    pattern = f"{left} of {total} {NAMES[consumer.of]} kept" if total else None
     return SiteReport(name, (weight.shape[0], inputs), pattern, 0.0, error, note)

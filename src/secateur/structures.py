@@ -12,6 +12,7 @@ What is left is a smaller dense model. Every block keeps the same number, since 
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from math import gcd
 from typing import Literal
 
@@ -94,7 +95,10 @@ class Depth:
         """How many of `total` blocks go. Raises BadPattern where that is none or all of them."""
         count = self.count if self.count is not None else round((self.ratio or 0) * total)
         if not 0 < count < total:
-            raise BadPattern(f"The model has {total} blocks; {self} was asked. From 1 to {total - 1} can be removed.")
+            which = "" if self.count is not None else f", which is {count} of them"
+            raise BadPattern(
+                f"The model has {total} blocks; {self} was asked{which}. From 1 to {total - 1} can be removed."
+            )
         return count
 
 
@@ -123,6 +127,8 @@ class Budget:
     bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if self.bytes == 0:
+            raise BadPattern("A model has more than 0 bytes of weights; found 0.")
         if self.share is not None and not 0 < self.share < 1:
             raise BadPattern(
                 f"A smaller model has over 0% and under 100% of the parameters; found {100 * self.share:g}%."
@@ -160,10 +166,11 @@ def parts(structure: Structure) -> tuple[Units | Depth, ...]:
 
 def parse_structure(text: str) -> Structure | None:
     """The structure that `text` names, None where it names none. Raises BadPattern for an impossible one."""
-    if found := re.fullmatch(r"to (-?\d+(?:\.\d+)?)% of parameters", text):
+    text = re.sub(r"\s*%", "%", text.strip())
+    if found := re.fullmatch(rf"to ({NUMBER})% of parameters", text):
         return Budget(share=float(found[1]) / 100)
-    if found := re.fullmatch(rf"to (\d+(?:\.\d+)?) ?({'|'.join(SIZES)})", text):
-        return Budget(bytes=round(float(found[1]) * SIZES[found[2]]))
+    if found := re.fullmatch(rf"to ({NUMBER}) ?({'|'.join(SIZES)})", text):
+        return Budget(bytes=round(Decimal(found[1]) * SIZES[found[2]]))
     found = [_parse_part(part.strip()) for part in text.split("+")]
     whole = tuple(part for part in found if part is not None)
     if len(whole) < len(found):
@@ -171,10 +178,13 @@ def parse_structure(text: str) -> Structure | None:
     return whole[0] if len(whole) == 1 else Several(whole)
 
 
+NUMBER = r"-?[0-9]{1,12}(?:\.[0-9]{1,12})?"
+
+
 def _parse_part(text: str) -> Units | Depth | None:
-    if found := re.fullmatch(r"(-?\d+(?:\.\d+)?)% of (channels|heads|experts|blocks)", text):
-        ratio, of = float(found[1]) / 100, found[2]
+    if found := re.fullmatch(rf"({NUMBER})% of (channel|head|expert|block)s?", text):
+        ratio, of = float(found[1]) / 100, f"{found[2]}s"
         return Depth(ratio=ratio) if of == "blocks" else Units(ratio, of)  # type: ignore[arg-type]
-    if found := re.fullmatch(r"(\d{1,6}) blocks?", text):
+    if found := re.fullmatch(r"([0-9]{1,6}) blocks?", text):
         return Depth(count=int(found[1]))
     return None

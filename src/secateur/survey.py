@@ -120,11 +120,12 @@ def _traced(language_model: LanguageModel, structure: Structure, device: torch.d
         )
     seen = {consumer.of for cut in found.values() for consumer in cut.consumers.values()}
     seen |= {"experts" for cut in found.values() if cut.experts}
-    for of in sorted(wanted - seen):
+    for part in (part for part in parts(structure) if isinstance(part, Units) and part.of not in seen):
+        of = part.of
         name = type(language_model.model).__name__
         raise UnsupportedModel(
             {
-                "experts": f"{name} has no experts that transformers keeps in one module; {structure} cannot go.",
+                "experts": f"{name} has no experts that transformers keeps in one module; {part} cannot go.",
                 "heads": f"{name} has no heads that can go: all heads of a block are bound together (one key-value "
                 "head, or a norm over all of them).",
                 "channels": f"{name} has no feed-forward channels that can go: something binds them together, such "
