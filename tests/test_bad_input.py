@@ -437,7 +437,7 @@ def test_four_of_eight_on_stories260k(prune, shared_data):
         ("-5%", "at least 0% and under 100%; found -5%."),
         ("4:4", "N:M keeps N of every M inputs, 0 < N < M; found 4:4."),
         ("0:4", "0 < N < M; found 0:4."),
-        ("half", "'half' is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', or 'N:M' such as '2:4'."),
+        ("half", "'half' is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', 'N:M' such as '2:4'"),
         ("nan%", "'nan%' is no sparsity pattern"),
         ("0.5", "'0.5' is no sparsity pattern"),
         ("", "'' is no sparsity pattern"),
