@@ -404,6 +404,51 @@ def test_counts_that_cannot_be(family, pattern, options, words, tmp_path, in_pro
     assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.fixture(scope="module")
+def trained_mixture(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> tuple[Path, Tensor]:
+    """A Mixtral that was trained for a few seconds on the bytes of a text, and text that it did not see."""
+    text = torch.tensor(list(text_file.read_bytes())) % 128
+    rows = text[: len(text) // 64 * 64].view(-1, 64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = tiny_config("mixtral")
+        config.output_router_logits, config.router_aux_loss_coef = True, 0.02
+        model = AutoModelForCausalLM.from_config(config)
+        optimiser = torch.optim.AdamW(model.parameters(), 3e-3)
+        for step in range(120):
+            batch = rows[torch.randint(len(rows) // 2, (16,), generator=torch.Generator().manual_seed(step))]
+            optimiser.zero_grad()
+            model(batch, labels=batch).loss.backward()
+            optimiser.step()
+    model.config.output_router_logits = False
+    folder = tmp_path_factory.mktemp("mixture") / "source"
+    model.eval().save_pretrained(folder)
+    return folder, rows
+
+
+@torch.no_grad()
+def loss_of(folder: Path, rows: Tensor) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    return model(rows[-64:], labels=rows[-64:]).loss.item()
+
+
+def test_a_trained_mixture_can_spare_the_experts_that_reap_names(
+    trained_mixture, tmp_path: Path, in_process, monkeypatch
+):
+    source, rows = trained_mixture
+    lost = {}
+    for name, score in (("least", shrunk.EXPERTS["reap"]), ("most", lambda routed: -shrunk.EXPERTS["reap"](routed))):
+        monkeypatch.setitem(shrunk.EXPERTS, "frequency", score)
+        prune_checkpoint(
+            open_checkpoint(source), load(source), Windows(rows[:16], "text", "none", 0, None), tmp_path / name,
+            method="frequency", pattern="25% of experts",
+        )  # fmt: skip
+        lost[name] = loss_of(tmp_path / name, rows) - loss_of(source, rows)
+    assert loss_of(source, rows) < 3.0  # 4.85 untrained
+    assert lost["least"] < lost["most"]
+    assert AutoConfig.from_pretrained(tmp_path / "least").num_local_experts == 3
+
+
 @pytest.mark.parametrize(
     ("family", "share", "kinds"),
     [
