@@ -10,7 +10,7 @@ import secateur
 SOURCE = Path(secateur.__file__).parent
 LAYERS = [
     ["errors", "machine", "progress", "demo"],
-    ["structures", "stats", "experts", "checkpoint", "data"],
+    ["structures", "stats", "experts", "checkpoint", "data", "packed"],
     ["patterns", "solve", "sites", "refusals", "watch"],
     ["methods", "model", "repair", "selection"],
     ["allocate", "options", "stream", "inspection", "trace", "stock", "layout", "taylor", "reap"],

@@ -1,0 +1,137 @@
+"""Packed products against float64, for every instruction set of this machine; what comes from files is checked."""
+
+import pytest
+import torch
+from families import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from secateur import packed as module
+from secateur.errors import BadCheckpoint
+from secateur.packed import ISAS, MOST, SLACK, Packed, check, isa, library, multiply, pack, pack_model
+
+SHAPES = [(512, 256), (37, 128), (1, 64), (13, 1), (9, 65), (64, 100), (5, 1376)]
+needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
+
+
+def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """A random matrix of which some rows are empty and some full."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=draw)
+    kept = torch.rand(rows, columns, generator=draw) >= sparsity
+    if 0 < sparsity < 1:
+        kept[::7], kept[3::7] = True, False
+    return (weight * kept).to(dtype)
+
+
+def available() -> list[str]:
+    found = isa()
+    return [] if found is None else list(ISAS[: ISAS.index(found) + 1])
+
+
+@needs_library
+@pytest.mark.parametrize("use", available())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_equal_float64(shape, dtype, use):
+    rows, columns = shape
+    before = torch.get_num_threads()
+    for sparsity in (0.0, 0.5, 0.7, 0.97, 1.0):
+        weight = sparse(rows, columns, sparsity, dtype)
+        held = pack(weight)
+        for batch in (1, 2, 3, MOST):
+            x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch)).to(dtype)
+            wanted = x.double() @ weight.double().T
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                got = multiply(held, x.float(), use=use)
+                torch.set_num_threads(before)
+                assert (got - wanted).abs().max() <= 2e-6 * max(1.0, wanted.abs().max().item()) * columns**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@given(rows=st.integers(1, 20), columns=st.integers(1, 200), sparsity=st.floats(0, 1), seed=st.integers(0, 99))
+def test_packing_loses_nothing(dtype, rows, columns, sparsity, seed):
+    weight = sparse(rows, columns, sparsity, dtype, seed)
+    weight[weight == 0] = 0.0  # -0.0 comes back as +0.0
+    held = pack(weight)
+    check(held)
+    assert torch.equal(held.dense().view(torch.uint8), weight.view(torch.uint8))
+    assert torch.equal(held.dense(rows // 2, rows), weight[rows // 2 :])
+
+
+def test_the_size_is_what_is_promised():
+    weight = sparse(1024, 1024, 0.5, torch.bfloat16)
+    weight[::7], weight[3::7] = weight[1::7][: len(weight[::7])], weight[2::7][: len(weight[3::7])]
+    assert pack(weight).bytes / (2 * weight.numel()) == pytest.approx(0.5625 + 4 / 1024, abs=0.01)
+
+
+def test_a_larger_batch_and_no_library_give_the_same(monkeypatch):
+    weight, x = sparse(60, 100, 0.6), torch.randn(3, 9, 100)
+    wanted = x @ weight.T
+    assert torch.allclose(multiply(pack(weight), x), wanted, atol=1e-4)
+    monkeypatch.setattr(module, "library", lambda: None)
+    assert torch.allclose(multiply(pack(weight), x[:, 0]), wanted[:, 0], atol=1e-4)
+    assert multiply(pack(weight), x[:, :0]).shape == (3, 0, 60)
+
+
+@needs_library
+@settings(max_examples=200)
+@given(
+    which=st.sampled_from(["bitmap", "values", "starts", "columns"]), place=st.integers(0, 10**6),
+    by=st.integers(1, 2**62), cut=st.booleans(),
+)  # fmt: skip
+def test_what_was_changed_is_refused_or_harmless(which, place, by, cut):
+    held = pack(sparse(9, 130, 0.5))
+    parts = {"bitmap": held.bitmap, "values": held.values, "starts": held.starts, "columns": held.columns}
+    if which == "columns":
+        parts["columns"] = (held.columns + by) % 4096
+    elif cut:
+        parts[which] = parts[which][: place % len(parts[which])]  # type: ignore[index,arg-type]
+    else:
+        changed = parts[which].clone()  # type: ignore[union-attr]
+        changed.view(-1)[place % changed.numel()] += float(by) if which == "values" else by - 2**61
+        parts[which] = changed
+    mutant = Packed(**parts)  # type: ignore[arg-type]
+    try:
+        check(mutant)
+    except BadCheckpoint:
+        return
+    assert multiply(mutant, torch.ones(1, mutant.columns)).shape == (1, mutant.rows)
+
+
+def test_dtypes_and_slack_are_wanted():
+    with pytest.raises(BadCheckpoint, match="float16"):
+        pack(sparse(4, 64, 0.5).half())
+    held = pack(sparse(4, 64, 0.5))
+    short = held.values[: -(SLACK // 4)].clone()
+    with pytest.raises(BadCheckpoint, match="slack"):
+        check(Packed(held.bitmap, short, held.starts, held.columns))
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_packed_model_generates_what_the_dense_one_does():
+    model = tiny_model("llama")
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.weight"):
+            parameter[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) < 0.6] = 0
+    ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(2))
+    wanted = model.generate(ids, max_new_tokens=12, do_sample=False)  # type: ignore[operator]
+    logits = model(ids).logits
+    names = pack_model(model)
+    assert len(names) == 4 * 7
+    assert "lm_head" not in names
+    assert torch.allclose(model(ids).logits, logits, atol=1e-4)
+    assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), wanted)  # type: ignore[operator]
+
+
+@needs_library
+def test_the_dense_product_is_right_too():
+    for rows, columns in ((512, 256), (37, 96), (3, 32)):
+        weight, x = torch.randn(rows, columns).bfloat16(), torch.randn(columns).bfloat16()
+        if (got := module.dense_product(weight, x)) is None:
+            pytest.skip(f"not written for {isa()}")
+        assert torch.allclose(got.double(), weight.double() @ x.double(), atol=1e-4)
+    assert module.dense_product(weight[:, :20].contiguous(), x[:20].contiguous()) is None
