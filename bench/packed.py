@@ -63,15 +63,15 @@ def main() -> None:
         dense = copies(weight, size, lambda w: w)
         for batch in map(int, chosen.batches.split(",")):
             x = torch.randn(batch, columns).bfloat16()
-            calls: dict[str, list[Callable[[], object]]] = {"torch": [lambda w=w: linear(x, w) for w in dense]}
+            calls: dict[str, list[Callable[[], object]]] = {"torch": [lambda w=w, x=x: linear(x, w) for w in dense]}
             if batch == 1 and dense_product(weight, x[0]) is not None:
-                calls["own dense"] = [lambda w=w: dense_product(w, x[0]) for w in dense]
+                calls["own dense"] = [lambda w=w, x=x: dense_product(w, x[0]) for w in dense]
             read = {}
             for sparsity in map(float, chosen.sparsity.split(",")):
                 zeros = weight.masked_fill(torch.rand(weight.shape) < sparsity, 0)
                 read[sparsity] = pack(zeros).bytes
                 held = copies(zeros, read[sparsity], pack)
-                calls[f"{sparsity:.0%}"] = [lambda p=p: multiply(p, x) for p in held]
+                calls[f"{sparsity:.0%}"] = [lambda p=p, x=x: multiply(p, x) for p in held]
             seconds = timed(calls, chosen.rounds)
             for name, times in seconds.items():
                 gain = {
