@@ -9,7 +9,8 @@ import secateur
 
 SOURCE = Path(secateur.__file__).parent
 LAYERS = [
-    ["errors", "machine", "progress", "demo"],
+    ["errors", "machine", "demo"],
+    ["progress"],
     ["structures", "stats", "experts", "checkpoint", "data", "packed"],
     ["patterns", "solve", "sites", "refusals", "watch"],
     ["methods", "model", "repair", "selection"],

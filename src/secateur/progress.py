@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from secateur.machine import release_memory
+
 _STATUS = Path("/proc/self/status")
 
 
@@ -31,9 +33,13 @@ def anonymous_bytes() -> int | None:
 
 
 class PeakMemory:
-    """The largest `anonymous_bytes()` between entering and leaving; `bytes` is None where it is unknown."""
+    """The largest `anonymous_bytes()` between entering and leaving; `bytes` is None where it is unknown.
+
+    What was freed before is given back to the system first, so that it does not count.
+    """
 
     def __init__(self) -> None:
+        release_memory()
         self.bytes = anonymous_bytes()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
