@@ -9,13 +9,15 @@ import secateur
 
 SOURCE = Path(secateur.__file__).parent
 LAYERS = [
-    ["errors", "machine", "demo"],
+    ["errors", "machine", "demo", "arguments"],
     ["progress"],
     ["structures", "stats", "experts", "checkpoint", "data", "packed"],
     ["patterns", "solve", "sites", "refusals", "watch"],
     ["methods", "model", "repair", "selection"],
     ["allocate", "options", "stream", "inspection", "trace", "stock", "layout", "taylor", "reap"],
     ["record", "refine", "trial", "evaluate", "results", "units", "verify"],
+    ["runtimes"],
+    ["bench"],
     ["permute", "search", "report", "cut", "depth"],
     ["survey", "block", "plan"],
     ["shrunk", "budget"],
@@ -41,7 +43,7 @@ def imported(file: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", [name for name in LEVEL if name not in ("methods", "demo")])
+@pytest.mark.parametrize("name", [name for name in LEVEL if name not in ("methods", "demo", "runtimes")])
 def test_imports_point_one_way(name):
     for other in imported(SOURCE / f"{name}.py"):
         assert LEVEL[other] < LEVEL[name], f"{name} imports {other}, which stands above it"

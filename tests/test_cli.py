@@ -142,7 +142,7 @@ def test_inspect_reads_an_architecture_that_is_not_known(tiny_llama, tmp_path):
     assert "model.layers.0.mlp.up_proj.weight" in {tensor.name for tensor in found.tensors}
 
 
-@pytest.mark.parametrize("name", ["prune", "plan", "evaluate", "compare", "inspect"])
+@pytest.mark.parametrize("name", ["prune", "plan", "evaluate", "compare", "inspect", "bench"])
 def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
     function = introspection.signature(getattr(secateur, name)).parameters
     command = introspection.signature(getattr(cli, name)).parameters
@@ -151,7 +151,7 @@ def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
     for option in command.keys() - spelled:
         one, other = command[option].default, function[option].default
         if isinstance(other, tuple):
-            assert one in (None, ",".join(other))
+            assert one in (None, ",".join(map(str, other)))
         elif other is not introspection.Parameter.empty:
             assert one == other, option
 

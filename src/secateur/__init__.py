@@ -1,11 +1,13 @@
 """Secateur prunes pretrained language models and tells the truth about the result."""
 
+from secateur.bench import bench
 from secateur.compare import compare
 from secateur.errors import SecateurError
 from secateur.evaluate import evaluate
 from secateur.inspection import inspect
 from secateur.methods import METHODS, Method, Pruned, scored
 from secateur.model import load
+from secateur.packed import pack_model
 from secateur.patterns import parse
 from secateur.plan import plan
 from secateur.prune import prune, prune_model
@@ -15,10 +17,12 @@ __all__ = [
     "Method",
     "Pruned",
     "SecateurError",
+    "bench",
     "compare",
     "evaluate",
     "inspect",
     "load",
+    "pack_model",
     "parse",
     "plan",
     "prune",

@@ -13,8 +13,27 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from secateur.arguments import (
+    Align,
+    AsJson,
+    BatchSize,
+    Calibration,
+    DataDir,
+    Device,
+    Dtype,
+    EvaluationText,
+    LowCoverage,
+    Model,
+    Out,
+    Quiet,
+    RemoteCode,
+    Samples,
+    Seed,
+    SeqLen,
+    Skip,
+    WindowCount,
+)
 from secateur.errors import SecateurError, in_one_line
 
 app = typer.Typer(
@@ -24,34 +43,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[str | None, typer.Argument(help="A checkpoint folder or hub name. Default: the embedded demo.")]
-Out = Annotated[Path, typer.Option(help="The folder to write.")]
-Calibration = Annotated[
-    str | None, typer.Option(help="Text to calibrate on: demo, c4, wikitext2, or files separated by commas.")
-]
-EvaluationText = Annotated[
-    str | None, typer.Option("--evaluation", help="Text to measure perplexity on: as for --calibration.")
-]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration windows.")]
-SeqLen = Annotated[
-    int | None, typer.Option(min=2, help="Tokens a window. Default: the smaller of 2048 and the context.")
-]
-WindowCount = Annotated[int | None, typer.Option("--windows", min=2, help="Evaluation windows. Default: all.")]
-Seed = Annotated[int, typer.Option(help="Seed of the calibration windows.")]
-Align = Annotated[
-    int | None,
-    typer.Option(min=1, help="Channels that stay are a multiple of this; default 128, less for widths under 4096."),
-]
-Skip = Annotated[list[str] | None, typer.Option(help="Leave sites out: a glob on their names. May be repeated.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,cuda:1 …")]
-Dtype = Annotated[str, typer.Option(help="dtype of forward passes: auto, float32, bfloat16, float16.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows a forward pass.")]
-DataDir = Annotated[Path | None, typer.Option(help="A folder with local copies of the corpora.")]
-LowCoverage = Annotated[bool, typer.Option("--allow-low-coverage", help="Prune although most weights are no sites.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document last.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -259,6 +250,38 @@ def compare(
 
 
 @app.command()
+def bench(
+    models: Annotated[list[str], typer.Argument(help="Checkpoint folders to time.")],
+    dense: Annotated[str | None, typer.Option(help="The dense model. Default: the embedded demo.")] = None,
+    runtimes: Annotated[str, typer.Option(help="Runtimes, separated by commas: eager, packed.")] = "eager,packed",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
+    prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "128",
+    new: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds in which every model takes its turn.")] = 8,
+    dtype: Annotated[str, typer.Option(help="dtype of the models: bfloat16, float32.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="A .json file to write.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Time models beside the dense one on this machine's processor, each in every runtime that has it."""
+    import secateur
+    from secateur.report import speed_table
+
+    with _display(quiet) as progress:
+        results = secateur.bench(
+            models, dense=dense, runtimes=_list(runtimes), batch=_numbers(batch), prompt=_numbers(prompt), new=new,
+            rounds=rounds, dtype=dtype, out=out, command=_command(), progress=progress,
+        )  # fmt: skip
+    if as_json:
+        return _print_json(results)
+    console = _console()
+    console.print(speed_table(results))
+    for what, reason in results.skipped.items():
+        console.print(escape(f"Not timed: {what}: {reason}"))
+    return None
+
+
+@app.command()
 def inspect(
     model: Annotated[str | None, typer.Argument(metavar="DIR", help="A checkpoint folder.")] = None,
     trust_remote_code: RemoteCode = False,
@@ -266,27 +289,16 @@ def inspect(
 ) -> None:
     """Say what a checkpoint really holds: sparsity, N:M patterns, -0.0 and NaN, site by site."""
     import secateur
-    from secateur.inspection import rows
+    from secateur.report import inspection_summary, inspection_table
 
     _progress(quiet=True)
     found = secateur.inspect(model, trust_remote_code=trust_remote_code)
     if as_json:
         return _print_json(found)
-    shown = Table(title=escape(found.folder))
-    for column in ("tensor", "shape", "dtype", "sparsity", "satisfies", "odd values"):
-        shown.add_column(column, overflow="fold")
-    for row in rows(found):
-        shown.add_row(*map(escape, row))
     console = _console()
-    console.print(shown)
-    coverage = "unknown (architecture not known here)" if found.coverage is None else f"{found.coverage:.1%}"
-    console.print(f"Sparsity {found.sparsity:.2%} over {len(found.tensors)} tensors; coverage {coverage}.")
-    if found.record:
-        console.print(escape(f"Pruned with {found.record.get('method')} to {found.record.get('pattern')}."))
-        if found.record.get("parameters"):
-            before, after = found.record["parameters"]
-            gone = "; ".join(f"{where}: {what}" for where, what in found.record["removed"].items())
-            console.print(escape(f"A smaller model: {before:,} parameters became {after:,}. Gone: {gone}."))
+    console.print(inspection_table(found))
+    for line in inspection_summary(found):
+        console.print(escape(line))
     return None
 
 
@@ -310,6 +322,13 @@ def _console() -> Console:
 
 def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in _list(text)]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no list of whole numbers") from None
 
 
 def _command() -> list[str]:

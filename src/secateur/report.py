@@ -9,6 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from secateur.bench import BenchResults
+from secateur.inspection import Inspection, rows
 from secateur.record import LEFT_OUT, Report
 from secateur.results import Results, Row
 
@@ -87,6 +89,56 @@ def table(results: Results, characters: int) -> Table:
             shown.add_section()
         shown.add_row(*(escape(cells(row)[column]) for column in columns))
     return shown
+
+
+def inspection_table(found: Inspection) -> Table:
+    """What the tensors of a checkpoint hold."""
+    shown = Table(title=escape(found.folder))
+    for column in ("tensor", "shape", "dtype", "sparsity", "satisfies", "odd values"):
+        shown.add_column(column, overflow="fold")
+    for row in rows(found):
+        shown.add_row(*map(escape, row))
+    return shown
+
+
+def inspection_summary(found: Inspection) -> list[str]:
+    """What a checkpoint holds as a whole, and what it says of itself."""
+    coverage = "unknown (architecture not known here)" if found.coverage is None else f"{found.coverage:.1%}"
+    lines = [f"Sparsity {found.sparsity:.2%} over {len(found.tensors)} tensors; coverage {coverage}."]
+    if record := found.record:
+        lines.append(f"Pruned with {record.get('method')} to {record.get('pattern')}.")
+        if record.get("parameters"):
+            before, after = record["parameters"]
+            gone = "; ".join(f"{where}: {what}" for where, what in record["removed"].items())
+            lines.append(f"A smaller model: {before:,} parameters became {after:,}. Gone: {gone}.")
+    return lines
+
+
+def speed_table(results: BenchResults) -> Table:
+    """Measured times and ratios to the dense model, each with its runtime."""
+    shown = Table(
+        title=f"{results.dtype} on {results.machine['processor']}, {results.machine['threads']} threads, "
+        f"{results.new_tokens} tokens decoded, {results.rounds} rounds",
+        caption="Times: median over rounds. Ratio: how many times faster than the dense model in the same runtime, or "
+        "in eager where that has none, [95 % interval]. Bandwidth: share of what this machine reads at best "
+        f"({results.copy_bandwidth / 1e9:.0f} GB/s) that decoding reads of the weights.",
+        box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    columns = ("model", "runtime", "batch", "prompt", "prefill", "ratio", "a token", "ratio", "weights", "bandwidth")
+    for column in columns:
+        shown.add_column(column, justify="left" if column in columns[:2] else "right")
+    for row in results.timings:
+        shown.add_row(
+            escape(row.model), row.runtime, str(row.batch), str(row.prompt), f"{1e3 * row.prefill[1]:.1f} ms",
+            _interval(row.prefill_ratio), f"{1e3 * row.decode[1]:.2f} ms", _interval(row.decode_ratio),
+            f"{row.weight_bytes / 2**20:.1f} MiB", f"{row.share_of_bandwidth:.0%}",
+        )  # fmt: skip
+    return shown
+
+
+def _interval(ratio: tuple[float, float, float]) -> str:
+    middle, low, high = ratio
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]".replace("[", "\\[")
 
 
 def markdown(results: Results) -> str:

@@ -1,0 +1,85 @@
+"""The clock: it compares outputs first, times in turn, and says what it could not time."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import run
+
+import secateur
+from secateur.bench import copy_bandwidth, matrix_rate
+from secateur.errors import UnknownName, UnsupportedModel
+from secateur.packed import library
+from secateur.runtimes import RUNTIMES, Runtime
+
+needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, text_file: Path) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pruned")
+    for name, pattern in (("half", "50%"), ("smaller", "25% of channels")):
+        method = "magnitude" if name == "half" else "energy"
+        secateur.prune(
+            tiny_llama,
+            out=folder / name,
+            method=method,
+            pattern=pattern,
+            calibration=str(text_file),
+            samples=2,
+            seq_len=16,
+        )
+    return {name: folder / name for name in ("half", "smaller")}
+
+
+@needs_library
+def test_every_runtime_is_timed_beside_the_dense_model(tiny_llama, pruned, tmp_path):
+    out = tmp_path / "bench.json"
+    found = secateur.bench(
+        list(pruned.values()), dense=tiny_llama, batch=[1, 2], prompt=[8], new=2, rounds=3, dtype="float32", out=out
+    )
+    rows = [(row.model, row.runtime, row.batch) for row in found.timings]
+    assert rows == [
+        (model, runtime, batch) for batch in (1, 2)
+        for model, runtime in (("dense", "eager"), ("half", "eager"), ("half", "packed"), ("smaller", "eager"))
+    ]  # fmt: skip
+    assert found.skipped.keys() == {"dense in packed", "smaller in packed"}
+    by_name = {(row.model, row.runtime): row for row in found.timings}
+    assert by_name["dense", "eager"].decode_ratio == (1.0, 1.0, 1.0)
+    assert by_name["half", "packed"].weight_bytes < by_name["half", "eager"].weight_bytes
+    assert by_name["smaller", "eager"].weight_bytes < by_name["dense", "eager"].weight_bytes
+    for row in found.timings:
+        assert row.prefill[0] <= row.prefill[1] <= row.prefill[2]
+        assert row.decode_ratio[1] <= row.decode_ratio[0] <= row.decode_ratio[2]
+    assert json.loads(out.read_text())["schema"] == "secateur.bench/1"
+
+
+def test_a_runtime_with_other_outputs_is_not_timed(tiny_llama, pruned, monkeypatch):
+    def wrong(folder, dtype):
+        running = RUNTIMES["eager"].load(folder, dtype)
+        running.model.get_parameter("model.norm.weight").data[0] += 5
+        return running
+
+    monkeypatch.setitem(RUNTIMES, "packed", Runtime(lambda: None, wrong))
+    with pytest.raises(UnsupportedModel, match="Nothing was timed"):
+        secateur.bench([pruned["half"]], dense=tiny_llama, new=1, rounds=3, prompt=[4], dtype="float32")
+
+
+def test_a_runtime_that_is_missing_says_why(tiny_llama, pruned, monkeypatch):
+    monkeypatch.setitem(RUNTIMES, "packed", RUNTIMES["packed"]._replace(missing=lambda: "no compiler"))
+    found = secateur.bench([pruned["half"]], dense=tiny_llama, new=1, rounds=3, prompt=[4], dtype="float32")
+    assert found.skipped == {"dense in packed": "no compiler", "half in packed": "no compiler"}
+    with pytest.raises(UnknownName, match="There is no runtime"):
+        secateur.bench([pruned["half"]], runtimes=["pakced"])
+
+
+def test_the_machine_is_measured():
+    assert copy_bandwidth() > 1e8
+    assert matrix_rate(torch.float32) > 1e8
+
+
+def test_the_command_prints_a_table(tiny_llama, pruned):
+    said = run("bench", pruned["half"], "--dense", tiny_llama, "--new", 1, "--rounds", 3, "--prompt", 4, "--quiet")
+    assert "half" in said
+    assert "a token" in said
