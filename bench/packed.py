@@ -23,7 +23,7 @@ from torch.nn.functional import linear
 from secateur.machine import machine, versions
 from secateur.packed import dense_product, isa, multiply, pack
 
-BEYOND_CACHE = 200e6
+BEYOND_CACHE = 600e6
 
 
 def copies(weight: Tensor, size: float, make: Callable[[Tensor], object]) -> list:

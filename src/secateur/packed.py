@@ -114,9 +114,14 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+@cache
+def _best() -> int:
+    return -1 if (found := library()) is None else found.secateur_isa()
+
+
 def isa() -> str | None:
     """The instruction set that this machine uses, one of `ISAS`; None without the library."""
-    return None if (found := library()) is None else ISAS[found.secateur_isa()]
+    return None if _best() < 0 else ISAS[_best()]
 
 
 def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
@@ -131,15 +136,17 @@ def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
         y = _unpacked(packed, flat)
     else:
         y = torch.empty(len(flat), packed.rows)
-        width = packed.bitmap.shape[1] * WORD
-        rows = torch.zeros(len(flat), width, dtype=packed.values.dtype)
-        rows[:, : packed.columns] = flat
-        name = "secateur_multiply_bf16" if packed.values.dtype == torch.bfloat16 else "secateur_multiply_f32"
-        chosen = compiled.secateur_isa() if use is None else ISAS.index(use)
-        pointers = (t.data_ptr() for t in (packed.bitmap, packed.values, packed.starts, rows, y))
-        failed = getattr(compiled, name)(
-            chosen, *pointers, packed.rows, packed.bitmap.shape[1], len(flat), torch.get_num_threads()
-        )
+        words = packed.bitmap.shape[1]
+        rows = flat.to(packed.values.dtype).contiguous()
+        if packed.columns < words * WORD:
+            rows = nn.functional.pad(rows, (0, words * WORD - packed.columns))
+        half = packed.values.dtype == torch.bfloat16
+        product = compiled.secateur_multiply_bf16 if half else compiled.secateur_multiply_f32
+        failed = product(
+            _best() if use is None else ISAS.index(use), packed.bitmap.data_ptr(), packed.values.data_ptr(),
+            packed.starts.data_ptr(), rows.data_ptr(), y.data_ptr(), packed.rows, words, len(flat),
+            torch.get_num_threads(),
+        )  # fmt: skip
         assert not failed, f"the packed product failed with {failed}"
     return y.to(x.dtype).view(*x.shape[:-1], packed.rows)
 
@@ -153,7 +160,7 @@ def dense_product(weight: Tensor, x: Tensor) -> Tensor | None:
         return None
     y = torch.empty(len(weight))
     pointers = (t.data_ptr() for t in (weight, x, y))
-    missing = compiled.secateur_dense_bf16(compiled.secateur_isa(), *pointers, *weight.shape, torch.get_num_threads())
+    missing = compiled.secateur_dense_bf16(_best(), *pointers, *weight.shape, torch.get_num_threads())
     return None if missing else y
 
 
