@@ -71,7 +71,18 @@ def main() -> None:
             for place in places:
                 heap.free(place)
             count += 1
-    print(f"{count} products, nothing found")
+        unpack = getattr(compiled, f"secateur_unpack_{'bf16' if dtype == torch.bfloat16 else 'f32'}")
+        unpack.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+        for use in range(compiled.secateur_isa() + 1):
+            out = torch.empty(rows, held.bitmap.shape[1] * module.WORD, dtype=dtype)
+            places = [exact(tensor) for tensor in (held.bitmap, held.values, held.starts, out)]
+            unpack(use, *places, rows, held.bitmap.shape[1], 2)
+            ctypes.memmove(out.data_ptr(), places[-1], out.numel() * out.element_size())
+            assert torch.equal(out[:, :columns], weight)
+            for place in places:
+                heap.free(place)
+            count += 1
+    print(f"{count} products and unpackings, nothing found")
 
 
 if __name__ == "__main__":

@@ -57,8 +57,14 @@ def test_packing_loses_nothing(dtype, rows, columns, sparsity, seed):
     weight[weight == 0] = 0.0  # -0.0 comes back as +0.0
     held = pack(weight)
     check(held)
-    assert torch.equal(held.dense().view(torch.uint8), weight.view(torch.uint8))
+    assert torch.equal(held.dense().contiguous().view(torch.uint8), weight.view(torch.uint8))
     assert torch.equal(held.dense(rows // 2, rows), weight[rows // 2 :])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "library", lambda: None)
+        assert torch.equal(held.dense(rows // 2, rows), weight[rows // 2 :])
+        patch.undo()
+        patch.setattr(module, "_best", lambda: 0)
+        assert torch.equal(held.dense(), weight)
 
 
 def test_the_size_is_what_is_promised():

@@ -305,3 +305,49 @@ int secateur_dense_bf16(int isa, const uint16_t *weight, const uint16_t *x, floa
     (void)isa, (void)weight, (void)x, (void)y, (void)rows, (void)columns, (void)threads;
     return 1;
 }
+
+/* out [rows][64 * words] = the rows of a packed matrix from the first one that `bitmap` and `starts` point to, dense. */
+#define UNPACK(NAME, TYPE, FAST)                                                                                   \
+    void NAME(int isa, const uint64_t *bitmap, const TYPE *values, const int64_t *starts, TYPE *out, int64_t rows,  \
+              int64_t words, int threads) {                                                                        \
+        EACH_THREAD(for (int64_t r = first; r < last; r++) {                                                       \
+            const TYPE *from = values + starts[r];                                                                 \
+            TYPE *to = out + 64 * words * r;                                                                       \
+            if (FAST(isa, bitmap + r * words, from, to, words)) continue;                                          \
+            memset(to, 0, sizeof(TYPE) * 64 * words);                                                              \
+            for (int64_t k = 0; k < words; k++)                                                                    \
+                for (uint64_t left = bitmap[r * words + k]; left; left &= left - 1)                                \
+                    to[64 * k + __builtin_ctzll(left)] = *from++;                                                  \
+        })                                                                                                         \
+    }
+
+#ifdef X86
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt,bmi,bmi2")
+static int expanded_bf16(int isa, const uint64_t *bitmap, const uint16_t *values, uint16_t *out, int64_t words) {
+    if (isa != AVX512) return 0;
+    for (int64_t k = 0; k < words; k++, out += 64) {
+        uint64_t mask = bitmap[k];
+        _mm512_storeu_si512(out, expand16((uint32_t)mask, values));
+        _mm512_storeu_si512(out + 32, expand16(mask >> 32, values + _mm_popcnt_u32((uint32_t)mask)));
+        values += _mm_popcnt_u64(mask);
+    }
+    return 1;
+}
+
+static int expanded_f32(int isa, const uint64_t *bitmap, const float *values, float *out, int64_t words) {
+    if (isa != AVX512) return 0;
+    for (int64_t k = 0; k < words; k++)
+        for (uint64_t mask = bitmap[k], j = 0; j < 4; j++, mask >>= 16, out += 16) {
+            _mm512_storeu_si512(out, expand32(mask & 0xffff, values));
+            values += _mm_popcnt_u32(mask & 0xffff);
+        }
+    return 1;
+}
+#pragma GCC pop_options
+#else
+#define expanded_bf16(...) 0
+#define expanded_f32(...) 0
+#endif
+UNPACK(secateur_unpack_bf16, uint16_t, expanded_bf16)
+UNPACK(secateur_unpack_f32, float, expanded_f32)

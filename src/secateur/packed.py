@@ -47,8 +47,17 @@ class Packed:
         return sum(t.numel() * t.element_size() for t in (self.bitmap, self.values, self.starts))
 
     def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Some rows as a dense matrix, zeros +0.0."""
+        """Some rows as a dense matrix, zeros +0.0; a view of a wider one where a word is not full."""
         stop = self.rows if stop is None else stop
+        if (compiled := library()) is not None:
+            words = self.bitmap.shape[1]
+            out = torch.empty(stop - start, words * WORD, dtype=self.values.dtype)
+            unpack = compiled.secateur_unpack_bf16 if out.dtype == torch.bfloat16 else compiled.secateur_unpack_f32
+            unpack(
+                _best(), self.bitmap[start:].data_ptr(), self.values.data_ptr(), self.starts[start:].data_ptr(),
+                out.data_ptr(), stop - start, words, torch.get_num_threads(),
+            )  # fmt: skip
+            return out[:, : self.columns]
         mask = _bits(self.bitmap[start:stop])[:, : self.columns]
         weight = torch.zeros(stop - start, self.columns, dtype=self.values.dtype)
         weight[mask] = self.values[int(self.starts[start]) : int(self.starts[stop])]
@@ -109,7 +118,11 @@ def library() -> ctypes.CDLL | None:
     for name in ("secateur_multiply_f32", "secateur_multiply_bf16"):
         pointers, sizes = [ctypes.c_void_p] * 5, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
         getattr(loaded, name).argtypes = [ctypes.c_int, *pointers, *sizes]
-    pointers, sizes = [ctypes.c_void_p] * 3, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    sizes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    for name in ("secateur_unpack_f32", "secateur_unpack_bf16"):
+        getattr(loaded, name).argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 4, *sizes]
+        getattr(loaded, name).restype = None
+    pointers = [ctypes.c_void_p] * 3
     loaded.secateur_dense_bf16.argtypes = [ctypes.c_int, *pointers, *sizes]
     return loaded
 

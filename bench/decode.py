@@ -1,0 +1,64 @@
+"""Whole models that exceed the cache: decoding a random Llama dense, with zeros packed, and with fewer channels.
+
+    python bench/decode.py --json bench/results/decode.json
+
+The weights are random, so only speed is measured, and outputs are compared between runtimes. Zeros are put by
+magnitude; channels go at random.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import secateur
+from secateur.checkpoint import open_checkpoint
+from secateur.data import Windows
+from secateur.model import load
+from secateur.prune import prune_checkpoint
+from secateur.report import speed_table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--ffn", type=int, default=5504)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--patterns", default="50%,60%,70%,25% of channels,50% of channels")
+    parser.add_argument("--new", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("out/decode"))
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    dense = chosen.out / "dense"
+    if not dense.exists():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=chosen.hidden, intermediate_size=chosen.ffn, num_hidden_layers=chosen.blocks,
+            num_attention_heads=chosen.hidden // 128, num_key_value_heads=chosen.hidden // 256, head_dim=128,
+            vocab_size=8192, max_position_embeddings=2048,
+        )  # fmt: skip
+        LlamaForCausalLM(config).bfloat16().save_pretrained(dense)
+    ids = torch.randint(3, 8000, (2, 32), generator=torch.Generator().manual_seed(0))
+    folders = []
+    for pattern in chosen.patterns.split(","):
+        folders.append(chosen.out / pattern.replace("%", "pct").replace(" ", "-"))
+        if not folders[-1].exists():
+            prune_checkpoint(
+                open_checkpoint(dense), load(dense), Windows(ids, "random", "none", 0, None), folders[-1],
+                method="random" if "channels" in pattern else "magnitude", pattern=pattern,
+            )  # fmt: skip
+    results = secateur.bench(
+        folders, dense=dense, prompt=(chosen.prompt,), new=chosen.new, rounds=chosen.rounds, out=chosen.json
+    )
+    Console(width=160).print(speed_table(results))
+    print(f"copy {results.copy_bandwidth / 1e9:.1f} GB/s, products {results.matrix_rate / 1e9:.0f} Gflop/s")
+
+
+if __name__ == "__main__":
+    main()
