@@ -57,7 +57,7 @@ def main() -> None:
         folders, dense=dense, prompt=(chosen.prompt,), new=chosen.new, rounds=chosen.rounds, out=chosen.json
     )
     Console(width=160).print(speed_table(results))
-    print(f"copy {results.copy_bandwidth / 1e9:.1f} GB/s, products {results.matrix_rate / 1e9:.0f} Gflop/s")
+    print(f"reads {results.read_bandwidth / 1e9:.1f} GB/s, products {results.matrix_rate / 1e9:.0f} Gflop/s")
 
 
 if __name__ == "__main__":

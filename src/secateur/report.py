@@ -121,7 +121,7 @@ def speed_table(results: BenchResults) -> Table:
         f"{results.new_tokens} tokens decoded, {results.rounds} rounds",
         caption="Times: median over rounds. Ratio: how many times faster than the dense model in the same runtime, or "
         "in eager where that has none, [95 % interval]. Bandwidth: share of what this machine reads at best "
-        f"({results.copy_bandwidth / 1e9:.0f} GB/s) that decoding reads of the weights.",
+        f"({results.read_bandwidth / 1e9:.0f} GB/s) that decoding reads of the weights.",
         box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
     columns = ("model", "runtime", "batch", "prompt", "prefill", "ratio", "a token", "ratio", "weights", "bandwidth")
