@@ -72,6 +72,8 @@ def test_a_runtime_that_is_missing_says_why(tiny_llama, pruned, monkeypatch):
     assert found.skipped == {"dense in packed": "no compiler", "half in packed": "no compiler"}
     with pytest.raises(UnknownName, match="There is no runtime"):
         secateur.bench([pruned["half"]], runtimes=["pakced"])
+    with pytest.raises(UnknownName, match="There is no dtype that can be timed 'float16'"):
+        secateur.bench([pruned["half"]], dtype="float16")
 
 
 def test_the_machine_is_measured():

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from secateur import experts, shrink, shrunk, verify
+from secateur import experts, shrink, shrunk, survey, verify
 from secateur.checkpoint import open_checkpoint
 from secateur.cut import without_units
 from secateur.data import Windows
@@ -468,6 +468,14 @@ def test_a_budget_is_kept_with_no_more_than_is_needed(family, share, kinds, tmp_
     said = " ".join(["blocks" if where == "blocks" else what for where, what in report.removed.items()])
     assert all(kind in said for kind in kinds.split(", "))
     assert after == AutoModelForCausalLM.from_pretrained(out).num_parameters()
+
+
+def test_a_kind_of_block_is_traced_once_however_often_it_is_asked(tmp_path, in_process, monkeypatch):
+    asked = []
+    honest = survey.trace
+    monkeypatch.setattr(survey, "trace", lambda *args, **options: asked.append(args[1]) or honest(*args, **options))
+    smaller("llama", tmp_path, "to 50% of parameters", "fast")
+    assert asked == [0]
 
 
 def test_a_budget_in_bytes_is_the_size_on_disk(tmp_path, in_process):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoint import disk_errors, open_checkpoint, resolve
-from secateur.errors import UnsupportedModel
+from secateur.errors import UnknownName, UnsupportedModel
 from secateur.machine import machine, versions
 from secateur.options import find_dtype
 from secateur.packed import dense_product
@@ -92,8 +92,14 @@ def bench(
     """
     progress = progress or Progress()
     found = {name: find_runtime(name) for name in dict.fromkeys(["eager", *runtimes])}
-    kind = getattr(torch, find_dtype(dtype if dtype != "auto" else "bfloat16"))
-    folders = {"dense": resolve(dense), **{Path(model).name: resolve(model) for model in models}}
+    kinds = {str(kind).removeprefix("torch."): kind for kind in TOLERANCE}
+    if (kind := kinds.get(find_dtype(dtype))) is None:
+        raise UnknownName("dtype that can be timed", dtype, kinds)
+    names = [Path(model).name for model in models]
+    alone = [
+        name if names.count(name) == 1 and name != "dense" else str(m) for name, m in zip(names, models, strict=True)
+    ]
+    folders = {"dense": resolve(dense), **{name: resolve(m) for name, m in zip(alone, models, strict=True)}}
     for folder in folders.values():
         open_checkpoint(folder)
     results = BenchResults(

@@ -86,7 +86,7 @@ def prune_block(
             weights = [dense[name].weight.to(step.device, torch.float32, copy=True) for name in chosen]
             found = prune_together(method, weights, stats, list(chosen.values()))
             for name, pruned in zip(chosen, found, strict=True):
-                _put(step, name, pruned.weight, targets)
+                put(step, name, pruned.weight, targets)
                 notes[name] = ", ".join(note for note in (notes.get(name, ""), pruned.note) if note)
             release_memory()
         step.seconds.solve += perf_counter() - started
@@ -119,8 +119,8 @@ def _solved_together(group: Sequence[str], observed: Observed, method: Method) -
     yield from together.values()
 
 
-def _put(step: Step, name: str, weight: Tensor, targets: Mapping[str, Site]) -> None:
-    """Write a pruned weight `[out, in]` into both copies of the block, rounded as it is stored. Raises NonFinite."""
+def put(step: Step, name: str, weight: Tensor, targets: Mapping[str, Site]) -> None:
+    """Write a new weight `[out, in]` into both copies of the block, rounded as it is stored. Raises NonFinite."""
     stored = weight.to(targets[name].stored.dtype)
     if not stored.isfinite().all():
         raise NonFinite(

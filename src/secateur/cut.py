@@ -77,7 +77,7 @@ def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) 
     state, routers = dict(state), experts.routers(block)
     for name, indices in kept.items():
         module = block.get_submodule(name)
-        count = len(getattr(module, experts.matrices(module)[0]))
+        count = experts.count(module)
         parent = name.rpartition(".")[0]
         for key, tensor in state.items():
             if not tensor.dim():
@@ -96,11 +96,7 @@ def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) 
 
 def experts_of(block: nn.Module) -> dict[str, int]:
     """How many experts every fused experts module of a block holds, by its name."""
-    return {
-        name: len(getattr(module, experts.matrices(module)[0]))
-        for name, module in block.named_modules()
-        if experts.is_experts(module)
-    }
+    return {name: experts.count(module) for name, module in block.named_modules() if experts.is_experts(module)}
 
 
 def module_of(empty: nn.Module, state: Mapping[str, Tensor], original: nn.Module) -> nn.Module:

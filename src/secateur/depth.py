@@ -104,7 +104,7 @@ def kl(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> 
     for block in left:
         _run(batches, model.blocks[block], block, looking)
     for batch in batches:
-        batch.expect(shell)
+        batch.expected = batch.hidden
     work = sum((total - n) for n in range(count))
     for _ in range(count):
         best: tuple[float, int] | None = None
@@ -137,9 +137,6 @@ class _Windows:
         self.entering, self.calls = shell.enter(tokens)
         self.hidden = self.entering
         self.expected: Tensor | None = None
-
-    def expect(self, shell: Shell) -> None:
-        self.expected = self.hidden
 
     def distance(self, shell: Shell) -> float:
         """The sum over windows of the mean KL(dense ‖ pruned), one window's logits at a time."""

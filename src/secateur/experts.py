@@ -24,6 +24,11 @@ def matrices(module: nn.Module) -> tuple[str, str]:
     return first, "down_proj"
 
 
+def count(module: nn.Module) -> int:
+    """How many experts an experts module holds."""
+    return len(getattr(module, matrices(module)[0]))
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weights lie as `[experts, in, out]`."""
     return bool(getattr(module, "is_transposed", False))
@@ -64,18 +69,18 @@ def routers(block: nn.Module) -> set[nn.Module]:
     found: set[nn.Module] = set()
     for parent in block.modules():
         for child in parent.children():
-            if (count := _experts_in(child)) is None:
+            if (held := _experts_in(child)) is None:
                 continue
             for sibling in parent.children():
                 if sibling is not child:
-                    found |= {module for module in sibling.modules() if _outputs(module) in (1, count)}
+                    found |= {module for module in sibling.modules() if _outputs(module) in (1, held)}
     return found
 
 
 def _experts_in(module: nn.Module) -> int | None:
     """How many experts a module holds, fused or as a list of modules that are alike; None where it is neither."""
     if is_experts(module):
-        return len(getattr(module, matrices(module)[0]))
+        return count(module)
     if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(expert) for expert in module}) == 1:
         return len(module)
     return None

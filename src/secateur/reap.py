@@ -66,8 +66,8 @@ def _watched(block: nn.Module, found: dict[str, Routed]) -> Iterator[None]:
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, chosen, gates, *_ = *args, *kwargs.values()
-            first, second = experts.matrices(module)
-            count = len(getattr(module, first))
+            _, second = experts.matrices(module)
+            count = experts.count(module)
             routed = found.setdefault(
                 name, Routed(torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64))
             )

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateur.block import refuse_non_finite_weights
+from secateur.block import PROBE_TOKENS, put, refuse_non_finite_weights
 from secateur.cut import State, without_experts, without_units
 from secateur.depth import BLOCKS, Missing, last_matrix, missing
-from secateur.errors import NonFinite, UnknownName
+from secateur.errors import UnknownName
 from secateur.methods import REFINE_EPOCHS
 from secateur.model import LanguageModel, run_block, working_copy
 from secateur.progress import Progress
@@ -43,7 +43,6 @@ PRESETS: dict[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
 }
 """Selections by kind of unit and suffixes of a preset; figures in docs/structured.md."""
 SUFFIXES = ("repair", "dense-target", "refine")
-PROBE_TOKENS = 1024
 MANY_ZEROS = 0.2
 """From this share of zeros in a matrix on, it is said that a repair fills them."""
 
@@ -210,7 +209,9 @@ def _remove(
         new, new_bias = weight * kept, old
         if repair and stats is not None:
             new, new_bias = repaired(weight, stats, kept, old, added.product if added and name == fold else None)
-        _put(step, result, name, new, new_bias)
+        put(step, name, new, targets)
+        if new_bias is not None:
+            _put_bias(step, result, name, new_bias)
         note = "" if stats is not None else "no calibration token: chosen by weights"
         zeros = (weight == 0).float().mean().item()
         if repair and zeros > MANY_ZEROS:
@@ -241,21 +242,13 @@ def _choose(step: Step, name: str, consumer: Consumer, weight: Tensor, stats: St
     return selection.choose(weight, stats, units, consumer.gone).tolist()
 
 
-def _put(step: Step, result: nn.Module, name: str, weight: Tensor, new_bias: Tensor | None) -> None:
-    """Write a weight and a bias into both copies of the block, rounded as they are stored. Raises NonFinite."""
+def _put_bias(step: Step, result: nn.Module, name: str, values: Tensor) -> None:
+    """Write a bias `[out]` into both copies of the block, rounded as it is stored."""
     for block in (result, step.block):
-        site = sites(block)[name]
-        stored = weight.to(sites(result)[name].stored.dtype)
-        if not stored.isfinite().all():
-            raise NonFinite(
-                f"The repaired weights of {step.name}.{name} do not fit {stored.dtype}. Leave out '+repair'."
-            )
-        site.put(stored)
-        held = bias(block, site)
-        if held is not None and new_bias is not None:
-            rounded = bias(result, sites(result)[name])
-            assert rounded is not None
-            held[1].copy_(new_bias.to(rounded[1].dtype))
+        held, stored = bias(block, sites(block)[name]), bias(result, sites(result)[name])
+        assert held is not None
+        assert stored is not None
+        held[1].copy_(values.to(stored[1].dtype))
 
 
 def _change(weight: Tensor, old: Tensor | None, new: Tensor, new_bias: Tensor | None) -> Tensor:

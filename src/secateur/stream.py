@@ -134,7 +134,7 @@ def stream(
     run = _Run(language_model, list(tokens.split(batch_size)), devices, dtype, seconds or Seconds())
     if dense:
         run.dense = list(run.hidden)
-        run.dense_calls = [_own(calls, {}) for calls in run.calls]
+        run.dense_calls = [own(calls, {}) for calls in run.calls]
     count = len(language_model.blocks)
     last = count - 1 if kept is None else max(kept)
     for index in range(last + 1):
@@ -330,14 +330,14 @@ class _Run:
         return found
 
 
-def _own(value: Any, memo: dict[int, Any]) -> Any:
-    """The recorded calls of a batch once more: tensors are shared, what blocks leave for later ones (keys) is not."""
+def own(value: Any, memo: dict[int, Any]) -> Any:
+    """Recorded calls once more, with one `memo` for a batch: tensors are shared, what blocks leave for later is not."""
     if isinstance(value, Call):
-        return Call(*(_own(part, memo) for part in value))
+        return Call(*(own(part, memo) for part in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_own(part, memo) for part in value)
+        return type(value)(own(part, memo) for part in value)
     if type(value) is dict:
-        return {key: _own(part, memo) for key, part in value.items()}
+        return {key: own(part, memo) for key, part in value.items()}
     return value if isinstance(value, Tensor) else memo.setdefault(id(value), deepcopy(value))
 
 

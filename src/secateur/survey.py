@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from secateur import stock
 from secateur.cut import State, experts_of, module_of, without_experts, without_units
 from secateur.errors import BadPattern, SecateurError, UnsupportedModel
-from secateur.model import Call, LanguageModel, Shell, run_block, working_copy
+from secateur.model import LanguageModel, Shell, run_block, working_copy
 from secateur.permute import close
 from secateur.sites import sites
 from secateur.stock import Number, Stock, find_stock, tensor_shapes
+from secateur.stream import own
 from secateur.structures import Structure, Units, default_alignment, parts
 from secateur.trace import signature, trace
 from secateur.units import Unit, removable
@@ -106,7 +108,7 @@ def _traced(language_model: LanguageModel, structure: Structure, device: torch.d
             continue
         units, known = dict[str, list[Unit]](), sites(block)
         if wanted & {"channels", "heads"}:
-            units = removable(trace(language_model, index, device=device, dtype=torch.float32))
+            units = _units(language_model, index, device)
         heads = {n: u for n, u in units.items() if len(u[0].inputs) > 1 and len(u) > 1}
         channels = {n: u for n, u in units.items() if len(u[0].inputs) == 1}
         widest = max((len(u) for u in channels.values()), default=0)
@@ -133,6 +135,21 @@ def _traced(language_model: LanguageModel, structure: Structure, device: torch.d
             }[of]
         )
     return found
+
+
+_UNITS: WeakKeyDictionary[nn.Module, dict[Any, dict[str, list[Unit]]]] = WeakKeyDictionary()
+
+
+def _units(language_model: LanguageModel, index: int, device: torch.device) -> dict[str, list[Unit]]:
+    """The units of a block that can go: traced once for every kind of block of a model, however often it is asked.
+
+    A trace of a wide block takes minutes on a processor, and a size or a number of blocks asks several times.
+    """
+    known = _UNITS.setdefault(language_model.model, {})
+    kind = signature(language_model.blocks[index])
+    if kind not in known:
+        known[kind] = removable(trace(language_model, index, device=device, dtype=torch.float32))
+    return known[kind]
 
 
 def _alternatives(found: Mapping[Any, BlockCut]) -> Iterator[Mapping[Any, BlockCut]]:
@@ -291,7 +308,7 @@ def _try(language_model: LanguageModel, found: Survey, device: torch.device) -> 
     for index, original in enumerate(language_model.blocks[: max(wanted, default=-1) + 1]):
         block, call = working_copy(original, device, torch.float32), calls[index]
         cut = found.of(original)
-        before = _own(call)
+        before = own(call, {})
         dense = run_block(block, hidden, call)
         if index in wanted and not cut.experts and (fewer or signature(original) not in seen):
             seen.add(signature(original))
@@ -302,13 +319,8 @@ def _try(language_model: LanguageModel, found: Survey, device: torch.device) -> 
             expected = run_block(block, hidden, before) if gone else dense
             empty = found.stock.language_model.blocks[found.kept.index(index)]
             _compare(language_model, index, expected, lambda e=empty, s=state, b=block, h=hidden, c=call: run_block(
-                module_of(e, s, b).to(device), h, _own(c)))  # fmt: skip
+                module_of(e, s, b).to(device), h, own(c, {})))  # fmt: skip
         hidden = dense
-
-
-def _own(call: Call) -> Call:
-    """The call with dicts of its own, since a block may leave something there for a later one."""
-    return Call(call.args, {key: dict(part) if type(part) is dict else part for key, part in call.kwargs.items()})
 
 
 def _compare(language_model: LanguageModel, index: int, wanted: Tensor, smaller: Callable[[], Tensor]) -> None:
