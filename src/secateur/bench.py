@@ -133,8 +133,7 @@ def bench(
 
 
 def _ids(running: Running, batch: int, length: int, seed: int) -> Tensor:
-    vocabulary = running.model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(running.vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def _same_outputs(plain: Running, fast: Running, name: str, runtime: str, tolerance: float) -> None:

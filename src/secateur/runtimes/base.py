@@ -4,41 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 
-class Running:
+class Running(Protocol):
     """A loaded model that is run token by token, with its keys and values kept.
 
-    `weight_bytes` are read for one token: all parameters but the input embedding, of which a row is looked up.
+    `weight_bytes` are read for one token: all weights but the input embedding, of which a row is looked up. Logits
+    are float32 `[batch, vocabulary]`, those after the last token.
     """
+
+    vocabulary: int
+    weight_bytes: int
+
+    def prefill(self, ids: Tensor) -> Tensor:
+        """The logits after tokens int64 `[batch, length]`, from an empty cache. UnsupportedModel: not this batch."""
+        ...
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """The logits after one more token for each row, `[batch, 1]`."""
+        ...
+
+
+class Stepped:
+    """A transformers model as `Running`; the cache grows with every token."""
 
     def __init__(self, model: PreTrainedModel, weight_bytes: int) -> None:
         self.model: Any = model
+        self.vocabulary = model.config.get_text_config().vocab_size
         self.weight_bytes = weight_bytes
         self.cache: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """The logits `[batch, vocabulary]` float32 after tokens `[batch, length]`, from an empty cache."""
         self.cache = DynamicCache(config=self.model.config)
-        return self._step(ids)
-
-    def decode(self, ids: Tensor) -> Tensor:
-        """The logits after one more token for each row, `[batch, 1]`."""
-        return self._step(ids)
+        return self.decode(ids)
 
     @torch.no_grad()
-    def _step(self, ids: Tensor) -> Tensor:
+    def decode(self, ids: Tensor) -> Tensor:
         output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return output.logits[:, -1].float()
 
 
 class Runtime(NamedTuple):
-    """`missing()` says why the runtime cannot be used here, None where it can. `load` raises SecateurError."""
+    """`missing()` says why the runtime cannot be used here, None where it can. `load(folder, dtype)` raises
+    SecateurError; UnsupportedModel where this runtime cannot run that folder in that dtype.
+
+    `twin` is the runtime that shows what its kernels give without zeros: there the dense model is its baseline.
+    """
 
     missing: Callable[[], str | None]
     load: Callable[[Path, torch.dtype], Running]
+    twin: str | None = None

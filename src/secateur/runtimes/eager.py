@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.runtimes.base import Running, Runtime
+from secateur.runtimes.base import Running, Runtime, Stepped
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -27,7 +27,7 @@ def bytes_read(model: PreTrainedModel) -> int:
 
 def load(folder: Path, dtype: torch.dtype) -> Running:
     model = load_model(folder, dtype)
-    return Running(model, bytes_read(model))
+    return Stepped(model, bytes_read(model))
 
 
 eager = Runtime(lambda: None, load)

@@ -6,7 +6,7 @@ import torch
 
 from secateur.errors import UnsupportedModel
 from secateur.packed import isa, pack_model
-from secateur.runtimes.base import Running, Runtime
+from secateur.runtimes.base import Running, Runtime, Stepped
 from secateur.runtimes.eager import bytes_read, load_model
 
 
@@ -21,7 +21,7 @@ def load(folder: Path, dtype: torch.dtype) -> Running:
     model = load_model(folder, dtype)
     if not pack_model(model):
         raise UnsupportedModel(f"{folder} has no matrix with 40 % zeros or more, so there is nothing to pack.")
-    return Running(model, bytes_read(model))
+    return Stepped(model, bytes_read(model))
 
 
 packed = Runtime(missing, load)

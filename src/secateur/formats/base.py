@@ -1,0 +1,29 @@
+"""What a format is: how a dense checkpoint is written in another form, and read back where that can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from secateur.checkpoint import Checkpoint
+
+
+class Format(NamedTuple):
+    """One form of a checkpoint on disk.
+
+    `write(source, folder, **options)` puts the weights of a dense checkpoint into `folder`, which holds the source's
+    other files (config.json, tokenizer) already and gets its final name afterwards; it may change those files. It
+    raises SecateurError, naming the site, where the weights do not fit the format. `loaded_by` says what loads the
+    result, by version. `options` are the keywords that `write` takes. `holds(folder)` tells whether a folder is in this
+    format, and `read(folder)` gives its tensors densely by their names in the dense checkpoint; both None where the
+    format is for other programs only.
+    """
+
+    write: Callable[..., None]
+    loaded_by: str
+    options: frozenset[str] = frozenset()
+    holds: Callable[[Path], bool] | None = None
+    read: Callable[[Path], Iterator[tuple[str, Tensor]]] | None = None
