@@ -1,8 +1,9 @@
-"""The packed products under AddressSanitizer and UBSan: `make sanitize`. Needs gcc.
+"""The packed products under AddressSanitizer and UBSan: `make sanitize`. Needs gcc, and libsimde-dev for AVX-512.
 
 Every operand is copied into heap memory of exactly its size, so that a read or write beyond it is caught, for every
-instruction set that this machine has, both dtypes, odd shapes, empty and full matrices, batches 1 to 8, one and two
-threads.
+instruction set, dtype, odd shapes, empty and full matrices, batches 1 to 8, one and two threads. Where the machine has
+no AVX-512 its routines are compiled a second time with every intrinsic in plain C (SIMDe), so that they are at least
+checked for what they compute; nothing is known of their speed then.
 """
 
 from __future__ import annotations
@@ -20,69 +21,112 @@ from torch import Tensor
 
 from secateur import packed as module
 
-SOURCE = Path(module.__file__).with_name("packed.c")
-FLAGS = ["-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-shared", "-fPIC"]
+SOURCES = [str(Path(module.__file__).with_name(name)) for name in ("packed.c", "dense.c")]
+FLAGS = [
+    "-O1",
+    "-g",
+    "-fopenmp",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover",
+    "-fno-omit-frame-pointer",
+    "-shared",
+    "-fPIC",
+]
+EMULATED = ["-DEMULATED", f"-I{Path(__file__).parent}"]
 LIBRARY = "SECATEUR_SANITIZED"
+SHAPES = [(37, 128), (1, 64), (13, 1), (9, 65), (64, 100), (5, 1376)]
 
 
-def again() -> None:
-    """Compile with the sanitizers and start over with their libraries in front of all others."""
+def again(flags: list[str]) -> int:
+    """Compile with the sanitizers and run this file again with their libraries in front of all others."""
     built = Path(mkdtemp()) / "packed.so"
-    subprocess.run(["gcc", *FLAGS, str(SOURCE), "-o", str(built)], check=True)
+    subprocess.run(["gcc", *FLAGS, *flags, *SOURCES, "-o", str(built)], check=True)
     names = ("libasan.so", "libubsan.so")
     found = [subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in names]
     new = {LIBRARY: str(built), "LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
-    os.execve(sys.executable, [sys.executable, __file__], os.environ | new)
+    return subprocess.run([sys.executable, __file__], env=os.environ | new).returncode
 
 
 def main() -> None:
-    if LIBRARY not in os.environ:
-        again()
-    compiled, heap = ctypes.CDLL(os.environ[LIBRARY]), ctypes.CDLL(None)
-    for name in ("secateur_multiply_f32", "secateur_multiply_bf16"):
-        sizes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-        getattr(compiled, name).argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 5, *sizes]
-    heap.malloc.restype, heap.malloc.argtypes, heap.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
+    if LIBRARY in os.environ:
+        compiled = module.declared(ctypes.CDLL(os.environ[LIBRARY]))
+        best = compiled.secateur_isa()
+        return check(compiled, [best] if module.ISAS[best] != module.isa() else list(range(best + 1)))
+    failed = again([])
+    if module.isa() != "avx512":
+        if Path("/usr/include/simde/x86/avx512.h").exists():
+            failed = again(EMULATED) or failed
+        else:
+            print("avx512 was not checked: this machine has none, and libsimde-dev is not installed")
+    sys.exit(failed)
 
-    def exact(tensor: Tensor) -> int:
-        size = tensor.numel() * tensor.element_size()
-        place = heap.malloc(size)
-        ctypes.memmove(place, tensor.contiguous().data_ptr(), size)
-        return place
 
-    shapes = [(37, 128), (1, 64), (13, 1), (9, 65), (64, 100), (5, 1376)]
-    count = 0
-    for dtype, (rows, columns), sparsity in product((torch.float32, torch.bfloat16), shapes, (0.0, 0.5, 0.97, 1.0)):
-        weight = torch.randn(rows, columns).masked_fill(torch.rand(rows, columns) < sparsity, 0).to(dtype)
-        held = module.pack(weight)
-        multiply = getattr(compiled, f"secateur_multiply_{'bf16' if dtype == torch.bfloat16 else 'f32'}")
-        for batch, use, threads in product((1, 2, 3, 8), range(compiled.secateur_isa() + 1), (1, 2)):
-            x = torch.zeros(batch, held.bitmap.shape[1] * module.WORD, dtype=dtype)
-            x[:, :columns] = torch.randn(batch, columns).to(dtype)
+class Heap:
+    """Copies of tensors on the heap, of exactly their size."""
+
+    def __init__(self) -> None:
+        self.system, self.places = ctypes.CDLL(None), []
+        self.system.malloc.restype, self.system.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        self.system.free.argtypes = [ctypes.c_void_p]
+
+    def put(self, *tensors: Tensor) -> list[int]:
+        for tensor in tensors:
+            size = tensor.numel() * tensor.element_size()
+            self.places.append(self.system.malloc(size))
+            ctypes.memmove(self.places[-1], tensor.contiguous().data_ptr(), size)
+        return self.places[-len(tensors) :]
+
+    def empty(self) -> None:
+        while self.places:
+            self.system.free(self.places.pop())
+
+
+def check(compiled: ctypes.CDLL, uses: list[int]) -> None:
+    heap, count = Heap(), 0
+    kinds = (torch.float32, torch.bfloat16, torch.int8)
+    for dtype, (rows, columns), sparsity in product(kinds, SHAPES, (0.0, 0.5, 0.97, 1.0)):
+        weight = torch.randn(rows, columns).masked_fill(torch.rand(rows, columns) < sparsity, 0)
+        held = module.pack_int8(weight) if dtype == torch.int8 else module.pack(weight.to(dtype))
+        kind, words = module.KINDS[dtype], held.bitmap.shape[1]
+        scales = [] if held.scales is None else [held.scales]
+        dense = held.dense().double()
+        for batch, use, threads in product((1, 2, 3, 5, 8), uses, (1, 2)):
+            x = torch.zeros(batch, words * module.WORD, dtype=torch.float32 if scales else dtype)
+            x[:, :columns] = torch.randn(batch, columns).to(x.dtype)
             y = torch.empty(batch, rows)
-            places = [exact(tensor) for tensor in (held.bitmap, held.values, held.starts, x, y)]
-            assert multiply(use, *places, rows, held.bitmap.shape[1], batch, threads) == 0
+            places = heap.put(held.bitmap, held.values, held.starts, *scales, x, y)
+            multiply = getattr(compiled, f"secateur_multiply_{kind}")
+            assert multiply(use, *places, rows, words, batch, threads) == 0
             ctypes.memmove(y.data_ptr(), places[-1], 4 * y.numel())
-            assert (y - x[:, :columns].double() @ weight.double().T).abs().max() < 1e-3
-            for place in places:
-                heap.free(place)
+            assert (y - x[:, :columns].double() @ dense.T).abs().max() < 1e-2
+            heap.empty()
             count += 1
-        unpack = getattr(compiled, f"secateur_unpack_{'bf16' if dtype == torch.bfloat16 else 'f32'}")
-        unpack.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 4, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
-        for use in range(compiled.secateur_isa() + 1):
-            out = torch.empty(rows, held.bitmap.shape[1] * module.WORD, dtype=dtype)
-            places = [exact(tensor) for tensor in (held.bitmap, held.values, held.starts, out)]
-            unpack(use, *places, rows, held.bitmap.shape[1], 2)
-            ctypes.memmove(out.data_ptr(), places[-1], out.numel() * out.element_size())
-            assert torch.equal(out[:, :columns], weight)
-            for place in places:
-                heap.free(place)
+        for name, out_dtype in (("unpack_f32", torch.float32), ("unpack_bf16", torch.bfloat16),
+                                ("widen_bf16", torch.float32), ("widen_i8", torch.float32)):  # fmt: skip
+            for use in uses if name.endswith(kind) else ():
+                out = torch.empty(rows, words * module.WORD, dtype=out_dtype)
+                places = heap.put(held.bitmap, held.values, held.starts, *scales, out)
+                where = [*places[:3], places[3] if scales else None, places[-1]]
+                getattr(compiled, f"secateur_{name}")(use, *where, rows, words, 2)
+                ctypes.memmove(out.data_ptr(), places[-1], out.numel() * out.element_size())
+                assert torch.equal(out[:, :columns].double(), dense)
+                heap.empty()
+                count += 1
+        if columns % 64 == 0 and dtype != torch.float32 and compiled.secateur_isa():
+            y, x = torch.empty(rows), torch.randn(columns)
+            if dtype == torch.int8:
+                whole = (dense / held.scales[:, None].clamp_min(1e-30)).round().to(torch.int8)  # type: ignore[index]
+                places = heap.put(whole, *scales, x, y)
+                assert compiled.secateur_dense_i8(compiled.secateur_isa(), *places, rows, columns, 2) == 0
+            else:
+                x = x.bfloat16()
+                places = heap.put(dense.bfloat16(), x, y)
+                assert compiled.secateur_dense_bf16(compiled.secateur_isa(), *places, rows, columns, 2) == 0
+            ctypes.memmove(y.data_ptr(), places[-1], 4 * rows)
+            assert (y - dense @ x.double()).abs().max() < 1e-2
+            heap.empty()
             count += 1
-    print(f"{count} products and unpackings, nothing found")
+    print(f"{count} products and unpackings, {', '.join(module.ISAS[use] for use in uses)}: nothing found")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ LAYERS = [
     ["errors", "machine", "demo", "arguments"],
     ["progress"],
     ["structures", "stats", "experts", "checkpoint", "data", "packed"],
-    ["patterns", "solve", "sites", "refusals", "watch"],
+    ["patterns", "solve", "sites", "refusals", "watch", "packing"],
     ["methods", "model", "repair", "selection"],
     ["allocate", "options", "stream", "inspection", "trace", "stock", "layout", "taylor", "reap"],
     ["record", "refine", "trial", "evaluate", "results", "units", "verify"],

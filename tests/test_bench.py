@@ -10,8 +10,9 @@ from test_cli import run
 import secateur
 from secateur.bench import matrix_rate, read_bandwidth
 from secateur.errors import UnknownName, UnsupportedModel
-from secateur.packed import library
+from secateur.packed import isa, library
 from secateur.runtimes import RUNTIMES, Runtime
+from secateur.runtimes.base import Stepped
 
 needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
 
@@ -44,7 +45,7 @@ def test_every_runtime_is_timed_beside_the_dense_model(tiny_llama, pruned, tmp_p
         (model, runtime, batch) for batch in (1, 2)
         for model, runtime in (("dense", "eager"), ("half", "eager"), ("half", "packed"), ("smaller", "eager"))
     ]  # fmt: skip
-    assert found.skipped.keys() == {"dense in packed", "smaller in packed"}
+    assert found.skipped.keys() == {"dense in packed", "dense in own-dense", "smaller in packed"}
     by_name = {(row.model, row.runtime): row for row in found.timings}
     assert by_name["dense", "eager"].decode_ratio == (1.0, 1.0, 1.0)
     assert by_name["half", "packed"].weight_bytes < by_name["half", "eager"].weight_bytes
@@ -52,12 +53,30 @@ def test_every_runtime_is_timed_beside_the_dense_model(tiny_llama, pruned, tmp_p
     for row in found.timings:
         assert row.prefill[0] <= row.prefill[1] <= row.prefill[2]
         assert row.decode_ratio[1] <= row.decode_ratio[0] <= row.decode_ratio[2]
-    assert json.loads(out.read_text())["schema"] == "secateur.bench/1"
+        assert row.against == "eager"
+        assert row.over_eager == row.decode_ratio
+    assert json.loads(out.read_text())["schema"] == "secateur.bench/2"
+
+
+@needs_library
+@pytest.mark.skipif(isa() == "portable", reason="there is no dense product of our own for this processor")
+def test_packed_is_compared_with_the_dense_model_in_our_own_product_too(tiny_llama, pruned):
+    found = secateur.bench(
+        [pruned["half"]], dense=tiny_llama, runtimes=["packed", "packed-int8"], prompt=[8], new=2, rounds=3
+    )
+    rows = {(row.model, row.runtime): row for row in found.timings}
+    assert rows["half", "packed"].against == "own-dense"
+    assert rows["half", "packed-int8"].against == "own-int8"
+    assert rows["dense", "own-dense"].decode_ratio == (1.0, 1.0, 1.0)
+    assert rows["dense", "own-int8"].weight_bytes < rows["dense", "own-dense"].weight_bytes
+    assert rows["half", "packed-int8"].weight_bytes < rows["half", "packed"].weight_bytes
+    assert all(row.tokens_per_second > 0 and row.share_of_matrix_rate > 0 for row in rows.values())
 
 
 def test_a_runtime_with_other_outputs_is_not_timed(tiny_llama, pruned, monkeypatch):
     def wrong(folder, dtype):
         running = RUNTIMES["eager"].load(folder, dtype)
+        assert isinstance(running, Stepped)
         running.model.get_parameter("model.norm.weight").data[0] += 5
         return running
 
@@ -69,7 +88,7 @@ def test_a_runtime_with_other_outputs_is_not_timed(tiny_llama, pruned, monkeypat
 def test_a_runtime_that_is_missing_says_why(tiny_llama, pruned, monkeypatch):
     monkeypatch.setitem(RUNTIMES, "packed", RUNTIMES["packed"]._replace(missing=lambda: "no compiler"))
     found = secateur.bench([pruned["half"]], dense=tiny_llama, new=1, rounds=3, prompt=[4], dtype="float32")
-    assert found.skipped == {"dense in packed": "no compiler", "half in packed": "no compiler"}
+    assert found.skipped["dense in packed"] == found.skipped["half in packed"] == "no compiler"
     with pytest.raises(UnknownName, match="There is no runtime"):
         secateur.bench([pruned["half"]], runtimes=["pakced"])
     with pytest.raises(UnknownName, match="There is no dtype that can be timed 'float16'"):

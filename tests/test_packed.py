@@ -9,7 +9,21 @@ from torch import Tensor
 
 from secateur import packed as module
 from secateur.errors import BadCheckpoint
-from secateur.packed import ISAS, MOST, SLACK, Packed, check, isa, library, multiply, pack, pack_model
+from secateur.packed import (
+    ISAS,
+    MOST,
+    SLACK,
+    Packed,
+    check,
+    dense_product,
+    isa,
+    library,
+    multiply,
+    multiply_unpacked,
+    pack,
+    pack_int8,
+)
+from secateur.packing import BATCHES, Crossovers, OwnLinear, PackedLinear, measure_crossover, pack_model
 
 SHAPES = [(512, 256), (37, 128), (1, 64), (13, 1), (9, 65), (64, 100), (5, 1376)]
 needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
@@ -50,6 +64,26 @@ def test_products_equal_float64(shape, dtype, use):
                 assert (got - wanted).abs().max() <= 2e-6 * max(1.0, wanted.abs().max().item()) * columns**0.5
 
 
+@needs_library
+@pytest.mark.parametrize("use", available())
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int8_products_equal_float64(shape, use):
+    rows, columns = shape
+    for sparsity in (0.0, 0.5, 0.97, 1.0):
+        weight = sparse(rows, columns, sparsity)
+        held = pack_int8(weight)
+        check(held)
+        dense = held.dense()
+        steps = weight.abs().amax(1, keepdim=True) / 127
+        assert ((dense - weight).abs() <= steps * 0.501).all()
+        for batch in (1, 2, 5, MOST, MOST + 1):
+            x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
+            wanted = x.double() @ dense.double().T
+            rounding = x.abs().max() / 2**16 * dense.abs().sum(1).max() if use == "avx512" else 0
+            got = multiply(held, x, use=use)
+            assert (got - wanted).abs().max() <= 2e-6 * max(1.0, wanted.abs().max().item()) * columns**0.5 + rounding
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(rows=st.integers(1, 20), columns=st.integers(1, 200), sparsity=st.floats(0, 1), seed=st.integers(0, 99))
 def test_packing_loses_nothing(dtype, rows, columns, sparsity, seed):
@@ -63,8 +97,18 @@ def test_packing_loses_nothing(dtype, rows, columns, sparsity, seed):
         patch.setattr(module, "library", lambda: None)
         assert torch.equal(held.dense(rows // 2, rows), weight[rows // 2 :])
         patch.undo()
-        patch.setattr(module, "_best", lambda: 0)
-        assert torch.equal(held.dense(), weight)
+        for use in range(len(available())):
+            patch.setattr(module, "_best", lambda use=use: use)
+            assert torch.equal(held.dense(), weight)
+            assert torch.equal(held.dense(dtype=torch.float32), weight.float())
+
+
+def test_float16_is_stored_and_multiplied_unpacked():
+    weight, x = sparse(20, 70, 0.5).half(), torch.randn(3, 70).half()
+    held = pack(weight)
+    check(held)
+    assert torch.equal(held.dense(), weight)
+    assert torch.allclose(multiply(held, x), x @ weight.T)
 
 
 def test_the_size_is_what_is_promised():
@@ -77,6 +121,7 @@ def test_a_larger_batch_and_no_library_give_the_same(monkeypatch):
     weight, x = sparse(60, 100, 0.6), torch.randn(3, 9, 100)
     wanted = x @ weight.T
     assert torch.allclose(multiply(pack(weight), x), wanted, atol=1e-4)
+    assert torch.allclose(multiply_unpacked(pack(weight), x), wanted, atol=1e-4)
     monkeypatch.setattr(module, "library", lambda: None)
     assert torch.allclose(multiply(pack(weight), x[:, 0]), wanted[:, 0], atol=1e-4)
     assert multiply(pack(weight), x[:, :0]).shape == (3, 0, 60)
@@ -108,36 +153,83 @@ def test_what_was_changed_is_refused_or_harmless(which, place, by, cut):
 
 
 def test_dtypes_and_slack_are_wanted():
-    with pytest.raises(BadCheckpoint, match="float16"):
-        pack(sparse(4, 64, 0.5).half())
+    with pytest.raises(BadCheckpoint, match="float64"):
+        pack(sparse(4, 64, 0.5).double())
     held = pack(sparse(4, 64, 0.5))
     short = held.values[: -(SLACK // 4)].clone()
     with pytest.raises(BadCheckpoint, match="slack"):
         check(Packed(held.bitmap, short, held.starts, held.columns))
 
 
-@pytest.mark.filterwarnings("ignore")
-@torch.no_grad()
-def test_a_packed_model_generates_what_the_dense_one_does():
+def zeroed(least: float = 0.6):
+    """A tiny Llama with zeros in its blocks, none in its head."""
     model = tiny_model("llama")
     for name, parameter in model.named_parameters():
         if name.endswith("proj.weight"):
-            parameter[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) < 0.6] = 0
+            parameter[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(1)) < least] = 0
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_a_packed_model_generates_what_the_dense_one_does():
+    model = zeroed()
     ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(2))
     wanted = model.generate(ids, max_new_tokens=12, do_sample=False)  # type: ignore[operator]
     logits = model(ids).logits
-    names = pack_model(model)
+    names = pack_model(model, measure=False)
     assert len(names) == 4 * 7
     assert "lm_head" not in names
     assert torch.allclose(model(ids).logits, logits, atol=1e-4)
     assert torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), wanted)  # type: ignore[operator]
 
 
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_int8_values_round_and_own_products_do_not():
+    model, rounded, own = zeroed(), zeroed(), zeroed().bfloat16()
+    ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(2))
+    logits = model(ids).logits
+    pack_model(rounded, values="int8", measure=False)
+    difference = (rounded(ids).logits - logits).norm() / logits.norm()
+    assert 1e-4 < difference < 0.05
+    wanted = own(ids[:, :1]).logits
+    pack_model(own, least=1.1, measure=False)
+    assert isinstance(own.lm_head, OwnLinear)
+    assert torch.allclose(own(ids[:, :1]).logits, wanted, atol=0.02)
+    assert torch.equal(own(ids).logits, zeroed().bfloat16()(ids).logits)
+
+
+@torch.no_grad()
+def test_every_way_that_a_crossover_can_choose_gives_the_same(monkeypatch):
+    weight, bias = sparse(40, 100, 0.6), torch.randn(40)
+    found = measure_crossover(pack(weight), torch.float32, keep_dense=True)
+    assert found.ways.keys() == found.gains.keys() == set(BATCHES)
+    assert all(gain >= 1 for gain in found.gains.values())  # the dense product is among what is chosen from
+    for way in ("packed", "unpacked", "unpacked to float32", "dense"):
+        layer = PackedLinear(pack(weight), bias, type(found)({1: way}, {}), weight)
+        for batch in (1, 3, 20):
+            x = torch.randn(2, batch, 100)
+            assert torch.allclose(layer(x), x @ weight.T + bias, atol=1e-4)
+    counted = []
+    monkeypatch.setattr("secateur.packing.measure_crossover", lambda *args, **kwargs: counted.append(args) or found)
+    crossovers = Crossovers(torch.float32)
+    for seed, sparsity in ((1, 0.6), (2, 0.6), (3, 0.8)):
+        kept = torch.rand(64, 128, generator=torch.Generator().manual_seed(seed)) >= sparsity
+        crossovers.of(pack(torch.ones(64, 128) * kept))
+    assert len(counted) == 2
+
+
 @needs_library
-def test_the_dense_product_is_right_too():
-    for rows, columns in ((512, 256), (37, 96), (3, 32)):
+def test_the_dense_products_are_right_too():
+    for rows, columns in ((512, 256), (37, 128), (3, 64)):
         weight, x = torch.randn(rows, columns).bfloat16(), torch.randn(columns).bfloat16()
-        if (got := module.dense_product(weight, x)) is None:
+        if (got := dense_product(weight, x)) is None:
             pytest.skip(f"not written for {isa()}")
         assert torch.allclose(got.double(), weight.double() @ x.double(), atol=1e-4)
-    assert module.dense_product(weight[:, :20].contiguous(), x[:20].contiguous()) is None
+        whole, scales = torch.randint(-127, 128, (rows, columns)).to(torch.int8), torch.rand(rows)
+        got = dense_product(whole, x.float(), scales)
+        assert got is not None
+        wanted = (whole.double() * scales[:, None]) @ x.double()
+        assert (got - wanted).abs().max() <= 1e-4 * wanted.abs().max()
+    assert dense_product(weight[:, :20].contiguous(), x[:20].contiguous()) is None

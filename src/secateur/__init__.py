@@ -7,7 +7,7 @@ from secateur.evaluate import evaluate
 from secateur.inspection import inspect
 from secateur.methods import METHODS, Method, Pruned, scored
 from secateur.model import load
-from secateur.packed import pack_model
+from secateur.packing import pack_model
 from secateur.patterns import parse
 from secateur.plan import plan
 from secateur.prune import prune, prune_model

@@ -6,115 +6,184 @@
  * column. y is [batch][rows] in float.
  *
  * Plain C with no Python and no torch in it, so one build serves every version of both. Each routine exists for several
- * instruction sets, chosen at run time; the portable one is the definition of the others.
+ * instruction sets, chosen at run time; the portable one is the definition of the others. They take `count` rows of W
+ * side by side, so that what is loaded of x serves all of them and there are as many independent chains of sums.
  */
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
-
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
-#include <immintrin.h>
-#endif
-
-enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 }; /* AVX512: with VBMI2 (expand 16 bits) and BF16 (dot product) */
-enum { MOST = 8 };                           /* rows of x at once */
+#include "packed.h"
 
 int secateur_isa(void) {
 #ifdef X86
+#ifdef EMULATED
+    return AVX512;
+#else
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
         return AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
 #endif
     return PORTABLE;
 }
 
-static inline float widen(uint16_t bits) { /* bfloat16 is the upper half of a float */
-    uint32_t wide = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &wide, 4);
-    return value;
-}
+/* What a routine for rows takes. `apart` is the distance of the rows that are taken together, `stride` that of the
+ * rows of y. */
+#define ROWS_OF(TYPE, INPUT)                                                                                       \
+    const uint64_t *bitmap, const TYPE *values, const int64_t *starts, const INPUT *x, float *y, int64_t words,    \
+        int64_t stride, int64_t row, int64_t apart, const int count, const int batch
 
-/* One row of W with each row of x, for bfloat16 and for float values. */
-#define PORTABLE_ROW(NAME, TYPE, WIDE)                                                                             \
-    static void NAME(const uint64_t *bitmap, const TYPE *values, const float *x, float *y, int64_t words,          \
-                     int64_t stride, int batch) {                                                                  \
-        float sum[MOST] = {0};                                                                                     \
-        for (int64_t k = 0; k < words; k++)                                                                        \
-            for (uint64_t left = bitmap[k]; left; left &= left - 1) {                                              \
-                const float *at = x + 64 * k + __builtin_ctzll(left);                                              \
-                float value = WIDE(*values++);                                                                     \
-                for (int b = 0; b < batch; b++) sum[b] += value * at[b * 64 * words];                              \
-            }                                                                                                      \
-        for (int b = 0; b < batch; b++) y[b * stride] = sum[b];                                                    \
+/* From a routine for rows one for a thread's share: two by two, the last one alone. */
+#define SHARE(NAME, ROUTINE, TYPE, INPUT)                                                                          \
+    static void NAME(const uint64_t *bitmap, const TYPE *values, const int64_t *starts, const INPUT *x, float *y,  \
+                     int64_t rows, int64_t words, int batch, int64_t first, int64_t last) {                        \
+        int64_t half = (last - first) / 2;                                                                         \
+        EACH_BATCH(ROUTINE##_PAIRS)                                                                                \
     }
-#define SAME(v) (v)
-PORTABLE_ROW(portable_bf16, uint16_t, widen)
-PORTABLE_ROW(portable_f32, float, SAME)
+#define IN_PAIRS(ROUTINE, BATCH)                                                                                   \
+    for (int64_t r = first; r < first + half; r++)                                                                 \
+        ROUTINE(bitmap, values, starts, x, y, words, rows, r, half, 2, BATCH);                                     \
+    if ((last - first) % 2) ROUTINE(bitmap, values, starts, x, y, words, rows, last - 1, 0, 1, BATCH);
+
+#define PORTABLE_ROWS(NAME, TYPE, WIDE)                                                                            \
+    INLINED void NAME(ROWS_OF(TYPE, float)) {                                                                      \
+        for (int i = 0; i < count; i++) {                                                                          \
+            int64_t r = row + i * apart;                                                                           \
+            const TYPE *from = values + starts[r];                                                                 \
+            float sum[MOST] = {0};                                                                                 \
+            for (int64_t k = 0; k < words; k++)                                                                    \
+                for (uint64_t left = bitmap[r * words + k]; left; left &= left - 1) {                              \
+                    const float *at = x + 64 * k + __builtin_ctzll(left);                                          \
+                    float value = WIDE(*from++);                                                                   \
+                    for (int b = 0; b < batch; b++) sum[b] += value * at[b * 64 * words];                          \
+                }                                                                                                  \
+            for (int b = 0; b < batch; b++) y[r + b * stride] = sum[b];                                            \
+        }                                                                                                          \
+    }
+#define AS_FLOAT(v) ((float)(v))
+PORTABLE_ROWS(portable_rows_bf16, uint16_t, widen)
+PORTABLE_ROWS(portable_rows_f32, float, AS_FLOAT)
+PORTABLE_ROWS(portable_rows_i8, int8_t, AS_FLOAT)
+#define portable_rows_bf16_PAIRS(BATCH) IN_PAIRS(portable_rows_bf16, BATCH)
+#define portable_rows_f32_PAIRS(BATCH) IN_PAIRS(portable_rows_f32, BATCH)
+#define portable_rows_i8_PAIRS(BATCH) IN_PAIRS(portable_rows_i8, BATCH)
+SHARE(portable_bf16, portable_rows_bf16, uint16_t, float)
+SHARE(portable_f32, portable_rows_f32, float, float)
+SHARE(portable_i8, portable_rows_i8, int8_t, float)
 
 #ifdef X86
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,popcnt,bmi,bmi2")
-/* For each byte of the bitmap where the kept values of eight columns go: AVX2 has a shuffle but no expand. */
-static uint8_t spread16[256][16] __attribute__((aligned(64)));
+/* For each byte of the bitmap where the kept values of eight columns go: AVX2 has a shuffle but no expand. The bytes of
+ * a value land at the top of a float's four, where bfloat16 is a float already and int8 an integer times 2^24. */
+static int8_t spread8[256][32] __attribute__((aligned(64)));
+static int8_t spread16[256][32] __attribute__((aligned(64)));
 static int32_t spread32[256][8] __attribute__((aligned(64)));
 
 __attribute__((constructor)) static void fill_tables(void) {
+    memset(spread8, -1, sizeof spread8);
+    memset(spread16, -1, sizeof spread16);
     for (int mask = 0; mask < 256; mask++)
         for (int j = 0, count = 0; j < 8; j++) {
             int kept = mask >> j & 1;
-            spread16[mask][2 * j] = kept ? 2 * count : 0x80;
-            spread16[mask][2 * j + 1] = kept ? 2 * count + 1 : 0x80;
             spread32[mask][j] = kept ? count : -1;
+            if (kept) {
+                spread8[mask][4 * j + 3] = count;
+                spread16[mask][4 * j + 2] = 2 * count;
+                spread16[mask][4 * j + 3] = 2 * count + 1;
+            }
             count += kept;
         }
 }
 
-static inline float sum8(__m256 a) {
+INLINED float sum8(__m256 a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
-static inline __m256 spread_bf16(const uint16_t *values, unsigned mask) {
-    __m128i packed = _mm_loadu_si128((const __m128i *)values);
-    __m128i placed = _mm_shuffle_epi8(packed, _mm_load_si128((const __m128i *)spread16[mask]));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(placed), 16));
+INLINED __m256 spread_bf16(const uint16_t *values, unsigned mask) {
+    __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)values));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, _mm256_load_si256((const __m256i *)spread16[mask])));
 }
 
-static inline __m256 spread_f32(const float *values, unsigned mask) {
+INLINED __m256 spread_i8(const int8_t *values, unsigned mask) {
+    __m256i often = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)values));
+    __m256i placed = _mm256_shuffle_epi8(often, _mm256_load_si256((const __m256i *)spread8[mask]));
+    return _mm256_cvtepi32_ps(placed);
+}
+
+INLINED __m256 spread_f32(const float *values, unsigned mask) {
     __m256i places = _mm256_load_si256((const __m256i *)spread32[mask]);
     __m256 placed = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), places);
     return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(places, 31)), placed);
 }
 
-#define AVX2_ROW(NAME, TYPE, SPREAD)                                                                               \
-    static void NAME(const uint64_t *bitmap, const TYPE *values, const float *x, float *y, int64_t words,          \
-                     int64_t stride, int batch) {                                                                  \
-        __m256 sum[MOST];                                                                                          \
-        for (int b = 0; b < batch; b++) sum[b] = _mm256_setzero_ps();                                              \
+#define AVX2_ROWS(NAME, TYPE, SPREAD, SCALE)                                                                       \
+    INLINED void NAME(ROWS_OF(TYPE, float)) {                                                                      \
+        const uint64_t *masks[2];                                                                                  \
+        const TYPE *from[2];                                                                                       \
+        __m256 sum[2][MOST];                                                                                       \
+        for (int i = 0; i < count; i++) {                                                                          \
+            masks[i] = bitmap + (row + i * apart) * words;                                                         \
+            from[i] = values + starts[row + i * apart];                                                            \
+            for (int b = 0; b < batch; b++) sum[i][b] = _mm256_setzero_ps();                                       \
+        }                                                                                                          \
+        __m256 more[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}; /* a second chain at batch 1 */               \
         for (int64_t k = 0; k < words; k++) {                                                                      \
-            uint64_t mask = bitmap[k];                                                                             \
-            _mm_prefetch((const char *)values + 4096, _MM_HINT_T0);                                                \
-            for (int j = 0; j < 8; j++, mask >>= 8) {                                                              \
-                __m256 weight = SPREAD(values, mask & 255);                                                        \
-                values += _mm_popcnt_u32(mask & 255);                                                              \
+            uint64_t word[2];                                                                                      \
+            for (int i = 0; i < count; i++) {                                                                      \
+                word[i] = masks[i][k];                                                                             \
+                _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);                                           \
+            }                                                                                                      \
+            _Pragma("GCC unroll 8") for (int j = 0; j < 8; j++) {                                                  \
+                __m256 weight[2];                                                                                  \
+                for (int i = 0; i < count; i++) {                                                                  \
+                    unsigned mask = word[i] >> 8 * j & 255;                                                             \
+                    weight[i] = SPREAD(from[i], mask);                                                             \
+                    from[i] += __builtin_popcount(mask);                                                           \
+                }                                                                                                  \
                 const float *at = x + 64 * k + 8 * j;                                                              \
-                for (int b = 0; b < batch; b++)                                                                    \
-                    sum[b] = _mm256_fmadd_ps(weight, _mm256_loadu_ps(at + b * 64 * words), sum[b]);                \
+                for (int b = 0; b < batch; b++) {                                                                  \
+                    __m256 seen = _mm256_loadu_ps(at + b * 64 * words);                                            \
+                    for (int i = 0; i < count; i++) {                                                              \
+                        __m256 *chain = batch == 1 && j % 2 ? &more[i] : &sum[i][b];                               \
+                        *chain = _mm256_fmadd_ps(weight[i], seen, *chain);                                         \
+                    }                                                                                              \
+                }                                                                                                  \
             }                                                                                                      \
         }                                                                                                          \
-        for (int b = 0; b < batch; b++) y[b * stride] = sum8(sum[b]);                                              \
+        for (int i = 0; i < count; i++)                                                                            \
+            for (int b = 0; b < batch; b++)                                                                        \
+                y[row + i * apart + b * stride] =                                                                  \
+                    SCALE * sum8(batch == 1 ? _mm256_add_ps(sum[i][b], more[i]) : sum[i][b]);                      \
     }
-AVX2_ROW(avx2_bf16, uint16_t, spread_bf16)
-AVX2_ROW(avx2_f32, float, spread_f32)
+#define TWICE(NAME, TYPE)                                                                                          \
+    INLINED void NAME##_twice(ROWS_OF(TYPE, float)) {                                                              \
+        NAME(bitmap, values, starts, x, y, words, stride, row, apart, count, batch > 4 ? 4 : batch);               \
+        if (batch > 4)                                                                                             \
+            NAME(bitmap, values, starts, x + 4 * 64 * words, y + 4 * stride, words, stride, row, apart, count,     \
+                 batch - 4);                                                                                       \
+    }
+AVX2_ROWS(avx2_rows_bf16, uint16_t, spread_bf16, 1.0f)
+AVX2_ROWS(avx2_rows_f32, float, spread_f32, 1.0f)
+AVX2_ROWS(avx2_rows_i8, int8_t, spread_i8, 0x1p-24f)
+TWICE(avx2_rows_bf16, uint16_t)
+TWICE(avx2_rows_f32, float)
+TWICE(avx2_rows_i8, int8_t)
+/* Sixteen registers hold the sums of two rows and four activations; a larger batch takes two turns at each pair. */
+#define avx2_rows_bf16_PAIRS(BATCH) IN_PAIRS(avx2_rows_bf16_twice, BATCH)
+#define avx2_rows_f32_PAIRS(BATCH) IN_PAIRS(avx2_rows_f32_twice, BATCH)
+#define avx2_rows_i8_PAIRS(BATCH) IN_PAIRS(avx2_rows_i8_twice, BATCH)
+SHARE(avx2_bf16, avx2_rows_bf16, uint16_t, float)
+SHARE(avx2_f32, avx2_rows_f32, float, float)
+SHARE(avx2_i8, avx2_rows_i8, int8_t, float)
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,popcnt,fma,avx2,bmi,bmi2")
+#ifndef EMULATED
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
+#endif
+#ifndef EMULATED
 /* Expand with zeros depends on the old content of its register on Zen 4, though it should not; clearing it first
  * breaks the chain and doubles the speed. A masked load reads only the values that it needs. */
 #define EXPAND(NAME, INSTRUCTION)                                                                                  \
@@ -125,145 +194,143 @@ AVX2_ROW(avx2_f32, float, spread_f32)
                 : "Yk"((__mmask64)mask), "m"(*(const __m512i *)values));                                           \
         return placed;                                                                                             \
     }
+EXPAND(expand8, "vpexpandb")
 EXPAND(expand16, "vpexpandw")
 EXPAND(expand32, "vpexpandd")
+#endif
 
 #define ACTIVATIONS(p) ((__m512bh)_mm512_loadu_si512(p))
 
-static inline void avx512_row_bf16(const uint64_t *bitmap, const uint16_t *values, const uint16_t *x, float *y,
-                                   int64_t words, int64_t stride, const int batch) {
-    __m512 sum[MOST];
-    for (int b = 0; b < batch; b++) sum[b] = _mm512_setzero_ps();
+INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, uint16_t)) {
+    const uint64_t *masks[2];
+    const uint16_t *from[2];
+    __m512 low[2][MOST], high[2][MOST]; /* two chains where there are few sums, else one */
+    for (int i = 0; i < count; i++) {
+        masks[i] = bitmap + (row + i * apart) * words;
+        from[i] = values + starts[row + i * apart];
+        for (int b = 0; b < batch; b++) low[i][b] = high[i][b] = _mm512_setzero_ps();
+    }
     for (int64_t k = 0; k < words; k++) {
-        uint64_t mask = bitmap[k];
-        _mm_prefetch((const char *)values + 4096, _MM_HINT_T0);
-        __m512bh low = (__m512bh)expand16((uint32_t)mask, values);
-        __m512bh high = (__m512bh)expand16(mask >> 32, values + _mm_popcnt_u32((uint32_t)mask));
-        values += _mm_popcnt_u64(mask);
+        __m512bh left[2], right[2];
+        for (int i = 0; i < count; i++) {
+            uint64_t mask = masks[i][k];
+            _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);
+            left[i] = (__m512bh)expand16((uint32_t)mask, from[i]);
+            right[i] = (__m512bh)expand16(mask >> 32, from[i] + __builtin_popcount((uint32_t)mask));
+            from[i] += __builtin_popcountll(mask);
+        }
         for (int b = 0; b < batch; b++) {
             const uint16_t *at = x + 64 * (k + b * words);
-            sum[b] = _mm512_dpbf16_ps(sum[b], low, ACTIVATIONS(at));
-            sum[b] = _mm512_dpbf16_ps(sum[b], high, ACTIVATIONS(at + 32));
+            __m512bh first = ACTIVATIONS(at), second = ACTIVATIONS(at + 32);
+            for (int i = 0; i < count; i++) {
+                __m512 *chain = batch < 3 ? &high[i][b] : &low[i][b];
+                low[i][b] = _mm512_dpbf16_ps(low[i][b], left[i], first);
+                *chain = _mm512_dpbf16_ps(*chain, right[i], second);
+            }
         }
     }
-    for (int b = 0; b < batch; b++) y[b * stride] = _mm512_reduce_add_ps(sum[b]);
+    for (int i = 0; i < count; i++)
+        for (int b = 0; b < batch; b++)
+            y[row + i * apart + b * stride] = _mm512_reduce_add_ps(_mm512_add_ps(low[i][b], high[i][b]));
 }
 
-/* Two rows side by side with one row of x: two streams of values, each activation loaded once. */
-static void avx512_pair_bf16(const uint64_t *bitmap0, const uint64_t *bitmap1, const uint16_t *values0,
-                             const uint16_t *values1, const uint16_t *x, float *y0, float *y1, int64_t words) {
-    __m512 low0 = _mm512_setzero_ps(), high0 = low0, low1 = low0, high1 = low0;
-    for (int64_t k = 0; k < words; k++) {
-        uint64_t mask0 = bitmap0[k], mask1 = bitmap1[k];
-        __m512bh left = ACTIVATIONS(x + 64 * k), right = ACTIVATIONS(x + 64 * k + 32);
-        _mm_prefetch((const char *)values0 + 4096, _MM_HINT_T0);
-        _mm_prefetch((const char *)values1 + 4096, _MM_HINT_T0);
-        low0 = _mm512_dpbf16_ps(low0, (__m512bh)expand16((uint32_t)mask0, values0), left);
-        high0 = _mm512_dpbf16_ps(
-            high0, (__m512bh)expand16(mask0 >> 32, values0 + _mm_popcnt_u32((uint32_t)mask0)), right);
-        low1 = _mm512_dpbf16_ps(low1, (__m512bh)expand16((uint32_t)mask1, values1), left);
-        high1 = _mm512_dpbf16_ps(
-            high1, (__m512bh)expand16(mask1 >> 32, values1 + _mm_popcnt_u32((uint32_t)mask1)), right);
-        values0 += _mm_popcnt_u64(mask0);
-        values1 += _mm_popcnt_u64(mask1);
+INLINED void avx512_rows_f32(ROWS_OF(float, float)) {
+    const uint64_t *masks[2];
+    const float *from[2];
+    __m512 sum[2][MOST];
+    for (int i = 0; i < count; i++) {
+        masks[i] = bitmap + (row + i * apart) * words;
+        from[i] = values + starts[row + i * apart];
+        for (int b = 0; b < batch; b++) sum[i][b] = _mm512_setzero_ps();
     }
-    *y0 = _mm512_reduce_add_ps(_mm512_add_ps(low0, high0));
-    *y1 = _mm512_reduce_add_ps(_mm512_add_ps(low1, high1));
-}
-
-static void avx512_row_f32(const uint64_t *bitmap, const float *values, const float *x, float *y, int64_t words,
-                           int64_t stride, int batch) {
-    __m512 sum[MOST];
-    for (int b = 0; b < batch; b++) sum[b] = _mm512_setzero_ps();
     for (int64_t k = 0; k < words; k++) {
-        uint64_t mask = bitmap[k];
-        _mm_prefetch((const char *)values + 4096, _MM_HINT_T0);
-        _mm_prefetch((const char *)values + 4160, _MM_HINT_T0);
-        for (int j = 0; j < 4; j++, mask >>= 16) {
-            __m512 weight = _mm512_castsi512_ps(expand32(mask & 0xffff, values));
-            values += _mm_popcnt_u32(mask & 0xffff);
+        for (int i = 0; i < count; i++) {
+            _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);
+            _mm_prefetch((const char *)from[i] + 4160, _MM_HINT_T0);
+        }
+        _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
+            __m512 weight[2];
+            for (int i = 0; i < count; i++) {
+                unsigned mask = masks[i][k] >> 16 * j & 0xffff;
+                weight[i] = _mm512_castsi512_ps(expand32(mask, from[i]));
+                from[i] += __builtin_popcount(mask);
+            }
             const float *at = x + 64 * k + 16 * j;
-            for (int b = 0; b < batch; b++)
-                sum[b] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(at + b * 64 * words), sum[b]);
+            for (int b = 0; b < batch; b++) {
+                __m512 seen = _mm512_loadu_ps(at + b * 64 * words);
+                for (int i = 0; i < count; i++) sum[i][b] = _mm512_fmadd_ps(weight[i], seen, sum[i][b]);
+            }
         }
     }
-    for (int b = 0; b < batch; b++) y[b * stride] = _mm512_reduce_add_ps(sum[b]);
+    for (int i = 0; i < count; i++)
+        for (int b = 0; b < batch; b++) y[row + i * apart + b * stride] = _mm512_reduce_add_ps(sum[i][b]);
 }
 
-/* The compiler unrolls a fixed batch and keeps its sums in registers. */
-static void avx512_bf16(const uint64_t *bitmap, const uint16_t *values, const int64_t *starts, const uint16_t *x,
-                        float *y, int64_t rows, int64_t words, int batch, int64_t first, int64_t last) {
-    int64_t half = batch == 1 ? (last - first) / 2 : 0;
-    for (int64_t i = 0; i < half; i++) {
-        int64_t r = first + i, s = first + half + i;
-        avx512_pair_bf16(bitmap + r * words, bitmap + s * words, values + starts[r], values + starts[s], x, y + r, y + s,
-                         words);
+/* Activations are integers of 16 bits here, x = step * (256 high + low - 32768): high and low bytes [2][64 * words] of
+ * every row of x. Their products with the weights are exact; y is left in units of the step. */
+INLINED void avx512_rows_i8(ROWS_OF(int8_t, uint8_t)) {
+    const uint64_t *masks[2];
+    const int8_t *from[2];
+    __m512i high[2][MOST], low[2][MOST], total[2];
+    const __m512i ones = _mm512_set1_epi8(1);
+    for (int i = 0; i < count; i++) {
+        masks[i] = bitmap + (row + i * apart) * words;
+        from[i] = values + starts[row + i * apart];
+        total[i] = _mm512_setzero_si512();
+        for (int b = 0; b < batch; b++) high[i][b] = low[i][b] = _mm512_setzero_si512();
     }
-#define ROWS(COUNT)                                                                                                \
-    case COUNT:                                                                                                    \
-        for (int64_t r = first + 2 * half; r < last; r++)                                                          \
-            avx512_row_bf16(bitmap + r * words, values + starts[r], x, y + r, words, rows, COUNT);                 \
-        break;
-    switch (batch) { ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) }
+    for (int64_t k = 0; k < words; k++) {
+        __m512i weight[2];
+        for (int i = 0; i < count; i++) {
+            uint64_t mask = masks[i][k];
+            _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);
+            weight[i] = expand8(mask, from[i]);
+            total[i] = _mm512_dpbusd_epi32(total[i], ones, weight[i]);
+            from[i] += __builtin_popcountll(mask);
+        }
+        for (int b = 0; b < batch; b++) {
+            const uint8_t *at = x + 64 * (k + 2 * b * words);
+            __m512i first = _mm512_loadu_si512(at), second = _mm512_loadu_si512(at + 64 * words);
+            for (int i = 0; i < count; i++) {
+                high[i][b] = _mm512_dpbusd_epi32(high[i][b], first, weight[i]);
+                low[i][b] = _mm512_dpbusd_epi32(low[i][b], second, weight[i]);
+            }
+        }
+    }
+    for (int i = 0; i < count; i++)
+        for (int b = 0; b < batch; b++) {
+            int64_t upper = _mm512_reduce_add_epi32(high[i][b]), lower = _mm512_reduce_add_epi32(low[i][b]);
+            int64_t weights = _mm512_reduce_add_epi32(total[i]);
+            y[row + i * apart + b * stride] = (float)(256 * upper + lower - 32768 * weights);
+        }
 }
+
+#define avx512_rows_bf16_PAIRS(BATCH) IN_PAIRS(avx512_rows_bf16, BATCH)
+#define avx512_rows_f32_PAIRS(BATCH) IN_PAIRS(avx512_rows_f32, BATCH)
+#define avx512_rows_i8_PAIRS(BATCH) IN_PAIRS(avx512_rows_i8, BATCH)
+SHARE(avx512_bf16, avx512_rows_bf16, uint16_t, uint16_t)
+SHARE(avx512_f32, avx512_rows_f32, float, float)
+SHARE(avx512_i8, avx512_rows_i8, int8_t, uint8_t)
 #pragma GCC pop_options
 #endif
 
 #ifdef X86
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,popcnt,fma,avx2,bmi,bmi2")
-/* A dense row, for comparison: four streams of weights share each load of the activations. */
-static void avx512_dense_bf16(const uint16_t *weight, const uint16_t *x, float *y, int64_t columns, int64_t first,
-                              int64_t last) {
-    int64_t quarter = (last - first) / 4;
-    for (int64_t i = 0; i < quarter; i++) {
-        const uint16_t *rows[4];
-        __m512 sum[4];
-        for (int j = 0; j < 4; j++) {
-            rows[j] = weight + (first + i + j * quarter) * columns;
-            sum[j] = _mm512_setzero_ps();
-        }
-        for (int64_t k = 0; k < columns; k += 32) {
-            __m512bh at = ACTIVATIONS(x + k);
-            for (int j = 0; j < 4; j++) sum[j] = _mm512_dpbf16_ps(sum[j], ACTIVATIONS(rows[j] + k), at);
-        }
-        for (int j = 0; j < 4; j++) y[first + i + j * quarter] = _mm512_reduce_add_ps(sum[j]);
-    }
-    for (int64_t r = first + 4 * quarter; r < last; r++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t k = 0; k < columns; k += 32)
-            sum = _mm512_dpbf16_ps(sum, ACTIVATIONS(weight + r * columns + k), ACTIVATIONS(x + k));
-        y[r] = _mm512_reduce_add_ps(sum);
-    }
-}
-#pragma GCC pop_options
+#define FASTEST(isa, NAME) ((isa) == AVX512 ? avx512_##NAME : (isa) == AVX2 ? avx2_##NAME : portable_##NAME)
+#define WIDENED(isa, NAME) ((isa) == AVX2 ? avx2_##NAME : portable_##NAME)
+#else
+#define FASTEST(isa, NAME) ((void)(isa), portable_##NAME)
+#define WIDENED(isa, NAME) ((void)(isa), portable_##NAME)
 #endif
-
-/* Rows first..last of every thread; the shares differ by one row at most. */
-#define EACH_THREAD(WORK)                                                                                          \
-    _Pragma("omp parallel for schedule(static) num_threads(threads)") for (int t = 0; t < threads; t++) {          \
-        int64_t first = rows * t / threads, last = rows * (t + 1) / threads;                                       \
-        WORK                                                                                                       \
-    }
-#define EACH_ROW(ROUTINE)                                                                                          \
-    EACH_THREAD(for (int64_t r = first; r < last; r++)                                                             \
-                    ROUTINE(bitmap + r * words, values + starts[r], x, y + r, words, rows, batch);)
+#define SHARES(TYPE)                                                                                               \
+    void (*share)(const uint64_t *, const TYPE *, const int64_t *, const float *, float *, int64_t, int64_t, int,  \
+                  int64_t, int64_t)
 
 /* y [batch][rows] = x [batch][64 * words] Wᵀ for float values; 0, or 1 for a batch that is too large. */
 int secateur_multiply_f32(int isa, const uint64_t *bitmap, const float *values, const int64_t *starts, const float *x,
                           float *y, int64_t rows, int64_t words, int batch, int threads) {
     if (batch < 1 || batch > MOST) return 1;
-#ifdef X86
-    if (isa == AVX512) {
-        EACH_ROW(avx512_row_f32)
-        return 0;
-    }
-    if (isa == AVX2) {
-        EACH_ROW(avx2_f32)
-        return 0;
-    }
-#endif
-    EACH_ROW(portable_f32)
+    SHARES(float) = FASTEST(isa, f32);
+    EACH_THREAD(share(bitmap, values, starts, x, y, rows, words, batch, first, last);)
     return 0;
 }
 
@@ -277,77 +344,116 @@ int secateur_multiply_bf16(int isa, const uint64_t *bitmap, const uint16_t *valu
         return 0;
     }
 #endif
-    float *x = malloc(sizeof(float) * 64 * words * batch);
+    int64_t count = 64 * words * batch;
+    float *x = malloc(sizeof(float) * count);
     if (!x) return 2;
-    for (int64_t i = 0; i < 64 * words * batch; i++) x[i] = widen(activations[i]);
-#ifdef X86
-    if (isa == AVX2) {
-        EACH_ROW(avx2_bf16)
-        free(x);
-        return 0;
-    }
-#endif
-    EACH_ROW(portable_bf16)
+    for (int64_t i = 0; i < count; i++) x[i] = widen(activations[i]);
+    SHARES(uint16_t) = WIDENED(isa, bf16);
+    EACH_THREAD(share(bitmap, values, starts, x, y, rows, words, batch, first, last);)
     free(x);
     return 0;
 }
 
-/* y [rows] = W x for a dense bfloat16 W [rows][columns], columns a multiple of 32: the fastest dense product that we
- * know for one row of activations, so that packed products are not compared with slow ones. 1 where it is missing. */
-int secateur_dense_bf16(int isa, const uint16_t *weight, const uint16_t *x, float *y, int64_t rows, int64_t columns,
-                        int threads) {
+/* The same for int8 values, each row of W with its own scale; activations are float. AVX-512 takes them as integers of
+ * 16 bits, which adds an error of 2^-16 of the largest one of a row at most; the others take them as they are. */
+int secateur_multiply_i8(int isa, const uint64_t *bitmap, const int8_t *values, const int64_t *starts,
+                         const float *scales, const float *x, float *y, int64_t rows, int64_t words, int batch,
+                         int threads) {
+    if (batch < 1 || batch > MOST) return 1;
+    float steps[MOST] = {1, 1, 1, 1, 1, 1, 1, 1};
 #ifdef X86
-    if (isa == AVX512 && columns % 32 == 0) {
-        EACH_THREAD(avx512_dense_bf16(weight, x, y, columns, first, last);)
-        return 0;
-    }
+    if (isa == AVX512) {
+        int64_t columns = 64 * words;
+        uint8_t *bytes = malloc(2 * columns * batch);
+        if (!bytes) return 2;
+        for (int b = 0; b < batch; b++) secateur_bytes(x + b * columns, bytes + 2 * b * columns, columns, steps + b);
+        EACH_THREAD(avx512_i8(bitmap, values, starts, bytes, y, rows, words, batch, first, last);)
+        free(bytes);
+    } else
 #endif
-    (void)isa, (void)weight, (void)x, (void)y, (void)rows, (void)columns, (void)threads;
-    return 1;
+    {
+        SHARES(int8_t) = WIDENED(isa, i8);
+        EACH_THREAD(share(bitmap, values, starts, x, y, rows, words, batch, first, last);)
+    }
+    for (int b = 0; b < batch; b++)
+        for (int64_t r = 0; r < rows; r++) y[b * rows + r] *= steps[b] * scales[r];
+    return 0;
 }
 
-/* out [rows][64 * words] = the rows of a packed matrix from the first one that `bitmap` and `starts` point to, dense. */
-#define UNPACK(NAME, TYPE, FAST)                                                                                   \
-    void NAME(int isa, const uint64_t *bitmap, const TYPE *values, const int64_t *starts, TYPE *out, int64_t rows,  \
-              int64_t words, int threads) {                                                                        \
-        EACH_THREAD(for (int64_t r = first; r < last; r++) {                                                       \
-            const TYPE *from = values + starts[r];                                                                 \
-            TYPE *to = out + 64 * words * r;                                                                       \
-            if (FAST(isa, bitmap + r * words, from, to, words)) continue;                                          \
-            memset(to, 0, sizeof(TYPE) * 64 * words);                                                              \
-            for (int64_t k = 0; k < words; k++)                                                                    \
-                for (uint64_t left = bitmap[r * words + k]; left; left &= left - 1)                                \
-                    to[64 * k + __builtin_ctzll(left)] = *from++;                                                  \
-        })                                                                                                         \
+/* out [rows][64 * words] = the rows of a packed matrix from the first one that `bitmap` and `starts` point to, dense:
+ * as they are stored, or as floats, with the scale of each row for int8. */
+#define PORTABLE_DENSE(NAME, TYPE, OUT, WIDE)                                                                      \
+    static void NAME(const uint64_t *bitmap, const TYPE *values, OUT *out, int64_t words, float scale) {           \
+        (void)scale;                                                                                               \
+        memset(out, 0, sizeof(OUT) * 64 * words);                                                                  \
+        for (int64_t k = 0; k < words; k++)                                                                        \
+            for (uint64_t left = bitmap[k]; left; left &= left - 1) out[64 * k + __builtin_ctzll(left)] = WIDE;    \
     }
+PORTABLE_DENSE(portable_unpack_bf16, uint16_t, uint16_t, *values++)
+PORTABLE_DENSE(portable_unpack_f32, float, float, *values++)
+PORTABLE_DENSE(portable_widen_bf16, uint16_t, float, widen(*values++))
+PORTABLE_DENSE(portable_widen_i8, int8_t, float, scale * *values++)
 
 #ifdef X86
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,popcnt,bmi,bmi2")
-static int expanded_bf16(int isa, const uint64_t *bitmap, const uint16_t *values, uint16_t *out, int64_t words) {
-    if (isa != AVX512) return 0;
-    for (int64_t k = 0; k < words; k++, out += 64) {
-        uint64_t mask = bitmap[k];
-        _mm512_storeu_si512(out, expand16((uint32_t)mask, values));
-        _mm512_storeu_si512(out + 32, expand16(mask >> 32, values + _mm_popcnt_u32((uint32_t)mask)));
-        values += _mm_popcnt_u64(mask);
+#pragma GCC target("avx2,fma,popcnt,bmi,bmi2")
+#define AVX2_DENSE(NAME, TYPE, OUT, STORE)                                                                         \
+    static void NAME(const uint64_t *bitmap, const TYPE *values, OUT *out, int64_t words, float scale) {           \
+        (void)scale;                                                                                               \
+        for (int64_t k = 0; k < words; k++)                                                                        \
+            _Pragma("GCC unroll 8") for (int j = 0; j < 8; j++, out += 8) {                                        \
+                unsigned mask = bitmap[k] >> 8 * j & 255;                                                          \
+                STORE;                                                                                             \
+                values += __builtin_popcount(mask);                                                                \
+            }                                                                                                      \
     }
-    return 1;
+INLINED void store_upper(uint16_t *out, __m256 wide) { /* the upper half of each float */
+    __m256i halves = _mm256_srli_epi32(_mm256_castps_si256(wide), 16);
+    __m256i packed = _mm256_packus_epi32(halves, halves);
+    _mm_storeu_si128((__m128i *)out, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 }
-
-static int expanded_f32(int isa, const uint64_t *bitmap, const float *values, float *out, int64_t words) {
-    if (isa != AVX512) return 0;
-    for (int64_t k = 0; k < words; k++)
-        for (uint64_t mask = bitmap[k], j = 0; j < 4; j++, mask >>= 16, out += 16) {
-            _mm512_storeu_si512(out, expand32(mask & 0xffff, values));
-            values += _mm_popcnt_u32(mask & 0xffff);
-        }
-    return 1;
-}
+AVX2_DENSE(avx2_unpack_bf16, uint16_t, uint16_t, store_upper(out, spread_bf16(values, mask)))
+AVX2_DENSE(avx2_unpack_f32, float, float, _mm256_storeu_ps(out, spread_f32(values, mask)))
+AVX2_DENSE(avx2_widen_bf16, uint16_t, float, _mm256_storeu_ps(out, spread_bf16(values, mask)))
+AVX2_DENSE(avx2_widen_i8, int8_t, float,
+           _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_set1_ps(0x1p-24f * scale), spread_i8(values, mask))))
 #pragma GCC pop_options
-#else
-#define expanded_bf16(...) 0
-#define expanded_f32(...) 0
+
+#pragma GCC push_options
+#ifndef EMULATED
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
 #endif
-UNPACK(secateur_unpack_bf16, uint16_t, expanded_bf16)
-UNPACK(secateur_unpack_f32, float, expanded_f32)
+#define AVX512_DENSE(NAME, TYPE, OUT, PIECE, STORE)                                                                \
+    static void NAME(const uint64_t *bitmap, const TYPE *values, OUT *out, int64_t words, float scale) {           \
+        (void)scale;                                                                                               \
+        for (int64_t k = 0; k < words; k++)                                                                        \
+            for (int j = 0; j < 64; j += PIECE, out += PIECE) {                                                    \
+                uint64_t mask = bitmap[k] >> j & ((1ull << PIECE) - 1);                                            \
+                STORE;                                                                                             \
+                values += __builtin_popcountll(mask);                                                              \
+            }                                                                                                      \
+    }
+#define LOWER(v) _mm512_castsi512_si256(v)
+#define LEAST(v) _mm512_castsi512_si128(v)
+AVX512_DENSE(avx512_unpack_bf16, uint16_t, uint16_t, 32, _mm512_storeu_si512(out, expand16(mask, values)))
+AVX512_DENSE(avx512_unpack_f32, float, float, 16, _mm512_storeu_si512(out, expand32(mask, values)))
+AVX512_DENSE(avx512_widen_bf16, uint16_t, float, 16,
+             _mm512_storeu_si512(out, _mm512_slli_epi32(_mm512_cvtepu16_epi32(LOWER(expand16(mask, values))), 16)))
+AVX512_DENSE(avx512_widen_i8, int8_t, float, 16,
+             _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_set1_ps(scale), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+                                                                            LEAST(expand8(mask, values)))))))
+#pragma GCC pop_options
+#endif
+
+#define DENSE(NAME, ROUTINE, TYPE, OUT)                                                                            \
+    void NAME(int isa, const uint64_t *bitmap, const TYPE *values, const int64_t *starts, const float *scales,     \
+              OUT *out, int64_t rows, int64_t words, int threads) {                                                \
+        void (*row)(const uint64_t *, const TYPE *, OUT *, int64_t, float) = FASTEST(isa, ROUTINE);                \
+        EACH_THREAD(for (int64_t r = first; r < last; r++)                                                         \
+                        row(bitmap + r * words, values + starts[r], out + 64 * words * r, words,                   \
+                            scales ? scales[r] : 1);)                                                              \
+    }
+DENSE(secateur_unpack_bf16, unpack_bf16, uint16_t, uint16_t)
+DENSE(secateur_unpack_f32, unpack_f32, float, float)
+DENSE(secateur_widen_bf16, widen_bf16, uint16_t, float)
+DENSE(secateur_widen_i8, widen_i8, int8_t, float)

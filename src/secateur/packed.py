@@ -1,15 +1,15 @@
 """Sparse matrices that stay packed while they are multiplied: a bit for each weight, and the kept values.
 
 At batch 1 a matrix product reads every weight once and does little with it, so what counts is bytes: with half of the
-weights gone, bfloat16 takes 1.125 bytes a weight instead of 2. The products are in packed.c, which is compiled with
-the package where there is a compiler; without it matrices are unpacked, row by row, and multiplied by torch.
+weights gone, bfloat16 takes 1.125 bytes a weight instead of 2, and int8 values 0.625. The products are in packed.c,
+which is compiled with the package where there is a compiler; without it matrices are unpacked, row by row, and
+multiplied by torch.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -24,18 +24,22 @@ WORD, SLACK, MOST = 64, 64, 8
 ROWS_AT_ONCE = 1024
 """How many rows are unpacked at a time for a larger batch."""
 ISAS = ("portable", "avx2", "avx512")
+KINDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
+"""The values that there are products for, as packed.c calls them."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix `[rows, columns]`: `bitmap` int64 `[rows, words]`, `values` `[kept + slack]` float32 or bfloat16, and
-    `starts` int64 `[rows + 1]`, the place of the first value of every row. Bit j of word k is column 64 k + j.
+    """A matrix `[rows, columns]`: `bitmap` int64 `[rows, words]`, `values` `[kept + slack]` float32, bfloat16, float16
+    or int8, and `starts` int64 `[rows + 1]`, the place of the first value of every row. Bit j of word k is column
+    64 k + j. int8 values have `scales` float32 `[rows]`: the weight is the value times the scale of its row.
     """
 
     bitmap: Tensor
     values: Tensor
     starts: Tensor
     columns: int
+    scales: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -44,30 +48,38 @@ class Packed:
     @property
     def bytes(self) -> int:
         """What is read for one product."""
-        return sum(t.numel() * t.element_size() for t in (self.bitmap, self.values, self.starts))
+        held = (self.bitmap, self.values, self.starts, self.scales)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
 
-    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """Some rows as a dense matrix, zeros +0.0; a view of a wider one where a word is not full."""
+    def dense(self, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Some rows as a dense matrix, zeros +0.0; a view of a wider one where a word is not full.
+
+        As they are stored, int8 as float32; `dtype` float32 is given as fast.
+        """
         stop = self.rows if stop is None else stop
-        if (compiled := library()) is not None:
+        given = self.values.dtype
+        wide = given == torch.int8 or (given == torch.bfloat16 and dtype == torch.float32)
+        out_dtype = torch.float32 if wide else given
+        if (compiled := library()) is not None and given in KINDS:
             words = self.bitmap.shape[1]
-            out = torch.empty(stop - start, words * WORD, dtype=self.values.dtype)
-            unpack = compiled.secateur_unpack_bf16 if out.dtype == torch.bfloat16 else compiled.secateur_unpack_f32
+            out = torch.empty(stop - start, words * WORD, dtype=out_dtype)
+            unpack = getattr(compiled, f"secateur_{'widen' if wide else 'unpack'}_{KINDS[given]}")
             unpack(
                 _best(), self.bitmap[start:].data_ptr(), self.values.data_ptr(), self.starts[start:].data_ptr(),
-                out.data_ptr(), stop - start, words, torch.get_num_threads(),
+                None if self.scales is None else self.scales[start:].data_ptr(), out.data_ptr(), stop - start, words,
+                torch.get_num_threads(),
             )  # fmt: skip
-            return out[:, : self.columns]
+            return out[:, : self.columns].to(dtype)
         mask = _bits(self.bitmap[start:stop])[:, : self.columns]
-        weight = torch.zeros(stop - start, self.columns, dtype=self.values.dtype)
-        weight[mask] = self.values[int(self.starts[start]) : int(self.starts[stop])]
-        return weight
+        weight = torch.zeros(stop - start, self.columns, dtype=out_dtype)
+        weight[mask] = self.values[int(self.starts[start]) : int(self.starts[stop])].to(out_dtype)
+        return (weight if self.scales is None else weight * self.scales[start:stop, None]).to(dtype)
 
 
 def pack(weight: Tensor) -> Packed:
-    """Pack a matrix `[rows, columns]`, float32 or bfloat16, on the CPU. Raises BadCheckpoint for another dtype."""
-    if weight.dtype not in (torch.float32, torch.bfloat16):
-        raise BadCheckpoint(f"Matrices of float32 and bfloat16 can be packed; found {weight.dtype}.")
+    """Pack a matrix `[rows, columns]` on the CPU. Raises BadCheckpoint for a dtype that is none of `Packed`'s."""
+    if weight.dtype not in (*KINDS, torch.float16):
+        raise BadCheckpoint(f"Matrices of float32, bfloat16 and float16 can be packed; found {weight.dtype}.")
     kept = weight != 0
     words = -(-weight.shape[1] // WORD)
     bits = np.zeros((len(weight), words * WORD), dtype=bool)
@@ -80,32 +92,51 @@ def pack(weight: Tensor) -> Packed:
     return Packed(bitmap, values, starts, weight.shape[1])
 
 
+def pack_int8(weight: Tensor) -> Packed:
+    """Pack a matrix `[rows, columns]` with values of 8 bits: symmetric, one scale a row, the largest weight is 127.
+
+    A kept weight under half a step becomes zero, and is not stored.
+    """
+    wide = weight.float()
+    scales = wide.abs().amax(1) / 127
+    steps = (wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127)
+    return replace(pack(steps.to(torch.int8)), scales=scales)
+
+
 def _bits(bitmap: Tensor) -> Tensor:
     """bool `[rows, 64 * words]`."""
     bits = np.unpackbits(bitmap.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
     return torch.from_numpy(bits.view(bool))
 
 
-def check(packed: Packed) -> None:
+def row_starts(bitmap: Tensor) -> Tensor:
+    """The place of the first value of every row, and how many there are: int64 `[rows + 1]`, from the bitmap."""
+    counts = np.bitwise_count(bitmap.numpy().view(np.uint64)).sum(1, dtype=np.int64)
+    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(counts)]).cumsum(0)
+
+
+def check(packed: Packed, name: str = "A packed matrix") -> None:
     """Raise BadCheckpoint unless no product can read beyond the tensors: what comes from a file is checked first."""
     bitmap, values, starts, columns = packed.bitmap, packed.values, packed.starts, packed.columns
+    held = [t for t in (bitmap, values, starts, packed.scales) if t is not None]
     sound = (
         bitmap.dtype == starts.dtype == torch.int64
-        and values.dtype in (torch.float32, torch.bfloat16)
+        and values.dtype in (*KINDS, torch.float16)
         and bitmap.dim() == 2
         and values.dim() == starts.dim() == 1
-        and all(t.is_contiguous() and t.device.type == "cpu" for t in (bitmap, values, starts))
+        and all(t.is_contiguous() and t.device.type == "cpu" for t in held)
         and 0 < columns <= bitmap.shape[1] * WORD < columns + WORD
         and len(starts) == len(bitmap) + 1
+        and (values.dtype == torch.int8) == (packed.scales is not None)
+        and (packed.scales is None or (packed.scales.dtype, packed.scales.shape) == (torch.float32, bitmap.shape[:1]))
     )
     if not sound:
-        raise BadCheckpoint("A packed matrix has tensors of the wrong type or shape. Pack the model again.")
-    bits = [_bits(part) for part in bitmap.split(ROWS_AT_ONCE)]
-    counts, beyond = torch.cat([part.sum(1) for part in bits]), any(part[:, columns:].any() for part in bits)
-    if starts[0] != 0 or not torch.equal(starts.diff(), counts) or beyond:
-        raise BadCheckpoint("The bitmap of a packed matrix does not agree with where its rows start. Pack it again.")
+        raise BadCheckpoint(f"{name} has tensors of the wrong type or shape. Pack the model again.")
+    beyond = bitmap.shape[1] * WORD > columns and (bitmap[:, -1] >> (columns % WORD)).any()
+    if not torch.equal(starts, row_starts(bitmap)) or beyond:
+        raise BadCheckpoint(f"{name} has a bitmap that does not agree with where its rows start. Pack it again.")
     if len(values) * values.element_size() < int(starts[-1]) * values.element_size() + SLACK:
-        raise BadCheckpoint(f"A packed matrix has {len(values)} values, {int(starts[-1])} and slack were wanted.")
+        raise BadCheckpoint(f"{name} has {len(values)} values; {int(starts[-1])} and slack were wanted.")
 
 
 @cache
@@ -114,16 +145,21 @@ def library() -> ctypes.CDLL | None:
     found = find_spec("secateur._packed")
     if found is None or found.origin is None:
         return None
-    loaded = ctypes.CDLL(found.origin)
-    for name in ("secateur_multiply_f32", "secateur_multiply_bf16"):
-        pointers, sizes = [ctypes.c_void_p] * 5, [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-        getattr(loaded, name).argtypes = [ctypes.c_int, *pointers, *sizes]
-    sizes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
-    for name in ("secateur_unpack_f32", "secateur_unpack_bf16"):
-        getattr(loaded, name).argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 4, *sizes]
-        getattr(loaded, name).restype = None
-    pointers = [ctypes.c_void_p] * 3
-    loaded.secateur_dense_bf16.argtypes = [ctypes.c_int, *pointers, *sizes]
+    return declared(ctypes.CDLL(found.origin))
+
+
+def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """A compiled packed.c whose functions know their arguments."""
+    whole, size, place = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    for kind in KINDS.values():
+        scales = [place] if kind == "i8" else []
+        multiply = getattr(loaded, f"secateur_multiply_{kind}")
+        multiply.argtypes = [whole, *[place] * 3, *scales, *[place] * 2, size, size, whole, whole]
+    for name in ("unpack_f32", "unpack_bf16", "widen_bf16", "widen_i8"):
+        unpack = getattr(loaded, f"secateur_{name}")
+        unpack.argtypes, unpack.restype = [whole, *[place] * 5, size, size, whole], None
+    loaded.secateur_dense_bf16.argtypes = [whole, *[place] * 3, size, size, whole]
+    loaded.secateur_dense_i8.argtypes = [whole, *[place] * 4, size, size, whole]
     return loaded
 
 
@@ -140,89 +176,57 @@ def isa() -> str | None:
 def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x.
 
-    bfloat16 matrices take the activations rounded to bfloat16 and add in float32. Larger batches than `MOST` unpack
-    the matrix by and by. `use` forces an instruction set of `ISAS` that this machine has, for tests.
+    bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8 ones take them as float32, or
+    as integers of 16 bits. Larger batches than `MOST` are taken by and by. Without the library the matrix is unpacked.
+    `use` forces an instruction set of `ISAS` that this machine has, for tests.
     """
     flat = x.reshape(-1, x.shape[-1])
     compiled = library()
-    if compiled is None or len(flat) > MOST or not len(flat):
-        y = _unpacked(packed, flat)
-    else:
-        y = torch.empty(len(flat), packed.rows)
-        words = packed.bitmap.shape[1]
-        rows = flat.to(packed.values.dtype).contiguous()
-        if packed.columns < words * WORD:
-            rows = nn.functional.pad(rows, (0, words * WORD - packed.columns))
-        half = packed.values.dtype == torch.bfloat16
-        product = compiled.secateur_multiply_bf16 if half else compiled.secateur_multiply_f32
+    if compiled is None or packed.values.dtype not in KINDS or not len(flat):
+        return multiply_unpacked(packed, x)
+    words = packed.bitmap.shape[1]
+    rows = flat.to(torch.float32 if packed.scales is not None else packed.values.dtype)
+    if packed.columns < words * WORD:
+        rows = nn.functional.pad(rows, (0, words * WORD - packed.columns))
+    rows = rows.contiguous()
+    y = torch.empty(len(flat), packed.rows)
+    product = getattr(compiled, f"secateur_multiply_{KINDS[packed.values.dtype]}")
+    scales = [] if packed.scales is None else [packed.scales.data_ptr()]
+    for start in range(0, len(flat), MOST):
         failed = product(
             _best() if use is None else ISAS.index(use), packed.bitmap.data_ptr(), packed.values.data_ptr(),
-            packed.starts.data_ptr(), rows.data_ptr(), y.data_ptr(), packed.rows, words, len(flat),
-            torch.get_num_threads(),
+            packed.starts.data_ptr(), *scales, rows[start:].data_ptr(), y[start:].data_ptr(), packed.rows, words,
+            min(MOST, len(flat) - start), torch.get_num_threads(),
         )  # fmt: skip
         assert not failed, f"the packed product failed with {failed}"
     return y.to(x.dtype).view(*x.shape[:-1], packed.rows)
 
 
-def dense_product(weight: Tensor, x: Tensor) -> Tensor | None:
-    """x `[columns]` times a dense bfloat16 matrix transposed, float32 `[rows]`: our own, to compare packed ones with.
+def multiply_unpacked(packed: Packed, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The same by unpacking some rows after the other and multiplying them with torch, in `dtype` (None: as stored)."""
+    flat = x.reshape(-1, x.shape[-1])
+    parts = []
+    for start in range(0, packed.rows, ROWS_AT_ONCE):
+        weight = packed.dense(start, min(start + ROWS_AT_ONCE, packed.rows), dtype)
+        parts.append(nn.functional.linear(flat.to(weight.dtype), weight))
+    return torch.cat(parts, 1).to(x.dtype).view(*x.shape[:-1], packed.rows)
 
-    None where this machine or the shape has none.
+
+def dense_product(weight: Tensor, x: Tensor, scales: Tensor | None = None) -> Tensor | None:
+    """x `[columns]` times a dense matrix transposed, float32 `[rows]`: our own, to compare packed ones with.
+
+    bfloat16 with bfloat16 x, or int8 with `scales` `[rows]` and float32 x; None where this machine or the shape has no
+    such product.
     """
-    if (compiled := library()) is None or weight.dtype != torch.bfloat16 or x.dtype != torch.bfloat16:
+    if (compiled := library()) is None:
         return None
     y = torch.empty(len(weight))
-    pointers = (t.data_ptr() for t in (weight, x, y))
-    missing = compiled.secateur_dense_bf16(_best(), *pointers, *weight.shape, torch.get_num_threads())
+    if scales is not None:
+        places = (weight.data_ptr(), scales.data_ptr(), x.data_ptr(), y.data_ptr())
+        missing = compiled.secateur_dense_i8(_best(), *places, *weight.shape, torch.get_num_threads())
+    elif weight.dtype == x.dtype == torch.bfloat16:
+        places = (weight.data_ptr(), x.data_ptr(), y.data_ptr())
+        missing = compiled.secateur_dense_bf16(_best(), *places, *weight.shape, torch.get_num_threads())
+    else:
+        return None
     return None if missing else y
-
-
-def _unpacked(packed: Packed, x: Tensor) -> Tensor:
-    parts = [
-        nn.functional.linear(x.to(packed.values.dtype), packed.dense(start, min(start + ROWS_AT_ONCE, packed.rows)))
-        for start in range(0, packed.rows, ROWS_AT_ONCE)
-    ]
-    return torch.cat(parts, 1).float()
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weight is packed; for inference on the CPU."""
-
-    def __init__(self, packed: Packed, bias: Tensor | None) -> None:
-        super().__init__()
-        for name in ("bitmap", "values", "starts"):
-            self.register_buffer(name, getattr(packed, name))
-        self.register_buffer("bias", bias)
-        self.in_features, self.out_features = packed.columns, packed.rows
-
-    @property
-    def packed(self) -> Packed:
-        return Packed(self.bitmap, self.values, self.starts, self.in_features)  # type: ignore[arg-type]
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = multiply(self.packed, x)
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
-        return y if bias is None else y + bias
-
-
-def packable(model: nn.Module, least: float) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers on the CPU, float32 or bfloat16, of which at least a share `least` is zero."""
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and module.weight.dtype in (torch.float32, torch.bfloat16):
-            zeros = (module.weight == 0).sum().item() / module.weight.numel()
-            if zeros >= least and module.weight.device.type == "cpu":
-                yield name, module
-
-
-def pack_model(model: nn.Module, *, least: float = 0.4) -> list[str]:
-    """Replace the linear layers that have enough zeros by packed ones, in place; returns their names.
-
-    Under 40 % zeros a bfloat16 matrix is not smaller enough to be faster.
-    """
-    names = []
-    for name, module in list(packable(model, least)):
-        owner, _, leaf = name.rpartition(".")
-        bias = None if module.bias is None else module.bias.data
-        setattr(model.get_submodule(owner), leaf, PackedLinear(pack(module.weight.data), bias))
-        names.append(name)
-    return names

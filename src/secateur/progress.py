@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -24,10 +25,19 @@ _STATUS = Path("/proc/self/status")
 
 def anonymous_bytes() -> int | None:
     """The anonymous resident memory of this process, or None where the system does not tell."""
+    return _held("RssAnon")
+
+
+def resident_bytes() -> int | None:
+    """All resident memory of this process, mapped files included, or None where the system does not tell."""
+    return _held("VmRSS")
+
+
+def _held(what: str) -> int | None:
     if not _STATUS.exists():
         return None
     for line in _STATUS.read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{what}:"):
             return 1024 * int(line.split()[1])
     return None
 
@@ -35,12 +45,12 @@ def anonymous_bytes() -> int | None:
 class PeakMemory:
     """The largest `anonymous_bytes()` between entering and leaving; `bytes` is None where it is unknown.
 
-    What was freed before is given back to the system first, so that it does not count.
+    What was freed before is given back to the system first, so that it does not count. `of` asks for another kind.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, of: Callable[[], int | None] = anonymous_bytes) -> None:
         release_memory()
-        self.bytes = anonymous_bytes()
+        self._of, self.bytes = of, of()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -49,7 +59,7 @@ class PeakMemory:
             self._look()
 
     def _look(self) -> None:
-        now = anonymous_bytes()
+        now = self._of()
         if now is not None:
             self.bytes = max(self.bytes or 0, now)
 

@@ -119,19 +119,26 @@ def speed_table(results: BenchResults) -> Table:
     shown = Table(
         title=f"{results.dtype} on {results.machine['processor']}, {results.machine['threads']} threads, "
         f"{results.new_tokens} tokens decoded, {results.rounds} rounds",
-        caption="Times: median over rounds. Ratio: how many times faster than the dense model in the same runtime, or "
-        "in eager where that has none, [95 % interval]. Bandwidth: share of what this machine reads at best "
-        f"({results.read_bandwidth / 1e9:.0f} GB/s) that decoding reads of the weights.",
+        caption="First token: prefill. Ratios: how many times faster than the dense model [95 % interval] in the same "
+        "runtime or in the one that is named; decoding over eager: than the dense model in plain transformers. Memory: "
+        "growth while loading and running once. Read: share of what this machine reads at best "
+        f"({results.read_bandwidth / 1e9:.0f} GB/s) that decoding reads of the weights. Products: share of its matrix "
+        f"rate ({results.matrix_rate / 1e9:.0f} Gflop/s) in prefill.",
         box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
     )  # fmt: skip
-    columns = ("model", "runtime", "batch", "prompt", "prefill", "ratio", "a token", "ratio", "weights", "bandwidth")
+    columns = (
+        "model", "runtime", "batch", "prompt", "first token", "ratio", "a token", "tokens/s", "ratio", "dense in",
+        "over eager", "memory", "weights", "read", "products",
+    )  # fmt: skip
     for column in columns:
         shown.add_column(column, justify="left" if column in columns[:2] else "right")
     for row in results.timings:
+        memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:.0f} MiB"
         shown.add_row(
             escape(row.model), row.runtime, str(row.batch), str(row.prompt), f"{1e3 * row.prefill[1]:.1f} ms",
-            _interval(row.prefill_ratio), f"{1e3 * row.decode[1]:.2f} ms", _interval(row.decode_ratio),
-            f"{row.weight_bytes / 2**20:.1f} MiB", f"{row.share_of_bandwidth:.0%}",
+            _interval(row.prefill_ratio), f"{1e3 * row.decode[1]:.2f} ms", f"{row.tokens_per_second:.1f}",
+            _interval(row.decode_ratio), row.against, _interval(row.over_eager), memory,
+            f"{row.weight_bytes / 2**20:.0f} MiB", f"{row.share_of_bandwidth:.0%}", f"{row.share_of_matrix_rate:.0%}",
         )  # fmt: skip
     return shown
 

@@ -7,11 +7,14 @@ and decode; the clock, the rounds and the comparison of outputs are in `bench`.
 from secateur.errors import UnknownName
 from secateur.runtimes.base import Running, Runtime
 from secateur.runtimes.eager import eager
-from secateur.runtimes.packed import packed
+from secateur.runtimes.packed import own_dense, own_int8, packed, packed_int8
 
 RUNTIMES: dict[str, Runtime] = {
     "eager": eager,
     "packed": packed,
+    "packed-int8": packed_int8,
+    "own-dense": own_dense,
+    "own-int8": own_int8,
 }
 
 

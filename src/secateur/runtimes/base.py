@@ -15,11 +15,13 @@ class Running(Protocol):
     """A loaded model that is run token by token, with its keys and values kept.
 
     `weight_bytes` are read for one token: all weights but the input embedding, of which a row is looked up. Logits
-    are float32 `[batch, vocabulary]`, those after the last token.
+    are float32 `[batch, vocabulary]`, those after the last token. `room` is set to the number of tokens that will be
+    decoded after a prompt, for those that have to know.
     """
 
     vocabulary: int
     weight_bytes: int
+    room: int
 
     def prefill(self, ids: Tensor) -> Tensor:
         """The logits after tokens int64 `[batch, length]`, from an empty cache. UnsupportedModel: not this batch."""
@@ -36,7 +38,7 @@ class Stepped:
     def __init__(self, model: PreTrainedModel, weight_bytes: int) -> None:
         self.model: Any = model
         self.vocabulary = model.config.get_text_config().vocab_size
-        self.weight_bytes = weight_bytes
+        self.weight_bytes, self.room = weight_bytes, 64
         self.cache: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -54,8 +56,10 @@ class Runtime(NamedTuple):
     SecateurError; UnsupportedModel where this runtime cannot run that folder in that dtype.
 
     `twin` is the runtime that shows what its kernels give without zeros: there the dense model is its baseline.
+    `rounded` says that it rounds the folder's weights to few bits, so that its outputs are compared loosely.
     """
 
     missing: Callable[[], str | None]
     load: Callable[[Path, torch.dtype], Running]
     twin: str | None = None
+    rounded: bool = False

@@ -14,15 +14,14 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
 
 
-def bytes_read(model: PreTrainedModel) -> int:
-    """What one decoded token reads of the weights; a head tied to the embedding is read as a whole."""
-    tied = model.get_output_embeddings() is not None and model.get_input_embeddings().weight is getattr(
-        model.get_output_embeddings(), "weight", None
-    )
-    looked_up = set() if tied else {id(p) for p in model.get_input_embeddings().parameters()}  # type: ignore[union-attr]
-    tensors = [p for p in model.parameters() if id(p) not in looked_up]
-    tensors += [b for m in model.modules() if not isinstance(m, nn.Embedding) for b in m.buffers(recurse=False)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+def bytes_read(model: nn.Module) -> int:
+    """What one decoded token reads of the weights: all but embeddings, each once; a tied head is read as a whole."""
+    held = {}
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                held[tensor.data_ptr(), tensor.shape] = tensor.numel() * tensor.element_size()
+    return sum(held.values())
 
 
 def load(folder: Path, dtype: torch.dtype) -> Running:
