@@ -4,6 +4,8 @@ from secateur.bench import bench
 from secateur.compare import compare
 from secateur.errors import SecateurError
 from secateur.evaluate import evaluate
+from secateur.export import export
+from secateur.formats.packed import load_packed
 from secateur.inspection import inspect
 from secateur.methods import METHODS, Method, Pruned, scored
 from secateur.model import load
@@ -11,6 +13,7 @@ from secateur.packing import pack_model
 from secateur.patterns import parse
 from secateur.plan import plan
 from secateur.prune import prune, prune_model
+from secateur.validate import validate
 
 __all__ = [
     "METHODS",
@@ -20,12 +23,15 @@ __all__ = [
     "bench",
     "compare",
     "evaluate",
+    "export",
     "inspect",
     "load",
+    "load_packed",
     "pack_model",
     "parse",
     "plan",
     "prune",
     "prune_model",
     "scored",
+    "validate",
 ]

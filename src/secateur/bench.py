@@ -38,9 +38,9 @@ SCHEMA = "secateur.bench/2"
 class Timing:
     """One model in one runtime at one batch and prompt length. Seconds are [10 %, median, 90 %] over rounds.
 
-    `prefill` is the time to the first token, `decode` that of one step of the whole batch. The ratios say how many times
-    faster than the dense model in `against`: the same runtime where the dense model has one, else the runtime's twin,
-    else `eager`; `over_eager` is that of decoding to the dense model in `eager`. Each is the median over rounds and its
+    `prefill` is the time to the first token, `decode` that of one step of the whole batch. The ratios say how many
+    times faster than the dense model in `against`: the same runtime where the dense model has one, else the runtime's
+    twin, else `eager`; `over_eager` is that of decoding to the dense model in `eager`. Each is the median over rounds and its
     95 % interval. `memory_bytes` is by how much the process's memory, mapped files included, grew at most while the
     model was loaded and ran once; `weight_bytes` are read for a token. Shares are of what the machine was measured to
     read (decoding: weights alone) and to multiply (prefill: the weights of the same model in `eager`).

@@ -153,6 +153,10 @@ def _single_shard(folder: Path) -> tuple[str, ...]:
             f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded. "
             "Convert them to safetensors first: load the model in a place you trust and call save_pretrained."
         )
+    if packed := sorted(f.name for f in folder.glob("packed-*.safetensors")):
+        raise BadCheckpoint(
+            f"{folder} is packed ({packed[0]}). Make it dense first: secateur export {folder} --to dense --out DIR."
+        )
     raise BadCheckpoint(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
 
 

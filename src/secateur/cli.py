@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from secateur import deploy
 from secateur.arguments import (
     Align,
     AsJson,
@@ -35,6 +33,7 @@ from secateur.arguments import (
     WindowCount,
 )
 from secateur.errors import SecateurError, in_one_line
+from secateur.terminal import command, console, display, print_json, progress, split
 
 app = typer.Typer(
     name="secateur",
@@ -52,19 +51,6 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
         print(installed("secateur"))
         raise typer.Exit
-
-
-def _progress(quiet: bool) -> Any:
-    """The progress display, with the loading bars of the libraries turned off."""
-    import datasets
-    import transformers
-
-    from secateur.progress import show
-
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    return show(quiet)
 
 
 @app.command()
@@ -100,19 +86,19 @@ def prune(
     import secateur
     from secateur.report import summary
 
-    with _display(quiet) as progress:
+    with display(quiet) as shows:
         report = secateur.prune(
             model, out=out, method=method, pattern=pattern, allocate=allocate, align=align,
             calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, skip=skip or (), device=device,
             dtype=dtype, batch_size=batch_size, data_dir=data_dir, overwrite=overwrite,
-            allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=_command(),
-            progress=progress,
+            allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=command(),
+            progress=shows,
         )  # fmt: skip
     if as_json:
-        return _print_json(report)
-    console = _console()
+        return print_json(report)
+    shown = console()
     for line in summary(report):
-        console.print(escape(line))
+        shown.print(escape(line))
     return None
 
 
@@ -142,20 +128,20 @@ def plan(
     """Measure how much each site can lose, and write it as a plan to edit or to prune by (--allocate FILE)."""
     import secateur
 
-    with _display(quiet) as progress:
+    with display(quiet) as shows:
         found = secateur.plan(
             model, out=out, allocate=allocate, method=method, pattern=pattern, calibration=calibration,
             samples=samples, seq_len=seq_len, seed=seed, skip=skip or (), device=device, dtype=dtype,
             batch_size=batch_size, data_dir=data_dir, overwrite=overwrite, trust_remote_code=trust_remote_code,
-            command=_command(), progress=progress,
+            command=command(), progress=shows,
         )  # fmt: skip
     sites = {name: str(pattern) for name, pattern in found.items()}
     if as_json:
-        return _print_json(sites)
-    console = _console()
+        return print_json(sites)
+    shown = console()
     for name, removed in sites.items():
-        console.print(f"{removed:>8}  {escape(name)}")
-    console.print(f"Written to {escape(str(out))}.")
+        shown.print(f"{removed:>8}  {escape(name)}")
+    shown.print(f"Written to {escape(str(out))}.")
     return None
 
 
@@ -177,23 +163,23 @@ def evaluate(
     """Measure the perplexity of a model, and with --dense its distance from the dense model."""
     import secateur
 
-    with _display(quiet) as progress:
+    with display(quiet) as shows:
         found = secateur.evaluate(
             model, dense=dense, evaluation=evaluation, windows=windows, seq_len=seq_len, device=device,
             dtype=dtype, batch_size=batch_size, data_dir=data_dir, trust_remote_code=trust_remote_code,
-            progress=progress,
+            progress=shows,
         )  # fmt: skip
     if as_json:
-        return _print_json(found)
-    console = _console()
+        return print_json(found)
+    shown = console()
     text = found.evaluation
-    console.print(
+    shown.print(
         f"Perplexity {found.perplexity:.4f} on {escape(text['source'])} ({text['split']}), {text['samples']} windows "
         f"of {text['length']} tokens."
     )
     if found.delta is not None and found.delta_interval is not None:
         low, high = found.delta_interval
-        console.print(
+        shown.print(
             f"Dense {found.dense_perplexity:.4f}, difference {found.delta:+.4f} "
             f"(95 % interval {low:+.4f} to {high:+.4f}), KL {found.kl:.4f} nats, "
             f"the same top token {found.top1_agreement:.1%} of the time."
@@ -231,53 +217,21 @@ def compare(
     import secateur
     from secateur.report import table
 
-    with _display(quiet) as progress:
+    with display(quiet) as shows:
         results = secateur.compare(
-            model, out=out, methods=_list(methods), patterns=_list(patterns),
-            allocate=_list(allocate), align=align, calibration=calibration, evaluation=evaluation, samples=samples,
+            model, out=out, methods=split(methods), patterns=split(patterns),
+            allocate=split(allocate), align=align, calibration=calibration, evaluation=evaluation, samples=samples,
             windows=windows, seq_len=seq_len, seed=seed, skip=skip or (),
             device=device, dtype=dtype, batch_size=batch_size,
             data_dir=data_dir,
-            allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=_command(),
-            progress=progress,
+            allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=command(),
+            progress=shows,
         )  # fmt: skip
     if as_json:
-        return _print_json(results)
-    console = _console()
-    console.print(table(results, console.width))
-    console.print(f"Written to {escape(str(out / 'results.json'))} and report.md.")
-    return None
-
-
-@app.command()
-def bench(
-    models: Annotated[list[str], typer.Argument(help="Checkpoint folders to time.")],
-    dense: Annotated[str | None, typer.Option(help="The dense model. Default: the embedded demo.")] = None,
-    runtimes: Annotated[str, typer.Option(help="Runtimes, separated by commas: eager, packed.")] = "eager,packed",
-    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
-    prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "128",
-    new: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
-    rounds: Annotated[int, typer.Option(min=3, help="Rounds in which every model takes its turn.")] = 8,
-    dtype: Annotated[str, typer.Option(help="dtype of the models: bfloat16, float32.")] = "bfloat16",
-    out: Annotated[Path | None, typer.Option(help="A .json file to write.")] = None,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Time models beside the dense one on this machine's processor, each in every runtime that has it."""
-    import secateur
-    from secateur.report import speed_table
-
-    with _display(quiet) as progress:
-        results = secateur.bench(
-            models, dense=dense, runtimes=_list(runtimes), batch=_numbers(batch), prompt=_numbers(prompt), new=new,
-            rounds=rounds, dtype=dtype, out=out, command=_command(), progress=progress,
-        )  # fmt: skip
-    if as_json:
-        return _print_json(results)
-    console = _console()
-    console.print(speed_table(results))
-    for what, reason in results.skipped.items():
-        console.print(escape(f"Not timed: {what}: {reason}"))
+        return print_json(results)
+    shown = console()
+    shown.print(table(results, shown.width))
+    shown.print(f"Written to {escape(str(out / 'results.json'))} and report.md.")
     return None
 
 
@@ -291,53 +245,21 @@ def inspect(
     import secateur
     from secateur.report import inspection_summary, inspection_table
 
-    _progress(quiet=True)
+    progress(quiet=True)
     found = secateur.inspect(model, trust_remote_code=trust_remote_code)
     if as_json:
-        return _print_json(found)
-    console = _console()
-    console.print(inspection_table(found))
+        return print_json(found)
+    shown = console()
+    shown.print(inspection_table(found))
     for line in inspection_summary(found):
-        console.print(escape(line))
+        shown.print(escape(line))
     return None
 
 
-class _display:  # noqa: N801 — used as a function
-    """The progress display for a `with` block, closed whatever happens."""
-
-    def __init__(self, quiet: bool) -> None:
-        self.progress = _progress(quiet)
-
-    def __enter__(self) -> Any:
-        return self.progress
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.end()
-
-
-def _console() -> Console:
-    """Standard output; where it is no terminal, wide enough for whole tables."""
-    return Console(width=None if sys.stdout.isatty() else 180)
-
-
-def _list(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in _list(text)]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers") from None
-
-
-def _command() -> list[str]:
-    return ["secateur", *sys.argv[1:]]
-
-
-def _print_json(value: Any) -> None:
-    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    print(json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str))
+app.command()(deploy.bench)
+app.command()(deploy.export)
+app.command()(deploy.validate)
+app.command()(deploy.doctor)
 
 
 def guarded(run: Callable[[], Any]) -> int:

@@ -57,16 +57,16 @@ def inspect(model: str | Path | None = None, *, trust_remote_code: bool = False)
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
     try:
-        orientation, coverage = _orientation(checkpoint, trust_remote_code=trust_remote_code)
+        lying, coverage = orientation(checkpoint, trust_remote_code=trust_remote_code)
     except UnsupportedModel:
-        orientation, coverage = dict.fromkeys(_matrices(checkpoint), False), None
-    reports = [_read(checkpoint, name, transposed) for name, transposed in orientation.items()]
+        lying, coverage = dict.fromkeys(_matrices(checkpoint), False), None
+    reports = [_read(checkpoint, name, transposed) for name, transposed in lying.items()]
     sizes = [torch.Size(report.shape).numel() for report in reports]
     zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
-    return Inspection(str(folder), zeros / max(sum(sizes), 1), coverage, tuple(reports), _record(folder))
+    return Inspection(str(folder), zeros / max(sum(sizes), 1), coverage, tuple(reports), record_of(folder))
 
 
-def _orientation(checkpoint: Checkpoint, *, trust_remote_code: bool) -> tuple[dict[str, bool], float]:
+def orientation(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> tuple[dict[str, bool], float]:
     """Which tensors are sites, with whether they lie `[in, out]`; and the coverage. Raises UnsupportedModel."""
     config = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
     try:
@@ -119,7 +119,7 @@ def _satisfies(zero: Tensor, n: int, m: int) -> bool:
     return bool((zero.unflatten(-1, (-1, m)).sum(-1) >= m - n).all())
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
+def record_of(folder: Path) -> dict[str, Any] | None:
     """The folder's own pruning.json, or None. Raises SecateurError where it is no JSON object."""
     file = folder / RECORD
     if not file.exists():

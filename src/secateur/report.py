@@ -10,9 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from secateur.bench import BenchResults
+from secateur.doctor import Examination
 from secateur.inspection import Inspection, rows
 from secateur.record import LEFT_OUT, Report
 from secateur.results import Results, Row
+from secateur.validate import Validation
+from secateur.validate import rows as validation_rows
 
 COLUMNS = (
     "method", "pattern", "kind", "sparsity", "perplexity", "difference [95 % interval]", "rank", "KL",
@@ -141,6 +144,35 @@ def speed_table(results: BenchResults) -> Table:
             f"{row.weight_bytes / 2**20:.0f} MiB", f"{row.share_of_bandwidth:.0%}", f"{row.share_of_matrix_rate:.0%}",
         )  # fmt: skip
     return shown
+
+
+def validation_table(found: Validation) -> Table:
+    """What a runtime does with each tensor."""
+    shown = Table(title=escape(f"{found.folder} in {found.runtime}"), box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("tensor", "shape", "dtype", "sparsity", "promised", "used", "why"):
+        shown.add_column(column, overflow="fold")
+    for row in validation_rows(found):
+        shown.add_row(*map(escape, row))
+    return shown
+
+
+def doctor_lines(found: Examination) -> list[str]:
+    """What this machine can run, a line each."""
+    held = found.machine
+    packed = found.packed or "not compiled: install gcc or clang, then install the package again"
+    lines = [
+        f"{held['processor']}, {held['cores']} cores, {held['memory_bytes'] / 2**30:.0f} GiB, {held['system']}",
+        ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+        f"packed products: {packed}",
+        f"accelerator: {found.cuda or 'none that torch can use'}",
+    ]
+    if found.cuda:
+        lines.append(f"cuSPARSELt: {found.cusparselt or 'not in this build of torch'}")
+    lines += [f"runtime {name}: {'yes' if why is None else f'no, {why}'}" for name, why in found.runtimes.items()]
+    lines += [f"format {name}: loaded by {what}" for name, what in found.formats.items()]
+    missing = [name for name, version in found.packages.items() if version is None]
+    there = [f"{name} {version}" for name, version in found.packages.items() if version is not None]
+    return [*lines, f"optional packages: {', '.join(there) or 'none'}; not installed: {', '.join(missing) or 'none'}"]
 
 
 def _interval(ratio: tuple[float, float, float]) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from secateur.checkpoint import Checkpoint
+from secateur.errors import BadCheckpoint, NonFinite
 
 
 class Format(NamedTuple):
@@ -19,7 +19,8 @@ class Format(NamedTuple):
     raises SecateurError, naming the site, where the weights do not fit the format. `loaded_by` says what loads the
     result, by version. `options` are the keywords that `write` takes. `holds(folder)` tells whether a folder is in this
     format, and `read(folder)` gives its tensors densely by their names in the dense checkpoint; both None where the
-    format is for other programs only.
+    format is for other programs only. `restore(folder, target)` writes the dense shards themselves where they can be
+    had byte for byte. `foreign` are the keys of config.json that a dense checkpoint has none of.
     """
 
     write: Callable[..., None]
@@ -27,3 +28,13 @@ class Format(NamedTuple):
     options: frozenset[str] = frozenset()
     holds: Callable[[Path], bool] | None = None
     read: Callable[[Path], Iterator[tuple[str, Tensor]]] | None = None
+    restore: Callable[[Path, Path], None] | None = None
+    foreign: tuple[str, ...] = ()
+
+
+def refuse_odd_values(site: str, weight: Tensor, wanted_by: str) -> None:
+    """Raise NonFinite for NaN or Inf in a site, BadCheckpoint for -0.0, which sparse kernels and formats get wrong."""
+    if not weight.isfinite().all():
+        raise NonFinite(f"{site} holds NaN or Inf. Prune the dense model again, or mend it first.")
+    if (weight.signbit() & (weight == 0)).any():
+        raise BadCheckpoint(f"{site} holds -0.0, which {wanted_by} loses. Prune again, which writes +0.0.")

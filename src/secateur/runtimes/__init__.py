@@ -8,6 +8,7 @@ from secateur.errors import UnknownName
 from secateur.runtimes.base import Running, Runtime
 from secateur.runtimes.eager import eager
 from secateur.runtimes.packed import own_dense, own_int8, packed, packed_int8
+from secateur.runtimes.semi_structured import eager_cuda, semi_structured
 
 RUNTIMES: dict[str, Runtime] = {
     "eager": eager,
@@ -15,6 +16,8 @@ RUNTIMES: dict[str, Runtime] = {
     "packed-int8": packed_int8,
     "own-dense": own_dense,
     "own-int8": own_int8,
+    "semi-structured": semi_structured,
+    "eager-cuda": eager_cuda,
 }
 
 

@@ -1,0 +1,168 @@
+"""Packed checkpoints come back byte for byte, load without a dense copy, and what was altered is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from test_cli import run
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.errors import BadCheckpoint, NonFinite, OutputRefused, SecateurError, UnknownName, UnsupportedModel
+from secateur.formats import FORMATS, format_of
+from secateur.formats.packed import load_packed, shards
+from secateur.packing import PackedLinear
+
+IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, text_file: Path) -> Path:
+    folder = tmp_path_factory.mktemp("export") / "half"
+    secateur.prune(tiny_llama, out=folder, method="magnitude", pattern="60%", calibration=str(text_file), samples=1)
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {f.name: f.read_bytes() for f in folder.iterdir() if f.name != "pruning.json"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt_oss"])
+def test_packed_and_back_is_the_same_folder(tmp_path, family, dtype):
+    model = tiny_model(family).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.5] = 0
+    model.save_pretrained(tmp_path / "dense", max_shard_size="60KB")
+    try:
+        secateur.export(tmp_path / "dense", out=tmp_path / "packed", to="packed")
+    except UnsupportedModel as error:  # its matrices are all three-dimensional or too odd
+        pytest.skip(str(error))
+    assert format_of(tmp_path / "packed") == "packed"
+    secateur.export(tmp_path / "packed", out=tmp_path / "back", to="dense")
+    assert files(tmp_path / "back") == files(tmp_path / "dense")
+
+
+def size(folder: Path, glob: str) -> int:
+    return sum(f.stat().st_size for f in folder.glob(glob))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_folder_loads_straight_into_packed_layers(half, tmp_path, dtype):
+    secateur.export(half, out=tmp_path / "packed", to="packed")
+    assert size(tmp_path / "packed", "*.safetensors") < 0.75 * size(half, "*.safetensors")
+    loaded = load_packed(tmp_path / "packed", dtype=dtype, measure=False)
+    assert sum(isinstance(module, PackedLinear) for module in loaded.modules()) == 4 * 7
+    plain = AutoModelForCausalLM.from_pretrained(half, dtype=dtype)
+    wanted, got = plain(IDS).logits, loaded(IDS).logits
+    assert (got - wanted).norm() / wanted.norm() < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@torch.no_grad()
+def test_int8_values_come_back_as_what_they_stand_for(half, tmp_path):
+    secateur.export(half, out=tmp_path / "packed", to="packed", values="int8")
+    loaded = load_packed(tmp_path / "packed", dtype=torch.float32, measure=False)
+    secateur.export(tmp_path / "packed", out=tmp_path / "back", to="dense")
+    back, plain = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (tmp_path / "back", half))
+    wanted, got, exact = back(IDS).logits, loaded(IDS).logits, plain(IDS).logits
+    assert (got - wanted).norm() / wanted.norm() < 1e-4
+    assert 1e-4 < (wanted - exact).norm() / exact.norm() < 0.05
+    for name, tensor in back.named_parameters():
+        if name.endswith("proj.weight"):
+            kept = plain.get_parameter(name)
+            assert ((tensor - kept).abs() <= 0.51 * kept.abs().amax(1, keepdim=True) / 127).all()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    part=st.sampled_from(["bitmap", "values", "columns", "missing", "header", "dtype"]), place=st.integers(0, 10**6),
+    by=st.integers(1, 2**31),
+)  # fmt: skip
+def test_what_was_altered_is_refused(half, tmp_path_factory, part, place, by):
+    folder = tmp_path_factory.mktemp("altered")
+    secateur.export(half, out=folder / "packed", to="packed")
+    file = shards(folder / "packed")[0].file
+    told, tensors = shards(folder / "packed")[0].told, load_file(file)
+    name = sorted(told["columns"])[place % len(told["columns"])]
+    if part == "columns":
+        told["columns"][name] += by
+    elif part == "missing":
+        del tensors[f"{name}.values"]
+    elif part == "header":
+        told["header"] = told["header"][: place % len(told["header"])]
+    elif part == "dtype":
+        tensors[f"{name}.values"] = tensors[f"{name}.values"].double()
+    elif part == "values":
+        tensors[f"{name}.values"] = tensors[f"{name}.values"][: -1 - place % 40].clone()
+    else:
+        tensors[f"{name}.bitmap"].view(-1)[place % tensors[f"{name}.bitmap"].numel()] ^= by
+    save_file(tensors, file, metadata={"secateur.packed": json.dumps(told)})
+    with pytest.raises(BadCheckpoint):
+        secateur.export(folder / "packed", out=folder / "back", to="dense")
+    assert not (folder / "back").exists()
+
+
+@pytest.mark.parametrize("name", ["packed", "sparse-bitmask"])
+@pytest.mark.parametrize(("odd", "error", "said"), [(-0.0, BadCheckpoint, "-0.0"), (float("nan"), NonFinite, "NaN")])
+def test_odd_values_are_refused_by_name(half, tmp_path, name, odd, error, said):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for file in half.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors["model.layers.2.mlp.up_proj.weight"]
+    weight.view(-1)[int((weight == 0).flatten().nonzero()[0])] = odd
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(error, match=rf"model.layers.2.mlp.up_proj.* holds {said}"):
+        secateur.export(folder, out=tmp_path / "out", to=name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_says_why(half, tiny_llama, tmp_path):
+    for to, source, error, said in (
+        ("dense", half, BadCheckpoint, "is a dense checkpoint already"),
+        ("paked", half, UnknownName, "Did you mean 'packed'"),
+        ("packed", tiny_llama, UnsupportedModel, "there is nothing to pack"),
+        ("sparse-24-bitmask", half, SecateurError, "is not 2:4"),
+    ):
+        with pytest.raises(error, match=said):
+            secateur.export(source, out=tmp_path / "out", to=to)
+    with pytest.raises(UnknownName, match="option of sparse-bitmask"):
+        secateur.export(half, out=tmp_path / "out", to="sparse-bitmask", values="int8")
+    with pytest.raises(UnknownName, match="kind of values"):
+        secateur.export(half, out=tmp_path / "out", to="packed", values="int4")
+    secateur.export(half, out=tmp_path / "out", to="packed")
+    with pytest.raises(OutputRefused, match="exists already"):
+        secateur.export(half, out=tmp_path / "out", to="packed")
+    with pytest.raises(BadCheckpoint, match=r"secateur export .* --to dense"):
+        secateur.evaluate(tmp_path / "out")
+    with pytest.raises(BadCheckpoint, match="Export it to 'dense' first"):
+        secateur.export(tmp_path / "out", out=tmp_path / "two", to="sparse-bitmask")
+
+
+@torch.no_grad()
+def test_orphaned_formats_become_dense_checkpoints_again(half, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["secateur.export"], "SHARD_BYTES", 100_000)
+    secateur.export(half, out=tmp_path / "old", to="sparse-bitmask")
+    secateur.export(tmp_path / "old", out=tmp_path / "back", to="dense")
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
+    old, new = (AutoModelForCausalLM.from_pretrained(f)(IDS).logits for f in (half, tmp_path / "back"))
+    assert torch.equal(old, new)
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((half / "config.json").read_text())
+
+
+def test_every_format_says_what_loads_it_and_the_command_too(half, tmp_path):
+    assert all(known.loaded_by for known in FORMATS.values())
+    said = run("export", half, "--to", "packed", "--values", "int8", "--out", tmp_path / "packed", "--quiet")
+    assert "Loaded by: secateur" in said
+    record = json.loads((tmp_path / "packed" / "pruning.json").read_text())
+    assert record["pattern"] == "60%"
+    assert record["exported"]["to"] == "packed"
