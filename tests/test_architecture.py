@@ -20,7 +20,7 @@ LAYERS = [
     ["formats"],
     ["runtimes", "export", "rules"],
     ["validate", "doctor"],
-    ["bench"],
+    ["bench", "layers"],
     ["permute", "search", "report", "cut", "depth"],
     ["survey", "block", "plan"],
     ["shrunk", "budget"],

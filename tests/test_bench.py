@@ -8,6 +8,7 @@ import torch
 from test_cli import run
 
 import secateur
+from secateur import layers
 from secateur.bench import matrix_rate, read_bandwidth
 from secateur.errors import UnknownName, UnsupportedModel
 from secateur.packed import isa, library
@@ -93,6 +94,43 @@ def test_a_runtime_that_is_missing_says_why(tiny_llama, pruned, monkeypatch):
         secateur.bench([pruned["half"]], runtimes=["pakced"])
     with pytest.raises(UnknownName, match="There is no dtype that can be timed 'float16'"):
         secateur.bench([pruned["half"]], dtype="float16")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_compiled_runtime_has_a_cache_of_fixed_length(tiny_llama, monkeypatch, whole):
+    """Without the compiler, which takes half a minute; bench/decode.py has it."""
+    if whole:
+        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    else:
+        monkeypatch.setattr(torch, "compile", lambda function, **options: lambda *args: int("no compiler"))
+    plain, running = (RUNTIMES[name].load(tiny_llama, torch.float32) for name in ("eager", "compiled"))
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    if not whole:
+        with pytest.raises(UnsupportedModel, match=r"torch\.compile cannot run this model: .*no compiler"):
+            running.prefill(ids)
+        return
+    for _ in range(2):
+        assert torch.allclose(plain.prefill(ids), running.prefill(ids), atol=1e-4)
+        for token in ids.T[:4]:
+            assert torch.allclose(plain.decode(token[:, None]), running.decode(token[:, None]), atol=1e-4)
+
+
+@needs_library
+def test_single_matrices_are_timed_with_every_kernel(pruned, tmp_path, monkeypatch):
+    monkeypatch.setattr(layers, "BEYOND_CACHE", 1e5)
+    found = layers.time_layers([pruned["half"], pruned["smaller"]], batch=[1, 3], rounds=3)
+    shapes = {(row.site.split()[0], row.shape) for row in found}
+    assert len({shape for name, shape in shapes if name == "half"}) == 4
+    for row in found:
+        assert row.kernel != "packed" or (row.sparsity > 0.4 and row.bytes > 1)
+        assert row.batch == 1 or not row.kernel.startswith("own")
+        assert row.over["torch"] > 0
+    assert {row.kernel for row in found if row.site.startswith("half")} >= {"torch", "packed", "packed int8"}
+    said = run("bench", pruned["half"], "--layers", "--rounds", 3, "--quiet", "--out", tmp_path / "layers.json")
+    assert "over torch" in said
+    assert json.loads((tmp_path / "layers.json").read_text())["layers"]
+    with pytest.raises(UnknownName, match="dtype that can be timed"):
+        layers.time_layers([pruned["half"]], dtype="float16")
 
 
 def test_the_machine_is_measured():

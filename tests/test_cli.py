@@ -142,11 +142,11 @@ def test_inspect_reads_an_architecture_that_is_not_known(tiny_llama, tmp_path):
     assert "model.layers.0.mlp.up_proj.weight" in {tensor.name for tensor in found.tensors}
 
 
-@pytest.mark.parametrize("name", ["prune", "plan", "evaluate", "compare", "inspect", "bench"])
+@pytest.mark.parametrize("name", ["prune", "plan", "evaluate", "compare", "inspect", "bench", "validate"])
 def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
     function = introspection.signature(getattr(secateur, name)).parameters
     command = introspection.signature(getattr(cli if hasattr(cli, name) else deploy, name)).parameters
-    spelled = {"quiet", "as_json"}
+    spelled = {"quiet", "as_json", "layers"}
     assert command.keys() - spelled == function.keys() - {"command", "progress"}
     for option in command.keys() - spelled:
         one, other = command[option].default, function[option].default

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -40,10 +40,10 @@ class Timing:
 
     `prefill` is the time to the first token, `decode` that of one step of the whole batch. The ratios say how many
     times faster than the dense model in `against`: the same runtime where the dense model has one, else the runtime's
-    twin, else `eager`; `over_eager` is that of decoding to the dense model in `eager`. Each is the median over rounds and its
-    95 % interval. `memory_bytes` is by how much the process's memory, mapped files included, grew at most while the
-    model was loaded and ran once; `weight_bytes` are read for a token. Shares are of what the machine was measured to
-    read (decoding: weights alone) and to multiply (prefill: the weights of the same model in `eager`).
+    twin, else `eager`; `over_eager` is that of decoding to the dense model in `eager`. Each is the median over rounds
+    and its 95 % interval. `memory_bytes` is by how much the process's memory, mapped files included, grew at most while
+    the model was loaded and ran once; `weight_bytes` are read for a token. Shares are of what the machine was measured
+    to read (decoding: weights alone) and to multiply (prefill: the weights of the same model in `eager`).
     """
 
     model: str
@@ -170,16 +170,7 @@ def _same_outputs(plain: Running, fast: Running, what: str, tolerance: float) ->
 
     A token that the plain model ranks as high as its own first, within the tolerance, counts as the same.
     """
-    batch = 2
-    try:
-        pairs = [(plain.prefill(_ids(plain, batch, 8, 0)), fast.prefill(_ids(plain, batch, 8, 0)))]
-    except UnsupportedModel:  # a runtime for single rows
-        batch = 1
-        pairs = [(plain.prefill(_ids(plain, batch, 8, 0)), fast.prefill(_ids(plain, batch, 8, 0)))]
-    for seed in range(1, 4):
-        token = _ids(plain, batch, 1, seed)
-        pairs.append((plain.decode(token), fast.decode(token)))
-    for wanted, got in pairs:
+    for wanted, got in _logits(plain, fast):
         difference = ((got - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
         behind = wanted.amax(1) - wanted.gather(1, got.argmax(1, keepdim=True)).squeeze(1)
         if not difference <= tolerance or (behind > tolerance * (wanted.amax(1) - wanted.mean(1))).any():
@@ -187,6 +178,21 @@ def _same_outputs(plain: Running, fast: Running, what: str, tolerance: float) ->
                 f"{what} gives logits that differ by {difference:.1e} of their norm from plain transformers'; "
                 f"{tolerance:g} and the same greedy tokens are wanted. Nothing was timed."
             )
+
+
+def _logits(plain: Running, fast: Running) -> Iterator[tuple[Tensor, Tensor]]:
+    """The logits of both after a prompt and after three more tokens. One that samples by itself is asked apart."""
+    ids = _ids(plain, 2, 8, 0)
+    ask = getattr(fast, "logits", None)
+    try:
+        yield plain.prefill(ids), fast.prefill(ids) if ask is None else ask(ids)
+    except UnsupportedModel:  # for single rows
+        ids = ids[:1]
+        yield plain.prefill(ids), fast.prefill(ids) if ask is None else ask(ids)
+    for seed in range(1, 4):
+        token = _ids(plain, len(ids), 1, seed)
+        ids = torch.cat([ids, token], 1)
+        yield plain.decode(token), fast.decode(token) if ask is None else ask(ids)
 
 
 def _timed(

@@ -5,6 +5,7 @@ As in `cli`, parsing and printing only.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,8 @@ import typer
 from rich.markup import escape
 
 from secateur.arguments import AsJson, Model, Out, Quiet, RemoteCode
+from secateur.checkpoint import disk_errors
+from secateur.machine import machine
 from secateur.terminal import command, console, display, numbers, print_json, progress, split
 
 
@@ -26,13 +29,23 @@ def bench(
     rounds: Annotated[int, typer.Option(min=3, help="Rounds in which every model takes its turn.")] = 8,
     dtype: Annotated[str, typer.Option(help="dtype of the models: bfloat16, float32.")] = "bfloat16",
     out: Annotated[Path | None, typer.Option(help="A .json file to write.")] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Time single matrices of the models instead.")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Time models beside the dense one on this machine's processor, each in every runtime that has it."""
     import secateur
-    from secateur.report import speed_table
+    from secateur.layers import time_layers
+    from secateur.report import layer_table, speed_table
 
+    if layers:
+        with display(quiet) as shows:
+            timings = time_layers(models, dtype=dtype, batch=numbers(batch), rounds=rounds, progress=shows)
+        lines = [asdict(timing) for timing in timings]
+        if out is not None:
+            with disk_errors(out):
+                out.write_text(json.dumps({"machine": machine(), "layers": lines}, indent=1) + "\n", encoding="utf-8")
+        return print_json(lines) if as_json else console().print(layer_table(timings))
     with display(quiet) as shows:
         results = secateur.bench(
             models, dense=dense, runtimes=split(runtimes), batch=numbers(batch), prompt=numbers(prompt), new=new,

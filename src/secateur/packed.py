@@ -97,10 +97,16 @@ def pack_int8(weight: Tensor) -> Packed:
 
     A kept weight under half a step becomes zero, and is not stored.
     """
+    whole, scales = quantised(weight)
+    return replace(pack(whole), scales=scales)
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix `[rows, columns]` as int8 of the same shape and a scale float32 for each row, the largest weight 127."""
     wide = weight.float()
     scales = wide.abs().amax(1) / 127
-    steps = (wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().clamp(-127, 127)
-    return replace(pack(steps.to(torch.int8)), scales=scales)
+    steps = wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    return steps.round().clamp(-127, 127).to(torch.int8), scales
 
 
 def _bits(bitmap: Tensor) -> Tensor:

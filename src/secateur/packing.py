@@ -15,7 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from secateur.packed import KINDS, MOST, Packed, dense_product, library, multiply, multiply_unpacked, pack, pack_int8
+from secateur.packed import (
+    KINDS,
+    MOST,
+    Packed,
+    dense_product,
+    library,
+    multiply,
+    multiply_unpacked,
+    pack,
+    pack_int8,
+    quantised,
+)
 
 LEAST = 0.4
 """The share of zeros from which a layer is packed: under it a bfloat16 matrix is not smaller enough to be faster."""
@@ -108,10 +119,7 @@ class OwnLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> None:
         super().__init__()
-        wide = weight.float()
-        scales = wide.abs().amax(1) / 127 if int8 else None
-        if scales is not None:
-            weight = (wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round().to(torch.int8)
+        weight, scales = quantised(weight) if int8 else (weight, None)
         for name, value in (("weight", weight.contiguous()), ("scales", scales), ("bias", bias)):
             self.register_buffer(name, value)
 

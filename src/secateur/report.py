@@ -3,6 +3,7 @@
 There is no column for speed: none is shown until it is measured.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -12,6 +13,7 @@ from rich.table import Table
 from secateur.bench import BenchResults
 from secateur.doctor import Examination
 from secateur.inspection import Inspection, rows
+from secateur.layers import LayerTiming
 from secateur.record import LEFT_OUT, Report
 from secateur.results import Results, Row
 from secateur.validate import Validation
@@ -142,6 +144,26 @@ def speed_table(results: BenchResults) -> Table:
             _interval(row.prefill_ratio), f"{1e3 * row.decode[1]:.2f} ms", f"{row.tokens_per_second:.1f}",
             _interval(row.decode_ratio), row.against, _interval(row.over_eager), memory,
             f"{row.weight_bytes / 2**20:.0f} MiB", f"{row.share_of_bandwidth:.0%}", f"{row.share_of_matrix_rate:.0%}",
+        )  # fmt: skip
+    return shown
+
+
+def layer_table(timings: Sequence[LayerTiming]) -> Table:
+    """Single matrices: times, and ratios to torch and to our own dense kernel."""
+    shown = Table(
+        caption="Times: median over rounds. Ratios: how many times faster than torch and our own dense kernel with "
+        "the same values. Bytes: how many times less is read than by torch.",
+        box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    columns = ("matrix", "shape", "zeros", "batch", "kernel", "time", "bytes", "over torch", "over own dense")
+    for column in columns:
+        shown.add_column(column, justify="left" if column in ("matrix", "kernel") else "right")
+    for row in timings:
+        own = next((ratio for name, ratio in row.over.items() if name != "torch"), None)
+        shown.add_row(
+            escape(row.site), "×".join(map(str, row.shape)), f"{row.sparsity:.0%}", str(row.batch), row.kernel,
+            f"{1e3 * row.seconds[1]:.3f} ms", f"{row.bytes:.2f}", f"{row.over['torch']:.2f}",
+            "-" if own is None else f"{own:.2f}",
         )  # fmt: skip
     return shown
 

@@ -3,16 +3,16 @@
 from pathlib import Path
 
 from secateur.errors import UnknownName
+from secateur.formats import compressed_tensors, gguf, onnx, packed, tensorrt_llm
 from secateur.formats.base import Format
-from secateur.formats.compressed_tensors import sparse_24_bitmask, sparse_bitmask
-from secateur.formats.packed import packed
-from secateur.formats.tensorrt_llm import tensorrt_llm
 
 FORMATS: dict[str, Format] = {
-    "packed": packed,
-    "sparse-24-bitmask": sparse_24_bitmask,
-    "sparse-bitmask": sparse_bitmask,
-    "tensorrt-llm": tensorrt_llm,
+    "packed": packed.packed,
+    "gguf": gguf.gguf,
+    "onnx": onnx.onnx,
+    "tensorrt-llm": tensorrt_llm.tensorrt_llm,
+    "sparse-24-bitmask": compressed_tensors.sparse_24_bitmask,
+    "sparse-bitmask": compressed_tensors.sparse_bitmask,
 }
 
 

@@ -8,7 +8,7 @@ For every shard of the dense checkpoint there is a safetensors file `packed-<sha
 
 and everything else as it was. The file's metadata hold one entry, `secateur.packed`, a JSON object: `layout` 1,
 `values`, `columns` by tensor, and of the dense shard its `header` and `sha256`, from which it is restored as it was.
-With 16 bits half of the weights take 56 % of the bytes, 30 % of them 36 %. int8 values round; they come back as float32.
+With 16 bits half of the weights take 56 % of the bytes, 30 % of them 36 %. int8 values come back as float32.
 """
 
 from __future__ import annotations

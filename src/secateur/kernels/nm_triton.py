@@ -6,6 +6,9 @@ activation that belongs to a value to be at the lower end, so nothing is gathere
 registers for the `rows_at_once` rows of W that a program takes.
 """
 
+# pyright: reportGeneralTypeIssues=false
+# Triton's ranges are compiled, never iterated.
+
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 

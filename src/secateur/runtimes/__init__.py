@@ -5,19 +5,22 @@ and decode; the clock, the rounds and the comparison of outputs are in `bench`.
 """
 
 from secateur.errors import UnknownName
+from secateur.runtimes import compiled, eager, llamacpp, onnxruntime, packed, semi_structured, vllm
 from secateur.runtimes.base import Running, Runtime
-from secateur.runtimes.eager import eager
-from secateur.runtimes.packed import own_dense, own_int8, packed, packed_int8
-from secateur.runtimes.semi_structured import eager_cuda, semi_structured
 
 RUNTIMES: dict[str, Runtime] = {
-    "eager": eager,
-    "packed": packed,
-    "packed-int8": packed_int8,
-    "own-dense": own_dense,
-    "own-int8": own_int8,
-    "semi-structured": semi_structured,
-    "eager-cuda": eager_cuda,
+    "eager": eager.eager,
+    "compiled": compiled.compiled,
+    "packed": packed.packed,
+    "packed-int8": packed.packed_int8,
+    "own-dense": packed.own_dense,
+    "own-int8": packed.own_int8,
+    "onnxruntime": onnxruntime.onnxruntime,
+    "llamacpp": llamacpp.llamacpp,
+    "llamacpp-q8": llamacpp.llamacpp_q8,
+    "eager-cuda": semi_structured.eager_cuda,
+    "semi-structured": semi_structured.semi_structured,
+    "vllm": vllm.vllm,
 }
 
 

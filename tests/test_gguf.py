@@ -1,0 +1,337 @@
+"""GGUF against the `gguf` reader, literal names and a row-by-row permutation; in llama.cpp, where that is installed,
+against transformers' own tokens."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer
+from families import tiny_config, tiny_model
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from secateur import demo
+from secateur.checkpoint import open_checkpoint
+from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnknownName, UnsupportedModel
+from secateur.formats.gguf import FILE, write
+from secateur.formats.gguf_vocabulary import SPLITS, add_vocabulary, read_vocabulary
+
+package = pytest.importorskip("gguf", reason="the package gguf is not installed")
+
+NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+    "model.layers.1.input_layernorm.weight": "blk.1.attn_norm.weight",
+    "model.layers.1.self_attn.q_proj.weight": "blk.1.attn_q.weight",
+    "model.layers.1.self_attn.k_proj.weight": "blk.1.attn_k.weight",
+    "model.layers.1.self_attn.v_proj.weight": "blk.1.attn_v.weight",
+    "model.layers.1.self_attn.o_proj.weight": "blk.1.attn_output.weight",
+    "model.layers.1.post_attention_layernorm.weight": "blk.1.ffn_norm.weight",
+    "model.layers.1.mlp.gate_proj.weight": "blk.1.ffn_gate.weight",
+    "model.layers.1.mlp.up_proj.weight": "blk.1.ffn_up.weight",
+    "model.layers.1.mlp.down_proj.weight": "blk.1.ffn_down.weight",
+}
+MORE = {
+    "qwen2": {f"model.layers.1.self_attn.{p}_proj.bias": f"blk.1.attn_{p}.bias" for p in "qkv"},
+    "qwen3": {f"model.layers.1.self_attn.{p}_norm.weight": f"blk.1.attn_{p}_norm.weight" for p in "qk"},
+}
+TEXTS = (
+    "Once upon a time, there was a xyzzy little girl.",
+    "  two spaces,\ttabs\t\tand\n\nlines \r\n\r\n   \n x",
+    "I'm HE'LL don't 12345 6 78.90 x=1000000",
+    "naïve café — 漢字かな 안녕 Привет мир ½ ² ٣٤",
+    "CamelCaseWord snake_case // path/to/file?!\n\n\n",
+    "",
+    " ",
+)
+
+
+def saved(model: torch.nn.Module, folder: Path) -> Path:
+    """A checkpoint folder of a tiny model, with the byte tokenizer of the tests."""
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.model.unk_token = None  # type: ignore[attr-defined]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def converted(folder: Path, out: Path, **options: str) -> Path:
+    out.mkdir(exist_ok=True)
+    write(open_checkpoint(folder), out, **options)  # type: ignore[arg-type]
+    return out / FILE
+
+
+def fields(file: Path) -> dict[str, object]:
+    return {name: field.contents() for name, field in package.GGUFReader(file).fields.items()}
+
+
+def tensors(file: Path) -> dict[str, np.ndarray]:
+    """Every tensor as float32, by its name in the file."""
+    found = {}
+    for tensor in package.GGUFReader(file).tensors:
+        shape = tuple(int(size) for size in tensor.shape[::-1])
+        found[tensor.name] = package.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+    return found
+
+
+def llama_rows(value: np.ndarray, heads: int) -> np.ndarray:
+    """Row by row: within a head, row i of the first half comes to 2 i, row i of the second half to 2 i + 1."""
+    out, size = np.empty_like(value), len(value) // heads
+    for head in range(heads):
+        for i in range(size // 2):
+            out[head * size + 2 * i] = value[head * size + i]
+            out[head * size + 2 * i + 1] = value[head * size + size // 2 + i]
+    return out
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_reader_finds_every_tensor(family, tmp_path):
+    model = tiny_model(family)
+    file = converted(saved(model, tmp_path / "source"), tmp_path / "out")
+    read, stored = tensors(file), {name: value.numpy() for name, value in model.state_dict().items()}
+    assert len(read) == len(stored)
+    for name, called in (NAMES | MORE.get(family, {})).items():
+        wanted = stored[name]
+        if family in ("llama", "mistral") and called.endswith(("attn_q.weight", "attn_k.weight")):
+            wanted = llama_rows(wanted, 4 if "attn_q" in called else 2)
+        np.testing.assert_array_equal(read[called], wanted, err_msg=name)
+    held, arch = fields(file), "llama" if family == "mistral" else family
+    assert held["general.architecture"] == arch
+    assert (held[f"{arch}.attention.head_count"], held[f"{arch}.attention.head_count_kv"]) == (4, 2)
+    assert held[f"{arch}.block_count"] == 4
+    assert held[f"{arch}.rope.dimension_count"] == held[f"{arch}.attention.key_length"] == 16
+    assert held[f"{arch}.context_length"] == (8 if family == "mistral" else 128)  # no further than the window
+
+
+def test_values_are_cast_and_zeros_stay(tmp_path):
+    model = tiny_model("llama").bfloat16()
+    gate = model.get_parameter("model.layers.0.mlp.gate_proj.weight").data
+    gate[:, ::2] = 0
+    source = saved(model, tmp_path / "source")
+    sizes = {}
+    for values in ("as stored", "f32", "f16", "bf16", "q8_0"):
+        file = converted(source, tmp_path / values, values=values)
+        read, sizes[values] = tensors(file)["blk.0.ffn_gate.weight"], file.stat().st_size
+        assert (read[:, ::2] == 0).all()
+        if values == "q8_0":  # half a step, the largest of 32 weights over 127, with a scale in half precision
+            exact = gate.float().reshape(128, -1, 32)
+            step = exact.abs().amax(2, keepdim=True) / 127
+            error = (torch.from_numpy(read).reshape(128, -1, 32) - exact).abs()
+            assert (error <= (0.501 + 127 * 2**-11) * step).all()
+        else:
+            exact = gate.half() if values == "f16" else gate
+            np.testing.assert_array_equal(read, exact.float().numpy())
+    assert sizes["q8_0"] < sizes["bf16"] < sizes["f32"]
+    assert abs(sizes["as stored"] - sizes["bf16"]) <= 64  # but for the line that names the values
+
+
+def test_a_tied_head_is_not_written_twice(tmp_path):
+    config = tiny_config("llama")
+    config.tie_word_embeddings = True
+    source = saved(AutoModelForCausalLM.from_config(config), tmp_path / "source")
+    assert "output.weight" not in tensors(converted(source, tmp_path / "out"))
+    held = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(held | {"tie_word_embeddings": False}))
+    with pytest.raises(BadCheckpoint, match=r"has no lm_head\.weight, and config\.json does not tie it"):
+        converted(source, tmp_path / "untied")
+
+
+def rotated(tmp_path: Path, family: str = "llama", **rope: object) -> Path:
+    config = tiny_config(family)
+    config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    return saved(AutoModelForCausalLM.from_config(config), tmp_path / "source")
+
+
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def test_rotations_are_written_or_refused(tmp_path):
+    file = converted(rotated(tmp_path / "1", rope_type="linear", factor=4.0), tmp_path / "linear")
+    held = fields(file)
+    assert held["llama.rope.scaling.type"] == "linear"
+    assert held["llama.rope.scaling.factor"] == 4.0
+    factors = tensors(converted(rotated(tmp_path / "2", **LLAMA3), tmp_path / "llama3"))["rope_freqs.weight"]
+    for i, factor in enumerate(factors):  # Llama 3.1: long waves are stretched, short ones kept, a ramp in between
+        waves = 32 / (2 * np.pi * 10000.0 ** (2 * i / 16))
+        ramp = np.clip((waves - 1) / (4 - 1), 0, 1)
+        assert factor == pytest.approx(1 / ((1 - ramp) / 8 + ramp), rel=1e-5)
+    with pytest.raises(UnsupportedModel, match="rotation 'yarn'"):
+        converted(rotated(tmp_path / "3", rope_type="yarn", factor=4.0), tmp_path / "yarn")
+    with pytest.raises(UnsupportedModel, match="qwen3 rotation 'llama3'"):
+        converted(rotated(tmp_path / "4", "qwen3", **LLAMA3), tmp_path / "qwen")
+
+
+def test_what_llama_cpp_lacks_is_refused(tmp_path):
+    with pytest.raises(UnsupportedModel, match=r"MixtralForCausalLM; as GGUF are written: LlamaForCausalLM"):
+        converted(saved(tiny_model("mixtral"), tmp_path / "mixtral"), tmp_path / "1")
+    config = tiny_config("qwen2")
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 2, 2, 16
+    with pytest.raises(UnsupportedModel, match="32 query rows and a hidden size of 64"):
+        converted(saved(AutoModelForCausalLM.from_config(config), tmp_path / "heads"), tmp_path / "2")
+    config = tiny_config("qwen3")
+    config.attention_bias = True
+    with pytest.raises(UnsupportedModel, match=r"o_proj\.bias has no place in llama\.cpp's qwen3"):
+        converted(saved(AutoModelForCausalLM.from_config(config), tmp_path / "bias"), tmp_path / "3")
+    config = tiny_config("llama")
+    config.intermediate_size, config.hidden_act = 72, "gelu"
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(UnsupportedModel, match="computes with gelu"):
+        converted(saved(model, tmp_path / "gelu"), tmp_path / "4")
+    model.config.hidden_act = "silu"
+    with pytest.raises(BadPattern, match=r"q8_0 needs rows in 32s; .*down_proj\.weight has rows of 72"):
+        converted(saved(model, tmp_path / "rows"), tmp_path / "5", values="q8_0")
+    model.get_parameter("model.layers.0.mlp.up_proj.weight").data[3, 4] = 1e5
+    with pytest.raises(NonFinite, match=r"up_proj\.weight holds 100000, more than f16 can hold"):
+        converted(saved(model, tmp_path / "large"), tmp_path / "6", values="f16")
+    with pytest.raises(UnknownName, match="There is no kind of GGUF values 'q4_0'"):
+        converted(tmp_path / "large", tmp_path / "7", values="q4_0")
+
+
+def test_a_missing_package_is_named(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UnsupportedModel, match=r"pip install 'secateur\[gguf\]'"):
+        converted(tiny_llama, tmp_path / "out")
+
+
+def test_the_demo_vocabulary(tmp_path):
+    held = fields(converted(demo.model_folder(), tmp_path / "out"))
+    stored = json.loads((demo.model_folder() / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert {token: i for i, token in enumerate(held["tokenizer.ggml.tokens"])} == stored["vocab"]  # type: ignore[arg-type]
+    assert held["tokenizer.ggml.merges"] == [" ".join(merge) for merge in stored["merges"]]
+    assert (held["tokenizer.ggml.model"], held["tokenizer.ggml.pre"]) == ("gpt2", "gpt-2")
+    assert held["tokenizer.ggml.add_bos_token"] is False
+    assert held["tokenizer.ggml.eos_token_id"] == 0
+    assert held["tokenizer.ggml.token_type"][:2] == [package.TokenType.CONTROL, package.TokenType.NORMAL]  # type: ignore[index]
+
+
+def splitting(rules: tuple[str, ...], ignore_merges: bool) -> Tokenizer:
+    """A byte-level tokenizer that splits by these rules; its merges reach over every border, so that each one shows.
+
+    " xyzzy" is a token that no merge makes: it is only found whole, where words skip the merges.
+    """
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=520, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )  # type: ignore[call-arg]
+    tokenizer.train_from_iterator([text.replace(" xyzzy", "") for text in TEXTS], trainer)
+    steps: list = [
+        pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if rule.startswith("as ")
+        else pre_tokenizers.Split(Regex(rule), "isolated")
+        for rule in rules
+    ]
+    if rules[-1:] != ("as GPT-2",):
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    held = json.loads(tokenizer.to_str())
+    held["model"]["vocab"]["Ġxyzzy"] = len(held["model"]["vocab"])
+    return Tokenizer.from_str(json.dumps(held))
+
+
+@pytest.mark.parametrize(("rules", "ignore_merges"), SPLITS)
+def test_a_known_split_gets_its_name(rules, ignore_merges):
+    held = json.loads(splitting(rules, ignore_merges).to_str())
+    assert read_vocabulary(held, 600).pre == SPLITS[rules, ignore_merges]
+    held["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}]}
+    with pytest.raises(UnsupportedModel, match=r"not known to split text as this tokenizer does: Whitespace"):
+        read_vocabulary(held, 600)
+
+
+def test_digits_by_themselves_are_known():
+    held = json.loads(splitting(("as GPT-2",), False).to_str())
+    held["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})
+    assert read_vocabulary(held, 600).pre == "smollm"
+
+
+def test_a_vocabulary_is_filled_up_or_refused():
+    held = json.loads(splitting(("as GPT-2",), False).to_str())
+    found = read_vocabulary(held, 600)
+    assert len(found.tokens) == len(set(found.tokens)) == len(found.types) == 600
+    assert found.types[:3] == ["CONTROL", "CONTROL", "NORMAL"]
+    assert found.types[-1] == "UNUSED"
+    with pytest.raises(UnsupportedModel, match=r"gives token \d+, the model has 400"):
+        read_vocabulary(held, 400)
+    with pytest.raises(UnsupportedModel, match="is a Unigram"):
+        read_vocabulary(held | {"model": {"type": "Unigram"}}, 600)
+    with pytest.raises(UnsupportedModel, match="NFKC"):
+        read_vocabulary(held | {"normalizer": {"type": "NFKC"}}, 600)
+
+
+@pytest.fixture
+def stories(shared_data: Path) -> Path:
+    return shared_data / "models" / "stories260K"
+
+
+def test_sentencepiece_scores_follow_the_merges(stories):
+    held = json.loads((stories / "tokenizer.json").read_text(encoding="utf-8"))
+    found = read_vocabulary(held, 512)
+    assert found.pre is None
+    assert found.space_prefix
+    assert found.types[:4] == ["UNKNOWN", "CONTROL", "CONTROL", "BYTE"]
+    assert found.scores is not None
+    scores = dict(zip(found.tokens, found.scores, strict=True))
+    merged = [scores[left + right] for left, right in held["model"]["merges"]]
+    assert merged == sorted(merged, reverse=True)
+    assert min(merged) > scores["e"]
+    reordered = json.loads(json.dumps(held))
+    reordered["model"]["merges"].append(reordered["model"]["merges"][0])
+    with pytest.raises(UnsupportedModel, match="do not follow each other"):
+        read_vocabulary(reordered, 512)
+    held["model"]["merges"] = held["model"]["merges"][1:]
+    with pytest.raises(UnsupportedModel, match="The tokenizer never merges"):
+        read_vocabulary(held, 512)
+
+
+@pytest.fixture
+def llama_class() -> type:
+    found = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed").Llama
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+    return found
+
+
+def same_tokens(llama: type, file: Path, folder: Path) -> None:
+    """llama.cpp and transformers make the same tokens of the texts."""
+    model, tokenizer = llama(str(file), vocab_only=True, verbose=False), AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert model.tokenize(text.encode(), add_bos=True, special=False) == tokenizer(text).input_ids, text
+    model.close()
+
+
+@pytest.mark.parametrize(("rules", "ignore_merges"), SPLITS)
+def test_llama_cpp_splits_alike(rules, ignore_merges, llama_class, tmp_path):
+    tokenizer = splitting(rules, ignore_merges)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    writer = package.GGUFWriter(tmp_path / FILE, "llama")
+    add_vocabulary(package, writer, tmp_path, 600)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    same_tokens(llama_class, tmp_path / FILE, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["demo", "stories260K"])
+def test_llama_cpp_says_what_transformers_says(name, llama_class, tmp_path, request):
+    folder = demo.model_folder() if name == "demo" else request.getfixturevalue("stories")
+    file = converted(folder, tmp_path / "out", values="f32")
+    same_tokens(llama_class, file, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(folder)(
+        "def read(self" if name == "demo" else "Once upon a time", return_tensors="pt"
+    ).input_ids
+    wanted = model.generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None)[0, ids.shape[1] :].tolist()  # type: ignore[operator]
+    other = llama_class(str(file), n_ctx=128, n_threads=1, verbose=False)
+    got = [
+        token for token, _ in zip(other.generate(ids[0].tolist(), temp=0.0, repeat_penalty=1.0), wanted, strict=False)
+    ]
+    other.close()
+    assert got == wanted
