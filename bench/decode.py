@@ -1,6 +1,8 @@
 """Whole models that exceed the cache: decoding a random Llama dense, with zeros packed, and with fewer channels.
 
     python bench/decode.py --json bench/results/decode.json
+    python bench/decode.py --patterns "25% of channels,50% of channels" --runtimes eager,llamacpp,llamacpp-q8
+    python bench/decode.py --patterns "25% of channels,50% of channels" --runtimes eager,onnxruntime --dtype float32
 
 The weights are random, so only speed is measured, and outputs are compared between runtimes. Zeros are put by
 magnitude; channels go at random.
@@ -19,6 +21,7 @@ import secateur
 from secateur.checkpoint import open_checkpoint
 from secateur.data import Windows
 from secateur.model import load
+from secateur.progress import show
 from secateur.prune import prune_checkpoint
 from secateur.report import speed_table
 
@@ -28,7 +31,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--ffn", type=int, default=5504)
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--patterns", default="50%,60%,70%,25% of channels,50% of channels")
+    parser.add_argument("--patterns", default="50%,60%,70%,2:4")
+    parser.add_argument("--runtimes", default="packed,packed-int8")
+    parser.add_argument("--batch", default="1")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64)
@@ -47,17 +53,20 @@ def main() -> None:
     ids = torch.randint(3, 8000, (2, 32), generator=torch.Generator().manual_seed(0))
     folders = []
     for pattern in chosen.patterns.split(","):
-        folders.append(chosen.out / pattern.replace("%", "pct").replace(" ", "-"))
+        folders.append(chosen.out / pattern.replace("%", "pct").replace(" ", "-").replace(":", "of"))
         if not folders[-1].exists():
             prune_checkpoint(
                 open_checkpoint(dense), load(dense), Windows(ids, "random", "none", 0, None), folders[-1],
                 method="random" if "channels" in pattern else "magnitude", pattern=pattern,
             )  # fmt: skip
     results = secateur.bench(
-        folders, dense=dense, prompt=(chosen.prompt,), new=chosen.new, rounds=chosen.rounds, out=chosen.json
-    )
-    Console(width=160).print(speed_table(results))
-    print(f"reads {results.read_bandwidth / 1e9:.1f} GB/s, products {results.matrix_rate / 1e9:.0f} Gflop/s")
+        folders, dense=dense, runtimes=chosen.runtimes.split(","), prompt=(chosen.prompt,), new=chosen.new,
+        batch=[int(size) for size in chosen.batch.split(",")], rounds=chosen.rounds, dtype=chosen.dtype,
+        out=chosen.json, progress=show(quiet=False),
+    )  # fmt: skip
+    Console(width=200).print(speed_table(results))
+    for what, reason in results.skipped.items():
+        print(f"not timed: {what}: {reason}")
 
 
 if __name__ == "__main__":

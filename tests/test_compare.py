@@ -14,9 +14,10 @@ from secateur.results import Row
 
 FIELDS = {
     "method", "pattern", "kind", "sparsity", "perplexity", "delta", "delta_interval", "kl", "top1_agreement",
-    "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint", "allocation", "parameters",
+    "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint", "allocation", "parameters", "values",
+    "latency",
 }  # fmt: skip
-TOP = ["schema", "model", "calibration", "evaluation", "machine", "versions", "command", "rows"]
+TOP = ["schema", "model", "calibration", "evaluation", "machine", "versions", "command", "rows", "not_timed"]
 
 
 @pytest.fixture

@@ -204,7 +204,7 @@ def test_int8_values_round_and_own_products_do_not():
 def test_every_way_that_a_crossover_can_choose_gives_the_same(monkeypatch):
     weight, bias = sparse(40, 100, 0.6), torch.randn(40)
     found = measure_crossover(pack(weight), torch.float32, keep_dense=True)
-    assert found.ways.keys() == found.gains.keys() == set(BATCHES)
+    assert found.ways.keys() == set(BATCHES) >= found.gains.keys() >= {1, MOST}
     assert all(gain >= 1 for gain in found.gains.values())  # the dense product is among what is chosen from
     for way in ("packed", "unpacked", "unpacked to float32", "dense"):
         layer = PackedLinear(pack(weight), bias, type(found)({1: way}, {}), weight)

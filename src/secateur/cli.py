@@ -196,6 +196,13 @@ def compare(
     allocate: Annotated[
         str, typer.Option(help="How sparsity is shared out, a row each: uniform, owl, error, search.")
     ] = "uniform",
+    values: Annotated[
+        str, typer.Option(help="As they are, and rounded to eight bits, a row each: 'as stored', 'as stored,int8'.")
+    ] = "as stored",
+    bench: Annotated[
+        str, typer.Option(help="Runtimes in which to time the rows: eager,packed,packed-int8 … Default: none.")
+    ] = "",
+    bench_dtype: Annotated[str, typer.Option(help="dtype of the timed models: bfloat16, float32.")] = "bfloat16",
     align: Align = None,
     calibration: Calibration = None,
     evaluation: EvaluationText = None,
@@ -220,7 +227,8 @@ def compare(
     with display(quiet) as shows:
         results = secateur.compare(
             model, out=out, methods=split(methods), patterns=split(patterns),
-            allocate=split(allocate), align=align, calibration=calibration, evaluation=evaluation, samples=samples,
+            allocate=split(allocate), values=split(values), bench=split(bench),
+            bench_dtype=bench_dtype, align=align, calibration=calibration, evaluation=evaluation, samples=samples,
             windows=windows, seq_len=seq_len, seed=seed, skip=skip or (),
             device=device, dtype=dtype, batch_size=batch_size,
             data_dir=data_dir,

@@ -10,20 +10,20 @@ other, and two rows whose paired difference has a 95 % interval that contains ze
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
-
-import numpy as np
 
 from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
 from secateur.data import evaluation_windows, load_tokenizer
-from secateur.errors import BadPattern, ConditionsDiffer, OutputRefused, SecateurError, UnknownName
+from secateur.errors import BadPattern, OutputRefused, SecateurError, UnknownName
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
+from secateur.export import export
+from secateur.formats.packed import VALUES
+from secateur.latency import time_rows
 from secateur.machine import machine, versions
 from secateur.model import LanguageModel, load
 from secateur.options import (
@@ -42,8 +42,10 @@ from secateur.prune import check_method, prune_checkpoint
 from secateur.record import Report
 from secateur.report import write_report
 from secateur.results import SCHEMA, Results, Row, row_name
+from secateur.runtimes import find_runtime
 from secateur.shrink import refuse_structure
 from secateur.sites import sites
+from secateur.store import RowStore, file_name, write_whole
 from secateur.stream import Seconds
 from secateur.structures import Structure
 
@@ -55,6 +57,9 @@ def compare(
     methods: Sequence[str] = ("magnitude", "wanda", "sparsegpt"),
     patterns: Sequence[str] = ("50%", "4:8", "2:4"),
     allocate: Sequence[str] = ("uniform",),
+    values: Sequence[str] = ("as stored",),
+    bench: Sequence[str] = (),
+    bench_dtype: str = "bfloat16",
     align: int | None = None,
     calibration: str | None = None,
     evaluation: str | None = None,
@@ -74,11 +79,18 @@ def compare(
 ) -> Results:
     """Prune and evaluate `model` with every method and pattern; write `results.json` and `report.md` to `out`.
 
-    `allocate` lists rules as `prune` knows them; each makes a row of its own. The other arguments are as for
-    `prune` and `evaluate`. The pruned checkpoints stay in `out/checkpoints`. Raises
-    SecateurError; ConditionsDiffer where `out` holds rows of another model, text or metric.
+    `allocate` lists rules as `prune` knows them; each makes a row of its own. So does each of `values` for a pattern of
+    zeros: `as stored`, or `int8`, what is kept rounded to eight bits and packed. `bench` lists runtimes in which the
+    finished rows are timed beside the dense model, in `bench_dtype`. The other arguments are as for `prune` and
+    `evaluate`. The pruned checkpoints stay in `out/checkpoints`. Raises SecateurError; ConditionsDiffer where `out`
+    holds rows of another model, text or metric.
     """
     progress, out = progress or Progress(), Path(out)
+    for name in values:
+        if name not in VALUES:
+            raise UnknownName("kind of values", name, VALUES)
+    for name in bench:
+        find_runtime(name)
     grid = _grid(methods, patterns, allocate, skip, align)
     chosen, dtype = find_devices(device)[0], find_dtype(dtype)
     folder = resolve(model)
@@ -140,7 +152,7 @@ def compare(
         for method, pattern, rule in grid:
             kept = store.get(row_name(method, pattern, rule))
             if kept is None:
-                place = out / "checkpoints" / _file_name(row_name(method, pattern, rule))
+                place = out / "checkpoints" / file_name(row_name(method, pattern, rule))
                 report = prune_checkpoint(
                     source, language_model, calibrated, place, method=method, pattern=pattern, allocate=rule,
                     align=align if isinstance(parse(pattern), Structure) else None, skip=skip, device=device,
@@ -151,11 +163,18 @@ def compare(
                 kept[0].checkpoint = str(place.relative_to(out))
                 store.put(*kept)
             rows[kept[0].name] = kept
+            if "int8" in values and kept[0].kind != "structured":
+                name = row_name(method, pattern, rule, "int8")
+                rounded = store.get(name) or _rounded_row(kept[0], out, dense, measured, run, progress)
+                store.put(*rounded)
+                rows[name] = rounded
     finally:
         (out / "dense.hidden").unlink(missing_ok=True)
     rank({name: (row, found.loss) for name, (row, found) in rows.items()})
     results.rows = [row for row, _ in rows.values()]
-    _write(out / "results.json", results.json())
+    if bench:
+        results.not_timed = time_rows(results.rows, folder, out, bench, bench_dtype, progress)
+    write_whole(out / "results.json", results.json())
     write_report(results, out)
     progress.end()
     return results
@@ -243,14 +262,36 @@ def _pruned_row(
     return row, measured
 
 
+def _rounded_row(
+    kept: Row, out: Path, dense: Forward, expected: Measured, run: tuple[Any, ...], progress: Progress
+) -> tuple[Row, Measured]:
+    """The row of a pruned checkpoint whose kept weights are rounded to int8: packed, and evaluated as it comes back."""
+    assert kept.checkpoint is not None
+    place = Path(f"{kept.checkpoint}-int8")
+    progress.begin(f"evaluating {kept.name} int8")
+    export(out / kept.checkpoint, out=out / place, to="packed", values="int8", overwrite=True)
+    with TemporaryDirectory(dir=out) as temporary:
+        back = Path(temporary) / "dense"
+        export(out / place, out=back, to="dense")
+        measured = measure(Forward(load(back), *run), dense, progress)
+    delta, interval = perplexity_difference(measured.loss, expected.loss)
+    size = sum(file.stat().st_size for file in (out / place).glob("*.safetensors"))
+    row = replace(
+        kept, perplexity=measured.perplexity, delta=delta, delta_interval=interval, kl=measured.mean_kl or 0.0,
+        top1_agreement=measured.mean_agreement or 0.0, disk_bytes=size, checkpoint=str(place), values="int8",
+        rank="", ties=[], latency=[],
+    )  # fmt: skip
+    return row, measured
+
+
 def rank(rows: dict[str, tuple[Row, Any]]) -> None:
-    """Fill in `rank` and `ties` of every row but the dense one, among the rows of the same pattern.
+    """Fill in `rank` and `ties` of every row but the dense one, among the rows of the same pattern and values.
 
     `rows` gives each row with its loss per window. A rank is a range: a row is at best behind those that are
     better with an interval apart from zero, and at worst before those that are worse so.
     """
     for row, loss in rows.values():
-        rivals = [(r, other) for r, other in rows.values() if r.pattern == row.pattern and r is not row]
+        rivals = [(r, other) for r, other in rows.values() if _alike(r, row) and r is not row]
         if row.kind == "dense" or not rivals:
             continue
         better = worse = 0
@@ -267,49 +308,9 @@ def rank(rows: dict[str, tuple[Row, Any]]) -> None:
         row.rank = str(best) if best == last else f"{best}-{last} tie"
 
 
-class RowStore:
-    """Finished rows on disk, a file each, with the conditions they were measured under and the loss per window."""
-
-    def __init__(self, folder: Path, conditions: dict[str, Any]) -> None:
-        self.folder, self.conditions = folder, conditions
-
-    def check(self) -> None:
-        """Raise ConditionsDiffer where a row here was measured under other conditions, naming the difference."""
-        for file in sorted(self.folder.glob("*.json")):
-            found = self._read(file)["conditions"]
-            wanted = json.loads(json.dumps(self.conditions))
-            for key in sorted(found.keys() | wanted.keys()):
-                if found.get(key) != wanted.get(key):
-                    raise ConditionsDiffer(
-                        f"{file} was measured with {key} {found.get(key)}, now it is {wanted.get(key)}. Rows of "
-                        "different conditions do not go into one table: choose another --out, or delete that folder."
-                    )
-
-    def get(self, name: str) -> tuple[Row, Measured] | None:
-        """A finished row by its name, or None: also where its checkpoint is gone."""
-        file = self.folder / f"{_file_name(name)}.json"
-        if not file.exists():
-            return None
-        held = self._read(file)
-        row = Row(**held["row"])
-        if row.checkpoint and not (self.folder.parent / row.checkpoint).is_dir():
-            return None
-        row.delta_interval = (row.delta_interval[0], row.delta_interval[1])
-        return row, Measured(np.asarray(held["loss"]))
-
-    def put(self, row: Row, measured: Measured) -> None:
-        """Keep a finished row."""
-        held = {"conditions": self.conditions, "row": asdict(row), "loss": measured.loss.tolist()}
-        _write(self.folder / f"{_file_name(row.name)}.json", json.dumps(held, allow_nan=False))
-
-    def _read(self, file: Path) -> dict[str, Any]:
-        try:
-            held = json.loads(file.read_text(encoding="utf-8"))
-            if not held.keys() >= {"conditions", "row", "loss"}:
-                raise ValueError("fields are missing")
-        except (ValueError, AttributeError) as error:
-            raise ConditionsDiffer(f"{file} is no finished row ({error}). Delete it and run again.") from error
-        return held
+def _alike(one: Row, other: Row) -> bool:
+    """Whether two rows are ranked against each other: the same pattern, and values as exact."""
+    return (one.pattern, one.values) == (other.pattern, other.values)
 
 
 def _conditions(results: Results, options: dict[str, Any]) -> dict[str, Any]:
@@ -322,14 +323,3 @@ def _conditions(results: Results, options: dict[str, Any]) -> dict[str, Any]:
         "versions": results.versions,
         **options,
     }
-
-
-def _file_name(row: str) -> str:
-    return row.replace("%", "pct").replace(":", "of").replace(" ", "-")
-
-
-def _write(file: Path, text: str) -> None:
-    """Write beside and rename, so that a file is whole or absent."""
-    part = file.with_name(f".{file.name}.partial")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)

@@ -118,6 +118,7 @@ INLINED __m256 spread_f32(const float *values, unsigned mask) {
     return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(places, 31)), placed);
 }
 
+/* No prefetch here: on Zen 3 the processor's own is faster by an eighth. */
 #define AVX2_ROWS(NAME, TYPE, SPREAD, SCALE)                                                                       \
     INLINED void NAME(ROWS_OF(TYPE, float)) {                                                                      \
         const uint64_t *masks[2];                                                                                  \
@@ -131,10 +132,7 @@ INLINED __m256 spread_f32(const float *values, unsigned mask) {
         __m256 more[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}; /* a second chain at batch 1 */               \
         for (int64_t k = 0; k < words; k++) {                                                                      \
             uint64_t word[2];                                                                                      \
-            for (int i = 0; i < count; i++) {                                                                      \
-                word[i] = masks[i][k];                                                                             \
-                _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);                                           \
-            }                                                                                                      \
+            for (int i = 0; i < count; i++) word[i] = masks[i][k];                                                 \
             _Pragma("GCC unroll 8") for (int j = 0; j < 8; j++) {                                                  \
                 __m256 weight[2];                                                                                  \
                 for (int i = 0; i < count; i++) {                                                                  \

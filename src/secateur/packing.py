@@ -30,9 +30,10 @@ from secateur.packed import (
 
 LEAST = 0.4
 """The share of zeros from which a layer is packed: under it a bfloat16 matrix is not smaller enough to be faster."""
-BATCHES = (1, 2, 4, 8, 16, 32, 64, 256)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 """Where the ways to multiply are compared; in between, the largest of these that is not above counts."""
-REPEATS, ENOUGH = 5, 0.05
+REPEATS, ENOUGH, HOPELESS = 5, 0.05, 3.0
+"""Calls of each way, seconds after which no more are made, and how many times slower than the best is not tried on."""
 
 WAYS: dict[str, Callable[[Packed, Tensor], Tensor]] = {
     "packed": multiply,
@@ -45,7 +46,8 @@ WAYS: dict[str, Callable[[Packed, Tensor], Tensor]] = {
 class Crossover:
     """Which of `WAYS`, or `dense` where the dense matrix is kept, is used from which batch on, and what it gains.
 
-    `gains` says for each of `BATCHES` that was measured how many times faster than torch's own dense product it is.
+    `gains` says for each of `BATCHES` how many times faster than torch's own dense product it is, as far as that one
+    was tried.
     """
 
     ways: dict[int, str]
@@ -66,28 +68,30 @@ def measure_crossover(packed: Packed, dtype: torch.dtype, *, keep_dense: bool) -
     `dense` may win only with `keep_dense`; a gain under 1 says where it would have.
     """
     dense = packed.dense(dtype=dtype)
-    ways = dict(WAYS) if packed.values.dtype in KINDS and library() is not None else {"unpacked": multiply_unpacked}
-    best_ways: dict[int, str] = {}
+    fast = packed.values.dtype in KINDS and library() is not None
+    tried = {name: WAYS[name] for name in (WAYS if fast else ["unpacked"])}
+    tried["dense"] = lambda packed, x: linear(x, dense)
+    ways: dict[int, str] = {}
     gains: dict[int, float] = {}
     for batch in BATCHES:
         x = torch.randn(batch, packed.columns, generator=torch.Generator().manual_seed(batch)).to(dtype)
-        calls: dict[str, Callable[[], object]] = {
-            name: lambda way=way, x=x: way(packed, x) for name, way in ways.items()
-        }
-        calls["dense"] = lambda x=x: linear(x, dense)
-        seconds = dict.fromkeys(calls, float("inf"))
+        seconds = dict.fromkeys(tried, float("inf"))
         started = perf_counter()
         for repeat in range(REPEATS):
-            for name, call in calls.items():
+            for name, way in tried.items():
                 begun = perf_counter()
-                call()
+                way(packed, x)
                 seconds[name] = min(seconds[name], perf_counter() - begun)
             if repeat and perf_counter() - started > ENOUGH:
                 break
         allowed = [name for name in seconds if keep_dense or name != "dense"]
-        best_ways[batch] = min(allowed, key=lambda name: seconds[name])
-        gains[batch] = seconds["dense"] / seconds[best_ways[batch]]
-    return Crossover(best_ways, gains)
+        ways[batch] = min(allowed, key=lambda name: seconds[name])
+        if "dense" in seconds:
+            gains[batch] = seconds["dense"] / seconds[ways[batch]]
+        if batch > MOST:  # the small batches decide little, and the first call of a way is slow
+            hopeless = HOPELESS * min(seconds[name] for name in allowed)
+            tried = {name: way for name, way in tried.items() if seconds[name] <= hopeless}
+    return Crossover(ways, gains)
 
 
 class PackedLinear(nn.Module):

@@ -1,6 +1,6 @@
 """Results as people read them: a table on the terminal and a Markdown page.
 
-There is no column for speed: none is shown until it is measured.
+Columns for speed appear where it was measured, each figure with its runtime; there is none otherwise.
 """
 
 from collections.abc import Sequence
@@ -23,6 +23,8 @@ COLUMNS = (
     "method", "pattern", "kind", "sparsity", "perplexity", "difference [95 % interval]", "rank", "KL",
     "top-1", "parameters", "seconds", "peak memory", "on disk",
 )  # fmt: skip
+SPEED = ("tokens/s", "decoding over dense", "first token over dense")
+"""The columns that a comparison with `--bench` has besides."""
 NARROW = ("method", "pattern", "kind", "perplexity", "difference [95 % interval]", "rank")
 """The columns that fit a terminal of 80 characters."""
 WIDE_CHARACTERS = 150
@@ -64,7 +66,8 @@ def cells(row: Row) -> dict[str, str]:
     dense = row.kind == "dense"
     low, high = row.delta_interval
     values = [
-        row.method if row.allocation == "uniform" else f"{row.method} by {row.allocation}",
+        (row.method if row.allocation == "uniform" else f"{row.method} by {row.allocation}")
+        + ("" if row.values == "as stored" else f", {row.values}"),
         row.pattern,
         row.kind,
         f"{row.sparsity:.2%}",
@@ -81,9 +84,35 @@ def cells(row: Row) -> dict[str, str]:
     return dict(zip(COLUMNS, values, strict=True))
 
 
+def speed_cells(row: Row) -> dict[str, str]:
+    """The speed of one row in the runtime where it decodes fastest, by column."""
+    if not row.latency:
+        return dict.fromkeys(SPEED, "-")
+    best = min(row.latency, key=lambda timing: timing["decode"][1])
+    plain = best["against"] if best["runtime"] != best["against"] else "the same"
+    return dict(
+        zip(
+            SPEED,
+            (
+                f"{best['tokens_per_second']:.0f} in {best['runtime']}",
+                f"{_range(best['over_eager'])} eager, {best['decode_ratio'][0]:.2f} {plain}",
+                f"{_range(best['prefill_ratio'])} {plain}",
+            ),
+            strict=True,
+        )
+    )
+
+
+def shown_columns(results: Results, columns: Sequence[str]) -> list[str]:
+    """The columns with those for speed, where it was measured, and without the seconds of pruning then."""
+    if not any(row.latency for row in results.rows):
+        return list(columns)
+    return [*(column for column in columns if column not in ("seconds", "peak memory", "parameters")), *SPEED]
+
+
 def table(results: Results, characters: int) -> Table:
     """The comparison as a table for a terminal that wide; a narrow one gets `NARROW` alone."""
-    columns = COLUMNS if characters >= WIDE_CHARACTERS else NARROW
+    columns = shown_columns(results, COLUMNS if characters >= WIDE_CHARACTERS else NARROW)
     shown = Table(
         title=escape(_title(results)), caption=_caption(results), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
@@ -92,7 +121,8 @@ def table(results: Results, characters: int) -> Table:
     for before, row in zip([None, *results.rows], results.rows, strict=False):
         if before and before.pattern != row.pattern:
             shown.add_section()
-        shown.add_row(*(escape(cells(row)[column]) for column in columns))
+        held = cells(row) | speed_cells(row)
+        shown.add_row(*(escape(held[column]) for column in columns))
     return shown
 
 
@@ -198,19 +228,25 @@ def doctor_lines(found: Examination) -> list[str]:
 
 
 def _interval(ratio: tuple[float, float, float]) -> str:
+    return _range(ratio).replace("[", "\\[")
+
+
+def _range(ratio: Sequence[float]) -> str:
     middle, low, high = ratio
-    return f"{middle:.2f} [{low:.2f}, {high:.2f}]".replace("[", "\\[")
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def markdown(results: Results) -> str:
     """The comparison as a Markdown page with its conditions."""
     calibration, evaluation = results.calibration, results.evaluation
+    columns = [*COLUMNS, *(SPEED if any(row.latency for row in results.rows) else ())]
+    held = [cells(row) | speed_cells(row) for row in results.rows]
     lines = [
         f"# {_escape(_title(results))}",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(_escape(cell) for cell in cells(row).values()) + " |" for row in results.rows),
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(_escape(row[column]) for column in columns) + " |" for row in held),
         "",
         _caption(results),
         "",
@@ -262,8 +298,20 @@ def _caption(results: Results) -> str:
         "gone, so the model is smaller. Difference: perplexity minus dense, paired bootstrap over "
         "windows. Rank: by perplexity within one pattern; rows whose paired difference may be zero are a tie. "
         "KL: dense against pruned, nats a token. Seconds: planning, forward passes, statistics, solving and refining; "
-        "not loading, writing and evaluating. "
-        "No speed was measured here, and zeros alone give none."
+        "not loading, writing and evaluating. " + _said_of_speed(results)
+    )
+
+
+def _said_of_speed(results: Results) -> str:
+    """What the figures for speed are; that there are none, where there are none."""
+    timing = next((timing for row in results.rows for timing in row.latency), None)
+    if timing is None:
+        return "No speed was measured here, and zeros alone give none."
+    return (
+        f"Speed: in the runtime where the row decodes fastest, {timing['dtype']}, batch {timing['batch']}, prompt "
+        f"{timing['prompt']}, {timing['new_tokens']} tokens, {results.machine['threads']} threads of "
+        f"{results.machine['processor']}; ratios to the dense model in plain transformers (eager) and in the runtime "
+        "that is named, median of paired rounds [95 % interval]; results.json has all runtimes."
     )
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-SCHEMA = "secateur.results/1"
+SCHEMA = "secateur.results/2"
 
 
 @dataclass
@@ -28,15 +28,18 @@ class Row:
     checkpoint: str | None = None
     allocation: str = "uniform"
     parameters: int | None = None
+    values: str = "as stored"
+    latency: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        return row_name(self.method, self.pattern, self.allocation)
+        return row_name(self.method, self.pattern, self.allocation, self.values)
 
 
-def row_name(method: str, pattern: str, allocation: str = "uniform") -> str:
+def row_name(method: str, pattern: str, allocation: str = "uniform", values: str = "as stored") -> str:
     """What tells a row from the others of its table."""
-    return f"{method} {pattern}" + ("" if allocation == "uniform" else f" {allocation}")
+    shared = "" if allocation == "uniform" else f" {allocation}"
+    return f"{method} {pattern}{shared}" + ("" if values == "as stored" else f" {values}")
 
 
 @dataclass
@@ -51,6 +54,7 @@ class Results:
     versions: dict[str, str]
     command: list[str]
     rows: list[Row]
+    not_timed: dict[str, str] = field(default_factory=dict)
 
     def json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"

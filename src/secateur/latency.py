@@ -1,0 +1,51 @@
+"""The rows of a comparison, timed: each pruned checkpoint beside the dense model, in every runtime that has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from secateur.bench import BenchResults, bench
+from secateur.progress import Progress
+from secateur.results import Row
+from secateur.runtimes import RUNTIMES
+
+
+def time_rows(
+    rows: Sequence[Row], dense: Path, out: Path, runtimes: Sequence[str], dtype: str, progress: Progress
+) -> dict[str, str]:
+    """Fill in `latency` of the rows; returns what could not be timed, with the reasons.
+
+    A pruned folder is timed with the dense model in turn, one after the other, so that no more than two models are in
+    memory for each runtime. A row with rounded values gets what runtimes that round took, others the rest.
+    """
+    skipped: dict[str, str] = {}
+    stored = {row.name: row for row in rows if row.checkpoint and row.values == "as stored"}
+    for number, row in enumerate(stored.values()):
+        assert row.checkpoint is not None
+        found = bench([out / row.checkpoint], dense=dense, runtimes=runtimes, dtype=dtype, progress=progress)
+        skipped |= {
+            f"{row.name}: {what}": why for what, why in found.skipped.items() if not what.startswith("dense in")
+        }
+        for timing in found.timings:
+            rounded = RUNTIMES[timing.runtime].rounded
+            if timing.model == "dense":
+                targets = [other for other in rows if other.kind == "dense"] if number == 0 else []
+            else:
+                same = (row.method, row.pattern, row.allocation)
+                targets = [
+                    other for other in rows
+                    if (other.method, other.pattern, other.allocation) == same
+                    and (other.values == "int8") == rounded
+                ]  # fmt: skip
+            for target in targets:
+                target.latency.append(_entry(timing, found))
+    return skipped
+
+
+def _entry(timing: Any, found: BenchResults) -> dict[str, Any]:
+    """What `results.json` holds of one timing."""
+    held = {key: value for key, value in asdict(timing).items() if key != "model"}
+    return held | {"dtype": found.dtype, "new_tokens": found.new_tokens, "rounds": found.rounds}
