@@ -9,9 +9,11 @@ import pytest
 import secateur
 from secateur.compare import rank
 from secateur.errors import ConditionsDiffer, SecateurError
+from secateur.packed import library
 from secateur.report import markdown, table
 from secateur.results import Row
 
+needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
 FIELDS = {
     "method", "pattern", "kind", "sparsity", "perplexity", "delta", "delta_interval", "kl", "top1_agreement",
     "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint", "allocation", "parameters", "values",
@@ -123,6 +125,40 @@ def test_a_tie_is_not_ranked():
     }  # fmt: skip
     assert rows["a"][0].ties == ["b 2:4"]
     assert rows["d"][0].ties == []
+
+
+@needs_library
+def test_rows_are_timed_and_rounded_ones_stand_apart(options, tmp_path):
+    grid = {"methods": ["magnitude"], "patterns": ["60%", "25% of channels"], "values": ["as stored", "int8"]}
+    grid["methods"] = ["magnitude", "energy"]
+    speed = {"bench": ["eager", "packed", "packed-int8"], "bench_dtype": "float32"}
+    results = secateur.compare(**options | grid | speed, out=tmp_path)
+    rows = {row.name: row for row in results.rows}
+    assert list(rows) == ["dense -", "magnitude 60%", "magnitude 60% int8", "energy 25% of channels"]
+    exact, rounded = rows["magnitude 60%"], rows["magnitude 60% int8"]
+    assert rounded.perplexity != exact.perplexity
+    assert rounded.perplexity == pytest.approx(exact.perplexity, rel=0.05)
+    assert rounded.disk_bytes < exact.disk_bytes
+    assert rounded.rank == exact.rank == ""  # each alone with its pattern and values
+    timed = {name: [timing["runtime"] for timing in row.latency] for name, row in rows.items()}
+    assert timed["magnitude 60%"] == ["eager", "packed"]
+    assert timed["magnitude 60% int8"] == ["packed-int8"]
+    assert timed["energy 25% of channels"] == ["eager"]
+    assert "eager" in timed["dense -"]
+    assert any("nothing to pack" in why for why in results.not_timed.values())
+    held = json.loads((tmp_path / "results.json").read_text())
+    assert held["rows"][1]["latency"][1]["runtime"] == "packed"
+    page = (tmp_path / "report.md").read_text()
+    assert "tokens/s" in page
+    assert "in packed" in page or "in eager" in page
+    assert "No speed was measured" not in page
+    again = secateur.compare(**options | grid, out=tmp_path)
+    assert [row.perplexity for row in again.rows] == [row.perplexity for row in results.rows]
+    assert all(row.latency == [] for row in again.rows)
+    with pytest.raises(SecateurError, match="There is no runtime 'pakced'"):
+        secateur.compare(**options, bench=["pakced"], out=tmp_path / "other")
+    with pytest.raises(SecateurError, match="kind of values 'int4'"):
+        secateur.compare(**options, values=["int4"], out=tmp_path / "other")
 
 
 def test_the_report_escapes_names_and_has_no_speed_column(options, tmp_path):

@@ -22,7 +22,10 @@ from secateur.terminal import command, console, display, numbers, print_json, pr
 def bench(
     models: Annotated[list[str], typer.Argument(help="Checkpoint folders to time.")],
     dense: Annotated[str | None, typer.Option(help="The dense model. Default: the embedded demo.")] = None,
-    runtimes: Annotated[str, typer.Option(help="Runtimes, separated by commas: eager, packed.")] = "eager,packed",
+    runtimes: Annotated[
+        str,
+        typer.Option("--runtime", "--runtimes", help="Runtimes, separated by commas; `secateur doctor` lists them."),
+    ] = "eager,packed",
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1",
     prompt: Annotated[str, typer.Option(help="Prompt lengths in tokens, separated by commas.")] = "128",
     new: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,

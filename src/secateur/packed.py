@@ -9,8 +9,9 @@ multiplied by torch.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 
 import numpy as np
@@ -44,6 +45,12 @@ class Packed:
     @property
     def rows(self) -> int:
         return len(self.bitmap)
+
+    @cached_property
+    def places(self) -> list[int]:
+        """Where its tensors lie, as products take them; looked up once, since small products take microseconds."""
+        held = (self.bitmap, self.values, self.starts, self.scales)
+        return [t.data_ptr() for t in held if t is not None]
 
     @property
     def bytes(self) -> int:
@@ -186,26 +193,32 @@ def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     as integers of 16 bits. Larger batches than `MOST` are taken by and by. Without the library the matrix is unpacked.
     `use` forces an instruction set of `ISAS` that this machine has, for tests.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    compiled = library()
-    if compiled is None or packed.values.dtype not in KINDS or not len(flat):
+    product = _product(packed.values.dtype)
+    if product is None or not x.numel():
         return multiply_unpacked(packed, x)
-    words = packed.bitmap.shape[1]
-    rows = flat.to(torch.float32 if packed.scales is not None else packed.values.dtype)
+    count, words = len(packed.bitmap), packed.bitmap.shape[1]
+    flat = x.reshape(-1, packed.columns).to(packed.values.dtype if packed.scales is None else torch.float32)
     if packed.columns < words * WORD:
-        rows = nn.functional.pad(rows, (0, words * WORD - packed.columns))
-    rows = rows.contiguous()
-    y = torch.empty(len(flat), packed.rows)
-    product = getattr(compiled, f"secateur_multiply_{KINDS[packed.values.dtype]}")
-    scales = [] if packed.scales is None else [packed.scales.data_ptr()]
+        flat = nn.functional.pad(flat, (0, words * WORD - packed.columns))
+    flat = flat.contiguous()
+    y = torch.empty(len(flat), count)
+    instructions, threads = _best() if use is None else ISAS.index(use), torch.get_num_threads()
+    read, written, step = flat.data_ptr(), y.data_ptr(), words * WORD * flat.element_size()
     for start in range(0, len(flat), MOST):
         failed = product(
-            _best() if use is None else ISAS.index(use), packed.bitmap.data_ptr(), packed.values.data_ptr(),
-            packed.starts.data_ptr(), *scales, rows[start:].data_ptr(), y[start:].data_ptr(), packed.rows, words,
-            min(MOST, len(flat) - start), torch.get_num_threads(),
+            instructions, *packed.places, read + start * step, written + start * count * 4, count, words,
+            min(MOST, len(flat) - start), threads,
         )  # fmt: skip
         assert not failed, f"the packed product failed with {failed}"
-    return y.to(x.dtype).view(*x.shape[:-1], packed.rows)
+    return y.to(x.dtype).view(*x.shape[:-1], count)
+
+
+@cache
+def _product(dtype: torch.dtype) -> Callable[..., int] | None:
+    """The compiled product for values of a dtype, None where there is none."""
+    if (compiled := library()) is None or dtype not in KINDS:
+        return None
+    return getattr(compiled, f"secateur_multiply_{KINDS[dtype]}")
 
 
 def multiply_unpacked(packed: Packed, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

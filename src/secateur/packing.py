@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from time import perf_counter
 
 import torch
@@ -105,17 +106,13 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", bias)
         self.in_features, self.out_features = packed.columns, packed.rows
-        self.crossover, self.kept = crossover, kept
-
-    @property
-    def packed(self) -> Packed:
-        return Packed(self.bitmap, self.values, self.starts, self.in_features, self.scales)  # type: ignore[arg-type]
+        self.packed, self.biased, self.kept = packed, bias is not None, kept
+        self.way = cache(crossover.way)
 
     def forward(self, x: Tensor) -> Tensor:
-        way = self.crossover.way(x.numel() // max(x.shape[-1], 1))
+        way = self.way(x.numel() // self.in_features)
         y = linear(x, self.kept) if way == "dense" and self.kept is not None else WAYS[way](self.packed, x)
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
-        return y if bias is None else y + bias
+        return y + self.bias if self.biased else y  # type: ignore[operator]
 
 
 class OwnLinear(nn.Module):

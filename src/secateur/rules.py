@@ -268,6 +268,7 @@ __all__ = [
     "CONV1D",
     "EXPERTS",
     "LINEAR",
+    "MULTIPLES",
     "PRUNED",
     "RULES",
     "Matrix",

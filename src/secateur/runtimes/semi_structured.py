@@ -26,13 +26,16 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 from secateur.checkpoint import RECORD
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel, in_one_line
 from secateur.kernels.nm import beyond_cache, check_two_of_four, cold_milliseconds
+from secateur.rules import MULTIPLES
 from secateur.runtimes.base import Running, Runtime, Stepped
 from secateur.runtimes.eager import bytes_read, load_model
 
 CLASSES = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
 """Rows of x that are timed; other numbers use what was fastest for the next larger one, or for the last."""
-CUTLASS_MULTIPLES = {torch.float16: (32, 64), torch.bfloat16: (32, 64)}
-CUSPARSELT_MULTIPLES = {torch.float16: (16, 16), torch.bfloat16: (16, 16)}
+CUTLASS_MULTIPLES, CUSPARSELT_MULTIPLES = (
+    {torch.float16: MULTIPLES[backend]["F16"], torch.bfloat16: MULTIPLES[backend]["BF16"]}
+    for backend in ("CUTLASS", "cuSPARSELt")
+)
 """What outputs and inputs of a matrix must be multiples of. float32 has kernels for 1:2 only."""
 PADDED = 8
 """Both backends take rows of x in multiples of this."""
