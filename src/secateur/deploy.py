@@ -67,7 +67,7 @@ def export(
     model: Model = None,
     out: Out = ...,  # type: ignore[assignment]
     to: Annotated[
-        str, typer.Option(help="The format, of `secateur formats`; dense: back to a dense checkpoint.")
+        str, typer.Option(help="The format; `secateur doctor` lists them. dense: back to a dense checkpoint.")
     ] = ...,  # type: ignore[assignment]
     values: Annotated[
         str | None, typer.Option(help="Of packed: int8. Of gguf: f32, f16, bf16, q8_0. Default: as stored.")
@@ -90,7 +90,7 @@ def export(
 def validate(
     model: Model = None,
     runtime: Annotated[
-        str, typer.Option("--for", help="The runtime, as `secateur validate --for ?` lists them.")
+        str, typer.Option("--for", help="The runtime: eager, packed, semi-structured, tensorrt-llm …")
     ] = ...,  # type: ignore[assignment]
     batch: Annotated[int, typer.Option(min=1, help="Rows of activations: the batch, in prefill times the tokens.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Devices that share the model (tensorrt-llm).")] = 1,

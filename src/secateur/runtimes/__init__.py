@@ -5,7 +5,7 @@ and decode; the clock, the rounds and the comparison of outputs are in `bench`.
 """
 
 from secateur.errors import UnknownName
-from secateur.runtimes import compiled, eager, llamacpp, onnxruntime, packed, semi_structured, vllm
+from secateur.runtimes import compiled, eager, llamacpp, onnxruntime, packed, packed_cuda, semi_structured, vllm
 from secateur.runtimes.base import Running, Runtime
 
 RUNTIMES: dict[str, Runtime] = {
@@ -19,6 +19,7 @@ RUNTIMES: dict[str, Runtime] = {
     "llamacpp": llamacpp.llamacpp,
     "llamacpp-q8": llamacpp.llamacpp_q8,
     "eager-cuda": semi_structured.eager_cuda,
+    "packed-cuda": packed_cuda.packed_cuda,
     "semi-structured": semi_structured.semi_structured,
     "vllm": vllm.vllm,
 }
