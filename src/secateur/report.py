@@ -23,7 +23,7 @@ COLUMNS = (
     "method", "pattern", "kind", "sparsity", "perplexity", "difference [95 % interval]", "rank", "KL",
     "top-1", "parameters", "seconds", "peak memory", "on disk",
 )  # fmt: skip
-SPEED = ("tokens/s", "decoding over dense", "first token over dense")
+SPEED = ("tokens/s", "runtime", "over eager", "over its dense", "first token")
 """The columns that a comparison with `--bench` has besides."""
 NARROW = ("method", "pattern", "kind", "perplexity", "difference [95 % interval]", "rank")
 """The columns that fit a terminal of 80 characters."""
@@ -89,25 +89,15 @@ def speed_cells(row: Row) -> dict[str, str]:
     if not row.latency:
         return dict.fromkeys(SPEED, "-")
     best = min(row.latency, key=lambda timing: timing["decode"][1])
-    plain = best["against"] if best["runtime"] != best["against"] else "the same"
-    return dict(
-        zip(
-            SPEED,
-            (
-                f"{best['tokens_per_second']:.0f} in {best['runtime']}",
-                f"{_range(best['over_eager'])} eager, {best['decode_ratio'][0]:.2f} {plain}",
-                f"{_range(best['prefill_ratio'])} {plain}",
-            ),
-            strict=True,
-        )
-    )
+    ratios = (_range(best["over_eager"]), _range(best["decode_ratio"]), f"{best['prefill_ratio'][0]:.2f}")
+    return dict(zip(SPEED, (f"{best['tokens_per_second']:.0f}", best["runtime"], *ratios), strict=True))
 
 
 def shown_columns(results: Results, columns: Sequence[str]) -> list[str]:
-    """The columns with those for speed, where it was measured, and without the seconds of pruning then."""
+    """The columns with those for speed, where it was measured; then what is of less use goes, the page has all."""
     if not any(row.latency for row in results.rows):
         return list(columns)
-    return [*(column for column in columns if column not in ("seconds", "peak memory", "parameters")), *SPEED]
+    return [*(column for column in columns if column in (*NARROW, "sparsity", "on disk")), *SPEED]
 
 
 def table(results: Results, characters: int) -> Table:
@@ -308,10 +298,11 @@ def _said_of_speed(results: Results) -> str:
     if timing is None:
         return "No speed was measured here, and zeros alone give none."
     return (
-        f"Speed: in the runtime where the row decodes fastest, {timing['dtype']}, batch {timing['batch']}, prompt "
+        f"Speed: decoding in the runtime where the row is fastest, {timing['dtype']}, batch {timing['batch']}, prompt "
         f"{timing['prompt']}, {timing['new_tokens']} tokens, {results.machine['threads']} threads of "
-        f"{results.machine['processor']}; ratios to the dense model in plain transformers (eager) and in the runtime "
-        "that is named, median of paired rounds [95 % interval]; results.json has all runtimes."
+        f"{results.machine['processor']}. Over eager: times as fast as the dense model in plain transformers; over its "
+        "dense: in the same runtime or our own dense product, first token likewise; medians of paired rounds "
+        "[95 % interval]. results.json has every runtime."
     )
 
 

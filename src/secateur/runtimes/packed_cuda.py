@@ -72,7 +72,7 @@ class DeviceLinear(nn.Module):
 
 
 def use_packed(model: nn.Module, measure: Measure) -> int:
-    """Replace the layers with enough zeros in place; how many bytes less are read at batch 1. Each kind is timed once."""
+    """Replace the layers with enough zeros in place; how many bytes less batch 1 reads. Each kind is timed once."""
     known: dict[tuple[torch.Size, int], tuple[bool, ...]] = {}
     saved = 0
     for name, module in list(model.named_modules()):
