@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, default=5504)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--patterns", default="50%,60%,70%,2:4")
-    parser.add_argument("--runtimes", default="packed,packed-int8")
+    parser.add_argument("--runtimes", default="eager,packed,packed-int8")
     parser.add_argument("--batch", default="1")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--new", type=int, default=16)

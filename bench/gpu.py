@@ -35,6 +35,7 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_
 
 from secateur.errors import in_one_line
 from secateur.kernels import bitmap, nm
+from secateur.kernels.device import milliseconds
 from secateur.machine import machine, versions
 from secateur.packed import Packed
 from secateur.runtimes.semi_structured import PRODUCTS, Algorithm
@@ -168,13 +169,9 @@ def graph_microseconds(calls: list[Callable[[], object]]) -> float:
             call()
     times = []
     for number in range(13):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
+        taken = milliseconds(graph.replay)
         if number >= 3:
-            times.append(1e3 * start.elapsed_time(end) / len(calls))
+            times.append(1e3 * taken / len(calls))
     return statistics.median(times)
 
 

@@ -74,6 +74,14 @@ def test_packed_is_compared_with_the_dense_model_in_our_own_product_too(tiny_lla
     assert all(row.tokens_per_second > 0 and row.share_of_matrix_rate > 0 for row in rows.values())
 
 
+@needs_library
+def test_only_what_was_asked_for_is_timed(tiny_llama, pruned):
+    found = secateur.bench(
+        [pruned["half"]], dense=tiny_llama, runtimes=["packed"], prompt=[4], new=1, rounds=3, dtype="float32"
+    )
+    assert [(row.model, row.runtime) for row in found.timings] == [("dense", "eager"), ("half", "packed")]
+
+
 def test_a_runtime_with_other_outputs_is_not_timed(tiny_llama, pruned, monkeypatch):
     def wrong(folder, dtype):
         running = RUNTIMES["eager"].load(folder, dtype)
@@ -118,7 +126,7 @@ def test_the_compiled_runtime_has_a_cache_of_fixed_length(tiny_llama, monkeypatc
 @needs_library
 def test_single_matrices_are_timed_with_every_kernel(pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "BEYOND_CACHE", 1e5)
-    found = layers.time_layers([pruned["half"], pruned["smaller"]], batch=[1, 3], rounds=3)
+    found = layers.time_layers([pruned["half"], pruned["smaller"]], dtype="bf16", batch=[1, 3], rounds=3)
     shapes = {(row.site.split()[0], row.shape) for row in found}
     assert len({shape for name, shape in shapes if name == "half"}) == 4
     for row in found:
@@ -128,7 +136,7 @@ def test_single_matrices_are_timed_with_every_kernel(pruned, tmp_path, monkeypat
     assert {row.kernel for row in found if row.site.startswith("half")} >= {"torch", "packed", "packed int8"}
     said = run("bench", pruned["half"], "--layers", "--rounds", 3, "--quiet", "--out", tmp_path / "layers.json")
     assert "over torch" in said
-    assert json.loads((tmp_path / "layers.json").read_text())["layers"]
+    assert json.loads((tmp_path / "layers.json").read_text()).keys() == {"command", "machine", "versions", "layers"}
     with pytest.raises(UnknownName, match="dtype that can be timed"):
         layers.time_layers([pruned["half"]], dtype="float16")
 

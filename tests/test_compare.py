@@ -8,7 +8,7 @@ import pytest
 
 import secateur
 from secateur.compare import rank
-from secateur.errors import ConditionsDiffer, SecateurError
+from secateur.errors import ConditionsDiffer, SecateurError, UnsupportedModel
 from secateur.packed import library
 from secateur.report import markdown, table
 from secateur.results import Row
@@ -159,6 +159,19 @@ def test_rows_are_timed_and_rounded_ones_stand_apart(options, tmp_path):
         secateur.compare(**options, bench=["pakced"], out=tmp_path / "other")
     with pytest.raises(SecateurError, match="kind of values 'int4'"):
         secateur.compare(**options, values=["int4"], out=tmp_path / "other")
+
+
+def test_a_row_that_cannot_be_timed_stands_without_a_figure(options, tmp_path, monkeypatch):
+    def refuses(*args, **kwargs):
+        raise UnsupportedModel("other logits. Nothing was timed.")
+
+    monkeypatch.setattr("secateur.latency.bench", refuses)
+    results = secateur.compare(
+        **options | {"methods": ["magnitude"], "patterns": ["50%"]}, bench=["eager"], out=tmp_path
+    )
+    assert results.not_timed == {"magnitude 50%": "other logits. Nothing was timed."}
+    assert [row.latency for row in results.rows] == [[], []]
+    assert json.loads((tmp_path / "results.json").read_text())["not_timed"] == results.not_timed
 
 
 def test_the_report_escapes_names_and_has_no_speed_column(options, tmp_path):

@@ -28,7 +28,7 @@ from secateur.errors import (
     OutputRefused,
     UnsupportedModel,
 )
-from secateur.formats import compressed_tensors
+from secateur.formats import base
 from secateur.formats.compressed_tensors import CONFIG_KEYS, sparse_24_bitmask, sparse_bitmask
 
 FORMATS = {"sparse-24-bitmask": sparse_24_bitmask, "sparse-bitmask": sparse_bitmask}
@@ -280,7 +280,7 @@ def test_other_refusals_to_write(tmp_path, monkeypatch):
     def full(*arguments: object, **options: object) -> None:
         raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(28)} (os error 28)")
 
-    monkeypatch.setattr(compressed_tensors, "save_file", full)
+    monkeypatch.setattr(base, "save_file", full)
     with pytest.raises(DiskFull, match="No space left on device"):
         packed(odd, tmp_path / "c", "sparse-bitmask")
 

@@ -72,6 +72,7 @@ def test_int8_values_come_back_as_what_they_stand_for(half, tmp_path):
     loaded = load_packed(tmp_path / "packed", dtype=torch.float32, measure=False)
     secateur.export(tmp_path / "packed", out=tmp_path / "back", to="dense")
     back, plain = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32) for f in (tmp_path / "back", half))
+    assert (tmp_path / "back/model.safetensors").stat().st_mode == (tmp_path / "back/config.json").stat().st_mode
     wanted, got, exact = back(IDS).logits, loaded(IDS).logits, plain(IDS).logits
     assert (got - wanted).norm() / wanted.norm() < 1e-4
     assert 1e-4 < (wanted - exact).norm() / exact.norm() < 0.05

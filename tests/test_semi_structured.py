@@ -13,6 +13,7 @@ from torch.sparse._semi_structured_conversions import (
 
 from secateur.checkpoint import RECORD
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnsupportedModel
+from secateur.kernels.device import no_device
 from secateur.patterns import parse
 from secateur.runtimes.semi_structured import (
     CLASSES,
@@ -26,7 +27,6 @@ from secateur.runtimes.semi_structured import (
     fits,
     load,
     load_dense,
-    missing,
     promised,
     semi_structured,
     sparse_linears,
@@ -98,9 +98,10 @@ def test_the_record_says_what_must_be_two_of_four(tmp_path):
     sites = [{"site": "a", "pattern": "2:4"}, {"site": "b", "pattern": None}, {"site": "c", "pattern": "50%"}]
     (tmp_path / RECORD).write_text(json.dumps({"pattern": "2:4", "sites": sites}))
     assert promised(tmp_path) == {"a"}
-    for text in ("{", "[]", '{"sites": 3}', '{"sites": [{}]}'):
+    said = "is no record of a pruning run"
+    for text, what in (("{", "is no JSON"), ("[]", "holds a list"), ('{"sites": 3}', said), ('{"sites": [{}]}', said)):
         (tmp_path / RECORD).write_text(text)
-        with pytest.raises(BadCheckpoint, match=r"is no record of a pruning run .* prune again"):
+        with pytest.raises(BadCheckpoint, match=rf"{what}.* prune again"):
             promised(tmp_path)
 
 
@@ -173,7 +174,7 @@ def test_without_a_device_it_is_missing():
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_model_on_a_device_gives_the_same_logits(tmp_path):
-    if (reason := missing()) is not None:
+    if (reason := no_device()) is not None:
         pytest.skip(reason)
     model = tiny_model("llama").bfloat16()
     model.save_pretrained(tmp_path / "dense")

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoint import disk_errors, open_checkpoint, resolve
-from secateur.errors import UnknownName, UnsupportedModel
+from secateur.errors import UnsupportedModel
 from secateur.machine import machine, versions
-from secateur.options import find_dtype
+from secateur.options import timed_dtype
 from secateur.packed import dense_product
 from secateur.progress import PeakMemory, Progress, resident_bytes
 from secateur.runtimes import RUNTIMES, Running, find_runtime
@@ -103,9 +103,7 @@ def bench(
     """
     progress = progress or Progress()
     found = {name: find_runtime(name) for name in dict.fromkeys(["eager", *runtimes])}
-    kinds = {str(kind).removeprefix("torch."): kind for kind in TOLERANCE}
-    if (kind := kinds.get(find_dtype(dtype))) is None:
-        raise UnknownName("dtype that can be timed", dtype, kinds)
+    kind = timed_dtype(dtype)
     names = [Path(model).name for model in models]
     alone = [
         name if names.count(name) == 1 and name != "dense" else str(m) for name, m in zip(names, models, strict=True)
@@ -131,10 +129,11 @@ def bench(
         if runtime != "eager":
             allowed = ROUNDED if RUNTIMES[runtime].rounded else TOLERANCE[kind]
             _same_outputs(loaded[name, "eager"].running, held.running, f"{name} in {runtime}", allowed)
+    asked = [key for key in loaded if key[0] == "dense" or key[1] in runtimes]  # eager may be there to compare with
     for size in batch:
         for length in prompt:
             progress.begin(f"timing batch {size}, prompt {length}")
-            results.timings += _timed(loaded, size, length, kind, results, progress)
+            results.timings += _timed(loaded, asked, size, length, kind, results, progress)
     progress.end()
     if out is not None:
         with disk_errors(Path(out)):
@@ -196,16 +195,14 @@ def _logits(plain: Running, fast: Running) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _timed(
-    loaded: dict[tuple[str, str], Loaded], batch: int, length: int, kind: torch.dtype, results: BenchResults,
-    progress: Progress,
+    loaded: dict[tuple[str, str], Loaded], asked: Sequence[tuple[str, str]], batch: int, length: int,
+    kind: torch.dtype, results: BenchResults, progress: Progress,
 ) -> list[Timing]:  # fmt: skip
-    prefill: dict[tuple[str, str], list[float]] = {key: [] for key in loaded}
-    decode: dict[tuple[str, str], list[float]] = {key: [] for key in loaded}
+    prefill: dict[tuple[str, str], list[float]] = {key: [] for key in asked}
+    decode: dict[tuple[str, str], list[float]] = {key: [] for key in asked}
     for number in range(-1, results.rounds):
-        for key, held in loaded.items():
-            if key not in prefill:
-                continue
-            model = held.running
+        for key in list(prefill):
+            model = loaded[key].running
             model.room = results.new_tokens
             ids = _ids(model, batch, length, number + 1)
             try:

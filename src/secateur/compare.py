@@ -165,13 +165,16 @@ def compare(
             rows[kept[0].name] = kept
             if "int8" in values and kept[0].kind != "structured":
                 name = row_name(method, pattern, rule, "int8")
-                rounded = store.get(name) or _rounded_row(kept[0], out, dense, measured, run, progress)
+                rounded = store.get(name) or _rounded_row(
+                    kept[0], out, dense, measured, run, trust_remote_code, progress
+                )
                 store.put(*rounded)
                 rows[name] = rounded
     finally:
         (out / "dense.hidden").unlink(missing_ok=True)
     rank({name: (row, found.loss) for name, (row, found) in rows.items()})
     results.rows = [row for row, _ in rows.values()]
+    write_whole(out / "results.json", results.json())
     if bench:
         results.not_timed = time_rows(results.rows, folder, out, bench, bench_dtype, progress)
     write_whole(out / "results.json", results.json())
@@ -263,17 +266,30 @@ def _pruned_row(
 
 
 def _rounded_row(
-    kept: Row, out: Path, dense: Forward, expected: Measured, run: tuple[Any, ...], progress: Progress
+    kept: Row,
+    out: Path,
+    dense: Forward,
+    expected: Measured,
+    run: tuple[Any, ...],
+    trust_remote_code: bool,
+    progress: Progress,
 ) -> tuple[Row, Measured]:
     """The row of a pruned checkpoint whose kept weights are rounded to int8: packed, and evaluated as it comes back."""
     assert kept.checkpoint is not None
     place = Path(f"{kept.checkpoint}-int8")
     progress.begin(f"evaluating {kept.name} int8")
-    export(out / kept.checkpoint, out=out / place, to="packed", values="int8", overwrite=True)
+    export(
+        out / kept.checkpoint,
+        out=out / place,
+        to="packed",
+        values="int8",
+        overwrite=True,
+        trust_remote_code=trust_remote_code,
+    )
     with TemporaryDirectory(dir=out) as temporary:
         back = Path(temporary) / "dense"
         export(out / place, out=back, to="dense")
-        measured = measure(Forward(load(back), *run), dense, progress)
+        measured = measure(Forward(load(back, trust_remote_code=trust_remote_code), *run), dense, progress)
     delta, interval = perplexity_difference(measured.loss, expected.loss)
     size = sum(file.stat().st_size for file in (out / place).glob("*.safetensors"))
     row = replace(

@@ -29,11 +29,6 @@
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,popcnt,bmi,bmi2")
-INLINED float sum8(__m256 a) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
-}
 #define WIDENED(p)                                                                                                 \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define ADD_BF16(sum, p) sum = _mm256_fmadd_ps(WIDENED(p), seen, sum)
@@ -48,9 +43,8 @@ FOUR_ROWS(avx2_i8, int8_t, float, __m256, _mm256_setzero_ps(), 8, __m256 seen = 
 #ifndef EMULATED
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
 #endif
-#define AS_BF16(p) ((__m512bh)_mm512_loadu_si512(p))
-#define DOT_BF16(sum, p) sum = _mm512_dpbf16_ps(sum, AS_BF16(p), seen)
-FOUR_ROWS(avx512_bf16, uint16_t, uint16_t, __m512, _mm512_setzero_ps(), 32, __m512bh seen = AS_BF16(x + k), DOT_BF16,
+#define DOT_BF16(sum, p) sum = _mm512_dpbf16_ps(sum, BF16S(p), seen)
+FOUR_ROWS(avx512_bf16, uint16_t, uint16_t, __m512, _mm512_setzero_ps(), 32, __m512bh seen = BF16S(x + k), DOT_BF16,
           _mm512_reduce_add_ps)
 
 /* High and low bytes of the activations as in packed.c. */
@@ -102,7 +96,7 @@ int secateur_dense_i8(int isa, const int8_t *weight, const float *scales, const 
     if (isa == AVX512 && columns % 64 == 0) {
         uint8_t *bytes = malloc(2 * columns);
         if (!bytes) return 2;
-        secateur_bytes(x, bytes, columns, &step);
+        as_bytes(x, bytes, columns, &step);
         EACH_THREAD(avx512_i8(weight, bytes, y, columns, first, last);)
         free(bytes);
     } else if (isa == AVX2 && columns % 8 == 0) {

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from secateur.arguments import AsJson, Model, Out, Quiet, RemoteCode
 from secateur.checkpoint import disk_errors
-from secateur.machine import machine
+from secateur.machine import machine, versions
 from secateur.terminal import command, console, display, numbers, print_json, progress, split
 
 
@@ -47,7 +47,8 @@ def bench(
         lines = [asdict(timing) for timing in timings]
         if out is not None:
             with disk_errors(out):
-                out.write_text(json.dumps({"machine": machine(), "layers": lines}, indent=1) + "\n", encoding="utf-8")
+                held = {"command": command(), "machine": machine(), "versions": versions(), "layers": lines}
+                out.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return print_json(lines) if as_json else console().print(layer_table(timings))
     with display(quiet) as shows:
         results = secateur.bench(

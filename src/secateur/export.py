@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from secateur.checkpoint import INDEX, SINGLE, Checkpoint, disk_errors, open_checkpoint, output, resolve
 from secateur.errors import BadCheckpoint, UnknownName
 from secateur.formats import FORMATS, find_format, format_of
+from secateur.formats.base import save
 from secateur.inspection import record_of
 from secateur.machine import versions
 from secateur.progress import Progress
@@ -71,11 +71,10 @@ def export(
 def _densify(folder: Path, target: Path, stored_as: str) -> None:
     """Write the dense shards of a folder in another format, and what its config.json says without that format."""
     held = FORMATS[stored_as]
-    assert held.read is not None
     with disk_errors(target):
         if held.restore is not None:
             held.restore(folder, target)
-        else:
+        elif held.read is not None:
             (target / INDEX).unlink(missing_ok=True)
             _save_in_shards(held.read(folder), target)
         if held.foreign:
@@ -86,25 +85,24 @@ def _densify(folder: Path, target: Path, stored_as: str) -> None:
     open_checkpoint(target)
 
 
-def _save_in_shards(tensors: Any, target: Path) -> None:
+def _save_in_shards(tensors: Iterator[tuple[str, Tensor]], target: Path) -> None:
     """Write tensors one after the other, a new shard where one is full; no more than a shard is in memory."""
     where: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     size = total = 0
 
-    def save() -> None:
-        save_file(shard, target / f"part-{len(where)}.safetensors", metadata={"format": "pt"})
+    def finish() -> None:
+        save(shard, target / f"part-{len(where)}.safetensors")
         where.append(list(shard))
         shard.clear()
 
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > SHARD_BYTES:
-            save()
+            finish()
             size = 0
         shard[name] = tensor.contiguous()
         size, total = size + tensor.nbytes, total + tensor.nbytes
-    save()
-    mode = (target / "config.json").stat().st_mode
+    finish()
     names = (
         [SINGLE]
         if len(where) == 1
@@ -112,7 +110,6 @@ def _save_in_shards(tensors: Any, target: Path) -> None:
     )
     for index, name in enumerate(names):
         (target / f"part-{index}.safetensors").rename(target / name)
-        (target / name).chmod(mode)  # safetensors lets only the owner read its files
     if len(names) > 1:
         weight_map = {tensor: name for name, held in zip(names, where, strict=True) for tensor in held}
         index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)

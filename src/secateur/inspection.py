@@ -11,19 +11,19 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from secateur.checkpoint import RECORD, Checkpoint, open_checkpoint, resolve
-from secateur.errors import SecateurError, UnsupportedModel, in_one_line
+from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
 from secateur.model import LanguageModel, checkpoint_tensors, find_stack, load_config
+from secateur.patterns import NM
 from secateur.refusals import LOAD_ERRORS
 from secateur.sites import sites
 
-PATTERNS = ((1, 4), (2, 4), (4, 8), (8, 16))
+PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
 """The N:M patterns that are looked for, with those that `pruning.json` names."""
 
 
@@ -57,17 +57,27 @@ def inspect(model: str | Path | None = None, *, trust_remote_code: bool = False)
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
     try:
-        lying, coverage = orientation(checkpoint, trust_remote_code=trust_remote_code)
+        stored, coverage = stored_sites(checkpoint, trust_remote_code=trust_remote_code)
     except UnsupportedModel:
-        lying, coverage = dict.fromkeys(_matrices(checkpoint), False), None
-    reports = [_read(checkpoint, name, transposed) for name, transposed in lying.items()]
+        stored, coverage = unknown_sites(checkpoint), None
+    reports = [_read(checkpoint, name, held.transposed) for name, held in stored.items()]
     sizes = [torch.Size(report.shape).numel() for report in reports]
     zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
     return Inspection(str(folder), zeros / max(sum(sizes), 1), coverage, tuple(reports), record_of(folder))
 
 
-def orientation(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> tuple[dict[str, bool], float]:
-    """Which tensors are sites, with whether they lie `[in, out]`; and the coverage. Raises UnsupportedModel."""
+class Stored(NamedTuple):
+    """What the model knows of a tensor of the checkpoint: its parameter, whether it lies `[in, out]`, and whether it
+    holds experts.
+    """
+
+    parameter: str
+    transposed: bool
+    expert: bool
+
+
+def stored_sites(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> tuple[dict[str, Stored], float]:
+    """The tensors of a checkpoint that are sites, or several, by name; and the coverage. Raises UnsupportedModel."""
     config = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
@@ -75,22 +85,25 @@ def orientation(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> t
     except LOAD_ERRORS as error:
         raise UnsupportedModel(f"{checkpoint.folder} describes no causal LM: {in_one_line(error)}.") from error
     language_model = LanguageModel(model, find_stack(model), ())
-    found: dict[str, bool] = {}
+    found: dict[str, Stored] = {}
     covered = total = 0
     for index, block in enumerate(language_model.blocks):
         total += sum(p.numel() for p in block.parameters() if p.dim() > 1)
-        transposed: dict[str, bool] = {}
+        parameters: dict[str, Stored] = {}
         for site in sites(block).values():
             covered += site.stored.numel()
-            transposed[f"{language_model.block_name(index)}.{site.parameter}"] = site.transposed
-        for name, lies in transposed.items():
+            name = f"{language_model.block_name(index)}.{site.parameter}"
+            parameters[name] = Stored(name, site.transposed, site.expert)
+        for name, held in parameters.items():
             parameter = {name: model.get_parameter(name).data}
-            found |= dict.fromkeys(checkpoint_tensors(language_model, parameter, checkpoint.places), lies)
+            found |= dict.fromkeys(checkpoint_tensors(language_model, parameter, checkpoint.places), held)
     return found, covered / max(total, 1)
 
 
-def _matrices(checkpoint: Checkpoint) -> list[str]:
-    return [name for name, place in checkpoint.places.items() if len(place.shape) > 1]
+def unknown_sites(checkpoint: Checkpoint) -> dict[str, Stored]:
+    """Every matrix, taken for a linear layer: for an architecture that transformers does not know."""
+    matrices = (name for name, place in checkpoint.places.items() if len(place.shape) > 1)
+    return {name: Stored(name, transposed=False, expert=False) for name in matrices}
 
 
 def _read(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
@@ -99,37 +112,30 @@ def _read(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         return TensorReport(name, place.shape, place.dtype, 0.0, (), 0, 0, 0)
     zero = tensor == 0
-    lying = zero.transpose(-1, -2) if transposed else zero
+    lying = tensor.transpose(-1, -2) if transposed else tensor
     return TensorReport(
         name,
         place.shape,
         place.dtype,
         zero.float().mean(dtype=torch.float64).item(),
-        tuple(f"{n}:{m}" for n, m in PATTERNS if _satisfies(lying, n, m)),
+        tuple(str(pattern) for pattern in PATTERNS if pattern.holds(lying)),
         int((zero & tensor.signbit()).sum()),
         int(tensor.isnan().sum()),
         int(tensor.isinf().sum()),
     )
 
 
-def _satisfies(zero: Tensor, n: int, m: int) -> bool:
-    """Whether every m consecutive inputs hold at most n that are not zero."""
-    if zero.shape[-1] % m:
-        return False
-    return bool((zero.unflatten(-1, (-1, m)).sum(-1) >= m - n).all())
-
-
 def record_of(folder: Path) -> dict[str, Any] | None:
-    """The folder's own pruning.json, or None. Raises SecateurError where it is no JSON object."""
+    """The folder's own pruning.json, or None. Raises BadCheckpoint where it is no JSON object."""
     file = folder / RECORD
     if not file.exists():
         return None
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise SecateurError(f"{file} is no JSON ({in_one_line(error)}). Delete it, or prune again.") from error
+        raise BadCheckpoint(f"{file} is no JSON ({in_one_line(error)}). Delete it, or prune again.") from error
     if not isinstance(held, dict):
-        raise SecateurError(f"{file} holds a {type(held).__name__}; an object was wanted.")
+        raise BadCheckpoint(f"{file} holds a {type(held).__name__}; an object was wanted. Delete it, or prune again.")
     return held
 
 

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from secateur.bench import BenchResults, bench
+from secateur.bench import BenchResults, Timing, bench
+from secateur.errors import UnsupportedModel
 from secateur.progress import Progress
 from secateur.results import Row
 from secateur.runtimes import RUNTIMES
@@ -23,29 +24,28 @@ def time_rows(
     """
     skipped: dict[str, str] = {}
     stored = {row.name: row for row in rows if row.checkpoint and row.values == "as stored"}
-    for number, row in enumerate(stored.values()):
+    for row in stored.values():
         assert row.checkpoint is not None
-        found = bench([out / row.checkpoint], dense=dense, runtimes=runtimes, dtype=dtype, progress=progress)
+        try:
+            found = bench([out / row.checkpoint], dense=dense, runtimes=runtimes, dtype=dtype, progress=progress)
+        except UnsupportedModel as error:  # other outputs than plain transformers': no figure, but the row stands
+            skipped[row.name] = str(error)
+            continue
         skipped |= {
             f"{row.name}: {what}": why for what, why in found.skipped.items() if not what.startswith("dense in")
         }
+        dense_rows = [other for other in rows if other.kind == "dense" and not other.latency]
+        same = (row.method, row.pattern, row.allocation)
+        pruned_rows = [other for other in rows if (other.method, other.pattern, other.allocation) == same]
         for timing in found.timings:
             rounded = RUNTIMES[timing.runtime].rounded
-            if timing.model == "dense":
-                targets = [other for other in rows if other.kind == "dense"] if number == 0 else []
-            else:
-                same = (row.method, row.pattern, row.allocation)
-                targets = [
-                    other for other in rows
-                    if (other.method, other.pattern, other.allocation) == same
-                    and (other.values == "int8") == rounded
-                ]  # fmt: skip
-            for target in targets:
+            alike = [other for other in pruned_rows if (other.values == "int8") == rounded]
+            for target in dense_rows if timing.model == "dense" else alike:
                 target.latency.append(_entry(timing, found))
     return skipped
 
 
-def _entry(timing: Any, found: BenchResults) -> dict[str, Any]:
+def _entry(timing: Timing, found: BenchResults) -> dict[str, Any]:
     """What `results.json` holds of one timing."""
     held = {key: value for key, value in asdict(timing).items() if key != "model"}
     return held | {"dtype": found.dtype, "new_tokens": found.new_tokens, "rounds": found.rounds}

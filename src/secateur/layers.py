@@ -19,15 +19,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from secateur.checkpoint import open_checkpoint, resolve
-from secateur.errors import UnknownName
-from secateur.inspection import orientation
+from secateur.inspection import stored_sites
+from secateur.options import timed_dtype
 from secateur.packed import dense_product, multiply, pack, pack_int8, quantised
 from secateur.packing import LEAST
 from secateur.progress import Progress
 
 BEYOND_CACHE = 400e6
 """Bytes of the copies of one matrix, together."""
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Held(NamedTuple):
@@ -151,19 +150,18 @@ def time_layers(
     progress: Progress | None = None,
 ) -> list[LayerTiming]:  # fmt: skip
     """Time a matrix of each shape of every model, dense and with its zeros used. Raises UnknownName, BadCheckpoint."""
-    if dtype not in DTYPES:
-        raise UnknownName("dtype that can be timed", dtype, DTYPES)
+    kind = timed_dtype(dtype)
     progress = progress or Progress()
     matrices: dict[str, Tensor] = {}
     for model in models:
         checkpoint = open_checkpoint(resolve(model))
         shapes = set()
-        for name, transposed in orientation(checkpoint)[0].items():
+        for name, held in stored_sites(checkpoint)[0].items():
             shape = checkpoint.places[name].shape
-            if len(shape) == 2 and (shape, transposed) not in shapes:
-                shapes.add((shape, transposed))
-                tensor = checkpoint.tensor(name).to(DTYPES[dtype])
-                matrices[f"{Path(model).name} {name}"] = (tensor.T if transposed else tensor).contiguous()
+            if len(shape) == 2 and (shape, held.transposed) not in shapes:
+                shapes.add((shape, held.transposed))
+                tensor = checkpoint.tensor(name).to(kind)
+                matrices[f"{Path(model).name} {name}"] = (tensor.T if held.transposed else tensor).contiguous()
     progress.begin("timing single matrices")
     found = time_matrices(matrices, batch=batch, rounds=rounds, progress=progress)
     progress.end()

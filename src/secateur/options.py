@@ -93,6 +93,14 @@ def find_dtype(name: str) -> str:
     return names[name]
 
 
+def timed_dtype(name: str) -> torch.dtype:
+    """The dtype of models that are timed on the CPU. Raises UnknownName for one without fast products there."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if (found := find_dtype(name)) not in kinds:
+        raise UnknownName("dtype that can be timed", name, kinds)
+    return kinds[found]
+
+
 def forward_dtype(name: str, device: torch.device) -> torch.dtype | None:
     """The dtype of forward passes; None is as stored. `auto`: as stored, but float32 on the CPU."""
     if name == "auto":

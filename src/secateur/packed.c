@@ -37,7 +37,7 @@ int secateur_isa(void) {
     static void NAME(const uint64_t *bitmap, const TYPE *values, const int64_t *starts, const INPUT *x, float *y,  \
                      int64_t rows, int64_t words, int batch, int64_t first, int64_t last) {                        \
         int64_t half = (last - first) / 2;                                                                         \
-        EACH_BATCH(ROUTINE##_PAIRS)                                                                                \
+        EACH_BATCH(IN_PAIRS, ROUTINE)                                                                              \
     }
 #define IN_PAIRS(ROUTINE, BATCH)                                                                                   \
     for (int64_t r = first; r < first + half; r++)                                                                 \
@@ -63,9 +63,6 @@ int secateur_isa(void) {
 PORTABLE_ROWS(portable_rows_bf16, uint16_t, widen)
 PORTABLE_ROWS(portable_rows_f32, float, AS_FLOAT)
 PORTABLE_ROWS(portable_rows_i8, int8_t, AS_FLOAT)
-#define portable_rows_bf16_PAIRS(BATCH) IN_PAIRS(portable_rows_bf16, BATCH)
-#define portable_rows_f32_PAIRS(BATCH) IN_PAIRS(portable_rows_f32, BATCH)
-#define portable_rows_i8_PAIRS(BATCH) IN_PAIRS(portable_rows_i8, BATCH)
 SHARE(portable_bf16, portable_rows_bf16, uint16_t, float)
 SHARE(portable_f32, portable_rows_f32, float, float)
 SHARE(portable_i8, portable_rows_i8, int8_t, float)
@@ -93,12 +90,6 @@ __attribute__((constructor)) static void fill_tables(void) {
             }
             count += kept;
         }
-}
-
-INLINED float sum8(__m256 a) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
 INLINED __m256 spread_bf16(const uint16_t *values, unsigned mask) {
@@ -136,7 +127,7 @@ INLINED __m256 spread_f32(const float *values, unsigned mask) {
             _Pragma("GCC unroll 8") for (int j = 0; j < 8; j++) {                                                  \
                 __m256 weight[2];                                                                                  \
                 for (int i = 0; i < count; i++) {                                                                  \
-                    unsigned mask = word[i] >> 8 * j & 255;                                                             \
+                    unsigned mask = word[i] >> 8 * j & 255;                                                        \
                     weight[i] = SPREAD(from[i], mask);                                                             \
                     from[i] += __builtin_popcount(mask);                                                           \
                 }                                                                                                  \
@@ -155,6 +146,7 @@ INLINED __m256 spread_f32(const float *values, unsigned mask) {
                 y[row + i * apart + b * stride] =                                                                  \
                     SCALE * sum8(batch == 1 ? _mm256_add_ps(sum[i][b], more[i]) : sum[i][b]);                      \
     }
+/* Sixteen registers hold the sums of two rows and four activations; a larger batch takes two turns at each pair. */
 #define TWICE(NAME, TYPE)                                                                                          \
     INLINED void NAME##_twice(ROWS_OF(TYPE, float)) {                                                              \
         NAME(bitmap, values, starts, x, y, words, stride, row, apart, count, batch > 4 ? 4 : batch);               \
@@ -168,13 +160,9 @@ AVX2_ROWS(avx2_rows_i8, int8_t, spread_i8, 0x1p-24f)
 TWICE(avx2_rows_bf16, uint16_t)
 TWICE(avx2_rows_f32, float)
 TWICE(avx2_rows_i8, int8_t)
-/* Sixteen registers hold the sums of two rows and four activations; a larger batch takes two turns at each pair. */
-#define avx2_rows_bf16_PAIRS(BATCH) IN_PAIRS(avx2_rows_bf16_twice, BATCH)
-#define avx2_rows_f32_PAIRS(BATCH) IN_PAIRS(avx2_rows_f32_twice, BATCH)
-#define avx2_rows_i8_PAIRS(BATCH) IN_PAIRS(avx2_rows_i8_twice, BATCH)
-SHARE(avx2_bf16, avx2_rows_bf16, uint16_t, float)
-SHARE(avx2_f32, avx2_rows_f32, float, float)
-SHARE(avx2_i8, avx2_rows_i8, int8_t, float)
+SHARE(avx2_bf16, avx2_rows_bf16_twice, uint16_t, float)
+SHARE(avx2_f32, avx2_rows_f32_twice, float, float)
+SHARE(avx2_i8, avx2_rows_i8_twice, int8_t, float)
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -197,8 +185,6 @@ EXPAND(expand16, "vpexpandw")
 EXPAND(expand32, "vpexpandd")
 #endif
 
-#define ACTIVATIONS(p) ((__m512bh)_mm512_loadu_si512(p))
-
 INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, uint16_t)) {
     const uint64_t *masks[2];
     const uint16_t *from[2];
@@ -219,7 +205,7 @@ INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, uint16_t)) {
         }
         for (int b = 0; b < batch; b++) {
             const uint16_t *at = x + 64 * (k + b * words);
-            __m512bh first = ACTIVATIONS(at), second = ACTIVATIONS(at + 32);
+            __m512bh first = BF16S(at), second = BF16S(at + 32);
             for (int i = 0; i < count; i++) {
                 __m512 *chain = batch < 3 ? &high[i][b] : &low[i][b];
                 low[i][b] = _mm512_dpbf16_ps(low[i][b], left[i], first);
@@ -303,9 +289,6 @@ INLINED void avx512_rows_i8(ROWS_OF(int8_t, uint8_t)) {
         }
 }
 
-#define avx512_rows_bf16_PAIRS(BATCH) IN_PAIRS(avx512_rows_bf16, BATCH)
-#define avx512_rows_f32_PAIRS(BATCH) IN_PAIRS(avx512_rows_f32, BATCH)
-#define avx512_rows_i8_PAIRS(BATCH) IN_PAIRS(avx512_rows_i8, BATCH)
 SHARE(avx512_bf16, avx512_rows_bf16, uint16_t, uint16_t)
 SHARE(avx512_f32, avx512_rows_f32, float, float)
 SHARE(avx512_i8, avx512_rows_i8, int8_t, uint8_t)
@@ -364,7 +347,7 @@ int secateur_multiply_i8(int isa, const uint64_t *bitmap, const int8_t *values, 
         int64_t columns = 64 * words;
         uint8_t *bytes = malloc(2 * columns * batch);
         if (!bytes) return 2;
-        for (int b = 0; b < batch; b++) secateur_bytes(x + b * columns, bytes + 2 * b * columns, columns, steps + b);
+        for (int b = 0; b < batch; b++) as_bytes(x + b * columns, bytes + 2 * b * columns, columns, steps + b);
         EACH_THREAD(avx512_i8(bitmap, values, starts, bytes, y, rows, words, batch, first, last);)
         free(bytes);
     } else

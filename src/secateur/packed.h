@@ -27,16 +27,16 @@ enum { MOST = 8 };                           /* rows of x at once */
     }
 
 /* A case for each batch, so that the compiler unrolls it and keeps its sums in registers. */
-#define EACH_BATCH(DO)                                                                                             \
+#define EACH_BATCH(DO, WITH)                                                                                           \
     switch (batch) {                                                                                               \
-        case 1: DO(1) break;                                                                                       \
-        case 2: DO(2) break;                                                                                       \
-        case 3: DO(3) break;                                                                                       \
-        case 4: DO(4) break;                                                                                       \
-        case 5: DO(5) break;                                                                                       \
-        case 6: DO(6) break;                                                                                       \
-        case 7: DO(7) break;                                                                                       \
-        case 8: DO(8) break;                                                                                       \
+        case 1: DO(WITH, 1) break;                                                                                       \
+        case 2: DO(WITH, 2) break;                                                                                       \
+        case 3: DO(WITH, 3) break;                                                                                       \
+        case 4: DO(WITH, 4) break;                                                                                       \
+        case 5: DO(WITH, 5) break;                                                                                       \
+        case 6: DO(WITH, 6) break;                                                                                       \
+        case 7: DO(WITH, 7) break;                                                                                       \
+        case 8: DO(WITH, 8) break;                                                                                       \
     }
 
 static inline float widen(uint16_t bits) { /* bfloat16 is the upper half of a float */
@@ -47,7 +47,7 @@ static inline float widen(uint16_t bits) { /* bfloat16 is the upper half of a fl
 }
 
 /* A row of activations as integers of 16 bits, x = step * (256 high + low - 32768): all high bytes, then all low. */
-static inline void secateur_bytes(const float *x, uint8_t *bytes, int64_t columns, float *step) {
+static inline void as_bytes(const float *x, uint8_t *bytes, int64_t columns, float *step) {
     float most = 0;
     for (int64_t k = 0; k < columns; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
     *step = most / 32767;
@@ -57,5 +57,17 @@ static inline void secateur_bytes(const float *x, uint8_t *bytes, int64_t column
         bytes[k] = whole >> 8, bytes[columns + k] = whole & 255;
     }
 }
+
+#ifdef X86
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+INLINED float sum8(__m256 a) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+#pragma GCC pop_options
+#define BF16S(p) ((__m512bh)_mm512_loadu_si512(p))
+#endif
 
 #endif

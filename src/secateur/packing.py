@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,13 +107,14 @@ class PackedLinear(nn.Module):
             self.register_buffer(name, getattr(packed, name))
         self.register_buffer("bias", bias)
         self.in_features, self.out_features = packed.columns, packed.rows
-        self.packed, self.biased, self.kept = packed, bias is not None, kept
+        self.packed, self.kept = packed, kept
         self.way = cache(crossover.way)
 
     def forward(self, x: Tensor) -> Tensor:
         way = self.way(x.numel() // self.in_features)
         y = linear(x, self.kept) if way == "dense" and self.kept is not None else WAYS[way](self.packed, x)
-        return y + self.bias if self.biased else y  # type: ignore[operator]
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        return y if bias is None else y + bias
 
 
 class OwnLinear(nn.Module):
@@ -184,16 +186,24 @@ def pack_model(
     than before. Other bfloat16 layers get our own product for batch 1. For inference on the CPU.
     """
     names = []
-    crossovers: Crossovers | None = None
+    crossovers: dict[torch.dtype, Crossovers] = {}
     for name, module in list(packable(model, least)):
+        dtype = module.weight.dtype
         packed = pack_int8(module.weight.data) if values == "int8" else pack(module.weight.data)
-        crossovers = crossovers or Crossovers(module.weight.dtype, keep_dense=keep_dense)
-        crossover = crossovers.of(packed) if measure else DEFAULT
-        kept = module.weight.data if "dense" in crossover.ways.values() else None
-        put(model, name, PackedLinear(packed, None if module.bias is None else module.bias.data, crossover, kept))
+        if measure and dtype not in crossovers:
+            crossovers[dtype] = Crossovers(dtype, keep_dense=keep_dense)
+        put_packed(model, name, packed, crossovers.get(dtype))
         names.append(name)
     own_products(model)
     return names
+
+
+def put_packed(model: nn.Module, name: str, packed: Packed, crossovers: Crossovers | None) -> None:
+    """Replace a linear layer by a packed one; its dense weight is kept where the crossover asks for it."""
+    layer: Any = model.get_submodule(name)
+    crossover = crossovers.of(packed) if crossovers else DEFAULT
+    kept = layer.weight.data if "dense" in crossover.ways.values() else None
+    put(model, name, PackedLinear(packed, None if layer.bias is None else layer.bias.data, crossover, kept))
 
 
 def own_products(model: nn.Module, *, int8: bool = False) -> None:

@@ -175,6 +175,17 @@ class NM:
                 f"Leave it out with --skip '*{site.rsplit('.', 1)[-1]}' or use '{100 * self.sparsity:g}%'."
             )
 
+    def crowded(self, weight: Tensor) -> Tensor:
+        """Which groups of a matrix `[…, in]` hold more than n weights that are not zero: bool `[…, in / m]`.
+
+        The inputs must be whole groups.
+        """
+        return (weight != 0).unflatten(-1, (-1, self.m)).sum(-1) > self.n
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether a matrix `[…, in]` satisfies the pattern along its inputs."""
+        return weight.shape[-1] % self.m == 0 and not bool(self.crowded(weight).any())
+
     def mask(self, scores: Tensor) -> Tensor:
         groups = scores.unflatten(1, (-1, self.m)).permute(2, 0, 1).contiguous()  # [m, out, in / m]
         small = torch.int8 if self.m < 128 else torch.int32
@@ -184,6 +195,10 @@ class NM:
             ahead[:j] += wins
             ahead[j] += j - wins.sum(0, dtype=small)
         return (ahead < self.n).permute(1, 2, 0).reshape(scores.shape)  # [out, in]
+
+
+TWO_OF_FOUR = NM(2, 4)
+"""The one N:M pattern that hardware multiplies."""
 
 
 @dataclass(frozen=True)

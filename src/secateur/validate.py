@@ -12,19 +12,16 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from secateur.checkpoint import Checkpoint, open_checkpoint, resolve
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line
-from secateur.inspection import record_of
-from secateur.model import LanguageModel, checkpoint_tensors, find_stack, load_config
-from secateur.refusals import LOAD_ERRORS
+from secateur.inspection import Stored, record_of, stored_sites, unknown_sites
+from secateur.patterns import TWO_OF_FOUR
 from secateur.rules import CONV1D, EXPERTS, LINEAR, PRUNED, RULES, Matrix, Rule, Verdict
-from secateur.sites import sites
 
 
 @dataclass(frozen=True)
@@ -90,11 +87,9 @@ def validate(
     smaller = record.get("parameters")
     notes = [] if smaller else [note.format(folder=folder) for note in rule.notes]
     try:
-        stored = _stored(checkpoint, trust_remote_code=trust_remote_code)
+        stored, _ = stored_sites(checkpoint, trust_remote_code=trust_remote_code)
     except UnsupportedModel:
-        stored = {
-            name: _Stored(name, LINEAR, False) for name, place in checkpoint.places.items() if len(place.shape) > 1
-        }
+        stored = unknown_sites(checkpoint)
         notes.append("transformers does not know this architecture, so every matrix was judged as a linear layer.")
     lacking = {} if smaller else _lacking(rule, checkpoint, stored, ranks)
     patterns = _patterns(record)
@@ -117,35 +112,7 @@ def validate(
     )  # fmt: skip
 
 
-class _Stored(NamedTuple):
-    """What the model knows of a tensor of the checkpoint: its parameter, in what it lies, and which way."""
-
-    parameter: str
-    kind: str
-    transposed: bool
-
-
-def _stored(checkpoint: Checkpoint, *, trust_remote_code: bool) -> dict[str, _Stored]:
-    """The tensors that are sites, by name; from a model without memory for its weights. Raises UnsupportedModel."""
-    config = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except LOAD_ERRORS as error:
-        raise UnsupportedModel(f"{checkpoint.folder} describes no causal LM: {in_one_line(error)}.") from error
-    language_model = LanguageModel(model, find_stack(model), ())
-    found: dict[str, _Stored] = {}
-    for index, block in enumerate(language_model.blocks):
-        for site in sites(block).values():
-            name = f"{language_model.block_name(index)}.{site.parameter}"
-            kind = EXPERTS if site.expert else CONV1D if site.transposed else LINEAR
-            parameter = {name: model.get_parameter(name).data}
-            for tensor in checkpoint_tensors(language_model, parameter, checkpoint.places):
-                found[tensor] = _Stored(name, kind, site.transposed)
-    return found
-
-
-def _matrix(checkpoint: Checkpoint, name: str, stored: _Stored) -> Matrix:
+def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
     """What the rules want to know of a tensor, read from its shard."""
     held = checkpoint.tensor(name)
     tensor = held.float() if held.is_floating_point() and held.dtype.itemsize < 2 else held
@@ -153,26 +120,26 @@ def _matrix(checkpoint: Checkpoint, name: str, stored: _Stored) -> Matrix:
     zero = weight == 0
     return Matrix(
         name=name,
-        kind=stored.kind,
+        kind=EXPERTS if stored.expert else CONV1D if stored.transposed else LINEAR,
         dtype=checkpoint.places[name].dtype,
         rows=weight.shape[-2],
         columns=weight.shape[-1],
         sparsity=zero.float().mean(dtype=torch.float64).item(),
-        crowded=_crowded(zero),
-        crowded_outputs=_crowded(zero.transpose(-1, -2)),
+        crowded=_crowded(weight),
+        crowded_outputs=_crowded(weight.transpose(-1, -2)),
         negative_zeros=int((zero & weight.signbit()).sum()),
         not_finite=int((~weight.isfinite()).sum()),
     )
 
 
-def _crowded(zero: Tensor) -> float:
-    """The share of groups of four along the last axis in which fewer than two are zero; 1 where there are none."""
-    if zero.shape[-1] % 4:
+def _crowded(weight: Tensor) -> float:
+    """The share of groups of four along the last axis that keep more than two weights; 1 where there are none."""
+    if weight.shape[-1] % TWO_OF_FOUR.m:
         return 1.0
-    return (zero.unflatten(-1, (-1, 4)).sum(-1) < 2).float().mean(dtype=torch.float64).item()
+    return TWO_OF_FOUR.crowded(weight).float().mean(dtype=torch.float64).item()
 
 
-def _lacking(rule: Rule, checkpoint: Checkpoint, stored: Mapping[str, _Stored], ranks: int) -> Mapping[str, str]:
+def _lacking(rule: Rule, checkpoint: Checkpoint, stored: Mapping[str, Stored], ranks: int) -> Mapping[str, str]:
     """By tensor, why not, of what one matrix does not show."""
     if rule.whole is None:
         return {}

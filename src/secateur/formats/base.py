@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import errno
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from secateur.errors import BadCheckpoint, NonFinite
+from secateur.errors import BadCheckpoint, DiskFull, NonFinite, OutputRefused, in_one_line
 
 
 class Format(NamedTuple):
@@ -18,9 +21,9 @@ class Format(NamedTuple):
     other files (config.json, tokenizer) already and gets its final name afterwards; it may change those files. It
     raises SecateurError, naming the site, where the weights do not fit the format. `loaded_by` says what loads the
     result, by version. `options` are the keywords that `write` takes. `holds(folder)` tells whether a folder is in this
-    format, and `read(folder)` gives its tensors densely by their names in the dense checkpoint; both None where the
-    format is for other programs only. `restore(folder, target)` writes the dense shards themselves where they can be
-    had byte for byte. `foreign` are the keys of config.json that a dense checkpoint has none of.
+    format; None where it is for other programs only. Where it is not, it can be made dense: `restore(folder, target)`
+    writes the dense shards where they can be had byte for byte, else `read(folder)` gives its tensors densely by their
+    names in the dense checkpoint. `foreign` are the keys of config.json that a dense checkpoint has none of.
     """
 
     write: Callable[..., None]
@@ -30,6 +33,16 @@ class Format(NamedTuple):
     read: Callable[[Path], Iterator[tuple[str, Tensor]]] | None = None
     restore: Callable[[Path, Path], None] | None = None
     foreign: tuple[str, ...] = ()
+
+
+def save(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a shard beside a config.json, whose permissions it gets. Raises DiskFull or OutputRefused."""
+    try:
+        save_file(tensors, file, metadata=dict(metadata or {"format": "pt"}))
+    except SafetensorError as error:  # which tells errors of the disk in words alone
+        kind = DiskFull if f"os error {errno.ENOSPC}" in str(error) else OutputRefused
+        raise kind(f"{file} cannot be written: {in_one_line(error)}.") from error
+    file.chmod((file.parent / "config.json").stat().st_mode)  # safetensors lets only the owner read its files
 
 
 def refuse_odd_values(site: str, weight: Tensor, wanted_by: str) -> None:

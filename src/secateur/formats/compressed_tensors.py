@@ -17,7 +17,6 @@ checkpoints, which came in these formats too, are refused: unpacked, they would 
 
 from __future__ import annotations
 
-import errno
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -27,14 +26,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from secateur.checkpoint import FLOATS, INDEX, Checkpoint, Place, open_checkpoint
-from secateur.errors import BadCheckpoint, BadPattern, DiskFull, OutputRefused, UnsupportedModel, in_one_line
-from secateur.formats.base import Format, refuse_odd_values
-from secateur.inspection import orientation
+from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel
+from secateur.formats.base import Format, refuse_odd_values, save
+from secateur.inspection import stored_sites
+from secateur.patterns import TWO_OF_FOUR
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
 """Where config.json names the format: in 0.14, in 0.5 and in 0.3. A dense checkpoint has none of them."""
@@ -62,7 +61,7 @@ def _two_of_four(site: str, weight: Tensor) -> Tensor:
             f"2:4 needs inputs in fours; {site} has {weight.shape[1]}. Write sparse-bitmask, which takes any number."
         )
     groups = (weight != 0).unflatten(1, (-1, 4))  # [out, in/4, 4]
-    if crowded := int((groups.sum(-1) > 2).sum()):
+    if crowded := int(TWO_OF_FOUR.crowded(weight).sum()):
         raise BadPattern(
             f"{site} is not 2:4: {crowded} of its {groups[..., 0].numel()} groups of four inputs hold more than two "
             "weights. Prune it with '2:4', or write sparse-bitmask."
@@ -85,8 +84,8 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
     Raises BadPattern where a site is not 2:4 and must be, NonFinite for NaN or Inf, BadCheckpoint for -0.0 or weights
     that are no floats, UnsupportedModel where there is nothing to pack, DiskFull and OutputRefused.
     """
-    lying, _ = orientation(source)
-    chosen = {name for name, transposed in lying.items() if not transposed and _is_matrix(name, source)}
+    stored, _ = stored_sites(source)
+    chosen = {name for name, held in stored.items() if not held.transposed and _is_matrix(name, source)}
     if not chosen:
         raise UnsupportedModel(
             f"{source.folder} has no linear layer that lies [outputs, inputs] on disk, so {layout.name} would pack "
@@ -102,7 +101,7 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
                 zeros += tensor.numel() - int(tensor.count_nonzero())
                 total += tensor.numel()
                 tensors |= _packed(name.removesuffix(".weight"), tensor, layout) if name in chosen else {name: tensor}
-        _save(tensors, folder, shard)
+        save(tensors, folder / shard)
         size += sum(tensor.nbytes for tensor in tensors.values())
         where |= dict.fromkeys(tensors, shard)
     if (source.folder / INDEX).exists():
@@ -162,15 +161,6 @@ def _row_offsets(kept: Tensor) -> Tensor:
     """How many are kept in all rows before each: int64 [out], and one zero for a vector."""
     counts = kept.sum(-1)
     return counts.cumsum(0) - counts
-
-
-def _save(tensors: dict[str, Tensor], folder: Path, shard: str) -> None:
-    try:
-        save_file(tensors, folder / shard, metadata={"format": "pt"})
-    except SafetensorError as error:  # which tells errors of the disk in words alone
-        kind = DiskFull if f"os error {errno.ENOSPC}" in str(error) else OutputRefused
-        raise kind(f"{folder / shard} cannot be written: {in_one_line(error)}.") from error
-    (folder / shard).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read its files
 
 
 def _write_json(held: dict[str, Any], file: Path) -> None:

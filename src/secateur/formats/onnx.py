@@ -36,6 +36,7 @@ from secateur.checkpoint import Checkpoint, disk_errors
 from secateur.errors import BadPattern, UnsupportedModel, in_one_line
 from secateur.formats.base import Format, refuse_odd_values
 from secateur.model import find_stack, load_config
+from secateur.patterns import TWO_OF_FOUR
 from secateur.sites import Site, sites
 
 FILE, NOTE = "model.onnx", "onnx.json"
@@ -86,7 +87,7 @@ def write(source: Checkpoint, folder: Path) -> None:
         note = {
             "versions": {name: version(name) for name in ("torch", *PACKAGES)},
             "matrices_with_zeros": len(pruned),
-            "matrices_in_2:4": sum(_two_of_four(weight) for weight in pruned.values()),
+            "matrices_in_2:4": sum(TWO_OF_FOUR.holds(weight) for weight in pruned.values()),
             **compare(model, folder / FILE),
         }
         (folder / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
@@ -99,11 +100,6 @@ def named_sites(model: PreTrainedModel) -> dict[str, Site]:
     return {
         f"{stack}.{index}.{name}": site for index, block in enumerate(blocks) for name, site in sites(block).items()
     }
-
-
-def _two_of_four(weight: Tensor) -> bool:
-    rows, columns = weight.shape
-    return columns % 4 == 0 and bool(((weight.reshape(rows, -1, 4) == 0).sum(2) >= 2).all())
 
 
 @torch.no_grad()
@@ -141,7 +137,7 @@ def export(model: PreTrainedModel, file: Path) -> None:
                 dynamo=True,
                 verbose=False,
             )
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise UnsupportedModel(f"torch cannot export {type(model).__name__} as ONNX: {in_one_line(error)}.") from error
 
 

@@ -14,7 +14,6 @@ With 16 bits half of the weights take 56 % of the bytes, 30 % of them 36 %. int8
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,29 +21,29 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from secateur.checkpoint import INDEX, Checkpoint, disk_errors, file_sha256
+from secateur.checkpoint import INDEX, Checkpoint, file_sha256
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line
-from secateur.formats.base import Format, refuse_odd_values
-from secateur.inspection import orientation
+from secateur.formats.base import Format, refuse_odd_values, save
+from secateur.inspection import stored_sites
 from secateur.model import load_config
 from secateur.packed import SLACK, Packed, check, pack, pack_int8, row_starts
-from secateur.packing import DEFAULT, LEAST, Crossovers, PackedLinear, own_products, put
+from secateur.packing import LEAST, Crossovers, own_products, put_packed
 
 KEY, PREFIX, PACKED_INDEX = "secateur.packed", "packed-", "packed.index.json"
 VALUES = ("as stored", "int8")
 
 
-def write(source: Checkpoint, folder: Path, *, values: str = "as stored") -> None:
+def write(source: Checkpoint, folder: Path, *, values: str = "as stored", trust_remote_code: bool = False) -> None:
     """Put the packed shards into `folder`, a shard at a time; `values` is one of `VALUES`.
 
     Raises UnsupportedModel where no site has enough zeros, BadCheckpoint for -0.0, NonFinite for NaN and Inf.
     """
     if values not in VALUES:
         raise UnknownName("kind of values", values, VALUES)
-    sites = {name for name in orientation(source)[0] if len(source.places[name].shape) == 2}
+    stored, _ = stored_sites(source, trust_remote_code=trust_remote_code)
+    sites = {name for name in stored if len(source.places[name].shape) == 2}
     packed_any = False
     for shard in source.shards:
         tensors: dict[str, Tensor] = {}
@@ -65,10 +64,7 @@ def write(source: Checkpoint, folder: Path, *, values: str = "as stored") -> Non
         with file.open("rb") as stream:
             header = stream.read(int.from_bytes(stream.read(8), "little")).decode()
         told = {"layout": 1, "values": values, "columns": columns, "header": header, "sha256": file_sha256(file)}
-        target = folder / f"{PREFIX}{shard}"
-        with disk_errors(folder):
-            save_file(tensors, target, metadata={KEY: json.dumps(told)})
-            target.chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read its files
+        save(tensors, folder / f"{PREFIX}{shard}", {KEY: json.dumps(told)})
     if not packed_any:
         raise UnsupportedModel(
             f"{source.folder} has no matrix with {LEAST:.0%} zeros or more: there is nothing to pack."
@@ -84,6 +80,11 @@ class Shard:
     file: Path
     told: dict[str, Any]
     names: tuple[str, ...]
+
+    def dense(self, name: str) -> Tensor:
+        """A dense tensor by name, with int8 values as float32."""
+        held = self.tensor(name)
+        return held.dense().contiguous() if isinstance(held, Packed) else held
 
     def tensor(self, name: str) -> Tensor | Packed:
         """A dense tensor by name, packed where it is, after `check`."""
@@ -127,14 +128,6 @@ def holds(folder: Path) -> bool:
     return any(folder.glob(f"{PREFIX}*.safetensors"))
 
 
-def read(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The dense tensors by name, those with int8 values as float32. Raises BadCheckpoint."""
-    for shard in shards(folder):
-        for name in shard.names:
-            held = shard.tensor(name)
-            yield name, held.dense().contiguous() if isinstance(held, Packed) else held
-
-
 def restore(folder: Path, target: Path) -> None:
     """Write the dense shards into `target`, byte for byte what was packed; with int8 values, what they stand for.
 
@@ -143,20 +136,14 @@ def restore(folder: Path, target: Path) -> None:
     for shard in shards(folder):
         out, header = target / shard.file.name.removeprefix(PREFIX), shard.told["header"].encode()
         if shard.told["values"] == "int8":
-            dense = {
-                name: t.dense().contiguous() if isinstance(t := shard.tensor(name), Packed) else t
-                for name in shard.names
-            }
-            save_file(dense, out, metadata={"format": "pt"})
+            save({name: shard.dense(name) for name in shard.names}, out)
             continue
         places = json.loads(header)
         with out.open("wb") as stream:
             stream.write(len(header).to_bytes(8, "little") + header)
             for name in shard.names:
-                held = shard.tensor(name)
-                dense = held.dense().contiguous() if isinstance(held, Packed) else held
                 stream.seek(8 + len(header) + places[name]["data_offsets"][0])
-                stream.write(dense.flatten().view(torch.uint8).numpy().data)
+                stream.write(shard.dense(name).flatten().view(torch.uint8).numpy().data)
         if file_sha256(out) != shard.told["sha256"]:
             raise BadCheckpoint(
                 f"{shard.file} does not give the dense shard that was packed. It was altered; pack again."
@@ -195,11 +182,9 @@ def load_packed(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, meas
                 held = torch.zeros((), dtype=dtype).expand(held.rows, held.columns)  # takes no memory
             state[name] = held.dense().contiguous() if isinstance(held, Packed) else held
     model = family.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
-    crossovers = Crossovers(dtype)
+    crossovers = Crossovers(dtype) if measure else None
     for name, matrix in packed.items():
-        bias = model.get_submodule(name).bias
-        crossover = crossovers.of(matrix) if measure else DEFAULT
-        put(model, name, PackedLinear(matrix, None if bias is None else bias.data, crossover))
+        put_packed(model, name, matrix, crossovers)
     own_products(model)
     return model
 
@@ -215,8 +200,7 @@ def _as(packed: Packed, dtype: torch.dtype) -> Packed:
 packed = Format(
     write,
     "secateur (load_packed, bench), on CPUs; export it to 'dense' for every other loader",
-    options=frozenset({"values"}),
+    options=frozenset({"values", "trust_remote_code"}),
     holds=holds,
-    read=read,
     restore=restore,
 )

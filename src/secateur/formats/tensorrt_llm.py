@@ -30,6 +30,7 @@ from secateur.checkpoint import FLOATS, INDEX, Checkpoint
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, SecateurError, UnsupportedModel
 from secateur.formats.base import Format
 from secateur.model import load_config
+from secateur.patterns import TWO_OF_FOUR
 
 ARCHITECTURES = {"LlamaForCausalLM": False, "MistralForCausalLM": False, "Qwen2ForCausalLM": True}
 """The models that can be written, and whether their q, k and v have biases."""
@@ -260,14 +261,9 @@ def fault(weight: Tensor) -> str | None:
     """Why no sparse kernel takes a matrix `[out, in]`, one of `FAULTS`; None where it is 2:4 along its inputs."""
     if not weight.isfinite().all():
         return NOT_FINITE
-    if not is_two_of_four(weight):
+    if not TWO_OF_FOUR.holds(weight):
         return NOT_TWO_OF_FOUR
     return NEGATIVE_ZERO if ((weight == 0) & weight.signbit()).any() else None
-
-
-def is_two_of_four(weight: Tensor) -> bool:
-    """Whether every four consecutive inputs of a matrix `[…, in]` hold at most two weights that are not zero."""
-    return weight.shape[-1] % 4 == 0 and bool(((weight != 0).unflatten(-1, (-1, 4)).sum(-1) <= 2).all())
 
 
 def _refuse(name: str, weight: Tensor, rank: int, *, site: bool) -> None:

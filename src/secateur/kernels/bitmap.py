@@ -19,25 +19,19 @@ from torch import Tensor, nn
 
 from secateur import packed as on_cpu
 from secateur.errors import BadCheckpoint, NonFinite
+from secateur.kernels.device import no_device
 from secateur.packed import MOST, Packed
 
 SOURCE = Path(__file__).with_name("bitmap.cu")
 DTYPES = (torch.float16, torch.bfloat16)
 ROWS, THREADS, STEP = 4, 128, 128
 """Of the kernel: rows of W and threads of a block, and columns that x is padded to a multiple of."""
-LEAST_CAPABILITY = (8, 0)
-"""The first devices that multiply bfloat16 matrices and copy to shared memory without registers."""
 
 
 def missing() -> str | None:
     """Why these products cannot be used here, None where they can."""
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    if torch.version.hip:
-        return "the kernel is written for NVIDIA's devices"
-    found = torch.cuda.get_device_capability()
-    if found < LEAST_CAPABILITY:
-        return "the device has compute capability {}.{}; 8.0 or more is wanted".format(*found)
+    if (reason := no_device()) is not None:
+        return reason
     if not hasattr(torch.cuda, "_compile_kernel"):
         return f"torch {torch.__version__} cannot compile kernels at run time; install torch 2.10 or later"
     return None

@@ -10,7 +10,6 @@ Not run on a GPU yet: checked in Triton's interpreter, and compiled for sm_90.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +20,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite
+from secateur.kernels.device import beyond_cache, cold_milliseconds, no_device
+from secateur.patterns import TWO_OF_FOUR
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP, UNIT, MOST = 4, 8, 8
@@ -74,7 +75,7 @@ MOST_SUMS = 16
 def missing() -> str | None:
     """Why these products cannot be used here, None where they can."""
     if not torch.cuda.is_available():
-        return "there is no CUDA device"
+        return no_device()
     if find_spec("triton") is None:
         return "Triton is not installed; it comes with torch for CUDA"
     return None
@@ -109,12 +110,12 @@ def check_two_of_four(weight: Tensor, *, site: str) -> None:
         part = weight[start : start + ROWS_AT_ONCE]
         if part.isnan().any():
             raise NonFinite(f"{site} holds NaN, so there is nothing to multiply with. Prune the model again.")
-        kept = (part != 0).view(len(part), -1, GROUP).sum(-1)
-        if (full := (kept > 2).nonzero()).numel():
+        if (full := TWO_OF_FOUR.crowded(part).nonzero()).numel():
             row, group = full[0].tolist()
+            kept = int(part[row, GROUP * group : GROUP * group + GROUP].count_nonzero())
             raise BadPattern(
                 f"{site} is not 2:4: inputs {GROUP * group} to {GROUP * group + 3} of output {start + row} keep "
-                f"{kept[row, group]} weights, two were wanted. Prune it with --pattern 2:4."
+                f"{kept} weights, two were wanted. Prune it with --pattern 2:4."
             )
 
 
@@ -186,26 +187,3 @@ def best_configuration(rows: int, columns: int, batch: int, dtype: torch.dtype, 
     flush = beyond_cache(device)
     tried = [configuration for configuration in CONFIGURATIONS if configuration.rows_at_once * batch <= MOST_SUMS]
     return min(tried, key=lambda one: cold_milliseconds(lambda: launch(packed, x, y, one), flush))
-
-
-def cold_milliseconds(call: Callable[[], object], flush: Tensor) -> float:
-    """The median of seven calls that find nothing of theirs in the cache, after one that may compile.
-
-    `flush` is written before each call; it is larger than the device's cache.
-    """
-    call()
-    times = []
-    for _ in range(7):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[3]
-
-
-def beyond_cache(device: torch.device) -> Tensor:
-    """Memory to write to, several times as large as the cache of any device of today."""
-    return torch.empty(256 * 2**20, dtype=torch.uint8, device=device)

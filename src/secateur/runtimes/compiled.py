@@ -18,7 +18,7 @@ from secateur.errors import UnsupportedModel, in_one_line
 from secateur.runtimes.base import Running, Runtime
 from secateur.runtimes.eager import bytes_read, load_model
 
-ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, AssertionError, LookupError)
+ERRORS = (RuntimeError, ValueError, TypeError)
 """What a model that cannot be compiled, or that has no static cache, fails with."""
 
 

@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 
 from secateur.errors import BadPattern, UnsupportedModel
 from secateur.kernels import bitmap, nm
+from secateur.kernels.device import beyond_cache, cold_milliseconds
 from secateur.packing import LEAST, put
 from secateur.runtimes.base import Running, Runtime
 from secateur.runtimes.eager import bytes_read, load_model
@@ -28,10 +29,6 @@ CLASSES = (1, 2, 4, 8)
 """Rows of x that are timed; another number uses what was measured for the next larger one."""
 Product = Callable[[Tensor], Tensor]
 Measure = Callable[[Product, Tensor], tuple[bool, ...]]
-
-
-def missing() -> str | None:
-    return bitmap.missing()
 
 
 def packed_product(weight: Tensor, site: str) -> tuple[Product, int]:
@@ -48,11 +45,11 @@ def packed_product(weight: Tensor, site: str) -> tuple[Product, int]:
 
 def faster(product: Product, weight: Tensor) -> tuple[bool, ...]:
     """For each of `CLASSES` whether the packed product is faster than the dense one, timed out of the cache."""
-    flush, found = nm.beyond_cache(weight.device), []
+    flush, found = beyond_cache(weight.device), []
     for rows in CLASSES:
         x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        packed = nm.cold_milliseconds(partial(product, x), flush)
-        found.append(packed < nm.cold_milliseconds(partial(linear, x, weight), flush))
+        packed = cold_milliseconds(partial(product, x), flush)
+        found.append(packed < cold_milliseconds(partial(linear, x, weight), flush))
     return tuple(found)
 
 
@@ -105,4 +102,4 @@ def load(folder: Path, dtype: torch.dtype) -> Running:
     return OnDevice(model, read - saved)
 
 
-packed_cuda = Runtime(missing, load, twin="eager-cuda")
+packed_cuda = Runtime(bitmap.missing, load, twin="eager-cuda")

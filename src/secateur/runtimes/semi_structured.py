@@ -12,7 +12,6 @@ what the folder's own record says is 2:4 must be.
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Set
 from functools import partial
@@ -25,7 +24,10 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from secateur.checkpoint import RECORD
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel, in_one_line
-from secateur.kernels.nm import beyond_cache, check_two_of_four, cold_milliseconds
+from secateur.inspection import record_of
+from secateur.kernels.device import beyond_cache, cold_milliseconds, no_device
+from secateur.kernels.nm import check_two_of_four
+from secateur.packing import put
 from secateur.rules import MULTIPLES
 from secateur.runtimes.base import Running, Runtime, Stepped
 from secateur.runtimes.eager import bytes_read, load_model
@@ -136,26 +138,15 @@ PRODUCTS = {
 }  # fmt: skip
 
 
-def missing() -> str | None:
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    if torch.version.hip:
-        return "torch for ROCm was not tried here; an NVIDIA device is wanted"
-    found = torch.cuda.get_device_capability()
-    return None if found >= (8, 0) else "the device has no 2:4 products; compute capability 8.0 or more is wanted"
-
-
 def promised(folder: Path) -> frozenset[str]:
     """The sites that the folder's pruning.json says are 2:4; none without one. Raises BadCheckpoint."""
-    file = folder / RECORD
-    if not file.exists():
-        return frozenset()
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-        return frozenset(site["site"] for site in held["sites"] if site["pattern"] == "2:4")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        return frozenset(
+            site["site"] for site in (record_of(folder) or {"sites": ()})["sites"] if site["pattern"] == "2:4"
+        )
+    except (KeyError, TypeError) as error:
         raise BadCheckpoint(
-            f"{file} is no record of a pruning run ({in_one_line(error)}). Delete it, or prune again."
+            f"{folder / RECORD} is no record of a pruning run ({in_one_line(error)}). Delete it, or prune again."
         ) from error
 
 
@@ -245,8 +236,7 @@ def use_products(model: nn.Module, promised: Set[str], measure: Measure) -> dict
         shape = (linear.out_features, linear.in_features, linear.bias is not None)
         if shape not in known:
             known[shape] = measure(linear.weight.detach(), linear.bias, name)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, SemiStructuredLinear(linear, name, known[shape]))
+        put(model, name, SemiStructuredLinear(linear, name, known[shape]))
         used[name] = known[shape]
     return used
 
@@ -292,4 +282,4 @@ def load_dense(folder: Path, dtype: torch.dtype) -> Running:
 
 
 eager_cuda = Runtime(lambda: None if torch.cuda.is_available() else "there is no CUDA device", load_dense)
-semi_structured = Runtime(missing, load, twin="eager-cuda")
+semi_structured = Runtime(no_device, load, twin="eager-cuda")

@@ -48,7 +48,7 @@ def load(folder: Path, dtype: torch.dtype) -> Running:
             max_logprobs=-1,
             logprobs_mode="raw_logits",
         ).llm_engine
-    except (ValueError, RuntimeError, NotImplementedError, TypeError, KeyError) as error:
+    except (ValueError, RuntimeError) as error:
         raise UnsupportedModel(f"vLLM does not load {folder}: {in_one_line(error)}.") from error
     return Engine(engine, vllm.SamplingParams, config.get_text_config().vocab_size, weight_bytes)
 
