@@ -73,8 +73,9 @@ def write_all(folder: Path) -> None:
 
     import secateur
     from secateur import demo
-    from secateur.checkpoint import open_checkpoint, output
+    from secateur.checkpoint import open_checkpoint
     from secateur.formats import compressed_tensors
+    from secateur.output import output
     from secateur.progress import Progress
 
     formats = {

@@ -21,7 +21,7 @@ from families import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from secateur import checkpoint, cli
+from secateur import cli, output
 
 SITE = "model.layers.1.mlp.down_proj"
 
@@ -877,14 +877,14 @@ def test_a_real_small_disk(prune, tiny_llama, tmp_path):
 
 
 def test_a_folder_that_appears_during_the_run_costs_nobody_anything(run, tiny_llama, out, text_file, monkeypatch):
-    real = checkpoint.Output.finish
+    real = output.Output.finish
 
     def finish(result, record):
         out.mkdir()
         (out / "theirs.txt").write_text("theirs")
         real(result, record)
 
-    monkeypatch.setattr(checkpoint.Output, "finish", finish)
+    monkeypatch.setattr(output.Output, "finish", finish)
     code, _, err = run(
         "prune", tiny_llama, "--out", out, "--calibration", text_file, "--samples", 4, "--seq-len", 16,
         "--method", "wanda", "--quiet",
@@ -946,12 +946,12 @@ def test_foreign_code_of_a_tokenizer_is_not_run(prune, copy, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("where", ["write", "finish"])
+@pytest.mark.parametrize("where", ["_copy", "Output.write"])
 def test_an_interruption(refused, prune, tiny_llama, out, text_file, monkeypatch, where):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.Output, where, interrupt)
+    monkeypatch.setattr(f"secateur.output.{where}", interrupt)
     refused(
         "prune", tiny_llama, "--out", out / "a" / "b", "--calibration", text_file, "--samples", 4,
         "--seq-len", 16, "--method", "wanda", "--quiet", code=130,

@@ -22,11 +22,9 @@ from secateur.methods import METHODS, Pruned
 from secateur.model import load, replayable
 from secateur.patterns import NM
 from secateur.permute import best_order, input_order, kept_score, permuted, reorder, same_output, verified
-from secateur.progress import Progress
-from secateur.prune import prune_checkpoint, prune_model, pruned_blocks
+from secateur.prune import Pruning, prune_checkpoint, prune_model, pruned_blocks
 from secateur.sites import sites
 from secateur.stats import Stats
-from secateur.stream import Seconds
 from secateur.trace import entering, trace
 from secateur.trial import site_shapes
 from secateur.units import Unit, exchangeable
@@ -280,11 +278,7 @@ def test_permuting_alone_changes_no_output(family: str):
     keep_all = METHODS["wanda"]._replace(permute=True, prune=lambda w, s, p: Pruned(w, torch.ones_like(w).bool()))
     language_model = replayable(model)
     plan = uniform(site_shapes(language_model), NM(2, 4))
-    blocks = pruned_blocks(
-        language_model, TOKENS, keep_all, plan, devices=[CPU], dtype="auto", batch_size=2, seconds=Seconds(),
-        progress=Progress(),
-    )  # fmt: skip
-    for block in blocks:
+    for block in pruned_blocks(language_model, TOKENS, Pruning(keep_all, plan, [CPU], None, 2)):
         for name, tensor in block.tensors.items():
             model.get_parameter(name).data.copy_(tensor)
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, dense.get_parameter(name))]

@@ -14,12 +14,11 @@ from secateur.methods import METHODS
 from secateur.model import load, replayable
 from secateur.options import find_devices
 from secateur.patterns import parse_pattern
-from secateur.progress import Progress
-from secateur.prune import prune_model, pruned_blocks
+from secateur.prune import Pruning, prune_model, pruned_blocks
 from secateur.record import LEFT_OUT, UNSEEN
 from secateur.sites import sites
 from secateur.stats import Stats
-from secateur.stream import Seconds, stream
+from secateur.stream import stream
 from secateur.trial import site_shapes
 
 CPU = torch.device("cpu")
@@ -107,17 +106,24 @@ def test_each_expert_sees_only_its_own_tokens():
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gemma3_text", "jamba"])
+@pytest.mark.parametrize(
+    ("family", "passes"),
+    [
+        ("llama", "one"),
+        ("llama", "two"),
+        ("mixtral", "one"),
+        ("mixtral", "two"),
+        ("gemma3_text", "one"),
+        ("jamba", "one"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_two_devices_give_the_masks_of_one(family, method):
+def test_two_devices_give_the_masks_of_one(family, passes, method):
     masks = []
     for devices in ([CPU], [CPU, CPU]):
         language_model = replayable(tiny_model(family))
         plan = uniform(site_shapes(language_model), parse_pattern("50%"))
-        blocks = pruned_blocks(
-            language_model, TOKENS, METHODS[method], plan, devices=devices, dtype="auto", batch_size=2,
-            seconds=Seconds(), progress=Progress(),
-        )  # fmt: skip
+        blocks = pruned_blocks(language_model, TOKENS, Pruning(METHODS[method], plan, devices, None, 2, passes=passes))
         masks.append({name: tensor == 0 for block in blocks for name, tensor in block.tensors.items()})
     assert masks[0].keys() == masks[1].keys()
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
@@ -223,10 +229,7 @@ def test_weights_stay_mapped_and_untouched(tiny_llama: Path):
     language_model = load(tiny_llama)
     before = {name: p.clone() for name, p in language_model.model.named_parameters()}
     plan = uniform(site_shapes(language_model), parse_pattern("2:4"))
-    for _ in pruned_blocks(
-        language_model, TOKENS, METHODS["sparsegpt"], plan, devices=[CPU], dtype="auto", batch_size=2,
-        seconds=Seconds(), progress=Progress(),
-    ):  # fmt: skip
+    for _ in pruned_blocks(language_model, TOKENS, Pruning(METHODS["sparsegpt"], plan, [CPU], None, 2)):
         pass
     assert all(torch.equal(p, before[name]) for name, p in language_model.model.named_parameters())
 
@@ -239,11 +242,12 @@ def test_the_forward_dtype_does_not_touch_the_weights_that_are_kept(dtype):
         assert torch.equal(pruned, before.where(pruned != 0, 0.0))
 
 
-def test_sequential_gives_each_site_the_inputs_that_the_sites_before_it_leave():
+@pytest.mark.parametrize(("method", "passes"), [("wanda+sequential", "two"), ("wanda", "one")])
+def test_each_site_gets_the_inputs_that_the_sites_before_it_leave(method, passes):
     """Checked from the outside: the reported error of the last site, against hooks on the partly pruned model."""
     model, dense = tiny_model("llama"), tiny_model("llama")
     options = {"pattern": "2:4", "batch_size": len(TOKENS)}
-    report = prune_model(replayable(model), windows(), method="wanda+sequential", **options)
+    report = prune_model(replayable(model), windows(), method=method, passes=passes, **options)
     for block in (0, 3):
         name = f"model.layers.{block}.mlp.down_proj"
         x = seen_by_hooks(model, TOKENS, [name])[name]  # everything before this site is pruned by now
@@ -253,7 +257,7 @@ def test_sequential_gives_each_site_the_inputs_that_the_sites_before_it_leave():
         assert found.output_error == pytest.approx(expected.item(), rel=1e-3)
     mask = model.get_parameter("model.layers.3.mlp.down_proj.weight") != 0
     other = tiny_model("llama")
-    prune_model(replayable(other), windows(), method="wanda", **options)
+    prune_model(replayable(other), windows(), method="wanda", passes="two", **options)
     assert not torch.equal(mask, other.get_parameter("model.layers.3.mlp.down_proj.weight") != 0)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from secateur.model import LanguageModel, replayable
 from secateur.permute import reorder, verified
-from secateur.sites import sites
-from secateur.trace import Trace, entering, signature, trace
+from secateur.sites import signature, sites
+from secateur.trace import Trace, entering, trace
 from secateur.units import Unit, exchangeable
 
 CPU = torch.device("cpu")

@@ -7,8 +7,9 @@ and one as it is stored, which is the result. What is pruned is the stored weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,10 @@ class PrunedBlock:
     reports: list[SiteReport]
     tuned: Tuned | None = None
 
+    def entry(self, name: str) -> dict[str, Any]:
+        """What `Report.take` takes, as JSON can hold it."""
+        return {"block": name, "sites": [asdict(site) for site in self.reports], "refined": self.tuned}
+
 
 @torch.no_grad()
 def prune_block(
@@ -51,10 +56,13 @@ def prune_block(
     plan: Plan,
     at_hand: Callable[[str], None],
     units: Mapping[str, Classes],
+    *,
+    one_pass: bool,
 ) -> PrunedBlock:
     """Prune the sites of one block after `plan`; `at_hand` is told the name of each. Raises NonFinite.
 
-    `units` are those that may change places, by the site that reads them; only for a method that permutes.
+    `units` are those that may change places, by the site that reads them; only for a method that permutes. `one_pass`:
+    see `Step.stages`.
     """
     result = working_copy(original, torch.device("cpu"), None)
     if units:
@@ -65,14 +73,17 @@ def prune_block(
     moved: set[str] = set()  # parameters of which rows or columns changed places
     notes: dict[str, str] = {}  # of every site that was pruned
     probes: dict[str, Tensor] = {}
-    for group in step.groups() if method.sequential else [list(step.sites)]:
-        observed = step.observe(method.need, PROBE_TOKENS, group)
+    wanted = {name for name in step.sites if f"{step.name}.{name}" in plan}
+    stages = step.stages(
+        method.need, PROBE_TOKENS, wanted, one_pass=one_pass, sequential=method.sequential, again=method.refine > 0
+    )
+    for group, observed in stages:
         probes |= observed.probes
         started = perf_counter()
         for names in _solved_together(group, observed, method):
             stats = observed.stats.get(names[0], Stats(0, {}))
-            chosen = {name: plan[full] for name in names if (full := f"{step.name}.{name}") in plan}
-            if not chosen or (method.need and not stats.tokens):
+            chosen = {name: plan[f"{step.name}.{name}"] for name in names}
+            if method.need and not stats.tokens:
                 continue
             at_hand(f"{step.name}.{names[0]}")
             name = names[0]

@@ -1,25 +1,14 @@
-"""Checkpoint folders on disk: what is read is checked first, what is written gets its name last.
-
-A result is the source folder again, shard for shard: each shard is copied and the bytes of the pruned tensors
-are overwritten in place, which their unchanged shape and dtype allow. So headers, tensor order, sharding and
-every tensor that was not pruned stay byte for byte as they were, and memory never holds more than a block.
-
-`Output` works in a hidden folder beside the result, syncs it to disk and renames it at the end; until then
-nothing has the final name, and a failed run leaves nothing behind.
-"""
+"""Checkpoint folders on disk: what is read is checked first. What is written is in output.py."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -32,7 +21,6 @@ from secateur import demo
 from secateur.errors import BadCheckpoint, DiskFull, OutputRefused, in_one_line
 
 SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -103,7 +91,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, every header checked against its file. Raises BadCheckpoint."""
     if not (folder / "config.json").is_file():
         raise BadCheckpoint(f"{folder} is no checkpoint folder: it has no config.json.")
-    _json_object(folder / "config.json")
+    json_object(folder / "config.json")
     indexed = _index(folder)
     shards = tuple(sorted(set(indexed.values()))) if indexed else _single_shard(folder)
     places: dict[str, Place] = {}
@@ -123,7 +111,7 @@ def _index(folder: Path) -> dict[str, str]:
     file = folder / INDEX
     if not file.is_file():
         return {}
-    weight_map = _json_object(file).get("weight_map")
+    weight_map = json_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadCheckpoint(f"{file} is no index of safetensors shards: it has no 'weight_map' of names.")
     for shard in weight_map.values():
@@ -134,7 +122,8 @@ def _index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _json_object(file: Path) -> dict[str, Any]:
+def json_object(file: Path) -> dict[str, Any]:
+    """What a JSON file holds, an object. Raises BadCheckpoint."""
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -193,146 +182,5 @@ def disk_errors(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull(f"The disk filled up while {out} was written; nothing was left behind.") from error
+            raise DiskFull(f"The disk filled up while {out} was written.") from error
         raise OutputRefused(f"{out} cannot be written: {in_one_line(error)}.") from error
-
-
-class Output:
-    """A result folder being written. Use `with output(...) as result:`; `finish` gives it its name."""
-
-    def __init__(self, source: Checkpoint, out: Path, partial: Path, overwrite: bool) -> None:
-        self.source, self.out, self.partial, self.overwrite = source, out, partial, overwrite
-        self.places = source.places
-
-    def configure(self, changes: Mapping[str, Any], model_type: str) -> None:
-        """Change fields of `config.json`, in the part that describes a model of that type. Raises BadCheckpoint."""
-        file = self.partial / "config.json"
-        held = _json_object(file)
-        parts = [
-            part for part in (held, *held.values()) if isinstance(part, dict) and part.get("model_type") == model_type
-        ]
-        if not parts:
-            raise BadCheckpoint(f"{self.source.folder / 'config.json'} has no part for a {model_type!r} model.")
-        parts[0].update(changes)
-        with disk_errors(self.out):
-            file.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite tensors by checkpoint name; shapes as in `places`, cast to the dtype stored there.
-
-        Raises DiskFull or OutputRefused.
-        """
-        with disk_errors(self.out):
-            for name, tensor in tensors.items():
-                place = self.places[name]
-                stored = tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous()
-                if tuple(stored.shape) != place.shape:
-                    raise AssertionError(f"{name} has shape {tuple(stored.shape)}, stored {place.shape}")
-                with (self.partial / place.shard).open("r+b") as stream:
-                    stream.seek(place.offset)
-                    stream.write(stored.flatten().view(torch.uint8).numpy().data)
-
-    def finish(self, record: dict[str, Any]) -> None:
-        """Write `pruning.json`, sync everything to disk, and rename the folder into place."""
-        with disk_errors(self.out):
-            record["shards"] = {
-                shard: {"source_sha256": digest, "sha256": file_sha256(self.partial / shard)}
-                for shard, digest in self.source.sha256().items()
-                if (self.partial / shard).exists()
-            }
-            text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-            (self.partial / RECORD).write_text(text + "\n", encoding="utf-8")
-            for file in self.partial.iterdir():
-                _sync(file)
-            _sync(self.partial)
-            self._rename()
-            _sync(self.out.parent)
-
-    def _rename(self) -> None:
-        try:
-            refuse_output(self.out, overwrite=self.overwrite)
-        except OutputRefused as error:
-            kept = Path(mkdtemp(prefix=f"{self.out.name}.", dir=self.out.parent))
-            self.partial.rename(kept)
-            raise OutputRefused(f"{error} That came about during the run, so the result is in {kept}.") from error
-        if not self.out.exists():
-            self.partial.rename(self.out)
-            return
-        aside = self.partial.with_name(f".{self.out.name}.replaced")
-        shutil.rmtree(aside, ignore_errors=True)
-        self.out.rename(aside)
-        try:
-            self.partial.rename(self.out)
-        except OSError:
-            aside.rename(self.out)
-            raise
-        shutil.rmtree(aside)
-
-
-@contextmanager
-def output(source: Checkpoint, out: Path, *, overwrite: bool, other_weights: int | None = None) -> Iterator[Output]:
-    """A result folder beside `out`, holding a copy of the source; removed again unless it is finished.
-
-    With `other_weights` the shards are left to whoever makes others of so many bytes (`layout.resized`). Raises
-    OutputRefused where `out` holds something already, DiskFull where the result cannot fit.
-    """
-    out, model = out.resolve(), source.folder.resolve()  # a link is followed, so that the result lies where it points
-    if out == model:
-        raise OutputRefused(f"{out} is the model itself. Choose another folder.")
-    if model in out.parents or out in model.parents:
-        raise OutputRefused(
-            f"One of {out} and the model's folder {model} lies inside the other. Choose another folder."
-        )
-    refuse_output(out, overwrite=overwrite)
-    partial = out.with_name(f".{out.name}.partial")
-    made = [folder for folder in out.parents if not folder.exists()]
-    try:
-        with disk_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            free = shutil.disk_usage(out.parent).free
-            if free < (size := source.bytes if other_weights is None else other_weights):
-                raise DiskFull(f"{out} needs {_size(size)}, the disk has {_size(free)} free.")
-            partial.mkdir()
-            for file in sorted(source.folder.iterdir()):
-                shard = file.name in source.shards
-                wanted = other_weights is None if shard else not file.name.endswith(_OTHER_WEIGHTS)
-                if file.is_file() and wanted and file.name != RECORD:
-                    shutil.copyfile(file, partial / file.name)
-        yield Output(source, out, partial, overwrite)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        with suppress(OSError):  # what is not empty stays
-            for folder in made:
-                folder.rmdir()
-
-
-def refuse_output(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputRefused where `out` holds something that may not be replaced."""
-    if out.exists() and not out.is_dir():
-        raise OutputRefused(f"{out} is a file; a folder was wanted.")
-    if out.resolve() == Path.cwd():
-        raise OutputRefused(f"{out} is the current folder. Name a folder inside it.")
-    if out.is_mount():
-        raise OutputRefused(f"{out} is a mount point, which cannot be replaced at once. Name a folder inside it.")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise OutputRefused(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
-        if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
-            raise OutputRefused(f"{out} is no checkpoint folder, so --overwrite does not replace it.")
-        if folders := sorted(path.name for path in out.iterdir() if path.is_dir()):
-            raise OutputRefused(
-                f"{out} holds other folders ({folders[0]}), so --overwrite does not replace it. Delete it yourself."
-            )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,17 +22,20 @@ from secateur.arguments import (
     Dtype,
     EvaluationText,
     LowCoverage,
+    Memory,
     Model,
     Out,
+    Passes,
     Quiet,
     RemoteCode,
+    Restart,
     Samples,
     Seed,
     SeqLen,
     Skip,
     WindowCount,
 )
-from secateur.errors import SecateurError, in_one_line
+from secateur.errors import Interrupted, SecateurError, in_one_line
 from secateur.terminal import command, console, display, print_json, progress, split
 
 app = typer.Typer(
@@ -75,8 +78,11 @@ def prune(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 8,
+    passes: Passes = "auto",
+    memory: Memory = None,
     data_dir: DataDir = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at --out.")] = False,
+    restart: Restart = False,
     allow_low_coverage: LowCoverage = False,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
@@ -90,7 +96,8 @@ def prune(
         report = secateur.prune(
             model, out=out, method=method, pattern=pattern, allocate=allocate, align=align,
             calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, skip=skip or (), device=device,
-            dtype=dtype, batch_size=batch_size, data_dir=data_dir, overwrite=overwrite,
+            dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, data_dir=data_dir,
+            overwrite=overwrite, restart=restart,
             allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=command(),
             progress=shows,
         )  # fmt: skip
@@ -214,7 +221,10 @@ def compare(
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 8,
+    passes: Passes = "auto",
+    memory: Memory = None,
     data_dir: DataDir = None,
+    restart: Restart = False,
     allow_low_coverage: LowCoverage = False,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
@@ -230,8 +240,8 @@ def compare(
             allocate=split(allocate), values=split(values), bench=split(bench),
             bench_dtype=bench_dtype, align=align, calibration=calibration, evaluation=evaluation, samples=samples,
             windows=windows, seq_len=seq_len, seed=seed, skip=skip or (),
-            device=device, dtype=dtype, batch_size=batch_size,
-            data_dir=data_dir,
+            device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory,
+            data_dir=data_dir, restart=restart,
             allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=command(),
             progress=shows,
         )  # fmt: skip
@@ -276,7 +286,7 @@ def guarded(run: Callable[[], Any]) -> int:
         run()
     except SecateurError as error:
         print(f"secateur: {error}", file=sys.stderr)
-        return 2
+        return 130 if isinstance(error, Interrupted) else 2
     except OSError as error:
         print(f"secateur: {in_one_line(error)}.", file=sys.stderr)
         return 2

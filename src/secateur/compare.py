@@ -25,6 +25,7 @@ from secateur.export import export
 from secateur.formats.packed import VALUES
 from secateur.latency import time_rows
 from secateur.machine import machine, versions
+from secateur.memory import arrange, check_passes
 from secateur.model import LanguageModel, load
 from secateur.options import (
     check_windows,
@@ -33,6 +34,7 @@ from secateur.options import (
     draw_calibration,
     find_devices,
     find_dtype,
+    find_size,
     forward_dtype,
 )
 from secateur.patterns import parse
@@ -71,7 +73,10 @@ def compare(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
+    passes: str = "auto",
+    memory: str | int | None = None,
     data_dir: str | Path | None = None,
+    restart: bool = False,
     allow_low_coverage: bool = False,
     trust_remote_code: bool = False,
     command: Sequence[str] | None = None,
@@ -83,7 +88,7 @@ def compare(
     zeros: `as stored`, or `int8`, what is kept rounded to eight bits and packed. `bench` lists runtimes in which the
     finished rows are timed beside the dense model, in `bench_dtype`. The other arguments are as for `prune` and
     `evaluate`. The pruned checkpoints stay in `out/checkpoints`. Raises SecateurError; ConditionsDiffer where `out`
-    holds rows of another model, text or metric.
+    holds rows of another model, text or metric. After a killed run the same call computes only what is missing.
     """
     progress, out = progress or Progress(), Path(out)
     for name in values:
@@ -91,6 +96,8 @@ def compare(
             raise UnknownName("kind of values", name, VALUES)
     for name in bench:
         find_runtime(name)
+    check_passes(passes)
+    limit = find_size(memory)
     grid = _grid(methods, patterns, allocate, skip, align)
     chosen, dtype = find_devices(device)[0], find_dtype(dtype)
     folder = resolve(model)
@@ -127,7 +134,13 @@ def compare(
         list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
         [],
     )
+    if passes == "auto":  # the same for all rows
+        passes = arrange(
+            language_model, calibrated.ids.shape, passes=passes, limit=limit, dtype=forward_dtype(dtype, chosen),
+            device=chosen, dense=True,
+        ).passes  # fmt: skip
     options = {
+        "passes": passes,
         "config": file_sha256(folder / "config.json"),
         "dtype": str(forward_dtype(dtype, chosen)),
         "device": chosen.type,
@@ -156,7 +169,8 @@ def compare(
                 report = prune_checkpoint(
                     source, language_model, calibrated, place, method=method, pattern=pattern, allocate=rule,
                     align=align if isinstance(parse(pattern), Structure) else None, skip=skip, device=device,
-                    dtype=dtype, batch_size=batch_size, overwrite=True, allow_low_coverage=allow_low_coverage,
+                    dtype=dtype, batch_size=batch_size, passes=passes, memory=limit, overwrite=True, restart=restart,
+                    allow_low_coverage=allow_low_coverage,
                     trust_remote_code=trust_remote_code, command=results.command, progress=progress,
                 )  # fmt: skip
                 kept = _pruned_row(report, place, dense, measured, run, trust_remote_code, progress)

@@ -12,7 +12,8 @@ SecateurError               the command line prints the message alone and exits 
 ├── NotSolved               a factorisation that failed at every damping tried
 ├── OutputRefused           an output folder that exists, is not ours, or cannot be written
 ├── DiskFull                no space for the result
-└── ConditionsDiffer        rows that were measured under other conditions, and so cannot be compared
+├── ConditionsDiffer        rows or a half-finished run under other conditions, which cannot be joined
+└── Interrupted             stopped by the user; exits with 130
 """
 
 from collections.abc import Iterable
@@ -80,4 +81,8 @@ class DiskFull(SecateurError):
 
 
 class ConditionsDiffer(SecateurError):
-    """Rows measured under different conditions."""
+    """Rows, or halves of a run, under different conditions."""
+
+
+class Interrupted(SecateurError):
+    """The user asked to stop."""

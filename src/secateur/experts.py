@@ -34,23 +34,26 @@ def is_transposed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_transposed", False))
 
 
-def expert_inputs(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(expert, inputs of its first matrix, inputs of its second), for every expert that saw a token.
+def routed(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(expert, inputs of its first matrix), for every expert that saw a token.
 
     `hidden` is `[..., in]`; `chosen` holds the expert indices of each token, `[tokens, top_k]`.
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
     chosen = chosen.reshape(len(hidden), -1)
-    first, _ = matrices(module)
     for expert in chosen.unique().tolist():
-        if not 0 <= expert < len(getattr(module, first)):
-            continue  # some routers mark a token that no expert takes
-        x = hidden[(chosen == expert).any(1)]
-        weight: Tensor = getattr(module, first)[expert]
-        z = x @ weight if is_transposed(module) else x @ weight.T
-        if getattr(module, "has_bias", False):
-            z = z + getattr(module, f"{first}_bias")[expert]
-        yield expert, x, activated(module, z)
+        if 0 <= expert < count(module):  # some routers mark a token that no expert takes
+            yield expert, hidden[(chosen == expert).any(1)]
+
+
+def inner(module: nn.Module, expert: int, x: Tensor) -> Tensor:
+    """The inputs of an expert's second matrix, `[tokens, in]`, for those of its first."""
+    first, _ = matrices(module)
+    weight: Tensor = getattr(module, first)[expert]
+    z = x @ weight if is_transposed(module) else x @ weight.T
+    if getattr(module, "has_bias", False):
+        z = z + getattr(module, f"{first}_bias")[expert]
+    return activated(module, z)
 
 
 def activated(module: nn.Module, z: Tensor) -> Tensor:
@@ -75,6 +78,11 @@ def routers(block: nn.Module) -> set[nn.Module]:
                 if sibling is not child:
                     found |= {module for module in sibling.modules() if _outputs(module) in (1, held)}
     return found
+
+
+def has_list(block: nn.Module) -> bool:
+    """Whether a block holds experts that are modules of their own, a list of them."""
+    return any(isinstance(module, nn.ModuleList) and _experts_in(module) for module in block.modules())
 
 
 def _experts_in(module: nn.Module) -> int | None:

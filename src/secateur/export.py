@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from secateur.checkpoint import INDEX, SINGLE, Checkpoint, disk_errors, open_checkpoint, output, resolve
+from secateur.checkpoint import INDEX, SINGLE, Checkpoint, disk_errors, open_checkpoint, resolve
 from secateur.errors import BadCheckpoint, UnknownName
 from secateur.formats import FORMATS, find_format, format_of
 from secateur.formats.base import save
 from secateur.inspection import record_of
 from secateur.machine import versions
+from secateur.output import output
 from secateur.progress import Progress
 
 SHARD_BYTES = 5 * 10**9

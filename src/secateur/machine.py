@@ -4,13 +4,20 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _C_LIBRARY = ctypes.CDLL(None)
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = [
+    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
+]
 
 
 def versions() -> dict[str, str]:
@@ -39,10 +46,34 @@ def _clocks() -> list[float]:
     return [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
 
 
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be had on a device; of the processor, what the system and the process's group allow."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    memory = Path("/proc/meminfo")
+    lines = memory.read_text().splitlines() if memory.exists() else []
+    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in _CGROUP_FILES:
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            free.append(max(int(text) - int(used.read_text()), 0))
+    return min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+
+
 def release_memory() -> None:
     """Give freed memory back to the system. glibc keeps blocks between live tensors, about a block of the model."""
     if sys.platform == "linux" and hasattr(_C_LIBRARY, "malloc_trim"):
         _C_LIBRARY.malloc_trim(0)
+
+
+def will_need(tensors: Iterable[Tensor]) -> None:
+    """Ask the system to read the mapped files behind tensors ahead, while something else is computed."""
+    if sys.platform != "linux":
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    for tensor in tensors:
+        if tensor.device.type == "cpu" and tensor.nbytes:
+            start = tensor.data_ptr() // page * page
+            _C_LIBRARY.madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), 3)
 
 
 def _processor() -> str:

@@ -250,8 +250,7 @@ def replayable(model: PreTrainedModel) -> LanguageModel:
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     tokens = torch.randint(int(vocabulary), (3, 16), generator=torch.Generator().manual_seed(0))
     tokens[2, :-1] = tokens[1, :-1]  # for the check that no token sees a later one
-    wanted = model(tokens, use_cache=False).logits
-    found = _with_tuples(model, stack, tokens)
+    found, wanted = _with_tuples(model, stack, tokens)
     shell = Shell(found, torch.device("cpu"), None)
     hidden, calls = shell.enter(tokens)
     for block, call in zip(found.blocks, calls, strict=True):
@@ -269,8 +268,8 @@ def replayable(model: PreTrainedModel) -> LanguageModel:
     return found
 
 
-def _with_tuples(model: PreTrainedModel, stack: str, tokens: Tensor) -> LanguageModel:
-    """Which blocks return a tuple, asked of the real blocks in one forward."""
+def _with_tuples(model: PreTrainedModel, stack: str, tokens: Tensor) -> tuple[LanguageModel, Tensor]:
+    """Which blocks return a tuple, asked of the real blocks in one forward, and its logits."""
     tuples: list[bool] = []
     blocks = list(model.get_submodule(stack).children())
     hooks = [
@@ -278,7 +277,7 @@ def _with_tuples(model: PreTrainedModel, stack: str, tokens: Tensor) -> Language
         for block in blocks
     ]
     try:
-        model(tokens, use_cache=False)
+        logits = model(tokens, use_cache=False).logits
     finally:
         for hook in hooks:
             hook.remove()
@@ -286,7 +285,7 @@ def _with_tuples(model: PreTrainedModel, stack: str, tokens: Tensor) -> Language
         raise UnsupportedModel(
             f"{type(model).__name__} called its {len(blocks)} blocks {len(tuples)} times; once each is wanted."
         )
-    return LanguageModel(model, stack, tuple(tuples))
+    return LanguageModel(model, stack, tuple(tuples)), logits
 
 
 def load(folder: Path, *, trust_remote_code: bool = False) -> LanguageModel:
@@ -295,6 +294,16 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> LanguageModel:
     Raises BadCheckpoint where configuration and weights do not belong together, UnsupportedModel where the
     architecture is unknown, quantised, or cannot be replayed.
     """
+    return replayable(_mapped(folder, trust_remote_code))
+
+
+def load_blocks(folder: Path, *, trust_remote_code: bool = False) -> list[nn.Module]:
+    """The blocks of a checkpoint of our own making, mapped; some may hold nothing yet, so nothing is run."""
+    model = _mapped(folder, trust_remote_code)
+    return list(model.get_submodule(find_stack(model)).children())
+
+
+def _mapped(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     config = load_config(folder, trust_remote_code=trust_remote_code)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -310,7 +319,7 @@ def load(folder: Path, *, trust_remote_code: bool = False) -> LanguageModel:
         raise bad_weights(folder, config, error) from error
     model, report = loaded
     refuse_foreign_weights(folder, model, find_stack(model), report)
-    return replayable(model.eval())
+    return model.eval()
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -1,5 +1,6 @@
 """What the words of an option mean, and what holds where none is given."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -91,6 +92,16 @@ def find_dtype(name: str) -> str:
     if name not in names:
         raise UnknownName("dtype", name, names)
     return names[name]
+
+
+def find_size(text: str | int | None) -> int | None:
+    """Bytes for "6GB", "512MiB" or a plain number; None for none. Raises UnknownName."""
+    if text is None or isinstance(text, int):
+        return text
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
+    if not found:
+        raise UnknownName("size", text, ["6GB", "512MiB", "6000000000"])
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
 
 
 def timed_dtype(name: str) -> torch.dtype:

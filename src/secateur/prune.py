@@ -11,24 +11,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import gettempdir
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.allocate import Plan, label
 from secateur.block import PrunedBlock, prune_block
-from secateur.checkpoint import Checkpoint, open_checkpoint, output, refuse_output, resolve
+from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
 from secateur.data import Windows
 from secateur.depth import BLOCKS
-from secateur.errors import BadPattern, UnsupportedModel
+from secateur.errors import BadPattern, Interrupted, UnsupportedModel
+from secateur.interrupt import asked_to_stop
 from secateur.layout import check_source
 from secateur.machine import release_memory, versions
+from secateur.memory import arrange, check_passes
 from secateur.methods import METHODS, Method, find_method
-from secateur.model import LanguageModel, checkpoint_tensors, load
-from secateur.options import check_windows, draw_calibration, find_devices, find_dtype, forward_dtype
+from secateur.model import LanguageModel, checkpoint_tensors, load, load_blocks
+from secateur.options import check_windows, draw_calibration, find_devices, find_dtype, find_size, forward_dtype
+from secateur.output import BLOCK, Output, output, refuse_output
 from secateur.patterns import kind_of, parse, parse_pattern
 from secateur.plan import check_allocation, is_file, make_plan
 from secateur.progress import PeakMemory, Progress
@@ -37,10 +42,9 @@ from secateur.record import Report, total_sparsity
 from secateur.selection import SELECTIONS
 from secateur.shrink import check_structure, shrink_checkpoint
 from secateur.shrunk import PRESETS
-from secateur.sites import coverage
+from secateur.sites import coverage, signature
 from secateur.stream import Seconds, stream
 from secateur.structures import Structure
-from secateur.trace import signature
 from secateur.trial import site_shapes
 from secateur.units import Unit, movable
 
@@ -63,8 +67,11 @@ def prune(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
+    passes: str = "auto",
+    memory: str | int | None = None,
     data_dir: str | Path | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     allow_low_coverage: bool = False,
     trust_remote_code: bool = False,
     command: Sequence[str] | None = None,
@@ -77,14 +84,18 @@ def prune(
     knows; `allocate` says how sparsity is shared out: `uniform`, a rule of `plan.ALLOCATIONS`, or a plan's .json file,
     which decides instead of `pattern`. `align`: the channels that stay are a multiple of it. `device` may
     list several, separated by commas. `dtype` is that of the forward passes (`auto`: float32 on the CPU, else as
-    stored); statistics and solving are float32, the result has the dtype of the source. Raises SecateurError in all
-    its kinds; then `out` is untouched.
+    stored); statistics and solving are float32, the result has the dtype of the source. `passes`: how often blocks run,
+    see `pruned_blocks`; `auto` is one where activations then fit into `memory` ("6GB"; default: half of what is free).
+    A run that was killed goes on after its last finished block when it is started again with the same arguments;
+    `restart` discards it. Raises SecateurError in all its kinds; then `out` is untouched.
     """
     progress = progress or Progress()
     # Whatever can be refused is refused before the model is touched.
     check_method(method, pattern, allocate, skip, align)
     find_devices(device)
     find_dtype(dtype)
+    find_size(memory)
+    check_passes(passes)
     refuse_output(Path(out), overwrite=overwrite)
     folder = resolve(model)
     source = open_checkpoint(folder)
@@ -96,8 +107,9 @@ def prune(
     )  # fmt: skip
     report = prune_checkpoint(
         source, language_model, windows, Path(out), method=method, pattern=pattern, allocate=allocate, align=align,
-        skip=skip, device=device, dtype=dtype, batch_size=batch_size, overwrite=overwrite,
-        allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=command, progress=progress,
+        skip=skip, device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory,
+        overwrite=overwrite, restart=restart, allow_low_coverage=allow_low_coverage,
+        trust_remote_code=trust_remote_code, command=command, progress=progress,
     )  # fmt: skip
     progress.end()
     return report
@@ -141,7 +153,10 @@ def prune_checkpoint(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
+    passes: str = "auto",
+    memory: str | int | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     allow_low_coverage: bool = False,
     trust_remote_code: bool = False,
     command: Sequence[str] | None = None,
@@ -156,22 +171,37 @@ def prune_checkpoint(
     if isinstance(structure := parse(pattern), Structure):
         return shrink_checkpoint(
             source, language_model, windows, out, method=method, structure=structure, align=align, device=device,
-            dtype=dtype, batch_size=batch_size, overwrite=overwrite, trust_remote_code=trust_remote_code,
-            command=command, progress=progress,
+            dtype=dtype, batch_size=batch_size, memory=memory, overwrite=overwrite, restart=restart,
+            trust_remote_code=trust_remote_code, command=command, progress=progress,
         )  # fmt: skip
-    with output(source, out, overwrite=overwrite) as result, PeakMemory() as peak:
-        report, plan = _begin(
+    options = {"dtype": dtype, "batch_size": batch_size, "skip": list(skip)}
+    run = {
+        "method": method, "pattern": str(structure), "allocate": allocate, "passes": passes, **options,
+        "plan": file_sha256(Path(allocate)) if is_file(allocate) else None, "calibration": windows.fingerprint(),
+        "device": find_devices(device)[0].type, "versions": versions(),
+    }  # fmt: skip
+    count = len(language_model.blocks)
+    with (
+        output(source, out, overwrite=overwrite, run=run, restart=restart) as result,
+        PeakMemory() as peak,
+        asked_to_stop("after this block") as stopping,
+    ):
+        report, pruning = _begin(
             language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
-            dtype=dtype, batch_size=batch_size, allow_low_coverage=allow_low_coverage, progress=progress,
+            dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, allow_low_coverage=allow_low_coverage,
+            progress=progress, result=result,
         )  # fmt: skip
-        blocks = pruned_blocks(
-            language_model, windows.ids, find_method(method), plan, devices=find_devices(device),
-            dtype=find_dtype(dtype), batch_size=batch_size, seconds=report.seconds, progress=progress,
-        )  # fmt: skip
-        for block in blocks:
+        for entry in (finished := result.recorded(BLOCK)):
+            report.take(entry)
+        if 0 < len(finished) < count:
+            pruning.finished = load_blocks(result.partial, trust_remote_code=trust_remote_code)[: len(finished)]
+        for block in pruned_blocks(language_model, windows.ids, pruning) if len(finished) < count else ():
             check_source(source, language_model, list(block.tensors))
-            result.write(checkpoint_tensors(language_model, block.tensors, source.places))
-            _add(report, block, language_model)
+            entry = block.entry(language_model.block_name(block.index))
+            result.commit(checkpoint_tensors(language_model, block.tensors, source.places), entry)
+            report.take(entry)
+            if stopping() and block.index < count - 1:
+                raise Interrupted("Stopped.")
         report.sparsity, report.peak_bytes, report.out = total_sparsity(report.sites), peak.bytes, out
         result.finish(
             {
@@ -180,7 +210,7 @@ def prune_checkpoint(
                 "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
                 "versions": versions(),
                 **report.record(),
-                "options": {"dtype": dtype, "batch_size": batch_size, "skip": list(skip)},
+                "options": {**options, "passes": pruning.passes},
             }
         )
     return report
@@ -197,6 +227,8 @@ def prune_model(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
+    passes: str = "auto",
+    memory: str | int | None = None,
     allow_low_coverage: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -204,48 +236,53 @@ def prune_model(
 
     Raises BadPattern for a structure, which leaves another model: use `prune`.
     """
-    progress = progress or Progress()
     parse_pattern(pattern)
     with PeakMemory() as peak:
-        report, plan = _begin(
+        report, pruning = _begin(
             language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
-            dtype=dtype, batch_size=batch_size, allow_low_coverage=allow_low_coverage, progress=progress,
+            dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, allow_low_coverage=allow_low_coverage,
+            progress=progress or Progress(),
         )  # fmt: skip
-        for block in pruned_blocks(
-            language_model, windows.ids, find_method(method), plan, devices=find_devices(device),
-            dtype=find_dtype(dtype), batch_size=batch_size, seconds=report.seconds, progress=progress,
-        ):  # fmt: skip
+        for block in pruned_blocks(language_model, windows.ids, pruning):
             for name, tensor in block.tensors.items():
                 language_model.model.get_parameter(name).data.copy_(tensor)
-            _add(report, block, language_model)
+            report.take(block.entry(language_model.block_name(block.index)))
     report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
     return report
 
 
-def pruned_blocks(
-    language_model: LanguageModel,
-    tokens: Tensor,
-    method: Method,
-    plan: Plan,
-    *,
-    devices: Sequence[torch.device],
-    dtype: str,
-    batch_size: int,
-    seconds: Seconds,
-    progress: Progress,
-) -> Iterator[PrunedBlock]:
-    """Every block in order, pruned by `method` after `plan` on calibration tokens `[samples, length]`.
+@dataclass
+class Pruning:
+    """A run as it has been decided: what `pruned_blocks` needs to know.
 
-    A method that is `sequential` costs one forward pass of the block for each group of sites that share an input;
-    one that reads "cross" or refines costs a second stream, through the dense model.
+    `passes`: with "one" a block runs once, and every site sees what the pruned sites before it give. With "two" it runs
+    once for the statistics of all sites and once for what enters the next block; a `sequential` method then costs a
+    forward for each group of sites that share an input. A method that refines runs the finished block once more; one
+    that reads "cross" or refines costs a second stream, through the dense model. `finished`: what the first blocks
+    have become already; they are gone through and not given again.
     """
-    count = len(language_model.blocks)
+
+    method: Method
+    plan: Plan
+    devices: Sequence[torch.device]
+    dtype: torch.dtype | None
+    batch_size: int
+    progress: Progress = field(default_factory=Progress)
+    seconds: Seconds = field(default_factory=Seconds)
+    passes: str = "one"
+    spill: Path | None = None
+    finished: Sequence[nn.Module] = ()
+
+
+def pruned_blocks(language_model: LanguageModel, tokens: Tensor, pruning: Pruning) -> Iterator[PrunedBlock]:
+    """Every block in order, pruned on calibration tokens `[samples, length]`."""
+    method, progress, count = pruning.method, pruning.progress, len(language_model.blocks)
     kinds: dict[Any, dict[str, list[list[Unit]]]] = {}  # units that may change places, by kind of block
     if not method.need and not method.refine:
-        tokens = tokens[:batch_size]  # enough for the probe on which errors are measured
+        tokens = tokens[: pruning.batch_size]  # enough for the probe on which errors are measured
     steps = stream(
-        language_model, tokens, devices=devices, dtype=forward_dtype(dtype, devices[0]),
-        batch_size=batch_size, seconds=seconds, dense="cross" in method.need or method.refine > 0,
+        language_model, tokens, devices=pruning.devices, dtype=pruning.dtype, batch_size=pruning.batch_size,
+        seconds=pruning.seconds, dense=two_streams(method), finished=pruning.finished, spill=pruning.spill,
     )  # fmt: skip
     for step in steps:
         progress.advance(f"{step.name} inputs", step.index, count)
@@ -254,15 +291,22 @@ def pruned_blocks(
         if method.permute:
             if (kind := signature(original)) not in kinds:
                 progress.advance(f"{step.name} traced", step.index, count)
-                kinds[kind] = movable(language_model, step.index, devices[0])
+                kinds[kind] = movable(language_model, step.index, pruning.devices[0])
             units = kinds[kind]
         block = prune_block(
-            step, original, method, plan, lambda name, index=step.index: progress.advance(name, index, count), units
-        )
+            step, original, method, pruning.plan,
+            lambda name, index=step.index: progress.advance(name, index, count), units,
+            one_pass=pruning.passes == "one" and not method.permute,
+        )  # fmt: skip
         del step  # with its copy of the block: the next is made before the name is used again
         yield block
         block.tensors.clear()
     progress.advance("done", count, count)
+
+
+def two_streams(method: Method) -> bool:
+    """Whether a method needs what the dense model gives beside what the pruned one gives."""
+    return "cross" in method.need or method.refine > 0
 
 
 def _begin(
@@ -272,12 +316,21 @@ def _begin(
     method: str,
     pattern: str,
     allocate: str,
+    skip: Sequence[str],
+    device: str,
+    dtype: str,
+    batch_size: int,
+    passes: str,
+    memory: str | int | None,
     allow_low_coverage: bool,
     progress: Progress,
-    **options: Any,
-) -> tuple[Report, Plan]:
-    """The report and the plan of a run that is about to start. Raises UnsupportedModel for too low a coverage."""
-    check_windows(language_model, windows, options["batch_size"])
+    result: Output | None = None,
+) -> tuple[Report, Pruning]:
+    """The plan and everything else of a run that is about to start; `result` knows what it had decided before it died.
+
+    Raises UnsupportedModel for too low a coverage.
+    """
+    check_windows(language_model, windows, batch_size)
     counts = [coverage(block) for block in language_model.blocks]
     share = sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
     if share < MINIMUM_COVERAGE and not allow_low_coverage:
@@ -287,17 +340,28 @@ def _begin(
             "says. Allow it with --allow-low-coverage."
         )
     started = perf_counter()
-    plan = make_plan(language_model, windows, allocate, method=method, pattern=pattern, progress=progress, **options)
+    found, devices = find_method(method), find_devices(device)
+    forward = forward_dtype(find_dtype(dtype), devices[0])
+    way = arrange(
+        language_model, windows.ids.shape, passes=passes, limit=find_size(memory), dtype=forward, device=devices[0],
+        dense=two_streams(found),
+    )  # fmt: skip
+    decided = result.recorded("decided") if result else []
+    if not decided:
+        made = make_plan(
+            language_model, windows, allocate, method=method, pattern=pattern, skip=skip, device=device, dtype=dtype,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        decided = [{"passes": way.passes, "plan": {name: str(part) for name, part in made.items()}}]
+        if result:
+            result.record("decided", decided[0])
+    plan = {name: parse_pattern(part) for name, part in decided[0]["plan"].items()}
     seconds = Seconds(plan=perf_counter() - started)
     release_memory()
     shown = label(plan, site_shapes(language_model)) if is_file(allocate) else str(parse(pattern))
     progress.begin(f"pruning with {method} to {shown}")
-    fingerprint = windows.fingerprint()
-    kind = kind_of(plan.values())
-    return Report(method, shown, kind, 0.0, share, [], seconds, None, fingerprint, allocate), plan
-
-
-def _add(report: Report, block: PrunedBlock, language_model: LanguageModel) -> None:
-    report.sites += block.reports
-    if block.tuned:
-        report.refined[language_model.block_name(block.index)] = (block.tuned.before, block.tuned.after)
+    report = Report(
+        method, shown, kind_of(plan.values()), 0.0, share, [], seconds, None, windows.fingerprint(), allocate
+    )
+    spill = (result.out.parent if result else Path(gettempdir())) if way.spill else None
+    return report, Pruning(found, plan, devices, forward, batch_size, progress, seconds, decided[0]["passes"], spill)

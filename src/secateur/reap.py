@@ -73,7 +73,8 @@ def _watched(block: nn.Module, found: dict[str, Routed]) -> Iterator[None]:
             )
             chosen = chosen.reshape(-1, chosen.shape[-1])
             gates = gates.reshape(len(chosen), -1)
-            for expert, _, inner in experts.expert_inputs(module, hidden, chosen):
+            for expert, x in experts.routed(module, hidden, chosen):
+                inner = experts.inner(module, expert, x)
                 weight = getattr(module, second)[expert]
                 output = inner @ (weight if experts.is_transposed(module) else weight.T)
                 if getattr(module, "has_bias", False):

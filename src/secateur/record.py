@@ -48,6 +48,13 @@ class Report:
     """Of a smaller model: what was taken out of which part of a block, in words, and which blocks."""
     out: Path | None = None
 
+    def take(self, block: dict[str, Any]) -> None:
+        """Add a finished block: {"block": its name, "sites": [fields of a SiteReport, …], "refined": pair or None}."""
+        self.sites += [SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in block["sites"]]
+        if block["refined"]:
+            before, after = block["refined"]
+            self.refined[block["block"]] = (before, after)
+
     def record(self) -> dict[str, Any]:
         """What a repeated run gives again, as JSON can hold it: no times, no memory, no place."""
         values = asdict(self)

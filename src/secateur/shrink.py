@@ -12,23 +12,28 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.budget import within_budget
-from secateur.checkpoint import Checkpoint, Output, output
+from secateur.checkpoint import Checkpoint
 from secateur.cut import module_of
 from secateur.data import Windows
 from secateur.depth import BLOCKS, Looking
-from secateur.errors import BadPattern, BadPlan
+from secateur.errors import BadPattern, BadPlan, Interrupted
+from secateur.interrupt import asked_to_stop
 from secateur.layout import Names, check_source, resized, size_of
 from secateur.machine import release_memory, versions
-from secateur.model import LanguageModel, Shell, run_block, working_copy
-from secateur.options import check_windows, find_devices, find_dtype, forward_dtype
+from secateur.memory import arrange
+from secateur.model import LanguageModel, Shell, load_blocks, run_block, working_copy
+from secateur.options import check_windows, find_devices, find_dtype, find_size, forward_dtype
+from secateur.output import BLOCK, Output, output
 from secateur.progress import PeakMemory, Progress
 from secateur.record import Report
 from secateur.shrunk import Run, find_shrinking, refined, shrunk_block
@@ -69,7 +74,9 @@ def shrink_checkpoint(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
+    memory: str | int | None = None,
     overwrite: bool = False,
+    restart: bool = False,
     trust_remote_code: bool = False,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -79,10 +86,17 @@ def shrink_checkpoint(
     shrinking = find_shrinking(method, structure)
     check_windows(language_model, windows, batch_size)
     devices, chosen = find_devices(device), find_dtype(dtype)
-    run = Run(
-        language_model, windows.ids, shrinking, devices, forward_dtype(chosen, devices[0]), batch_size, Seconds(),
-        progress,
+    forward = forward_dtype(chosen, devices[0])
+    way = arrange(
+        language_model, windows.ids.shape, passes="two", limit=find_size(memory), dtype=forward, device=devices[0],
+        dense=shrinking.second_stream,
     )  # fmt: skip
+    run = Run(language_model, windows.ids, shrinking, devices, forward, batch_size, Seconds(), progress)
+    options = {"dtype": dtype, "batch_size": batch_size, "align": align}
+    conditions = {
+        "method": method, "pattern": str(structure), **options, "calibration": windows.fingerprint(),
+        "device": devices[0].type, "versions": versions(),
+    }  # fmt: skip
     with PeakMemory() as peak:
         started = perf_counter()
         wanted = structure
@@ -103,12 +117,29 @@ def shrink_checkpoint(
         )  # fmt: skip
         names = Names(source, language_model, found.stock.language_model, found.kept)
         tensors = names.places()
-        with output(source, out, overwrite=overwrite, other_weights=size_of(source, tensors)) as result:
-            result.places = resized(source, result.partial, tensors)
-            result.configure(found.stock.changes, language_model.model.config.model_type)
-            progress.begin(f"shrinking with {method} to {structure}")
-            logits = _shrink(run, found, report, names, result)
-            _verify(result, windows.ids, logits, trust_remote_code, progress)
+        with (
+            output(
+                source, out, overwrite=overwrite, other_weights=size_of(source, tensors), run=conditions,
+                restart=restart,
+            ) as result,
+            asked_to_stop("after this block") as stopping,
+        ):  # fmt: skip
+            finished = result.recorded(BLOCK)
+            for entry in finished:
+                report.take(entry)
+            again = []
+            if not result.done:
+                result.places = resized(source, result.partial, tensors, again=len(finished) > 0)
+                if finished:
+                    again = load_blocks(result.partial, trust_remote_code=trust_remote_code)[: len(finished)]
+                else:
+                    result.configure(found.stock.changes, language_model.model.config.model_type)
+                    result.sync()
+                progress.begin(f"shrinking with {method} to {structure}")
+                spill = result.out.parent if way.spill else None
+                logits = _shrink(run, found, report, names, result, again, stopping, spill)
+                result.settle()
+                _verify(result, windows.ids, logits, trust_remote_code, progress)
             report.sparsity = _share_gone(language_model, found)
             report.peak_bytes, report.out = peak.bytes, out
             result.finish(
@@ -118,7 +149,7 @@ def shrink_checkpoint(
                     "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
                     "versions": versions(),
                     **report.record(),
-                    "options": {"dtype": dtype, "batch_size": batch_size, "align": align},
+                    "options": options,
                 }
             )
     return report
@@ -161,37 +192,54 @@ def _surveyed(run: Run, structure: Structure, align: int | None) -> Survey:
 
 
 @torch.no_grad()
-def _shrink(run: Run, found: Survey, report: Report, names: Names, result: Output) -> Tensor:
+def _shrink(
+    run: Run,
+    found: Survey,
+    report: Report,
+    names: Names,
+    result: Output,
+    again: Sequence[nn.Module],
+    stopping: Callable[[], bool],
+    spill: Path | None,
+) -> Tensor:
     """Shrink and write every block that stays; the logits of the first window's first tokens in the smaller model.
 
     These go through the smaller blocks in float32, whatever dtype the stream has, so that they can be compared closely.
+    The first blocks may be done `again`: they are gone through as they are.
     """
     model, count, device = run.language_model, len(found.kept), run.devices[0]
     tokens = run.tokens[:1, :CHECKED_TOKENS]
     hidden, calls = Shell(model, device, torch.float32, head=False).enter(tokens)
+    for index, block in zip(found.kept, again, strict=False):
+        hidden = run_block(working_copy(block, device, torch.float32), hidden, calls[index])
     steps = stream(
         model, run.tokens, devices=run.devices, dtype=run.dtype, batch_size=run.batch_size, seconds=run.seconds,
-        dense=run.shrinking.second_stream, kept=found.kept,
+        dense=run.shrinking.second_stream, kept=found.kept, finished=again, spill=spill,
     )  # fmt: skip
-    for position, step in enumerate(steps):
+    for position, step in enumerate(steps, len(again)):
         run.progress.advance(step.name, position, count)
         original, empty = model.blocks[step.index], found.stock.language_model.blocks[position]
         span = _span(found.kept, position, len(model.blocks))
         state, reports = shrunk_block(step, original, found.of(original), span, run)
-        report.sites += reports
+        entry: dict[str, Any] = {
+            "block": model.block_name(position), "sites": [asdict(site) for site in reports], "refined": None,
+        }  # fmt: skip
         if run.shrinking.refine:
             run.progress.advance(f"{step.name} as a whole", position, count)
             state, tuned = refined(step, module_of(empty, state, original), state, span, run)
-            report.refined[model.block_name(position)] = (tuned.before, tuned.after)
+            entry["refined"] = (tuned.before, tuned.after)
         smaller = module_of(empty, state, original)
         hidden = run_block(working_copy(smaller, device, torch.float32), hidden, calls[step.index])
         step.replace(smaller)
         held = original.state_dict()
         changed = {n: t for n, t in state.items() if t.shape != held[n].shape or not torch.equal(t, held[n])}
         check_source(result.source, model, [f"{step.name}.{name}" for name in changed])
-        result.write(names.of_block(position, changed))
+        result.commit(names.of_block(position, changed), entry)
+        report.take(entry)
         del step
         release_memory()
+        if stopping() and position < count - 1:
+            raise Interrupted("Stopped.")
     run.progress.advance("done", count, count)
     return Shell(model, device, torch.float32).leave(tokens, hidden).cpu()
 

@@ -65,26 +65,45 @@ def bias(block: nn.Module, site: Site) -> tuple[str, Tensor] | None:
     return None if held is None else (f"{site.name}.bias", held.data)  # type: ignore[return-value]
 
 
+def signature(block: nn.Module) -> tuple[Any, ...]:
+    """What blocks of one kind have in common; one trace serves them all.
+
+    Module types, shapes of parameters, and flags and factors (a block may reuse the keys of another, or gate sparsely).
+    """
+    modules = [
+        (name, type(module), *((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (bool, float))))
+        for name, module in block.named_modules()
+    ]
+    return (*modules, *((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()))
+
+
 def coverage(block: nn.Module) -> tuple[int, int]:
     """(weights that are sites, weights of all matrices) of a block; vectors are not counted."""
     covered = sum(site.stored.numel() for site in sites(block).values())
     return covered, sum(p.numel() for p in block.parameters() if p.dim() > 1)
 
 
+Visit = Callable[[list[tuple[str, Tensor]]], None]
+
+
 @contextmanager
-def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `record(site name, x [tokens, in])` is called for every site a forward of the block reaches."""
+def visited(block: nn.Module, visit: Visit) -> Iterator[None]:
+    """While open, `visit([(site name, x [tokens, in]), …])` is called wherever a forward of the block reaches sites.
+
+    A linear layer comes alone; the first matrices of fused experts come together, and after them the second ones,
+    whose inputs are computed when the first call has returned.
+    """
 
     def linear(name: str) -> Callable[..., None]:
-        return lambda module, args: record(name, args[0])
+        return lambda module, args: visit([(name, args[0])])
 
     def fused(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, chosen, *_ = *args, *kwargs.values()
             first, second = experts.matrices(module)
-            for expert, x, inner in experts.expert_inputs(module, hidden, chosen):
-                record(f"{name}.{expert}.{first}", x)
-                record(f"{name}.{expert}.{second}", inner)
+            visit([(f"{name}.{e}.{first}", x) for e, x in experts.routed(module, hidden, chosen)])
+            inner = ((e, experts.inner(module, e, x)) for e, x in experts.routed(module, hidden, chosen))
+            visit([(f"{name}.{e}.{second}", x) for e, x in inner])
 
         return hook
 
@@ -99,3 +118,15 @@ def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> 
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `record(site name, x [tokens, in])` is called for every site a forward of the block reaches."""
+
+    def visit(reached: list[tuple[str, Tensor]]) -> None:
+        for name, x in reached:
+            record(name, x)
+
+    with visited(block, visit):
+        yield

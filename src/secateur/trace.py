@@ -52,18 +52,6 @@ class Trace:
         return found
 
 
-def signature(block: nn.Module) -> tuple[Any, ...]:
-    """What blocks of one kind have in common; one trace serves them all.
-
-    Module types, shapes of parameters, and flags and factors (a block may reuse the keys of another, or gate sparsely).
-    """
-    modules = [
-        (name, type(module), *((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (bool, float))))
-        for name, module in block.named_modules()
-    ]
-    return (*modules, *((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()))
-
-
 @torch.no_grad()
 def trace(
     language_model: LanguageModel,

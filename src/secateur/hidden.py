@@ -1,0 +1,57 @@
+"""The hidden states of the calibration windows, batch by batch: in memory, or in a file where there are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.checkpoint import disk_errors
+
+
+class HiddenStates:
+    """What enters the block at hand, a tensor for each batch; setting one forgets the one before.
+
+    With `folder`, they lie in a mapped file there, which has no name and goes with the process: the system writes out
+    what memory cannot hold. A batch keeps its shape and dtype from block to block. Raises DiskFull.
+    """
+
+    def __init__(self, folder: Path | None, tensors: Iterable[Tensor] = ()) -> None:
+        self.folder = folder
+        self._file = TemporaryFile(dir=folder) if folder else None  # noqa: SIM115 - it lives as long as this
+        self._end = 0
+        self._held: list[Tensor] = []
+        for tensor in tensors:
+            self.append(tensor)
+
+    def append(self, tensor: Tensor) -> None:
+        self._held.append(self._mapped(tensor) if self._file else tensor)
+
+    def _mapped(self, tensor: Tensor) -> Tensor:
+        assert self._file is not None
+        with disk_errors(self.folder or Path()):
+            self._file.truncate(self._end + tensor.nbytes)
+            place = np.memmap(self._file, np.uint8, "r+", self._end, (tensor.nbytes,))
+        self._end += tensor.nbytes
+        mapped = torch.from_numpy(place).view(tensor.dtype).view(tensor.shape)
+        mapped.copy_(tensor)
+        return mapped
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._held[number]
+
+    def __setitem__(self, number: int, tensor: Tensor) -> None:
+        if self._file:
+            self._held[number].copy_(tensor)
+        else:
+            self._held[number] = tensor
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._held)

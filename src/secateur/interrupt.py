@@ -1,0 +1,36 @@
+"""Ctrl-C during long work: the first one asks to stop where nothing is lost, the second stops at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def asked_to_stop(where: str) -> Iterator[Callable[[], bool]]:
+    """While open, tells whether the user has asked to stop; the answer to the first Ctrl-C says `where` that will be.
+
+    Outside the main thread, where Python hears no signals, nobody asks.
+    """
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+        print(f"secateur: stopping {where}; Ctrl-C once more stops at once.", file=sys.stderr, flush=True)
+
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked.is_set
+    finally:
+        if signal.getsignal(signal.SIGINT) is ask:
+            signal.signal(signal.SIGINT, before)

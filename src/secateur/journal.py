@@ -1,0 +1,100 @@
+"""What a run has finished, a line each on disk, so that the same command goes on where a killed one stopped.
+
+The first line holds the conditions of the run, each later one something that is done and safe on disk. Every line has a
+checksum in front: a line that was cut short, and all behind it, never happened. While a run is going on, it holds the
+lock of its journal.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from secateur.errors import OutputRefused
+
+SCHEMA = "secateur.run/1"
+
+
+class Journal:
+    """The journal in `file`, which is made where there is none. Raises OutputRefused where another run holds it.
+
+    `conditions` are None, and `entries` empty, unless a run has begun. An entry is a pair (kind, value).
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._stream = file.open("a+b")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._stream.close()
+            raise OutputRefused(f"Another run is writing there: it holds {file}. Wait for it.") from error
+        lines, end = _lines(self._stream)
+        self._stream.truncate(end)
+        self.conditions: dict[str, Any] | None = None
+        self.entries: list[tuple[str, Any]] = []
+        if lines and lines[0][0] == SCHEMA and isinstance(lines[0][1], dict):
+            self.conditions, self.entries = lines[0][1], lines[1:]
+
+    def begin(self, conditions: Mapping[str, Any]) -> None:
+        """Forget what was there; a new run begins under `conditions`."""
+        self._stream.truncate(0)
+        self.conditions, self.entries = dict(conditions), []
+        self._write(SCHEMA, conditions)
+
+    def add(self, kind: str, value: Any) -> None:
+        """Something is done; it is on disk when this returns."""
+        self._write(kind, value)
+        self.entries.append((kind, value))
+
+    def of(self, kind: str) -> list[Any]:
+        """The values of the entries of one kind."""
+        return [value for found, value in self.entries if found == kind]
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def remove(self) -> None:
+        """The run is over: nothing is left to go on from."""
+        self.file.unlink(missing_ok=True)
+        self.close()
+
+    def _write(self, kind: str, value: Any) -> None:
+        text = json.dumps([kind, value], separators=(",", ":"), allow_nan=False).encode()
+        self._stream.write(b"%08x %s\n" % (crc32(text), text))
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+
+def _lines(stream: Any) -> tuple[list[tuple[str, Any]], int]:
+    """The sound lines at the start of a journal, and where they end."""
+    stream.seek(0)
+    found, end = [], 0
+    for line in stream:
+        checksum, _, text = line.rstrip(b"\n").partition(b" ")
+        if not line.endswith(b"\n") or checksum != b"%08x" % crc32(text):
+            break
+        kind, value = json.loads(text)
+        found.append((kind, value))
+        end += len(line)
+    return found, end
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What two runs differ in, in words: "method was 'wanda', now 'sparsegpt'"."""
+    now = json.loads(json.dumps(now))
+    return [
+        f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 80 else f"{text[:78]} …"

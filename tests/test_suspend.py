@@ -1,0 +1,190 @@
+"""Forwards that stop inside a block: one pass gives what a forward for every group of sites gives, bit for bit."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from families import tiny_model
+
+from secateur.data import Windows
+from secateur.errors import UnknownName, UnsupportedModel
+from secateur.hidden import HiddenStates
+from secateur.machine import available_bytes, will_need
+from secateur.memory import arrange
+from secateur.model import replayable, run_block, working_copy
+from secateur.options import find_size
+from secateur.prune import prune_model
+from secateur.sites import sites
+from secateur.stream import stream
+from secateur.suspend import Suspended, find_stages
+
+CPU = torch.device("cpu")
+TOKENS = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(2))
+WINDOWS = Windows(TOKENS, "random", "none", 2, None)
+FAMILIES = ["llama", "gpt2", "mixtral", "gpt_oss", "falcon", "gemma2", "gemma3n_text", "jamba", "deepseek_v3"]
+
+
+def pruned(family: str, method: str, passes: str, **options) -> dict[str, torch.Tensor]:
+    model = tiny_model(family)
+    options = {"pattern": "50%", "batch_size": 2, "allow_low_coverage": True, **options}
+    report = prune_model(replayable(model), WINDOWS, method=method, passes=passes, **options)
+    errors = {site.site: torch.tensor(site.output_error or 0.0) for site in report.sites}
+    return {**dict(model.named_parameters()), **errors}
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude", "sweep+dense-target", "wanda+refine"])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_one_pass_is_a_forward_for_every_group(family, method):
+    one, many = pruned(family, method, "one"), pruned(family, f"{method}+sequential", "two")
+    assert all(torch.equal(one[name], many[name]) for name in many)
+
+
+@pytest.mark.parametrize(("passes", "runs"), [("one", 1), ("two", 2)])
+def test_how_often_a_block_runs(passes, runs, monkeypatch):
+    """Every batch once in one pass, beside one forward of the first batch that finds the stages."""
+    calls: Counter[str] = Counter()
+    real = torch.nn.Linear.forward
+
+    def forward(self, x):
+        if x.shape[:2] != (3, 16):  # the check at load
+            calls["linear"] += 1
+        return real(self, x)
+
+    language_model = replayable(tiny_model("llama"))
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    prune_model(language_model, WINDOWS, method="wanda", passes=passes, batch_size=1)
+    blocks, linear, batches = len(language_model.blocks), 7, len(TOKENS)
+    if passes == "one":  # the last block stops at its last site
+        assert calls["linear"] == blocks * linear * batches - batches + linear
+    else:
+        assert calls["linear"] == 2 * blocks * linear * batches - linear * batches
+
+
+def test_stages_of_blocks():
+    def stages(family: str) -> list[list[str]] | None:
+        language_model = replayable(tiny_model(family))
+        step = next(stream(language_model, TOKENS, devices=[CPU], dtype=None, batch_size=3))
+        return find_stages(step.block, *step.first())
+
+    attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    assert stages("llama") == [
+        attention, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]
+    ]  # fmt: skip
+    first, second, gate_up, down = stages("mixtral") or []
+    assert (first, second) == (attention, ["self_attn.o_proj"])
+    assert gate_up == [f"mlp.experts.{e}.gate_up_proj" for e in range(len(gate_up))]
+    assert down == [f"mlp.experts.{e}.down_proj" for e in range(len(gate_up))]
+
+
+def test_a_batch_that_takes_another_way_is_refused():
+    model = tiny_model("llama")
+    step = next(stream(replayable(model), TOKENS, devices=[CPU], dtype=None, batch_size=3))
+    hidden, call = step.first()
+    stages = find_stages(step.block, hidden, call)
+    assert stages
+    backwards = Suspended(step.block, stages[::-1], {0: lambda: run_block(step.block, hidden, call)})
+    list(backwards.inputs(0))
+    with pytest.raises(UnsupportedModel, match=r"self_attn.o_proj is reached in another order.*--passes two"):
+        list(backwards.outputs())
+    backwards.close()
+
+
+def test_what_is_given_up_leaves_the_block_as_it_was():
+    step = next(stream(replayable(tiny_model("llama")), TOKENS, devices=[CPU], dtype=None, batch_size=3))
+    hidden, call = step.first()
+    before = run_block(step.block, hidden, call)
+    stages = find_stages(step.block, hidden, call)
+    held = Suspended(step.block, stages or [], {n: lambda: run_block(step.block, hidden, call) for n in range(3)})
+    assert [number for number, _ in held.inputs(1)] == [0, 1, 2]
+    held.close()
+    assert not any(module._forward_pre_hooks for module in step.block.modules())
+    assert torch.equal(run_block(step.block, hidden, call), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_in_a_file(tmp_path: Path, dtype):
+    """The same values; nothing with a name is left, even while they are in use."""
+    tensors = [torch.randn(2, 3, 5).to(dtype) for _ in range(3)]
+    spilled, held = HiddenStates(tmp_path, tensors), HiddenStates(None, tensors)
+    assert list(tmp_path.iterdir()) == []
+    for states in (spilled, held):
+        states[1] = tensors[1] * 2
+    assert len(spilled) == 3
+    assert all(torch.equal(one, other) for one, other in zip(spilled, held, strict=True))
+
+
+@pytest.mark.parametrize("method", ["wanda", "sweep+dense-target", "wanda+refine"])
+def test_spilling_changes_nothing(method):
+    one = pruned("llama", method, "two")
+    other = pruned("llama", method, "two", memory=0)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_does_not_fit_runs_twice_or_goes_to_a_file():
+    language_model = replayable(tiny_model("llama"))
+    width = language_model.model.config.hidden_size
+
+    def ways(limit: int | None, passes: str = "auto"):
+        return arrange(
+            language_model, (10, 100), passes=passes, limit=limit, dtype=torch.float32, device=CPU, dense=False
+        )
+
+    hidden = 4 * 1000 * width
+    assert ways(None) == ways(20 * hidden) == ("one", False)
+    assert ways(hidden) == ("two", False)
+    assert ways(hidden - 1) == ("two", True)
+    assert ways(hidden - 1, "one") == ("one", True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "falcon", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_stands_still_is_not_underestimated(family):
+    """Against the tensors that the frames of a stopped forward really hold."""
+    language_model = replayable(tiny_model(family))
+    tokens = TOKENS[:4]
+    step = next(stream(language_model, tokens, devices=[CPU], dtype=None, batch_size=4))
+    hidden, call = step.first()
+    stages = find_stages(step.block, hidden, call) or []
+    held = Suspended(step.block, stages, {0: lambda: run_block(step.block, hidden, call)})
+    most = 0
+    for stage in range(len(stages)):
+        list(held.inputs(stage))
+        frame, found = held.forwards[0]._stack.gr_frame, {}
+        while frame is not None:
+            for value in frame.f_locals.values():
+                for tensor in value if isinstance(value, (tuple, list)) else (value,):
+                    if isinstance(tensor, torch.Tensor) and not isinstance(tensor, torch.nn.Parameter):
+                        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            frame = frame.f_back
+        most = max(most, sum(found.values()))
+    held.close()
+    from secateur.memory import standing, width
+
+    predicted = tokens.numel() * 4 * (standing(language_model) + width(language_model))
+    assert most <= 1.3 * predicted
+    assert predicted <= 4 * most
+
+
+def test_sizes_in_words():
+    assert [find_size(text) for text in ("6GB", "512MiB", "1.5 kB", "77", 5, None)] == [
+        6 * 10**9, 512 * 2**20, 1500, 77, 5, None
+    ]  # fmt: skip
+    with pytest.raises(UnknownName, match="There is no size 'much'"):
+        find_size("much")
+
+
+def test_the_machine_says_what_is_free():
+    assert 2**20 < available_bytes(CPU) < 2**50
+    will_need(tiny_model("llama").parameters())
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_sites_left_out_are_not_observed(family):
+    """No statistics for what the plan does not prune."""
+    model, dense = tiny_model(family), tiny_model(family)
+    prune_model(replayable(model), WINDOWS, method="wanda", pattern="2:4", skip=["*down_proj", "*o_proj"])
+    for name, site in sites(working_copy(model.model.layers[0], CPU, None)).items():
+        same = torch.equal(site.weight, dense.get_parameter(f"model.layers.0.{name}.weight"))
+        assert same == name.endswith(("down_proj", "o_proj"))
