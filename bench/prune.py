@@ -252,7 +252,8 @@ def write_inputs(size: Size, work: Path, dtype: str) -> None:
     tokenizer.save_pretrained(work / "model")
     calibration = calibration_windows(tokenizer, "demo", samples=size.samples, length=size.length, seed=0)
     torch.save(calibration.ids, work / "calibration.pt")
-    torch.save(evaluation_windows(tokenizer, "demo", length=size.length, windows=HELD_OUT).ids, work / "evaluation.pt")
+    held_out = evaluation_windows(tokenizer, "demo", length=size.length, windows=HELD_OUT)
+    torch.save(held_out.ids.clone(), work / "evaluation.pt")  # a view of the whole corpus until cloned
 
 
 def peer_python(folder: Path) -> Path:
@@ -322,14 +323,16 @@ def divergence(folder: Path) -> float:
 
 
 def check(jobs: Sequence[Job]) -> dict[str, Any]:
-    """Sparsity and divergence of each program's result, and the share of weights that all of them keep or remove."""
+    """Sparsity and divergence of each program's result; of two, the share of weights that both keep or both remove."""
     found: dict[str, Any] = {}
     masks: list[Tensor] = []
     for job in jobs:
         kept = torch.cat([(tensor != 0).flatten() for _, tensor in sites(job.out)])
         found[job.program] = {"sparsity": 1 - kept.double().mean().item(), "kl": divergence(job.out)}
         masks.append(kept)
-    return found | {"same_mask": (masks[0] == masks[-1]).double().mean().item()}
+    if len(masks) == 2:
+        found["same_mask"] = (masks[0] == masks[1]).double().mean().item()
+    return found
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -377,7 +380,7 @@ def show(runs: Sequence[dict[str, Any]], summary: dict[str, Any], checks: dict[s
                 f"{method}: {pair} {cpu['median']:.2f} of CPU-seconds [{cpu['min']:.2f}, {cpu['max']:.2f}], "
                 f"{wall['median']:.2f} of wall seconds, {peak['median']:.2f} of peak memory"
             )
-        if method in checks:
+        if "same_mask" in checks[method]:
             console.print(f"{method}: {checks[method]['same_mask']:.3%} of the weights are kept or removed by both")
 
 
@@ -424,9 +427,10 @@ def main() -> None:
         rounds = []
         for number in range(chosen.rounds):
             turn = jobs[number % len(jobs) :] + jobs[: number % len(jobs)]
-            found = [measure(job, pythons[job.program]) | {"round": number} for job in turn]
-            for run in found:
-                print(f"{method} {run['program']}: {run['cpu_seconds']:.1f} CPU-s", file=sys.stderr, flush=True)
+            found = []
+            for job in turn:
+                found.append(measure(job, pythons[job.program]) | {"round": number})
+                print(f"{job.name}: {found[-1]['cpu_seconds']:.1f} CPU-s", file=sys.stderr, flush=True)
             runs += found
             rounds.append({run["program"]: run for run in found})
         checks[method] = check([job for job in jobs if job.program != "floor"])
