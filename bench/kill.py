@@ -12,67 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from time import perf_counter
 from typing import Any
+
+import torch
 
 from secateur.checkpoint import file_sha256
 from secateur.demo import model_folder
 from secateur.machine import machine, versions
 
-MOMENTS = {
-    "loading": "secateur.model.replayable",
-    "copying": "shutil.copyfile",
-    "beginning": "secateur.journal.Journal.begin",
-    "statistics": "secateur.stats.Stats.of",
-    "solving": "secateur.block.put",
-    "writing": "secateur.output.Output.write",
-    "syncing": "os.fsync",
-    "recording": "secateur.journal.Journal._write",
-    "hashing": "secateur.output.file_sha256",
-    "renaming": "pathlib.Path.rename",
-    "tidying": "secateur.journal.Journal.remove",
-}
-"""By stage: the function at whose call, before or after it, the process dies."""
-
-DYING = """
-import importlib, os, signal, sys
-place, number, when = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
-from secateur import cli
-calls = 0
-def dying(real):
-    def stand_in(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == number and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        found = real(*args, **kwargs)
-        if calls == number and when == "after":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return found
-    return stand_in
-owner, names = None, place.split(".")
-for cut in range(len(names) - 1, 0, -1):
-    try:
-        owner = importlib.import_module(".".join(names[:cut]))
-        break
-    except ImportError:
-        continue
-for name in names[cut:-1]:
-    owner = getattr(owner, name)
-held = owner.__dict__[names[-1]]
-if isinstance(held, classmethod):
-    setattr(owner, names[-1], classmethod(dying(held.__func__)))
-else:
-    setattr(owner, names[-1], dying(held))
-sys.exit(cli.main())
-"""
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from dying import MOMENTS, started
 
 
 def command(model: Path, out: Path, method: str, pattern: str) -> list[str]:
@@ -88,38 +44,20 @@ def contents(folder: Path) -> dict[str, str]:
     return {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
 
 
-def killed(arguments: list[str], draw: random.Random, patience: float) -> str:
+def killed(arguments: list[str], draw: random.Random, seconds: float) -> str:
     """Start the run and kill it; at which stage, or "ended" where it was faster."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if draw.random() < 0.5:
         stage = draw.choice(list(MOMENTS))
         few = 40 if stage in ("statistics", "syncing", "recording") else 6
-        words = [MOMENTS[stage], str(draw.randint(1, few)), draw.choice(["before", "after"])]
-        done = subprocess.run([sys.executable, "-c", DYING, *words, *arguments], capture_output=True, env=environment)
-        if done.returncode == -signal.SIGKILL:
-            return stage
+        status = started(arguments, (MOMENTS[stage], draw.randint(1, few), draw.choice(["before", "after"])))
     else:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "secateur", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=environment,
-        )
-        try:
-            done_out, done_err = process.communicate(timeout=draw.uniform(0.3, 1.0) * patience)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            return "at a random time"
-        done = subprocess.CompletedProcess(arguments, process.returncode, done_out, done_err)
-    if done.returncode:
-        raise SystemExit(f"The run failed with {done.returncode}: {done.stderr.decode()}")
-    return "ended"
+        stage, status = "at a random time", started(arguments, after=draw.uniform(0, seconds))
+    if status not in (0, -signal.SIGKILL):
+        raise SystemExit(f"The run ended with {status}.")
+    return stage if status else "ended"
 
 
-def one(
-    folder: Path, model: Path, method: str, pattern: str, seed: int, patience: float, expected: Any
-) -> Counter[str]:
+def one(folder: Path, model: Path, method: str, pattern: str, seed: int, seconds: float, expected: Any) -> Counter[str]:
     """Kill a run until it ends by itself; how often it died at which stage."""
     draw, died = random.Random(seed), Counter[str]()
     shutil.rmtree(folder, ignore_errors=True)
@@ -128,7 +66,7 @@ def one(
     shutil.copytree(model, out)
     (out / "stale.txt").write_text("of an older result")
     arguments = command(model, out, method, pattern)
-    while (stage := killed(arguments, draw, patience)) != "ended":
+    while (stage := killed(arguments, draw, seconds)) != "ended":
         died[stage] += 1
         if died.total() > 60:
             raise SystemExit("The run does not come to an end.")
@@ -153,17 +91,18 @@ def main() -> None:
     model = model_folder()
     total: Counter[str] = Counter()
     expected: dict[tuple[str, str], Any] = {}
+    seconds: dict[tuple[str, str], float] = {}
+    torch.set_num_threads(1)  # a fork has none of the threads of its parent
     for number in range(given.runs):
         method, pattern = case = cases[number % len(cases)]
         folder = given.out / "same"  # the place is in pruning.json's command, so it must be the same
         if case not in expected:
             shutil.rmtree(folder, ignore_errors=True)
-            subprocess.run(
-                [sys.executable, "-m", "secateur", *command(model, folder / "out", method, pattern)], check=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-            expected[case] = contents(folder / "out")
-        died = one(folder, model, method, pattern, given.seed + number, 12.0, expected[case])
+            began = perf_counter()
+            if started(command(model, folder / "out", method, pattern)):
+                raise SystemExit("The undisturbed run failed.")
+            expected[case], seconds[case] = contents(folder / "out"), perf_counter() - began
+        died = one(folder, model, method, pattern, given.seed + number, seconds[case], expected[case])
         total += died
         print(
             f"{number + 1}/{given.runs} {method} {pattern}: died {died.total()} times, the same in the end", flush=True

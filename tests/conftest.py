@@ -48,6 +48,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder: a random float32 Mixtral with a byte tokenizer. Read only."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-mixtral"
+    tiny_model("mixtral").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .jsonl of 300 documents of about 200 bytes each, always the same."""
     draw = random.Random(0)

@@ -16,13 +16,14 @@ from secateur import permute
 from secateur.allocate import uniform
 from secateur.checkpoint import open_checkpoint
 from secateur.data import Windows
+from secateur.decide import Pruning
 from secateur.errors import BadPattern
 from secateur.inspection import inspect
 from secateur.methods import METHODS, Pruned
 from secateur.model import load, replayable
 from secateur.patterns import NM
 from secateur.permute import best_order, input_order, kept_score, permuted, reorder, same_output, verified
-from secateur.prune import Pruning, prune_checkpoint, prune_model, pruned_blocks
+from secateur.prune import prune_checkpoint, prune_model, pruned_blocks
 from secateur.sites import sites
 from secateur.stats import Stats
 from secateur.trace import entering, trace

@@ -9,12 +9,13 @@ from families import tiny_model
 
 from secateur.allocate import uniform
 from secateur.data import Windows
+from secateur.decide import Pruning
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods import METHODS
 from secateur.model import load, replayable
 from secateur.options import find_devices
 from secateur.patterns import parse_pattern
-from secateur.prune import Pruning, prune_model, pruned_blocks
+from secateur.prune import prune_model, pruned_blocks
 from secateur.record import LEFT_OUT, UNSEEN
 from secateur.sites import sites
 from secateur.stats import Stats

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -21,16 +22,17 @@ from secateur.methods import Method, prune_together
 from secateur.model import working_copy
 from secateur.patterns import NM, Pattern
 from secateur.permute import input_order, permuted, reorder, verified
+from secateur.ranks import ALONE, Ranks
 from secateur.record import LEFT_OUT, UNSEEN, SiteReport
 from secateur.refine import Tuned, refine
 from secateur.sites import Site, sites
-from secateur.stats import Stats
+from secateur.stats import Stats, is_finite
 from secateur.stream import Observed, Step
 from secateur.units import Unit
 
 Classes = list[list[Unit]]
 
-PROBE_TOKENS = 1024
+PROBE_TOKENS = 256
 """On how many calibration tokens, about, the output error of every site is measured."""
 
 
@@ -58,11 +60,12 @@ def prune_block(
     units: Mapping[str, Classes],
     *,
     one_pass: bool,
+    ranks: Ranks = ALONE,
 ) -> PrunedBlock:
     """Prune the sites of one block after `plan`; `at_hand` is told the name of each. Raises NonFinite.
 
     `units` are those that may change places, by the site that reads them; only for a method that permutes. `one_pass`:
-    see `Step.stages`.
+    see `Step.stages`. Every one of several `ranks` solves its share of the sites.
     """
     result = working_copy(original, torch.device("cpu"), None)
     if units:
@@ -77,9 +80,10 @@ def prune_block(
     stages = step.stages(
         method.need, PROBE_TOKENS, wanted, one_pass=one_pass, sequential=method.sequential, again=method.refine > 0
     )
-    for group, observed in stages:
-        probes |= observed.probes
-        started = perf_counter()
+
+    def solve(group: Sequence[str], observed: Observed) -> dict[str, str]:
+        """Prune the sites of a group in both copies; the notes on those that were."""
+        said: dict[str, str] = {}
         for names in _solved_together(group, observed, method):
             stats = observed.stats.get(names[0], Stats(0, {}))
             chosen = {name: plan[f"{step.name}.{name}"] for name in names}
@@ -89,18 +93,31 @@ def prune_block(
             name = names[0]
             order = _order(dense[name], method, stats, chosen[name], units.get(name)) if len(names) == 1 else None
             if order is not None:
-                stats, notes[name] = permuted(stats, order), "inputs permuted"
+                stats, said[name] = permuted(stats, order), "inputs permuted"
                 if name in probes:  # the first batch may have missed an expert
                     probes[name] = probes[name][:, order]
                 for copy in (step.block, result, original):
-                    moved |= set(reorder(copy, name, units[name], order))
+                    moved.update(reorder(copy, name, units[name], order))
             weights = [dense[name].weight.to(step.device, torch.float32, copy=True) for name in chosen]
             found = prune_together(method, weights, stats, list(chosen.values()))
             for name, pruned in zip(chosen, found, strict=True):
                 put(step, name, pruned.weight, targets)
-                notes[name] = ", ".join(note for note in (notes.get(name, ""), pruned.note) if note)
-            release_memory()
+                said[name] = ", ".join(note for note in (said.get(name, ""), pruned.note) if note)
+        return said
+
+    for group, observed in stages:
+        probes |= observed.probes
+        started = perf_counter()
+        for said in ranks.together(partial(solve, ranks.mine(group), observed)):
+            notes |= said
+        if ranks.size > 1:
+            for position, name in enumerate(group):
+                if name in notes:
+                    stored = ranks.hand_round(targets[name].stored, position % ranks.size)
+                    for copy in (targets, step.sites):
+                        copy[name].stored.copy_(stored)
         step.seconds.solve += perf_counter() - started
+    release_memory()
     changed = sorted({step.sites[name].parameter for name in notes})
     tuned = None
     if method.refine and changed:
@@ -133,7 +150,7 @@ def _solved_together(group: Sequence[str], observed: Observed, method: Method) -
 def put(step: Step, name: str, weight: Tensor, targets: Mapping[str, Site]) -> None:
     """Write a new weight `[out, in]` into both copies of the block, rounded as it is stored. Raises NonFinite."""
     stored = weight.to(targets[name].stored.dtype)
-    if not stored.isfinite().all():
+    if not is_finite(stored):
         raise NonFinite(
             f"The pruned weights of {step.name}.{name} do not fit {stored.dtype}. Use another method, or --skip it."
         )
@@ -177,5 +194,5 @@ def _report(name: str, dense: Site, target: Site, plan: Plan, note: str | None, 
 def refuse_non_finite_weights(step: Step, original: Mapping[str, Site]) -> None:
     """Raise NonFinite for NaN or Inf in the stored weights of a block."""
     for name, site in original.items():
-        if not site.stored.isfinite().all():
+        if not is_finite(site.stored):
             raise NonFinite(f"The weights of {step.name}.{name} hold NaN or Inf. Fetch the checkpoint again.")

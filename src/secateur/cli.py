@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ from secateur.arguments import (
     Skip,
     WindowCount,
 )
-from secateur.errors import Interrupted, SecateurError, in_one_line
+from secateur.errors import Interrupted, RankLost, SecateurError, in_one_line
 from secateur.terminal import command, console, display, print_json, progress, split
 
 app = typer.Typer(
@@ -285,7 +286,8 @@ def guarded(run: Callable[[], Any]) -> int:
     try:
         run()
     except SecateurError as error:
-        print(f"secateur: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLost):
+            print(f"secateur: {error}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 2
     except OSError as error:
         print(f"secateur: {in_one_line(error)}.", file=sys.stderr)

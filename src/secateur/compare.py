@@ -19,6 +19,7 @@ from typing import Any
 
 from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
 from secateur.data import evaluation_windows, load_tokenizer
+from secateur.decide import check_method
 from secateur.errors import BadPattern, OutputRefused, SecateurError, UnknownName
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.export import export
@@ -40,7 +41,7 @@ from secateur.options import (
 from secateur.patterns import parse
 from secateur.plan import ALLOCATIONS, check_allocation
 from secateur.progress import Progress
-from secateur.prune import check_method, prune_checkpoint
+from secateur.prune import prune_checkpoint
 from secateur.record import Report
 from secateur.report import write_report
 from secateur.results import SCHEMA, Results, Row, row_name

@@ -13,6 +13,7 @@ SecateurError               the command line prints the message alone and exits 
 ├── OutputRefused           an output folder that exists, is not ours, or cannot be written
 ├── DiskFull                no space for the result
 ├── ConditionsDiffer        rows or a half-finished run under other conditions, which cannot be joined
+├── RankLost                another process of the same run that has died
 └── Interrupted             stopped by the user; exits with 130
 """
 
@@ -82,6 +83,10 @@ class DiskFull(SecateurError):
 
 class ConditionsDiffer(SecateurError):
     """Rows, or halves of a run, under different conditions."""
+
+
+class RankLost(SecateurError):
+    """Another process of the same run has died."""
 
 
 class Interrupted(SecateurError):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from secateur.hidden import HiddenStates
 from secateur.machine import release_memory, will_need
 from secateur.model import Call, LanguageModel, Shell, run_block, working_copy
+from secateur.ranks import ALONE, Ranks
 from secateur.sites import recorded_inputs, signature, sites
 from secateur.stats import OF_DENSE
 from secateur.suspend import Stages, Suspended, find_stages
@@ -54,7 +55,7 @@ class Flow:
     """The state of one pass over the blocks: hidden states, recorded calls, replicas of the current block.
 
     With `dense`, a second stream goes through the dense blocks beside the first. With `spill`, a folder, hidden states
-    lie in a file there.
+    lie in a file there. With several `ranks`, every one has its share of the batches, and statistics are those of all.
     """
 
     @torch.no_grad()
@@ -69,7 +70,9 @@ class Flow:
         shell: Shell | None = None,
         dense: bool = False,
         spill: Path | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.language_model, self.devices, self.dtype = language_model, devices, dtype
         self.seconds = seconds
         self.hidden = HiddenStates(spill)
@@ -84,7 +87,7 @@ class Flow:
         self._threads = [ThreadPoolExecutor(1) for _ in devices] if len(devices) > 1 else []
         shell = shell or Shell(language_model, devices[0], dtype, head=False)
         started = perf_counter()
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(ranks.mine(batches)):
             hidden, calls = shell.enter(batch)
             self.hidden.append(hidden if spill else hidden.to(devices[number % len(devices)]))
             self.calls.append(calls if not number or not _same(calls, self.calls[0]) else self.calls[0])
@@ -195,7 +198,10 @@ class Flow:
             watch = watches[share]
             with recorded_inputs(self.replicas[share], watch.see):
                 for number in self.of(share):
-                    watch.next_batch(probe if number == 0 else 0, self._dense_inputs(index, share, number, need, only))
+                    watch.next_batch(
+                        probe if number == 0 and self.ranks.first else 0,
+                        self._dense_inputs(index, share, number, need, only),
+                    )
                     self.forward(index, share, number)
 
         started = perf_counter()
@@ -203,23 +209,27 @@ class Flow:
         # Without statistics to gather, the first batch is enough for the probe.
         if need:
             self.each(forward)
-        else:
+        elif self.hidden:
             with recorded_inputs(self.replicas[0], watches[0].see):
                 watches[0].next_batch(probe, {})
                 self.forward(index, 0, 0)
-        shared = {name: first for watch in watches for name, first in watch.shared.items()}
+        shared: dict[str, str] = {}
+        for found in self.ranks.together(lambda: [watch.shared for watch in watches]):
+            for part in found:
+                shared |= part
         return self._merged(index, watches, shared, perf_counter() - started)
 
     def stages(self, index: int) -> Stages | None:
         """The sites of the block at hand in the order in which forwards reach them; None where there is no order."""
         kind = signature(self.language_model.blocks[index])
         if kind not in self._stages:
-            hidden = self.hidden[0].to(self.devices[0])
-            self._stages[kind] = find_stages(self.replicas[0], hidden, self.calls[0][index])
+            self._stages[kind] = self.ranks.same(
+                lambda: find_stages(self.replicas[0], self.hidden[0].to(self.devices[0]), self.calls[0][index])
+            )
         return self._stages[kind]
 
     def suspended(
-        self, index: int, stages: Stages, need: Iterable[str], probe: int, *, finish: bool
+        self, index: int, stages: Sequence[list[str]], need: Iterable[str], probe: int, *, finish: bool
     ) -> Iterator[tuple[list[str], Observed]]:
         """Each stage with what was seen of the inputs of its sites; by the next, they are pruned.
 
@@ -264,7 +274,9 @@ class Flow:
             # Which tokens reach an expert differs between the two models, so there are no pairs to sum over.
             twins = theirs.inputs(stage) if theirs and not fused else None
             for number, reached in ours.inputs(stage):
-                watch.next_batch(probe if number == 0 else 0, dict(next(twins)[1]) if twins else {})
+                watch.next_batch(
+                    probe if number == 0 and self.ranks.first else 0, dict(next(twins)[1]) if twins else {}
+                )
                 for name, x in reached:
                     watch.see(name, x)
             return watch
@@ -289,6 +301,10 @@ class Flow:
         self.targets = targets or self.targets
         self.seconds.forward += perf_counter() - started
 
+    def _probed(self, probe: int, number: int) -> int:
+        """How many tokens of a batch are kept to measure errors on: only of the very first."""
+        return probe if number == 0 and self.ranks.first else 0
+
     def _merged(self, index: int, watches: Sequence[Watch], shared: dict[str, str], seconds: float) -> Observed:
         """What all devices saw together, in `seconds`. Raises NonFinite."""
         statistics = sum(watch.seconds for watch in watches)
@@ -298,8 +314,8 @@ class Flow:
         for watch in watches[1:]:
             for name, stats in watch.stats.items():
                 total[name] = total[name] + stats if name in total else stats
-        refuse_non_finite(self.language_model.block_name(index), total, probes)
-        release_memory()
+        total = self.ranks.add(total)
+        self.ranks.together(lambda: refuse_non_finite(self.language_model.block_name(index), total, probes))
         return Observed(
             {name: total[first] for name, first in shared.items() if first in total},
             {name: probes[first] for name, first in shared.items() if first in probes},

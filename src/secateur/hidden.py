@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from tempfile import TemporaryFile
+from weakref import finalize
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ class HiddenStates:
     def __init__(self, folder: Path | None, tensors: Iterable[Tensor] = ()) -> None:
         self.folder = folder
         self._file = TemporaryFile(dir=folder) if folder else None  # noqa: SIM115 - it lives as long as this
+        if self._file:
+            finalize(self, self._file.close)
         self._end = 0
         self._held: list[Tensor] = []
         for tensor in tensors:

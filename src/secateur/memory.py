@@ -44,14 +44,16 @@ def arrange(
     dtype: torch.dtype | None,
     device: torch.device,
     dense: bool,
+    shares: int = 1,
 ) -> Arrangement:
     """How to go through windows `[samples, length]` so that activations take at most `limit` bytes.
 
     Without a limit it is half of what is free on `device` now. With `dense`, there are two streams.
+    `shares`: between how many processes the windows are divided.
     """
     free = limit if limit is not None else available_bytes(device) // 2
     itemsize = (dtype or language_model.model.dtype).itemsize
-    streams = prod(shape) * itemsize * (2 if dense else 1)
+    streams = prod(shape) * itemsize * (2 if dense else 1) // shares
     hidden = streams * width(language_model)
     if passes == "auto":
         passes = "one" if hidden + streams * standing(language_model) <= free else "two"

@@ -11,44 +11,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import gettempdir
-from time import perf_counter
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateur.allocate import Plan, label
 from secateur.block import PrunedBlock, prune_block
 from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
 from secateur.data import Windows
-from secateur.depth import BLOCKS
-from secateur.errors import BadPattern, Interrupted, UnsupportedModel
+from secateur.decide import Pruning, check_method, decide, two_streams
+from secateur.errors import Interrupted, UnsupportedModel
 from secateur.interrupt import asked_to_stop
 from secateur.layout import check_source
-from secateur.machine import release_memory, versions
-from secateur.memory import arrange, check_passes
-from secateur.methods import METHODS, Method, find_method
+from secateur.machine import versions
+from secateur.memory import check_passes
 from secateur.model import LanguageModel, checkpoint_tensors, load, load_blocks
-from secateur.options import check_windows, draw_calibration, find_devices, find_dtype, find_size, forward_dtype
+from secateur.options import draw_calibration, find_devices, find_dtype, find_size
 from secateur.output import BLOCK, Output, output, refuse_output
-from secateur.patterns import kind_of, parse, parse_pattern
-from secateur.plan import check_allocation, is_file, make_plan
+from secateur.patterns import parse, parse_pattern
+from secateur.plan import is_file
 from secateur.progress import PeakMemory, Progress
-from secateur.reap import EXPERTS
+from secateur.ranks import ALONE, Ranks, joined
 from secateur.record import Report, total_sparsity
-from secateur.selection import SELECTIONS
-from secateur.shrink import check_structure, shrink_checkpoint
-from secateur.shrunk import PRESETS
-from secateur.sites import coverage, signature
-from secateur.stream import Seconds, stream
+from secateur.shrink import shrink_checkpoint
+from secateur.sites import signature
+from secateur.stream import stream
 from secateur.structures import Structure
-from secateur.trial import site_shapes
 from secateur.units import Unit, movable
-
-MINIMUM_COVERAGE = 0.95
 
 
 def prune(
@@ -89,54 +80,31 @@ def prune(
     A run that was killed goes on after its last finished block when it is started again with the same arguments;
     `restart` discards it. Raises SecateurError in all its kinds; then `out` is untouched.
     """
-    progress = progress or Progress()
     # Whatever can be refused is refused before the model is touched.
     check_method(method, pattern, allocate, skip, align)
-    find_devices(device)
     find_dtype(dtype)
     find_size(memory)
     check_passes(passes)
     refuse_output(Path(out), overwrite=overwrite)
-    folder = resolve(model)
-    source = open_checkpoint(folder)
-    progress.begin(f"loading {model or 'the demo model'}")
-    language_model = load(folder, trust_remote_code=trust_remote_code)
-    windows = draw_calibration(
-        language_model, folder, model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    report = prune_checkpoint(
-        source, language_model, windows, Path(out), method=method, pattern=pattern, allocate=allocate, align=align,
-        skip=skip, device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory,
-        overwrite=overwrite, restart=restart, allow_low_coverage=allow_low_coverage,
-        trust_remote_code=trust_remote_code, command=command, progress=progress,
-    )  # fmt: skip
+    with joined(device) as (ranks, device):
+        find_devices(device)
+        progress = (progress if ranks.first else None) or Progress()
+        folder = resolve(model)
+        source = open_checkpoint(folder)
+        progress.begin(f"loading {model or 'the demo model'}")
+        language_model = load(folder, trust_remote_code=trust_remote_code)
+        windows = draw_calibration(
+            language_model, folder, model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        report = prune_checkpoint(
+            source, language_model, windows, Path(out), method=method, pattern=pattern, allocate=allocate, align=align,
+            skip=skip, device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory,
+            overwrite=overwrite, restart=restart, allow_low_coverage=allow_low_coverage,
+            trust_remote_code=trust_remote_code, command=command, progress=progress, ranks=ranks,
+        )  # fmt: skip
     progress.end()
     return report
-
-
-def check_method(
-    method: str, pattern: str, allocate: str = "uniform", skip: Sequence[str] = (), align: int | None = None
-) -> None:
-    """Raise UnknownName, BadPattern or BadPlan for a method, a pattern and options that do not go together."""
-    structure, name = parse(pattern), method.split("+")[0]
-    if isinstance(structure, Structure):
-        if name in METHODS and name not in PRESETS:
-            raise BadPattern(
-                f"{name!r} chooses single weights; {structure} takes out whole structures. Say '50%' or '2:4'."
-            )
-        if allocate != "uniform":
-            check_allocation(allocate, "50%")
-        check_structure(structure, method, allocate, skip, align)
-        return
-    if name in {*SELECTIONS, *BLOCKS, *EXPERTS}:
-        raise BadPattern(
-            f"{name!r} chooses whole structures; {structure} is a pattern of zeros. Say '25% of channels'."
-        )
-    find_method(method)
-    check_allocation(allocate, pattern)
-    if align is not None:
-        raise BadPattern(f"--align is for the channels of a structure; {structure} removes none.")
 
 
 def prune_checkpoint(
@@ -161,6 +129,7 @@ def prune_checkpoint(
     trust_remote_code: bool = False,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """`prune` for a model that is loaded from `source` already and calibration windows that are drawn already.
 
@@ -169,6 +138,8 @@ def prune_checkpoint(
     progress = progress or Progress()
     check_method(method, pattern, allocate, skip, align)
     if isinstance(structure := parse(pattern), Structure):
+        if ranks.size > 1:
+            raise UnsupportedModel(f"{structure} is taken out in one process; found {ranks.size}.")
         return shrink_checkpoint(
             source, language_model, windows, out, method=method, structure=structure, align=align, device=device,
             dtype=dtype, batch_size=batch_size, memory=memory, overwrite=overwrite, restart=restart,
@@ -181,38 +152,50 @@ def prune_checkpoint(
         "device": find_devices(device)[0].type, "versions": versions(),
     }  # fmt: skip
     count = len(language_model.blocks)
-    with (
-        output(source, out, overwrite=overwrite, run=run, restart=restart) as result,
-        PeakMemory() as peak,
-        asked_to_stop("after this block") as stopping,
-    ):
-        report, pruning = _begin(
+    with ExitStack() as stack:
+        entered: list[Output] = []
+        ranks.same(  # rank 0 writes
+            lambda: entered.append(
+                stack.enter_context(output(source, out, overwrite=overwrite, run=run, restart=restart))
+            )
+        )
+        result = entered[0] if entered else None
+        peak, stopping = stack.enter_context(PeakMemory()), stack.enter_context(asked_to_stop("after this block"))
+        finished, decided, partial = ranks.same(
+            lambda: (result.recorded(BLOCK), result.recorded("decided"), result.partial) if result else ([], [], out)
+        )
+        report, pruning = decide(
             language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
             dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, allow_low_coverage=allow_low_coverage,
-            progress=progress, result=result,
+            progress=progress, spill=partial.parent, decided=decided[0] if decided else None, ranks=ranks,
         )  # fmt: skip
-        for entry in (finished := result.recorded(BLOCK)):
+        if result and not decided:
+            result.record("decided", pruning.decisions())
+        for entry in finished:
             report.take(entry)
         if 0 < len(finished) < count:
-            pruning.finished = load_blocks(result.partial, trust_remote_code=trust_remote_code)[: len(finished)]
+            pruning.finished = load_blocks(partial, trust_remote_code=trust_remote_code)[: len(finished)]
         for block in pruned_blocks(language_model, windows.ids, pruning) if len(finished) < count else ():
-            check_source(source, language_model, list(block.tensors))
             entry = block.entry(language_model.block_name(block.index))
-            result.commit(checkpoint_tensors(language_model, block.tensors, source.places), entry)
             report.take(entry)
-            if stopping() and block.index < count - 1:
+            if result:
+                check_source(source, language_model, list(block.tensors))
+                result.commit(checkpoint_tensors(language_model, block.tensors, source.places), entry)
+            if ranks.same(stopping) and block.index < count - 1:
                 raise Interrupted("Stopped.")
         report.sparsity, report.peak_bytes, report.out = total_sparsity(report.sites), peak.bytes, out
-        result.finish(
-            {
-                "schema": "secateur.pruning/1",
-                "model": str(source.folder),
-                "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
-                "versions": versions(),
-                **report.record(),
-                "options": {**options, "passes": pruning.passes},
-            }
-        )
+        if result:
+            result.finish(
+                {
+                    "schema": "secateur.pruning/1",
+                    "model": str(source.folder),
+                    "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+                    "versions": versions(),
+                    **report.record(),
+                    "options": {**options, "passes": pruning.passes},
+                }
+            )
+        ranks.together(lambda: None)  # nobody leaves before the result has its name
     return report
 
 
@@ -238,10 +221,10 @@ def prune_model(
     """
     parse_pattern(pattern)
     with PeakMemory() as peak:
-        report, pruning = _begin(
+        report, pruning = decide(
             language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
             dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, allow_low_coverage=allow_low_coverage,
-            progress=progress or Progress(),
+            progress=progress or Progress(), spill=Path(gettempdir()),
         )  # fmt: skip
         for block in pruned_blocks(language_model, windows.ids, pruning):
             for name, tensor in block.tensors.items():
@@ -249,29 +232,6 @@ def prune_model(
             report.take(block.entry(language_model.block_name(block.index)))
     report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
     return report
-
-
-@dataclass
-class Pruning:
-    """A run as it has been decided: what `pruned_blocks` needs to know.
-
-    `passes`: with "one" a block runs once, and every site sees what the pruned sites before it give. With "two" it runs
-    once for the statistics of all sites and once for what enters the next block; a `sequential` method then costs a
-    forward for each group of sites that share an input. A method that refines runs the finished block once more; one
-    that reads "cross" or refines costs a second stream, through the dense model. `finished`: what the first blocks
-    have become already; they are gone through and not given again.
-    """
-
-    method: Method
-    plan: Plan
-    devices: Sequence[torch.device]
-    dtype: torch.dtype | None
-    batch_size: int
-    progress: Progress = field(default_factory=Progress)
-    seconds: Seconds = field(default_factory=Seconds)
-    passes: str = "one"
-    spill: Path | None = None
-    finished: Sequence[nn.Module] = ()
 
 
 def pruned_blocks(language_model: LanguageModel, tokens: Tensor, pruning: Pruning) -> Iterator[PrunedBlock]:
@@ -283,6 +243,7 @@ def pruned_blocks(language_model: LanguageModel, tokens: Tensor, pruning: Prunin
     steps = stream(
         language_model, tokens, devices=pruning.devices, dtype=pruning.dtype, batch_size=pruning.batch_size,
         seconds=pruning.seconds, dense=two_streams(method), finished=pruning.finished, spill=pruning.spill,
+        ranks=pruning.ranks,
     )  # fmt: skip
     for step in steps:
         progress.advance(f"{step.name} inputs", step.index, count)
@@ -296,72 +257,9 @@ def pruned_blocks(language_model: LanguageModel, tokens: Tensor, pruning: Prunin
         block = prune_block(
             step, original, method, pruning.plan,
             lambda name, index=step.index: progress.advance(name, index, count), units,
-            one_pass=pruning.passes == "one" and not method.permute,
+            one_pass=pruning.passes == "one" and not method.permute, ranks=pruning.ranks,
         )  # fmt: skip
         del step  # with its copy of the block: the next is made before the name is used again
         yield block
         block.tensors.clear()
     progress.advance("done", count, count)
-
-
-def two_streams(method: Method) -> bool:
-    """Whether a method needs what the dense model gives beside what the pruned one gives."""
-    return "cross" in method.need or method.refine > 0
-
-
-def _begin(
-    language_model: LanguageModel,
-    windows: Windows,
-    *,
-    method: str,
-    pattern: str,
-    allocate: str,
-    skip: Sequence[str],
-    device: str,
-    dtype: str,
-    batch_size: int,
-    passes: str,
-    memory: str | int | None,
-    allow_low_coverage: bool,
-    progress: Progress,
-    result: Output | None = None,
-) -> tuple[Report, Pruning]:
-    """The plan and everything else of a run that is about to start; `result` knows what it had decided before it died.
-
-    Raises UnsupportedModel for too low a coverage.
-    """
-    check_windows(language_model, windows, batch_size)
-    counts = [coverage(block) for block in language_model.blocks]
-    share = sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
-    if share < MINIMUM_COVERAGE and not allow_low_coverage:
-        raise UnsupportedModel(
-            f"Only {share:.1%} of the block weights of {type(language_model.model).__name__} are prunable matrices; "
-            f"{MINIMUM_COVERAGE:.0%} are wanted, since {parse(pattern)} of those would be less of the model than it "
-            "says. Allow it with --allow-low-coverage."
-        )
-    started = perf_counter()
-    found, devices = find_method(method), find_devices(device)
-    forward = forward_dtype(find_dtype(dtype), devices[0])
-    way = arrange(
-        language_model, windows.ids.shape, passes=passes, limit=find_size(memory), dtype=forward, device=devices[0],
-        dense=two_streams(found),
-    )  # fmt: skip
-    decided = result.recorded("decided") if result else []
-    if not decided:
-        made = make_plan(
-            language_model, windows, allocate, method=method, pattern=pattern, skip=skip, device=device, dtype=dtype,
-            batch_size=batch_size, progress=progress,
-        )  # fmt: skip
-        decided = [{"passes": way.passes, "plan": {name: str(part) for name, part in made.items()}}]
-        if result:
-            result.record("decided", decided[0])
-    plan = {name: parse_pattern(part) for name, part in decided[0]["plan"].items()}
-    seconds = Seconds(plan=perf_counter() - started)
-    release_memory()
-    shown = label(plan, site_shapes(language_model)) if is_file(allocate) else str(parse(pattern))
-    progress.begin(f"pruning with {method} to {shown}")
-    report = Report(
-        method, shown, kind_of(plan.values()), 0.0, share, [], seconds, None, windows.fingerprint(), allocate
-    )
-    spill = (result.out.parent if result else Path(gettempdir())) if way.spill else None
-    return report, Pruning(found, plan, devices, forward, batch_size, progress, seconds, decided[0]["passes"], spill)

@@ -15,19 +15,29 @@ from torch import Tensor
 Value = TypeVar("Value")
 
 STATS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "square": lambda x, dense: torch.stack([part.double().square().sum(0) for part in x.split(1024)]).sum(
-        0
-    ),  # [in] float64
-    "gram": lambda x, dense: (x.T @ x).double(),  # [in, in] float64
-    "cross": lambda x, dense: (dense.T @ x).double(),  # [in, in] float64
-    "sum": lambda x, dense: x.double().sum(0),  # [in] float64
-    "dense sum": lambda x, dense: dense.double().sum(0),  # [in] float64
+    "square": lambda x, dense: _summed(x.square()),  # [in]
+    "gram": lambda x, dense: x.T @ x,  # [in, in]
+    "cross": lambda x, dense: dense.T @ x,  # [in, in]
+    "sum": lambda x, dense: _summed(x),  # [in]
+    "dense sum": lambda x, dense: _summed(dense),  # [in]
 }
-"""Each statistic of inputs x `[tokens, in]`, float32: a tensor that adds over tokens.
+"""Each statistic of inputs x `[tokens, in]`, float32: a tensor that adds over tokens, in float64.
 
 `dense` are the inputs of the same tokens in the dense model; those in `OF_DENSE` alone read them.
 """
+
+
+def _summed(x: Tensor) -> Tensor:
+    """The sum over tokens: float32 for a thousand at a time, float64 over these."""
+    return torch.stack([part.sum(0) for part in x.split(1024)]).double().sum(0)
+
+
 OF_DENSE = frozenset({"cross", "dense sum"})
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor Inf: one sum, and a closer look only where that is not finite."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +53,17 @@ class Stats:
         """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE` only with it."""
         x = x.float()
         other = x if dense is None else dense.float()
-        return cls(len(x), {name: STATS[name](x, other) for name in need if name not in OF_DENSE or dense is not None})
+        found = {name: STATS[name](x, other) for name in need if name not in OF_DENSE or dense is not None}
+        return cls(len(x), {name: value.double() for name, value in found.items()})
+
+    def add(self, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
+        """These and those of inputs x `[tokens, in]`, in the same memory: the ones before are no more."""
+        x = x.float()
+        other = x if dense is None else dense.float()
+        for name in need:
+            if name not in OF_DENSE or dense is not None:
+                self.sums[name].add_(STATS[name](x, other))
+        return Stats(self.tokens + len(x), self.sums)
 
     def __add__(self, other: "Stats") -> "Stats":
         return Stats(

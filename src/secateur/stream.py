@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from secateur.flow import Batch, Flow, Seconds
 from secateur.model import Call, LanguageModel, Shell
+from secateur.ranks import ALONE, Ranks
 from secateur.sites import Site, sites
 from secateur.watch import Observed
 
@@ -62,7 +63,9 @@ class Step:
                 if wanted := [name for name in group if name in only]:
                     yield wanted, self.observe(need, probe, wanted)
             return
-        wanted_stages = [kept for stage in stages if (kept := [name for name in stage if name in only])]
+        if unreached := [name for name in stages.unreached if name in only]:
+            yield unreached, Observed({}, {}, {})  # before any forward starts
+        wanted_stages = [kept for stage in stages.order if (kept := [name for name in stage if name in only])]
         yield from self._flow.suspended(self.index, wanted_stages, need, probe, finish=not again and not self.last)
 
     def first(self) -> tuple[Tensor, Call]:
@@ -108,6 +111,7 @@ def stream(
     kept: Collection[int] | None = None,
     finished: Sequence[nn.Module] = (),
     spill: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Step]:
     """The blocks in order with the inputs that `tokens` `[samples, length]` give them; those in `kept`, or all.
 
@@ -117,8 +121,9 @@ def stream(
     """
     # Not under no_grad as a whole: torch's wrapper of a generator would hold on to the step before.
     flow = Flow(
-        language_model, list(tokens.split(batch_size)), devices, dtype, seconds or Seconds(), dense=dense, spill=spill
-    )
+        language_model, list(tokens.split(batch_size)), devices, dtype, seconds or Seconds(), dense=dense, spill=spill,
+        ranks=ranks,
+    )  # fmt: skip
     order = list(range(len(language_model.blocks))) if kept is None else sorted(kept)
     for index in range(order[-1] + 1):
         if index not in order:

@@ -11,9 +11,10 @@ Which sites make a stage is asked of one whole forward; a block where that has n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
+from typing import NamedTuple
 from weakref import ref
 
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -24,14 +25,18 @@ from secateur.errors import UnsupportedModel
 from secateur.model import Call, run_block
 from secateur.sites import sites, visited
 
-Stages = list[list[str]]
+
+class Stages(NamedTuple):
+    """The sites of a block in the `order` in which a forward reaches them, those with one input together; the rest."""
+
+    order: list[list[str]]
+    unreached: list[str]
 
 
 def find_stages(block: nn.Module, hidden: Tensor, call: Call) -> Stages | None:
-    """The sites of a block in the order in which a forward reaches them, those with one input together.
+    """The stages of a block, asked of one forward; None where forwards cannot be stopped at each in turn.
 
-    Sites that it does not reach come last. None where forwards cannot be stopped at each in turn: a site is called
-    twice, or experts are modules of their own, of which every batch takes others.
+    So it is where a site is called twice, or experts are modules of their own, of which every batch takes others.
     """
     known = sites(block)
     reached: list[tuple[str, Tensor]] = []
@@ -47,9 +52,8 @@ def find_stages(block: nn.Module, hidden: Tensor, call: Call) -> Stages | None:
             found[parameter] = [other for other, site in known.items() if site.parameter == parameter]
         else:
             found.setdefault((id(x), x._version), []).append(name)
-    stages = list(found.values())
-    rest = [name for name in known if not any(name in stage for stage in stages)]
-    return [*stages, rest] if rest else stages
+    order = list(found.values())
+    return Stages(order, [name for name in known if not any(name in stage for stage in order)])
 
 
 class _Forward:
@@ -87,7 +91,9 @@ class Suspended:
     way through the block than the one that the stages were found on.
     """
 
-    def __init__(self, block: nn.Module, stages: Stages, starts: Mapping[int, Callable[[], Tensor]]) -> None:
+    def __init__(
+        self, block: nn.Module, stages: Sequence[Sequence[str]], starts: Mapping[int, Callable[[], Tensor]]
+    ) -> None:
         self.stages = stages
         self.forwards = {number: _Forward(start) for number, start in starts.items()}
         self._stage_of = {name: number for number, stage in enumerate(stages) for name in stage}

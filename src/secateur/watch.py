@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import NonFinite, UnsupportedModel
-from secateur.stats import Stats
+from secateur.stats import Stats, is_finite
 
 
 class Observed(NamedTuple):
@@ -58,8 +58,9 @@ class Watch:
             x = x.reshape(-1, x.shape[-1])
             if self.need and len(x):
                 dense = self._dense.get(name)
-                stats = Stats.of(x, self.need, None if dense is None else dense.reshape(x.shape))
-                self.stats[name] = self.stats[name] + stats if name in self.stats else stats
+                dense = None if dense is None else dense.reshape(x.shape)
+                held = self.stats.get(name)
+                self.stats[name] = held.add(x, self.need, dense) if held else Stats.of(x, self.need, dense)
             if self._probe and len(x):
                 kept = x[:: -(-len(x) // self._probe)].float()
                 self.probes[name] = torch.cat([self.probes[name], kept]) if name in self.probes else kept
@@ -73,7 +74,7 @@ def refuse_non_finite(block: str, stats: dict[str, Stats], probes: dict[str, Ten
         *((name, tensor) for name, found in stats.items() for tensor in found.sums.values()),
         *probes.items(),
     ):
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise NonFinite(
                 f"NaN or Inf in the activations that enter {block}.{name}. The model overflows on this text in "
                 "this dtype; try --dtype float32, and check the checkpoint with 'secateur inspect'."

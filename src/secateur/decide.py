@@ -1,0 +1,162 @@
+"""What is settled before the first block of a run: whether it can be done, the plan, and the way through the blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.allocate import Plan, label
+from secateur.data import Windows
+from secateur.depth import BLOCKS
+from secateur.errors import BadPattern, UnsupportedModel
+from secateur.machine import release_memory
+from secateur.memory import arrange
+from secateur.methods import METHODS, Method, find_method
+from secateur.model import LanguageModel
+from secateur.options import check_windows, find_devices, find_dtype, find_size, forward_dtype
+from secateur.patterns import kind_of, parse, parse_pattern
+from secateur.plan import check_allocation, is_file, make_plan
+from secateur.progress import Progress
+from secateur.ranks import ALONE, Ranks
+from secateur.reap import EXPERTS
+from secateur.record import Report
+from secateur.selection import SELECTIONS
+from secateur.shrink import check_structure
+from secateur.shrunk import PRESETS
+from secateur.sites import coverage
+from secateur.stream import Seconds
+from secateur.structures import Structure
+from secateur.trial import site_shapes
+
+MINIMUM_COVERAGE = 0.95
+
+
+def check_method(
+    method: str, pattern: str, allocate: str = "uniform", skip: Sequence[str] = (), align: int | None = None
+) -> None:
+    """Raise UnknownName, BadPattern or BadPlan for a method, a pattern and options that do not go together."""
+    structure, name = parse(pattern), method.split("+")[0]
+    if isinstance(structure, Structure):
+        if name in METHODS and name not in PRESETS:
+            raise BadPattern(
+                f"{name!r} chooses single weights; {structure} takes out whole structures. Say '50%' or '2:4'."
+            )
+        if allocate != "uniform":
+            check_allocation(allocate, "50%")
+        check_structure(structure, method, allocate, skip, align)
+        return
+    if name in {*SELECTIONS, *BLOCKS, *EXPERTS}:
+        raise BadPattern(
+            f"{name!r} chooses whole structures; {structure} is a pattern of zeros. Say '25% of channels'."
+        )
+    find_method(method)
+    check_allocation(allocate, pattern)
+    if align is not None:
+        raise BadPattern(f"--align is for the channels of a structure; {structure} removes none.")
+
+
+@dataclass
+class Pruning:
+    """A run as it has been decided: what `prune.pruned_blocks` needs to know.
+
+    `passes`: with "one" a block runs once, and every site sees what the pruned sites before it give. With "two" it runs
+    once for the statistics of all sites and once for what enters the next block; a `sequential` method then costs a
+    forward for each group of sites that share an input. A method that refines runs the finished block once more; one
+    that reads "cross" or refines costs a second stream, through the dense model. `finished`: what the first blocks
+    have become already; they are gone through and not given again. `ranks` share the work.
+    """
+
+    method: Method
+    plan: Plan
+    devices: Sequence[torch.device]
+    dtype: torch.dtype | None
+    batch_size: int
+    progress: Progress = field(default_factory=Progress)
+    seconds: Seconds = field(default_factory=Seconds)
+    passes: str = "one"
+    spill: Path | None = None
+    finished: Sequence[nn.Module] = ()
+    ranks: Ranks = ALONE
+
+    def decisions(self) -> dict[str, Any]:
+        """What a run that goes on must take over rather than decide again, as JSON can hold it."""
+        return {"passes": self.passes, "plan": {name: str(part) for name, part in self.plan.items()}}
+
+
+def two_streams(method: Method) -> bool:
+    """Whether a method needs what the dense model gives beside what the pruned one gives."""
+    return "cross" in method.need or method.refine > 0
+
+
+def decide(
+    language_model: LanguageModel,
+    windows: Windows,
+    *,
+    method: str,
+    pattern: str,
+    allocate: str,
+    skip: Sequence[str],
+    device: str,
+    dtype: str,
+    batch_size: int,
+    passes: str,
+    memory: str | int | None,
+    allow_low_coverage: bool,
+    progress: Progress,
+    spill: Path,
+    decided: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
+) -> tuple[Report, Pruning]:
+    """The plan and everything else of a run that is about to start, and its report, still empty.
+
+    `spill` is the folder for what does not fit into memory. `decided`: what `Pruning.decisions` of a run that goes on
+    were. Raises UnsupportedModel for too low a coverage, or for what several ranks cannot share.
+    """
+    check_windows(language_model, windows, batch_size)
+    counts = [coverage(block) for block in language_model.blocks]
+    share = sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
+    if share < MINIMUM_COVERAGE and not allow_low_coverage:
+        raise UnsupportedModel(
+            f"Only {share:.1%} of the block weights of {type(language_model.model).__name__} are prunable matrices; "
+            f"{MINIMUM_COVERAGE:.0%} are wanted, since {parse(pattern)} of those would be less of the model than it "
+            "says. Allow it with --allow-low-coverage."
+        )
+    started = perf_counter()
+    found, devices = find_method(method), find_devices(device)
+    if ranks.size > 1 and (found.refine or found.permute):
+        raise UnsupportedModel(
+            f"{method} looks at whole blocks with all windows, which several processes do not share; found "
+            f"{ranks.size}. Run it in one, or leave +refine and +permute out."
+        )
+    forward = forward_dtype(find_dtype(dtype), devices[0])
+    way = arrange(
+        language_model, windows.ids.shape, passes=passes, limit=find_size(memory), dtype=forward, device=devices[0],
+        dense=two_streams(found), shares=ranks.size,
+    )  # fmt: skip
+
+    def made() -> dict[str, Any]:
+        plan = make_plan(
+            language_model, windows, allocate, method=method, pattern=pattern, skip=skip, device=device, dtype=dtype,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+        return {"passes": way.passes, "plan": {name: str(part) for name, part in plan.items()}}
+
+    decided = decided or ranks.same(made)
+    plan = {name: parse_pattern(part) for name, part in decided["plan"].items()}
+    seconds = Seconds(plan=perf_counter() - started)
+    release_memory()
+    shown = label(plan, site_shapes(language_model)) if is_file(allocate) else str(parse(pattern))
+    progress.begin(f"pruning with {method} to {shown}")
+    report = Report(
+        method, shown, kind_of(plan.values()), 0.0, share, [], seconds, None, windows.fingerprint(), allocate
+    )
+    return report, Pruning(
+        found, plan, devices, forward, batch_size, progress, seconds, decided["passes"], spill if way.spill else None,
+        ranks=ranks,
+    )  # fmt: skip

@@ -1,0 +1,262 @@
+"""A run that dies costs nothing: the same command goes on, and ends in the same bytes."""
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from dying import MOMENTS, started
+
+from secateur import checkpoint, output
+from secateur.errors import Interrupted, OutputRefused
+from secateur.journal import Journal, differences
+from secateur.prune import prune
+
+DIED = -signal.SIGKILL
+CASES = {
+    "zeros": ["--method", "sparsegpt", "--pattern", "50%"],
+    "two streams": ["--method", "sweep+dense-target+refine", "--pattern", "2:4"],
+    "two passes": ["--method", "wanda", "--pattern", "50%", "--passes", "two", "--memory", "0"],
+    "a plan": ["--method", "wanda", "--pattern", "60%", "--allocate", "owl"],
+    "a structure": ["--method", "energy+repair", "--pattern", "25% of channels"],
+    "blocks": ["--method", "influence", "--pattern", "1 blocks"],
+}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def arguments(tiny_llama, text_file, tmp_path, capfd):
+    """The command line of a run that writes `tmp_path/place/out`, four blocks of a tiny model."""
+    (tmp_path / "place").mkdir()
+
+    def build(*more: object) -> list[str]:
+        words = [
+            "prune", tiny_llama, "--out", tmp_path / "place" / "out", "--calibration", text_file, "--samples", 6,
+            "--seq-len", 16, "--batch-size", 2, "--quiet", *more,
+        ]  # fmt: skip
+        return [str(word) for word in words]
+
+    return build
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "place" / "out"
+
+
+def undisturbed(arguments: list[str], out: Path) -> dict[str, bytes]:
+    assert started(arguments) == 0
+    found = contents(out)
+    shutil.rmtree(out)
+    return found
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("stage", MOMENTS)
+def test_killed_at_every_stage(arguments, out, stage, when):
+    """Each time a bit later in the stage, until the run comes through."""
+    given = arguments("--method", "wanda")
+    expected, deaths = undisturbed(given, out), 0
+    for number in (1, 3, 7, 18, 60):
+        status = started(given, (MOMENTS[stage], number, when))
+        assert status in (0, DIED)
+        deaths += status == DIED
+        if status == 0:
+            break
+    if status != 0 and started(given) != 0:  # it died as it renamed its result: the same command ends it
+        raise AssertionError
+    assert deaths
+    assert contents(out) == expected
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_goes_on_after_the_last_finished_block(arguments, out, case, capfd):
+    """It dies as the third block is recorded; the second run writes the other two alone."""
+    given = arguments(*CASES[case])
+    expected = undisturbed(given, out)
+    writes = "secateur.output.Output._commit"
+    assert started(given, (writes, 3, "before")) == DIED
+    journal = out.with_name(".out.journal").read_text()
+    assert journal.count('["block"') == 2
+    assert started(given, (writes, 99, "before")) == 0
+    assert contents(out) == expected
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_other_options_are_refused_with_what_differs(arguments, out, capfd):
+    assert started(arguments("--method", "wanda"), ("secateur.output.Output._commit", 3, "before")) == DIED
+    left = out.with_name(".out.journal").read_bytes()
+    assert started(arguments("--method", "sparsegpt", "--batch-size", "3")) == 2
+    said = capfd.readouterr().err
+    assert "A half-finished run for " in said
+    assert 'batch_size was 2, now 3; method was "wanda", now "sparsegpt".' in said
+    assert "discard it with --restart" in said
+    assert out.with_name(".out.journal").read_bytes() == left
+    assert started(arguments("--method", "sparsegpt", "--restart")) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_finished_run_is_not_mistaken_for_a_half_finished_one(arguments, out, capfd):
+    """It died after its last rename: the same command is content, another sees a folder that exists."""
+    given = arguments("--method", "wanda")
+    assert started(given, ("secateur.journal.Journal.remove", 1, "before")) == DIED
+    expected = contents(out)
+    assert started(arguments("--method", "sparsegpt")) == 2
+    assert "exists already" in capfd.readouterr().err
+    assert contents(out) == expected
+
+
+def test_power_cut(tiny_llama, text_file, out, monkeypatch):
+    """What was not synced is lost: after every sync the run may die, and only what was synced is still there."""
+    disk: dict[Path, bytes | None] = {}  # what is safe: contents of files, None for names in folders
+    real = output.sync
+    syncs = 0
+
+    class Cut(BaseException):
+        pass
+
+    def sync(path: Path) -> None:
+        nonlocal syncs
+        real(path)
+        if path.is_file():
+            disk[path] = path.read_bytes()
+        syncs += 1
+        if syncs == limit:
+            raise Cut
+
+    def cut() -> None:
+        """Every file goes back to what was last synced of it."""
+        for path in out.parent.rglob("*"):
+            if path.is_file() and path.name != ".out.journal":
+                path.write_bytes(disk.get(path, b"\0" * 10))
+
+    def run() -> None:
+        prune(
+            tiny_llama, out=out, method="wanda", calibration=str(text_file), samples=6, seq_len=16, batch_size=2,
+            command=["test"],
+        )  # fmt: skip
+
+    out.parent.mkdir(exist_ok=True)
+    limit = -1
+    monkeypatch.setattr(output, "sync", sync)
+    run()
+    expected = contents(out)
+    for limit in range(1, syncs):
+        shutil.rmtree(out, ignore_errors=True)
+        disk.clear()
+        syncs = 0
+        with pytest.raises(Cut):
+            run()
+        cut()
+        syncs = -1000
+        run()
+        assert contents(out) == expected, limit
+
+
+def test_ctrl_c_stops_after_the_block_at_hand(tiny_llama, text_file, out, monkeypatch, capsys):
+    out.parent.mkdir(exist_ok=True)
+    real, commits = output.Output.commit, 0
+
+    def commit(self, tensors, block):
+        nonlocal commits
+        commits += 1
+        if commits == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        real(self, tensors, block)
+
+    monkeypatch.setattr(output.Output, "commit", commit)
+    options = dict(out=out, method="wanda", calibration=str(text_file), samples=6, seq_len=16, command=["test"])
+    words = "Stopped. The same command goes on after the 2 blocks that are finished."
+    with pytest.raises(Interrupted, match=words):
+        prune(tiny_llama, **options)
+    assert "stopping after this block; Ctrl-C once more stops at once" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not out.exists()
+    prune(tiny_llama, **options)
+    assert commits == 4
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_source_that_changes_during_the_run(tiny_llama, text_file, out, tmp_path, monkeypatch):
+    out.parent.mkdir(exist_ok=True)
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    real = output.Output.finish
+
+    def finish(self, record):
+        os.utime(model / "model.safetensors", ns=(1, 1))
+        real(self, record)
+
+    monkeypatch.setattr(output.Output, "finish", finish)
+    with pytest.raises(checkpoint.BadCheckpoint, match=r"model\.safetensors was changed while it was read"):
+        prune(model, out=out, method="magnitude", calibration=str(text_file), samples=6, seq_len=16)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_a_source_that_changed_between_the_runs(arguments, out, tiny_llama, tmp_path, capfd):
+    model = shutil.copytree(tiny_llama, tmp_path / "model")
+    given = [str(model) if word == str(tiny_llama) else word for word in arguments("--method", "wanda")]
+    assert started(given, ("secateur.output.Output._commit", 3, "before")) == DIED
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert started(given) == 2
+    assert "files was" in capfd.readouterr().err
+
+
+def test_a_journal_that_was_cut_short(tmp_path):
+    journal = Journal(tmp_path / "journal")
+    assert journal.conditions is None
+    journal.begin({"method": "wanda"})
+    journal.add("block", {"number": 0})
+    journal.add("block", {"number": 1})
+    journal.close()
+    whole = (tmp_path / "journal").read_bytes()
+    for end in range(len(whole)):
+        (tmp_path / "journal").write_bytes(whole[:end])
+        again = Journal(tmp_path / "journal")
+        assert again.of("block") == [{"number": n} for n in range(again.entries.__len__())]
+        assert (again.conditions is None) == (end <= whole.index(b"\n"))
+        again.close()
+    damaged = bytearray(whole)
+    damaged[whole.index(b"number")] ^= 1
+    (tmp_path / "journal").write_bytes(damaged)
+    again = Journal(tmp_path / "journal")
+    assert again.entries == []
+    again.close()
+
+
+def test_two_runs_at_once(tmp_path):
+    held = Journal(tmp_path / "journal")
+    with pytest.raises(OutputRefused, match="Another run is writing there"):
+        Journal(tmp_path / "journal")
+    held.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_differences_in_words():
+    assert differences({"a": 1, "b": [1]}, {"a": 2, "b": (1,), "c": "<x>"}) == [
+        "a was 1, now 2", 'c was null, now "<x>"'
+    ]  # fmt: skip
+    assert differences({"a": (1, 2)}, {"a": [1, 2]}) == []
+
+
+def test_a_comparison_goes_on_inside_a_row(tiny_llama, text_file, out, capfd):
+    given = [
+        "compare", str(tiny_llama), "--out", str(out), "--methods", "wanda", "--patterns", "50%", "--calibration",
+        str(text_file), "--evaluation", str(text_file), "--samples", "6", "--windows", "8", "--seq-len", "16",
+        "--batch-size", "2", "--quiet",
+    ]  # fmt: skip
+    assert started(given, ("secateur.output.Output._commit", 3, "before")) == DIED
+    assert started(given) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["dense", "wanda"]
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["wanda-50pct"]
+
+
+assert torch.get_num_threads() == 1  # forks have none of the threads of their parent
