@@ -6,6 +6,7 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -37,6 +38,22 @@ def _clocks() -> list[float]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     return [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """Operations a second of products 1024 × 1024 in `dtype`, the best of those that fit into `seconds`, at least two.
+
+    Wall time, on as many threads as torch uses now: other work on the machine shows.
+    """
+    a, b = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
+    best, count, started = float("inf"), 0, perf_counter()
+    while count < 2 or perf_counter() - started < seconds:
+        before = perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best, count = min(best, perf_counter() - before), count + 1
+    return 2 * 1024**3 / best
 
 
 def release_memory() -> None:

@@ -61,7 +61,7 @@ class Watch:
                 stats = Stats.of(x, self.need, None if dense is None else dense.reshape(x.shape))
                 self.stats[name] = self.stats[name] + stats if name in self.stats else stats
             if self._probe and len(x):
-                kept = x[:: -(-len(x) // self._probe)].float()
+                kept = x[:: -(-len(x) // self._probe)].to(torch.float32, copy=True)  # a view would hold all of x
                 self.probes[name] = torch.cat([self.probes[name], kept]) if name in self.probes else kept
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
