@@ -16,16 +16,18 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
 
+from secateur.block import PROBE_TOKENS
 from secateur.cost import Cost, Mode, needs_dense
 from secateur.methods import Method
 from secateur.outline import Kind, Outline, Read
 
 PROCESS_BYTES = 360 * 10**6
 """Python, torch, transformers and datasets, loaded and used once: 353 to 363 MB after a run on a model of 4 MB."""
-ALLOCATOR_BYTES = 96 * 2**20
+ALLOCATOR_BYTES = 160 * 2**20
 """What glibc keeps of freed memory: blocks of up to 32 MiB come from its heap, which may have 64 MiB free at its top
-(mallopt(3): DEFAULT_MMAP_THRESHOLD_MAX, and M_TRIM_THRESHOLD twice as large), and one such hole below."""
-PROBE_TOKENS = 1024
+(mallopt(3): DEFAULT_MMAP_THRESHOLD_MAX, and M_TRIM_THRESHOLD twice as large), and holes below, here three of 32 MiB.
+Measured: 110 to 150 MB for matrices of 8 to 45 MB. It does not grow with the model.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Load:
     def tokens(self) -> int:
         """Of one batch."""
         return self.batch * self.length
+
+
+def probe_tokens(tokens: float) -> int:
+    """Of so many tokens of the first batch, those that the output error is measured on, evenly spaced."""
+    return ceil(tokens / max(ceil(tokens / PROBE_TOKENS), 1))
 
 
 def worst(outline: Outline, load: Load, method: Method, cost: Cost, mode: Mode, planned: Collection[str]) -> Moment:
@@ -112,7 +119,7 @@ def _moments(
         kept = sum(cost.kept_bytes(read.columns) for read in some)
         return kept + max((_solving(read, method, cost) - cost.kept_bytes(read.columns) for read in some), default=0)
 
-    probes = sum(4 * read.columns * min(PROBE_TOKENS, ceil(load.tokens * read.share)) for read in reads)
+    probes = sum(4 * read.columns * probe_tokens(load.tokens * read.share) for read in reads)
     groups: dict[str, list[Read]] = {}
     for read in reads:
         groups.setdefault(read.group, []).append(read)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -21,7 +20,7 @@ from secateur.checkpoint import INDEX, is_whole, open_checkpoint, resolve
 from secateur.cost import Cost, Mode, cost
 from secateur.cost import passes as passes_of
 from secateur.errors import BadPattern, NotEnoughText, UnknownName
-from secateur.footprint import Load, Moment, worst
+from secateur.footprint import Load, Moment, probe_tokens, worst
 from secateur.machine import matrix_rate
 from secateur.methods import Method, find_method
 from secateur.model import load_config, stored_dtype
@@ -35,13 +34,16 @@ LEFT_OUT = (
     "Seconds are operations over the rate of products alone: no scores, masks, norms and other passes over elements, "
     "no steps that wait for one another (a column sweep takes several times its operations), no reading and writing "
     "of files, no loading, no drawing of the calibration text.",
-    "Memory counts tensors and a constant for the process, not what an allocator keeps beside them.",
+    "Memory is tensors and two constants, for the process and for what the allocator keeps; 'one' is not measured yet.",
 )
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Operations of a run in its three parts; a multiplication and an addition are two."""
+    """Operations of a run in its three parts; a multiplication and an addition are two.
+
+    `solve` includes the output errors that are reported.
+    """
 
     forward: float
     statistics: float
@@ -103,7 +105,7 @@ def forecast(
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
-    passes: Literal["one", "two", "auto"] = "auto",
+    passes: str = "auto",
     memory: int | str | None = None,
     trust_remote_code: bool = False,
     measure: bool = True,
@@ -206,7 +208,9 @@ def _operations(
             matrices = ("gram" in method.need) + ("cross" in method.need and read.share == 1)
             statistics += kind.count * matrices * 2 * tokens * read.columns**2
             if rows:
-                solve += kind.count * (_solve(costs, method, rows, read.columns))
+                probe = probe_tokens(load.tokens * read.share)
+                errors = 4 * probe * read.columns * sum(rows)  # what the site gives before and after, on the probe
+                solve += kind.count * (_solve(costs, method, rows, read.columns) + errors)
     return Operations(forward, statistics, solve)
 
 
@@ -229,7 +233,7 @@ def _seconds(operations: Operations, rates: dict[str, float]) -> float:
 
 def _notes(found: Outline, method: Method, devices: int) -> tuple[str, ...]:
     """What the figures of this forecast do not count."""
-    notes = list(LEFT_OUT)
+    notes: list[str] = list(LEFT_OUT)
     if unseen := sorted({name for kind in found.kinds for name in kind.unseen}):
         notes.append(f"Not reached by a forward pass, so not solved where a method needs inputs: {', '.join(unseen)}.")
     if any(read.share < 1 for kind in found.kinds for read in kind.reads):
@@ -239,3 +243,50 @@ def _notes(found: Outline, method: Method, devices: int) -> tuple[str, ...]:
     if devices > 1:
         notes.append("Of several devices the first is counted, which holds what is merged; seconds are those of one.")
     return tuple(notes)
+
+
+def lines(found: Forecast) -> list[str]:
+    """The forecast in words, a line each."""
+    source = "as their headers say" if found.exact else "as the configuration says"
+    shown = [
+        f"{found.architecture}: {found.parameters / 1e9:.4g} B parameters in {found.stored_dtype}, {found.blocks} "
+        f"blocks, {found.sites} sites that hold {found.coverage:.1%} of the block weights.",
+        f"Pruning {found.pruned_sites} of them with {found.method} to {found.pattern}: {found.samples} windows of "
+        f"{found.seq_len} tokens in batches of {found.batch_size}, {found.forward_dtype} on {found.device}.",
+        "",
+        f"read         {_gb(found.bytes_read)}, weights {source}: checked at load, copied, run, and digested twice",
+        f"written      {_gb(found.bytes_written)}, a copy of the weights and what changed in it",
+        f"disk needed  {_gb(found.disk_bytes)} for the result, "
+        f"{_gb(found.spill_bytes).strip()} for activations that do not fit",
+    ]
+    for mode, moment in found.memory.items():
+        device = f", {_gb(moment.on_device).strip()} of it on the device" if moment.on_device else ""
+        parts = sorted(moment.parts.items(), key=lambda part: -part[1])[:4]
+        most = ", ".join(f"{name} {_gb(size).strip()}" for name, size in parts)
+        shown.append(f"memory, {mode}  {_gb(moment.bytes)} at most{device}, when {moment.when}: {most}")
+    for mode, work in found.operations.items():
+        seconds = f", estimated {_span(found.seconds[mode])}" if found.seconds else ""
+        shown.append(
+            f"work, {mode}    {work.total / 1e15:10.4g} Pflop: forward {work.forward / 1e15:.3g}, "
+            f"statistics {work.statistics / 1e15:.3g}, solving {work.solve / 1e15:.3g}{seconds}"
+        )
+    rates = ", ".join(f"{rate / 1e9:.0f} Gflop/s in {name}" for name, rate in found.rates.items())
+    if rates:
+        shown.append(f"{'':13}estimated: operations over the rate of products here and now, {rates}")
+    limit = _gb(found.memory_limit or 0).strip()
+    fits = "" if found.fits is None else f", which {'fits' if found.fits else 'does not fit'} into {limit}"
+    return [*shown, "", f"Blocks run in {found.passes} pass{'es' * (found.passes == 'two')}{fits}.", *found.left_out]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:10.4g} GB" if size >= 10**9 or not size else f"{size / 1e6:10.4g} MB"
+
+
+def _span(seconds: float) -> str:
+    return (
+        f"{seconds:.3g} s"
+        if seconds < 120
+        else f"{seconds / 60:.3g} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.3g} h"
+    )

@@ -2,24 +2,18 @@
 
 The model is built on torch's meta device, where a tensor has a shape and nothing in it, and one block of each kind is
 run there on a batch of windows. What the run does is seen: which sites read the same input, the operations, and what
-is alive at every site. So there is no table of families. Three things cannot be run without numbers and are answered
-by rule: a question to a tensor (yes, as for windows without padding), attention (the fused kernel: no matrix of
-scores, unless its widths differ) and experts (each sees its even share of the tokens).
+is alive at every site. So there is no table of families; meta.py says what is answered by rule.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -27,14 +21,12 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from secateur import experts
-from secateur.cost import attention
 from secateur.errors import UnsupportedModel, in_one_line
+from secateur.meta import META, ExpertLayer, Live, storage, without_numbers
 from secateur.model import Call, find_stack, run_block
 from secateur.refusals import LOAD_ERRORS
 from secateur.sites import coverage, sites
 from secateur.trace import signature
-
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -142,7 +134,7 @@ def outline(model: PreTrainedModel, batch: int, length: int, *, tuning: bool = F
             f"run: {in_one_line(error)}."
         ) from error
     hidden = calls[0][0]
-    held = {_storage(t)._cdata: t for _, call in calls.values() for t in tree_leaves(call) if _is_tensor(t)}
+    held = {storage(t)._cdata: t for _, call in calls.values() for t in tree_leaves(call) if isinstance(t, Tensor)}
     in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
     parameters = sum(p.numel() for p in model.parameters())
     ends = {id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e for p in e.parameters()}
@@ -160,13 +152,9 @@ def outline(model: PreTrainedModel, batch: int, length: int, *, tuning: bool = F
         getattr(model.config.get_text_config(), "max_position_embeddings", None),
         kinds,
         hidden.nbytes,
-        sum(_storage(t).nbytes() for t in held.values()),
+        sum(storage(t).nbytes() for t in held.values()),
         hidden.shape[-1],
     )  # fmt: skip
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _restacked(model: PreTrainedModel) -> int:
@@ -198,7 +186,7 @@ def _calls(
 
         return note
 
-    with _without_numbers(model), ExitStack() as hooks:
+    with without_numbers(model), ExitStack() as hooks:
         for index in wanted:
             hooks.callback(blocks[index].register_forward_pre_hook(hook(index), with_kwargs=True).remove)
         try:
@@ -210,13 +198,13 @@ def _calls(
 
 def _kind(block: nn.Module, hidden: Tensor, call: Call, indices: list[int], has_last: bool, tuning: bool) -> Kind:
     """One block run: freely, with the inputs of its sites held, and with a graph for the backward pass."""
-    with torch.no_grad(), _without_numbers(block), _Live() as holding:
+    with torch.no_grad(), without_numbers(block), Live() as holding:
         _, reads = _run(block, hidden, call, holding, hold=True)
-    with torch.no_grad(), _without_numbers(block) as rules, FlopCounterMode(display=False) as counter, _Live() as free:
+    with torch.no_grad(), without_numbers(block) as rules, FlopCounterMode(display=False) as counter, Live() as free:
         alive, _ = _run(block, hidden, call, free, hold=False)
-    tuned = _Live()
+    tuned = Live()
     if tuning:
-        with torch.enable_grad(), _without_numbers(block), tuned:
+        with torch.enable_grad(), without_numbers(block), tuned:
             run_block(block, hidden, call)
     reached = {name for read in reads for name in read.rows}
     covered, weights = coverage(block)
@@ -228,7 +216,7 @@ def _kind(block: nn.Module, hidden: Tensor, call: Call, indices: list[int], has_
     )  # fmt: skip
 
 
-def _run(block: nn.Module, hidden: Tensor, call: Call, live: _Live, *, hold: bool) -> tuple[dict[str, int], list[Read]]:
+def _run(block: nn.Module, hidden: Tensor, call: Call, live: Live, *, hold: bool) -> tuple[dict[str, int], list[Read]]:
     """(what is alive when each group is reached, what the sites read).
 
     With `hold` the inputs that are read stay alive, as those do that a run looks at; an identity tells inputs apart
@@ -251,7 +239,7 @@ def _run(block: nn.Module, hidden: Tensor, call: Call, live: _Live, *, hold: boo
 
     def fused(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            layer = _Experts.of(module, [*args, *kwargs.values()])
+            layer = ExpertLayer.of(module, [*args, *kwargs.values()])
             for part, matrix in enumerate(experts.matrices(module)):
                 alive[f"{name}.{matrix}"] = live.now + part * layer.inner_bytes
                 held.append(hidden.new_empty(layer.tokens, layer.columns[part]) if hold else hidden)
@@ -275,123 +263,3 @@ def _run(block: nn.Module, hidden: Tensor, call: Call, live: _Live, *, hold: boo
             hooks.callback(handle.remove)
         run_block(block, hidden, call)
     return alive, [*(read for _, read in seen.values()), *of_experts]
-
-
-@dataclass(frozen=True)
-class _Experts:
-    """What an experts module does with a batch: `tokens` are pairs of a token and one of its experts."""
-
-    count: int
-    all_tokens: int
-    tokens: int
-    columns: tuple[int, int]
-    rows: tuple[int, int]
-    itemsize: int
-
-    @classmethod
-    def of(cls, module: nn.Module, arguments: Sequence[Any]) -> _Experts:
-        hidden, chosen = arguments[:2]
-        shapes = [getattr(module, name).shape[1:] for name in experts.matrices(module)]
-        if experts.is_transposed(module):
-            shapes = [shape[::-1] for shape in shapes]
-        (first_rows, first_columns), (second_rows, second_columns) = shapes
-        tokens = hidden.numel() // hidden.shape[-1]
-        return cls(
-            experts.count(module), tokens, chosen.numel(), (first_columns, second_columns), (first_rows, second_rows),
-            hidden.dtype.itemsize,
-        )  # fmt: skip
-
-    @property
-    def inner_bytes(self) -> int:
-        """The inputs of the second matrices."""
-        return self.tokens * self.columns[1] * self.itemsize
-
-    @property
-    def flops(self) -> tuple[int, int]:
-        """Operations of the first and the second matrices."""
-        one, two = (2 * self.tokens * rows * columns for rows, columns in zip(self.rows, self.columns, strict=True))
-        return one, two
-
-
-class _Rules(TorchFunctionMode):
-    """Answers what cannot be run without numbers; `flops` of that, and of what watching experts repeats."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = self.watching = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            q, k, v = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-            self.flops += attention(q.shape, k.shape, v.shape)
-            scores = [q.new_empty(*q.shape[:-1], k.shape[-2]) for _ in range(2 * (q.shape[-1] != v.shape[-1]))]
-            result = q.new_empty(*q.shape[:-1], v.shape[-1])
-            scores.clear()
-            return result
-        if args and isinstance(args[0], Tensor) and args[0].is_meta and func in _ANSWERS:
-            return _ANSWERS[func]
-        return func(*args, **kwargs)
-
-    def experts(self, module: nn.Module) -> Callable[..., Tensor]:
-        """A forward for an experts module that only allocates, as the products of sorted tokens do."""
-
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
-            layer = _Experts.of(module, [*args, *kwargs.values()])
-            self.flops += sum(layer.flops)
-            self.watching += layer.flops[0]
-            hidden: Tensor = [*args, *kwargs.values()][0]
-            widths = (*layer.columns, *layer.rows)
-            held = [hidden.new_empty(layer.tokens, width) for width in widths]
-            result = torch.empty_like(hidden)
-            held.clear()
-            return result
-
-        return forward
-
-
-_ANSWERS: dict[Any, Any] = {Tensor.__bool__: True, Tensor.__contains__: False, Tensor.item: 0}
-
-
-@contextmanager
-def _without_numbers(module: nn.Module) -> Iterator[_Rules]:
-    """While open, forwards of a module run on the meta device; the rules that answer for numbers."""
-    rules = _Rules()
-    fused = [part for part in module.modules() if experts.is_experts(part)]
-    try:
-        for part in fused:
-            part.forward = rules.experts(part)  # type: ignore[method-assign]
-        with META, rules:
-            yield rules
-    finally:
-        for part in fused:
-            del part.forward
-
-
-class _Live(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are alive: `now`, and at most, `peak`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {_storage(t)._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (key := _storage(tensor)._cdata) not in given | self._known:
-                size = _storage(tensor).nbytes()
-                self._known.add(key)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(_storage(tensor), self._gone, key, size)
-        return result
-
-    def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
