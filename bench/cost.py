@@ -8,9 +8,9 @@ evaluated at the shapes of Llama-2-7B; the forward pass and the Gram matrices ar
 float32 products on this machine and the seconds of each method on one middling layer are measured, so that the last
 columns show how far a method is from its arithmetic.
 
-A multiplication and an addition count as two operations; triangular solves and inverses as executed, with no use made
-of zeros. Not counted: passes over the elements of a matrix, such as scores, thresholds and masks. They are what the
-last columns show above 1, with the column sweep's other cost: it is a chain of one small step per input.
+The formulas are those of `secateur.cost`. Not counted: passes over the elements of a matrix, such as scores,
+thresholds and masks. They are what the last columns show above 1, with the column sweep's other cost: it is a chain
+of one small step per input.
 """
 
 from __future__ import annotations
@@ -22,74 +22,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from quality import inputs
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
+from secateur.cost import Cost, cost, counted, passes
 from secateur.machine import machine, versions
-from secateur.methods import REFINE_EPOCHS, find_method
+from secateur.methods import find_method
 from secateur.patterns import parse_pattern
 from secateur.stats import Stats
 
+METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "sweep+refit", "fast", "default", "alps", "best")
+"""Those whose closed formula in `secateur.cost` is counted and evaluated here."""
 
-class Cost(NamedTuple):
-    """The matrix operations of a method on one site `[out, in]`.
-
-    `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the columns; `factors`,
-    Cholesky and triangular inverse, which sites with the same inputs share. `grams` over all tokens, and `passes` of
-    all tokens through the blocks: two, of which the first looks and the second goes on.
-    """
-
-    products: int = 0
-    inverses: int = 0
-    sweeps: int = 0
-    factors: int = 0
-    grams: int = 1
-    passes: int = 2
-
-    def site(self, rows: int, columns: int) -> float:
-        """Operations of one site, without what sites share."""
-        return (
-            self.products * 2 * rows * columns**2
-            + self.inverses * columns**3  # Cholesky ⅓, inverse ⅔
-            + self.sweeps * rows * columns * (columns + 1)  # column j updates itself and all later ones
-        )
-
-    def shared(self, columns: int) -> float:
-        """Operations for all sites with the same inputs."""
-        return self.factors * columns**3 * 4 / 3  # Cholesky ⅓, triangular solve for the identity 1
-
-
-def _refit(iterations: int) -> int:
-    """Products of a refit: the target, the first residual, one an iteration, the objective at the end."""
-    return iterations + 3
-
-
-def _alps(stages: int, updates: int, iterations: int) -> Cost:
-    return Cost(products=stages * updates + _refit(iterations), inverses=stages)
-
-
-METHODS = {
-    "magnitude": Cost(grams=0, passes=1),
-    "wanda": Cost(grams=0),
-    "ria": Cost(grams=0),
-    "sparsegpt": Cost(sweeps=1, factors=1),
-    "sweep+refit": Cost(products=1 + _refit(10), sweeps=1, factors=1),  # 1: a target, which the sweep does not read
-    "fast": Cost(products=_refit(20)),
-    "default": _alps(4, 4, 10),
-    "alps": _alps(16, 2, 10),
-    "best": _alps(16, 2, 20)._replace(grams=2, passes=4 * 2 + 2 + 2 + 3 * REFINE_EPOCHS),
-}
-"""The closed formula of every method; `check` fails where a method has changed and its line here has not.
-
-`best` looks at four groups of sites in two streams and goes on in both; it refines: the error before and after, and
-each epoch a forward and a backward pass, which counts as two.
-"""
-
-BLOCKS, TOKENS, CONTEXT = 32, 128 * 2048, 2048
+BLOCKS, SAMPLES, CONTEXT, BATCH = 32, 128, 2048, 8
+TOKENS = SAMPLES * CONTEXT
 SITES = {  # those with the same inputs in one group, [out, in]
     "q, k, v": [(4096, 4096)] * 3,
     "o": [(4096, 4096)],
@@ -100,33 +48,20 @@ SITES = {  # those with the same inputs in one group, [out, in]
 
 def count(name: str, rows: int, columns: int) -> float:
     """Operations of one `prune`, counted while it runs."""
-    formulas: dict[Any, Callable[..., int]] = {
-        torch.ops.aten.addmm_: lambda a, b, c, **_: 2 * b[0] * b[1] * c[1],
-        torch.ops.aten.addr_: lambda a, b, c, **_: 2 * b[0] * c[0],
-        torch.ops.aten.linalg_cholesky_ex: lambda a, **_: a[0] ** 3,  # in thirds, see below
-        torch.ops.aten.cholesky_inverse: lambda a, **_: 2 * a[0] ** 3,
-        torch.ops.aten.linalg_solve_triangular: lambda a, b, **_: b[0] ** 2 * b[1],
-    }
-    thirds = ("aten.linalg_cholesky_ex", "aten.cholesky_inverse")
-    weight, stats = _layer(rows, columns)
     method = find_method(name)
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        method.prune(weight, stats, parse_pattern("50%").within(method.group))
-    found = counter.get_flop_counts().get("Global", {})
-    return sum(number / 3 if str(operation) in thirds else number for operation, number in found.items())
+    weight, stats = _layer(rows, columns, "cross" in method.need)
+    return counted(lambda: method.prune(weight, stats, parse_pattern("50%").within(method.group)))
 
 
 def check() -> list[dict]:
     """Counted operations beside the formula's, at two small sizes. Exits where they are not the same."""
     lines = []
     for rows, columns in ((192, 320), (448, 160)):
-        for name, cost in METHODS.items():
-            counted, formula = count(name, rows, columns), cost.site(rows, columns) + cost.shared(columns)
-            if abs(counted - formula) > 1e-9 * counted:
-                sys.exit(
-                    f"{name} at {rows}x{columns}: counted {counted:.0f} operations, the formula says {formula:.0f}"
-                )
-            lines.append({"kind": "counted", "method": name, "layer": f"{rows}x{columns}", "flops": counted})
+        for name in METHODS:
+            found, formula = count(name, rows, columns), cost(name).site(rows, columns) + cost(name).shared(columns)
+            if abs(found - formula) > 1e-9 * found:
+                sys.exit(f"{name} at {rows}x{columns}: counted {found:.0f} operations, the formula says {formula:.0f}")
+            lines.append({"kind": "counted", "method": name, "layer": f"{rows}x{columns}", "flops": found})
     return lines
 
 
@@ -141,11 +76,14 @@ def model_lines() -> list[dict]:
     }
     forward, grams = (flops for flops, _ in parts.values())
     whole = {}
-    for name, cost in METHODS.items():
-        solving = sum(cost.site(*shape) for shape in sites)
-        solving += sum(cost.shared(group[0][1]) for group in SITES.values())
-        parts[name] = (solving, steps(cost, sites))
-        whole[name] = solving + cost.grams * grams + cost.passes * forward
+    for name in METHODS:
+        costs, method = cost(name), find_method(name)
+        solving = sum(costs.site(*shape) for shape in sites)
+        solving += sum(costs.shared(group[0][1]) for group in SITES.values())
+        parts[name] = (solving, steps(costs, sites))
+        windows = SAMPLES if method.need else BATCH
+        often = passes(method, len(SITES), "two").windows(windows, BATCH, last=False) / SAMPLES
+        whole[name] = solving + len(method.need & {"gram", "cross"}) * grams + often * forward
     return [
         {"kind": "derived", "part": part, "block_flops": flops, "model_flops": BLOCKS * flops,
          "model_sequential_steps": BLOCKS * chain, "model_flops_with_passes": BLOCKS * whole.get(part, flops)}
@@ -153,9 +91,9 @@ def model_lines() -> list[dict]:
     ]  # fmt: skip
 
 
-def steps(cost: Cost, sites: list[tuple[int, int]]) -> int:
+def steps(costs: Cost, sites: list[tuple[int, int]]) -> int:
     """Matrix operations that wait for one another: a sweep has one for each input."""
-    return sum(cost.products + cost.inverses + cost.factors + cost.sweeps * columns for _, columns in sites)
+    return sum(costs.products + costs.inverses + costs.factors + costs.sweeps * columns for _, columns in sites)
 
 
 def rate(threads: int) -> float:
@@ -175,25 +113,26 @@ def rate(threads: int) -> float:
 def measure(size: int, one_thread: float) -> list[dict]:
     """Processor seconds of each method on one layer `[size, size]`, one thread, the best of three."""
     lines = []
-    for name, cost in METHODS.items():
-        method = find_method(name)
-        weight, stats = _layer(size, size)
+    for name in METHODS:
+        costs, method = cost(name), find_method(name)
+        weight, stats = _layer(size, size, "cross" in method.need)
         for pattern in ("50%", "2:4"):
             resolved = parse_pattern(pattern).within(method.group)
             fresh = [Stats(stats.tokens, stats.sums) for _ in range(3)]  # nothing derived yet
             seconds = min(_seconds(time.process_time, method.prune, weight, each, resolved) for each in fresh)
-            flops = cost.site(size, size) + cost.shared(size)
+            flops = costs.site(size, size) + costs.shared(size)
             lines.append({"kind": "measured", "method": name, "layer": f"{size}x{size}", "pattern": pattern,
                           "cpu_seconds": seconds, "flops": flops,
                           "seconds_over_arithmetic": seconds * one_thread / flops if flops else None})  # fmt: skip
     return lines
 
 
-def _layer(rows: int, columns: int) -> tuple[Tensor, Stats]:
+def _layer(rows: int, columns: int, dense: bool) -> tuple[Tensor, Stats]:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(7))
     x, _ = inputs(columns, 4 * columns, 1.6, False, seed=1)
     gram = (x.T @ x).double()
-    return weight, Stats(len(x), {"gram": gram, "square": gram.diagonal()})
+    sums = {"gram": gram, "square": gram.diagonal()}
+    return weight, Stats(len(x), sums | ({"cross": gram} if dense else {}))
 
 
 def _seconds(clock: Callable[[], float], work: Callable[..., object], *arguments: object) -> float:

@@ -146,7 +146,7 @@ def test_inspect_reads_an_architecture_that_is_not_known(tiny_llama, tmp_path):
 def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
     function = introspection.signature(getattr(secateur, name)).parameters
     command = introspection.signature(getattr(cli if hasattr(cli, name) else deploy, name)).parameters
-    spelled = {"quiet", "as_json", "layers"}
+    spelled = {"quiet", "as_json", "layers"} | ({"passes", "memory"} if name == "plan" else set())  # of forecast
     assert command.keys() - spelled == function.keys() - {"command", "progress"}
     for option in command.keys() - spelled:
         one, other = command[option].default, function[option].default
@@ -154,6 +154,28 @@ def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
             assert one in (None, ",".join(map(str, other)))
         elif other is not introspection.Parameter.empty:
             assert one == other, option
+
+
+def test_the_forecast_has_the_names_and_defaults_of_prune():
+    function = introspection.signature(secateur.forecast).parameters
+    assert function.keys() - introspection.signature(secateur.prune).parameters.keys() == {
+        "passes",
+        "memory",
+        "measure",
+    }
+    shared = function.keys() & introspection.signature(secateur.prune).parameters.keys()
+    for option in shared:
+        assert function[option].default == introspection.signature(secateur.prune).parameters[option].default, option
+
+
+def test_plan_without_out_says_what_a_run_will_take(tiny_llama, tmp_path):
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    text = run("plan", tmp_path, "--method", "wanda", "--memory", "1GB")
+    assert "4 blocks, 28 sites that hold 100.0% of the block weights" in text
+    assert "Blocks run in one pass, which fits into 1 GB." in text
+    held = json.loads(run("plan", tmp_path, "--passes", "two", "--json"))
+    assert (held["passes"], held["exact"], held["memory_limit"]) == ("two", False, None)
+    assert held["seconds"]["one"] < held["seconds"]["two"]
 
 
 def test_version_and_help():

@@ -5,6 +5,7 @@ from secateur.compare import compare
 from secateur.errors import SecateurError
 from secateur.evaluate import evaluate
 from secateur.export import export
+from secateur.forecast import forecast
 from secateur.formats.packed import load_packed
 from secateur.inspection import inspect
 from secateur.methods import METHODS, Method, Pruned, scored
@@ -24,6 +25,7 @@ __all__ = [
     "compare",
     "evaluate",
     "export",
+    "forecast",
     "inspect",
     "load",
     "load_packed",

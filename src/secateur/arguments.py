@@ -27,11 +27,12 @@ Skip = Annotated[list[str] | None, typer.Option(help="Leave sites out: a glob on
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="dtype of forward passes: auto, float32, bfloat16, float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows a forward pass.")]
-Passes = Annotated[
-    str, typer.Option(help="How often blocks run: one, two (less memory), auto: one where activations fit.")
-]
+Passes = Annotated[str, typer.Option(help="How often blocks run: one, two (less memory), auto: one where that fits.")]
 Memory = Annotated[
-    str | None, typer.Option(help="For activations, such as 6GB; more goes to a file. Default: half of what is free.")
+    str | None,
+    typer.Option(
+        help="What the run may take, such as 6GB; hidden states go to a file if need be. Default: what is free."
+    ),
 ]
 Restart = Annotated[bool, typer.Option("--restart", help="Discard a half-finished run at --out.")]
 DataDir = Annotated[Path | None, typer.Option(help="A folder with local copies of the corpora.")]

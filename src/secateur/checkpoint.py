@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +63,12 @@ class Checkpoint:
             return shard.get_tensor(name)
 
 
-def resolve(model: str | Path | None) -> Path:
-    """The folder of a model: the embedded demo for None, a folder as it is, else a download from the hub.
+WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+"""What is downloaded of a model."""
+
+
+def resolve(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
+    """The folder of a model: the embedded demo for None, a folder as it is, else a download of `wanted` from the hub.
 
     Raises BadCheckpoint where it is none of these.
     """
@@ -78,9 +82,7 @@ def resolve(model: str | Path | None) -> Path:
     if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise BadCheckpoint(f"There is no checkpoint folder {model}.")
     try:
-        return Path(
-            snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
-        )
+        return Path(snapshot_download(str(model), allow_patterns=list(wanted)))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError, RuntimeError) as error:
         raise BadCheckpoint(
             f"{model} is neither a folder here nor a model that the hub gives out: {in_one_line(error)}."
@@ -106,8 +108,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, shards, places)
 
 
-def _index(folder: Path) -> dict[str, str]:
-    """The shard of every tensor, as the index says; empty where there is no index."""
+def is_whole(folder: Path) -> bool:
+    """Whether the weights lie in the folder, and not the configuration alone. Raises BadCheckpoint for a bad index."""
+    shards = set(_weight_map(folder).values()) or {SINGLE}
+    return all((folder / shard).is_file() for shard in shards)
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The shard of every tensor, as the index says; empty where there is no index. Shards may be missing."""
     file = folder / INDEX
     if not file.is_file():
         return {}
@@ -117,6 +125,13 @@ def _index(folder: Path) -> dict[str, str]:
     for shard in weight_map.values():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise BadCheckpoint(f"{file} names {shard!r}; a .safetensors file in the same folder was wanted.")
+    return weight_map
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """The shard of every tensor, as the index says; empty where there is no index."""
+    weight_map = _weight_map(folder)
+    for shard in weight_map.values():
         if not (folder / shard).is_file():
             raise BadCheckpoint(f"The index of {folder} names {shard}, which is missing. Fetch it again.")
     return weight_map

@@ -113,7 +113,9 @@ def prune(
 @app.command()
 def plan(
     model: Model = None,
-    out: Annotated[Path, typer.Option(help="The .json file to write.")] = ...,  # type: ignore[assignment]
+    out: Annotated[
+        Path | None, typer.Option(help="The .json file to write a measured plan to. Without it: a forecast.")
+    ] = None,
     allocate: Annotated[
         str, typer.Option(help="The rule that shares sparsity out: owl, error, search, uniform.")
     ] = "error",
@@ -129,13 +131,36 @@ def plan(
     batch_size: BatchSize = 8,
     data_dir: DataDir = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
+    passes: Annotated[
+        str, typer.Option(help="Forecast only. How often a block runs: one, two, or auto: one where it fits.")
+    ] = "auto",
+    memory: Annotated[
+        str | None, typer.Option(help="Forecast only. The memory that a run may take, such as 16GB.")
+    ] = None,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how much each site can lose, and write it as a plan to edit or to prune by (--allocate FILE)."""
+    """Say what a run will take, from config.json alone; with --out, measure how much each site can lose.
+
+    What is measured is a plan to edit or to prune by (--allocate FILE).
+    """
     import secateur
 
+    if out is None:
+        from secateur.forecast import lines
+
+        progress(quiet=True)
+        foreseen = secateur.forecast(
+            model, method=method, pattern=pattern, samples=samples, seq_len=seq_len, skip=skip or (), device=device,
+            dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        if as_json:
+            return print_json(foreseen)
+        shown = console()
+        for line in lines(foreseen):
+            shown.print(escape(line), highlight=False, soft_wrap=True)
+        return None
     with display(quiet) as shows:
         found = secateur.plan(
             model, out=out, allocate=allocate, method=method, pattern=pattern, calibration=calibration,

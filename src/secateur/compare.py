@@ -19,14 +19,15 @@ from typing import Any
 
 from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
 from secateur.data import evaluation_windows, load_tokenizer
-from secateur.decide import check_method
+from secateur.decide import check_method, way_through
 from secateur.errors import BadPattern, OutputRefused, SecateurError, UnknownName
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.export import export
+from secateur.footprint import check_passes
 from secateur.formats.packed import VALUES
 from secateur.latency import time_rows
 from secateur.machine import machine, versions
-from secateur.memory import arrange, check_passes
+from secateur.methods import find_method
 from secateur.model import LanguageModel, load
 from secateur.options import (
     check_windows,
@@ -51,6 +52,7 @@ from secateur.sites import sites
 from secateur.store import RowStore, file_name, write_whole
 from secateur.stream import Seconds
 from secateur.structures import Structure
+from secateur.trial import site_shapes
 
 
 def compare(
@@ -135,11 +137,12 @@ def compare(
         list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
         [],
     )
-    if passes == "auto":  # the same for all rows
-        passes = arrange(
-            language_model, calibrated.ids.shape, passes=passes, limit=limit, dtype=forward_dtype(dtype, chosen),
-            device=chosen, dense=True,
-        ).passes  # fmt: skip
+    if passes == "auto":  # the same for all rows: what fits for the method that holds most
+        passes = way_through(
+            language_model, calibrated.ids.shape, find_method("best"), "best", site_shapes(language_model),
+            passes=passes, limit=limit, dtype=forward_dtype(dtype, chosen), device=chosen,
+            devices=len(find_devices(device)), batch_size=batch_size,
+        )["passes"]  # fmt: skip
     options = {
         "passes": passes,
         "config": file_sha256(folder / "config.json"),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,14 +13,16 @@ import torch
 from torch import nn
 
 from secateur.allocate import Plan, label
+from secateur.cost import cost
 from secateur.data import Windows
 from secateur.depth import BLOCKS
 from secateur.errors import BadPattern, UnsupportedModel
-from secateur.machine import release_memory
-from secateur.memory import arrange
+from secateur.footprint import Load, arrange
+from secateur.machine import available_bytes, release_memory
 from secateur.methods import METHODS, Method, find_method
 from secateur.model import LanguageModel
 from secateur.options import check_windows, find_devices, find_dtype, find_size, forward_dtype
+from secateur.outline import build, outline
 from secateur.patterns import kind_of, parse, parse_pattern
 from secateur.plan import check_allocation, is_file, make_plan
 from secateur.progress import Progress
@@ -35,6 +38,8 @@ from secateur.structures import Structure
 from secateur.trial import site_shapes
 
 MINIMUM_COVERAGE = 0.95
+PLENTY = 200
+"""A run fits for certain where so many times its hidden states and its largest block do."""
 
 
 def check_method(
@@ -86,12 +91,49 @@ class Pruning:
 
     def decisions(self) -> dict[str, Any]:
         """What a run that goes on must take over rather than decide again, as JSON can hold it."""
-        return {"passes": self.passes, "plan": {name: str(part) for name, part in self.plan.items()}}
+        return {
+            "passes": self.passes,
+            "spill": self.spill is not None,
+            "plan": {name: str(part) for name, part in self.plan.items()},
+        }
 
 
-def two_streams(method: Method) -> bool:
-    """Whether a method needs what the dense model gives beside what the pruned one gives."""
-    return "cross" in method.need or method.refine > 0
+def way_through(
+    language_model: LanguageModel,
+    shape: Sequence[int],
+    method: Method,
+    name: str,
+    planned: Collection[str],
+    *,
+    passes: str,
+    limit: int | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    devices: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """{"passes": "one" or "two", "spill": whether hidden states go to a file}: `footprint.arrange` for a real model.
+
+    Without a `limit` it is what is free on the device now. Where that is plenty, and where a block cannot be run
+    without numbers, nothing is forecast.
+    """
+    stored = language_model.model.dtype
+    forward = dtype or stored
+    largest = max(sum(p.numel() for p in block.parameters()) for block in language_model.blocks)
+    width = language_model.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
+    free = available_bytes(device) if limit is None else limit
+    if PLENTY * (prod(shape) * width * forward.itemsize + largest * 4) < free:
+        return {"passes": "one" if passes == "auto" else passes, "spill": False}
+    samples, length = shape
+    windows = samples if method.need or method.refine else min(samples, batch_size)
+    batch = min(batch_size, windows)
+    load = Load(windows, batch, length, forward.itemsize, stored.itemsize, devices, device.type == "cpu")
+    try:
+        found = outline(build(language_model.model.config, forward), batch, length, tuning=method.refine > 0)
+    except UnsupportedModel:
+        return {"passes": "two" if passes == "auto" else passes, "spill": limit is not None}
+    way = arrange(found, load, method, cost(name), planned, passes, free)
+    return {"passes": way.passes, "spill": way.spill}
 
 
 def decide(
@@ -135,17 +177,17 @@ def decide(
             f"{ranks.size}. Run it in one, or leave +refine and +permute out."
         )
     forward = forward_dtype(find_dtype(dtype), devices[0])
-    way = arrange(
-        language_model, windows.ids.shape, passes=passes, limit=find_size(memory), dtype=forward, device=devices[0],
-        dense=two_streams(found), shares=ranks.size,
-    )  # fmt: skip
 
     def made() -> dict[str, Any]:
         plan = make_plan(
             language_model, windows, allocate, method=method, pattern=pattern, skip=skip, device=device, dtype=dtype,
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
-        return {"passes": way.passes, "plan": {name: str(part) for name, part in plan.items()}}
+        way = way_through(
+            language_model, windows.ids.shape, found, method, plan, passes=passes, limit=find_size(memory),
+            dtype=forward, device=devices[0], devices=len(devices) * ranks.size, batch_size=batch_size,
+        )  # fmt: skip
+        return {**way, "plan": {name: str(part) for name, part in plan.items()}}
 
     decided = decided or ranks.same(made)
     plan = {name: parse_pattern(part) for name, part in decided["plan"].items()}
@@ -157,6 +199,6 @@ def decide(
         method, shown, kind_of(plan.values()), 0.0, share, [], seconds, None, windows.fingerprint(), allocate
     )
     return report, Pruning(
-        found, plan, devices, forward, batch_size, progress, seconds, decided["passes"], spill if way.spill else None,
-        ranks=ranks,
+        found, plan, devices, forward, batch_size, progress, seconds, decided["passes"],
+        spill if decided["spill"] else None, ranks=ranks,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -57,6 +58,22 @@ def available_bytes(device: torch.device) -> int:
         if limit.exists() and (text := limit.read_text().strip()).isdigit():
             free.append(max(int(text) - int(used.read_text()), 0))
     return min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+    """Operations a second of products 1024 × 1024 in `dtype`, the best of those that fit into `seconds`, at least two.
+
+    Wall time, on as many threads as torch uses now: other work on the machine shows.
+    """
+    a, b = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
+    best, count, started = float("inf"), 0, perf_counter()
+    while count < 2 or perf_counter() - started < seconds:
+        before = perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best, count = min(best, perf_counter() - before), count + 1
+    return 2 * 1024**3 / best
 
 
 def release_memory() -> None:

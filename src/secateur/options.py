@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,12 +13,22 @@ from secateur.model import LanguageModel
 
 def default_length(language_model: LanguageModel) -> int:
     """The window length where none is asked for: the smaller of 2048 and the model's context."""
-    return min(2048, _context(language_model) or 2048)
+    return min(2048, context(language_model.model.config) or 2048)
 
 
-def _context(language_model: LanguageModel) -> int | None:
-    """The longest window that the model was made for, None where it does not say."""
-    return getattr(language_model.model.config.get_text_config(), "max_position_embeddings", None)
+def context(config: Any) -> int | None:
+    """The longest window that a model was made for, None where its configuration does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_length(config: Any, length: int) -> None:
+    """Raise UnsupportedModel for windows that are longer than the model's context."""
+    most = context(config)
+    if most and length > most:
+        raise UnsupportedModel(
+            f"Windows of {length} tokens were asked for; the model has a context of {most}. "
+            f"Use --seq-len {most} or less."
+        )
 
 
 def default_corpus(model: str | Path | None, corpus: str | None, otherwise: str) -> str:
@@ -58,12 +69,7 @@ def check_windows(language_model: LanguageModel, windows: Windows, batch_size: i
     """
     if batch_size < 1:
         raise NotEnoughText(f"A batch needs at least one window; found --batch-size {batch_size}.")
-    context, length = _context(language_model), windows.ids.shape[1]
-    if context and length > context:
-        raise UnsupportedModel(
-            f"Windows of {length} tokens were asked for; the model has a context of {context}. "
-            f"Use --seq-len {context} or less."
-        )
+    check_length(language_model.model.config, windows.ids.shape[1])
     size = language_model.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     if windows.ids.max() >= size:
         raise UnsupportedModel(

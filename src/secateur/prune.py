@@ -20,13 +20,14 @@ from torch import Tensor
 
 from secateur.block import PrunedBlock, prune_block
 from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
+from secateur.cost import needs_dense
 from secateur.data import Windows
-from secateur.decide import Pruning, check_method, decide, two_streams
+from secateur.decide import Pruning, check_method, decide
 from secateur.errors import Interrupted, UnsupportedModel
+from secateur.footprint import check_passes
 from secateur.interrupt import asked_to_stop
 from secateur.layout import check_source
 from secateur.machine import versions
-from secateur.memory import check_passes
 from secateur.model import LanguageModel, checkpoint_tensors, load, load_blocks
 from secateur.options import draw_calibration, find_devices, find_dtype, find_size
 from secateur.output import BLOCK, Output, output, refuse_output
@@ -76,7 +77,7 @@ def prune(
     which decides instead of `pattern`. `align`: the channels that stay are a multiple of it. `device` may
     list several, separated by commas. `dtype` is that of the forward passes (`auto`: float32 on the CPU, else as
     stored); statistics and solving are float32, the result has the dtype of the source. `passes`: how often blocks run,
-    see `pruned_blocks`; `auto` is one where activations then fit into `memory` ("6GB"; default: half of what is free).
+    see `Pruning`; `auto` is one where that fits into `memory` ("6GB"; default: what is free).
     A run that was killed goes on after its last finished block when it is started again with the same arguments;
     `restart` discards it. Raises SecateurError in all its kinds; then `out` is untouched.
     """
@@ -242,7 +243,7 @@ def pruned_blocks(language_model: LanguageModel, tokens: Tensor, pruning: Prunin
         tokens = tokens[: pruning.batch_size]  # enough for the probe on which errors are measured
     steps = stream(
         language_model, tokens, devices=pruning.devices, dtype=pruning.dtype, batch_size=pruning.batch_size,
-        seconds=pruning.seconds, dense=two_streams(method), finished=pruning.finished, spill=pruning.spill,
+        seconds=pruning.seconds, dense=needs_dense(method), finished=pruning.finished, spill=pruning.spill,
         ranks=pruning.ranks,
     )  # fmt: skip
     for step in steps:

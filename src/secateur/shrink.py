@@ -29,8 +29,7 @@ from secateur.depth import BLOCKS, Looking
 from secateur.errors import BadPattern, BadPlan, Interrupted
 from secateur.interrupt import asked_to_stop
 from secateur.layout import Names, check_source, resized, size_of
-from secateur.machine import release_memory, versions
-from secateur.memory import arrange
+from secateur.machine import available_bytes, release_memory, versions
 from secateur.model import LanguageModel, Shell, load_blocks, run_block, working_copy
 from secateur.options import check_windows, find_devices, find_dtype, find_size, forward_dtype
 from secateur.output import BLOCK, Output, output
@@ -87,10 +86,6 @@ def shrink_checkpoint(
     check_windows(language_model, windows, batch_size)
     devices, chosen = find_devices(device), find_dtype(dtype)
     forward = forward_dtype(chosen, devices[0])
-    way = arrange(
-        language_model, windows.ids.shape, passes="two", limit=find_size(memory), dtype=forward, device=devices[0],
-        dense=shrinking.second_stream,
-    )  # fmt: skip
     run = Run(language_model, windows.ids, shrinking, devices, forward, batch_size, Seconds(), progress)
     options = {"dtype": dtype, "batch_size": batch_size, "align": align}
     conditions = {
@@ -136,7 +131,10 @@ def shrink_checkpoint(
                     result.configure(found.stock.changes, language_model.model.config.model_type)
                     result.sync()
                 progress.begin(f"shrinking with {method} to {structure}")
-                spill = result.out.parent if way.spill else None
+                streams = windows.ids.numel() * language_model.model.config.get_text_config().hidden_size
+                held = streams * (forward or torch.float32).itemsize * (2 if shrinking.second_stream else 1)
+                limit = find_size(memory) or available_bytes(devices[0])
+                spill = result.out.parent if held > limit / 2 else None
                 logits = _shrink(run, found, report, names, result, again, stopping, spill)
                 result.settle()
                 _verify(result, windows.ids, logits, trust_remote_code, progress)

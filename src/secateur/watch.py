@@ -62,7 +62,7 @@ class Watch:
                 held = self.stats.get(name)
                 self.stats[name] = held.add(x, self.need, dense) if held else Stats.of(x, self.need, dense)
             if self._probe and len(x):
-                kept = x[:: -(-len(x) // self._probe)].float()
+                kept = x[:: -(-len(x) // self._probe)].to(torch.float32, copy=True)  # a view would hold all of x
                 self.probes[name] = torch.cat([self.probes[name], kept]) if name in self.probes else kept
         if x.is_cuda:
             torch.cuda.synchronize(x.device)

@@ -1,0 +1,202 @@
+"""What a run will take, said from the configuration: counts against counted runs, memory against its own sum."""
+
+import json
+
+import pytest
+import torch
+from families import tiny_config, tiny_model
+
+import secateur
+from secateur import errors
+from secateur.cost import COSTS, cost, counted, passes
+from secateur.data import Windows
+from secateur.forecast import lines
+from secateur.methods import METHODS, find_method
+from secateur.model import Shell, replayable, run_block
+from secateur.outline import build, outline
+from secateur.patterns import parse_pattern
+from secateur.sites import recorded_inputs
+from secateur.stats import Stats
+from secateur.watch import Watch
+
+
+def forecast(folder, **options):
+    return secateur.forecast(folder, **{"samples": 6, "seq_len": 32, "batch_size": 2, "measure": False, **options})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with the configuration of the tiny Llama, and nothing else."""
+    tiny_config("llama").save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", [*METHODS, "sweep+refit", "wanda+refit", "alps-fast+dense-target", "sweep+dense-target"]
+)
+def test_the_formula_of_a_method_is_what_it_does(name):
+    rows, columns = 48, 64
+    method, draw = find_method(name), torch.Generator().manual_seed(0)
+    x, weight = torch.randn(256, columns, generator=draw), torch.randn(rows, columns, generator=draw)
+    gram = (x.T @ x).double()
+    sums = {"gram": gram, "square": gram.diagonal(), **({"cross": gram} if "cross" in method.need else {})}
+    pattern = parse_pattern("50%").within(method.group)
+    found = counted(lambda: method.prune(weight, Stats(256, sums), pattern))
+    assert found == pytest.approx(cost(name).site(rows, columns) + cost(name).shared(columns), rel=1e-9)
+
+
+def test_swaps_are_counted_at_most():
+    assert cost("wanda+swap").products > 100
+
+
+def test_every_method_has_a_formula():
+    assert COSTS.keys() <= METHODS.keys()
+    for name in METHODS:
+        assert cost(name)
+    with pytest.raises(errors.UnknownName, match="Did you mean 'wanda'"):
+        cost("wandas")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "falcon", "mixtral", "deepseek_v3", "mamba"])
+def test_the_outline_is_what_a_real_model_does(family):
+    language_model = replayable(tiny_model(family))
+    found = outline(build(tiny_config(family), torch.float32), 2, 32)
+    with torch.no_grad():
+        hidden, calls = Shell(language_model, torch.device("cpu"), None).enter(torch.randint(0, 128, (2, 32)))
+        operations, shared = 0.0, set()
+        for block, call in zip(language_model.blocks, calls, strict=True):
+            watch, after = Watch(("square",), None), []
+            with recorded_inputs(block, watch.see):
+                watch.next_batch(0, {})
+                run_block(block, hidden, call)
+            operations += counted(lambda b=block, c=call, a=after: a.append(run_block(b, hidden, c)))  # noqa: B023
+            groups: dict[str, list[str]] = {}
+            for name, first in watch.shared.items():
+                groups.setdefault(first, []).append(name)
+            shared.add(str(sorted(map(sorted, groups.values()))))
+            hidden = after[0]
+    assert sum(kind.flops * kind.count for kind in found.kinds) == operations
+    assert {str(sorted(sorted(read.rows) for read in kind.reads)) for kind in found.kinds} == shared
+    assert found.parameters == sum(parameter.numel() for parameter in language_model.model.parameters())
+    assert found.hidden_bytes == 2 * 32 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    "method", ["magnitude", "wanda", "sparsegpt", "default", "wanda+sequential", "alps-fast+dense-target"]
+)
+@pytest.mark.parametrize("passes", ["one", "two"])
+def test_the_operations_of_a_run_are_those_forecast(folder, method, passes):
+    language_model = replayable(tiny_model("llama"))
+    windows = Windows(torch.randint(0, 128, (6, 32)), "test", "train", 0, 192)
+    run = {"method": method, "pattern": "50%", "batch_size": 2}
+    found = counted(lambda: secateur.prune_model(language_model, windows, passes=passes, **run))
+    assert forecast(folder, **run).operations[passes].total == pytest.approx(found, rel=1e-9)
+
+
+def test_one_pass_takes_less_work_and_more_memory(folder):
+    found = forecast(folder, method="wanda", samples=64)
+    assert found.operations["one"].forward < found.operations["two"].forward
+    assert found.memory["one"].bytes > found.memory["two"].bytes
+    assert "waiting activations" in found.memory["one"].parts
+    assert "waiting activations" not in found.memory["two"].parts
+
+
+def test_memory_is_the_sum_of_its_parts(folder):
+    for method in ("magnitude", "default", "best", "wanda+permute"):
+        for moment in forecast(folder, method=method).memory.values():
+            assert moment.bytes == sum(moment.parts.values())
+            assert moment.on_device == 0
+    hidden = forecast(folder, method="wanda").memory["two"].parts["hidden states"]
+    assert hidden == 6 * 32 * 64 * 4
+    assert forecast(folder, method="wanda", dtype="bfloat16").memory["two"].parts["hidden states"] == hidden // 2
+    assert forecast(folder, method="best").memory["two"].parts["hidden states"] == 2 * hidden
+
+
+def test_magnitude_reads_one_batch(folder):
+    few, many = (forecast(folder, method="magnitude", samples=samples) for samples in (2, 64))
+    assert few.memory == many.memory
+    assert few.operations == many.operations
+
+
+def test_headers_give_exact_bytes(tiny_llama, folder):
+    exact, without = forecast(tiny_llama), forecast(folder)
+    assert exact.exact
+    assert exact.checkpoint_bytes == (tiny_llama / "model.safetensors").stat().st_size
+    assert not without.exact
+    assert without.checkpoint_bytes == without.parameters * 4
+    assert exact.disk_bytes == exact.checkpoint_bytes
+    assert exact.parameters == without.parameters
+
+
+def test_a_limit_chooses_the_passes(folder):
+    limits = {mode: moment.bytes for mode, moment in forecast(folder, samples=64).memory.items()}
+    between = (limits["one"] + limits["two"]) // 2
+    wide, narrow = (forecast(folder, samples=64, memory=limit) for limit in (limits["one"], between))
+    assert (wide.passes, wide.fits, narrow.passes, narrow.fits) == ("one", True, "two", True)
+    small = forecast(folder, memory="1MB")
+    assert (small.passes, small.fits, small.memory_limit) == ("two", False, 10**6)
+    asked = forecast(folder, samples=64, memory=between, passes="one")
+    assert (asked.fits, asked.spill_bytes > 0) == (False, True)
+    assert "does not fit into 1 MB" in "\n".join(lines(small))
+
+
+def test_sites_that_are_left_out_are_not_counted(folder):
+    whole, fewer = forecast(folder), forecast(folder, skip=["down_proj"])
+    assert (whole.pruned_sites, fewer.pruned_sites) == (28, 24)
+    assert fewer.operations["two"].solve < whole.operations["two"].solve
+    assert fewer.bytes_written < whole.bytes_written
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        (
+            {"pattern": "25% of channels"},
+            errors.BadPattern,
+            "makes a smaller model, and what that takes is not forecast",
+        ),
+        ({"pattern": "5:17"}, errors.BadPattern, "5:17 needs inputs in groups of 17; model.layers.0.self_attn.q_proj"),
+        ({"memory": "much"}, errors.UnknownName, "There is no size 'much'"),
+        ({"passes": "three"}, errors.UnknownName, "There is no number of passes 'three'"),
+        (
+            {"seq_len": 4096},
+            errors.UnsupportedModel,
+            "Windows of 4096 tokens were asked for; the model has a context of",
+        ),
+        ({"samples": 0}, errors.NotEnoughText, "At least one window"),
+        ({"skip": ["nothing"]}, errors.UnknownName, "nothing"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before(folder, options, error, said):
+    with pytest.raises(error, match=said):
+        forecast(folder, **options)
+
+
+def test_an_architecture_that_cannot_be_run_without_numbers_is_refused(tmp_path):
+    tiny_config("jetmoe").save_pretrained(tmp_path)
+    with pytest.raises(errors.UnsupportedModel, match="cannot be run without numbers, so its cost is not known"):
+        forecast(tmp_path)
+
+
+def test_an_unknown_architecture_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "of another world"}))
+    with pytest.raises(errors.UnsupportedModel):
+        forecast(tmp_path)
+
+
+def test_seconds_are_operations_over_the_measured_rate(folder):
+    found = secateur.forecast(folder, samples=2, seq_len=8)
+    assert found.seconds is not None
+    for mode, operations in found.operations.items():
+        assert found.seconds[mode] == pytest.approx(operations.total / found.rates["float32"])
+    assert any("estimated: operations over the rate" in line for line in lines(found))
+    assert forecast(folder).seconds is None
+
+
+def test_passes():
+    assert passes(find_method("wanda"), 4, "two") == (1, 0, 1)
+    assert passes(find_method("wanda+sequential"), 4, "two") == (4, 1, 1)
+    assert passes(find_method("best"), 4, "two") == (4 * 2 + 2 + 15 + 1, 1, 1)
+    assert passes(find_method("magnitude"), 4, "two") == (0, 1, 1)
+    assert passes(find_method("wanda"), 4, "one") == (1, 0, 0)
+    assert passes(find_method("best"), 4, "one") == (2 + 2 + 15, 0, 1)
