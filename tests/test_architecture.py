@@ -9,10 +9,10 @@ import secateur
 
 SOURCE = Path(secateur.__file__).parent
 LAYERS = [
-    ["errors", "machine", "demo", "arguments"],
+    ["errors", "machine", "demo", "arguments", "native"],
     ["progress"],
     ["terminal"],
-    ["structures", "stats", "experts", "checkpoint", "data", "packed"],
+    ["structures", "stats", "experts", "checkpoint", "data", "packed", "masks"],
     ["patterns", "solve", "sites", "refusals", "watch", "packing"],
     ["methods", "model", "repair", "selection", "kernels"],
     ["allocate", "options", "stream", "inspection", "trace", "stock", "layout", "taylor", "reap"],
