@@ -14,7 +14,9 @@ LAYERS = [
     ["terminal"],
     ["structures", "stats", "experts", "checkpoint", "data", "packed", "masks"],
     ["patterns", "solve", "sites", "refusals", "watch", "packing"],
-    ["methods", "model", "repair", "selection", "kernels"],
+    ["kernels"],
+    ["sweep"],
+    ["methods", "model", "repair", "selection"],
     ["allocate", "options", "stream", "inspection", "trace", "stock", "layout", "taylor", "reap"],
     ["record", "refine", "trial", "evaluate", "results", "units", "verify"],
     ["formats"],
@@ -59,7 +61,7 @@ def test_imports_point_one_way(name):
 
 @pytest.mark.parametrize("file", sorted((SOURCE / "methods").glob("*.py")), ids=lambda file: file.stem)
 def test_a_method_knows_only_patterns_statistics_and_solvers(file):
-    assert imported(file) <= {"methods", "patterns", "stats", "solve", "errors"}
+    assert imported(file) <= {"methods", "patterns", "stats", "solve", "sweep", "errors"}
 
 
 def test_every_module_is_placed():
