@@ -15,7 +15,7 @@ check: .venv/ready  ## format, lint, types
 	$(BIN)/ruff check src tests bench
 	$(BIN)/pyright
 
-sanitize: .venv/ready  ## the packed products under AddressSanitizer and UBSan (gcc)
+sanitize: .venv/ready  ## the C sources under AddressSanitizer and UBSan (gcc)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/sanitize.py
 
 bench-prune: .venv/ready  ## what pruning costs beside llm-compressor (fetched into out/) and beside the bare products
@@ -25,7 +25,7 @@ train: .venv/ready  ## train the embedded model again (hours on two cores); the 
 	$(BIN)/python bench/train_demo.py --out out/train
 	$(BIN)/python bench/train_demo.py --out out/train --export
 
-.venv/ready: pyproject.toml constraints.txt src/secateur/packed.c src/secateur/dense.c src/secateur/packed.h
+.venv/ready: pyproject.toml constraints.txt $(wildcard src/secateur/*.c src/secateur/*.h)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip

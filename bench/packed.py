@@ -17,7 +17,7 @@ from rich.console import Console
 
 from secateur.layers import time_matrices
 from secateur.machine import machine, versions
-from secateur.packed import isa
+from secateur.native import isa
 from secateur.report import layer_table
 
 

@@ -1,4 +1,4 @@
-"""The packed products under AddressSanitizer and UBSan: `make sanitize`. Needs gcc, and libsimde-dev for AVX-512.
+"""The C sources under AddressSanitizer and UBSan: `make sanitize`. Needs gcc, and libsimde-dev for AVX-512.
 
 Every operand is copied into heap memory of exactly its size, so that a read or write beyond it is caught, for every
 instruction set, dtype, odd shapes, empty and full matrices, batches 1 to 8, one and two threads. Where the machine has
@@ -12,6 +12,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
@@ -19,9 +20,13 @@ from tempfile import mkdtemp
 import torch
 from torch import Tensor
 
+from secateur import native
 from secateur import packed as module
+from secateur.masks import best_of_groups_in_torch, without_lowest_in_torch
+from secateur.patterns import NM, Unstructured
+from secateur.sweep import sweep_block_in_torch
 
-SOURCES = [str(Path(module.__file__).with_name(name)) for name in ("packed.c", "dense.c")]
+SOURCES = [str(Path(native.__file__).with_name(f"{name}.c")) for name in ("packed", "dense", "masks", "sweep")]
 FLAGS = [
     "-O1",
     "-g",
@@ -39,7 +44,7 @@ SHAPES = [(37, 128), (1, 64), (13, 1), (9, 65), (64, 100), (5, 1376)]
 
 def again(flags: list[str]) -> int:
     """Compile with the sanitizers and run this file again with their libraries in front of all others."""
-    built = Path(mkdtemp()) / "packed.so"
+    built = Path(mkdtemp()) / "native.so"
     subprocess.run(["gcc", *FLAGS, *flags, *SOURCES, "-o", str(built)], check=True)
     names = ("libasan.so", "libubsan.so")
     found = [subprocess.check_output(["gcc", f"-print-file-name={name}"], text=True).strip() for name in names]
@@ -49,11 +54,14 @@ def again(flags: list[str]) -> int:
 
 def main() -> None:
     if LIBRARY in os.environ:
-        compiled = module.declared(ctypes.CDLL(os.environ[LIBRARY]))
+        compiled = native.declared(ctypes.CDLL(os.environ[LIBRARY]))
         best = compiled.secateur_isa()
-        return check(compiled, [best] if module.ISAS[best] != module.isa() else list(range(best + 1)))
+        uses = [best] if native.ISAS[best] != native.isa() else list(range(best + 1))
+        check(compiled, uses)
+        check_masks(compiled)
+        return check_sweep(compiled, uses)
     failed = again([])
-    if module.isa() != "avx512":
+    if native.isa() != "avx512":
         if Path("/usr/include/simde/x86/avx512.h").exists():
             failed = again(EMULATED) or failed
         else:
@@ -126,7 +134,56 @@ def check(compiled: ctypes.CDLL, uses: list[int]) -> None:
             assert (y - dense @ x.double()).abs().max() < 1e-2
             heap.empty()
             count += 1
-    print(f"{count} products and unpackings, {', '.join(module.ISAS[use] for use in uses)}: nothing found")
+    print(f"{count} products and unpackings, {', '.join(native.ISAS[use] for use in uses)}: nothing found")
+
+
+def check_masks(compiled: ctypes.CDLL) -> None:
+    heap, count = Heap(), 0
+
+    def compare(expected: Tensor, call: Callable[..., int], scores: Tensor, *rest: int) -> int:
+        places = heap.put(scores, torch.zeros_like(expected))
+        assert call(*places, *rest) == 0
+        kept = torch.empty_like(expected)
+        ctypes.memmove(kept.data_ptr(), places[-1], kept.numel())
+        assert torch.equal(kept, expected)
+        heap.empty()
+        return 1
+
+    for (rows, columns), threads in product([(1, 1), (5, 7), (3, 1030), (2, 512)], (1, 2, 3)):
+        for scores in (torch.randn(rows, columns), torch.randint(3, (rows, columns)).float(),
+                       torch.randn(rows, columns).masked_fill(torch.rand(rows, columns) < 0.4, torch.nan)):  # fmt: skip
+            for removed in {1, columns // 2 or 1, columns}:
+                shape, row = (rows, columns, removed, threads), scores[:1]
+                expected = without_lowest_in_torch(scores, removed)
+                count += compare(expected, compiled.secateur_without_lowest_rows, scores, *shape)
+                expected = without_lowest_in_torch(row, removed)
+                count += compare(expected, compiled.secateur_without_lowest, row, columns, removed, threads)
+    for (n, m), groups, threads in product([(1, 2), (2, 4), (3, 8), (1, 3), (7, 16), (90, 200)], (1, 31, 70), (1, 2)):
+        scores = torch.randint(5, (1, groups * m)).float()
+        expected = best_of_groups_in_torch(scores, n, m)
+        count += compare(expected, compiled.secateur_best_of_groups, scores, groups, m, n, threads)
+    print(f"{count} masks: nothing found")
+
+
+def check_sweep(compiled: ctypes.CDLL, uses: list[int]) -> None:
+    heap, count = Heap(), 0
+    patterns = (None, NM(2, 4), NM(1, 3), NM(5, 8))
+    for use, (rows, width), pattern, threads in product(uses, [(1, 24), (37, 24), (16, 120)], patterns, (1, 2)):
+        values, kept = torch.randn(rows, width), torch.rand(rows, width) < 0.5
+        inverse = torch.randn(width, width).triu() / width + torch.eye(width)
+        alive = (torch.rand(width) < 0.9).float()
+        places = heap.put(values, kept, inverse.T, alive)
+        m, n = (pattern.m, pattern.n) if pattern else (4, 0)
+        assert compiled.secateur_sweep_block(use, *places, rows, width, m, n, threads) == 0
+        found, chosen = torch.empty_like(values), torch.empty_like(kept)
+        ctypes.memmove(found.data_ptr(), places[0], 4 * values.numel())
+        ctypes.memmove(chosen.data_ptr(), places[1], kept.numel())
+        given = None if pattern else kept
+        assert torch.equal(sweep_block_in_torch(values, inverse, alive, pattern or Unstructured(0.5), given), chosen)
+        assert torch.allclose(values, found, rtol=1e-4, atol=1e-5)
+        heap.empty()
+        count += 1
+    print(f"{count} blocks swept, {', '.join(native.ISAS[use] for use in uses)}: nothing found")
 
 
 if __name__ == "__main__":

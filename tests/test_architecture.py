@@ -9,12 +9,14 @@ import secateur
 
 SOURCE = Path(secateur.__file__).parent
 LAYERS = [
-    ["errors", "machine", "demo", "arguments"],
+    ["errors", "machine", "demo", "arguments", "native"],
     ["progress"],
     ["terminal"],
-    ["structures", "stats", "experts", "checkpoint", "data", "packed", "journal", "interrupt"],
+    ["structures", "stats", "experts", "checkpoint", "data", "packed", "journal", "interrupt", "masks"],
     ["patterns", "solve", "sites", "refusals", "watch", "packing", "hidden", "output"],
-    ["methods", "model", "repair", "selection", "kernels"],
+    ["kernels"],
+    ["sweep"],
+    ["methods", "model", "repair", "selection"],
     ["suspend"],
     ["ranks"],
     ["flow"],
@@ -64,7 +66,7 @@ def test_imports_point_one_way(name):
 
 @pytest.mark.parametrize("file", sorted((SOURCE / "methods").glob("*.py")), ids=lambda file: file.stem)
 def test_a_method_knows_only_patterns_statistics_and_solvers(file):
-    assert imported(file) <= {"methods", "patterns", "stats", "solve", "errors"}
+    assert imported(file) <= {"methods", "patterns", "stats", "solve", "sweep", "errors"}
 
 
 def test_every_module_is_placed():

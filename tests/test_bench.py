@@ -11,7 +11,7 @@ import secateur
 from secateur import layers
 from secateur.bench import matrix_rate, read_bandwidth
 from secateur.errors import UnknownName, UnsupportedModel
-from secateur.packed import isa, library
+from secateur.native import isa, library
 from secateur.runtimes import RUNTIMES, Runtime
 from secateur.runtimes.base import Stepped
 

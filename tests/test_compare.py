@@ -9,7 +9,7 @@ import pytest
 import secateur
 from secateur.compare import rank
 from secateur.errors import ConditionsDiffer, SecateurError, UnsupportedModel
-from secateur.packed import library
+from secateur.native import library
 from secateur.report import markdown, table
 from secateur.results import Row
 

@@ -17,7 +17,10 @@ from torch import Tensor
 from secateur import packed as on_cpu
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite
 from secateur.kernels import bitmap, nm
+from secateur.methods import METHODS
 from secateur.packed import Packed
+from secateur.patterns import parse_pattern
+from secateur.stats import Stats
 
 DTYPES = [torch.float16, torch.bfloat16]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -391,6 +394,65 @@ assert triton.compile(source, target=target, options={"num_warps": 4, "enable_fp
 """,
         interpret=False,
     )
+
+
+def test_interpreted_sweeps_equal_torch():
+    in_triton(
+        """
+import torch
+from secateur.kernels import sweep as on_gpu
+from secateur.patterns import NM, Unstructured
+from secateur.sweep import sweep_block_in_torch
+from test_sweep import block_of
+for rows, width, pattern in [(5, 16, NM(2, 4)), (3, 21, NM(1, 3)), (4, 16, NM(5, 8)), (6, 13, None), (1, 1, None)]:
+    values, inverse, alive = block_of(rows, width)
+    values[:, :9] = values[:, :9].sign()
+    kept = torch.rand(rows, width, generator=torch.Generator().manual_seed(1)) < 0.5
+    wanted, found, given = values.clone(), values.clone(), None if pattern else kept.clone()
+    expected = sweep_block_in_torch(wanted, inverse, alive, pattern or Unstructured(0.5), given)
+    m, n = (pattern.m, pattern.n) if pattern else (width, 0)
+    on_gpu.sweep_block(found, kept, inverse.T.contiguous().T, alive, m, n)
+    assert torch.equal(kept, expected), (rows, width, pattern)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5), (rows, width, pattern)
+    assert not found[~kept].signbit().any()
+""",
+        interpret=True,
+    )
+
+
+def test_the_sweep_kernel_compiles_for_a_device():
+    in_triton(
+        """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from secateur.kernels.sweep import ROWS_AT_ONCE, WARPS
+from secateur.kernels.sweep_triton import sweep_rows
+numbers = ["rows", "width", "row_stride", "column_stride", "m", "n"]
+signature = {"values": "*fp32", "kept": "*u8", "inverse": "*fp32", "alive": "*fp32", **dict.fromkeys(numbers, "i32")}
+for choose in (True, False):
+    fixed = {"choose": choose, "rows_at_once": ROWS_AT_ONCE, "columns": 128}
+    source = ASTSource(sweep_rows, signature=signature | dict.fromkeys(fixed, "constexpr"), constexprs=fixed)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS})
+    assert made.asm["cubin"]
+""",
+        interpret=False,
+    )
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("pattern", ["50%", "30% of row", "2:4", "1:3"])
+def test_the_sweep_on_a_device_equals_the_one_on_the_processor(pattern):
+    weight = torch.randn(1030, 504, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2000, 504, generator=torch.Generator().manual_seed(1))
+    stats = Stats.of(x, {"gram"})
+    chosen = parse_pattern(pattern).within("matrix")
+    here = METHODS["sparsegpt"].prune(weight, stats, chosen)
+    there = METHODS["sparsegpt"].prune(weight.cuda(), stats, chosen)
+    assert (here.kept != there.kept.cpu()).float().mean() < 1e-4
+    same = (here.kept == there.kept.cpu()).all(1)
+    assert torch.allclose(here.weight[same], there.weight.cpu()[same], rtol=1e-3, atol=1e-4)
 
 
 @cuda

@@ -9,15 +9,13 @@ from torch import Tensor
 
 from secateur import packed as module
 from secateur.errors import BadCheckpoint
+from secateur.native import ISAS, isa, library
 from secateur.packed import (
-    ISAS,
     MOST,
     SLACK,
     Packed,
     check,
     dense_product,
-    isa,
-    library,
     multiply,
     multiply_unpacked,
     pack,
@@ -98,7 +96,7 @@ def test_packing_loses_nothing(dtype, rows, columns, sparsity, seed):
         assert torch.equal(held.dense(rows // 2, rows), weight[rows // 2 :])
         patch.undo()
         for use in range(len(available())):
-            patch.setattr(module, "_best", lambda use=use: use)
+            patch.setattr(module, "best", lambda use=use: use)
             assert torch.equal(held.dense(), weight)
             assert torch.equal(held.dense(dtype=torch.float32), weight.float())
 

@@ -10,7 +10,7 @@ import torch
 
 from secateur.formats import FORMATS
 from secateur.machine import machine, versions
-from secateur.packed import isa
+from secateur.native import isa
 from secateur.runtimes import RUNTIMES
 
 OPTIONAL = ("triton", "onnx", "onnxruntime", "gguf", "llama-cpp-python", "vllm", "tensorrt-llm", "compressed-tensors")

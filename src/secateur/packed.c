@@ -296,10 +296,8 @@ SHARE(avx512_i8, avx512_rows_i8, int8_t, uint8_t)
 #endif
 
 #ifdef X86
-#define FASTEST(isa, NAME) ((isa) == AVX512 ? avx512_##NAME : (isa) == AVX2 ? avx2_##NAME : portable_##NAME)
 #define WIDENED(isa, NAME) ((isa) == AVX2 ? avx2_##NAME : portable_##NAME)
 #else
-#define FASTEST(isa, NAME) ((void)(isa), portable_##NAME)
 #define WIDENED(isa, NAME) ((void)(isa), portable_##NAME)
 #endif
 #define SHARES(TYPE)                                                                                               \

@@ -1,30 +1,15 @@
-/* What packed.c and dense.c share: the instruction sets, and how rows are given to threads. */
+/* What packed.c and dense.c share: batches, activations as bytes, sums over a vector. */
 #ifndef SECATEUR_PACKED_H
 #define SECATEUR_PACKED_H
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "native.h"
 
-#ifdef EMULATED /* AVX-512 on a machine that has none: make sanitize */
+#ifdef EMULATED
 #include "emulated.h"
-#define X86 1
-#elif defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
+#elif defined(X86)
 #include <immintrin.h>
 #endif
 
-enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 }; /* AVX512: with VBMI2 (expand 8 and 16 bits), BF16 and VNNI (dot products) */
-enum { MOST = 8 };                           /* rows of x at once */
-
-#define INLINED static inline __attribute__((always_inline))
-
-/* Rows first..last of every thread; the shares differ by one row at most. */
-#define EACH_THREAD(WORK)                                                                                          \
-    _Pragma("omp parallel for schedule(static) num_threads(threads)") for (int t = 0; t < threads; t++) {          \
-        int64_t first = rows * t / threads, last = rows * (t + 1) / threads;                                       \
-        WORK                                                                                                       \
-    }
+enum { MOST = 8 }; /* rows of x at once */
 
 /* A case for each batch, so that the compiler unrolls it and keeps its sums in registers. */
 #define EACH_BATCH(DO, WITH)                                                                                           \

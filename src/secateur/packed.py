@@ -8,24 +8,22 @@ multiplied by torch.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from importlib.util import find_spec
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import BadCheckpoint
+from secateur.native import ISAS, PACKED_KINDS, best, library
 
 WORD, SLACK, MOST = 64, 64, 8
 """Columns of a word of the bitmap, bytes that must follow the last value, rows of x that one product takes."""
 ROWS_AT_ONCE = 1024
 """How many rows are unpacked at a time for a larger batch."""
-ISAS = ("portable", "avx2", "avx512")
-KINDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
+KINDS = dict(zip((torch.float32, torch.bfloat16, torch.int8), PACKED_KINDS, strict=True))
 """The values that there are products for, as packed.c calls them."""
 
 
@@ -72,7 +70,7 @@ class Packed:
             out = torch.empty(stop - start, words * WORD, dtype=out_dtype)
             unpack = getattr(compiled, f"secateur_{'widen' if wide else 'unpack'}_{KINDS[given]}")
             unpack(
-                _best(), self.bitmap[start:].data_ptr(), self.values.data_ptr(), self.starts[start:].data_ptr(),
+                best(), self.bitmap[start:].data_ptr(), self.values.data_ptr(), self.starts[start:].data_ptr(),
                 None if self.scales is None else self.scales[start:].data_ptr(), out.data_ptr(), stop - start, words,
                 torch.get_num_threads(),
             )  # fmt: skip
@@ -152,40 +150,6 @@ def check(packed: Packed, name: str = "A packed matrix") -> None:
         raise BadCheckpoint(f"{name} has {len(values)} values; {int(starts[-1])} and slack were wanted.")
 
 
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled products, None where the package was installed without a compiler."""
-    found = find_spec("secateur._packed")
-    if found is None or found.origin is None:
-        return None
-    return declared(ctypes.CDLL(found.origin))
-
-
-def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
-    """A compiled packed.c whose functions know their arguments."""
-    whole, size, place = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    for kind in KINDS.values():
-        scales = [place] if kind == "i8" else []
-        multiply = getattr(loaded, f"secateur_multiply_{kind}")
-        multiply.argtypes = [whole, *[place] * 3, *scales, *[place] * 2, size, size, whole, whole]
-    for name in ("unpack_f32", "unpack_bf16", "widen_bf16", "widen_i8"):
-        unpack = getattr(loaded, f"secateur_{name}")
-        unpack.argtypes, unpack.restype = [whole, *[place] * 5, size, size, whole], None
-    loaded.secateur_dense_bf16.argtypes = [whole, *[place] * 3, size, size, whole]
-    loaded.secateur_dense_i8.argtypes = [whole, *[place] * 4, size, size, whole]
-    return loaded
-
-
-@cache
-def _best() -> int:
-    return -1 if (found := library()) is None else found.secateur_isa()
-
-
-def isa() -> str | None:
-    """The instruction set that this machine uses, one of `ISAS`; None without the library."""
-    return None if _best() < 0 else ISAS[_best()]
-
-
 def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x.
 
@@ -202,7 +166,7 @@ def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
         flat = nn.functional.pad(flat, (0, words * WORD - packed.columns))
     flat = flat.contiguous()
     y = torch.empty(len(flat), count)
-    instructions, threads = _best() if use is None else ISAS.index(use), torch.get_num_threads()
+    instructions, threads = best() if use is None else ISAS.index(use), torch.get_num_threads()
     read, written, step = flat.data_ptr(), y.data_ptr(), words * WORD * flat.element_size()
     for start in range(0, len(flat), MOST):
         failed = product(
@@ -242,10 +206,10 @@ def dense_product(weight: Tensor, x: Tensor, scales: Tensor | None = None) -> Te
     y = torch.empty(len(weight))
     if scales is not None:
         places = (weight.data_ptr(), scales.data_ptr(), x.data_ptr(), y.data_ptr())
-        missing = compiled.secateur_dense_i8(_best(), *places, *weight.shape, torch.get_num_threads())
+        missing = compiled.secateur_dense_i8(best(), *places, *weight.shape, torch.get_num_threads())
     elif weight.dtype == x.dtype == torch.bfloat16:
         places = (weight.data_ptr(), x.data_ptr(), y.data_ptr())
-        missing = compiled.secateur_dense_bf16(_best(), *places, *weight.shape, torch.get_num_threads())
+        missing = compiled.secateur_dense_bf16(best(), *places, *weight.shape, torch.get_num_threads())
     else:
         return None
     return None if missing else y

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from secateur.native import library
 from secateur.packed import (
     KINDS,
     MOST,
     Packed,
     dense_product,
-    library,
     multiply,
     multiply_unpacked,
     pack,

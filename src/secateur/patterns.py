@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import BadPattern
+from secateur.masks import best_of_groups, without_lowest
 from secateur.structures import Structure, parse_structure
 
 Group = Literal["row", "matrix"]
@@ -106,34 +107,7 @@ class Unstructured:
         if self.over is None:
             raise AssertionError("the comparison group is open: call within() first")
         flat = scores if self.over == "row" else scores.reshape(1, -1)
-        removed = round(self.ratio * flat.shape[1])
-        if removed == 0:
-            return torch.ones_like(scores, dtype=torch.bool)
-        threshold = _lowest(flat[0], removed) if len(flat) == 1 else flat.kthvalue(removed, 1, keepdim=True).values
-        above = ~(flat <= threshold)
-        spare = (flat.shape[1] - removed) - above.sum(1, keepdim=True)  # of those tied at the threshold, how many stay
-        if not spare.any():
-            return above.view_as(scores)
-        equal = flat == threshold
-        return (above | (equal & (equal.cumsum(1) > equal.sum(1, keepdim=True) - spare))).view_as(scores)
-
-
-def _lowest(scores: Tensor, count: int) -> Tensor:
-    """The `count`-th lowest of scores `[n]`, exactly; three times as fast as `kthvalue` where there are millions.
-
-    A sample brackets it, so that only a few per cent of the scores are ordered. Where the bracket misses, all are.
-    """
-    size = len(scores)
-    if size >= 2**17:
-        sample = scores[:: size // 2**15 | 1]  # an odd step, so that it meets every column
-        place, margin = round(count * len(sample) / size), round(2 * len(sample) ** 0.5)  # four standard deviations
-        low = sample.kthvalue(max(place - margin, 1)).values
-        high = sample.kthvalue(min(place + margin, len(sample))).values
-        below = int((scores < low).sum())
-        middle = scores[(scores >= low) & (scores <= high)]
-        if below < count <= below + len(middle):
-            return middle.kthvalue(count - below).values
-    return scores.kthvalue(count).values
+        return without_lowest(flat, round(self.ratio * flat.shape[1])).view_as(scores)
 
 
 @dataclass(frozen=True)
@@ -187,14 +161,7 @@ class NM:
         return weight.shape[-1] % self.m == 0 and not bool(self.crowded(weight).any())
 
     def mask(self, scores: Tensor) -> Tensor:
-        groups = scores.unflatten(1, (-1, self.m)).permute(2, 0, 1).contiguous()  # [m, out, in / m]
-        small = torch.int8 if self.m < 128 else torch.int32
-        ahead = torch.zeros_like(groups, dtype=small)  # how many of its group a weight gives way to
-        for j in range(1, self.m):
-            wins = (groups[j] >= groups[:j]).view(torch.int8)  # [j, out, in / m]; the later of two equal stays
-            ahead[:j] += wins
-            ahead[j] += j - wins.sum(0, dtype=small)
-        return (ahead < self.n).permute(1, 2, 0).reshape(scores.shape)  # [out, in]
+        return best_of_groups(scores, self.n, self.m)
 
 
 TWO_OF_FOUR = NM(2, 4)

@@ -14,7 +14,6 @@ group, both from the weights as updated so far. Departures from the reference co
 * where the factorisation fails, the damping is raised tenfold, at most three times, and the note says so.
 """
 
-import torch
 from torch import Tensor
 
 from secateur.errors import NotSolved
@@ -22,15 +21,18 @@ from secateur.methods.base import Method, Pruned
 from secateur.patterns import Pattern
 from secateur.solve import normalise
 from secateur.stats import Stats
+from secateur.sweep import block_width, responses
+from secateur.sweep import sweep as sweep_columns
 
 
 def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
     """SparseGPT with relative `damping` of the mean diagonal, masks chosen for `width` columns at a time."""
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
-        factor, used = stats.once(("inverse factor", damping), lambda: _factor(stats, damping))
+        block = block_width(pattern, width)
+        answers, used = stats.once(("responses", damping, block), lambda: _answers(stats, damping, block))
         alive = stats.sums["gram"].diagonal() > 0
-        kept, swept = _sweep(weight, factor.to(weight.device), alive.to(weight.device), pattern, width)
+        kept, swept = sweep_columns(weight, answers.to(weight.device), alive.to(weight.device), pattern, block)
         note = "" if used == damping else f"damping raised from {damping:g} to {used:g}"
         return Pruned(swept, kept, note)
 
@@ -42,19 +44,20 @@ def sweep(width: int = 128) -> Method:
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)
-        factor = stats.once("normalised factor", lambda: _upper_inverse(problem.gram)).to(weight.device)
-        kept, swept = _sweep(problem.weight, factor, problem.alive, pattern, width)
+        block = block_width(pattern, width)
+        answers = stats.once(("normalised responses", block), lambda: responses(problem.gram, block))
+        kept, swept = sweep_columns(problem.weight, answers.to(weight.device), problem.alive, pattern, block)
         return Pruned(problem.restore(swept, kept, weight), kept)
 
     return Method(frozenset({"gram"}), "matrix", prune, updates=True)
 
 
-def _factor(stats: Stats, damping: float) -> tuple[Tensor, float]:
-    """The inverse factor at the first of damping × 1, 10, 100, 1000 that works, and that damping."""
+def _answers(stats: Stats, damping: float, block: int) -> tuple[Tensor, float]:
+    """The responses at the first of damping × 1, 10, 100, 1000 that works, and that damping."""
     gram = stats.mean("gram")
     for raised in (damping, 10 * damping, 100 * damping, 1000 * damping):
         try:
-            return inverse_factor(gram, raised), raised
+            return responses(damped(gram, raised), block), raised
         except RuntimeError:  # what torch.linalg.cholesky raises, LinAlgError, is one
             continue
     raise NotSolved(
@@ -63,54 +66,16 @@ def _factor(stats: Stats, damping: float) -> tuple[Tensor, float]:
     )
 
 
-def inverse_factor(gram: Tensor, damping: float) -> Tensor:
-    """U `[in, in]` float32, upper triangular, with Uᵀ U = (H + damping · mean(diag H) · I)⁻¹.
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """H + damping · mean(diag H) · I, `[in, in]`.
 
     The mean is over inputs that were not always zero, and the others get it for their diagonal, so the scale of
-    H does not matter. Raises torch.linalg.LinAlgError where H is not positive definite.
+    H does not matter.
     """
-    damped = gram.clone()
-    diagonal = damped.diagonal()
+    gram = gram.clone()
+    diagonal = gram.diagonal()
     dead = diagonal == 0
     mean = diagonal.sum() / (~dead).sum().clamp_min(1)
     diagonal[dead] = mean if mean > 0 else 1.0
     diagonal += damping * mean
-    return _upper_inverse(damped)
-
-
-def _upper_inverse(gram: Tensor) -> Tensor:
-    """U upper triangular with Uᵀ U = H⁻¹, for H `[in, in]` positive definite.
-
-    With J the reversal of order, J H J = L Lᵀ gives H = A Aᵀ for the upper triangular A = J L J, so U = A⁻¹: one
-    factorisation and one triangular inverse, where the reference code takes three steps.
-    """
-    upper = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve_triangular(upper, identity, upper=True)
-
-
-def _sweep(weight: Tensor, factor: Tensor, alive: Tensor, pattern: Pattern, width: int) -> tuple[Tensor, Tensor]:
-    """(kept, updated weight): the columns in order, each leaving its error to the later ones.
-
-    Works on the transpose, so that a column is contiguous; errors reach the columns of the same block at once
-    and all later blocks in one product at the block's end.
-    """
-    rows, columns = weight.shape
-    chunk = pattern.chunk or width
-    width = max(width // chunk, 1) * chunk
-    swept = weight.T.clone(memory_format=torch.contiguous_format)  # [in, out]; a view may be contiguous already
-    kept = torch.empty_like(swept, dtype=torch.bool)
-    diagonal = factor.diagonal()
-    for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        errors = torch.empty_like(swept[start:stop])
-        for first in range(start, stop, chunk):
-            last = min(first + chunk, stop)
-            scores = (swept[first:last] / diagonal[first:last, None]).square() * alive[first:last, None]
-            kept[first:last] = pattern.columns(rows, first, last).mask(scores.T).T
-            for j in range(first, last):
-                error = swept[j].where(~kept[j], 0.0) / diagonal[j]
-                errors[j - start] = error
-                swept[j:stop].addr_(factor[j, j:stop], error, alpha=-1)
-        swept[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return kept.T.contiguous(), swept.where(kept, 0.0).T.contiguous()
+    return gram

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from secateur.errors import UnsupportedModel
-from secateur.packed import isa
+from secateur.native import isa
 from secateur.packing import LEAST, own_products, pack_model
 from secateur.runtimes.base import Running, Runtime, Stepped
 from secateur.runtimes.eager import bytes_read, load_model
