@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check sanitize train clean
+.PHONY: demo test check sanitize fuzz train clean
 
 demo: .venv/ready  ## compare magnitude, Wanda and SparseGPT on the embedded model
 	$(BIN)/secateur compare --methods magnitude,wanda,sparsegpt --patterns 50%,2:4 --windows 256 --out out/demo
@@ -17,6 +17,9 @@ check: .venv/ready  ## format, lint, types
 
 sanitize: .venv/ready  ## the packed products under AddressSanitizer and UBSan (gcc)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/sanitize.py
+
+fuzz: .venv/ready  ## ten thousand spoilt checkpoint folders, each read by a command as users run it (an hour at most)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/fuzz.py
 
 train: .venv/ready  ## train the embedded model again (hours on two cores); the same command resumes
 	$(BIN)/python bench/train_demo.py --out out/train

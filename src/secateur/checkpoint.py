@@ -22,6 +22,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -29,8 +30,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur import demo
-from secateur.errors import BadCheckpoint, DiskFull, OutputRefused, in_one_line
+from secateur.errors import BadCheckpoint, DiskFull, OutputRefused, UnsupportedModel, in_one_line
+from secateur.files import read_json, refuse_links_out, refuse_odd_files
 
+MOST_NAME = 1000
+"""Characters in the name of a tensor. Real ones have less than 200."""
 SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 FLOATS = {
@@ -39,6 +43,11 @@ FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_DTYPES = FLOATS | {
+    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,11 @@ class Checkpoint:
     places: Mapping[str, Place]
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by name."""
+        return {name: place.shape for name, place in self.places.items()}
+
+    @property
     def bytes(self) -> int:
         """The size of the shards on disk."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
@@ -70,9 +84,14 @@ class Checkpoint:
         return {shard: file_sha256(self.folder / shard) for shard in self.shards}
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, read from its shard."""
-        with safe_open(self.folder / self.places[name].shard, framework="pt") as shard:
-            return shard.get_tensor(name)
+        """One tensor, mapped from its shard. Raises UnsupportedModel for a dtype that torch does not have."""
+        place = self.places[name]
+        if place.dtype not in _DTYPES:
+            raise UnsupportedModel(f"{name} in {self.folder} is stored as {place.dtype}, which cannot be read here.")
+        if not place.bytes:
+            return torch.empty(place.shape, dtype=_DTYPES[place.dtype])
+        held = np.memmap(self.folder / place.shard, np.uint8, "c", place.offset, (place.bytes,))
+        return torch.from_numpy(held).view(_DTYPES[place.dtype]).view(place.shape)
 
 
 def resolve(model: str | Path | None) -> Path:
@@ -84,6 +103,7 @@ def resolve(model: str | Path | None) -> Path:
         return demo.model_folder()
     folder = Path(model)
     if folder.is_dir():
+        refuse_odd_files(folder)
         return folder
     if folder.exists():
         raise BadCheckpoint(f"{model} is a file; the folder of a checkpoint was wanted.")
@@ -136,8 +156,8 @@ def _index(folder: Path) -> dict[str, str]:
 
 def _json_object(file: Path) -> dict[str, Any]:
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        held = read_json(file)
+    except ValueError as error:
         raise BadCheckpoint(f"{file} is no JSON ({in_one_line(error)}). Fetch it again.") from error
     if not isinstance(held, dict):
         raise BadCheckpoint(f"{file} holds a {type(held).__name__}; an object was wanted.")
@@ -168,12 +188,16 @@ def _read_header(file: Path) -> Iterator[tuple[str, Place]]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:  # memory: a file of terabytes is mapped
         raise BadCheckpoint(
             f"{file} is no sound safetensors file ({in_one_line(error)}). It may be cut short; fetch it again."
         ) from error
     for name, entry in header.items():
         if name != "__metadata__":
+            if not name.isprintable() or len(name) > MOST_NAME:
+                raise BadCheckpoint(
+                    f"{file} holds a tensor with the name {name[:80]!r}, which is none. Fetch it again."
+                )
             start, stop = entry["data_offsets"]
             yield (
                 name,
@@ -284,21 +308,26 @@ def output(source: Checkpoint, out: Path, *, overwrite: bool, other_weights: int
             f"One of {out} and the model's folder {model} lies inside the other. Choose another folder."
         )
     refuse_output(out, overwrite=overwrite)
+    refuse_links_out(model)
     partial = out.with_name(f".{out.name}.partial")
     made = [folder for folder in out.parents if not folder.exists()]
     try:
         with disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
+            copied = [
+                file
+                for file in sorted(source.folder.iterdir())
+                if file.is_file() and file.name not in (RECORD, *source.shards)
+                and not file.name.endswith(_OTHER_WEIGHTS)
+            ]  # fmt: skip
             free = shutil.disk_usage(out.parent).free
-            if free < (size := source.bytes if other_weights is None else other_weights):
+            size = source.bytes if other_weights is None else other_weights
+            if free < (size := size + sum(file.stat().st_size for file in copied)):
                 raise DiskFull(f"{out} needs {_size(size)}, the disk has {_size(free)} free.")
             partial.mkdir()
-            for file in sorted(source.folder.iterdir()):
-                shard = file.name in source.shards
-                wanted = other_weights is None if shard else not file.name.endswith(_OTHER_WEIGHTS)
-                if file.is_file() and wanted and file.name != RECORD:
-                    shutil.copyfile(file, partial / file.name)
+            for file in [*copied, *(source.folder / shard for shard in source.shards if other_weights is None)]:
+                shutil.copyfile(file, partial / file.name)
         yield Output(source, out, partial, overwrite)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +33,7 @@ from secateur.arguments import (
     Skip,
     WindowCount,
 )
-from secateur.errors import SecateurError, in_one_line
+from secateur.errors import SecateurError, in_one_line, printable
 from secateur.terminal import command, console, display, print_json, progress, split
 
 app = typer.Typer(
@@ -275,10 +276,10 @@ def guarded(run: Callable[[], Any]) -> int:
     try:
         run()
     except SecateurError as error:
-        print(f"secateur: {error}", file=sys.stderr)
+        print(f"secateur: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"secateur: {in_one_line(error)}.", file=sys.stderr)
+        print(f"secateur: {printable(in_one_line(error))}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return _interrupted()
@@ -295,5 +296,7 @@ def _interrupted() -> int:
 
 
 def main() -> None:
-    """The entry point of the `secateur` command."""
+    """The entry point of the `secateur` command. What libraries warn programmers of is not shown, unless asked for."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     sys.exit(guarded(functools.partial(app, standalone_mode=True)))
