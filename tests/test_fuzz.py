@@ -283,6 +283,23 @@ def test_a_tokenizer_that_fails_on_every_text(spoilt, refused, command):
     refused(case, command, "cannot take a text: ")
 
 
+@pytest.mark.parametrize("command", ["prune", "export gguf"])
+def test_a_tokenizer_that_panics_does_so_in_silence(spoilt, refused, command):
+    case = spoilt("llama")
+    held = json.loads((case.model / "tokenizer.json").read_text())
+    held["post_processor"]["special_tokens"] = {}
+    (case.model / "tokenizer.json").write_text(json.dumps(held))
+    refused(case, command, "is broken: ")
+
+
+def test_odd_fields_of_a_tokenizer_are_not_talked_about(spoilt, refused):
+    case = spoilt("llama")
+    held = json.loads((case.model / "tokenizer.json").read_text())
+    held["added_tokens"][0]["option"] = held["added_tokens"][0].pop("normalized")
+    (case.model / "tokenizer.json").write_text(json.dumps(held))
+    refused(case, "prune magnitude", "missing field `normalized`")
+
+
 # pruning.json, plans and rows.
 
 

@@ -16,9 +16,12 @@ WikiText-2 is joined with two line feeds first, as the papers do.
 import gzip
 import hashlib
 import json
+import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +74,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     ):
         raise BadCheckpoint(f"{folder} has no tokenizer (tokenizer.json or the like). Copy it there.")
     try:
-        with _rust_errors(folder):
+        with _rust_errors(folder), _silent():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
@@ -85,7 +88,26 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     # Where only the settings are there, transformers makes a tokenizer of nothing but special tokens.
     if len(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)) < 2:
         raise BadCheckpoint(f"{folder} has no tokenizer with a vocabulary. Copy tokenizer.json or the like there.")
+    with _silent():
+        encode(tokenizer, ["a few words"])
     return tokenizer
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hide what the process writes: Rust prints pages about a panic, and words on odd fields; we say it ourselves."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    try:
+        with open(os.devnull, "wb") as nothing:
+            for number in kept:
+                os.dup2(nothing.fileno(), number)
+        yield
+    finally:
+        for number, old in kept.items():
+            os.dup2(old, number)
+            os.close(old)
 
 
 class _rust_errors:  # noqa: N801 — used as a function
