@@ -55,7 +55,10 @@ def main() -> None:
     finally:
         shutil.rmtree(place, ignore_errors=True)
     if not chosen.only:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+        from secateur.machine import machine, versions  # after the work: importing torch takes memory
+
+        held = {"machine": machine(), "versions": versions(), "command": sys.argv, **found}
+        chosen.json.write_text(json.dumps(held, indent=1) + "\n")
     print(json.dumps(found))
     sys.exit(bool(found["faults"]))
 

@@ -83,7 +83,9 @@ def _spoil_tree(held: Any, draw: Random) -> str:
         node = child
     what = draw.choice(["set", "set", "set", "set", "number", "gone", "renamed", "swapped"])
     if what == "number" and isinstance(child, (int, float)):
-        node[key] = draw.choice([0, -child, child + 1, child - 1, child * 2, child * 10**9, float(child), str(child)])
+        node[key] = draw.choice(
+            [0, -child, child + 1, child - 1, child * 2, child * 10**9, child % 7 + 0.5, str(child)]
+        )
     elif what == "gone":
         del node[key]
     elif what == "renamed" and isinstance(node, dict):
