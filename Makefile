@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check sanitize bench-prune train clean
+.PHONY: demo test check sanitize fuzz bench-prune train clean
 
 demo: .venv/ready  ## compare magnitude, Wanda and SparseGPT on the embedded model
 	$(BIN)/secateur compare --methods magnitude,wanda,sparsegpt --patterns 50%,2:4 --windows 256 --out out/demo
@@ -20,6 +20,9 @@ sanitize: .venv/ready  ## the C sources under AddressSanitizer and UBSan (gcc)
 
 bench-prune: .venv/ready  ## what pruning costs beside llm-compressor (fetched into out/) and beside the bare products
 	OMP_NUM_THREADS=1 $(BIN)/python bench/prune.py --json bench/results/prune.json
+
+fuzz: .venv/ready  ## ten thousand spoilt checkpoint folders, each read by a command as users run it (an hour at most)
+	OMP_NUM_THREADS=1 $(BIN)/python bench/fuzz.py
 
 train: .venv/ready  ## train the embedded model again (hours on two cores); the same command resumes
 	$(BIN)/python bench/train_demo.py --out out/train

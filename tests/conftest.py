@@ -3,9 +3,7 @@
 Nothing here may reach for the network: a hub look-up fails at once instead of waiting.
 """
 
-import json
 import os
-import random
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -13,29 +11,10 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from families import VOCAB, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from tokenizers.decoders import ByteLevel
-from transformers import PreTrainedTokenizerFast
+from families import tiny_model
+from texts import byte_tokenizer, write_documents
 
 torch.set_num_threads(1)
-
-WORDS = "a the one two cat dog tree road runs sees likes old new red and but then why who how no yes".split()  # noqa: SIM905
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of printable ASCII bytes, `VOCAB` tokens in all; it begins every text with `<s>`."""
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    alphabet = sorted(c for c in pre_tokenizers.ByteLevel.alphabet() if c.isascii() or c in "ĠĊ")
-    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
-    assert len(vocabulary) <= VOCAB
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 @pytest.fixture(scope="session")
@@ -59,12 +38,8 @@ def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A .jsonl of 300 documents of about 200 bytes each, always the same."""
-    draw = random.Random(0)
     file = tmp_path_factory.mktemp("text") / "documents.jsonl"
-    with file.open("w", encoding="utf-8") as stream:
-        for _ in range(300):
-            text = " ".join(draw.choice(WORDS) for _ in range(draw.randint(30, 70))) + ".\n"
-            stream.write(json.dumps({"text": text}) + "\n")
+    write_documents(file)
     return file
 
 

@@ -82,7 +82,7 @@ def test_int8_values_come_back_as_what_they_stand_for(half, tmp_path):
             assert ((tensor - kept).abs() <= 0.51 * kept.abs().amax(1, keepdim=True) / 127).all()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     part=st.sampled_from(["bitmap", "values", "columns", "missing", "header", "dtype"]), place=st.integers(0, 10**6),
     by=st.integers(1, 2**31),

@@ -121,8 +121,9 @@ def test_few_rows_of_x_gain_nothing_on_sparse_tensor_cores(made):
 
 
 def test_shapes_that_no_backend_takes(made):
-    """[60, 128]: 60 is no multiple of 16; TensorRT wants 8."""
+    """[60, 128]: 60 is no multiple of 16; TensorRT wants 8. Of a Llama the shape would be refused."""
     folder = made(along_inputs)
+    (folder / "config.json").write_text('{"model_type": "unheard-of"}')
     change(folder, SITE, lambda weight: weight[:60].contiguous())
     found = validate(folder, runtime="semi-structured", batch=PREFILL)
     assert site(found).reason == "[60, 128] is no multiple of (16, 16) for cuSPARSELt, (32, 64) for CUTLASS"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import BadPlan, UnknownName, in_one_line
+from secateur.files import read_json
 from secateur.patterns import Pattern, Unstructured, parse_pattern
 
 Plan = Mapping[str, Pattern]
@@ -153,8 +154,8 @@ def read_plan(file: Path, shapes: Shapes) -> Plan:
     that a site cannot hold.
     """
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        held = read_json(file)
+    except (OSError, ValueError) as error:
         raise BadPlan(f"{file} cannot be read as a plan: {in_one_line(error)}.") from error
     if not isinstance(held, dict) or held.get("schema") != SCHEMA or not isinstance(held.get("sites"), dict):
         raise BadPlan(f"{file} is no plan: an object with schema {SCHEMA!r} and 'sites' was wanted.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -18,8 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur import demo
-from secateur.errors import BadCheckpoint, DiskFull, OutputRefused, in_one_line
+from secateur.errors import BadCheckpoint, DiskFull, OutputRefused, UnsupportedModel, in_one_line
+from secateur.files import read_json, refuse_odd_files
 
+MOST_NAME = 1000
+"""Characters in the name of a tensor. Real ones have less than 200."""
 SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
 FLOATS = {
     "F64": torch.float64,
@@ -27,6 +31,11 @@ FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_DTYPES = FLOATS | {
+    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,11 @@ class Checkpoint:
     places: Mapping[str, Place]
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by name."""
+        return {name: place.shape for name, place in self.places.items()}
+
+    @property
     def bytes(self) -> int:
         """The size of the shards on disk."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards)
@@ -58,9 +72,14 @@ class Checkpoint:
         return {shard: file_sha256(self.folder / shard) for shard in self.shards}
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, read from its shard."""
-        with safe_open(self.folder / self.places[name].shard, framework="pt") as shard:
-            return shard.get_tensor(name)
+        """One tensor, mapped from its shard. Raises UnsupportedModel for a dtype that torch does not have."""
+        place = self.places[name]
+        if place.dtype not in _DTYPES:
+            raise UnsupportedModel(f"{name} in {self.folder} is stored as {place.dtype}, which cannot be read here.")
+        if not place.bytes:
+            return torch.empty(place.shape, dtype=_DTYPES[place.dtype])
+        held = np.memmap(self.folder / place.shard, np.uint8, "c", place.offset, (place.bytes,))
+        return torch.from_numpy(held).view(_DTYPES[place.dtype]).view(place.shape)
 
 
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
@@ -76,6 +95,7 @@ def resolve(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
         return demo.model_folder()
     folder = Path(model)
     if folder.is_dir():
+        refuse_odd_files(folder)
         return folder
     if folder.exists():
         raise BadCheckpoint(f"{model} is a file; the folder of a checkpoint was wanted.")
@@ -140,8 +160,8 @@ def _index(folder: Path) -> dict[str, str]:
 def json_object(file: Path) -> dict[str, Any]:
     """What a JSON file holds, an object. Raises BadCheckpoint."""
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        held = read_json(file)
+    except ValueError as error:
         raise BadCheckpoint(f"{file} is no JSON ({in_one_line(error)}). Fetch it again.") from error
     if not isinstance(held, dict):
         raise BadCheckpoint(f"{file} holds a {type(held).__name__}; an object was wanted.")
@@ -172,12 +192,16 @@ def _read_header(file: Path) -> Iterator[tuple[str, Place]]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:  # memory: a file of terabytes is mapped
         raise BadCheckpoint(
             f"{file} is no sound safetensors file ({in_one_line(error)}). It may be cut short; fetch it again."
         ) from error
     for name, entry in header.items():
         if name != "__metadata__":
+            if not name.isprintable() or len(name) > MOST_NAME:
+                raise BadCheckpoint(
+                    f"{file} holds a tensor with the name {name[:80]!r}, which is none. Fetch it again."
+                )
             start, stop = entry["data_offsets"]
             yield (
                 name,

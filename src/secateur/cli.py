@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,7 +37,7 @@ from secateur.arguments import (
     Skip,
     WindowCount,
 )
-from secateur.errors import Interrupted, RankLost, SecateurError, in_one_line
+from secateur.errors import Interrupted, RankLost, SecateurError, in_one_line, printable
 from secateur.terminal import command, console, display, print_json, progress, split
 
 app = typer.Typer(
@@ -312,10 +313,10 @@ def guarded(run: Callable[[], Any]) -> int:
         run()
     except SecateurError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLost):
-            print(f"secateur: {error}", file=sys.stderr)
+            print(f"secateur: {printable(str(error))}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 2
     except OSError as error:
-        print(f"secateur: {in_one_line(error)}.", file=sys.stderr)
+        print(f"secateur: {printable(in_one_line(error))}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return _interrupted()
@@ -332,5 +333,7 @@ def _interrupted() -> int:
 
 
 def main() -> None:
-    """The entry point of the `secateur` command."""
+    """The entry point of the `secateur` command. What libraries warn programmers of is not shown, unless asked for."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
     sys.exit(guarded(functools.partial(app, standalone_mode=True)))

@@ -49,7 +49,7 @@ from secateur.results import SCHEMA, Results, Row, row_name
 from secateur.runtimes import find_runtime
 from secateur.shrink import refuse_structure
 from secateur.sites import sites
-from secateur.store import RowStore, file_name, write_whole
+from secateur.store import CHECKPOINTS, RowStore, file_name, write_whole
 from secateur.stream import Seconds
 from secateur.structures import Structure
 from secateur.trial import site_shapes
@@ -169,7 +169,7 @@ def compare(
         for method, pattern, rule in grid:
             kept = store.get(row_name(method, pattern, rule))
             if kept is None:
-                place = out / "checkpoints" / file_name(row_name(method, pattern, rule))
+                place = out / CHECKPOINTS / file_name(row_name(method, pattern, rule))
                 report = prune_checkpoint(
                     source, language_model, calibrated, place, method=method, pattern=pattern, allocate=rule,
                     align=align if isinstance(parse(pattern), Structure) else None, skip=skip, device=device,

@@ -16,9 +16,12 @@ WikiText-2 is joined with two line feeds first, as the papers do.
 import gzip
 import hashlib
 import json
+import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,11 @@ from secateur.errors import BadCheckpoint, BadText, NotEnoughText, SecateurError
 
 CORPORA = ("demo", "c4", "wikitext2")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+# What transformers raises for the files of a tokenizer, whatever it is that is wrong with them.
+TOKENIZER_ERRORS = (
+    ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError,
+    AssertionError, MemoryError,
+)  # fmt: skip
 _TOKENIZER_FILES = ("tokenizer", "vocab", "tekken")
 
 
@@ -66,11 +74,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     ):
         raise BadCheckpoint(f"{folder} has no tokenizer (tokenizer.json or the like). Copy it there.")
     try:
-        with _rust_errors(folder):
+        with _rust_errors(folder), _silent():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except (ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, RecursionError) as error:
+    except TOKENIZER_ERRORS as error:
         if "trust_remote_code" in str(error):
             raise BadCheckpoint(
                 f"The tokenizer of {folder} needs code of its own, which is not run unless asked for. "
@@ -80,21 +88,52 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     # Where only the settings are there, transformers makes a tokenizer of nothing but special tokens.
     if len(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)) < 2:
         raise BadCheckpoint(f"{folder} has no tokenizer with a vocabulary. Copy tokenizer.json or the like there.")
+    with _silent():
+        encode(tokenizer, ["a few words"])
     return tokenizer
 
 
-class _rust_errors:  # noqa: N801 — used as a function
-    """Turns what the tokenizers library raises for a broken file, a bare `Exception`, into BadCheckpoint."""
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hide what the process writes: Rust prints pages about a panic, and words on odd fields; we say it ourselves."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    try:
+        with open(os.devnull, "wb") as nothing:
+            for number in kept:
+                os.dup2(nothing.fileno(), number)
+        yield
+    finally:
+        for number, old in kept.items():
+            os.dup2(old, number)
+            os.close(old)
 
-    def __init__(self, folder: Path) -> None:
+
+class _rust_errors:  # noqa: N801 — used as a function
+    """Turns what the tokenizers library raises for a broken file, a bare `Exception` or a panic, into BadCheckpoint."""
+
+    def __init__(self, folder: object) -> None:
         self.folder = folder
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and kind is Exception:
+        if error is not None and kind is not None and (kind is Exception or kind.__name__ == "PanicException"):
             raise BadCheckpoint(f"The tokenizer of {self.folder} is broken: {in_one_line(error)}.") from error
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> list[list[int]]:
+    """The token ids of every text. Raises BadCheckpoint where the tokenizer cannot take them."""
+    try:
+        with _rust_errors(tokenizer.name_or_path):
+            found: Any = tokenizer(list(texts), verbose=False, **options)["input_ids"]
+    except TOKENIZER_ERRORS as error:
+        raise BadCheckpoint(
+            f"The tokenizer of {tokenizer.name_or_path} cannot take a text: {in_one_line(error)}."
+        ) from error
+    return found
 
 
 def calibration_windows(
@@ -164,8 +203,8 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, source: str, split: str, data_d
     if not texts:
         return torch.empty(0, dtype=torch.int64)
     if source == "wikitext2":
-        return torch.tensor(tokenizer("\n\n".join(texts), verbose=False)["input_ids"], dtype=torch.int64)
-    documents: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]  # type: ignore[assignment]
+        return torch.tensor(encode(tokenizer, ["\n\n".join(texts)])[0], dtype=torch.int64)
+    documents = encode(tokenizer, texts)
     marked = tokenizer.num_special_tokens_to_add() > 0
     border = [] if marked or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces = [np.asarray([*document, *border], dtype=np.int64) for document in documents]
@@ -186,17 +225,17 @@ def _windows_of_documents(
         number = draw.randint(0, len(texts) - 1)
         if lengths.get(number, length + 1) <= length:
             continue
-        ids = tokenizer(texts[number], verbose=False)["input_ids"]
-        lengths[number] = len(ids)  # type: ignore[arg-type]
-        if len(ids) > length:  # type: ignore[arg-type]
-            start = draw.randint(0, len(ids) - length - 1)  # type: ignore[arg-type]
-            windows.append(torch.tensor(ids[start : start + length]))  # type: ignore[index]
+        ids = encode(tokenizer, [texts[number]])[0]
+        lengths[number] = len(ids)
+        if len(ids) > length:
+            start = draw.randint(0, len(ids) - length - 1)
+            windows.append(torch.tensor(ids[start : start + length]))
     distinct = sum(n for n in lengths.values() if n > length)
     for number in range(len(texts)):  # repeated draws may have left out documents that are long enough
         if distinct >= samples * length or len(lengths) > 2000 + 500 * samples:
             break
         if number not in lengths:
-            lengths[number] = len(tokenizer(texts[number], verbose=False)["input_ids"])  # type: ignore[arg-type]
+            lengths[number] = len(encode(tokenizer, [texts[number]])[0])
             distinct += lengths[number] if lengths[number] > length else 0
     if len(windows) < samples or distinct < samples * length:
         raise NotEnoughText(

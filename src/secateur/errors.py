@@ -27,6 +27,14 @@ def in_one_line(error: BaseException, most: int = 240) -> str:
     return (text if len(text) <= most else f"{text[: most - 2]} …").rstrip(".")
 
 
+def printable(text: str, most: int = 2000) -> str:
+    """Text from outside as a terminal may show it: control characters and line breaks escaped, the middle of much left
+    out. Names in a checkpoint can hold anything, and an escape sequence can rewrite what was printed before.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= most else f"{shown[: most // 2]} … {shown[-most // 4 :]}"
+
+
 class SecateurError(Exception):
     """The root of all errors that are the user's to mend."""
 

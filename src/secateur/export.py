@@ -12,12 +12,15 @@ from torch import Tensor
 
 from secateur.checkpoint import INDEX, SINGLE, Checkpoint, disk_errors, open_checkpoint, resolve
 from secateur.errors import BadCheckpoint, UnknownName
+from secateur.files import read_json
 from secateur.formats import FORMATS, find_format, format_of
 from secateur.formats.base import save
 from secateur.inspection import record_of
 from secateur.machine import versions
+from secateur.model import load_config
 from secateur.output import output
 from secateur.progress import Progress
+from secateur.refusals import LOAD_ERRORS, bad_weights, foreign, other_shape, without_weights
 
 SHARD_BYTES = 5 * 10**9
 
@@ -58,6 +61,8 @@ def export(
         "to": to, "from": stored_as or "dense", "options": options, "loaded_by": said, "versions": versions(),
         "command": list(command or sys.argv), "source_shards": source.sha256(),
     }  # fmt: skip
+    if wanted is not None:
+        _refuse_other_shapes(source, options.get("trust_remote_code", False))
     with output(source, out, overwrite=overwrite, other_weights=source.bytes) as result:
         if wanted is not None:
             wanted.write(source, result.partial, **options)
@@ -67,6 +72,17 @@ def export(
         result.finish(record)
     progress.end()
     return said
+
+
+def _refuse_other_shapes(source: Checkpoint, trusted: bool) -> None:
+    """Raise BadCheckpoint or UnsupportedModel unless config.json, which formats go by, says what the weights are."""
+    config = load_config(source.folder, trust_remote_code=trusted)
+    try:
+        model = without_weights(source, config, trust_remote_code=trusted)
+    except LOAD_ERRORS as error:
+        raise bad_weights(source.folder, source.shapes, config, None, error) from error
+    if other := other_shape(source.shapes, model):
+        raise foreign(source.folder, other)
 
 
 def _densify(folder: Path, target: Path, stored_as: str) -> None:
@@ -80,7 +96,7 @@ def _densify(folder: Path, target: Path, stored_as: str) -> None:
             _save_in_shards(held.read(folder), target)
         if held.foreign:
             file = target / "config.json"
-            config = json.loads(file.read_text(encoding="utf-8"))
+            config = read_json(file)
             kept = {key: value for key, value in config.items() if key not in held.foreign}
             file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     open_checkpoint(target)

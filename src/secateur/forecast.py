@@ -129,7 +129,7 @@ def forecast(
     length = seq_len or min(2048, context(config) or 2048)
     check_length(config, length)
     checkpoint = open_checkpoint(folder) if is_whole(folder) else None
-    stored = stored_dtype(folder) if checkpoint else getattr(config, "dtype", None) or torch.float32
+    stored = stored_dtype(checkpoint) if checkpoint else getattr(config, "dtype", None) or torch.float32
     forward = forward_dtype(name, devices[0]) or stored
     windows = samples if found_method.need or found_method.refine else min(samples, batch_size)
     batch = min(batch_size, windows)

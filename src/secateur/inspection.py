@@ -7,20 +7,19 @@ every matrix counts, and coverage is unknown.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from secateur.checkpoint import RECORD, Checkpoint, open_checkpoint, resolve
 from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
+from secateur.files import fits, read_json
 from secateur.model import LanguageModel, checkpoint_tensors, find_stack, load_config
 from secateur.patterns import NM
-from secateur.refusals import LOAD_ERRORS
+from secateur.refusals import LOAD_ERRORS, foreign, without_weights
 from secateur.sites import sites
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
@@ -80,8 +79,7 @@ def stored_sites(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
     """The tensors of a checkpoint that are sites, or several, by name; and the coverage. Raises UnsupportedModel."""
     config = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = without_weights(checkpoint, config, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:
         raise UnsupportedModel(f"{checkpoint.folder} describes no causal LM: {in_one_line(error)}.") from error
     language_model = LanguageModel(model, find_stack(model), ())
@@ -96,7 +94,10 @@ def stored_sites(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> 
             parameters[name] = Stored(name, site.transposed, site.expert)
         for name, held in parameters.items():
             parameter = {name: model.get_parameter(name).data}
-            found |= dict.fromkeys(checkpoint_tensors(language_model, parameter, checkpoint.places), held)
+            for stored, tensor in checkpoint_tensors(language_model, parameter, checkpoint.places).items():
+                if (shape := checkpoint.places[stored].shape) != tuple(tensor.shape):
+                    raise foreign(checkpoint.folder, f"{stored} is {list(shape)}, not {list(tensor.shape)}")
+                found[stored] = held
     return found, covered / max(total, 1)
 
 
@@ -109,7 +110,7 @@ def unknown_sites(checkpoint: Checkpoint) -> dict[str, Stored]:
 def _read(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
     tensor = checkpoint.tensor(name)
     place = checkpoint.places[name]
-    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or not tensor.numel():
         return TensorReport(name, place.shape, place.dtype, 0.0, (), 0, 0, 0)
     zero = tensor == 0
     lying = tensor.transpose(-1, -2) if transposed else tensor
@@ -126,17 +127,30 @@ def _read(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:
-    """The folder's own pruning.json, or None. Raises BadCheckpoint where it is no JSON object."""
+    """The folder's own pruning.json, or None. Raises BadCheckpoint where it is none, or says what nobody can read."""
     file = folder / RECORD
     if not file.exists():
         return None
     try:
-        held = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        held = read_json(file, finite=True)
+    except ValueError as error:
         raise BadCheckpoint(f"{file} is no JSON ({in_one_line(error)}). Delete it, or prune again.") from error
     if not isinstance(held, dict):
         raise BadCheckpoint(f"{file} holds a {type(held).__name__}; an object was wanted. Delete it, or prune again.")
+    for field, wanted in _RECORD.items():
+        if not fits(held.get(field), wanted | None):
+            raise BadCheckpoint(
+                f"{file} has {field} {str(held[field])[:80]!r}, which is none. Delete it, or prune again."
+            )
+    for site in held.get("sites") or []:
+        if not fits(site.get("site"), str) or not fits(site.get("pattern"), str | None):
+            raise BadCheckpoint(f"{file} has a site {str(site)[:80]!r}, which is none. Delete it, or prune again.")
     return held
+
+
+_RECORD = {"method": str, "pattern": str, "sites": list[dict[str, Any]], "parameters": tuple[int, int],
+           "removed": dict[str, str]}  # fmt: skip
+"""What is read of pruning.json."""
 
 
 def rows(found: Inspection) -> Iterator[tuple[str, ...]]:

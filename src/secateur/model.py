@@ -25,15 +25,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from secateur.checkpoint import FLOATS, open_checkpoint
-from secateur.errors import BadCheckpoint, UnsupportedModel
+from secateur.checkpoint import FLOATS, Checkpoint, open_checkpoint
+from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
 from secateur.refusals import (
     LOAD_ERRORS,
     bad_config,
     bad_weights,
+    refuse_counts,
     refuse_encoder,
     refuse_foreign_weights,
     refuse_non_finite_ends,
+    without_weights,
 )
 
 
@@ -250,7 +252,12 @@ def replayable(model: PreTrainedModel) -> LanguageModel:
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     tokens = torch.randint(int(vocabulary), (3, 16), generator=torch.Generator().manual_seed(0))
     tokens[2, :-1] = tokens[1, :-1]  # for the check that no token sees a later one
-    found, wanted = _with_tuples(model, stack, tokens)
+    try:
+        found, wanted = _with_tuples(model, stack, tokens)
+    except LOAD_ERRORS as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be run as its config.json sets it up: {in_one_line(error)}."
+        ) from error
     shell = Shell(found, torch.device("cpu"), None)
     hidden, calls = shell.enter(tokens)
     for block, call in zip(found.blocks, calls, strict=True):
@@ -304,32 +311,35 @@ def load_blocks(folder: Path, *, trust_remote_code: bool = False) -> list[nn.Mod
 
 
 def _mapped(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    config = load_config(folder, trust_remote_code=trust_remote_code)
+    config, built = load_config(folder, trust_remote_code=trust_remote_code), None
+    checkpoint = open_checkpoint(folder)
+    shapes = checkpoint.shapes
     try:
+        built = without_weights(checkpoint, config, trust_remote_code=trust_remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=stored_dtype(folder),
+            dtype=stored_dtype(checkpoint),
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
         )
     except LOAD_ERRORS as error:
-        raise bad_weights(folder, config, error) from error
+        raise bad_weights(folder, shapes, config, built, error) from error
     model, report = loaded
     refuse_foreign_weights(folder, model, find_stack(model), report)
     return model.eval()
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The floating dtype in which most of a checkpoint's bytes are stored, whatever its config.json says."""
     bytes_of: Counter[str] = Counter()
-    for place in open_checkpoint(folder).places.values():
+    for place in checkpoint.places.values():
         if place.dtype in FLOATS:
             bytes_of[place.dtype] += place.bytes
     if not bytes_of:
-        raise BadCheckpoint(f"{folder} holds no floating-point weights.")
+        raise BadCheckpoint(f"{checkpoint.folder} holds no floating-point weights.")
     return FLOATS[bytes_of.most_common(1)[0][0]]
 
 
@@ -357,6 +367,7 @@ def checkpoint_tensors(
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a checkpoint folder. Raises UnsupportedModel or BadCheckpoint."""
+    refuse_counts(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except LOAD_ERRORS as error:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from secateur.checkpoint import FLOATS, RECORD, Checkpoint, disk_errors, file_sha256, json_object
 from secateur.errors import BadCheckpoint, ConditionsDiffer, DiskFull, Interrupted, OutputRefused, SecateurError
+from secateur.files import refuse_links_out
 from secateur.journal import Journal, differences
 
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -200,6 +201,7 @@ def output(
             f"One of {out} and the model's folder {model} lies inside the other. Choose another folder."
         )
     refuse_output(out, overwrite=overwrite)
+    refuse_links_out(model)
     partial, file = out.with_name(f".{out.name}.partial"), journal_of(out)
     made = [folder for folder in out.parents if not folder.exists()]
     result = None
@@ -243,16 +245,19 @@ def _taken_up(result: Output, conditions: Mapping[str, Any], restart: bool) -> b
 
 def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | None) -> None:
     shutil.rmtree(partial, ignore_errors=True)
+    copied = [
+        file
+        for file in sorted(source.folder.iterdir())
+        if file.is_file() and file.name not in (RECORD, *source.shards) and not file.name.endswith(_OTHER_WEIGHTS)
+    ]
     free = shutil.disk_usage(out.parent).free
-    if free < (size := source.bytes if other_weights is None else other_weights):
+    size = source.bytes if other_weights is None else other_weights
+    if free < (size := size + sum(file.stat().st_size for file in copied)):
         raise DiskFull(f"{out} needs {_size(size)}, the disk has {_size(free)} free.")
     partial.mkdir()
-    for file in sorted(source.folder.iterdir()):
-        shard = file.name in source.shards
-        wanted = other_weights is None if shard else not file.name.endswith(_OTHER_WEIGHTS)
-        if file.is_file() and wanted and file.name != RECORD:
-            shutil.copyfile(file, partial / file.name)
-            sync(partial / file.name)
+    for file in [*copied, *(source.folder / shard for shard in source.shards if other_weights is None)]:
+        shutil.copyfile(file, partial / file.name)
+        sync(partial / file.name)
     sync(partial)
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from secateur.bench import BenchResults
 from secateur.doctor import Examination
+from secateur.errors import printable
 from secateur.inspection import Inspection, rows
 from secateur.layers import LayerTiming
 from secateur.record import LEFT_OUT, Report
@@ -134,9 +135,9 @@ def inspection_summary(found: Inspection) -> list[str]:
         lines.append(f"Pruned with {record.get('method')} to {record.get('pattern')}.")
         if record.get("parameters"):
             before, after = record["parameters"]
-            gone = "; ".join(f"{where}: {what}" for where, what in record["removed"].items())
+            gone = "; ".join(f"{where}: {what}" for where, what in (record.get("removed") or {}).items())
             lines.append(f"A smaller model: {before:,} parameters became {after:,}. Gone: {gone}.")
-    return lines
+    return [printable(line) for line in lines]
 
 
 def speed_table(results: BenchResults) -> Table:
@@ -194,7 +195,7 @@ def validation_table(found: Validation) -> Table:
     for column in ("tensor", "shape", "dtype", "sparsity", "promised", "used", "why"):
         shown.add_column(column, overflow="fold")
     for row in validation_rows(found):
-        shown.add_row(*map(escape, row))
+        shown.add_row(*(escape(printable(cell)) for cell in row))
     return shown
 
 

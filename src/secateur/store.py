@@ -6,13 +6,27 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 import numpy as np
 
 from secateur.errors import ConditionsDiffer
 from secateur.evaluate import Measured
+from secateur.files import fits, read_json
 from secateur.results import Row
+
+CHECKPOINTS = "checkpoints"
+"""Where the pruned checkpoints of a comparison lie, each under the name of its row's file."""
+MOST_LOSS = 700.0
+"""Nats a token; the perplexity of more is no number."""
+
+
+class _Held(NamedTuple):
+    """What the file of a row holds."""
+
+    conditions: dict[str, Any]
+    row: Row
+    loss: list[float]
 
 
 class RowStore:
@@ -24,7 +38,7 @@ class RowStore:
     def check(self) -> None:
         """Raise ConditionsDiffer where a row here was measured under other conditions, naming the difference."""
         for file in sorted(self.folder.glob("*.json")):
-            found = self._read(file)["conditions"]
+            found = self._read(file).conditions
             wanted = json.loads(json.dumps(self.conditions))
             for key in sorted(found.keys() | wanted.keys()):
                 if found.get(key) != wanted.get(key):
@@ -39,25 +53,36 @@ class RowStore:
         if not file.exists():
             return None
         held = self._read(file)
-        row = Row(**held["row"])
-        if row.checkpoint and not (self.folder.parent / row.checkpoint).is_dir():
+        if held.row.name != name or len(held.loss) != self.conditions["evaluation"]["samples"]:
+            raise ConditionsDiffer(f"{file} is no row {name!r} over the windows at hand. Delete it and run again.")
+        if held.row.checkpoint and not (self.folder.parent / held.row.checkpoint).is_dir():
             return None
-        row.delta_interval = (row.delta_interval[0], row.delta_interval[1])
-        return row, Measured(np.asarray(held["loss"]))
+        return held.row, Measured(np.asarray(held.loss))
 
     def put(self, row: Row, measured: Measured) -> None:
         """Keep a finished row."""
         held = {"conditions": self.conditions, "row": asdict(row), "loss": measured.loss.tolist()}
         write_whole(self.folder / f"{file_name(row.name)}.json", json.dumps(held, allow_nan=False))
 
-    def _read(self, file: Path) -> dict[str, Any]:
+    def _read(self, file: Path) -> _Held:
+        """The row in a file. Whoever wrote it, it names no checkpoint but its own: that folder may be replaced."""
         try:
-            held = json.loads(file.read_text(encoding="utf-8"))
-            if not held.keys() >= {"conditions", "row", "loss"}:
+            held, hints = read_json(file, finite=True), get_type_hints(Row)
+            if not fits(held, dict[str, Any]) or not held.keys() >= {"conditions", "row", "loss"}:
                 raise ValueError("fields are missing")
-        except (ValueError, AttributeError) as error:
+            if not fits(held["conditions"], dict[str, Any]) or not fits(held["loss"], list[float]):
+                raise ValueError("its conditions or losses are of another type")
+            row = held["row"]
+            if not isinstance(row, dict) or any(not fits(row[name], hints.get(name, None)) for name in row):
+                raise ValueError("a field of the row is of another type")
+            if row.get("checkpoint") not in (None, f"{CHECKPOINTS}/{file.stem}"):
+                raise ValueError("its checkpoint lies elsewhere")
+            if not all(0 <= loss < MOST_LOSS for loss in held["loss"]):
+                raise ValueError("it has losses that no model has")
+            row = Row(**{**row, "delta_interval": tuple(row["delta_interval"]), "rank": "", "ties": [], "latency": []})
+        except (ValueError, TypeError, KeyError) as error:
             raise ConditionsDiffer(f"{file} is no finished row ({error}). Delete it and run again.") from error
-        return held
+        return _Held(held["conditions"], row, held["loss"])
 
 
 def file_name(row: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -19,7 +20,7 @@ def progress(quiet: bool) -> Any:
     from secateur.progress import show
 
     transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.CRITICAL)  # what is an error to us is raised as well, and told once
     datasets.disable_progress_bars()
     return show(quiet)
 

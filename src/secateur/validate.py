@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoint import Checkpoint, open_checkpoint, resolve
-from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line
+from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line, printable
 from secateur.inspection import Stored, record_of, stored_sites, unknown_sites
 from secateur.patterns import TWO_OF_FOUR
 from secateur.rules import CONV1D, EXPERTS, LINEAR, PRUNED, RULES, Matrix, Rule, Verdict
@@ -124,7 +124,7 @@ def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
         dtype=checkpoint.places[name].dtype,
         rows=weight.shape[-2],
         columns=weight.shape[-1],
-        sparsity=zero.float().mean(dtype=torch.float64).item(),
+        sparsity=zero.float().mean(dtype=torch.float64).item() if zero.numel() else 0.0,
         crowded=_crowded(weight),
         crowded_outputs=_crowded(weight.transpose(-1, -2)),
         negative_zeros=int((zero & weight.signbit()).sum()),
@@ -134,7 +134,7 @@ def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
 
 def _crowded(weight: Tensor) -> float:
     """The share of groups of four along the last axis that keep more than two weights; 1 where there are none."""
-    if weight.shape[-1] % TWO_OF_FOUR.m:
+    if weight.shape[-1] % TWO_OF_FOUR.m or not weight.numel():
         return 1.0
     return TWO_OF_FOUR.crowded(weight).float().mean(dtype=torch.float64).item()
 
@@ -193,10 +193,11 @@ def summary(validation: Validation) -> list[str]:
     """What it comes to: how many sites keep their promise, the notes, and where the rule is known from."""
     counted = [site for site in validation.sites if site.promised or site.used]
     used = sum(site.used for site in counted)
-    return [
+    lines = [
         f"{validation.folder} promises {validation.promised}.",
         f"{validation.runtime} {'will' if validation.certain else 'may'} use it in {used} of {len(counted)} tensors "
         f"with {validation.batch} rows of x: {'kept' if validation.kept else 'not kept'}.",
         *validation.notes,
         f"Known from: {validation.source} ({validation.date}).",
     ]
+    return [printable(line) for line in lines]

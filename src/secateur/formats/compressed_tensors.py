@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from secateur.checkpoint import FLOATS, INDEX, Checkpoint, Place, open_checkpoint
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel
+from secateur.files import read_json
 from secateur.formats.base import Format, refuse_odd_values, save
 from secateur.inspection import stored_sites
 from secateur.patterns import TWO_OF_FOUR
@@ -95,18 +95,17 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
     where: dict[str, str] = {}
     for shard in source.shards:
         tensors: dict[str, Tensor] = {}
-        with safe_open(source.folder / shard, framework="pt") as held:
-            for name in (name for name, place in source.places.items() if place.shard == shard):
-                tensor = held.get_tensor(name)
-                zeros += tensor.numel() - int(tensor.count_nonzero())
-                total += tensor.numel()
-                tensors |= _packed(name.removesuffix(".weight"), tensor, layout) if name in chosen else {name: tensor}
+        for name in (name for name, place in source.places.items() if place.shard == shard):
+            tensor = source.tensor(name)
+            zeros += tensor.numel() - int(tensor.count_nonzero())
+            total += tensor.numel()
+            tensors |= _packed(name.removesuffix(".weight"), tensor, layout) if name in chosen else {name: tensor}
         save(tensors, folder / shard)
         size += sum(tensor.nbytes for tensor in tensors.values())
         where |= dict.fromkeys(tensors, shard)
     if (source.folder / INDEX).exists():
         _write_json({"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}, folder / INDEX)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     config["quantization_config"] = _description(layout, zeros / total, _left_dense(source, chosen))
     _write_json(config, folder / "config.json")
 
@@ -170,8 +169,8 @@ def _write_json(held: dict[str, Any], file: Path) -> None:
 def _config(folder: Path) -> dict[str, Any]:
     """config.json, empty where there is none that can be read."""
     try:
-        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        held = read_json(folder / "config.json")
+    except (OSError, ValueError):
         return {}
     return held if isinstance(held, dict) else {}
 

@@ -12,13 +12,13 @@ other; both are checked, and a score is then minus the place of a token's first 
 
 from __future__ import annotations
 
-import json
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.data import load_tokenizer
-from secateur.errors import UnsupportedModel
+from secateur.data import encode, load_tokenizer
+from secateur.errors import UnsupportedModel, in_one_line
+from secateur.files import read_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -60,7 +60,10 @@ def add_vocabulary(gguf: Any, writer: Any, folder: Path, size: int) -> None:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UnsupportedModel(f"{folder} has no tokenizer.json. Load its tokenizer and call save_pretrained.")
-    found = read_vocabulary(json.loads(file.read_text(encoding="utf-8")), size)
+    try:
+        found = read_vocabulary(read_json(file), size)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UnsupportedModel(f"{file} is of a form that is not known here: {in_one_line(error)}.") from error
     writer.add_tokenizer_model("llama" if found.pre is None else "gpt2")
     writer.add_tokenizer_pre(found.pre or "default")
     writer.add_token_list(found.tokens)
@@ -82,7 +85,7 @@ def add_vocabulary(gguf: Any, writer: Any, folder: Path, size: int) -> None:
 
 def _ends(tokenizer: Any, folder: Path) -> tuple[bool, bool]:
     """Whether the tokenizer puts its first and its last token around a text. Raises UnsupportedModel."""
-    plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    plain, whole = encode(tokenizer, ["a"], add_special_tokens=False)[0], encode(tokenizer, ["a"])[0]
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     for first in (False, True):
         for last in (False, True):

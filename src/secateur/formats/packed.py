@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 from secateur.checkpoint import INDEX, Checkpoint, file_sha256
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line
+from secateur.files import refuse_odd_files
 from secateur.formats.base import Format, refuse_odd_values, save
 from secateur.inspection import stored_sites
 from secateur.model import load_config
 from secateur.packed import SLACK, Packed, check, pack, pack_int8, row_starts
 from secateur.packing import LEAST, Crossovers, own_products, put_packed
+from secateur.refusals import LOAD_ERRORS, bad_weights, foreign, refuse_larger, refusing_more
 
 KEY, PREFIX, PACKED_INDEX = "secateur.packed", "packed-", "packed.index.json"
 VALUES = ("as stored", "int8")
@@ -88,11 +90,14 @@ class Shard:
 
     def tensor(self, name: str) -> Tensor | Packed:
         """A dense tensor by name, packed where it is, after `check`."""
-        with safe_open(self.file, framework="pt") as held:
-            if name not in self.told["columns"]:
-                return held.get_tensor(name)
-            parts = {part: held.get_tensor(f"{name}.{part}") for part in ("bitmap", "values")}
-            scales = held.get_tensor(f"{name}.scales") if f"{name}.scales" in held.keys() else None  # noqa: SIM118
+        try:
+            with safe_open(self.file, framework="pt") as held:
+                if name not in self.told["columns"]:
+                    return held.get_tensor(name)
+                parts = {part: held.get_tensor(f"{name}.{part}") for part in ("bitmap", "values")}
+                scales = held.get_tensor(f"{name}.scales") if f"{name}.scales" in held.keys() else None  # noqa: SIM118
+        except (SafetensorError, AttributeError) as error:  # a dtype that torch or the library lacks
+            raise BadCheckpoint(f"{name} in {self.file} cannot be read: {in_one_line(error)}.") from error
         bitmap = parts["bitmap"]
         if bitmap.dtype != torch.int64 or bitmap.dim() != 2:
             raise BadCheckpoint(f"{name} in {self.file} has a bitmap of {bitmap.dtype} {list(bitmap.shape)}.")
@@ -112,15 +117,23 @@ def shards(folder: Path) -> list[Shard]:
             sound = told["layout"] == 1 and all(type(count) is int for count in columns.values())
             wanted = [f"{name}.{part}" for name in columns for part in ("bitmap", "values")]
             names = [name for name in header if name != "__metadata__"]
+            sound &= told["values"] in VALUES and isinstance(told["sha256"], str) and _adjoin(header, names)
             wanted += [name for name in names if name not in columns]
             if not sound or not set(wanted) <= set(stored) or not set(columns) <= set(names):
                 raise ValueError("tensors are missing, or the layout is another")
-        except (SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
+        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise BadCheckpoint(f"{file} is no packed shard ({in_one_line(error)}). Pack the model again.") from error
         found.append(Shard(file, told, tuple(names)))
     if not found:
         raise BadCheckpoint(f"{folder} holds no packed shards ({PREFIX}*.safetensors).")
     return found
+
+
+def _adjoin(header: dict[str, Any], names: list[str]) -> bool:
+    """Whether the tensors of a header lie one after the other, as they must."""
+    offsets = sorted(header[name]["data_offsets"] for name in names)
+    starts, stops = [start for start, _ in offsets], [stop for _, stop in offsets]
+    return all(type(place) is int for place in (*starts, *stops)) and starts == [0, *stops][: len(starts)]
 
 
 def holds(folder: Path) -> bool:
@@ -142,8 +155,11 @@ def restore(folder: Path, target: Path) -> None:
         with out.open("wb") as stream:
             stream.write(len(header).to_bytes(8, "little") + header)
             for name in shard.names:
-                stream.seek(8 + len(header) + places[name]["data_offsets"][0])
-                stream.write(shard.dense(name).flatten().view(torch.uint8).numpy().data)
+                (start, stop), dense = places[name]["data_offsets"], shard.dense(name).contiguous()
+                if dense.nbytes != stop - start:
+                    raise BadCheckpoint(f"{name} in {shard.file} has another size than it had. Pack the model again.")
+                stream.seek(8 + len(header) + start)
+                stream.write(dense.flatten().view(torch.uint8).numpy().data)
         if file_sha256(out) != shard.told["sha256"]:
             raise BadCheckpoint(
                 f"{shard.file} does not give the dense shard that was packed. It was altered; pack again."
@@ -159,6 +175,7 @@ def load_packed(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, meas
     BadCheckpoint and UnsupportedModel.
     """
     folder = Path(folder)
+    refuse_odd_files(folder)
     config = load_config(folder)
     try:
         family: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -166,13 +183,17 @@ def load_packed(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, meas
         raise UnsupportedModel(
             f"{folder} holds a {config.model_type} model, which is no causal language model."
         ) from error
-    with torch.device("meta"):
-        skeleton = family(config)
+    held_shards = shards(folder)
+    try:
+        with torch.device("meta"), refusing_more(folder, sum(len(shard.names) for shard in held_shards)):
+            skeleton = family(config)
+    except LOAD_ERRORS as error:
+        raise bad_weights(folder, {}, config, None, error) from error
     linear = {name for name, module in skeleton.named_modules() if type(module) is nn.Linear}
     prefix = f"{skeleton.base_model_prefix}."
     state: dict[str, Tensor] = {}
     packed: dict[str, Packed] = {}
-    for shard in shards(folder):
+    for shard in held_shards:
         for name in shard.names:
             held = shard.tensor(name)
             bare = name.removesuffix(".weight")
@@ -181,7 +202,17 @@ def load_packed(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, meas
                 packed[module] = _as(held, dtype)
                 held = torch.zeros((), dtype=dtype).expand(held.rows, held.columns)  # takes no memory
             state[name] = held.dense().contiguous() if isinstance(held, Packed) else held
-    model = family.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    refuse_larger(folder, shapes, skeleton)
+    try:
+        model, report = family.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    except LOAD_ERRORS as error:
+        raise bad_weights(folder, shapes, config, skeleton, error) from error
+    if missing := sorted(report["missing_keys"]):
+        raise foreign(folder, f"it lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+    model.eval()
     crossovers = Crossovers(dtype) if measure else None
     for name, matrix in packed.items():
         put_packed(model, name, matrix, crossovers)

@@ -1,0 +1,279 @@
+"""What may lie in a checkpoint folder that somebody else made: mutations of sound folders, by kind, drawn at random.
+
+`KINDS` is the table: which sound folders a kind spoils, how, and which commands then read them. A mutation is a
+function of a `Case` that changes files below it and says in a few words what it did. What the draw gives depends on
+the seed and the case alone, so that every case can be made again. `fuzzing` runs the commands and judges them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from spoilt_json import NASTY, spoilt, spoilt_names
+from spoilt_shards import spoil_header, spoil_metadata
+from spoilt_tokenizers import spoil_settings, spoil_vocabulary
+from transformers import CONFIG_MAPPING
+
+SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
+CODE = "from pathlib import Path\nPath({marker!r}).write_text('the code ran')\nraise SystemExit(99)\n"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Where a case lies: the folder to spoil, one beside it that nobody may touch, the output; and the draw."""
+
+    root: Path
+    draw: Random
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def sentinel(self) -> Path:
+        return self.root / "sentinel"
+
+    @property
+    def out(self) -> Path:
+        return self.root / "out"
+
+
+class Kind(NamedTuple):
+    """One kind of mutation: `spoil(case)`, the sound folders it is tried on, the commands that read them, its share."""
+
+    spoil: Callable[[Case], str]
+    bases: tuple[str, ...]
+    commands: tuple[str, ...]
+    weight: float
+
+
+def spoil_json_file(case: Case, file: Path) -> str:
+    """Change one JSON file, in its tree or in its bytes."""
+    data, what = spoilt(file.read_bytes(), case.draw)
+    file.write_bytes(data)
+    return f"{file.name}: {what}"
+
+
+def header(case: Case) -> str:
+    """Change the header or the data of a shard."""
+    file = case.draw.choice(sorted(case.model.glob("*.safetensors")))
+    return f"{file.name}: {spoil_header(file, case.draw)}"
+
+
+def index(case: Case) -> str:
+    """Change the index: its JSON, or the names of shards, and now and then put something else for a shard."""
+    file, draw = case.model / INDEX, case.draw
+    if draw.random() < 0.3:
+        return spoil_json_file(case, file)
+    held = json.loads(file.read_bytes())
+    shard = draw.choice(sorted(case.model.glob("*.safetensors")))
+    name = draw.choice([*held["weight_map"], "model.extra.weight", *spoilt_names(draw)])
+    outside = [
+        "../sentinel/outside.safetensors",
+        str(case.sentinel / "outside.safetensors"),
+        "./model-00001-of-00002.safetensors",
+        "MODEL.SAFETENSORS",
+        "a\nb.safetensors",
+        "\x1b[31m.safetensors",
+        "x" * 300 + ".safetensors",
+        "a\x00b.safetensors",
+        "\ud800.safetensors",
+        "other.safetensors",
+        *NASTY,
+    ]
+    what = draw.choice(["entry", "entry", "all", "missing", "shard"])
+    if what == "entry":
+        held["weight_map"][name] = draw.choice(outside)
+    elif what == "all":
+        held["weight_map"] = dict.fromkeys(held["weight_map"], draw.choice(outside))
+    elif what == "missing":
+        for gone in draw.sample(sorted(held["weight_map"]), draw.randint(1, len(held["weight_map"]))):
+            del held["weight_map"][gone]
+    else:
+        what = put_instead(case, shard)
+    file.write_text(json.dumps(held))
+    return f"index: {what} {held['weight_map'].get(name)!r:.60}"
+
+
+def put_instead(case: Case, file: Path) -> str:
+    """Put something that is no plain file in the place of a file, or of one that is not there."""
+    draw, outside = case.draw, case.sentinel / "outside.safetensors"
+    what = draw.choice(
+        ["gone", "folder", "pipe", "loop", "link out", "link to text", "dangling", "zero", "null", "socket", "sparse",
+         "empty", "noise", "self link"]
+    )  # fmt: skip
+    kept = file.read_bytes() if file.is_file() and not file.is_symlink() else b""
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    file.unlink(missing_ok=True)
+    if what == "folder":
+        file.mkdir()
+    elif what == "pipe":
+        os.mkfifo(file)
+    elif what == "loop":
+        (case.model / "loop").symlink_to(file.name)
+        file.symlink_to("loop")
+    elif what == "self link":
+        (case.sentinel / f"kept-{file.name}").write_bytes(kept)
+        file.symlink_to(case.sentinel / f"kept-{file.name}")
+    elif what in ("link out", "link to text", "dangling", "zero", "null"):
+        text, nowhere = case.sentinel / "secret.txt", case.sentinel / "nowhere"
+        goals = {"link out": outside, "link to text": text, "dangling": nowhere, "zero": "/dev/zero"}
+        file.symlink_to(goals.get(what, "/dev/null"))
+    elif what == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(file))
+    elif what == "sparse":
+        with file.open("wb") as stream:
+            stream.write(kept[:1000])
+            stream.truncate(2 ** draw.choice([31, 36, 40]))
+    elif what == "empty":
+        file.touch()
+    elif what == "noise":
+        file.write_bytes(draw.randbytes(draw.choice([1, 8, 100, 10_000])))
+    return f"{what} for {file.name}"
+
+
+EXTRA = (
+    "generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "merges.txt",
+    "vocab.json", "tokenizer.model", "notes.txt", "pytorch_model.bin", "adapter_config.json", "processor_config.json",
+    "preprocessor_config.json", "model.safetensors.index.json", "pruning.json", "tekken.json", "vocab.txt",
+    "additional_chat_templates", "packed-model.safetensors", "packed.index.json", "chat_template.json", "own.py",
+    "configuration_llama.py", "config.1.0.0.json", "a\nb.txt", "\x1b[31m.json", "tokenizer.1.0.0.json",
+)  # fmt: skip
+
+
+def files(case: Case) -> str:
+    """Put something else for any file of the folder, also for those that libraries look for of their own accord."""
+    name = case.draw.choice([*sorted(file.name for file in case.model.iterdir()), *EXTRA])
+    return put_instead(case, case.model / name)
+
+
+def extra_json(case: Case) -> str:
+    """Add or change the small JSON files that transformers reads besides."""
+    names = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "adapter_config.json")
+    file = case.model / case.draw.choice(names)
+    if not file.exists():
+        file.write_text('{"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token": "<pad>", "max_length": 20}')
+    return spoil_json_file(case, file)
+
+
+SIZES = (
+    "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "n_layer", "n_embd", "n_head", "n_positions", "n_inner", "num_experts",
+    "num_local_experts", "num_experts_per_tok", "sliding_window", "rms_norm_eps", "rope_theta", "pad_token_id",
+    "bos_token_id", "eos_token_id", "initializer_range", "attention_dropout", "max_window_layers",
+    "layer_norm_epsilon", "query_pre_attn_scalar", "chunk_size_feed_forward", "num_return_sequences",
+)  # fmt: skip
+SWITCHES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("gelu", "swosh", "../x", 3), "dtype": ("float8_e4m3fn", "int8", "bool", "load", "os", "complex64"),
+    "torch_dtype": ("float16", "nn", 1), "tie_word_embeddings": (True, "yes"), "is_decoder": (False,),
+    "attn_implementation": ("flash_attention_2", "kernels-community/flash-attn", "sdpa", "eager", "x"),
+    "_attn_implementation": ("kernels-community/flash-attn", "flex_attention", "paged|eager"),
+    "_experts_implementation": ("x", "grouped_mm"), "layer_types": (["full_attention"] * 10**5, ["x"] * 4, "full"),
+    "rope_parameters": ({"rope_type": "yarn", "factor": 0}, {"rope_type": "dynamic", "factor": 1e30},
+                        {"rope_type": "longrope", "short_factor": [1.0], "long_factor": ["x"]}, {"rope_type": "<b>"}),
+    "rope_scaling": ({"type": "linear", "factor": "8"}, {"rope_type": "llama3"}, 7),
+    "auto_map": ({"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}, {"AutoConfig": "a/b--own.C"}, "x"),
+    "quantization_config": ({"quant_method": "gptq"}, {"quant_method": 1}, [], {"load_in_4bit": True}, "x", {"a": {}}),
+    "sparsity_config": ({"format": "sparse-bitmask"}, {"format": []}, "x"), "architectures": (["X"], [1], "x", [[]]),
+    "pruned_heads": ({"0": [0]}, {"0": [10**9]}, {"x": 1}), "text_config": ({"model_type": "llama"}, {}, 1),
+    "transformers_version": ("9", 1), "id2label": ({"x": 1}, {"0": "a"}), "num_labels": (10**9, -1, 2**40),
+    "use_cache": (1,), "output_attentions": (True,), "output_hidden_states": (True,), "return_dict": (False,),
+    "tokenizer_class": ("X", 1, "AutoTokenizer"), "vocab_file": ("../sentinel/secret.txt",),
+    "pretraining_tp": (0, 2, 10**9), "attention_bias": (True, "x"), "mlp_bias": (True,),
+    "add_cross_attention": (True,), "is_encoder_decoder": (True,), "num_hidden_layers": (10**9, 2**62, -1, 10**5),
+    "gradient_checkpointing": (True,), "_name_or_path": ("../../sentinel",), "output_router_logits": (True, "x"),
+}  # fmt: skip
+
+
+def config(case: Case) -> str:
+    """Change config.json: any value, a size, a switch, the family."""
+    file, draw = case.model / "config.json", case.draw
+    what = draw.choice(["tree", "size", "size", "size", "switch", "switch", "family", "pair"])
+    if what == "tree":
+        return spoil_json_file(case, file)
+    held = json.loads(file.read_bytes())
+    changes: dict[str, Any] = {}
+    for _ in range(2 if what == "pair" else 1):
+        if what == "family":
+            changes["model_type"] = draw.choice([*sorted(CONFIG_MAPPING), "no-such", "<b>x</b>", "../llama"])
+        elif what == "switch" or (what == "pair" and draw.random() < 0.5):
+            name = draw.choice(sorted(SWITCHES))
+            changes[name] = draw.choice(SWITCHES[name])
+        else:
+            name = draw.choice([name for name in SIZES if name in held] if draw.random() < 0.8 else SIZES)
+            now = held.get(name)
+            near = [now - 1, now + 1, now * 2, -now, now * 1000] if type(now) is int else []
+            sizes = [0, -1, 1, 3, 10**5, 10**9, 2**31, 2**40, 2**62, 10**30, 0.5, 1e308, *near]
+            changes[name] = draw.choice(sizes if draw.random() < 0.8 else NASTY)
+    if "auto_map" in changes:
+        (case.model / "own.py").write_text(CODE.format(marker=str(case.root / "mark")))
+        changes["model_type"] = draw.choice(["llama", "own"])
+    file.write_text(json.dumps({**held, **changes}))
+    return f"config.json: {json.dumps(changes)[:160]}"
+
+
+def tokenizer(case: Case) -> str:
+    """Change the tokenizer: any value of its files, or its settings, vocabulary, merges, normalizers."""
+    draw, file = case.draw, case.model / case.draw.choice(["tokenizer.json", "tokenizer_config.json"])
+    if draw.random() < 0.6:
+        return spoil_json_file(case, file)
+    held = json.loads(file.read_bytes())
+    if file.name == "tokenizer_config.json":
+        what = spoil_settings(held, draw)
+        if "auto_map" in what:
+            (case.model / "own.py").write_text(CODE.format(marker=str(case.root / "mark")))
+    else:
+        what = spoil_vocabulary(held, draw)
+    file.write_text(json.dumps(held))
+    return f"{file.name}: {what}"
+
+
+def record(case: Case) -> str:
+    """Change pruning.json."""
+    return spoil_json_file(case, case.model / RECORD)
+
+
+def result_rows(case: Case) -> str:
+    """Change a finished row of a comparison."""
+    return spoil_json_file(case, case.draw.choice(sorted((case.out / "rows").glob("*.json"))))
+
+
+def plan(case: Case) -> str:
+    """Change a plan."""
+    return spoil_json_file(case, case.root / "plan.json")
+
+
+def packed(case: Case) -> str:
+    """Change what a packed shard says of itself, or its tensors."""
+    file = next(case.model.glob("packed-*.safetensors"))
+    return f"{file.name}: {spoil_metadata(file, case.draw)}" if case.draw.random() < 0.5 else header(case)
+
+
+READERS = ("inspect", "inspect --json", "validate packed", "validate tensorrt-llm", "open")
+WRITERS = ("prune", "prune magnitude", "evaluate", "export packed", "export sparse-bitmask")
+DENSE = ("llama", "sharded", "pruned")
+FAMILIES = ("llama", "gpt2", "mixtral", "gemma3_text")
+KINDS: dict[str, Kind] = {
+    "header": Kind(header, DENSE, (*READERS, *READERS, *WRITERS), 20),
+    "index": Kind(index, ("sharded",), (*READERS, "prune", "export sparse-bitmask"), 12),
+    "files": Kind(files, ("llama", "sharded", "pruned"), (*READERS, *WRITERS), 12),
+    "extra": Kind(extra_json, ("llama",), ("prune magnitude", "evaluate"), 3),
+    "config": Kind(config, FAMILIES, (*READERS, *READERS, *WRITERS, "export gguf", "export tensorrt-llm"), 22),
+    "tokenizer": Kind(tokenizer, ("llama",), ("prune magnitude", "evaluate", "export gguf"), 9),
+    "record": Kind(record, ("pruned",), (*READERS[:4], "export packed", "export sparse-24-bitmask"), 8),
+    "rows": Kind(result_rows, ("compared",), ("compare",), 4),
+    "plan": Kind(plan, ("llama",), ("prune plan",), 4),
+    "packed": Kind(packed, ("packed", "packed-int8"), ("export dense", "load packed", "inspect"), 8),
+    "smaller": Kind(header, ("pruned",), ("shrink",), 0.3),
+    "bitmask": Kind(header, ("sparse-bitmask", "sparse-24-bitmask"), ("export dense", "inspect --json"), 6),
+}  # fmt: skip
