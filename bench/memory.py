@@ -1,17 +1,25 @@
-"""The peak anonymous memory of pruning a random bf16 Llama that is written in shards, above bare torch.
+r"""The peak anonymous memory of pruning a random bf16 Llama that is written in shards, above bare torch.
 
     python bench/memory.py --parameters 1.5e9 --out out/memory
+    python bench/memory.py --parameters 13e9 --hidden 5120 --samples 2 --seq-len 64 --limit 6e9 \
+        --json bench/results/memory-13b.json
 
-Prints one JSON line. The model is written shard by shard, so making it needs no memory for it; the pruning runs in
-a process of its own, and so does the bare interpreter with torch imported that it is compared with.
+With `--limit` the pruning runs in a memory control group of its own, where the system grants no byte more, mapped files
+and the cache of what is read and written included (root and control groups are needed). Prints one JSON line. The model
+is written shard by shard, so making it needs no memory for it; the pruning runs in a process of its own, and so does the
+bare interpreter with torch imported that it is compared with.
 """
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 
 import torch
 from safetensors.torch import save_file
@@ -32,15 +40,15 @@ from secateur.progress import PeakMemory
 with PeakMemory() as peak:
     import secateur
     report = secateur.prune(sys.argv[1], out=sys.argv[2], method=sys.argv[3], pattern="2:4", calibration="demo",
-                            samples=8, seq_len=256, overwrite=True)
+                            samples=int(sys.argv[4]), seq_len=int(sys.argv[5]), overwrite=True)
 print(peak.bytes, report.seconds.forward, report.seconds.statistics, report.seconds.solve, report.sparsity)
 """
 
 
-def write_model(folder: Path, parameters: float) -> int:
+def write_model(folder: Path, parameters: float, hidden: int = 2048) -> int:
     """A random Llama of about that many parameters in shards of four blocks; how many it has."""
     shutil.rmtree(folder, ignore_errors=True)
-    hidden, ffn, vocabulary, heads = 2048, 5504, 32000, 16
+    ffn, vocabulary, heads = {2048: 5504, 4096: 11008, 5120: 13824}[hidden], 32000, hidden // 128
     block = 4 * hidden * hidden + 3 * hidden * ffn + 2 * hidden
     blocks = round((parameters - 2 * vocabulary * hidden) / block)
     config = LlamaConfig(
@@ -75,31 +83,74 @@ def write_model(folder: Path, parameters: float) -> int:
     return blocks * block + 2 * vocabulary * hidden + hidden
 
 
-def run(code: str, *arguments: str) -> list[float]:
-    """The numbers that a fresh interpreter prints last."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+def run(code: str, *arguments: str, group: Path | None = None) -> list[float]:
+    """The numbers that a fresh interpreter prints last; it runs in a control group where one is given."""
+
+    def enter() -> None:
+        if group:
+            (group / "cgroup.procs").write_text(str(os.getpid()))
+
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True, check=True, preexec_fn=enter
+    )
     return [float(word) for word in done.stdout.split()]
+
+
+@contextmanager
+def limited(limit: float | None) -> Iterator[Path | None]:
+    """A memory control group with that limit, in bytes; None without one."""
+    if limit is None:
+        yield None
+        return
+    base = Path("/sys/fs/cgroup/memory")
+    base, name = (base, "memory.limit_in_bytes") if base.is_dir() else (base.parent, "memory.max")
+    group = base / f"secateur-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / name).write_text(str(int(limit)))
+        yield group
+    finally:
+        group.rmdir()
+
+
+def most_of(group: Path | None) -> int | None:
+    """The most memory that a control group has ever held, in bytes."""
+    for name in ("memory.max_usage_in_bytes", "memory.peak"):
+        if group and (group / name).exists():
+            return int((group / name).read_text())
+    return None
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=1.5e9)
+    parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--method", default="wanda")
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--limit", type=float)
     parser.add_argument("--out", type=Path, default=Path("out/memory"))
+    parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    count = write_model(chosen.out / "model", chosen.parameters)
+    count = write_model(chosen.out / "model", chosen.parameters, chosen.hidden)
     (bare,) = run(BARE)
-    peak, forward, statistics, solve, sparsity = run(
-        PRUNE, str(chosen.out / "model"), str(chosen.out / "pruned"), chosen.method
-    )
+    began = perf_counter()
+    with limited(chosen.limit) as group:
+        peak, forward, statistics, solve, sparsity = run(
+            PRUNE, str(chosen.out / "model"), str(chosen.out / "pruned"), chosen.method, str(chosen.samples),
+            str(chosen.seq_len), group=group,
+        )  # fmt: skip
+        most = most_of(group)
+    seconds = {"forward": forward, "statistics": statistics, "solve": solve, "all": perf_counter() - began}
+    weights = sum(file.stat().st_size for file in (chosen.out / "model").glob("*.safetensors"))
     shutil.rmtree(chosen.out)
-    print(
-        json.dumps(
-            {
-                "parameters": count, "method": chosen.method, "tokens": 8 * 256, "sparsity": sparsity,
-                "bare_bytes": bare, "peak_bytes": peak, "above_bare_gb": round((peak - bare) / 1e9, 3),
-                "seconds": {"forward": forward, "statistics": statistics, "solve": solve},
-                "machine": machine(), "versions": versions(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            }
-        )
-    )  # fmt: skip
+    found = {
+        "parameters": count, "weight_bytes": weights, "method": chosen.method,
+        "tokens": chosen.samples * chosen.seq_len, "sparsity": sparsity, "limit_bytes": chosen.limit,
+        "group_peak_bytes": most, "bare_bytes": bare, "peak_bytes": peak,
+        "above_bare_gb": round((peak - bare) / 1e9, 3), "seconds": seconds, "machine": machine(),
+        "versions": versions(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }  # fmt: skip
+    if chosen.json:
+        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found))

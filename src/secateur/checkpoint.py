@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,6 +214,17 @@ def file_sha256(file: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating dtype in which most of a checkpoint's bytes are stored, whatever its config.json says."""
+    bytes_of: Counter[str] = Counter()
+    for place in checkpoint.places.values():
+        if place.dtype in FLOATS:
+            bytes_of[place.dtype] += place.bytes
+    if not bytes_of:
+        raise BadCheckpoint(f"{checkpoint.folder} holds no floating-point weights.")
+    return FLOATS[bytes_of.most_common(1)[0][0]]
 
 
 @contextmanager

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from secateur.allocate import uniform
-from secateur.checkpoint import INDEX, is_whole, open_checkpoint, resolve
+from secateur.checkpoint import INDEX, is_whole, open_checkpoint, resolve, stored_dtype
 from secateur.cost import MODES, Cost, Mode, cost
 from secateur.cost import passes as passes_of
 from secateur.errors import BadPattern, NotEnoughText
 from secateur.footprint import Load, Moment, arrange, check_passes, probe_tokens
 from secateur.machine import matrix_rate
 from secateur.methods import Method, find_method
-from secateur.model import load_config, stored_dtype
+from secateur.model import load_config
 from secateur.options import check_length, context, find_devices, find_dtype, find_size, forward_dtype
 from secateur.outline import Outline, build, outline
 from secateur.patterns import Pattern, parse

@@ -12,7 +12,6 @@ and dtype of the computation; the model itself is never converted.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from secateur.checkpoint import FLOATS, Checkpoint, open_checkpoint
-from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
+from secateur.checkpoint import open_checkpoint, stored_dtype
+from secateur.errors import UnsupportedModel, in_one_line
 from secateur.refusals import (
     LOAD_ERRORS,
     bad_config,
@@ -330,17 +329,6 @@ def _mapped(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     model, report = loaded
     refuse_foreign_weights(folder, model, find_stack(model), report)
     return model.eval()
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating dtype in which most of a checkpoint's bytes are stored, whatever its config.json says."""
-    bytes_of: Counter[str] = Counter()
-    for place in checkpoint.places.values():
-        if place.dtype in FLOATS:
-            bytes_of[place.dtype] += place.bytes
-    if not bytes_of:
-        raise BadCheckpoint(f"{checkpoint.folder} holds no floating-point weights.")
-    return FLOATS[bytes_of.most_common(1)[0][0]]
 
 
 def checkpoint_tensors(
