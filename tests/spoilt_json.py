@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -94,6 +95,6 @@ def _spoil_tree(held: Any, draw: Random) -> str:
         other = draw.choice(keys)
         node[key], node[other] = node[other], node[key]
     else:
-        node[key] = draw.choice(NASTY)
+        node[key] = deepcopy(draw.choice(NASTY))  # it may be spoilt in turn
         return f"{where} = {node[key]!r:.60}"
     return f"{what} {where}"

@@ -331,6 +331,12 @@ def test_records_are_printed_as_text(spoilt, result):
     assert result(case, "validate packed")[0] in ("ok", "not kept")
 
 
+def test_json_holds_no_character_that_a_terminal_obeys(spoilt, result):
+    case = spoilt("pruned")
+    change(case.model / "pruning.json", method="\x9b31m\u202e\u2028")
+    assert result(case, "inspect --json")[0] == "ok"
+
+
 def test_a_plan_with_very_long_words(spoilt, refused):
     case = spoilt("llama")
     change(case.root / "plan.json", sites={"model.layers.0.mlp.up_proj": "x" * 10**5})

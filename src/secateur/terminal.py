@@ -62,6 +62,7 @@ def command() -> list[str]:
 
 
 def print_json(value: Any) -> None:
-    """Print one document; dataclasses by their fields."""
+    """Print one document; dataclasses by their fields, characters that a terminal would obey as escapes."""
     plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    print(json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str))
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str)
+    print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
