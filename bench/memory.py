@@ -6,8 +6,8 @@ r"""The peak anonymous memory of pruning a random bf16 Llama that is written in 
 
 With `--limit` the pruning runs in a memory control group of its own, where the system grants no byte more, mapped files
 and the cache of what is read and written included (root and control groups are needed). Prints one JSON line. The model
-is written shard by shard, so making it needs no memory for it; the pruning runs in a process of its own, and so does the
-bare interpreter with torch imported that it is compared with.
+is written shard by shard, so making it needs no memory for it; the pruning runs in a process of its own, and so does
+the bare interpreter with torch imported that it is compared with.
 """
 
 import argparse

@@ -87,7 +87,7 @@ def _lines(stream: Any) -> tuple[list[tuple[str, Any]], int]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What two runs differ in, in words: "method was 'wanda', now 'sparsegpt'"."""
-    now = json.loads(json.dumps(now))
+    before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))
     return [
         f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
