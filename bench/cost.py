@@ -10,7 +10,7 @@ columns show how far a method is from its arithmetic.
 
 A multiplication and an addition count as two operations; triangular solves and inverses as executed, with no use made
 of zeros. Not counted: passes over the elements of a matrix, such as scores, thresholds and masks. They are what the
-last columns show above 1, with the column sweep's other cost: it is a chain of one small step per input.
+last columns show above 1. Sweeps are counted where torch does all of it, and timed as they are.
 """
 
 from __future__ import annotations
@@ -23,24 +23,29 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from quality import inputs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur import sweep
 from secateur.machine import machine, versions
 from secateur.methods import REFINE_EPOCHS, find_method
 from secateur.patterns import parse_pattern
 from secateur.stats import Stats
+
+WIDTH = 128
+"""Columns of a block of a sweep."""
 
 
 class Cost(NamedTuple):
     """The matrix operations of a method on one site `[out, in]`.
 
     `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the columns; `factors`,
-    Cholesky and triangular inverse, which sites with the same inputs share. `grams` over all tokens, and `passes` of
-    all tokens through the blocks: two, of which the first looks and the second goes on.
+    Cholesky and what sweeps need of it, which sites with the same inputs share. `grams` over all tokens, and `passes`
+    of all tokens through the blocks: two, of which the first looks and the second goes on.
     """
 
     products: int = 0
@@ -55,12 +60,14 @@ class Cost(NamedTuple):
         return (
             self.products * 2 * rows * columns**2
             + self.inverses * columns**3  # Cholesky ⅓, inverse ⅔
-            + self.sweeps * rows * columns * (columns + 1)  # column j updates itself and all later ones
+            + self.sweeps * rows * columns * (columns - 1)  # every column updates all later ones
         )
 
     def shared(self, columns: int) -> float:
         """Operations for all sites with the same inputs."""
-        return self.factors * columns**3 * 4 / 3  # Cholesky ⅓, triangular solve for the identity 1
+        blocks = [(start, min(WIDTH, columns - start)) for start in range(0, columns, WIDTH)]
+        responses = sum(width**3 + 2 * start * width**2 for start, width in blocks)  # a triangular solve, a product
+        return self.factors * (columns**3 / 3 + responses)
 
 
 def _refit(iterations: int) -> int:
@@ -110,7 +117,8 @@ def count(name: str, rows: int, columns: int) -> float:
     thirds = ("aten.linalg_cholesky_ex", "aten.cholesky_inverse")
     weight, stats = _layer(rows, columns)
     method = find_method(name)
-    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+    in_torch = patch.object(sweep, "library", lambda: None)  # what is compiled cannot be counted
+    with in_torch, FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         method.prune(weight, stats, parse_pattern("50%").within(method.group))
     found = counter.get_flop_counts().get("Global", {})
     return sum(number / 3 if str(operation) in thirds else number for operation, number in found.items())
@@ -154,8 +162,10 @@ def model_lines() -> list[dict]:
 
 
 def steps(cost: Cost, sites: list[tuple[int, int]]) -> int:
-    """Matrix operations that wait for one another: a sweep has one for each input."""
-    return sum(cost.products + cost.inverses + cost.factors + cost.sweeps * columns for _, columns in sites)
+    """Matrix operations that wait for one another: a sweep has two for each block, inside of it and after it."""
+    return sum(
+        cost.products + cost.inverses + cost.factors + 2 * cost.sweeps * -(-columns // WIDTH) for _, columns in sites
+    )
 
 
 def rate(threads: int) -> float:
@@ -223,7 +233,7 @@ def show(rates: dict[int, float], lines: list[dict], size: int, load: float) -> 
         print(text)
     print("\n/ forward: operations over those of one forward pass of the calibration tokens.")
     print("whole run: Pflop with the passes of the tokens through the blocks and the Gram matrices.")
-    print("steps: matrix operations that wait for one another; a sweep has one for each input of each site.")
+    print("steps: matrix operations that wait for one another; a sweep has two for every 128 inputs of a site.")
     print("/ flop: seconds over what the operations would take at the rate of products on one thread.")
 
 
