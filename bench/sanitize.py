@@ -79,9 +79,9 @@ class Heap:
 
     def put(self, *tensors: Tensor) -> list[int]:
         for tensor in tensors:
-            size = tensor.numel() * tensor.element_size()
+            held, size = tensor.contiguous(), tensor.numel() * tensor.element_size()
             self.places.append(self.system.malloc(size))
-            ctypes.memmove(self.places[-1], tensor.contiguous().data_ptr(), size)
+            ctypes.memmove(self.places[-1], held.data_ptr(), size)
         return self.places[-len(tensors) :]
 
     def empty(self) -> None:

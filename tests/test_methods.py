@@ -11,6 +11,7 @@ from reference.wanda import wanda
 
 from secateur.errors import NotSolved
 from secateur.methods import METHODS, REFINEMENTS, find_method, prune_together
+from secateur.methods.base import scored
 from secateur.methods.sparsegpt import damped
 from secateur.patterns import NM, Pattern, Stacked, Unstructured, kind_of, parse_pattern
 from secateur.solve import ridge
@@ -256,3 +257,12 @@ def test_a_hopeless_factorisation_is_an_error_and_never_the_identity():
     gram = torch.eye(8) - 20 * torch.ones(8, 8) * (1 - torch.eye(8))
     with pytest.raises(NotSolved, match="not positive definite, even with damping 10"):
         METHODS["sparsegpt"].prune(torch.randn(4, 8), Stats(1, {"gram": gram}), parse_pattern("50% of matrix"))
+
+
+def test_a_score_that_is_the_weight_itself_does_no_harm():
+    """The pruned weights take the memory of the scores."""
+    weight = torch.randn(4, 8, requires_grad=True)
+    before = weight.detach().clone()
+    pruned = scored((), "row", lambda w, stats: w).prune(weight, Stats(1, {}), parse_pattern("50% of row"))
+    assert torch.equal(weight, before)
+    assert torch.equal(pruned.weight, before.where(pruned.kept, 0.0))

@@ -12,22 +12,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur import sweep
 from secateur.methods import Method, find_method
 from secateur.stats import OF_DENSE
 
 Mode = Literal["one", "two"]
 MODES: tuple[Mode, ...] = ("one", "two")
+WIDTH = 128
+"""Columns of a block of a sweep."""
 
 
 class Cost(NamedTuple):
     """What a method does to one site `[out, in]`, or to several that read the same input, on top of each other.
 
     `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the columns; `factors`,
-    Cholesky and triangular inverse, made once for all that read the same input; `targets`, how many of the products
+    Cholesky and what sweeps need of it, made once for all that read the same input; `targets`, how many of the products
     are made a second time for dense inputs.
 
     Memory at the worst moment: `matrices` of `[out, in]` and `squares` of `[in, in]` float32, the result and `kept`
@@ -50,12 +54,14 @@ class Cost(NamedTuple):
         return (
             self.products * 2 * rows * columns**2
             + self.inverses * columns**3  # Cholesky ⅓, inverse ⅔
-            + self.sweeps * rows * columns * (columns + 1)  # column j updates itself and all later ones
+            + self.sweeps * rows * columns * (columns - 1)  # every column updates all later ones
         )
 
     def shared(self, columns: int) -> float:
         """Operations for all matrices with the same inputs."""
-        return self.factors * columns**3 * 4 / 3  # Cholesky ⅓, triangular solve for the identity 1
+        blocks = [(start, min(WIDTH, columns - start)) for start in range(0, columns, WIDTH)]
+        responses = sum(width**3 + 2 * start * width**2 for start, width in blocks)  # a triangular solve, a product
+        return self.factors * (columns**3 / 3 + responses)
 
     def workspace_bytes(self, rows: int, columns: int) -> int:
         """Working memory for one matrix."""
@@ -160,7 +166,8 @@ def needs_dense(method: Method) -> bool:
 
 def counted(work: Callable[[], object]) -> float:
     """The matrix operations of `work()`, counted while it runs on the CPU; attention with no use of its mask."""
-    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    in_torch = patch.object(sweep, "library", lambda: None)  # what is compiled cannot be counted
+    with in_torch, FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         work()
     found = counter.get_flop_counts().get("Global", {})
     return sum(number / 3 if str(operation) in _THIRDS else number for operation, number in found.items())

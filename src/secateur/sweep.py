@@ -71,8 +71,7 @@ def sweep(weight: Tensor, answers: Tensor, alive: Tensor, pattern: Pattern, widt
             given = part.mask((values / inverse.diagonal()).square_() * alive[here])
         kept[:, here] = sweep_block(values, inverse, alive[here], part, given)
         swept[:, here] = values
-        taken_off = torch.sub(weight[:, here], values, out=values)
-        swept[:, stop:].addmm_(taken_off, answers[here, stop:])
+        swept[:, stop:].addmm_(weight[:, here] - values, answers[here, stop:])
     return kept, swept
 
 

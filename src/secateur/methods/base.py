@@ -27,7 +27,7 @@ class Pruned(NamedTuple):
 
 def importance(weight: Tensor, stats: Stats) -> Tensor:
     """|w| · the root mean square of its input, `[out, in]`: what a weight adds to the output (Wanda's score)."""
-    return weight.abs() * stats.power().sqrt().to(weight.device)
+    return weight.abs().mul_(stats.power().sqrt().to(weight.device))
 
 
 class Method(NamedTuple):
@@ -57,11 +57,17 @@ class Method(NamedTuple):
 def scored(
     need: Iterable[str], group: Group, score: Callable[[Tensor, Stats], Tensor], *, row_wise: bool = True
 ) -> Method:
-    """The method that removes the lowest `score(weight, stats)` `[out, in]` and changes no other weight."""
+    """The method that removes the lowest `score(weight, stats)` `[out, in]` and changes no other weight.
+
+    The pruned weights take the place of the scores: asking the system for new memory would cost more than all the rest.
+    """
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
-        kept = pattern.mask(score(weight, stats))
-        return Pruned(weight.where(kept, 0.0), kept)
+        weight = weight.detach()
+        scores = score(weight, stats)
+        kept = pattern.mask(scores)
+        own = scores.dtype == weight.dtype and scores.data_ptr() != weight.data_ptr()
+        return Pruned(torch.where(kept, weight, weight.new_zeros(()), out=scores if own else None), kept)
 
     return Method(frozenset(need), group, prune, row_wise=row_wise, score=score)
 
