@@ -28,6 +28,8 @@ from transformers import AutoTokenizer, LlamaConfig
 from secateur.demo import model_folder
 from secateur.machine import machine, versions
 
+POOL = 2**24 + 43
+"""Random numbers that all matrices are cut from, at other places each: drawing billions would take longest of all."""
 BARE = """
 import torch
 from pathlib import Path
@@ -59,9 +61,13 @@ def write_model(folder: Path, parameters: float, hidden: int = 2048) -> int:
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_folder()).save_pretrained(folder)
     draw, weight_map = torch.Generator().manual_seed(0), {}
+    pool = torch.randn(POOL, generator=draw).bfloat16()
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return (torch.randn(rows, columns, generator=draw) * columns**-0.5).bfloat16()
+        start = int(torch.randint(POOL - columns, (), generator=draw))
+        shifted = pool.roll(-start)
+        repeated = shifted.repeat(-(-rows * columns // POOL))[: rows * columns]
+        return repeated.view(rows, columns) * columns**-0.5
 
     def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, folder / name, metadata={"format": "pt"})

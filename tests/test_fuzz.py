@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from spoilt_shards import KEY, parts, write
 
 from secateur import errors, files
-from secateur.checkpoint import open_checkpoint, output
+from secateur.checkpoint import open_checkpoint
 from secateur.errors import BadCheckpoint, ConditionsDiffer
+from secateur.output import output
 from secateur.store import RowStore
 
 SHARD = "model.safetensors"

@@ -57,21 +57,16 @@ def undisturbed(arguments: list[str], out: Path) -> dict[str, bytes]:
     return found
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("stage", MOMENTS)
-def test_killed_at_every_stage(arguments, out, stage, when):
-    """Each time a bit later in the stage, until the run comes through."""
+def test_killed_at_every_stage(arguments, out, stage):
+    """Before and after its first call, then a bit later; then it may end."""
     given = arguments("--method", "wanda")
-    expected, deaths = undisturbed(given, out), 0
-    for number in (1, 3, 7, 18, 60):
-        status = started(given, (MOMENTS[stage], number, when))
-        assert status in (0, DIED)
-        deaths += status == DIED
-        if status == 0:
-            break
-    if status != 0 and started(given) != 0:  # it died as it renamed its result: the same command ends it
-        raise AssertionError
-    assert deaths
+    expected = undisturbed(given, out)
+    statuses = [started(given, (MOMENTS[stage], n, when)) for n, when in ((1, "before"), (1, "after"), (4, "after"))]
+    assert DIED in statuses
+    assert set(statuses) <= {0, 2, DIED}  # 2: it had ended before, so its result is in the way
+    if statuses[-1] == DIED:
+        assert started(given) in (0, 2)
     assert contents(out) == expected
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
