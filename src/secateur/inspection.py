@@ -137,14 +137,13 @@ def record_of(folder: Path) -> dict[str, Any] | None:
         raise BadCheckpoint(f"{file} is no JSON ({in_one_line(error)}). Delete it, or prune again.") from error
     if not isinstance(held, dict):
         raise BadCheckpoint(f"{file} holds a {type(held).__name__}; an object was wanted. Delete it, or prune again.")
-    for field, wanted in _RECORD.items():
-        if not fits(held.get(field), wanted | None):
-            raise BadCheckpoint(
-                f"{file} has {field} {str(held[field])[:80]!r}, which is none. Delete it, or prune again."
-            )
-    for site in held.get("sites") or []:
-        if not fits(site.get("site"), str) or not fits(site.get("pattern"), str | None):
-            raise BadCheckpoint(f"{file} has a site {str(site)[:80]!r}, which is none. Delete it, or prune again.")
+    odd = [(field, held[field]) for field, wanted in _RECORD.items() if not fits(held.get(field), wanted | None)]
+    sites = held.get("sites") or [] if not odd else []
+    odd += [("a site", site) for site in sites if not fits(site.get("site"), str)]
+    odd += [("a site", site) for site in sites if not fits(site.get("pattern"), str | None)]
+    for what, value in odd[:1]:
+        said = f"{file} is no record of a pruning run: {what} is {str(value)[:80]!r}."
+        raise BadCheckpoint(f"{said} Delete it, or prune again.")
     return held
 
 

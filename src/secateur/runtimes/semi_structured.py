@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
-from secateur.checkpoint import RECORD
-from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel, in_one_line
+from secateur.errors import BadPattern, UnsupportedModel, in_one_line
 from secateur.inspection import record_of
 from secateur.kernels.device import beyond_cache, cold_milliseconds, no_device
 from secateur.kernels.nm import check_two_of_four
@@ -140,14 +139,8 @@ PRODUCTS = {
 
 def promised(folder: Path) -> frozenset[str]:
     """The sites that the folder's pruning.json says are 2:4; none without one. Raises BadCheckpoint."""
-    try:
-        return frozenset(
-            site["site"] for site in (record_of(folder) or {"sites": ()})["sites"] if site["pattern"] == "2:4"
-        )
-    except (KeyError, TypeError) as error:
-        raise BadCheckpoint(
-            f"{folder / RECORD} is no record of a pruning run ({in_one_line(error)}). Delete it, or prune again."
-        ) from error
+    sites = (record_of(folder) or {}).get("sites") or ()
+    return frozenset(site["site"] for site in sites if site.get("pattern") == "2:4")
 
 
 def sparse_linears(model: nn.Module, promised: Set[str]) -> Iterator[tuple[str, nn.Linear]]:
