@@ -48,10 +48,10 @@ def killed(arguments: list[str], draw: random.Random, seconds: float) -> str:
     """Start the run and kill it; at which stage, or "ended" where it was faster."""
     if draw.random() < 0.5:
         stage = draw.choice(list(MOMENTS))
-        few = 40 if stage in ("statistics", "syncing", "recording") else 6
+        few = 16 if stage in ("statistics", "syncing", "recording", "solving") else 2
         status = started(arguments, (MOMENTS[stage], draw.randint(1, few), draw.choice(["before", "after"])))
     else:
-        stage, status = "at a random time", started(arguments, after=draw.uniform(0, seconds))
+        stage, status = "at a random time", started(arguments, after=draw.uniform(0, 0.8 * seconds))
     if status not in (0, -signal.SIGKILL):
         raise SystemExit(f"The run ended with {status}.")
     return stage if status else "ended"

@@ -30,9 +30,7 @@ def prune(
     return subprocess.run([*start, "-m", "secateur", *words], capture_output=True, text=True, env=environment)
 
 
-@pytest.mark.parametrize(
-    ("family", "method"), [("llama", "sparsegpt"), ("llama", "sweep+dense-target"), ("mixtral", "wanda")]
-)
+@pytest.mark.parametrize(("family", "method"), [("llama", "sweep+dense-target"), ("mixtral", "wanda")])
 def test_two_ranks_give_the_masks_of_one(family, method, tiny_llama, tiny_mixtral, text_file, tmp_path):
     model = {"llama": tiny_llama, "mixtral": tiny_mixtral}[family]
     found = []
@@ -77,17 +75,10 @@ def test_an_error_is_said_once(tiny_llama, text_file, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--method", "wanda+refine"], "which several processes do not share; found 2."),
-        (["--pattern", "25% of channels"], "is taken out in one process; found 2."),
-    ],
-)
-def test_what_ranks_cannot_share_is_refused(tiny_llama, text_file, tmp_path, more, words):
-    done = prune(tiny_llama, tmp_path / "out", text_file, 2, *more)
+def test_what_ranks_cannot_share_is_refused(tiny_llama, text_file, tmp_path):
+    done = prune(tiny_llama, tmp_path / "out", text_file, 2, "--method", "wanda+refine")
     assert done.returncode != 0
-    assert words in done.stderr
+    assert "which several processes do not share; found 2." in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
