@@ -1,9 +1,10 @@
 """One rank of a run that dies when it comes to a block: DIE_AT is its number and the name of the block."""
 
+import importlib
 import os
 import signal
 
-from secateur import block, cli, prune
+from secateur import block, cli
 
 rank, name = os.environ["DIE_AT"].split()
 
@@ -15,5 +16,5 @@ def prune_block(step, *args, **kwargs):
     return block.prune_block(step, *args, **kwargs)
 
 
-prune.prune_block = prune_block
+importlib.import_module("secateur.prune").prune_block = prune_block  # the package has a function of that name
 cli.main()

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -168,7 +169,9 @@ def test_ctrl_c_stops_after_the_block_at_hand(tiny_llama, text_file, out, monkey
         real(self, tensors, block)
 
     monkeypatch.setattr(output.Output, "commit", commit)
-    options = dict(out=out, method="wanda", calibration=str(text_file), samples=6, seq_len=16, command=["test"])
+    options: dict[str, Any] = dict(
+        out=out, method="wanda", calibration=str(text_file), samples=6, seq_len=16, command=["test"]
+    )
     words = "Stopped. The same command goes on after the 2 blocks that are finished."
     with pytest.raises(Interrupted, match=words):
         prune(tiny_llama, **options)
