@@ -16,5 +16,5 @@ def prune_block(step, *args, **kwargs):
     return block.prune_block(step, *args, **kwargs)
 
 
-importlib.import_module("secateur.prune").prune_block = prune_block  # the package has a function of that name
+setattr(importlib.import_module("secateur.prune"), "prune_block", prune_block)  # noqa: B010 - no attribute of the package
 cli.main()
