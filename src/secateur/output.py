@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoint import FLOATS, RECORD, Checkpoint, disk_errors, file_sha256, json_object
-from secateur.errors import BadCheckpoint, ConditionsDiffer, DiskFull, Interrupted, OutputRefused, SecateurError
+from secateur.errors import (
+    BadCheckpoint,
+    ConditionsDiffer,
+    DiskFull,
+    Interrupted,
+    OutputRefused,
+    RankLost,
+    SecateurError,
+)
 from secateur.files import refuse_links_out
 from secateur.journal import Journal, differences
 
@@ -267,7 +275,7 @@ def _ended(error: BaseException, result: Output | None, made: list[Path]) -> Bas
         if result:
             result.settle()
     finished = len(result.recorded(BLOCK)) if result else 0
-    mended = not isinstance(error, SecateurError) or isinstance(error, (DiskFull, OutputRefused, Interrupted))
+    mended = not isinstance(error, SecateurError) or isinstance(error, (DiskFull, OutputRefused, Interrupted, RankLost))
     other = isinstance(error, ConditionsDiffer)  # what lies there is not ours
     if result and result.journal and not other and not (finished and mended):
         result.journal.remove()
