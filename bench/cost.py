@@ -27,11 +27,14 @@ import torch
 from quality import inputs
 from torch import Tensor
 
-from secateur.cost import Cost, cost, counted, passes
+from secateur.cost import Cost, cost, passes
 from secateur.machine import machine, versions
 from secateur.methods import find_method
 from secateur.patterns import parse_pattern
 from secateur.stats import Stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from counting import counted  # type: ignore[import-not-found]
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "sweep+refit", "fast", "default", "alps", "best")
 """Those whose closed formula in `secateur.cost` is counted and evaluated here."""

@@ -20,17 +20,18 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder: a random float32 Llama of 4 blocks, context 128, with a byte tokenizer. Read only."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_model("llama").save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return _saved("llama", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder: a random float32 Mixtral with a byte tokenizer. Read only."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-mixtral"
-    tiny_model("mixtral").save_pretrained(folder)
+    """The same of a Mixtral."""
+    return _saved("mixtral", tmp_path_factory)
+
+
+def _saved(family: str, places: pytest.TempPathFactory) -> Path:
+    folder = places.mktemp("models") / f"tiny-{family}"
+    tiny_model(family).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -34,7 +34,7 @@ LAYERS = [
     ["decide"],
     ["forecast"],
     ["prune"],
-    ["latency"],
+    ["latency", "ranking"],
     ["compare"],
     ["__init__"],
     ["deploy"],

@@ -845,9 +845,22 @@ def test_a_disk_that_is_full_at_the_end(prune, tiny_llama, existing, monkeypatch
     prune(tiny_llama, "--overwrite", words=f"The disk filled up while {existing} was written")
 
 
-def test_a_name_that_cannot_be_given(prune, tiny_llama, existing, monkeypatch):
-    monkeypatch.setattr(Path, "rename", raising_second_rename(existing, Path.rename))
-    prune(tiny_llama, "--overwrite", words=f"{existing} cannot be written: [Errno 5] Input/output error")
+def test_a_name_that_cannot_be_given(prune, run, tiny_llama, text_file, existing, monkeypatch):
+    command = [
+        "prune", tiny_llama, "--out", existing, "--method", "wanda", "--calibration", text_file,
+        "--samples", 4, "--seq-len", 16, "--quiet", "--overwrite",
+    ]  # fmt: skip
+    before = snapshot(existing)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", raising_second_rename(existing, Path.rename))
+        code, out, err = run(*command)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{existing} cannot be written: [Errno 5] Input/output error" in err
+    assert "The same command goes on after the 4 blocks that are finished." in err
+    assert snapshot(existing) == before, "what was to be replaced is as it was"
+    assert run(*command)[0] == 0
+    assert snapshot(existing).keys() - before.keys() == {"pruning.json"}
+    assert not list(existing.parent.glob(f".{existing.name}.*"))
 
 
 def raising_second_rename(out: Path, real):

@@ -9,8 +9,9 @@ from test_cli import run
 
 import secateur
 from secateur import layers
-from secateur.bench import matrix_rate, read_bandwidth
+from secateur.bench import read_bandwidth
 from secateur.errors import UnknownName, UnsupportedModel
+from secateur.machine import matrix_rate
 from secateur.native import isa, library
 from secateur.runtimes import RUNTIMES, Runtime
 from secateur.runtimes.base import Stepped

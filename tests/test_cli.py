@@ -158,14 +158,10 @@ def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
 
 def test_the_forecast_has_the_names_and_defaults_of_prune():
     function = introspection.signature(secateur.forecast).parameters
-    assert function.keys() - introspection.signature(secateur.prune).parameters.keys() == {
-        "passes",
-        "memory",
-        "measure",
-    }
-    shared = function.keys() & introspection.signature(secateur.prune).parameters.keys()
-    for option in shared:
-        assert function[option].default == introspection.signature(secateur.prune).parameters[option].default, option
+    prune = introspection.signature(secateur.prune).parameters
+    assert function.keys() - prune.keys() == {"measure"}
+    for option in function.keys() & prune.keys():
+        assert function[option].default == prune[option].default, option
 
 
 def test_plan_without_out_says_what_a_run_will_take(tiny_llama, tmp_path):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import secateur
-from secateur.compare import rank
 from secateur.errors import ConditionsDiffer, SecateurError, UnsupportedModel
 from secateur.native import library
+from secateur.ranking import rank
 from secateur.report import markdown, table
 from secateur.results import Row
 

@@ -6,10 +6,11 @@ from families import tiny_model
 from test_stream import CPU, TOKENS, windows
 from torch import nn
 
+from secateur.flow import Batch
 from secateur.model import Call, replayable
 from secateur.prune import prune_model
 from secateur.refine import error, refine
-from secateur.stream import Batch, stream
+from secateur.stream import stream
 
 
 class OneLayer(nn.Module):

@@ -23,7 +23,7 @@ from secateur.outline import build, outline
 from secateur.prune import prune_model
 from secateur.sites import sites
 from secateur.stream import stream
-from secateur.suspend import Suspended, find_stages
+from secateur.suspend import Stages, Suspended, find_stages
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(2))
@@ -78,20 +78,24 @@ def test_how_often_a_block_runs(passes, monkeypatch):
 
 
 def test_stages_of_blocks():
-    def stages(family: str) -> list[list[str]] | None:
+    def stages(family: str) -> Stages:
         language_model = replayable(tiny_model(family))
         step = next(stream(language_model, TOKENS, devices=[CPU], dtype=None, batch_size=3))
-        found = find_stages(step.block, *step.first())
-        return found.order if found else None
+        return find_stages(step.block, *step.first())
 
     attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-    assert stages("llama") == [
+    assert stages("llama").order == [
         attention, ["self_attn.o_proj"], ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"]
     ]  # fmt: skip
-    first, second, gate_up, down = stages("mixtral") or []
+    first, second, gate_up, down = stages("mixtral").order
     assert (first, second) == (attention, ["self_attn.o_proj"])
     assert gate_up == [f"mlp.experts.{e}.gate_up_proj" for e in range(len(gate_up))]
     assert down == [f"mlp.experts.{e}.down_proj" for e in range(len(gate_up))]
+    assert stages("mixtral").plain
+    twice = stages("gemma3n_text")
+    assert not twice.plain
+    named = [name for stage in [*twice.order, twice.unreached] for name in stage]
+    assert len(named) == len(set(named))
 
 
 def test_a_batch_that_takes_another_way_is_refused():
@@ -99,7 +103,6 @@ def test_a_batch_that_takes_another_way_is_refused():
     step = next(stream(replayable(model), TOKENS, devices=[CPU], dtype=None, batch_size=3))
     hidden, call = step.first()
     stages = find_stages(step.block, hidden, call)
-    assert stages
     backwards = Suspended(step.block, stages.order[::-1], {0: lambda: run_block(step.block, hidden, call)})
     list(backwards.inputs(0))
     with pytest.raises(UnsupportedModel, match=r"self_attn.o_proj is reached in another order.*--passes two"):
@@ -112,7 +115,6 @@ def test_what_is_given_up_leaves_the_block_as_it_was():
     hidden, call = step.first()
     before = run_block(step.block, hidden, call)
     stages = find_stages(step.block, hidden, call)
-    assert stages
     held = Suspended(step.block, stages.order, {n: lambda: run_block(step.block, hidden, call) for n in range(3)})
     assert [number for number, _ in held.inputs(1)] == [0, 1, 2]
     held.close()
@@ -170,7 +172,6 @@ def test_what_waits_is_forecast_from_the_configuration(family):
     step = next(stream(language_model, tokens, devices=[CPU], dtype=None, batch_size=4))
     hidden, call = step.first()
     found = find_stages(step.block, hidden, call)
-    assert found
     reads = outline(build(language_model.model.config, torch.float32), *tokens.shape).kinds[0].reads
     given = {storage(t).data_ptr() for t in tree_leaves([hidden, call]) if isinstance(t, torch.Tensor)}
     held = Suspended(step.block, found.order, {0: lambda: run_block(step.block, hidden, call)})

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.checkpoint import disk_errors, open_checkpoint, resolve
 from secateur.errors import UnsupportedModel
-from secateur.machine import machine, versions
+from secateur.machine import machine, matrix_rate, versions
 from secateur.options import timed_dtype
 from secateur.packed import dense_product
 from secateur.progress import PeakMemory, Progress, resident_bytes
@@ -113,7 +113,7 @@ def bench(
         open_checkpoint(folder)
     results = BenchResults(
         SCHEMA, list(command or sys.argv), machine(), versions(), str(kind).removeprefix("torch."), new, rounds,
-        read_bandwidth(), matrix_rate(kind), [], {},
+        read_bandwidth(), max(matrix_rate(kind), matrix_rate(torch.float32)), [], {},
     )  # fmt: skip
     twins = [runtime.twin for runtime in found.values() if runtime.twin]
     wanted = [("dense", name) for name in dict.fromkeys([*found, *twins])]
@@ -269,20 +269,6 @@ def read_bandwidth() -> float:
     if dense_product(held, x) is not None:
         best = min(best, *(_seconds(lambda: dense_product(held, x)) for _ in range(10)))
     return held.numel() * 2 / best
-
-
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Operations a second of a product of two 1024 x 1024 matrices, the best of five, in `dtype` or in float32.
-
-    A processor without products in bfloat16 takes a hundred times longer for them, so both count.
-    """
-    a = torch.randn(1024, 1024)
-    best = min(_seconds(lambda: a @ a) for _ in range(5))
-    short = a[:32].to(dtype)
-    if _seconds(lambda: short @ short.T) < best:  # else one product would take seconds
-        half = a.to(dtype)
-        best = min(best, *(_seconds(lambda: half @ half) for _ in range(5)))
-    return 2 * 1024**3 / best
 
 
 def _seconds(call: Any) -> float:

@@ -27,8 +27,9 @@ from secateur.record import LEFT_OUT, UNSEEN, SiteReport
 from secateur.refine import Tuned, refine
 from secateur.sites import Site, sites
 from secateur.stats import Stats, is_finite
-from secateur.stream import Observed, Step
+from secateur.stream import Step
 from secateur.units import Unit
+from secateur.watch import Observed
 
 Classes = list[list[Unit]]
 

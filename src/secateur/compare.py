@@ -23,6 +23,7 @@ from secateur.decide import check_method, way_through
 from secateur.errors import BadPattern, OutputRefused, SecateurError, UnknownName
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.export import export
+from secateur.flow import Seconds
 from secateur.footprint import check_passes
 from secateur.formats.packed import VALUES
 from secateur.latency import time_rows
@@ -43,6 +44,7 @@ from secateur.patterns import parse
 from secateur.plan import ALLOCATIONS, check_allocation
 from secateur.progress import Progress
 from secateur.prune import prune_checkpoint
+from secateur.ranking import rank
 from secateur.record import Report
 from secateur.report import write_report
 from secateur.results import SCHEMA, Results, Row, row_name
@@ -50,7 +52,6 @@ from secateur.runtimes import find_runtime
 from secateur.shrink import refuse_structure
 from secateur.sites import sites
 from secateur.store import CHECKPOINTS, RowStore, file_name, write_whole
-from secateur.stream import Seconds
 from secateur.structures import Structure
 from secateur.trial import site_shapes
 
@@ -137,12 +138,17 @@ def compare(
         list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
         [],
     )
-    if passes == "auto":  # the same for all rows: what fits for the method that holds most
-        passes = way_through(
-            language_model, calibrated.ids.shape, find_method("best"), "best", site_shapes(language_model),
-            passes=passes, limit=limit, dtype=forward_dtype(dtype, chosen), device=chosen,
-            devices=len(find_devices(device)), batch_size=batch_size,
-        )["passes"]  # fmt: skip
+    if passes == "auto":  # the same for all rows: one where that fits for each
+        zeros = {method for method, pattern, _ in grid if not isinstance(parse(pattern), Structure)}
+        ways = (
+            way_through(
+                language_model, calibrated.ids.shape, find_method(method), method, site_shapes(language_model),
+                passes=passes, limit=limit, dtype=forward_dtype(dtype, chosen), device=chosen,
+                devices=len(find_devices(device)), batch_size=batch_size,
+            )["passes"]
+            for method in zeros
+        )  # fmt: skip
+        passes = "two" if "two" in ways else "one"
     options = {
         "passes": passes,
         "config": file_sha256(folder / "config.json"),
@@ -316,35 +322,6 @@ def _rounded_row(
         rank="", ties=[], latency=[],
     )  # fmt: skip
     return row, measured
-
-
-def rank(rows: dict[str, tuple[Row, Any]]) -> None:
-    """Fill in `rank` and `ties` of every row but the dense one, among the rows of the same pattern and values.
-
-    `rows` gives each row with its loss per window. A rank is a range: a row is at best behind those that are
-    better with an interval apart from zero, and at worst before those that are worse so.
-    """
-    for row, loss in rows.values():
-        rivals = [(r, other) for r, other in rows.values() if _alike(r, row) and r is not row]
-        if row.kind == "dense" or not rivals:
-            continue
-        better = worse = 0
-        row.ties = []
-        for rival, other in rivals:
-            _, (low, high) = perplexity_difference(loss, other)
-            if low > 0:
-                better += 1
-            elif high < 0:
-                worse += 1
-            else:
-                row.ties.append(rival.name)
-        best, last = better + 1, len(rivals) + 1 - worse
-        row.rank = str(best) if best == last else f"{best}-{last} tie"
-
-
-def _alike(one: Row, other: Row) -> bool:
-    """Whether two rows are ranked against each other: the same pattern, and values as exact."""
-    return (one.pattern, one.values) == (other.pattern, other.values)
 
 
 def _conditions(results: Results, options: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What a method costs: matrix operations and working memory as closed formulas in a site's shape, and passes.
 
-The one table of them. `bench/cost.py` and the tests count the operations of every method while it runs (`counted`)
+The one table of them. `bench/cost.py` and the tests count the operations of every method while it runs
 and fail where the formula says otherwise; a new method is its line in `COSTS`. How often tokens go through a block
 needs no table: it follows from what the method says of itself.
 
@@ -10,14 +10,8 @@ made of zeros. Not counted: passes over the elements of a matrix, such as scores
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
-from unittest.mock import patch
+from typing import Literal, NamedTuple
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from secateur import sweep
 from secateur.methods import Method, find_method
 from secateur.stats import OF_DENSE
 
@@ -154,7 +148,7 @@ def passes(method: Method, groups: int, mode: Mode) -> Passes:
     crossed = not OF_DENSE.isdisjoint(method.need)
     return Passes(
         whole=(turns * (1 + crossed) if method.need else 0) + (tuning + 1 if method.refine else 0),
-        first=int(method.sequential) + (0 if method.need else turns),
+        first=0 if method.need else turns,
         after=1 + (dense and not method.refine),
     )
 
@@ -162,27 +156,6 @@ def passes(method: Method, groups: int, mode: Mode) -> Passes:
 def needs_dense(method: Method) -> bool:
     """Whether the calibration tokens go through the dense model as well."""
     return not OF_DENSE.isdisjoint(method.need) or method.refine > 0
-
-
-def counted(work: Callable[[], object]) -> float:
-    """The matrix operations of `work()`, counted while it runs on the CPU; attention with no use of its mask."""
-    in_torch = patch.object(sweep, "library", lambda: None)  # what is compiled cannot be counted
-    with in_torch, FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
-        work()
-    found = counter.get_flop_counts().get("Global", {})
-    return sum(number / 3 if str(operation) in _THIRDS else number for operation, number in found.items())
-
-
-_FORMULAS: dict[Any, Callable[..., int]] = {
-    torch.ops.aten.addmm_: lambda a, b, c, **_: 2 * b[0] * b[1] * c[1],
-    torch.ops.aten.addr_: lambda a, b, c, **_: 2 * b[0] * c[0],
-    torch.ops.aten.linalg_cholesky_ex: lambda a, **_: a[0] ** 3,  # in thirds, see below
-    torch.ops.aten.cholesky_inverse: lambda a, **_: 2 * a[0] ** 3,
-    torch.ops.aten.linalg_solve_triangular: lambda a, b, **_: b[0] ** 2 * b[1],
-    torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * a[0] * a[1] * b[-1],  # tokens sorted by expert
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: attention(q, k, v),
-}
-_THIRDS = ("aten.linalg_cholesky_ex", "aten.cholesky_inverse")
 
 
 def attention(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> int:

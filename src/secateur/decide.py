@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,11 +16,13 @@ from secateur.cost import cost
 from secateur.data import Windows
 from secateur.depth import BLOCKS
 from secateur.errors import BadPattern, UnsupportedModel
+from secateur.flow import Seconds
 from secateur.footprint import Load, arrange
+from secateur.hidden import hidden_bytes
 from secateur.machine import available_bytes, release_memory
 from secateur.methods import METHODS, Method, find_method
 from secateur.model import LanguageModel
-from secateur.options import check_windows, find_devices, find_dtype, find_size, forward_dtype
+from secateur.options import check_windows, find_devices, find_dtype, find_size, forward_dtype, width
 from secateur.outline import build, outline
 from secateur.patterns import kind_of, parse, parse_pattern
 from secateur.plan import check_allocation, is_file, make_plan
@@ -33,7 +34,6 @@ from secateur.selection import SELECTIONS
 from secateur.shrink import check_structure
 from secateur.shrunk import PRESETS
 from secateur.sites import coverage
-from secateur.stream import Seconds
 from secateur.structures import Structure
 from secateur.trial import site_shapes
 
@@ -120,9 +120,8 @@ def way_through(
     stored = language_model.model.dtype
     forward = dtype or stored
     largest = max(sum(p.numel() for p in block.parameters()) for block in language_model.blocks)
-    width = language_model.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
     free = available_bytes(device) if limit is None else limit
-    if PLENTY * (prod(shape) * width * forward.itemsize + largest * 4) < free:
+    if PLENTY * (hidden_bytes(shape, width(language_model), forward) + largest * 4) < free:
         return {"passes": "one" if passes == "auto" else passes, "spill": False}
     samples, length = shape
     windows = samples if method.need or method.refine else min(samples, batch_size)

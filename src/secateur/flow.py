@@ -83,7 +83,7 @@ class Flow:
         self.dense_calls: list[list[Call]] = []
         self.targets: HiddenStates | None = None  # and what the dense block at hand makes of them
         self.originals: list[nn.Module] = []
-        self._stages: dict[tuple[Any, ...], Stages | None] = {}
+        self._stages: dict[tuple[Any, ...], Stages] = {}
         self._threads = [ThreadPoolExecutor(1) for _ in devices] if len(devices) > 1 else []
         shell = shell or Shell(language_model, devices[0], dtype, head=False)
         started = perf_counter()
@@ -198,10 +198,8 @@ class Flow:
             watch = watches[share]
             with recorded_inputs(self.replicas[share], watch.see):
                 for number in self.of(share):
-                    watch.next_batch(
-                        probe if number == 0 and self.ranks.first else 0,
-                        self._dense_inputs(index, share, number, need, only),
-                    )
+                    dense = self._dense_inputs(index, share, number, need, only)
+                    watch.next_batch(self._probed(probe, number), dense)
                     self.forward(index, share, number)
 
         started = perf_counter()
@@ -219,8 +217,9 @@ class Flow:
                 shared |= part
         return self._merged(index, watches, shared, perf_counter() - started)
 
-    def stages(self, index: int) -> Stages | None:
-        """The sites of the block at hand in the order in which forwards reach them; None where there is no order."""
+    @torch.no_grad()
+    def stages(self, index: int) -> Stages:
+        """The sites of the block at hand in the order in which forwards reach them; found once for each kind."""
         kind = signature(self.language_model.blocks[index])
         if kind not in self._stages:
             self._stages[kind] = self.ranks.same(
@@ -274,9 +273,8 @@ class Flow:
             # Which tokens reach an expert differs between the two models, so there are no pairs to sum over.
             twins = theirs.inputs(stage) if theirs and not fused else None
             for number, reached in ours.inputs(stage):
-                watch.next_batch(
-                    probe if number == 0 and self.ranks.first else 0, dict(next(twins)[1]) if twins else {}
-                )
+                dense = dict(next(twins)[1]) if twins else {}
+                watch.next_batch(self._probed(probe, number), dense)
                 for name, x in reached:
                     watch.see(name, x)
             return watch

@@ -182,8 +182,9 @@ def _operations(
         inner = often.windows(load.windows, load.batch, True) * kind.count
         outer = often.after * load.windows * (kind.count - kind.has_last)
         forward += (kind.flops * (inner + outer) + kind.watch_flops * inner) / load.batch
+        if mode == "one" or method.sequential:
+            forward += kind.flops  # one batch, to find the stages
         if mode == "one":
-            forward += kind.flops  # one batch, to find where to stop
             ends = [read for read in kind.reads if read.group == kind.reads[-1].group and read.share == 1]
             if kind.has_last and not method.refine:  # it ends at its last sites
                 forward -= sum(2 * load.windows * load.length * read.columns * sum(read.rows.values()) for read in ends)
@@ -208,7 +209,7 @@ def _solve(costs: Cost, method: Method, rows: Sequence[int], columns: int) -> fl
 def _rates(device: torch.device, forward: torch.dtype) -> dict[str, float]:
     """Operations a second of matrix products in the dtypes of a run, measured now."""
     kinds = dict.fromkeys((forward, torch.float32))
-    return {str(kind).removeprefix("torch."): matrix_rate(device, kind) for kind in kinds}
+    return {str(kind).removeprefix("torch."): matrix_rate(kind, device) for kind in kinds}
 
 
 def _seconds(operations: Operations, rates: dict[str, float]) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from tempfile import TemporaryFile
 from weakref import finalize
@@ -12,6 +13,11 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoint import disk_errors
+
+
+def hidden_bytes(shape: Sequence[int], width: int, dtype: torch.dtype) -> int:
+    """What the hidden states of windows `[samples, length]` take, `width` numbers a token."""
+    return prod(shape) * width * dtype.itemsize
 
 
 class HiddenStates:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 _C_LIBRARY = ctypes.CDLL(None)
 _CGROUP = Path("/sys/fs/cgroup")
 _CGROUP_FILES = [
@@ -60,7 +61,7 @@ def available_bytes(device: torch.device) -> int:
     return min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.2) -> float:
+def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float = 0.2) -> float:
     """Operations a second of products 1024 × 1024 in `dtype`, the best of those that fit into `seconds`, at least two.
 
     Wall time, on as many threads as torch uses now: other work on the machine shows.

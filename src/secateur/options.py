@@ -1,14 +1,16 @@
 """What the words of an option mean, and what holds where none is given."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from secateur.checkpoint import Checkpoint, open_checkpoint, resolve
 from secateur.data import Windows, calibration_windows, load_tokenizer
 from secateur.errors import NotEnoughText, UnknownName, UnsupportedModel
-from secateur.model import LanguageModel
+from secateur.model import LanguageModel, load
+from secateur.progress import Progress
+from secateur.structures import parse_size
 
 
 def default_length(language_model: LanguageModel) -> int:
@@ -62,6 +64,34 @@ def draw_calibration(
     )
 
 
+def opened(
+    model: str | Path | None,
+    calibration: str | None,
+    *,
+    samples: int,
+    seq_len: int | None,
+    seed: int,
+    data_dir: str | Path | None,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> tuple[Checkpoint, LanguageModel, Windows]:
+    """A model's checkpoint, the model, and the calibration windows of a run on it. Raises SecateurError."""
+    folder = resolve(model)
+    source = open_checkpoint(folder)
+    progress.begin(f"loading {model or 'the demo model'}")
+    language_model = load(folder, trust_remote_code=trust_remote_code)
+    windows = draw_calibration(
+        language_model, folder, model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    return source, language_model, windows
+
+
+def width(language_model: LanguageModel) -> int:
+    """Numbers of a token between the blocks of a model, at least: some families have several streams of them."""
+    return language_model.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
+
+
 def check_windows(language_model: LanguageModel, windows: Windows, batch_size: int) -> None:
     """Raise UnsupportedModel where the windows have tokens that the model lacks, or are longer than its context.
 
@@ -104,10 +134,10 @@ def find_size(text: str | int | None) -> int | None:
     """Bytes for "6GB", "512MiB" or a plain number; None for none. Raises UnknownName."""
     if text is None or isinstance(text, int):
         return text
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", text.strip())
-    if not found:
+    found = int(text) if text.isdecimal() else parse_size(text.strip())
+    if found is None or found < 0:
         raise UnknownName("size", text, ["6GB", "512MiB", "6000000000"])
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** " kMGT".index(found[2] or " "))
+    return found
 
 
 def timed_dtype(name: str) -> torch.dtype:

@@ -127,7 +127,7 @@ def outline(model: PreTrainedModel, batch: int, length: int, *, tuning: bool = F
             _kind(blocks[indices[0]], *calls[indices[0]], indices, len(blocks) - 1 in indices, tuning)
             for indices in alike.values()
         )
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModel(
             f"A block of {type(model).__name__} cannot be run without numbers, so its cost is not known before the "
             f"run: {in_one_line(error)}."

@@ -50,7 +50,7 @@ class Output:
         self.source, self.out, self.partial, self.overwrite = source, out, partial, overwrite
         self.places = source.places
         self.journal = journal
-        self._stamps = stamps(source)
+        self.stamps = stamps(source)
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
@@ -138,7 +138,7 @@ class Output:
             if (self.partial / shard).exists()
         }
         for name, stamp in stamps(self.source).items():
-            if stamp != self._stamps[name]:
+            if stamp != self.stamps[name]:
                 raise BadCheckpoint(
                     f"{self.source.folder / name} was changed while it was read, so the result would be of neither. "
                     "Run again."
@@ -217,7 +217,7 @@ def output(
         with disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             result = Output(source, out, partial, overwrite, None if run is None else Journal(file))
-            conditions = {**(run or {}), "files": stamps(source)}
+            conditions = {**(run or {}), "files": result.stamps}
             if not _taken_up(result, conditions, restart):
                 refuse_output(out, overwrite=overwrite, strict=True)
                 _copy(source, out, partial, other_weights)
@@ -283,7 +283,7 @@ def _ended(error: BaseException, result: Output | None, made: list[Path]) -> Bas
     with suppress(OSError):  # what is not empty stays
         for folder in made:
             folder.rmdir()
-    if finished and result and result.partial.exists() and (mended or isinstance(error, KeyboardInterrupt)):
+    if finished and mended and result and result.partial.exists():
         text = f"{str(error) or 'Interrupted.'} The same command goes on after the {finished} blocks that are finished."
         if isinstance(error, KeyboardInterrupt):
             return Interrupted(text)

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from secateur.allocate import Plan, by_outliers, least_error, names_left, read_plan, scaled, uniform, write_plan
-from secateur.checkpoint import disk_errors, open_checkpoint, resolve
+from secateur.checkpoint import disk_errors
 from secateur.data import Windows
 from secateur.errors import BadPlan, OutputRefused, UnknownName
 from secateur.methods import find_method
 from secateur.methods.base import importance
-from secateur.model import LanguageModel, load
-from secateur.options import check_windows, draw_calibration, find_devices, find_dtype, forward_dtype
+from secateur.model import LanguageModel
+from secateur.options import check_windows, find_devices, find_dtype, forward_dtype, opened
 from secateur.patterns import Unstructured, parse_pattern
 from secateur.progress import Progress
 from secateur.search import search
@@ -64,13 +64,9 @@ def plan(
     find_dtype(dtype)
     if out.is_dir() or (out.exists() and not overwrite):
         raise OutputRefused(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
-    folder = resolve(model)
-    open_checkpoint(folder)
-    progress.begin(f"loading {model or 'the demo model'}")
-    language_model = load(folder, trust_remote_code=trust_remote_code)
-    windows = draw_calibration(
-        language_model, folder, model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
-        trust_remote_code=trust_remote_code,
+    _, language_model, windows = opened(
+        model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
+        trust_remote_code=trust_remote_code, progress=progress,
     )  # fmt: skip
     found = make_plan(
         language_model, windows, allocate, method=method, pattern=pattern, skip=skip, device=device, dtype=dtype,

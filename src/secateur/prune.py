@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.block import PrunedBlock, prune_block
-from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
+from secateur.checkpoint import Checkpoint, file_sha256
 from secateur.cost import needs_dense
 from secateur.data import Windows
 from secateur.decide import Pruning, check_method, decide
@@ -28,8 +28,8 @@ from secateur.footprint import check_passes
 from secateur.interrupt import asked_to_stop
 from secateur.layout import check_source
 from secateur.machine import versions
-from secateur.model import LanguageModel, checkpoint_tensors, load, load_blocks
-from secateur.options import draw_calibration, find_devices, find_dtype, find_size
+from secateur.model import LanguageModel, checkpoint_tensors, load_blocks
+from secateur.options import find_devices, find_dtype, find_size, opened
 from secateur.output import BLOCK, Output, output, refuse_output
 from secateur.patterns import parse, parse_pattern
 from secateur.plan import is_file
@@ -90,13 +90,9 @@ def prune(
     with joined(device) as (ranks, device):
         find_devices(device)
         progress = (progress if ranks.first else None) or Progress()
-        folder = resolve(model)
-        source = open_checkpoint(folder)
-        progress.begin(f"loading {model or 'the demo model'}")
-        language_model = load(folder, trust_remote_code=trust_remote_code)
-        windows = draw_calibration(
-            language_model, folder, model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
-            trust_remote_code=trust_remote_code,
+        source, language_model, windows = opened(
+            model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
+            trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
         report = prune_checkpoint(
             source, language_model, windows, Path(out), method=method, pattern=pattern, allocate=allocate, align=align,

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.stream import Seconds
+from secateur.flow import Seconds
 
 LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go through it"
 

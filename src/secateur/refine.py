@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from secateur.flow import Batch
 from secateur.model import run_block
 from secateur.sites import sites
-from secateur.stream import Batch
 
 RATE = 0.4
 """Adam's first step as a share of a parameter's root mean square weight, times √inputs.

@@ -27,17 +27,19 @@ from secateur.cut import module_of
 from secateur.data import Windows
 from secateur.depth import BLOCKS, Looking
 from secateur.errors import BadPattern, BadPlan, Interrupted
+from secateur.flow import Seconds
+from secateur.hidden import hidden_bytes
 from secateur.interrupt import asked_to_stop
 from secateur.layout import Names, check_source, resized, size_of
 from secateur.machine import available_bytes, release_memory, versions
 from secateur.model import LanguageModel, Shell, load_blocks, run_block, working_copy
-from secateur.options import check_windows, find_devices, find_dtype, find_size, forward_dtype
+from secateur.options import check_windows, find_devices, find_dtype, find_size, forward_dtype, width
 from secateur.output import BLOCK, Output, output
 from secateur.progress import PeakMemory, Progress
 from secateur.record import Report
 from secateur.shrunk import Run, find_shrinking, refined, shrunk_block
 from secateur.sites import coverage, sites
-from secateur.stream import Seconds, stream
+from secateur.stream import stream
 from secateur.structures import NAMES, Budget, Depth, Structure, Units, parts
 from secateur.survey import Survey, block_parameters, holds, survey
 from secateur.verify import refuse_unequal
@@ -131,11 +133,7 @@ def shrink_checkpoint(
                     result.configure(found.stock.changes, language_model.model.config.model_type)
                     result.sync()
                 progress.begin(f"shrinking with {method} to {structure}")
-                streams = windows.ids.numel() * language_model.model.config.get_text_config().hidden_size
-                held = streams * (forward or torch.float32).itemsize * (2 if shrinking.second_stream else 1)
-                limit = find_size(memory) or available_bytes(devices[0])
-                spill = result.out.parent if held > limit / 2 else None
-                logits = _shrink(run, found, report, names, result, again, stopping, spill)
+                logits = _shrink(run, found, report, names, result, again, stopping, find_size(memory))
                 result.settle()
                 _verify(result, windows.ids, logits, trust_remote_code, progress)
             report.sparsity = _share_gone(language_model, found)
@@ -198,18 +196,23 @@ def _shrink(
     result: Output,
     again: Sequence[nn.Module],
     stopping: Callable[[], bool],
-    spill: Path | None,
+    limit: int | None,
 ) -> Tensor:
     """Shrink and write every block that stays; the logits of the first window's first tokens in the smaller model.
 
     These go through the smaller blocks in float32, whatever dtype the stream has, so that they can be compared closely.
-    The first blocks may be done `again`: they are gone through as they are.
+    The first blocks may be done `again`: they are gone through as they are. Hidden states that would take half of
+    `limit`, or of what is free, lie in a file.
     """
     model, count, device = run.language_model, len(found.kept), run.devices[0]
     tokens = run.tokens[:1, :CHECKED_TOKENS]
     hidden, calls = Shell(model, device, torch.float32, head=False).enter(tokens)
     for index, block in zip(found.kept, again, strict=False):
         hidden = run_block(working_copy(block, device, torch.float32), hidden, calls[index])
+    held = hidden_bytes(run.tokens.shape, width(model), run.dtype or model.model.dtype)
+    held *= 2 if run.shrinking.second_stream else 1
+    free = available_bytes(device) if limit is None else limit
+    spill = result.out.parent if held > free / 2 else None
     steps = stream(
         model, run.tokens, devices=run.devices, dtype=run.dtype, batch_size=run.batch_size, seconds=run.seconds,
         dense=run.shrinking.second_stream, kept=found.kept, finished=again, spill=spill,

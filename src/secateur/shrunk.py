@@ -19,6 +19,7 @@ from secateur.block import PROBE_TOKENS, put, refuse_non_finite_weights
 from secateur.cut import State, without_experts, without_units
 from secateur.depth import BLOCKS, Missing, last_matrix, missing
 from secateur.errors import UnknownName
+from secateur.flow import Batch, Seconds
 from secateur.methods import REFINE_EPOCHS
 from secateur.model import LanguageModel, run_block, working_copy
 from secateur.progress import Progress
@@ -29,7 +30,7 @@ from secateur.repair import NEED, repaired
 from secateur.selection import SELECTIONS, lowest
 from secateur.sites import bias, sites
 from secateur.stats import OF_DENSE, Stats
-from secateur.stream import Batch, Seconds, Step
+from secateur.stream import Step
 from secateur.structures import NAMES, Depth, Structure, parts
 from secateur.survey import BlockCut, Consumer
 from secateur.taylor import taylor

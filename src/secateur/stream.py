@@ -21,8 +21,6 @@ from secateur.ranks import ALONE, Ranks
 from secateur.sites import Site, sites
 from secateur.watch import Observed
 
-__all__ = ["Batch", "Observed", "Seconds", "Step", "final_hidden", "stream"]
-
 
 @dataclass
 class Step:
@@ -57,16 +55,15 @@ class Step:
         goes on through what was pruned; to the end of the block, unless the block will be run `again`. In two, all
         come at once, and inputs are those of the dense block; or, if `sequential`, in stages with a forward for each.
         """
-        stages = self._flow.stages(self.index) if one_pass else None
-        if stages is None:
-            for group in self.groups() if sequential else [list(self.sites)]:
-                if wanted := [name for name in group if name in only]:
-                    yield wanted, self.observe(need, probe, wanted)
+        if one_pass and (stages := self._flow.stages(self.index)).plain:
+            if unreached := [name for name in stages.unreached if name in only]:
+                yield unreached, Observed({}, {}, {})  # before any forward starts
+            wanted = [kept for stage in stages.order if (kept := [name for name in stage if name in only])]
+            yield from self._flow.suspended(self.index, wanted, need, probe, finish=not again and not self.last)
             return
-        if unreached := [name for name in stages.unreached if name in only]:
-            yield unreached, Observed({}, {}, {})  # before any forward starts
-        wanted_stages = [kept for stage in stages.order if (kept := [name for name in stage if name in only])]
-        yield from self._flow.suspended(self.index, wanted_stages, need, probe, finish=not again and not self.last)
+        for group in self.groups() if sequential else [list(self.sites)]:
+            if kept := [name for name in group if name in only]:
+                yield kept, self.observe(need, probe, kept)
 
     def first(self) -> tuple[Tensor, Call]:
         """The hidden states of the first batch as they enter the block, and its call."""
@@ -88,15 +85,10 @@ class Step:
     def groups(self) -> list[list[str]]:
         """The sites in the order in which the block reaches them, those that share an input together.
 
-        All experts' matrices of one kind are one group. Sites that the first batch does not reach come last.
+        Sites that the first batch does not reach come last.
         """
-        order = self.observe((), 1).shared
-        groups: dict[str, list[str]] = {}
-        for name, first in order.items():
-            site = self.sites[name]
-            groups.setdefault(site.parameter if site.expert else first, []).append(name)
-        rest = [name for name in self.sites if name not in order]
-        return [*groups.values(), *([rest] if rest else [])]
+        stages = self._flow.stages(self.index)
+        return [*stages.order, *([stages.unreached] if stages.unreached else [])]
 
 
 def stream(

@@ -169,13 +169,19 @@ def parse_structure(text: str) -> Structure | None:
     text = re.sub(r"\s*%", "%", text.strip())
     if found := re.fullmatch(rf"to ({NUMBER})% of parameters", text):
         return Budget(share=float(found[1]) / 100)
-    if found := re.fullmatch(rf"to ({NUMBER}) ?({'|'.join(SIZES)})", text):
-        return Budget(bytes=round(Decimal(found[1]) * SIZES[found[2]]))
+    if text.startswith("to ") and (size := parse_size(text.removeprefix("to "))) is not None:
+        return Budget(bytes=size)
     found = [_parse_part(part.strip()) for part in text.split("+")]
     whole = tuple(part for part in found if part is not None)
     if len(whole) < len(found):
         return None
     return whole[0] if len(whole) == 1 else Several(whole)
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes for "6GB" or "512 MiB", None for what is no size."""
+    found = re.fullmatch(rf"({NUMBER}) ?({'|'.join(SIZES)})", text)
+    return round(Decimal(found[1]) * SIZES[found[2]]) if found else None
 
 
 NUMBER = r"-?[0-9]{1,12}(?:\.[0-9]{1,12})?"

@@ -27,33 +27,35 @@ from secateur.sites import sites, visited
 
 
 class Stages(NamedTuple):
-    """The sites of a block in the `order` in which a forward reaches them, those with one input together; the rest."""
+    """The sites of a block in the `order` in which a forward reaches them, those with one input together; the rest.
+
+    All experts' matrices of one kind are one stage. Forwards can be stopped at each in turn if `plain`: not where a
+    site is called twice, or where experts are modules of their own, of which every batch takes others.
+    """
 
     order: list[list[str]]
     unreached: list[str]
+    plain: bool
 
 
-def find_stages(block: nn.Module, hidden: Tensor, call: Call) -> Stages | None:
-    """The stages of a block, asked of one forward; None where forwards cannot be stopped at each in turn.
-
-    So it is where a site is called twice, or experts are modules of their own, of which every batch takes others.
-    """
+def find_stages(block: nn.Module, hidden: Tensor, call: Call) -> Stages:
+    """The stages of a block, asked of one forward."""
     known = sites(block)
     reached: list[tuple[str, Tensor]] = []
     with visited(block, reached.extend):
         run_block(block, hidden, call)
-    names = [name for name, _ in reached]
-    if len(set(names)) < len(names) or experts.has_list(block):
-        return None
+    first = dict(reversed(reached))  # the first input of a site that is called twice
     found: dict[object, list[str]] = {}
-    for name, x in reached:
-        parameter = known[name].parameter
+    for name in dict(reached):
+        parameter, x = known[name].parameter, first[name]
         if known[name].expert:
             found[parameter] = [other for other, site in known.items() if site.parameter == parameter]
         else:
             found.setdefault((id(x), x._version), []).append(name)
     order = list(found.values())
-    return Stages(order, [name for name in known if not any(name in stage for stage in order)])
+    inside = {name for stage in order for name in stage}
+    plain = len(first) == len(reached) and not experts.has_list(block)
+    return Stages(order, [name for name in known if name not in inside], plain)
 
 
 class _Forward:
