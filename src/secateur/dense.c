@@ -44,8 +44,24 @@ FOUR_ROWS(avx2_i8, int8_t, float, __m256, _mm256_setzero_ps(), 8, __m256 seen = 
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
 #endif
 #define DOT_BF16(sum, p) sum = _mm512_dpbf16_ps(sum, BF16S(p), seen)
-FOUR_ROWS(avx512_bf16, uint16_t, uint16_t, __m512, _mm512_setzero_ps(), 32, __m512bh seen = BF16S(x + k), DOT_BF16,
+FOUR_ROWS(avx512_bf16_bf16, uint16_t, uint16_t, __m512, _mm512_setzero_ps(), 32, __m512bh seen = BF16S(x + k), DOT_BF16,
           _mm512_reduce_add_ps)
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#ifndef EMULATED
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
+#endif
+/* Even and odd activations apart, as `widened` gives them. */
+#define ADD_PAIRS(sum, p)                                                                                          \
+    do {                                                                                                           \
+        __m512i pairs = _mm512_loadu_si512(p);                                                                     \
+        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), even, sum);                       \
+        sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))), odd, sum); \
+    } while (0)
+FOUR_ROWS(avx512_bf16, uint16_t, float, __m512, _mm512_setzero_ps(), 32,
+          __m512 even = _mm512_loadu_ps(x + k);
+          __m512 odd = _mm512_loadu_ps(x + k + 16), ADD_PAIRS, _mm512_reduce_add_ps)
 
 /* High and low bytes of the activations as in packed.c. */
 typedef struct {
@@ -71,15 +87,14 @@ FOUR_ROWS(avx512_i8, int8_t, uint8_t, Sums, NO_SUMS, 64, (void)0, DOT_I8, total)
 int secateur_dense_bf16(int isa, const uint16_t *weight, const uint16_t *x, float *y, int64_t rows, int64_t columns,
                         int threads) {
 #ifdef X86
-    if (isa == AVX512 && columns % 32 == 0) {
-        EACH_THREAD(avx512_bf16(weight, x, y, columns, first, last);)
+    if (isa == AVX512_BF16 && columns % 32 == 0) {
+        EACH_THREAD(avx512_bf16_bf16(weight, x, y, columns, first, last);)
         return 0;
     }
-    if (isa == AVX2 && columns % 8 == 0) {
-        float *wide = malloc(sizeof(float) * columns);
+    if ((isa == AVX512 && columns % 32 == 0) || (isa == AVX2 && columns % 8 == 0)) {
+        float *wide = widened(isa, x, columns);
         if (!wide) return 2;
-        for (int64_t k = 0; k < columns; k++) wide[k] = widen(x[k]);
-        EACH_THREAD(avx2_bf16(weight, wide, y, columns, first, last);)
+        EACH_THREAD((isa == AVX512 ? avx512_bf16 : avx2_bf16)(weight, wide, y, columns, first, last);)
         free(wide);
         return 0;
     }
@@ -93,7 +108,7 @@ int secateur_dense_i8(int isa, const int8_t *weight, const float *scales, const 
                       int64_t columns, int threads) {
 #ifdef X86
     float step = 1;
-    if (isa == AVX512 && columns % 64 == 0) {
+    if (isa >= AVX512 && columns % 64 == 0) {
         uint8_t *bytes = malloc(2 * columns);
         if (!bytes) return 2;
         as_bytes(x, bytes, columns, &step);

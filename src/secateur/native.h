@@ -12,7 +12,9 @@
 #define X86 1
 #endif
 
-enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 }; /* AVX512: with VBMI2 (expand 8 and 16 bits), BF16 and VNNI (dot products) */
+/* AVX512: with VBMI2 (expands 8 and 16 bits) and VNNI (dot products of bytes), from Ice Lake and Zen 4 on; AVX512_BF16: with
+ * dot products of bfloat16 too. */
+enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AVX512_BF16 = 3 };
 
 #define INLINED static inline __attribute__((always_inline))
 
@@ -26,7 +28,7 @@ enum { PORTABLE = 0, AVX2 = 1, AVX512 = 2 }; /* AVX512: with VBMI2 (expand 8 and
 #endif
 
 #ifdef X86
-#define FASTEST(isa, NAME) ((isa) == AVX512 ? avx512_##NAME : (isa) == AVX2 ? avx2_##NAME : portable_##NAME)
+#define FASTEST(isa, NAME) ((isa) >= AVX512 ? avx512_##NAME : (isa) == AVX2 ? avx2_##NAME : portable_##NAME)
 #else
 #define FASTEST(isa, NAME) ((void)(isa), portable_##NAME)
 #endif

@@ -10,7 +10,7 @@ import ctypes
 from functools import cache
 from importlib.util import find_spec
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 PACKED_KINDS = ("f32", "bf16", "i8")
 """The values of packed matrices, as packed.c calls them."""
 

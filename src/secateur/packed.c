@@ -14,12 +14,12 @@
 int secateur_isa(void) {
 #ifdef X86
 #ifdef EMULATED
-    return AVX512;
+    return AVX512_BF16;
 #else
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16") &&
-        __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
-        return AVX512;
+    if (__builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+        return __builtin_cpu_supports("avx512bf16") ? AVX512_BF16 : AVX512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
 #endif
@@ -167,7 +167,7 @@ SHARE(avx2_i8, avx2_rows_i8_twice, int8_t, float)
 
 #pragma GCC push_options
 #ifndef EMULATED
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
 #endif
 #ifndef EMULATED
 /* Expand with zeros depends on the old content of its register on Zen 4, though it should not; clearing it first
@@ -185,37 +185,43 @@ EXPAND(expand16, "vpexpandw")
 EXPAND(expand32, "vpexpandd")
 #endif
 
-INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, uint16_t)) {
+/* Without dot products of bfloat16. Words of 32 bits hold two weights, of which the upper is a float but for its lower
+ * bits; so x is given as floats, of every 32 first the even ones, then the odd ones (`in_pairs`). */
+INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, float)) {
     const uint64_t *masks[2];
     const uint16_t *from[2];
-    __m512 low[2][MOST], high[2][MOST]; /* two chains where there are few sums, else one */
+    __m512 even[2][MOST], odd[2][MOST]; /* two chains where there are few sums, else one */
+    const __m512i upper = _mm512_set1_epi32(0xffff0000);
     for (int i = 0; i < count; i++) {
         masks[i] = bitmap + (row + i * apart) * words;
         from[i] = values + starts[row + i * apart];
-        for (int b = 0; b < batch; b++) low[i][b] = high[i][b] = _mm512_setzero_ps();
+        for (int b = 0; b < batch; b++) even[i][b] = odd[i][b] = _mm512_setzero_ps();
     }
     for (int64_t k = 0; k < words; k++) {
-        __m512bh left[2], right[2];
-        for (int i = 0; i < count; i++) {
-            uint64_t mask = masks[i][k];
-            _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);
-            left[i] = (__m512bh)expand16((uint32_t)mask, from[i]);
-            right[i] = (__m512bh)expand16(mask >> 32, from[i] + __builtin_popcount((uint32_t)mask));
-            from[i] += __builtin_popcountll(mask);
-        }
-        for (int b = 0; b < batch; b++) {
-            const uint16_t *at = x + 64 * (k + b * words);
-            __m512bh first = BF16S(at), second = BF16S(at + 32);
+        for (int i = 0; i < count; i++) _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);
+        _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
+            __m512 lower[2], higher[2];
             for (int i = 0; i < count; i++) {
-                __m512 *chain = batch < 3 ? &high[i][b] : &low[i][b];
-                low[i][b] = _mm512_dpbf16_ps(low[i][b], left[i], first);
-                *chain = _mm512_dpbf16_ps(*chain, right[i], second);
+                uint32_t mask = masks[i][k] >> 32 * half;
+                __m512i pairs = expand16(mask, from[i]);
+                lower[i] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+                higher[i] = _mm512_castsi512_ps(_mm512_and_si512(pairs, upper));
+                from[i] += __builtin_popcount(mask);
+            }
+            for (int b = 0; b < batch; b++) {
+                const float *at = x + 64 * (k + b * words) + 32 * half;
+                __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + 16);
+                for (int i = 0; i < count; i++) {
+                    __m512 *chain = batch < 5 ? &odd[i][b] : &even[i][b];
+                    even[i][b] = _mm512_fmadd_ps(lower[i], first, even[i][b]);
+                    *chain = _mm512_fmadd_ps(higher[i], second, *chain);
+                }
             }
         }
     }
     for (int i = 0; i < count; i++)
         for (int b = 0; b < batch; b++)
-            y[row + i * apart + b * stride] = _mm512_reduce_add_ps(_mm512_add_ps(low[i][b], high[i][b]));
+            y[row + i * apart + b * stride] = _mm512_reduce_add_ps(_mm512_add_ps(even[i][b], odd[i][b]));
 }
 
 INLINED void avx512_rows_f32(ROWS_OF(float, float)) {
@@ -289,16 +295,56 @@ INLINED void avx512_rows_i8(ROWS_OF(int8_t, uint8_t)) {
         }
 }
 
-SHARE(avx512_bf16, avx512_rows_bf16, uint16_t, uint16_t)
+SHARE(avx512_bf16, avx512_rows_bf16, uint16_t, float)
 SHARE(avx512_f32, avx512_rows_f32, float, float)
 SHARE(avx512_i8, avx512_rows_i8, int8_t, uint8_t)
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#ifndef EMULATED
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
+#endif
+INLINED void avx512_bf16_rows(ROWS_OF(uint16_t, uint16_t)) {
+    const uint64_t *masks[2];
+    const uint16_t *from[2];
+    __m512 low[2][MOST], high[2][MOST]; /* two chains where there are few sums, else one */
+    for (int i = 0; i < count; i++) {
+        masks[i] = bitmap + (row + i * apart) * words;
+        from[i] = values + starts[row + i * apart];
+        for (int b = 0; b < batch; b++) low[i][b] = high[i][b] = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < words; k++) {
+        __m512bh left[2], right[2];
+        for (int i = 0; i < count; i++) {
+            uint64_t mask = masks[i][k];
+            _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);
+            left[i] = (__m512bh)expand16((uint32_t)mask, from[i]);
+            right[i] = (__m512bh)expand16(mask >> 32, from[i] + __builtin_popcount((uint32_t)mask));
+            from[i] += __builtin_popcountll(mask);
+        }
+        for (int b = 0; b < batch; b++) {
+            const uint16_t *at = x + 64 * (k + b * words);
+            __m512bh first = BF16S(at), second = BF16S(at + 32);
+            for (int i = 0; i < count; i++) {
+                __m512 *chain = batch < 3 ? &high[i][b] : &low[i][b];
+                low[i][b] = _mm512_dpbf16_ps(low[i][b], left[i], first);
+                *chain = _mm512_dpbf16_ps(*chain, right[i], second);
+            }
+        }
+    }
+    for (int i = 0; i < count; i++)
+        for (int b = 0; b < batch; b++)
+            y[row + i * apart + b * stride] = _mm512_reduce_add_ps(_mm512_add_ps(low[i][b], high[i][b]));
+}
+
+SHARE(avx512_bf16_bf16, avx512_bf16_rows, uint16_t, uint16_t)
 #pragma GCC pop_options
 #endif
 
 #ifdef X86
-#define WIDENED(isa, NAME) ((isa) == AVX2 ? avx2_##NAME : portable_##NAME)
+#define UP_TO_AVX2(isa, NAME) ((isa) == AVX2 ? avx2_##NAME : portable_##NAME)
 #else
-#define WIDENED(isa, NAME) ((void)(isa), portable_##NAME)
+#define UP_TO_AVX2(isa, NAME) ((void)(isa), portable_##NAME)
 #endif
 #define SHARES(TYPE)                                                                                               \
     void (*share)(const uint64_t *, const TYPE *, const int64_t *, const float *, float *, int64_t, int64_t, int,  \
@@ -318,16 +364,14 @@ int secateur_multiply_bf16(int isa, const uint64_t *bitmap, const uint16_t *valu
                            const uint16_t *activations, float *y, int64_t rows, int64_t words, int batch, int threads) {
     if (batch < 1 || batch > MOST) return 1;
 #ifdef X86
-    if (isa == AVX512) {
-        EACH_THREAD(avx512_bf16(bitmap, values, starts, activations, y, rows, words, batch, first, last);)
+    if (isa == AVX512_BF16) {
+        EACH_THREAD(avx512_bf16_bf16(bitmap, values, starts, activations, y, rows, words, batch, first, last);)
         return 0;
     }
 #endif
-    int64_t count = 64 * words * batch;
-    float *x = malloc(sizeof(float) * count);
+    float *x = widened(isa, activations, 64 * words * batch);
     if (!x) return 2;
-    for (int64_t i = 0; i < count; i++) x[i] = widen(activations[i]);
-    SHARES(uint16_t) = WIDENED(isa, bf16);
+    SHARES(uint16_t) = FASTEST(isa, bf16);
     EACH_THREAD(share(bitmap, values, starts, x, y, rows, words, batch, first, last);)
     free(x);
     return 0;
@@ -341,7 +385,7 @@ int secateur_multiply_i8(int isa, const uint64_t *bitmap, const int8_t *values, 
     if (batch < 1 || batch > MOST) return 1;
     float steps[MOST] = {1, 1, 1, 1, 1, 1, 1, 1};
 #ifdef X86
-    if (isa == AVX512) {
+    if (isa >= AVX512) {
         int64_t columns = 64 * words;
         uint8_t *bytes = malloc(2 * columns * batch);
         if (!bytes) return 2;
@@ -351,7 +395,7 @@ int secateur_multiply_i8(int isa, const uint64_t *bitmap, const int8_t *values, 
     } else
 #endif
     {
-        SHARES(int8_t) = WIDENED(isa, i8);
+        SHARES(int8_t) = UP_TO_AVX2(isa, i8);
         EACH_THREAD(share(bitmap, values, starts, x, y, rows, words, batch, first, last);)
     }
     for (int b = 0; b < batch; b++)
@@ -400,7 +444,7 @@ AVX2_DENSE(avx2_widen_i8, int8_t, float,
 
 #pragma GCC push_options
 #ifndef EMULATED
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
 #endif
 #define AVX512_DENSE(NAME, TYPE, OUT, PIECE, STORE)                                                                \
     static void NAME(const uint64_t *bitmap, const TYPE *values, OUT *out, int64_t words, float scale) {           \

@@ -31,6 +31,20 @@ static inline float widen(uint16_t bits) { /* bfloat16 is the upper half of a fl
     return value;
 }
 
+/* bfloat16 activations as floats, NULL without memory; for AVX-512 without dot products of bfloat16 the even ones of every
+ * 32 come first, then the odd ones, as their weights do in words of 32 bits. `count` is a multiple of 32 there. */
+static inline float *widened(int isa, const uint16_t *x, int64_t count) {
+    float *wide = malloc(sizeof(float) * count);
+    if (!wide) return wide;
+    if (isa == AVX512) {
+        for (int64_t k = 0; k < count; k += 32)
+            for (int j = 0; j < 16; j++)
+                wide[k + j] = widen(x[k + 2 * j]), wide[k + 16 + j] = widen(x[k + 2 * j + 1]);
+    } else
+        for (int64_t k = 0; k < count; k++) wide[k] = widen(x[k]);
+    return wide;
+}
+
 /* A row of activations as integers of 16 bits, x = step * (256 high + low - 32768): all high bytes, then all low. */
 static inline void as_bytes(const float *x, uint8_t *bytes, int64_t columns, float *step) {
     float most = 0;
