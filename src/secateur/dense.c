@@ -56,6 +56,7 @@ FOUR_ROWS(avx512_bf16_bf16, uint16_t, uint16_t, __m512, _mm512_setzero_ps(), 32,
 #define ADD_PAIRS(sum, p)                                                                                          \
     do {                                                                                                           \
         __m512i pairs = _mm512_loadu_si512(p);                                                                     \
+        _mm_prefetch((const char *)(p) + 2048, _MM_HINT_T0);                                                       \
         sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), even, sum);                       \
         sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))), odd, sum); \
     } while (0)
@@ -71,6 +72,7 @@ typedef struct {
 #define DOT_I8(sum, p)                                                                                             \
     do {                                                                                                           \
         __m512i weights = _mm512_loadu_si512(p);                                                                   \
+        _mm_prefetch((const char *)(p) + 2048, _MM_HINT_T0);                                                       \
         (sum).high = _mm512_dpbusd_epi32((sum).high, _mm512_loadu_si512(x + k), weights);                          \
         (sum).low = _mm512_dpbusd_epi32((sum).low, _mm512_loadu_si512(x + columns + k), weights);                  \
         (sum).weights = _mm512_dpbusd_epi32((sum).weights, _mm512_set1_epi8(1), weights);                          \

@@ -32,17 +32,32 @@ int secateur_isa(void) {
     const uint64_t *bitmap, const TYPE *values, const int64_t *starts, const INPUT *x, float *y, int64_t words,    \
         int64_t stride, int64_t row, int64_t apart, const int count, const int batch
 
-/* From a routine for rows one for a thread's share: two by two, the last one alone. */
-#define SHARE(NAME, ROUTINE, TYPE, INPUT)                                                                          \
+/* From a routine for rows one for a thread's share: some rows at a time, the last ones alone. */
+#define SHARE(NAME, ROUTINE, TYPE, INPUT, IN_TURN)                                                                 \
     static void NAME(const uint64_t *bitmap, const TYPE *values, const int64_t *starts, const INPUT *x, float *y,  \
                      int64_t rows, int64_t words, int batch, int64_t first, int64_t last) {                        \
-        int64_t half = (last - first) / 2;                                                                         \
-        EACH_BATCH(IN_PAIRS, ROUTINE)                                                                              \
+        EACH_BATCH(IN_TURN, ROUTINE)                                                                               \
     }
-#define IN_PAIRS(ROUTINE, BATCH)                                                                                   \
-    for (int64_t r = first; r < first + half; r++)                                                                 \
-        ROUTINE(bitmap, values, starts, x, y, words, rows, r, half, 2, BATCH);                                     \
-    if ((last - first) % 2) ROUTINE(bitmap, values, starts, x, y, words, rows, last - 1, 0, 1, BATCH);
+#define BY(TOGETHER, ROUTINE, BATCH)                                                                               \
+    {                                                                                                              \
+        int64_t apart = (last - first) / (TOGETHER), r = first;                                                    \
+        for (; r < first + apart; r++)                                                                             \
+            ROUTINE(bitmap, values, starts, x, y, words, rows, r, apart, TOGETHER, BATCH);                         \
+        for (r += ((TOGETHER) - 1) * apart; r < last; r++)                                                         \
+            ROUTINE(bitmap, values, starts, x, y, words, rows, r, 0, 1, BATCH);                                    \
+    }
+#define IN_PAIRS(ROUTINE, BATCH) BY(2, ROUTINE, BATCH)
+#define IN_FOURS(ROUTINE, BATCH) BY(4, ROUTINE, BATCH)
+#define IN_FOURS_OR_PAIRS(ROUTINE, BATCH) BY(BATCH < 3 ? 4 : 2, ROUTINE, BATCH)
+
+/* Registers hold the sums of some rows and four activations; a larger batch takes two turns at the same rows. */
+#define TWICE(NAME, TYPE, INPUT, PLANES)                                                                           \
+    INLINED void NAME##_twice(ROWS_OF(TYPE, INPUT)) {                                                              \
+        NAME(bitmap, values, starts, x, y, words, stride, row, apart, count, batch > 4 ? 4 : batch);               \
+        if (batch > 4)                                                                                             \
+            NAME(bitmap, values, starts, x + 4 * PLANES * 64 * words, y + 4 * stride, words, stride, row, apart,   \
+                 count, batch - 4);                                                                                \
+    }
 
 #define PORTABLE_ROWS(NAME, TYPE, WIDE)                                                                            \
     INLINED void NAME(ROWS_OF(TYPE, float)) {                                                                      \
@@ -63,9 +78,9 @@ int secateur_isa(void) {
 PORTABLE_ROWS(portable_rows_bf16, uint16_t, widen)
 PORTABLE_ROWS(portable_rows_f32, float, AS_FLOAT)
 PORTABLE_ROWS(portable_rows_i8, int8_t, AS_FLOAT)
-SHARE(portable_bf16, portable_rows_bf16, uint16_t, float)
-SHARE(portable_f32, portable_rows_f32, float, float)
-SHARE(portable_i8, portable_rows_i8, int8_t, float)
+SHARE(portable_bf16, portable_rows_bf16, uint16_t, float, IN_PAIRS)
+SHARE(portable_f32, portable_rows_f32, float, float, IN_PAIRS)
+SHARE(portable_i8, portable_rows_i8, int8_t, float, IN_PAIRS)
 
 #ifdef X86
 #pragma GCC push_options
@@ -146,23 +161,15 @@ INLINED __m256 spread_f32(const float *values, unsigned mask) {
                 y[row + i * apart + b * stride] =                                                                  \
                     SCALE * sum8(batch == 1 ? _mm256_add_ps(sum[i][b], more[i]) : sum[i][b]);                      \
     }
-/* Sixteen registers hold the sums of two rows and four activations; a larger batch takes two turns at each pair. */
-#define TWICE(NAME, TYPE)                                                                                          \
-    INLINED void NAME##_twice(ROWS_OF(TYPE, float)) {                                                              \
-        NAME(bitmap, values, starts, x, y, words, stride, row, apart, count, batch > 4 ? 4 : batch);               \
-        if (batch > 4)                                                                                             \
-            NAME(bitmap, values, starts, x + 4 * 64 * words, y + 4 * stride, words, stride, row, apart, count,     \
-                 batch - 4);                                                                                       \
-    }
 AVX2_ROWS(avx2_rows_bf16, uint16_t, spread_bf16, 1.0f)
 AVX2_ROWS(avx2_rows_f32, float, spread_f32, 1.0f)
 AVX2_ROWS(avx2_rows_i8, int8_t, spread_i8, 0x1p-24f)
-TWICE(avx2_rows_bf16, uint16_t)
-TWICE(avx2_rows_f32, float)
-TWICE(avx2_rows_i8, int8_t)
-SHARE(avx2_bf16, avx2_rows_bf16_twice, uint16_t, float)
-SHARE(avx2_f32, avx2_rows_f32_twice, float, float)
-SHARE(avx2_i8, avx2_rows_i8_twice, int8_t, float)
+TWICE(avx2_rows_bf16, uint16_t, float, 1)
+TWICE(avx2_rows_f32, float, float, 1)
+TWICE(avx2_rows_i8, int8_t, float, 1)
+SHARE(avx2_bf16, avx2_rows_bf16_twice, uint16_t, float, IN_PAIRS)
+SHARE(avx2_f32, avx2_rows_f32_twice, float, float, IN_PAIRS)
+SHARE(avx2_i8, avx2_rows_i8_twice, int8_t, float, IN_PAIRS)
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -188,9 +195,9 @@ EXPAND(expand32, "vpexpandd")
 /* Without dot products of bfloat16. Words of 32 bits hold two weights, of which the upper is a float but for its lower
  * bits; so x is given as floats, of every 32 first the even ones, then the odd ones (`in_pairs`). */
 INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, float)) {
-    const uint64_t *masks[2];
-    const uint16_t *from[2];
-    __m512 even[2][MOST], odd[2][MOST]; /* two chains where there are few sums, else one */
+    const uint64_t *masks[4];
+    const uint16_t *from[4];
+    __m512 even[4][MOST], odd[4][MOST]; /* two chains where there are few sums, else one */
     const __m512i upper = _mm512_set1_epi32(0xffff0000);
     for (int i = 0; i < count; i++) {
         masks[i] = bitmap + (row + i * apart) * words;
@@ -198,9 +205,9 @@ INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, float)) {
         for (int b = 0; b < batch; b++) even[i][b] = odd[i][b] = _mm512_setzero_ps();
     }
     for (int64_t k = 0; k < words; k++) {
-        for (int i = 0; i < count; i++) _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);
+        for (int i = 0; i < count; i++) _mm_prefetch((const char *)from[i] + 2048, _MM_HINT_T0);
         _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
-            __m512 lower[2], higher[2];
+            __m512 lower[4], higher[4];
             for (int i = 0; i < count; i++) {
                 uint32_t mask = masks[i][k] >> 32 * half;
                 __m512i pairs = expand16(mask, from[i]);
@@ -212,7 +219,7 @@ INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, float)) {
                 const float *at = x + 64 * (k + b * words) + 32 * half;
                 __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + 16);
                 for (int i = 0; i < count; i++) {
-                    __m512 *chain = batch < 5 ? &odd[i][b] : &even[i][b];
+                    __m512 *chain = batch < 3 ? &odd[i][b] : &even[i][b];
                     even[i][b] = _mm512_fmadd_ps(lower[i], first, even[i][b]);
                     *chain = _mm512_fmadd_ps(higher[i], second, *chain);
                 }
@@ -225,9 +232,9 @@ INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, float)) {
 }
 
 INLINED void avx512_rows_f32(ROWS_OF(float, float)) {
-    const uint64_t *masks[2];
-    const float *from[2];
-    __m512 sum[2][MOST];
+    const uint64_t *masks[4];
+    const float *from[4];
+    __m512 sum[4][MOST];
     for (int i = 0; i < count; i++) {
         masks[i] = bitmap + (row + i * apart) * words;
         from[i] = values + starts[row + i * apart];
@@ -239,7 +246,7 @@ INLINED void avx512_rows_f32(ROWS_OF(float, float)) {
             _mm_prefetch((const char *)from[i] + 4160, _MM_HINT_T0);
         }
         _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
-            __m512 weight[2];
+            __m512 weight[4];
             for (int i = 0; i < count; i++) {
                 unsigned mask = masks[i][k] >> 16 * j & 0xffff;
                 weight[i] = _mm512_castsi512_ps(expand32(mask, from[i]));
@@ -259,9 +266,9 @@ INLINED void avx512_rows_f32(ROWS_OF(float, float)) {
 /* Activations are integers of 16 bits here, x = step * (256 high + low - 32768): high and low bytes [2][64 * words] of
  * every row of x. Their products with the weights are exact; y is left in units of the step. */
 INLINED void avx512_rows_i8(ROWS_OF(int8_t, uint8_t)) {
-    const uint64_t *masks[2];
-    const int8_t *from[2];
-    __m512i high[2][MOST], low[2][MOST], total[2];
+    const uint64_t *masks[4];
+    const int8_t *from[4];
+    __m512i high[4][MOST], low[4][MOST], total[4];
     const __m512i ones = _mm512_set1_epi8(1);
     for (int i = 0; i < count; i++) {
         masks[i] = bitmap + (row + i * apart) * words;
@@ -270,7 +277,7 @@ INLINED void avx512_rows_i8(ROWS_OF(int8_t, uint8_t)) {
         for (int b = 0; b < batch; b++) high[i][b] = low[i][b] = _mm512_setzero_si512();
     }
     for (int64_t k = 0; k < words; k++) {
-        __m512i weight[2];
+        __m512i weight[4];
         for (int i = 0; i < count; i++) {
             uint64_t mask = masks[i][k];
             _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);
@@ -295,9 +302,12 @@ INLINED void avx512_rows_i8(ROWS_OF(int8_t, uint8_t)) {
         }
 }
 
-SHARE(avx512_bf16, avx512_rows_bf16, uint16_t, float)
-SHARE(avx512_f32, avx512_rows_f32, float, float)
-SHARE(avx512_i8, avx512_rows_i8, int8_t, uint8_t)
+TWICE(avx512_rows_bf16, uint16_t, float, 1)
+TWICE(avx512_rows_f32, float, float, 1)
+TWICE(avx512_rows_i8, int8_t, uint8_t, 2)
+SHARE(avx512_bf16, avx512_rows_bf16_twice, uint16_t, float, IN_FOURS)
+SHARE(avx512_f32, avx512_rows_f32_twice, float, float, IN_FOURS)
+SHARE(avx512_i8, avx512_rows_i8_twice, int8_t, uint8_t, IN_FOURS_OR_PAIRS)
 #pragma GCC pop_options
 
 #pragma GCC push_options
@@ -337,7 +347,7 @@ INLINED void avx512_bf16_rows(ROWS_OF(uint16_t, uint16_t)) {
             y[row + i * apart + b * stride] = _mm512_reduce_add_ps(_mm512_add_ps(low[i][b], high[i][b]));
 }
 
-SHARE(avx512_bf16_bf16, avx512_bf16_rows, uint16_t, uint16_t)
+SHARE(avx512_bf16_bf16, avx512_bf16_rows, uint16_t, uint16_t, IN_PAIRS)
 #pragma GCC pop_options
 #endif
 
