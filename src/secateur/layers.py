@@ -1,8 +1,8 @@
 """Single matrices of a model, dense and with their zeros used, at several batches: the table that says where zeros pay.
 
-Every kernel takes its turn in every round and walks over copies that together exceed the last-level cache, so that
-weights come from memory as they do in a model. Ratios are medians over rounds of paired times; `bytes` is the ratio of
-what is read, which is what a product that only waits for memory can gain.
+Every kernel takes its turn in every round, multiplies by a few copies one after the other, as a model does by its layers,
+and walks over copies that together exceed the last-level cache, so that weights come from memory. Ratios are medians over
+rounds of paired times; `bytes` is the ratio of what is read, which is what a product that only waits for memory can gain.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from secateur.packed import dense_product, multiply, pack, pack_int8, quantised
 from secateur.packing import LEAST
 from secateur.progress import Progress
 
-BEYOND_CACHE = 400e6
-"""Bytes of the copies of one matrix, together."""
+BEYOND_CACHE, IN_A_ROW = 400e6, 4
+"""Bytes of the copies of one matrix, together, and how many a kernel multiplies by before the next one takes its turn."""
 
 
 class Held(NamedTuple):
@@ -116,11 +116,12 @@ def time_matrices(
             seconds: dict[str, list[float]] = {name: [] for name in usable}
             for turn in range(-3, rounds):
                 for name, held in usable.items():
-                    product = held[turn % len(held)].product
+                    products = [held[(IN_A_ROW * turn + i) % len(held)].product for i in range(IN_A_ROW)]
                     started = perf_counter()
-                    product(x)
+                    for product in products:
+                        product(x)
                     if turn >= 0:
-                        seconds[name].append(perf_counter() - started)
+                        seconds[name].append((perf_counter() - started) / IN_A_ROW)
             for name, times in seconds.items():
                 twin = "own int8" if name.endswith("int8") else "own dense"
                 over = {
