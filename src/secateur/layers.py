@@ -1,8 +1,9 @@
 """Single matrices of a model, dense and with their zeros used, at several batches: the table that says where zeros pay.
 
-Every kernel takes its turn in every round, multiplies by a few copies one after the other, as a model does by its layers,
-and walks over copies that together exceed the last-level cache, so that weights come from memory. Ratios are medians over
-rounds of paired times; `bytes` is the ratio of what is read, which is what a product that only waits for memory can gain.
+Every kernel takes its turn in every round, multiplies by a few copies one after the other, as a model does by its
+layers, and walks over copies that together exceed the last-level cache, so that weights come from memory. Ratios are
+medians over rounds of paired times; `bytes` is the ratio of what is read, which is what a product that only waits for
+memory can gain.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from secateur.packing import LEAST
 from secateur.progress import Progress
 
 BEYOND_CACHE, IN_A_ROW = 400e6, 4
-"""Bytes of the copies of one matrix, together, and how many a kernel multiplies by before the next one takes its turn."""
+"""Bytes of the copies of one matrix, together, and how many a kernel multiplies by before the next takes its turn."""
 
 
 class Held(NamedTuple):
