@@ -93,7 +93,8 @@ def logits(folder: Path) -> Tensor:
 
 
 def close(got: Tensor, wanted: Tensor) -> bool:
-    return bool((got - wanted).abs().max() <= 1e-6 * max(1.0, float(wanted.abs().max())))
+    """Up to float32 sums in another order: narrower matrices are multiplied by other kernels."""
+    return bool((got - wanted).abs().max() <= 3e-6 * max(1.0, float(wanted.abs().max())))
 
 
 @pytest.mark.parametrize(("family", "pattern"), [
