@@ -128,6 +128,22 @@ def test_names_of_shards_that_cannot_be_printed(spoilt, refused, name):
     refused(case, "inspect", "which is missing")
 
 
+def test_sites_of_whole_numbers(spoilt, result, refused):
+    case = spoilt("pruned")
+    header, data = parts(case.model / SHARD)
+    header["model.layers.0.self_attn.o_proj.weight"]["dtype"] = "U16"
+    write(case.model / SHARD, json.dumps(header).encode(), data)
+    refused(case, "export sparse-bitmask", "model.layers.0.self_attn.o_proj is stored as torch.uint16")
+    assert result(case, "export packed")[0] == "ok"
+
+
+@pytest.mark.parametrize("name", [[], {}, 5, "\x1b[31m"])
+def test_architectures_that_are_no_names(spoilt, refused, name):
+    case = spoilt("llama")
+    change(case.model / "config.json", architectures=[name])
+    refused(case, "export gguf", "as GGUF are written")
+
+
 @pytest.mark.parametrize("shape", [[8192], [64, 128], [128, 64, 1], [1, 8192]])
 @pytest.mark.parametrize("command", ["inspect --json", "validate tensorrt-llm", "export packed"])
 def test_sites_of_another_shape(spoilt, refused, shape, command):

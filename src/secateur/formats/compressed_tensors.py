@@ -97,7 +97,7 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
         tensors: dict[str, Tensor] = {}
         for name in (name for name, place in source.places.items() if place.shard == shard):
             tensor = source.tensor(name)
-            zeros += tensor.numel() - int(tensor.count_nonzero())
+            zeros += int((tensor == 0).sum())
             total += tensor.numel()
             tensors |= _packed(name.removesuffix(".weight"), tensor, layout) if name in chosen else {name: tensor}
         save(tensors, folder / shard)

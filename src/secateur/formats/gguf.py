@@ -92,7 +92,7 @@ def write_gguf(source: Checkpoint, file: Path, *, values: str, vocabulary: bool 
 
 def _architecture(folder: Path, config: Any) -> str:
     """llama.cpp's name of the architecture. Raises UnsupportedModel."""
-    name = (config.architectures or [type(config).__name__])[0]
+    name = str((config.architectures or [type(config).__name__])[0])
     if name not in ARCHITECTURES:
         raise UnsupportedModel(f"{folder} is a {name}; as GGUF are written: {', '.join(ARCHITECTURES)}.")
     if config.hidden_act != "silu":

@@ -23,7 +23,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from secateur.checkpoint import INDEX, Checkpoint, file_sha256
+from secateur.checkpoint import FLOATS, INDEX, Checkpoint, file_sha256
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line
 from secateur.files import refuse_odd_files
 from secateur.formats.base import Format, refuse_odd_values, save
@@ -45,14 +45,15 @@ def write(source: Checkpoint, folder: Path, *, values: str = "as stored", trust_
     if values not in VALUES:
         raise UnknownName("kind of values", values, VALUES)
     stored, _ = stored_sites(source, trust_remote_code=trust_remote_code)
-    sites = {name for name in stored if len(source.places[name].shape) == 2}
+    places = source.places
+    sites = {name for name in stored if len(places[name].shape) == 2 and places[name].dtype in FLOATS}
     packed_any = False
     for shard in source.shards:
         tensors: dict[str, Tensor] = {}
         columns: dict[str, int] = {}
-        for name in (name for name, place in source.places.items() if place.shard == shard):
+        for name in (name for name, place in places.items() if place.shard == shard):
             tensor = source.tensor(name)
-            if name not in sites or tensor.count_nonzero() > (1 - LEAST) * tensor.numel():
+            if name not in sites or (tensor == 0).sum() < LEAST * tensor.numel():
                 tensors[name] = tensor
                 continue
             refuse_odd_values(name, tensor, "the packed format")
