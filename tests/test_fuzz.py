@@ -22,6 +22,7 @@ from spoilt_shards import KEY, parts, write
 from secateur import errors, files
 from secateur.checkpoint import open_checkpoint
 from secateur.errors import BadCheckpoint, ConditionsDiffer
+from secateur.model import load
 from secateur.output import output
 from secateur.store import RowStore
 
@@ -137,11 +138,21 @@ def test_sites_of_whole_numbers(spoilt, result, refused):
     assert result(case, "export packed")[0] == "ok"
 
 
-@pytest.mark.parametrize("name", [[], {}, 5, "\x1b[31m"])
-def test_architectures_that_are_no_names(spoilt, refused, name):
+@pytest.mark.parametrize("to", ["gguf", "tensorrt-llm"])
+def test_the_model_type_says_what_a_model_is(spoilt, result, refused, to):
+    case = spoilt("pruned")
+    for odd in ([], {}, 5, "\x1b[31m"):
+        change(case.model / "config.json", architectures=[odd])
+        assert result(case, f"export {to}")[0] == "ok"
+        shutil.rmtree(case.out)
+    change(case.model / "config.json", model_type="qwen2_vl")
+    refused(case, f"export {to}", "holds a qwen2_vl model, which is no causal language model")
+
+
+def test_a_folder_does_not_choose_how_attention_is_computed(spoilt):
     case = spoilt("llama")
-    change(case.model / "config.json", architectures=[name])
-    refused(case, "export gguf", "as GGUF are written")
+    change(case.model / "config.json", _attn_implementation="flex_attention")
+    assert load(case.model).model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("shape", [[8192], [64, 128], [128, 64, 1], [1, 8192]])

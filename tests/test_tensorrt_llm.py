@@ -231,7 +231,9 @@ def test_what_cannot_be_split_or_turned_is_refused(made, tmp_path, fields, ranks
 
 
 def test_another_architecture_is_named(made, tmp_path):
-    with pytest.raises(UnsupportedModel, match="is GPT2LMHeadModel; a TensorRT-LLM checkpoint can be written of Llama"):
+    with pytest.raises(
+        UnsupportedModel, match="is a GPT2LMHeadModel; a TensorRT-LLM checkpoint can be written of Llama"
+    ):
         write(made("gpt2"), tmp_path)
 
 

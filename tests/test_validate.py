@@ -270,7 +270,7 @@ def test_what_the_builder_chooses_by_timing_is_not_certain(made):
 def test_tensorrt_llm_without_a_writer_for_the_model(made):
     found = validate(made(along_outputs, kind="gpt2", only=("c_attn", "c_proj", "c_fc")), runtime="tensorrt-llm")
     assert {site.used for site in found.sites} == {False}
-    assert "is GPT2LMHeadModel" in found.sites[0].reason
+    assert "is a GPT2LMHeadModel" in found.sites[0].reason
 
 
 def test_an_unknown_architecture_is_read_all_the_same(made):

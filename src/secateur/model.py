@@ -364,4 +364,5 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise UnsupportedModel(
             f"{folder} is quantised (quantization_config in config.json). Prune the unquantised model instead."
         )
+    config._attn_implementation = None  # ours to choose, not the folder's: flex_attention compiles for a minute
     return config

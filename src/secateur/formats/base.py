@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from secateur.errors import BadCheckpoint, DiskFull, NonFinite, OutputRefused, in_one_line
 
@@ -33,6 +34,11 @@ class Format(NamedTuple):
     read: Callable[[Path], Iterator[tuple[str, Tensor]]] | None = None
     restore: Callable[[Path, Path], None] | None = None
     foreign: tuple[str, ...] = ()
+
+
+def architecture_of(config: Any) -> str:
+    """The causal LM that transformers makes of a configuration, whatever `architectures` in config.json says."""
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__))
 
 
 def save(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:

@@ -24,7 +24,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.checkpoint import FLOATS, Checkpoint, disk_errors
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnknownName, UnsupportedModel
-from secateur.formats.base import Format
+from secateur.formats.base import Format, architecture_of
 from secateur.formats.gguf_vocabulary import add_vocabulary
 from secateur.model import load_config
 
@@ -92,7 +92,7 @@ def write_gguf(source: Checkpoint, file: Path, *, values: str, vocabulary: bool 
 
 def _architecture(folder: Path, config: Any) -> str:
     """llama.cpp's name of the architecture. Raises UnsupportedModel."""
-    name = str((config.architectures or [type(config).__name__])[0])
+    name = architecture_of(config)
     if name not in ARCHITECTURES:
         raise UnsupportedModel(f"{folder} is a {name}; as GGUF are written: {', '.join(ARCHITECTURES)}.")
     if config.hidden_act != "silu":

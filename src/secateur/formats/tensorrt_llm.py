@@ -28,7 +28,7 @@ from torch import Tensor
 
 from secateur.checkpoint import FLOATS, INDEX, Checkpoint
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, SecateurError, UnsupportedModel
-from secateur.formats.base import Format
+from secateur.formats.base import Format, architecture_of
 from secateur.model import load_config
 from secateur.patterns import TWO_OF_FOUR
 
@@ -128,10 +128,10 @@ def write(source: Checkpoint, folder: Path, *, ranks: int = 1) -> None:
 def _config(source: Checkpoint, ranks: int) -> Any:
     """The model's configuration, checked. Raises UnsupportedModel."""
     config = load_config(source.folder)
-    architecture = (config.architectures or ["a model without a name"])[0]
-    if architecture not in ARCHITECTURES:
+    name = architecture_of(config)
+    if name not in ARCHITECTURES:
         raise UnsupportedModel(
-            f"{source.folder} is {architecture}; a TensorRT-LLM checkpoint can be written of "
+            f"{source.folder} is a {name}; a TensorRT-LLM checkpoint can be written of "
             f"{', '.join(ARCHITECTURES)}. Serve it from the Hugging Face folder."
         )
     counts = {
@@ -158,7 +158,7 @@ def _config(source: Checkpoint, ranks: int) -> Any:
 def _parts(source: Checkpoint, config: Any) -> list[Part]:
     """All tensors of the checkpoint in order. Raises UnsupportedModel where the source has others, BadCheckpoint."""
     parts = [Part("transformer.vocab_embedding.weight", ("model.embed_tokens.weight",), 0)]
-    biases = ARCHITECTURES[config.architectures[0]]
+    biases = ARCHITECTURES[architecture_of(config)]
     for index in range(config.num_hidden_layers):
         for part in LAYER:
             if biases or not part.name.endswith(".bias"):
@@ -186,10 +186,10 @@ def _their_config(source: Checkpoint, config: Any, parts: list[Part], ranks: int
     """TensorRT-LLM's config.json. transformers 5 keeps what rotary embeddings need in `rope_parameters`."""
     rope = dict(config.rope_parameters)
     base, kind = rope.pop("rope_theta"), rope["rope_type"]
-    architecture = config.architectures[0]
+    name = architecture_of(config)
     held = {
         "producer": {"name": "secateur"},
-        "architecture": architecture,
+        "architecture": name,
         "dtype": DTYPES[source.places[parts[0].sources[0]].dtype],
         "logits_dtype": "float32",
         "num_hidden_layers": config.num_hidden_layers,
@@ -209,12 +209,12 @@ def _their_config(source: Checkpoint, config: Any, parts: list[Part], ranks: int
         "embedding_sharding_dim": 0,
         "share_embedding_table": bool(config.tie_word_embeddings),
         "tie_word_embeddings": bool(config.tie_word_embeddings),
-        "attn_bias": ARCHITECTURES[architecture],
+        "attn_bias": ARCHITECTURES[name],
         "mlp_bias": False,
         "mapping": {"world_size": ranks, "tp_size": ranks, "pp_size": 1},
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
     }
-    return held | ({"qwen_type": "qwen2"} if architecture == "Qwen2ForCausalLM" else {})
+    return held | ({"qwen_type": "qwen2"} if name == "Qwen2ForCausalLM" else {})
 
 
 def _rank_files(source: Checkpoint, folder: Path, parts: list[Part], ranks: int) -> None:
