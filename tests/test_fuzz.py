@@ -12,6 +12,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from families import tiny_model
 from fuzzing import bases, judged, run_case, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,7 +22,7 @@ from spoilt_shards import KEY, parts, write
 
 from secateur import errors, files
 from secateur.checkpoint import open_checkpoint
-from secateur.errors import BadCheckpoint, ConditionsDiffer
+from secateur.errors import BadCheckpoint, ConditionsDiffer, UnsupportedModel
 from secateur.model import load
 from secateur.output import output
 from secateur.store import RowStore
@@ -286,7 +287,6 @@ def test_sizes_do_not_fill_the_memory(spoilt, refused, sizes, command):
 
 
 def test_tables_do_not_fill_the_memory(spoilt, refused, tmp_path):
-    from families import tiny_model
 
     shutil.rmtree(spoilt("llama").model)
     case = Case(tmp_path / "case", Random(0))
@@ -295,10 +295,11 @@ def test_tables_do_not_fill_the_memory(spoilt, refused, tmp_path):
     refused(case, "inspect", "transformer.wpe.weight is [128, 64], not [100000, 64]")
 
 
-def test_a_model_that_cannot_be_run(spoilt, refused):
-    case = spoilt("llama")
-    change(case.model / "config.json", _attn_implementation="paged|eager")
-    refused(case, "prune", "LlamaForCausalLM cannot be run as its config.json sets it up: ")
+def test_a_model_that_cannot_be_run(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path)
+    change(tmp_path / "config.json", num_experts_per_tok=100)
+    with pytest.raises(UnsupportedModel, match=r"MixtralForCausalLM cannot be run as its config\.json sets it up: "):
+        load(tmp_path)
 
 
 # Tokenizers.
