@@ -287,7 +287,6 @@ def test_sizes_do_not_fill_the_memory(spoilt, refused, sizes, command):
 
 
 def test_tables_do_not_fill_the_memory(spoilt, refused, tmp_path):
-
     shutil.rmtree(spoilt("llama").model)
     case = Case(tmp_path / "case", Random(0))
     tiny_model("gpt2").save_pretrained(case.model)
