@@ -363,7 +363,9 @@ def show(runs: Sequence[dict[str, Any]], summary: dict[str, Any], checks: dict[s
         mine = [run for run in runs if (run["method"], run["program"]) == (method, program)]
         if not mine:
             continue
-        middle = {key: median(run[key] for run in mine) for key in mine[0] if key != "versions"}
+        middle = {
+            key: median(run[key] for run in mine) for key, value in mine[0].items() if isinstance(value, (int, float))
+        }
         quality = checks.get(method, {}).get(program)
         table.add_row(
             method, program, f"{middle['cpu_seconds']:.1f}", f"{middle['wall_seconds']:.1f}",
