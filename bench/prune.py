@@ -441,7 +441,6 @@ def main() -> None:
         f"random Llama {size.hidden} × {size.blocks}, {chosen.dtype}, {size.samples} × {size.length} tokens, "
         f"50 %, {chosen.threads} thread{'s' * (chosen.threads > 1)}, {chosen.rounds} rounds, medians"
     )
-    show(runs, summary, checks, title)
     if chosen.json:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         document = {
@@ -450,6 +449,7 @@ def main() -> None:
             "size": vars(size), "batch": chosen.batch, "ratios": summary, "results": checks, "runs": runs,
         }  # fmt: skip
         chosen.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    show(runs, summary, checks, title)
 
     def middle(pair: str) -> dict[str, float]:
         found = {method: by[pair]["cpu_seconds"]["median"] for method, by in summary.items() if pair in by}

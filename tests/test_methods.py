@@ -120,23 +120,21 @@ class TestEveryMethod:
 def test_matrices_solved_together_are_what_they_are_alone(name, pattern):
     """q, k and v read one input: stacking them shares the factorisation, and must change nothing else."""
     method = find_method(name)
-    weights = [layer(seed, rows)[0] for seed, rows in enumerate([24, 8, 16])]
+    weights = [layer(seed, rows)[0] for seed, rows in enumerate([24, 8, 16, 32])]
     x = layer()[1]
     stats = Stats.of(x, method.need | {"gram"})
-    patterns = (
-        [parse_pattern(pattern)] * 3
-        if ":" in pattern
-        else [parse_pattern(pattern), parse_pattern("40%"), parse_pattern("70% of row")]
-    )
+    others = [pattern] * 3 if ":" in pattern else ["40%", "70% of row", "20% of matrix"]
+    patterns = [parse_pattern(text) for text in (pattern, *others)]
     together = prune_together(method, weights, stats, patterns)
     for weight, own, found in zip(weights, patterns, together, strict=True):
         alone = method.prune(weight, stats, own.within(method.group))
         assert (found.kept != alone.kept).float().mean() <= 0.001
         assert found.kept.sum() == alone.kept.sum()
-        if method.updates:  # eight rows are multiplied by another kernel than 48, and many steps amplify its rounding
+        if method.updates:
             first, second = ((p.weight - weight) @ x.T for p in (found, alone))
             assert first.norm() == pytest.approx(second.norm().item(), rel=1e-3, abs=1e-3)
-        elif torch.equal(found.kept, alone.kept):
+        if torch.equal(found.kept, alone.kept) and not (method.updates and len(weight) == 8):
+            # Eight rows may be multiplied by another kernel than eighty, and many steps amplify its rounding.
             assert torch.allclose(found.weight, alone.weight, rtol=1e-3, atol=1e-3)
 
 

@@ -32,18 +32,29 @@ int secateur_isa(void) {
     const uint64_t *bitmap, const TYPE *values, const int64_t *starts, const INPUT *x, float *y, int64_t words,    \
         int64_t stride, int64_t row, int64_t apart, const int count, const int batch
 
+enum { TOGETHER = 4 }; /* rows at once, at most */
+
+/* Where the masks and the values of the rows that are taken together begin. */
+#define BEGIN_ROWS(TYPE)                                                                                           \
+    const uint64_t *masks[TOGETHER];                                                                               \
+    const TYPE *from[TOGETHER];                                                                                    \
+    for (int i = 0; i < count; i++) {                                                                              \
+        masks[i] = bitmap + (row + i * apart) * words;                                                             \
+        from[i] = values + starts[row + i * apart];                                                                \
+    }
+
 /* From a routine for rows one for a thread's share: some rows at a time, the last ones alone. */
 #define SHARE(NAME, ROUTINE, TYPE, INPUT, IN_TURN)                                                                 \
     static void NAME(const uint64_t *bitmap, const TYPE *values, const int64_t *starts, const INPUT *x, float *y,  \
                      int64_t rows, int64_t words, int batch, int64_t first, int64_t last) {                        \
         EACH_BATCH(IN_TURN, ROUTINE)                                                                               \
     }
-#define BY(TOGETHER, ROUTINE, BATCH)                                                                               \
+#define BY(COUNT, ROUTINE, BATCH)                                                                                  \
     {                                                                                                              \
-        int64_t apart = (last - first) / (TOGETHER), r = first;                                                    \
+        int64_t apart = (last - first) / (COUNT), r = first;                                                       \
         for (; r < first + apart; r++)                                                                             \
-            ROUTINE(bitmap, values, starts, x, y, words, rows, r, apart, TOGETHER, BATCH);                         \
-        for (r += ((TOGETHER) - 1) * apart; r < last; r++)                                                         \
+            ROUTINE(bitmap, values, starts, x, y, words, rows, r, apart, COUNT, BATCH);                            \
+        for (r += ((COUNT) - 1) * apart; r < last; r++)                                                            \
             ROUTINE(bitmap, values, starts, x, y, words, rows, r, 0, 1, BATCH);                                    \
     }
 #define IN_PAIRS(ROUTINE, BATCH) BY(2, ROUTINE, BATCH)
@@ -127,14 +138,10 @@ INLINED __m256 spread_f32(const float *values, unsigned mask) {
 /* No prefetch here: on Zen 3 the processor's own is faster by an eighth. */
 #define AVX2_ROWS(NAME, TYPE, SPREAD, SCALE)                                                                       \
     INLINED void NAME(ROWS_OF(TYPE, float)) {                                                                      \
-        const uint64_t *masks[2];                                                                                  \
-        const TYPE *from[2];                                                                                       \
+        BEGIN_ROWS(TYPE)                                                                                           \
         __m256 sum[2][MOST];                                                                                       \
-        for (int i = 0; i < count; i++) {                                                                          \
-            masks[i] = bitmap + (row + i * apart) * words;                                                         \
-            from[i] = values + starts[row + i * apart];                                                            \
+        for (int i = 0; i < count; i++)                                                                            \
             for (int b = 0; b < batch; b++) sum[i][b] = _mm256_setzero_ps();                                       \
-        }                                                                                                          \
         __m256 more[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()}; /* a second chain at batch 1 */               \
         for (int64_t k = 0; k < words; k++) {                                                                      \
             uint64_t word[2];                                                                                      \
@@ -193,21 +200,17 @@ EXPAND(expand32, "vpexpandd")
 #endif
 
 /* Without dot products of bfloat16. Words of 32 bits hold two weights, of which the upper is a float but for its lower
- * bits; so x is given as floats, of every 32 first the even ones, then the odd ones (`in_pairs`). */
+ * bits; so x is given as floats, of every 32 first the even ones, then the odd ones (`widened`). */
 INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, float)) {
-    const uint64_t *masks[4];
-    const uint16_t *from[4];
-    __m512 even[4][MOST], odd[4][MOST]; /* two chains where there are few sums, else one */
+    BEGIN_ROWS(uint16_t)
+    __m512 even[TOGETHER][MOST], odd[TOGETHER][MOST]; /* two chains where there are few sums, else one */
     const __m512i upper = _mm512_set1_epi32(0xffff0000);
-    for (int i = 0; i < count; i++) {
-        masks[i] = bitmap + (row + i * apart) * words;
-        from[i] = values + starts[row + i * apart];
+    for (int i = 0; i < count; i++)
         for (int b = 0; b < batch; b++) even[i][b] = odd[i][b] = _mm512_setzero_ps();
-    }
     for (int64_t k = 0; k < words; k++) {
         for (int i = 0; i < count; i++) _mm_prefetch((const char *)from[i] + 2048, _MM_HINT_T0);
         _Pragma("GCC unroll 2") for (int half = 0; half < 2; half++) {
-            __m512 lower[4], higher[4];
+            __m512 lower[TOGETHER], higher[TOGETHER];
             for (int i = 0; i < count; i++) {
                 uint32_t mask = masks[i][k] >> 32 * half;
                 __m512i pairs = expand16(mask, from[i]);
@@ -232,21 +235,17 @@ INLINED void avx512_rows_bf16(ROWS_OF(uint16_t, float)) {
 }
 
 INLINED void avx512_rows_f32(ROWS_OF(float, float)) {
-    const uint64_t *masks[4];
-    const float *from[4];
-    __m512 sum[4][MOST];
-    for (int i = 0; i < count; i++) {
-        masks[i] = bitmap + (row + i * apart) * words;
-        from[i] = values + starts[row + i * apart];
+    BEGIN_ROWS(float)
+    __m512 sum[TOGETHER][MOST];
+    for (int i = 0; i < count; i++)
         for (int b = 0; b < batch; b++) sum[i][b] = _mm512_setzero_ps();
-    }
     for (int64_t k = 0; k < words; k++) {
         for (int i = 0; i < count; i++) {
             _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);
             _mm_prefetch((const char *)from[i] + 4160, _MM_HINT_T0);
         }
         _Pragma("GCC unroll 4") for (int j = 0; j < 4; j++) {
-            __m512 weight[4];
+            __m512 weight[TOGETHER];
             for (int i = 0; i < count; i++) {
                 unsigned mask = masks[i][k] >> 16 * j & 0xffff;
                 weight[i] = _mm512_castsi512_ps(expand32(mask, from[i]));
@@ -266,18 +265,15 @@ INLINED void avx512_rows_f32(ROWS_OF(float, float)) {
 /* Activations are integers of 16 bits here, x = step * (256 high + low - 32768): high and low bytes [2][64 * words] of
  * every row of x. Their products with the weights are exact; y is left in units of the step. */
 INLINED void avx512_rows_i8(ROWS_OF(int8_t, uint8_t)) {
-    const uint64_t *masks[4];
-    const int8_t *from[4];
-    __m512i high[4][MOST], low[4][MOST], total[4];
+    BEGIN_ROWS(int8_t)
+    __m512i high[TOGETHER][MOST], low[TOGETHER][MOST], total[TOGETHER];
     const __m512i ones = _mm512_set1_epi8(1);
     for (int i = 0; i < count; i++) {
-        masks[i] = bitmap + (row + i * apart) * words;
-        from[i] = values + starts[row + i * apart];
         total[i] = _mm512_setzero_si512();
         for (int b = 0; b < batch; b++) high[i][b] = low[i][b] = _mm512_setzero_si512();
     }
     for (int64_t k = 0; k < words; k++) {
-        __m512i weight[4];
+        __m512i weight[TOGETHER];
         for (int i = 0; i < count; i++) {
             uint64_t mask = masks[i][k];
             _mm_prefetch((const char *)from[i] + 4096, _MM_HINT_T0);
@@ -315,14 +311,10 @@ SHARE(avx512_i8, avx512_rows_i8_twice, int8_t, uint8_t, IN_FOURS_OR_PAIRS)
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512bf16,avx512vnni,popcnt,fma,avx2,bmi,bmi2")
 #endif
 INLINED void avx512_bf16_rows(ROWS_OF(uint16_t, uint16_t)) {
-    const uint64_t *masks[2];
-    const uint16_t *from[2];
+    BEGIN_ROWS(uint16_t)
     __m512 low[2][MOST], high[2][MOST]; /* two chains where there are few sums, else one */
-    for (int i = 0; i < count; i++) {
-        masks[i] = bitmap + (row + i * apart) * words;
-        from[i] = values + starts[row + i * apart];
+    for (int i = 0; i < count; i++)
         for (int b = 0; b < batch; b++) low[i][b] = high[i][b] = _mm512_setzero_ps();
-    }
     for (int64_t k = 0; k < words; k++) {
         __m512bh left[2], right[2];
         for (int i = 0; i < count; i++) {
