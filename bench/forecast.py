@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import torch
 from memory import run, write_model
 
-from secateur.forecast import Forecast, forecast
+from secateur.forecast import Forecast, forecast, seconds_of
 from secateur.machine import machine, versions
 
 LLAMA = {
@@ -87,8 +87,8 @@ def measured(methods: list[str], parameters: float, samples: int, length: int, o
 
 
 def _estimated(found: Forecast) -> list[float]:
-    rate, operations = found.rates["float32"], found.operations["two"]
-    return [part / rate for part in (operations.forward, operations.statistics, operations.solve)]
+    seconds = seconds_of(found.operations["two"], found.rates)
+    return [seconds.forward, seconds.statistics, seconds.solve]
 
 
 def show(rows: list[dict]) -> None:

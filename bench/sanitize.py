@@ -22,11 +22,12 @@ from torch import Tensor
 
 from secateur import native
 from secateur import packed as module
+from secateur.gram import KINDS
 from secateur.masks import best_of_groups_in_torch, without_lowest_in_torch
 from secateur.patterns import NM, Unstructured
 from secateur.sweep import sweep_block_in_torch
 
-SOURCES = [str(Path(native.__file__).with_name(f"{name}.c")) for name in ("packed", "dense", "masks", "sweep")]
+SOURCES = [str(Path(native.__file__).with_name(f"{name}.c")) for name in ("packed", "dense", "masks", "sweep", "gram")]
 FLAGS = [
     "-O1",
     "-g",
@@ -60,7 +61,8 @@ def main() -> None:
         uses = list(range(native.ISAS.index("avx512") if emulated else 0, best + 1))
         check(compiled, uses)
         check_masks(compiled)
-        return check_sweep(compiled, uses)
+        check_sweep(compiled, uses)
+        return check_gram(compiled, uses)
     failed = again([])
     if native.isa() != native.ISAS[-1]:
         if Path("/usr/include/simde/x86/avx512.h").exists():
@@ -185,6 +187,30 @@ def check_sweep(compiled: ctypes.CDLL, uses: list[int]) -> None:
         heap.empty()
         count += 1
     print(f"{count} blocks swept, {', '.join(native.ISAS[use] for use in uses)}: nothing found")
+
+
+def check_gram(compiled: ctypes.CDLL, uses: list[int]) -> None:
+    heap, count = Heap(), 0
+    shapes = [(1, 1), (5, 48), (300, 50), (7, 1100), (4099, 20)]
+    for use, (dtype, kind), shape, threads in product(uses, KINDS.items(), shapes, (1, 2)):
+        x, other = (torch.randn(shape).to(dtype) for _ in "xy")
+        columns = shape[1]
+        for right in (x, other):
+            total = torch.zeros(columns, columns, dtype=torch.float64)
+            places = heap.put(x, right, total)
+            where = [places[0], places[0] if right is x else places[1], places[2]]
+            assert compiled.secateur_add_products(use, kind, *where, *shape, threads) == 0
+            ctypes.memmove(total.data_ptr(), places[2], 8 * columns**2)
+            assert torch.allclose(total, x.double().T @ right.double(), rtol=1e-4, atol=1e-2)
+            heap.empty()
+        total = torch.zeros(columns, dtype=torch.float64)
+        places = heap.put(x, total)
+        compiled.secateur_add_squares(use, kind, *places, *shape, threads)
+        ctypes.memmove(total.data_ptr(), places[1], 8 * columns)
+        assert torch.allclose(total, x.double().square().sum(0), rtol=1e-4)
+        heap.empty()
+        count += 3
+    print(f"{count} sums over tokens, {', '.join(native.ISAS[use] for use in uses)}: nothing found")
 
 
 if __name__ == "__main__":

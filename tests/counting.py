@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur import sweep
+from secateur import gram, sweep
 from secateur.cost import attention
 
 
 def counted(work: Callable[[], object]) -> float:
     """The matrix operations of `work()`, counted while it runs on the CPU; attention with no use of its mask."""
-    in_torch = patch.object(sweep, "library", lambda: None)  # what is compiled cannot be counted
-    with in_torch, FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+    with ExitStack() as stack:
+        for module in (gram, sweep):  # what is compiled cannot be counted
+            stack.enter_context(patch.object(module, "library", lambda: None))
+        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=_FORMULAS))
         work()
     found = counter.get_flop_counts().get("Global", {})
     return sum(number / 3 if str(operation) in _THIRDS else number for operation, number in found.items())

@@ -10,7 +10,7 @@ import secateur
 SOURCE = Path(secateur.__file__).parent
 LAYERS = [
     ["errors", "machine", "demo", "arguments", "native"],
-    ["progress", "files"],
+    ["progress", "files", "gram"],
     ["terminal"],
     ["structures", "stats", "experts", "checkpoint", "data", "packed", "journal", "interrupt", "masks"],
     ["patterns", "solve", "sites", "refusals", "watch", "packing", "hidden", "output"],

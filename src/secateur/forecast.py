@@ -9,7 +9,7 @@ stands in `left_out`. Structures make another model by another program and are r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from secateur.cost import MODES, Cost, Mode, cost
 from secateur.cost import passes as passes_of
 from secateur.errors import BadPattern, NotEnoughText
 from secateur.footprint import Load, Moment, arrange, check_passes, probe_tokens
-from secateur.machine import matrix_rate
+from secateur.gram import add_products
+from secateur.machine import best_seconds, matrix_rate
 from secateur.methods import Method, find_method
 from secateur.model import load_config
 from secateur.options import check_length, context, find_devices, find_dtype, find_size, forward_dtype
@@ -29,6 +30,8 @@ from secateur.outline import Outline, build, outline
 from secateur.patterns import Pattern, parse
 from secateur.structures import Structure
 
+GRAM = "Gram matrices"
+"""What their rate is called: two operations for each product of two inputs, though half of them are not computed."""
 LEFT_OUT = (
     "Seconds are operations over the rate of products alone: no scores, masks, norms and other passes over elements, "
     "no steps that wait for one another (a column sweep takes several times its operations), no reading and writing "
@@ -156,7 +159,7 @@ def forecast(
         size,
         peaks[way].parts["hidden states"] if spill else 0,
         peaks, limit, way, None if limit is None else peaks[way].bytes <= limit, operations, rates,
-        {mode: _seconds(operations[mode], rates) for mode in MODES} if rates else None,
+        {mode: seconds_of(operations[mode], rates).total for mode in MODES} if rates else None,
         _notes(found, found_method, len(devices)),
     )  # fmt: skip
 
@@ -207,14 +210,20 @@ def _solve(costs: Cost, method: Method, rows: Sequence[int], columns: int) -> fl
 
 
 def _rates(device: torch.device, forward: torch.dtype) -> dict[str, float]:
-    """Operations a second of matrix products in the dtypes of a run, measured now."""
+    """Operations a second of matrix products in the dtypes of a run and of its Gram matrices, measured now."""
     kinds = dict.fromkeys((forward, torch.float32))
-    return {str(kind).removeprefix("torch."): matrix_rate(kind, device) for kind in kinds}
+    rates = {str(kind).removeprefix("torch."): matrix_rate(kind, device) for kind in kinds}
+    x = torch.ones(1024, 1024, dtype=forward, device=device)
+    total = torch.zeros(1024, 1024, dtype=torch.float64, device=device)
+    return rates | {GRAM: 2 * 1024**3 / best_seconds(lambda: add_products(total, x, x), device)}
 
 
-def _seconds(operations: Operations, rates: dict[str, float]) -> float:
+def seconds_of(operations: Operations, rates: Mapping[str, float]) -> Operations:
+    """Seconds in place of operations, at the rates that were measured; that of the forward passes comes first."""
     forward = next(iter(rates.values()))
-    return operations.forward / forward + (operations.statistics + operations.solve) / rates["float32"]
+    return Operations(
+        operations.forward / forward, operations.statistics / rates[GRAM], operations.solve / rates["float32"]
+    )
 
 
 def _notes(found: Outline, method: Method, devices: int) -> tuple[str, ...]:

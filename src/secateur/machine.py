@@ -4,7 +4,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -67,14 +67,19 @@ def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float =
     Wall time, on as many threads as torch uses now: other work on the machine shows.
     """
     a, b = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
+    return 2 * 1024**3 / best_seconds(lambda: torch.mm(a, b), device, seconds)
+
+
+def best_seconds(work: Callable[[], object], device: torch.device = CPU, seconds: float = 0.2) -> float:
+    """Wall time of `work` on a device, the best of those that fit into `seconds`, at least two."""
     best, count, started = float("inf"), 0, perf_counter()
     while count < 2 or perf_counter() - started < seconds:
         before = perf_counter()
-        torch.mm(a, b)
+        work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best, count = min(best, perf_counter() - before), count + 1
-    return 2 * 1024**3 / best
+    return best
 
 
 def release_memory() -> None:

@@ -39,6 +39,9 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.secateur_without_lowest.argtypes = [*[place] * 2, size, size, whole]
     loaded.secateur_without_lowest_rows.argtypes = [*[place] * 2, size, size, size, whole]
     loaded.secateur_best_of_groups.argtypes = [*[place] * 2, size, size, whole, whole]
+    loaded.secateur_add_products.argtypes = [whole, whole, *[place] * 3, size, size, whole]
+    squares = loaded.secateur_add_squares
+    squares.argtypes, squares.restype = [whole, whole, *[place] * 2, size, size, whole], None
     loaded.secateur_sweep_block.argtypes = [whole, *[place] * 4, size, size, size, whole, whole]
     return loaded
 

@@ -12,26 +12,23 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from secateur.gram import add_products, add_squares, summed
+
 Value = TypeVar("Value")
 
-STATS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "square": lambda x, dense: _summed(x.square()),  # [in]
-    "gram": lambda x, dense: x.T @ x,  # [in, in]
-    "cross": lambda x, dense: dense.T @ x,  # [in, in]
-    "sum": lambda x, dense: _summed(x),  # [in]
-    "dense sum": lambda x, dense: _summed(dense),  # [in]
+STATS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+    "square": lambda total, x, dense: add_squares(total, x),  # [in]
+    "gram": lambda total, x, dense: add_products(total, x, x),  # [in, in]
+    "cross": lambda total, x, dense: add_products(total, dense, x),  # [in, in]
+    "sum": lambda total, x, dense: total.add_(summed(x.float())),  # [in]
+    "dense sum": lambda total, x, dense: total.add_(summed(dense.float())),  # [in]
 }
-"""Each statistic of inputs x `[tokens, in]`, float32: a tensor that adds over tokens, in float64.
+"""Each statistic of inputs x `[tokens, in]`: what adds those of some tokens to a total in float64.
 
-`dense` are the inputs of the same tokens in the dense model; those in `OF_DENSE` alone read them.
+`dense` are the inputs of the same tokens in the dense model, in the same dtype; those in `OF_DENSE` alone read them.
 """
-
-
-def _summed(x: Tensor) -> Tensor:
-    """The sum over tokens: float32 for a thousand at a time, float64 over these."""
-    return torch.stack([part.sum(0) for part in x.split(1024)]).double().sum(0)
-
-
+MATRICES = frozenset({"gram", "cross"})
+"""The statistics that are `[in, in]`."""
 OF_DENSE = frozenset({"cross", "dense sum"})
 
 
@@ -51,18 +48,18 @@ class Stats:
     @classmethod
     def of(cls, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
         """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE` only with it."""
-        x = x.float()
-        other = x if dense is None else dense.float()
-        found = {name: STATS[name](x, other) for name in need if name not in OF_DENSE or dense is not None}
-        return cls(len(x), {name: value.double() for name, value in found.items()})
+        empty = {
+            name: torch.zeros(x.shape[1:] * (2 if name in MATRICES else 1), dtype=torch.float64, device=x.device)
+            for name in need
+            if name not in OF_DENSE or dense is not None
+        }
+        return cls(0, empty).add(x, empty, dense)
 
     def add(self, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
         """These and those of inputs x `[tokens, in]`, in the same memory: the ones before are no more."""
-        x = x.float()
-        other = x if dense is None else dense.float()
         for name in need:
             if name not in OF_DENSE or dense is not None:
-                self.sums[name].add_(STATS[name](x, other))
+                STATS[name](self.sums[name], x, x if dense is None else dense)
         return Stats(self.tokens + len(x), self.sums)
 
     def __add__(self, other: "Stats") -> "Stats":
