@@ -20,6 +20,7 @@ from typing import NamedTuple
 from secateur.block import PROBE_TOKENS
 from secateur.cost import MODES, Cost, Mode, needs_dense
 from secateur.errors import UnknownName
+from secateur.gram import TOKENS_AT_A_TIME
 from secateur.methods import Method
 from secateur.outline import Kind, Outline, Read
 
@@ -124,8 +125,7 @@ def _moments(
 ) -> Iterable[tuple[str, Parts]]:
     """(when, what is held) for the moments of one block."""
     dense = needs_dense(method)
-    gram = "gram" in method.need
-    matrices = gram + ("cross" in method.need)
+    matrices = ("gram" in method.need) + ("cross" in method.need)
     hidden = outline.hidden_bytes * load.windows / load.batch / load.devices
     common: Parts = {
         "process": PROCESS_BYTES,
@@ -142,8 +142,7 @@ def _moments(
         return sum(8 * matrices * read.columns**2 + 8 * read.columns for read in some)
 
     def adding(some: Iterable[Read]) -> float:
-        """The part of a batch, float64, and the new sum beside the old one; inputs in another dtype are copied."""
-        return max((_adding(read, load, gram) for read in some), default=0)
+        return max((_adding(read, load, matrices) for read in some), default=0)
 
     def solving(some: list[Read]) -> float:
         kept = sum(cost.kept_bytes(read.columns) for read in some)
@@ -181,9 +180,13 @@ def _moments(
         yield "refining", common | tuned | busy(kind.tuning_bytes + outline.hidden_bytes)
 
 
-def _adding(read: Read, load: Load, gram: bool) -> float:
-    copied = 0 if load.forward_itemsize == 4 else 4 * load.tokens * read.share * read.columns
-    return copied + (16 * read.columns**2 if gram else 24 * PROBE_TOKENS * read.columns)
+def _adding(read: Read, load: Load, matrices: int) -> float:
+    """On the CPU the columns of some tokens, put together; elsewhere a product, and inputs once more in float32."""
+    tokens = load.tokens * read.share
+    if load.host:
+        return matrices * min(tokens, TOKENS_AT_A_TIME) * read.columns * load.forward_itemsize
+    copied = 0 if load.forward_itemsize == 4 else 4 * tokens * read.columns
+    return copied + (4 * read.columns**2 if matrices else 24 * PROBE_TOKENS * read.columns)
 
 
 def _solving(read: Read, method: Method, cost: Cost) -> float:

@@ -15,6 +15,8 @@ from secateur.native import best, library
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of inputs that gram.c reads, as it calls them."""
+TOKENS_AT_A_TIME = 4096
+"""Whose columns gram.c copies next to each other, in the width of their dtype: CHUNK there."""
 SHORT = 1024
 """Tokens whose squares are added in float32, where torch adds them."""
 
