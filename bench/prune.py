@@ -1,12 +1,14 @@
 """What pruning costs in CPU-seconds: Secateur beside llm-compressor, and beside the products that cannot be left out.
 
     python bench/prune.py --json bench/results/prune.json
+    python bench/prune.py --dtype bfloat16 --json bench/results/prune-bfloat16.json
     python bench/prune.py --large --rounds 1 --methods wanda
 
-A random Llama, the same tokens of text and the same method for all. llm-compressor is installed into a virtual
-environment of its own, with the torch that runs here. The floor is the arithmetic of one pass, as plain products of
-the very shapes, into memory that is there already: the linear layers of all blocks, the attention's scores and values,
-and for SparseGPT the Gram matrices, where q, k, v share one and gate, up another.
+A random Llama, the same tokens of text and the same method for all. llm-compressor runs the model in the dtype that it
+is stored in, as it does by itself; Secateur in what `--forward` says, by default what it takes by itself. The former is
+installed into a virtual environment of its own, with the torch that runs here. The floor is the arithmetic of one pass,
+as plain products of the very shapes, into memory that is there already: the linear layers of all blocks, the
+attention's scores and values, and for SparseGPT the Gram matrices, where q, k, v share one and gate, up another.
 
 Every run is a process of its own, and the three take turns, so that what else the machine does falls on all of them.
 CPU-seconds are user and system, children too, from a model that is loaded to a result. Secateur's result is a
@@ -392,7 +394,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, help="calibration windows of 512 tokens, a multiple of --batch")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--programs", default=",".join(PROGRAMS))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="what the model is stored in"
+    )
+    parser.add_argument(
+        "--forward", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of Secateur's passes"
+    )
     parser.add_argument("--batch", type=int, default=8, help="windows at a time, of Secateur and of the floor")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -407,6 +414,7 @@ def main() -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from secateur.machine import machine, versions
+    from secateur.options import calibration_dtype
 
     disable_progress_bar()
     size = LARGE if chosen.large else SMALL
@@ -422,10 +430,16 @@ def main() -> None:
     shutil.rmtree(work_folder, ignore_errors=True)
     work_folder.mkdir(parents=True)
     write_inputs(size, work_folder, chosen.dtype)
+    forward = calibration_dtype(chosen.forward, torch.device("cpu"), getattr(torch, chosen.dtype))
+    used = str(forward).removeprefix("torch.") if forward else chosen.dtype
+    dtypes = {"floor": used, "secateur": chosen.forward}
     runs: list[dict[str, Any]] = []
     checks, summary = {}, {}
     for method in chosen.methods.split(","):
-        jobs = [Job(each, method, size, work_folder, chosen.dtype, chosen.threads, chosen.batch) for each in programs]
+        jobs = [
+            Job(each, method, size, work_folder, dtypes.get(each, chosen.dtype), chosen.threads, chosen.batch)
+            for each in programs
+        ]
         rounds = []
         for number in range(chosen.rounds):
             turn = jobs[number % len(jobs) :] + jobs[: number % len(jobs)]
@@ -438,7 +452,8 @@ def main() -> None:
         checks[method] = check([job for job in jobs if job.program != "floor"])
         summary[method] = ratios(rounds)
     title = (
-        f"random Llama {size.hidden} × {size.blocks}, {chosen.dtype}, {size.samples} × {size.length} tokens, "
+        f"random Llama {size.hidden} × {size.blocks} in {chosen.dtype}, Secateur's passes and the floor in {used}, "
+        f"{size.samples} × {size.length} tokens, "
         f"50 %, {chosen.threads} thread{'s' * (chosen.threads > 1)}, {chosen.rounds} rounds, medians"
     )
     if chosen.json:

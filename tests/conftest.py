@@ -17,6 +17,12 @@ from texts import byte_tokenizer, write_documents
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def float32_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `--dtype auto` means does not depend on the machine: as on a processor without products of bfloat16."""
+    monkeypatch.setattr("secateur.options.multiplies_bfloat16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder: a random float32 Llama of 4 blocks, context 128, with a byte tokenizer. Read only."""

@@ -1,11 +1,13 @@
 """The stream: what enters each block, how statistics are gathered, several devices, and errors on the way."""
 
+import json
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from families import tiny_model
+from texts import byte_tokenizer
 
 from secateur.allocate import uniform
 from secateur.data import Windows
@@ -13,9 +15,9 @@ from secateur.decide import Pruning
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods import METHODS
 from secateur.model import load, replayable
-from secateur.options import find_devices
+from secateur.options import calibration_dtype, find_devices, forward_dtype
 from secateur.patterns import parse_pattern
-from secateur.prune import prune_model, pruned_blocks
+from secateur.prune import prune, prune_model, pruned_blocks
 from secateur.record import LEFT_OUT, UNSEEN
 from secateur.sites import sites
 from secateur.stats import Stats
@@ -241,6 +243,33 @@ def test_the_forward_dtype_does_not_touch_the_weights_that_are_kept(dtype):
     prune_model(replayable(model), windows(), method="magnitude", pattern="2:4", dtype=dtype)
     for pruned, before in zip(model.parameters(), dense.parameters(), strict=True):
         assert torch.equal(pruned, before.where(pruned != 0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "stored", "multiplies", "wanted"),
+    [
+        ("auto", torch.bfloat16, True, None),
+        ("auto", torch.bfloat16, False, torch.float32),
+        ("auto", torch.float32, True, torch.float32),
+        ("auto", torch.float16, True, torch.float32),
+        ("float32", torch.bfloat16, True, torch.float32),
+        ("bfloat16", torch.float32, False, torch.bfloat16),
+    ],
+)
+def test_calibration_is_in_bfloat16_where_that_is_stored_and_multiplied(name, stored, multiplies, wanted, monkeypatch):
+    monkeypatch.setattr("secateur.options.multiplies_bfloat16", lambda: multiplies)
+    assert calibration_dtype(name, CPU, stored) == wanted
+    assert forward_dtype("auto", CPU) == torch.float32  # what is evaluated never depends on the machine
+
+
+def test_the_record_says_in_which_dtype_calibration_ran(tmp_path: Path, text_file, monkeypatch):
+    monkeypatch.setattr("secateur.options.multiplies_bfloat16", lambda: True)
+    tiny_model("llama").bfloat16().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    options = {"calibration": str(text_file), "samples": 4, "seq_len": 32, "method": "sparsegpt", "pattern": "2:4"}
+    for dtype, wanted in (("auto", "bfloat16"), ("float32", "float32")):
+        prune(tmp_path / "model", out=tmp_path / dtype, dtype=dtype, **options)
+        assert json.loads((tmp_path / dtype / "pruning.json").read_text())["options"]["dtype"] == wanted
 
 
 @pytest.mark.parametrize(("method", "passes"), [("wanda+sequential", "two"), ("wanda", "one")])

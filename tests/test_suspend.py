@@ -19,7 +19,7 @@ from secateur.meta import storage
 from secateur.methods import METHODS
 from secateur.model import replayable, run_block, working_copy
 from secateur.options import find_size
-from secateur.outline import build, outline
+from secateur.outline import Outline, build, outline
 from secateur.prune import prune_model
 from secateur.sites import sites
 from secateur.stream import stream
@@ -136,31 +136,42 @@ def test_hidden_states_in_a_file(tmp_path: Path, dtype):
 
 @pytest.mark.parametrize("method", ["wanda", "sweep+dense-target", "wanda+refine"])
 def test_spilling_changes_nothing(method):
-    one = pruned("llama", method, "two")
+    one = pruned("llama", method, "two", batch_size=1)  # in nothing at all, batches are as small as they can be
     other = pruned("llama", method, "two", memory=0)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_what_does_not_fit_runs_twice_or_goes_to_a_file():
+def test_what_does_not_fit_runs_in_smaller_batches_or_twice_or_goes_to_a_file():
     language_model = replayable(tiny_model("llama"))
     planned = [f"model.layers.{index}.mlp.down_proj" for index in range(4)]
 
-    def way(limit: int | None, passes: str = "auto", shape=(512, 128)) -> tuple[str, bool]:
+    def way(limit: int | None, passes: str = "auto", shape=(512, 128)) -> tuple[str, bool, int]:
         found = way_through(
             language_model, shape, METHODS["wanda"], "wanda", planned, passes=passes, limit=limit,
             dtype=torch.float32, device=CPU, devices=1, batch_size=8,
         )  # fmt: skip
-        return found["passes"], found["spill"]
+        return found["passes"], found["spill"], found["batch_size"]
 
     model = build(language_model.model.config, torch.float32)
-    load = Load(512, 8, 128, 4, 4, 1, True)
-    peaks = arrange(outline(model, 8, 128), load, METHODS["wanda"], cost("wanda"), planned, "auto", None).peaks
-    one, two = peaks["one"].bytes, peaks["two"].bytes
-    assert two < one
-    assert way(None, shape=(4, 16)) == way(one) == ("one", False)
-    assert way(one - 1) == way(two) == ("two", False)
-    assert way(two - 1) == ("two", True)
-    assert way(two, "one") == ("one", True)
+
+    def at(batch: int) -> tuple[Outline, Load]:
+        return outline(model, batch, 128), Load(512, batch, 128, 4, 4, 1, True)
+
+    def bytes_of(passes: str, batch: int) -> int:
+        found = arrange(at, batch, METHODS["wanda"], cost("wanda"), planned, passes, None)
+        assert (found.passes, found.spill, found.batch) == (passes, False, batch)
+        return found.peaks[passes].bytes
+
+    one, two = ({batch: bytes_of(passes, batch) for batch in (8, 4, 1)} for passes in ("one", "two"))
+    assert two[1] < two[8] < one[1] < one[4] < one[8]
+    assert way(None, shape=(4, 16)) == way(one[8]) == ("one", False, 8)
+    assert way(one[8] - 1) == way(one[4]) == ("one", False, 4)
+    assert way(one[1]) == ("one", False, 1)
+    assert way(one[1] - 1) == way(two[8]) == ("two", False, 8)
+    assert way(two[8] - 1) == ("two", False, 4)
+    assert way(two[1] - 1) == ("two", True, 8)
+    assert way(0) == ("two", True, 1)
+    assert way(two[1] - 1, "one") == ("one", True, 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "bloom", "gemma2"])

@@ -31,6 +31,7 @@ from secateur.machine import machine, versions
 from secateur.methods import find_method
 from secateur.model import LanguageModel, load
 from secateur.options import (
+    calibration_dtype,
     check_windows,
     default_corpus,
     default_length,
@@ -138,12 +139,13 @@ def compare(
         list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
         [],
     )
+    calibrating = calibration_dtype(dtype, chosen, language_model.model.dtype)
     if passes == "auto":  # the same for all rows: one where that fits for each
         zeros = {method for method, pattern, _ in grid if not isinstance(parse(pattern), Structure)}
         ways = (
             way_through(
                 language_model, calibrated.ids.shape, find_method(method), method, site_shapes(language_model),
-                passes=passes, limit=limit, dtype=forward_dtype(dtype, chosen), device=chosen,
+                passes=passes, limit=limit, dtype=calibrating, device=chosen,
                 devices=len(find_devices(device)), batch_size=batch_size,
             )["passes"]
             for method in zeros
@@ -153,6 +155,7 @@ def compare(
         "passes": passes,
         "config": file_sha256(folder / "config.json"),
         "dtype": str(forward_dtype(dtype, chosen)),
+        "calibration dtype": str(calibrating),
         "device": chosen.type,
         "skip": list(skip),
         **({"align": align} if align else {}),

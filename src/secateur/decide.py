@@ -22,8 +22,8 @@ from secateur.hidden import hidden_bytes
 from secateur.machine import available_bytes, release_memory
 from secateur.methods import METHODS, Method, find_method
 from secateur.model import LanguageModel
-from secateur.options import check_windows, find_devices, find_dtype, find_size, forward_dtype, width
-from secateur.outline import build, outline
+from secateur.options import calibration_dtype, check_windows, find_devices, find_dtype, find_size, width
+from secateur.outline import Outline, build, outline
 from secateur.patterns import kind_of, parse, parse_pattern
 from secateur.plan import check_allocation, is_file, make_plan
 from secateur.progress import Progress
@@ -94,6 +94,7 @@ class Pruning:
         return {
             "passes": self.passes,
             "spill": self.spill is not None,
+            "batch_size": self.batch_size,
             "plan": {name: str(part) for name, part in self.plan.items()},
         }
 
@@ -112,7 +113,8 @@ def way_through(
     devices: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """{"passes": "one" or "two", "spill": whether hidden states go to a file}: `footprint.arrange` for a real model.
+    """What `footprint.arrange` says for a real model, as JSON can hold it: {"passes": "one" or "two", "spill": whether
+    hidden states go to a file, "batch_size": windows of a batch, at most `batch_size`}.
 
     Without a `limit` it is what is free on the device now. Where that is plenty, and where a block cannot be run
     without numbers, nothing is forecast.
@@ -122,17 +124,22 @@ def way_through(
     largest = max(sum(p.numel() for p in block.parameters()) for block in language_model.blocks)
     free = available_bytes(device) if limit is None else limit
     if PLENTY * (hidden_bytes(shape, width(language_model), forward) + largest * 4) < free:
-        return {"passes": "one" if passes == "auto" else passes, "spill": False}
+        return {"passes": "one" if passes == "auto" else passes, "spill": False, "batch_size": batch_size}
     samples, length = shape
     windows = samples if method.need or method.refine else min(samples, batch_size)
-    batch = min(batch_size, windows)
-    load = Load(windows, batch, length, forward.itemsize, stored.itemsize, devices, device.type == "cpu")
+
+    def at(batch: int) -> tuple[Outline, Load]:
+        found = outline(built, batch, length, tuning=method.refine > 0)
+        host, itemsizes = device.type == "cpu", (forward.itemsize, stored.itemsize)
+        return found, Load(windows, batch, length, *itemsizes, devices, host)
+
     try:
-        found = outline(build(language_model.model.config, forward), batch, length, tuning=method.refine > 0)
+        built = build(language_model.model.config, forward)
+        way = arrange(at, min(batch_size, windows), method, cost(name), planned, passes, free)
     except UnsupportedModel:
-        return {"passes": "two" if passes == "auto" else passes, "spill": limit is not None}
-    way = arrange(found, load, method, cost(name), planned, passes, free)
-    return {"passes": way.passes, "spill": way.spill}
+        passes, spill = "two" if passes == "auto" else passes, limit is not None
+        return {"passes": passes, "spill": spill, "batch_size": batch_size}
+    return {"passes": way.passes, "spill": way.spill, "batch_size": way.batch}
 
 
 def decide(
@@ -175,7 +182,7 @@ def decide(
             f"{method} looks at whole blocks with all windows, which several processes do not share; found "
             f"{ranks.size}. Run it in one, or leave +refine and +permute out."
         )
-    forward = forward_dtype(find_dtype(dtype), devices[0])
+    forward = calibration_dtype(find_dtype(dtype), devices[0], language_model.model.dtype)
 
     def made() -> dict[str, Any]:
         plan = make_plan(
@@ -198,6 +205,6 @@ def decide(
         method, shown, kind_of(plan.values()), 0.0, share, [], seconds, None, windows.fingerprint(), allocate
     )
     return report, Pruning(
-        found, plan, devices, forward, batch_size, progress, seconds, decided["passes"],
+        found, plan, devices, forward, decided["batch_size"], progress, seconds, decided["passes"],
         spill if decided["spill"] else None, ranks=ranks,
     )  # fmt: skip

@@ -11,9 +11,10 @@ and the working memory of the methods, which is measured (`cost.Cost`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
+from itertools import pairwise, product
 from math import ceil
 from typing import NamedTuple
 
@@ -69,25 +70,46 @@ class Load:
 
 
 class Arrangement(NamedTuple):
-    """How blocks are gone through: in "one" pass or "two"; `spill`: hidden states lie in a file. `peaks` by passes."""
+    """How blocks are gone through: in "one" pass or "two"; `spill`: hidden states lie in a file; windows of a batch.
+
+    `peaks` by passes, with batches of that size and hidden states in memory.
+    """
 
     passes: str
     spill: bool
+    batch: int
     peaks: dict[str, Moment]
 
 
 def arrange(
-    outline: Outline, load: Load, method: Method, cost: Cost, planned: Collection[str], passes: str, limit: int | None
+    at: Callable[[int], tuple[Outline, Load]],
+    batch: int,
+    method: Method,
+    cost: Cost,
+    planned: Collection[str],
+    passes: str,
+    limit: int | None,
 ) -> Arrangement:
-    """The way to stay within `limit` bytes, if there is one; `passes` may name it, or be "auto".
+    """The way to stay within `limit` bytes, if there is one; `passes` may name it, or be "auto". `at` says what
+    batches of a size make of a model.
 
-    One pass where that fits, else two, and hidden states in a file where even that does not. Activations that wait
-    within a block cannot go to a file.
+    What costs least comes first: one pass in batches of `batch` windows, the same in smaller ones, two passes, and
+    hidden states in a file. Activations that wait within a block cannot go to a file.
     """
-    peaks: dict[str, Moment] = {mode: worst(outline, load, method, cost, mode, planned) for mode in MODES}
-    if passes == "auto":
-        passes = "one" if limit is None or peaks["one"].bytes <= limit else "two"
-    return Arrangement(passes, limit is not None and peaks[passes].bytes > limit, peaks)
+    modes: Sequence[Mode] = MODES if passes == "auto" else [mode for mode in MODES if mode == passes]
+    sizes = [batch]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+
+    @cache
+    def peaks(size: int) -> dict[str, Moment]:
+        return {mode: worst(*at(size), method, cost, mode, planned) for mode in MODES}
+
+    for spill, mode, size in (*product([False], modes, sizes), *product([True], modes[-1:], sizes)):
+        peak = peaks(size)[mode]
+        if limit is None or peak.bytes - spill * peak.parts["hidden states"] <= limit:
+            return Arrangement(mode, spill, size, peaks(size))
+    return Arrangement(modes[-1], True, 1, peaks(1))
 
 
 def check_passes(passes: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from secateur.gram import add_products
 from secateur.machine import best_seconds, matrix_rate
 from secateur.methods import Method, find_method
 from secateur.model import load_config
-from secateur.options import check_length, context, find_devices, find_dtype, find_size, forward_dtype
+from secateur.options import calibration_dtype, check_length, context, find_devices, find_dtype, find_size
 from secateur.outline import Outline, build, outline
 from secateur.patterns import Pattern, parse
 from secateur.structures import Structure
@@ -133,23 +134,28 @@ def forecast(
     check_length(config, length)
     checkpoint = open_checkpoint(folder) if is_whole(folder) else None
     stored = stored_dtype(checkpoint) if checkpoint else getattr(config, "dtype", None) or torch.float32
-    forward = forward_dtype(name, devices[0]) or stored
+    forward = calibration_dtype(name, devices[0], stored) or stored
     windows = samples if found_method.need or found_method.refine else min(samples, batch_size)
-    batch = min(batch_size, windows)
     built = build(config, forward, trust_remote_code=trust_remote_code)
-    found = outline(built, batch, length, tuning=found_method.refine > 0)
-    planned = uniform(found.shapes, chosen, skip)
-    load = Load(
-        windows, batch, length, forward.itemsize, stored.itemsize, len(devices), devices[0].type == "cpu"
+
+    @cache
+    def at(batch: int) -> tuple[Outline, Load]:
+        host, itemsizes = devices[0].type == "cpu", (forward.itemsize, stored.itemsize)
+        found = outline(built, batch, length, tuning=found_method.refine > 0)
+        return found, Load(windows, batch, length, *itemsizes, len(devices), host)
+
+    planned = uniform(at(min(batch_size, windows))[0].shapes, chosen, skip)
+    way, spill, batch, peaks = arrange(
+        at, min(batch_size, windows), found_method, costs, planned.keys(), passes, limit
     )  # fmt: skip
-    way, spill, peaks = arrange(found, load, found_method, costs, planned.keys(), passes, limit)
+    found, load = at(batch)
     operations = {mode: _operations(found, load, found_method, costs, mode, planned.keys()) for mode in MODES}
     rates = _rates(devices[0], forward) if measure else {}
     size = checkpoint.bytes if checkpoint else found.parameters * stored.itemsize
     in_sites = sum(rows * columns for rows, columns in (found.shapes[name] for name in planned)) * stored.itemsize
     weights = sum(kind.count * kind.weights for kind in found.kinds)
     return Forecast(
-        str(model or "demo"), found.architecture, method, str(chosen), samples, length, batch_size,
+        str(model or "demo"), found.architecture, method, str(chosen), samples, length, batch,
         ",".join(map(str, devices)), str(forward).removeprefix("torch."), str(stored).removeprefix("torch."),
         found.parameters, sum(kind.count for kind in found.kinds), len(found.shapes), len(planned),
         sum(kind.count * kind.prunable for kind in found.kinds) / max(weights, 1), size, checkpoint is not None,

@@ -5,6 +5,7 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -68,6 +69,12 @@ def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float =
     """
     a, b = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
     return 2 * 1024**3 / best_seconds(lambda: torch.mm(a, b), device, seconds)
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16; where it does not, torch does so more slowly than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def best_seconds(work: Callable[[], object], device: torch.device = CPU, seconds: float = 0.2) -> float:

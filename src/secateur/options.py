@@ -8,6 +8,7 @@ import torch
 from secateur.checkpoint import Checkpoint, open_checkpoint, resolve
 from secateur.data import Windows, calibration_windows, load_tokenizer
 from secateur.errors import NotEnoughText, UnknownName, UnsupportedModel
+from secateur.machine import multiplies_bfloat16
 from secateur.model import LanguageModel, load
 from secateur.progress import Progress
 from secateur.structures import parse_size
@@ -153,3 +154,10 @@ def forward_dtype(name: str, device: torch.device) -> torch.dtype | None:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else None
     return getattr(torch, name)
+
+
+def calibration_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype | None:
+    """The same for passes that only collect statistics: `auto` takes bfloat16 as stored where the CPU multiplies it."""
+    if name == "auto" and stored == torch.bfloat16 and multiplies_bfloat16():
+        return None
+    return forward_dtype(name, device)

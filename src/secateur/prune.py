@@ -29,7 +29,7 @@ from secateur.interrupt import asked_to_stop
 from secateur.layout import check_source
 from secateur.machine import versions
 from secateur.model import LanguageModel, checkpoint_tensors, load_blocks
-from secateur.options import find_devices, find_dtype, find_size, opened
+from secateur.options import calibration_dtype, find_devices, find_dtype, find_size, opened
 from secateur.output import BLOCK, Output, output, refuse_output
 from secateur.patterns import parse, parse_pattern
 from secateur.plan import is_file
@@ -75,9 +75,10 @@ def prune(
     `patterns.parse`; `method` is a key of `METHODS`, with refinements, or for structures what `shrink.find_shrinking`
     knows; `allocate` says how sparsity is shared out: `uniform`, a rule of `plan.ALLOCATIONS`, or a plan's .json file,
     which decides instead of `pattern`. `align`: the channels that stay are a multiple of it. `device` may
-    list several, separated by commas. `dtype` is that of the forward passes (`auto`: float32 on the CPU, else as
-    stored); statistics and solving are float32, the result has the dtype of the source. `passes`: how often blocks run,
-    see `Pruning`; `auto` is one where that fits into `memory` ("6GB"; default: what is free).
+    list several, separated by commas. `dtype` is that of the forward passes (`auto`: as stored; on a CPU float32, but
+    for bfloat16 where it can multiply it); statistics and solving are float32, the result has the dtype of the source.
+    `passes`: how often blocks run, see `Pruning`; `auto` is one where that fits into `memory` ("6GB"; default: what is
+    free), in batches of `batch_size` windows or fewer.
     A run that was killed goes on after its last finished block when it is started again with the same arguments;
     `restart` discards it. Raises SecateurError in all its kinds; then `out` is untouched.
     """
@@ -142,11 +143,13 @@ def prune_checkpoint(
             dtype=dtype, batch_size=batch_size, memory=memory, overwrite=overwrite, restart=restart,
             trust_remote_code=trust_remote_code, command=command, progress=progress,
         )  # fmt: skip
-    options = {"dtype": dtype, "batch_size": batch_size, "skip": list(skip)}
+    first, stored = find_devices(device)[0], language_model.model.dtype
+    forward = calibration_dtype(find_dtype(dtype), first, stored) or stored
+    options = {"dtype": str(forward).removeprefix("torch."), "batch_size": batch_size, "skip": list(skip)}
     run = {
         "method": method, "pattern": str(structure), "allocate": allocate, "passes": passes, **options,
         "plan": file_sha256(Path(allocate)) if is_file(allocate) else None, "calibration": windows.fingerprint(),
-        "device": find_devices(device)[0].type, "versions": versions(),
+        "device": first.type, "versions": versions(),
     }  # fmt: skip
     count = len(language_model.blocks)
     with ExitStack() as stack:
@@ -189,7 +192,7 @@ def prune_checkpoint(
                     "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
                     "versions": versions(),
                     **report.record(),
-                    "options": {**options, "passes": pruning.passes},
+                    "options": {**options, "passes": pruning.passes, "batch_size": pruning.batch_size},
                 }
             )
         ranks.together(lambda: None)  # nobody leaves before the result has its name

@@ -1,0 +1,77 @@
+"""What forward passes in bfloat16 change in quality, and what one pass through a block instead of two does.
+
+    python bench/precision.py --json bench/results/precision.json
+
+The same model, calibration windows and seed for all; every result is evaluated in float32 on the same windows. Of two
+results the difference in perplexity is paired by window, with a 95 % interval; one that holds zero cannot be told from
+no difference. An interval knows nothing of the calibration text, so what another draw of it does stands beside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from secateur import prune_model
+from secateur.checkpoint import resolve
+from secateur.data import calibration_windows, evaluation_windows, load_tokenizer
+from secateur.evaluate import Forward, Measured, measure, perplexity_difference
+from secateur.machine import CPU, machine, versions
+from secateur.model import load
+from secateur.progress import Progress
+
+WAYS = {"float32, two passes": ("float32", "two"), "float32": ("float32", "one"), "bfloat16": ("bfloat16", "one")}
+AGAINST = {"float32": "float32, two passes", "bfloat16": "float32"}
+"""What a way is compared with: one thing changes at a time. The first is compared with its own first seed."""
+
+
+def losses(
+    model: Path, method: str, pattern: str, seed: int, way: str, samples: int, windows: int, length: int
+) -> Measured:
+    """The loss of every evaluation window after pruning that way."""
+    language_model, tokenizer = load(model), load_tokenizer(model)
+    drawn = calibration_windows(tokenizer, "demo", samples=samples, length=length, seed=seed)
+    dtype, passes = WAYS[way]
+    prune_model(language_model, drawn, method=method, pattern=pattern, dtype=dtype, passes=passes, device="cpu")
+    judged = evaluation_windows(tokenizer, "demo", length=length, windows=windows)
+    return measure(Forward(language_model, judged.ids, CPU, torch.float32, 8), None, Progress())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=None, help="a folder; default: the demo model")
+    parser.add_argument("--methods", default="wanda,sparsegpt,default")
+    parser.add_argument("--patterns", default="50%,2:4")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--windows", type=int, default=256)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    model, rows = resolve(chosen.model), []
+    for method, pattern in product(chosen.methods.split(","), chosen.patterns.split(",")):
+        held: dict[str, Measured] = {}
+        for seed, way in product(range(chosen.seeds), WAYS):
+            found = losses(model, method, pattern, seed, way, chosen.samples, chosen.windows, chosen.length)
+            held.setdefault("the first draw", found)
+            held[way] = found
+            against = AGAINST.get(way, "the first draw")
+            change, (low, high) = perplexity_difference(found.loss, held[against].loss)
+            rows.append({
+                "method": method, "pattern": pattern, "seed": seed, "way": way, "perplexity": found.perplexity,
+                "against": against, "difference": change, "interval": [low, high],
+            })  # fmt: skip
+            print(f"{method:10}{pattern:6}seed {seed}  {way:20}{found.perplexity:9.4f}   "
+                  f"{change:+.4f} [{low:+.4f}, {high:+.4f}] against {against}", flush=True)  # fmt: skip
+    if chosen.json:
+        document = {"command": ["bench/precision.py", *sys.argv[1:]], "machine": machine(), "versions": versions()}
+        chosen.json.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
