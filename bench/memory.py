@@ -1,13 +1,16 @@
-r"""The peak anonymous memory of pruning a random bf16 Llama that is written in shards, above bare torch.
+r"""The peak anonymous memory of pruning a random bf16 model that is written in shards, above bare torch.
 
     python bench/memory.py --parameters 1.5e9 --out out/memory
     python bench/memory.py --parameters 13e9 --hidden 5120 --samples 2 --seq-len 64 --limit 6e9 \
         --json bench/results/memory-13b.json
+    python bench/memory.py --parameters 5e9 --experts 8 --samples 2 --seq-len 64 --limit 3.2e9 \
+        --json bench/results/memory-experts.json
 
-With `--limit` the pruning runs in a memory control group of its own, where the system grants no byte more, mapped files
-and the cache of what is read and written included (root and control groups are needed). Prints one JSON line. The model
-is written shard by shard, so making it needs no memory for it; the pruning runs in a process of its own, and so does
-the bare interpreter with torch imported that it is compared with.
+A Llama, or with `--experts` a Mixtral, whose experts are stored one by one. With `--limit` the pruning runs in a memory
+control group of its own, where the system grants no byte more, mapped files and the cache of what is read and written
+included (root and control groups are needed). Prints one JSON line. The model is written shard by shard, so making it
+needs no memory for it; the pruning runs in a process of its own, and so does the bare interpreter with torch imported
+that it is compared with.
 """
 
 import argparse
@@ -18,12 +21,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig, MixtralConfig
 
 from secateur.demo import model_folder
 from secateur.machine import machine, versions
@@ -47,16 +52,17 @@ print(peak.bytes, report.seconds.forward, report.seconds.statistics, report.seco
 """
 
 
-def write_model(folder: Path, parameters: float, hidden: int = 2048) -> int:
-    """A random Llama of about that many parameters in shards of four blocks; how many it has."""
+def write_model(folder: Path, parameters: float, hidden: int = 2048, experts: int = 0) -> int:
+    """A random Llama or Mixtral of about that many parameters in shards of four blocks; how many it has."""
     shutil.rmtree(folder, ignore_errors=True)
     ffn, vocabulary, heads = {2048: 5504, 4096: 11008, 5120: 13824}[hidden], 32000, hidden // 128
-    block = 4 * hidden * hidden + 3 * hidden * ffn + 2 * hidden
+    block = 4 * hidden * hidden + 3 * hidden * ffn * max(experts, 1) + 2 * hidden + experts * hidden
     blocks = round((parameters - 2 * vocabulary * hidden) / block)
-    config = LlamaConfig(
+    kind: Any = partial(MixtralConfig, num_local_experts=experts) if experts else LlamaConfig
+    config = kind(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=blocks,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
+        architectures=["MixtralForCausalLM" if experts else "LlamaForCausalLM"],
     )  # fmt: skip
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_folder()).save_pretrained(folder)
@@ -81,8 +87,15 @@ def write_model(folder: Path, parameters: float, hidden: int = 2048) -> int:
         for index in range(start, min(start + 4, blocks)):
             at = f"model.layers.{index}."
             shard |= {f"{at}self_attn.{n}_proj.weight": matrix(hidden, hidden) for n in "qkvo"}
-            shard |= {f"{at}mlp.{n}_proj.weight": matrix(ffn, hidden) for n in ("gate", "up")}
-            shard[f"{at}mlp.down_proj.weight"] = matrix(hidden, ffn)
+            for expert in range(experts):
+                of = f"{at}block_sparse_moe.experts.{expert}."
+                shard |= {f"{of}{n}.weight": matrix(ffn, hidden) for n in ("w1", "w3")}
+                shard[f"{of}w2.weight"] = matrix(hidden, ffn)
+            if experts:
+                shard[f"{at}block_sparse_moe.gate.weight"] = matrix(experts, hidden)
+            else:
+                shard |= {f"{at}mlp.{n}_proj.weight": matrix(ffn, hidden) for n in ("gate", "up")}
+                shard[f"{at}mlp.down_proj.weight"] = matrix(hidden, ffn)
             shard |= {f"{at}{n}_layernorm.weight": ones.clone() for n in ("input", "post_attention")}
         save(f"model-{start:05d}.safetensors", shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -131,6 +144,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=1.5e9)
     parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--experts", type=int, default=0)
     parser.add_argument("--method", default="wanda")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
@@ -138,7 +152,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path("out/memory"))
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    count = write_model(chosen.out / "model", chosen.parameters, chosen.hidden)
+    count = write_model(chosen.out / "model", chosen.parameters, chosen.hidden, chosen.experts)
     (bare,) = run(BARE)
     if chosen.limit:  # what is cached of the model was charged to this process, not to the group
         os.sync()

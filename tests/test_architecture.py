@@ -14,7 +14,7 @@ LAYERS = [
     ["terminal"],
     ["structures", "stats", "experts", "checkpoint", "data", "packed", "journal", "interrupt", "masks"],
     ["patterns", "solve", "sites", "refusals", "watch", "packing", "hidden", "output"],
-    ["kernels"],
+    ["kernels", "restack"],
     ["sweep"],
     ["methods", "model", "repair", "selection"],
     ["suspend"],

@@ -48,6 +48,7 @@ from secateur.prune import prune_checkpoint
 from secateur.ranking import rank
 from secateur.record import Report
 from secateur.report import write_report
+from secateur.restack import spill_folder
 from secateur.results import SCHEMA, Results, Row, row_name
 from secateur.runtimes import find_runtime
 from secateur.shrink import refuse_structure
@@ -108,7 +109,9 @@ def compare(
     folder = resolve(model)
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
-    language_model = load(folder, trust_remote_code=trust_remote_code)
+    language_model = load(
+        folder, trust_remote_code=trust_remote_code, spill=spill_folder(out, source.bytes, limit)
+    )  # fmt: skip
     for structure in {pattern: parse(pattern) for _, pattern, _ in grid}.values():
         if isinstance(structure, Structure):
             refuse_structure(language_model, structure, source.bytes, align, chosen)
@@ -281,7 +284,8 @@ def _pruned_row(
     progress: Progress,
 ) -> tuple[Row, Measured]:
     progress.begin(f"evaluating {report.method} {report.pattern}")
-    pruned = load(place, trust_remote_code=trust_remote_code)
+    spill = place.parent if dense.language_model.spilled else None
+    pruned = load(place, trust_remote_code=trust_remote_code, spill=spill)
     measured = measure(Forward(pruned, *run), dense, progress)
     delta, interval = perplexity_difference(measured.loss, expected.loss)
     row = Row(

@@ -131,7 +131,7 @@ def way_through(
     def at(batch: int) -> tuple[Outline, Load]:
         found = outline(built, batch, length, tuning=method.refine > 0)
         host, itemsizes = device.type == "cpu", (forward.itemsize, stored.itemsize)
-        return found, Load(windows, batch, length, *itemsizes, devices, host)
+        return found, Load(windows, batch, length, *itemsizes, devices, host, language_model.spilled)
 
     try:
         built = build(language_model.model.config, forward)

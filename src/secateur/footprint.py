@@ -58,6 +58,8 @@ class Load:
     stored_itemsize: int
     devices: int
     host: bool
+    spilled: bool = False
+    """Whether weights that the loader stacks lie in a file."""
 
     @property
     def batches(self) -> int:
@@ -153,7 +155,7 @@ def _moments(
         "process": PROCESS_BYTES,
         "allocator": ALLOCATOR_BYTES,
         "calibration tokens": 8 * load.windows * load.length,
-        "weights that the loader stacks": outline.restacked * load.stored_itemsize,
+        "weights that the loader stacks": 0 if load.spilled else outline.restacked * load.stored_itemsize,
         "masks and rotary tables": outline.call_bytes,
         "hidden states": hidden * (1 + dense),
         "block": (kind.parameters * load.forward_itemsize + kind.buffer_bytes) * (1 + dense),

@@ -29,6 +29,7 @@ from secateur.model import load_config
 from secateur.options import calibration_dtype, check_length, context, find_devices, find_dtype, find_size
 from secateur.outline import Outline, build, outline
 from secateur.patterns import Pattern, parse
+from secateur.restack import too_large
 from secateur.structures import Structure
 
 GRAM = "Gram matrices"
@@ -138,11 +139,14 @@ def forecast(
     windows = samples if found_method.need or found_method.refine else min(samples, batch_size)
     built = build(config, forward, trust_remote_code=trust_remote_code)
 
+    whole = checkpoint.bytes if checkpoint else sum(p.numel() for p in built.parameters()) * stored.itemsize
+    spilled = too_large(whole, limit)
+
     @cache
     def at(batch: int) -> tuple[Outline, Load]:
         host, itemsizes = devices[0].type == "cpu", (forward.itemsize, stored.itemsize)
         found = outline(built, batch, length, tuning=found_method.refine > 0)
-        return found, Load(windows, batch, length, *itemsizes, len(devices), host)
+        return found, Load(windows, batch, length, *itemsizes, len(devices), host, spilled)
 
     planned = uniform(at(min(batch_size, windows))[0].shapes, chosen, skip)
     way, spill, batch, peaks = arrange(
@@ -163,7 +167,7 @@ def forecast(
         4 * size + found.in_blocks * stored.itemsize,
         size + in_sites,
         size,
-        peaks[way].parts["hidden states"] if spill else 0,
+        peaks[way].parts["hidden states"] * spill + found.restacked * stored.itemsize * spilled,
         peaks, limit, way, None if limit is None else peaks[way].bytes <= limit, operations, rates,
         {mode: seconds_of(operations[mode], rates).total for mode in MODES} if rates else None,
         _notes(found, found_method, len(devices)),
@@ -258,7 +262,7 @@ def lines(found: Forecast) -> list[str]:
         f"read         {_gb(found.bytes_read)}, weights {source}: checked at load, copied, run, and digested twice",
         f"written      {_gb(found.bytes_written)}, a copy of the weights and what changed in it",
         f"disk needed  {_gb(found.disk_bytes)} for the result, "
-        f"{_gb(found.spill_bytes).strip()} for hidden states that do not fit",
+        f"{_gb(found.spill_bytes).strip()} for what does not fit into memory",
     ]
     for mode, moment in found.memory.items():
         device = f", {_gb(moment.on_device).strip()} of it on the device" if moment.on_device else ""

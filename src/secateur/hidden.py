@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -43,7 +44,7 @@ class HiddenStates:
     def _mapped(self, tensor: Tensor) -> Tensor:
         assert self._file is not None
         with disk_errors(self.folder or Path()):
-            self._file.truncate(self._end + tensor.nbytes)
+            os.posix_fallocate(self._file.fileno(), self._end, tensor.nbytes)  # a mapped hole on a full disk is a crash
             place = np.memmap(self._file, np.uint8, "r+", self._end, (tensor.nbytes,))
         self._end += tensor.nbytes
         mapped = torch.from_numpy(place).view(tensor.dtype).view(tensor.shape)

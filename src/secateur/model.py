@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ from secateur.refusals import (
     refuse_non_finite_ends,
     without_weights,
 )
+from secateur.restack import stacked_on_disk
 
 
 class Call(NamedTuple):
@@ -47,11 +48,13 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal LM and where its blocks are. `tuples` says which blocks return a tuple."""
+    """A causal LM and where its blocks are. `tuples` says which blocks return a tuple; `spilled`, whether weights that
+    the loader put together lie in a file rather than in memory."""
 
     model: PreTrainedModel
     stack: str
     tuples: tuple[bool, ...]
+    spilled: bool = False
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -294,36 +297,33 @@ def _with_tuples(model: PreTrainedModel, stack: str, tokens: Tensor) -> tuple[La
     return LanguageModel(model, stack, tuple(tuples)), logits
 
 
-def load(folder: Path, *, trust_remote_code: bool = False) -> LanguageModel:
+def load(folder: Path, *, trust_remote_code: bool = False, spill: Path | None = None) -> LanguageModel:
     """The causal LM in a checkpoint folder, weights mapped in the dtype they are stored in, ready to replay.
 
-    Raises BadCheckpoint where configuration and weights do not belong together, UnsupportedModel where the
-    architecture is unknown, quantised, or cannot be replayed.
+    `spill`: a folder for weights that the loader puts together, which else lie in memory. Raises BadCheckpoint where
+    configuration and weights do not belong together, UnsupportedModel where the architecture is unknown, quantised, or
+    cannot be replayed.
     """
-    return replayable(_mapped(folder, trust_remote_code))
+    return replace(replayable(_mapped(folder, trust_remote_code, spill)), spilled=spill is not None)
 
 
-def load_blocks(folder: Path, *, trust_remote_code: bool = False) -> list[nn.Module]:
+def load_blocks(folder: Path, *, trust_remote_code: bool = False, spill: Path | None = None) -> list[nn.Module]:
     """The blocks of a checkpoint of our own making, mapped; some may hold nothing yet, so nothing is run."""
-    model = _mapped(folder, trust_remote_code)
+    model = _mapped(folder, trust_remote_code, spill)
     return list(model.get_submodule(find_stack(model)).children())
 
 
-def _mapped(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+def _mapped(folder: Path, trust_remote_code: bool, spill: Path | None) -> PreTrainedModel:
     config, built = load_config(folder, trust_remote_code=trust_remote_code), None
     checkpoint = open_checkpoint(folder)
     shapes = checkpoint.shapes
     try:
         built = without_weights(checkpoint, config, trust_remote_code=trust_remote_code)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=stored_dtype(checkpoint),
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with stacked_on_disk(spill):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=stored_dtype(checkpoint), trust_remote_code=trust_remote_code,
+                local_files_only=True, use_safetensors=True, output_loading_info=True,
+            )  # fmt: skip
     except LOAD_ERRORS as error:
         raise bad_weights(folder, shapes, config, built, error) from error
     model, report = loaded

@@ -11,6 +11,7 @@ from secateur.errors import NotEnoughText, UnknownName, UnsupportedModel
 from secateur.machine import multiplies_bfloat16
 from secateur.model import LanguageModel, load
 from secateur.progress import Progress
+from secateur.restack import spill_folder
 from secateur.structures import parse_size
 
 
@@ -75,12 +76,18 @@ def opened(
     data_dir: str | Path | None,
     trust_remote_code: bool,
     progress: Progress,
+    out: Path,
+    memory: str | int | None = None,
 ) -> tuple[Checkpoint, LanguageModel, Windows]:
-    """A model's checkpoint, the model, and the calibration windows of a run on it. Raises SecateurError."""
+    """A model's checkpoint, the model, and the calibration windows of a run on it that writes `out`.
+
+    Raises SecateurError.
+    """
     folder = resolve(model)
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
-    language_model = load(folder, trust_remote_code=trust_remote_code)
+    spill = spill_folder(out, source.bytes, find_size(memory))
+    language_model = load(folder, trust_remote_code=trust_remote_code, spill=spill)
     windows = draw_calibration(
         language_model, folder, model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
         trust_remote_code=trust_remote_code,

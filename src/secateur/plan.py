@@ -66,7 +66,7 @@ def plan(
         raise OutputRefused(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
     _, language_model, windows = opened(
         model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
-        trust_remote_code=trust_remote_code, progress=progress,
+        trust_remote_code=trust_remote_code, progress=progress, out=out,
     )  # fmt: skip
     found = make_plan(
         language_model, windows, allocate, method=method, pattern=pattern, skip=skip, device=device, dtype=dtype,

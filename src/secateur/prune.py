@@ -93,7 +93,7 @@ def prune(
         progress = (progress if ranks.first else None) or Progress()
         source, language_model, windows = opened(
             model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
-            trust_remote_code=trust_remote_code, progress=progress,
+            trust_remote_code=trust_remote_code, progress=progress, out=Path(out), memory=memory,
         )  # fmt: skip
         report = prune_checkpoint(
             source, language_model, windows, Path(out), method=method, pattern=pattern, allocate=allocate, align=align,
@@ -174,7 +174,9 @@ def prune_checkpoint(
         for entry in finished:
             report.take(entry)
         if 0 < len(finished) < count:
-            pruning.finished = load_blocks(partial, trust_remote_code=trust_remote_code)[: len(finished)]
+            spill = partial.parent if language_model.spilled else None
+            loaded = load_blocks(partial, trust_remote_code=trust_remote_code, spill=spill)
+            pruning.finished = loaded[: len(finished)]
         for block in pruned_blocks(language_model, windows.ids, pruning) if len(finished) < count else ():
             entry = block.entry(language_model.block_name(block.index))
             report.take(entry)

@@ -128,7 +128,9 @@ def shrink_checkpoint(
             if not result.done:
                 result.places = resized(source, result.partial, tensors, again=len(finished) > 0)
                 if finished:
-                    again = load_blocks(result.partial, trust_remote_code=trust_remote_code)[: len(finished)]
+                    spill = result.partial.parent if language_model.spilled else None
+                    loaded = load_blocks(result.partial, trust_remote_code=trust_remote_code, spill=spill)
+                    again = loaded[: len(finished)]
                 else:
                     result.configure(found.stock.changes, language_model.model.config.model_type)
                     result.sync()
