@@ -211,6 +211,32 @@ def test_sizes_in_words():
 
 def test_the_machine_says_what_is_free():
     assert 2**20 < available_bytes(CPU) < 2**50
+
+
+NEW = ("memory.max", "memory.current", "inactive_file")
+OLD = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "names"),
+    [
+        ("0::/pod/job", "pod", NEW),
+        ("9:cpu:/\n8:memory:/pod/job", "memory/pod/job", OLD),
+        ("8:memory:/not/mounted", "memory", OLD),
+    ],
+)
+def test_the_limits_of_control_groups_count(line, place, names, tmp_path, monkeypatch):
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    (folder / names[0]).write_text("9000\n")
+    (folder / names[1]).write_text("5000\n")
+    (folder / "memory.stat").write_text(f"file 7\n{names[2]} 300\n")
+    (tmp_path / "own").write_text(line + "\n")
+    monkeypatch.setattr("secateur.machine._CGROUP", tmp_path)
+    monkeypatch.setattr("secateur.machine._OWN_CGROUP", tmp_path / "own")
+    assert available_bytes(CPU) == 4300
+    (folder / names[0]).write_text("max\n")
+    assert available_bytes(CPU) > 2**20
     will_need(tiny_model("llama").parameters())
 
 

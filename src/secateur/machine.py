@@ -16,10 +16,10 @@ from torch import Tensor
 
 CPU = torch.device("cpu")
 _C_LIBRARY = ctypes.CDLL(None)
-_CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = [
-    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
-    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
+_CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_CGROUP_FILES = [  # the limit, what is used, and how much of that is cache which can be had back; version 2, version 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 ]
 
 
@@ -56,10 +56,24 @@ def available_bytes(device: torch.device) -> int:
     memory = Path("/proc/meminfo")
     lines = memory.read_text().splitlines() if memory.exists() else []
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    for limit, used in _CGROUP_FILES:
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            free.append(max(int(text) - int(used.read_text()), 0))
+    for folder in _memory_groups():
+        for limit, used, cached in _CGROUP_FILES:
+            if (folder / limit).exists() and (text := (folder / limit).read_text().strip()).isdigit():
+                counts = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
+                free.append(max(int(text) - int((folder / used).read_text()) + int(counts.get(cached, 0)), 0))
     return min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+
+
+def _memory_groups() -> list[Path]:
+    """The folders of the memory control group of this process and of those that it is in, all of which may limit it."""
+    found: list[Path] = []
+    for line in _OWN_CGROUP.read_text().splitlines() if _OWN_CGROUP.exists() else []:
+        _, kinds, name = line.split(":", 2)
+        if not kinds or "memory" in kinds.split(","):
+            base = _CGROUP / "memory" if kinds else _CGROUP
+            own = base / name.lstrip("/")
+            found += [folder for folder in (own, *own.parents) if folder.is_relative_to(base)]
+    return found
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float = 0.2) -> float:
