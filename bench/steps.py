@@ -2,12 +2,12 @@
 
     OMP_NUM_THREADS=1 python bench/steps.py --json bench/results/steps.json
 
-The other side says in our words what the code of the Wanda and SparseGPT papers does at each step: a stable sort of
-every row and a scatter; a loop over groups with topk; a sort of all magnitudes and `<=`; three factorisations and a
-loop over columns. Both sides begin with the weights and the statistics and end with the pruned weights; for masks the
-part from scores to mask is timed alone too. Weights are normal, inputs correlated with channels of unequal scale. Of
-several rounds the median is reported. CPU time does not count what other programs took, but caches and memory are
-shared with them.
+The other side says in our words what the code of the Wanda and SparseGPT papers does at each step: a product in
+float32; a stable sort of every row and a scatter; a loop over groups with topk; a sort of all magnitudes and `<=`; three
+factorisations and a loop over columns. Both sides begin with the weights and the statistics and end with the pruned
+weights, or with inputs of 4096 tokens and their Gram matrix; for masks the part from scores to mask is timed alone too.
+Weights are normal, inputs correlated with channels of unequal scale. Of several rounds the median is reported. CPU time
+does not count what other programs took, but caches and memory are shared with them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from secateur.gram import add_products
 from secateur.machine import machine, versions
 from secateur.methods import METHODS
 from secateur.native import isa
@@ -31,6 +32,8 @@ from secateur.patterns import Pattern, parse_pattern
 from secateur.stats import Stats
 
 SHARE, GROUP, REMOVED, BLOCK = 0.5, 4, 2, 128
+TOKENS = 4096
+"""Of which a Gram matrix is made."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +126,26 @@ def steps(rows: int, columns: int) -> list[Step]:
 
         return prune
 
+    total, sums = torch.zeros_like(gram), torch.zeros_like(mean)
+
+    def products(inputs: Tensor) -> Callable[[], Tensor]:
+        def add() -> Tensor:
+            add_products(total, inputs, inputs)
+            return total
+
+        return add
+
+    def published_products(inputs: Tensor) -> Tensor:
+        inputs = inputs.T.float()
+        return sums.add_(inputs.matmul(inputs.T))
+
     def mask(scores: Tensor, pattern: Pattern) -> Callable[[], Tensor]:
         return lambda: pattern.mask(scores)
 
+    some = x[:TOKENS].contiguous()
     return [
+        Step("Gram matrix, float32", products(some), lambda: published_products(some)),
+        Step("Gram matrix, bfloat16", products(some.bfloat16()), lambda: published_products(some.bfloat16())),
         Step("row mask", mask(importance, any_row.within("row")), lambda: ~row_mask(importance)),
         Step("2:4 mask", mask(importance, groups), lambda: ~group_mask(importance)),
         Step("matrix mask", mask(size, any_row.within("matrix")), lambda: ~matrix_mask(size)),
@@ -177,7 +196,7 @@ def main() -> None:
             line = {"shape": shape, **measure(step, options.rounds)}
             lines.append(line)
             found = line["cpu_seconds"]
-            print(f"{shape:>12} {step.name:18} ours {found['ours']:7.3f} s, published {found['published']:7.3f} s: "
+            print(f"{shape:>12} {step.name:22} ours {found['ours']:7.3f} s, published {found['published']:7.3f} s: "
                   f"{line['ratio']:5.1f} times; {100 * line['agreement']:.3f} % the same", flush=True)  # fmt: skip
     if options.json:
         document = {"command": sys.argv, "machine": machine(), "isa": isa(), "versions": versions(), "lines": lines}
