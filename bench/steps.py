@@ -4,10 +4,10 @@
 
 The other side says in our words what the code of the Wanda and SparseGPT papers does at each step: a product in
 float32; a stable sort of every row and a scatter; a loop over groups with topk; a sort of all magnitudes and `<=`;
-three factorisations and a loop over columns. Both sides begin with the weights and the statistics and end with the pruned
-weights, or with inputs of 4096 tokens and their Gram matrix; for masks the part from scores to mask is timed alone too.
-Weights are normal, inputs correlated with channels of unequal scale. Of several rounds the median is reported. CPU time
-does not count what other programs took, but caches and memory are shared with them.
+three factorisations and a loop over columns. Both sides begin with the weights and the statistics and end with the
+pruned weights, or with inputs of 4096 tokens and their Gram matrix; for masks the part from scores to mask is timed
+alone too. Weights are normal, inputs correlated with channels of unequal scale. Of several rounds the median is
+reported. CPU time does not count what other programs took, but caches and memory are shared with them.
 """
 
 from __future__ import annotations
