@@ -1,0 +1,83 @@
+"""Pruning a model of Llama-2-7B's shape on a GPU, end to end: seconds of every stage, and how near the matrix peak.
+
+    python bench/gpu_prune.py --json bench/results/gpu-prune.json
+    python bench/gpu_prune.py --device cpu --parameters 1.4e8 --samples 4 --seq-len 128      # a try without a GPU
+
+Random weights in bfloat16, written by `bench/memory.py`, 128 × 2048 tokens of the demo's text. Stages are wall time on
+the device, synchronised (`Report.seconds`); what is left of the whole run is files: copying the checkpoint, writing and
+the digests of both. Shares are the operations that `secateur plan` counts over the stage's seconds, by the rate of
+matrix products in the dtype of the stage, measured in the same process; a Gram matrix counts with both halves.
+
+Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from memory import write_model
+
+import secateur
+from secateur.forecast import GRAM
+from secateur.machine import machine, matrix_rate, versions
+
+
+def measure(folder: Path, out: Path, method: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    """One run: its seconds, their share of the peak, and the most memory that the device held."""
+    options = {"method": method, "pattern": "50%", "samples": chosen.samples, "seq_len": chosen.seq_len}
+    options |= {"device": chosen.device, "batch_size": chosen.batch}
+    planned = secateur.forecast(folder, **options)
+    cuda = chosen.device != "cpu"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    began = perf_counter()
+    report = secateur.prune(folder, out=out, calibration="demo", overwrite=True, **options)
+    whole, seconds = perf_counter() - began, asdict(report.seconds)
+    device, work = torch.device(chosen.device), planned.operations["one"]
+    forward = matrix_rate(getattr(torch, planned.forward_dtype), device)
+    shares = {
+        "forward": work.forward / max(seconds["forward"], 1e-9) / forward,
+        "statistics": work.statistics / max(seconds["statistics"], 1e-9) / planned.rates[GRAM],
+    }
+    return {
+        "method": method, "seconds": seconds | {"all": whole, "stages": report.seconds.total},
+        "share_of_peak": shares, "matrix_rate": forward, "rates": planned.rates, "sparsity": report.sparsity,
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None, "host_peak_bytes": report.peak_bytes,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=float, default=6.74e9)
+    parser.add_argument("--methods", default="wanda,sparsegpt")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=Path("out/gpu-prune"))
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    hidden = 4096 if chosen.parameters > 1e9 else 2048
+    parameters, rows = write_model(chosen.out / "model", chosen.parameters, hidden), []
+    for method in chosen.methods.split(","):
+        rows.append(found := measure(chosen.out / "model", chosen.out / "pruned", method, chosen))
+        stages = ", ".join(f"{stage} {taken:.1f}" for stage, taken in found["seconds"].items())
+        shares = ", ".join(f"{stage} {share:.0%}" for stage, share in found["share_of_peak"].items())
+        print(f"{method}: seconds {stages}; of the peak {shares}", flush=True)
+    shutil.rmtree(chosen.out)
+    if chosen.json:
+        document = {"command": ["bench/gpu_prune.py", *sys.argv[1:]], "parameters": parameters}
+        document |= {"machine": machine(), "versions": versions(), "rows": rows}
+        chosen.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
