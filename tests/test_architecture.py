@@ -24,6 +24,7 @@ LAYERS = [
     ["record", "refine", "trial", "evaluate", "results", "units", "verify", "meta"],
     ["formats", "outline"],
     ["export", "rules", "store"],
+    ["rows"],
     ["runtimes"],
     ["validate", "doctor"],
     ["bench", "layers"],

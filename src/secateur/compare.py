@@ -12,24 +12,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from secateur.checkpoint import Checkpoint, file_sha256, open_checkpoint, resolve
+from secateur.checkpoint import file_sha256, open_checkpoint, resolve
 from secateur.data import evaluation_windows, load_tokenizer
 from secateur.decide import check_method, way_through
 from secateur.errors import BadPattern, OutputRefused, SecateurError, UnknownName
-from secateur.evaluate import Forward, Measured, measure, perplexity_difference
-from secateur.export import export
-from secateur.flow import Seconds
+from secateur.evaluate import Forward
 from secateur.footprint import check_passes
 from secateur.formats.packed import VALUES
 from secateur.latency import time_rows
 from secateur.machine import machine, versions
 from secateur.methods import find_method
-from secateur.model import LanguageModel, load
+from secateur.model import load
 from secateur.options import (
     calibration_dtype,
     check_windows,
@@ -46,13 +42,12 @@ from secateur.plan import ALLOCATIONS, check_allocation
 from secateur.progress import Progress
 from secateur.prune import prune_checkpoint
 from secateur.ranking import rank
-from secateur.record import Report
 from secateur.report import write_report
 from secateur.restack import spill_folder
-from secateur.results import SCHEMA, Results, Row, row_name
+from secateur.results import SCHEMA, Results, row_name
+from secateur.rows import dense_row, pruned_row, rounded_row
 from secateur.runtimes import find_runtime
 from secateur.shrink import refuse_structure
-from secateur.sites import sites
 from secateur.store import CHECKPOINTS, RowStore, file_name, write_whole
 from secateur.structures import Structure
 from secateur.trial import site_shapes
@@ -121,12 +116,9 @@ def compare(
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     judged = evaluation_windows(
-        load_tokenizer(folder, trust_remote_code=trust_remote_code),
-        default_corpus(model, evaluation, "wikitext2"),
-        length=length,
-        windows=windows,
-        data_dir=Path(data_dir) if data_dir else None,
-    )
+        load_tokenizer(folder, trust_remote_code=trust_remote_code), default_corpus(model, evaluation, "wikitext2"),
+        length=length, windows=windows, data_dir=Path(data_dir) if data_dir else None,
+    )  # fmt: skip
     check_windows(language_model, judged, batch_size)
     results = Results(
         SCHEMA,
@@ -135,23 +127,18 @@ def compare(
             "parameters": language_model.model.num_parameters(),
             "shards": source.sha256(),
         },
-        calibrated.fingerprint(),
-        judged.fingerprint(),
-        machine(),
-        versions(),
-        list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
-        [],
-    )
+        calibrated.fingerprint(), judged.fingerprint(), machine(), versions(),
+        list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]], [],
+    )  # fmt: skip
     calibrating = calibration_dtype(dtype, chosen, language_model.model.dtype)
     if passes == "auto":  # the same for all rows: one where that fits for each
-        zeros = {method for method, pattern, _ in grid if not isinstance(parse(pattern), Structure)}
         ways = (
             way_through(
                 language_model, calibrated.ids.shape, find_method(method), method, site_shapes(language_model),
                 passes=passes, limit=limit, dtype=calibrating, device=chosen,
                 devices=len(find_devices(device)), batch_size=batch_size,
             )["passes"]
-            for method in zeros
+            for method in {method for method, pattern, _ in grid if not isinstance(parse(pattern), Structure)}
         )  # fmt: skip
         passes = "two" if "two" in ways else "one"
     options = {
@@ -175,7 +162,7 @@ def compare(
     run = (judged.ids, chosen, forward_dtype(dtype, chosen), batch_size)
     dense = Forward(language_model, *run, spill=out / "dense.hidden")
     try:
-        row, measured = store.get(row_name("dense", "-")) or _dense_row(source, dense, progress)
+        row, measured = store.get(row_name("dense", "-")) or dense_row(source, dense, progress)
         store.put(row, measured)
         rows = {row.name: (row, measured)}
         for method, pattern, rule in grid:
@@ -189,13 +176,13 @@ def compare(
                     allow_low_coverage=allow_low_coverage,
                     trust_remote_code=trust_remote_code, command=results.command, progress=progress,
                 )  # fmt: skip
-                kept = _pruned_row(report, place, dense, measured, run, trust_remote_code, progress)
+                kept = pruned_row(report, place, dense, measured, run, trust_remote_code, progress)
                 kept[0].checkpoint = str(place.relative_to(out))
                 store.put(*kept)
             rows[kept[0].name] = kept
             if "int8" in values and kept[0].kind != "structured":
                 name = row_name(method, pattern, rule, "int8")
-                rounded = store.get(name) or _rounded_row(
+                rounded = store.get(name) or rounded_row(
                     kept[0], out, dense, measured, run, trust_remote_code, progress
                 )
                 store.put(*rounded)
@@ -245,90 +232,6 @@ def _grid(
         if named not in fitting:
             raise refused[asked]
     return grid
-
-
-def _zeros(language_model: LanguageModel) -> float:
-    """The share of zeros in the sites of a model, which may have been pruned before."""
-    held = [site.stored for block in language_model.blocks for site in sites(block).values()]
-    return sum((weight == 0).sum().item() for weight in held) / max(sum(weight.numel() for weight in held), 1)
-
-
-def _dense_row(source: Checkpoint, dense: Forward, progress: Progress) -> tuple[Row, Measured]:
-    progress.begin("evaluating the dense model")
-    measured = measure(dense, None, progress)
-    row = Row(
-        "dense",
-        "-",
-        "dense",
-        _zeros(dense.language_model),
-        measured.perplexity,
-        0.0,
-        (0.0, 0.0),
-        0.0,
-        1.0,
-        asdict(Seconds()),
-        None,
-        source.bytes,
-        parameters=dense.language_model.model.num_parameters(),
-    )
-    return row, measured
-
-
-def _pruned_row(
-    report: Report,
-    place: Path,
-    dense: Forward,
-    expected: Measured,
-    run: tuple[Any, ...],
-    trust_remote_code: bool,
-    progress: Progress,
-) -> tuple[Row, Measured]:
-    progress.begin(f"evaluating {report.method} {report.pattern}")
-    spill = place.parent if dense.language_model.spilled else None
-    pruned = load(place, trust_remote_code=trust_remote_code, spill=spill)
-    measured = measure(Forward(pruned, *run), dense, progress)
-    delta, interval = perplexity_difference(measured.loss, expected.loss)
-    row = Row(
-        report.method, report.pattern, report.kind, report.sparsity, measured.perplexity, delta, interval,
-        measured.mean_kl or 0.0, measured.mean_agreement or 0.0, asdict(report.seconds), report.peak_bytes,
-        open_checkpoint(place).bytes, allocation=report.allocation, parameters=pruned.model.num_parameters(),
-    )  # fmt: skip
-    return row, measured
-
-
-def _rounded_row(
-    kept: Row,
-    out: Path,
-    dense: Forward,
-    expected: Measured,
-    run: tuple[Any, ...],
-    trust_remote_code: bool,
-    progress: Progress,
-) -> tuple[Row, Measured]:
-    """The row of a pruned checkpoint whose kept weights are rounded to int8: packed, and evaluated as it comes back."""
-    assert kept.checkpoint is not None
-    place = Path(f"{kept.checkpoint}-int8")
-    progress.begin(f"evaluating {kept.name} int8")
-    export(
-        out / kept.checkpoint,
-        out=out / place,
-        to="packed",
-        values="int8",
-        overwrite=True,
-        trust_remote_code=trust_remote_code,
-    )
-    with TemporaryDirectory(dir=out) as temporary:
-        back = Path(temporary) / "dense"
-        export(out / place, out=back, to="dense")
-        measured = measure(Forward(load(back, trust_remote_code=trust_remote_code), *run), dense, progress)
-    delta, interval = perplexity_difference(measured.loss, expected.loss)
-    size = sum(file.stat().st_size for file in (out / place).glob("*.safetensors"))
-    row = replace(
-        kept, perplexity=measured.perplexity, delta=delta, delta_interval=interval, kl=measured.mean_kl or 0.0,
-        top1_agreement=measured.mean_agreement or 0.0, disk_bytes=size, checkpoint=str(place), values="int8",
-        rank="", ties=[], latency=[],
-    )  # fmt: skip
-    return row, measured
 
 
 def _conditions(results: Results, options: dict[str, Any]) -> dict[str, Any]:
