@@ -159,8 +159,9 @@ def compare(
     store = RowStore(out / "rows", conditions)
     store.check()
 
-    run = (judged.ids, chosen, forward_dtype(dtype, chosen), batch_size)
-    dense = Forward(language_model, *run, spill=out / "dense.hidden")
+    dense = Forward(
+        language_model, judged.ids, chosen, forward_dtype(dtype, chosen), batch_size, spill=out / "dense.hidden"
+    )  # fmt: skip
     try:
         row, measured = store.get(row_name("dense", "-")) or dense_row(source, dense, progress)
         store.put(row, measured)
@@ -176,15 +177,14 @@ def compare(
                     allow_low_coverage=allow_low_coverage,
                     trust_remote_code=trust_remote_code, command=results.command, progress=progress,
                 )  # fmt: skip
-                kept = pruned_row(report, place, dense, measured, run, trust_remote_code, progress)
+                kept = pruned_row(report, place, dense, measured, trust_remote_code, progress)
                 kept[0].checkpoint = str(place.relative_to(out))
                 store.put(*kept)
             rows[kept[0].name] = kept
             if "int8" in values and kept[0].kind != "structured":
                 name = row_name(method, pattern, rule, "int8")
-                rounded = store.get(name) or rounded_row(
-                    kept[0], out, dense, measured, run, trust_remote_code, progress
-                )
+                rounded = store.get(name)
+                rounded = rounded or rounded_row(kept[0], out, dense, measured, trust_remote_code, progress)
                 store.put(*rounded)
                 rows[name] = rounded
     finally:

@@ -85,6 +85,10 @@ class Forward:
         self.group = max(self.batch_size, 65536 // self.tokens.shape[1])
         self.shell = Shell(self.language_model, self.device, self.dtype)
 
+    def of(self, other: LanguageModel) -> Forward:
+        """Another model, run over the same windows in the same way."""
+        return Forward(other, self.tokens, self.device, self.dtype, self.batch_size)
+
     def groups(self) -> Iterator[slice]:
         for start in range(0, len(self.tokens), self.group):
             yield slice(start, min(start + self.group, len(self.tokens)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
@@ -34,7 +33,6 @@ def pruned_row(
     place: Path,
     dense: Forward,
     expected: Measured,
-    run: tuple[Any, ...],
     trust_remote_code: bool,
     progress: Progress,
 ) -> tuple[Row, Measured]:
@@ -42,7 +40,7 @@ def pruned_row(
     progress.begin(f"evaluating {report.method} {report.pattern}")
     spill = place.parent if dense.language_model.spilled else None
     pruned = load(place, trust_remote_code=trust_remote_code, spill=spill)
-    measured = measure(Forward(pruned, *run), dense, progress)
+    measured = measure(dense.of(pruned), dense, progress)
     delta, interval = perplexity_difference(measured.loss, expected.loss)
     row = Row(
         report.method, report.pattern, report.kind, report.sparsity, measured.perplexity, delta, interval,
@@ -57,7 +55,6 @@ def rounded_row(
     out: Path,
     dense: Forward,
     expected: Measured,
-    run: tuple[Any, ...],
     trust_remote_code: bool,
     progress: Progress,
 ) -> tuple[Row, Measured]:
@@ -76,7 +73,7 @@ def rounded_row(
     with TemporaryDirectory(dir=out) as temporary:
         back = Path(temporary) / "dense"
         export(out / place, out=back, to="dense")
-        measured = measure(Forward(load(back, trust_remote_code=trust_remote_code), *run), dense, progress)
+        measured = measure(dense.of(load(back, trust_remote_code=trust_remote_code)), dense, progress)
     delta, interval = perplexity_difference(measured.loss, expected.loss)
     size = sum(file.stat().st_size for file in (out / place).glob("*.safetensors"))
     row = replace(
