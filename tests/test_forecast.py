@@ -102,6 +102,15 @@ def test_one_pass_takes_less_work_and_more_memory(folder):
     assert "waiting activations" not in found.memory["two"].parts
 
 
+def test_what_fits_with_hidden_states_in_a_file_is_said_to_fit(folder):
+    moment = forecast(folder, batch_size=1, passes="two").memory["two"]
+    limit = moment.bytes - moment.parts["hidden states"]
+    found = forecast(folder, memory=limit, passes="two")
+    assert (found.passes, found.batch_size, found.fits) == ("two", 1, True)
+    assert found.spill_bytes == moment.parts["hidden states"]
+    assert not forecast(folder, memory=limit - 1, passes="two").fits
+
+
 def test_memory_is_the_sum_of_its_parts(folder):
     for method in ("magnitude", "default", "best", "wanda+permute"):
         for moment in forecast(folder, method=method).memory.values():

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from secateur.cost import cost
 from secateur.data import Windows
 from secateur.decide import way_through
-from secateur.errors import UnknownName, UnsupportedModel
+from secateur.errors import OutputRefused, UnknownName, UnsupportedModel
 from secateur.footprint import Load, arrange
 from secateur.hidden import HiddenStates
 from secateur.machine import available_bytes, will_need
@@ -134,6 +134,18 @@ def test_hidden_states_in_a_file(tmp_path: Path, dtype):
     assert all(torch.equal(one, other) for one, other in zip(spilled, held, strict=True))
 
 
+def test_many_batches_in_a_file_take_few_descriptors(tmp_path: Path):
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    states = HiddenStates(tmp_path, (torch.full((1, 5, 3), float(number)) for number in range(1000)))
+    assert len(list(Path("/proc/self/fd").iterdir())) - before < 20
+    assert [part.mean().item() for part in states] == list(range(1000))
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path):
+    with pytest.raises(OutputRefused, match="cannot be written"):
+        HiddenStates(tmp_path / "not there")
+
+
 @pytest.mark.parametrize("method", ["wanda", "sweep+dense-target", "wanda+refine"])
 def test_spilling_changes_nothing(method):
     one = pruned("llama", method, "two", batch_size=1)  # in nothing at all, batches are as small as they can be
@@ -155,7 +167,7 @@ def test_what_does_not_fit_runs_in_smaller_batches_or_twice_or_goes_to_a_file():
     model = build(language_model.model.config, torch.float32)
 
     def at(batch: int) -> tuple[Outline, Load]:
-        return outline(model, batch, 128), Load(512, batch, 128, 4, 4, 1, True)
+        return outline(model, batch, 128), Load(512, batch, 128, torch.float32, 4, 1, True)
 
     def bytes_of(passes: str, batch: int) -> int:
         found = arrange(at, batch, METHODS["wanda"], cost("wanda"), planned, passes, None)

@@ -105,7 +105,7 @@ def compare(
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
     language_model = load(
-        folder, trust_remote_code=trust_remote_code, spill=spill_folder(out, source.bytes, limit)
+        folder, trust_remote_code=trust_remote_code, spill=spill_folder(out / "dense.hidden", source.bytes, limit)
     )  # fmt: skip
     for structure in {pattern: parse(pattern) for _, pattern, _ in grid}.values():
         if isinstance(structure, Structure):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -128,10 +129,12 @@ def way_through(
     samples, length = shape
     windows = samples if method.need or method.refine else min(samples, batch_size)
 
+    @cache
     def at(batch: int) -> tuple[Outline, Load]:
-        found = outline(built, batch, length, tuning=method.refine > 0)
-        host, itemsizes = device.type == "cpu", (forward.itemsize, stored.itemsize)
-        return found, Load(windows, batch, length, *itemsizes, devices, host, language_model.spilled)
+        found, host = outline(built, batch, length, tuning=method.refine > 0), device.type == "cpu"
+        count = windows if method.need or method.refine else batch
+        spilled = language_model.spilled
+        return found, Load(count, batch, length, forward, stored.itemsize, devices, host, spilled)
 
     try:
         built = build(language_model.model.config, forward)
@@ -182,7 +185,7 @@ def decide(
             f"{method} looks at whole blocks with all windows, which several processes do not share; found "
             f"{ranks.size}. Run it in one, or leave +refine and +permute out."
         )
-    forward = calibration_dtype(find_dtype(dtype), devices[0], language_model.model.dtype)
+    forward = ranks.same(lambda: calibration_dtype(find_dtype(dtype), devices[0], language_model.model.dtype))
 
     def made() -> dict[str, Any]:
         plan = make_plan(

@@ -11,7 +11,6 @@ memory at once. Nothing is rounded to the dtype of the checkpoint: on the CPU th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 from secateur.checkpoint import disk_errors, open_checkpoint, resolve
 from secateur.data import evaluation_windows, load_tokenizer
 from secateur.errors import NonFinite, UnsupportedModel
+from secateur.files import reserve
 from secateur.model import LanguageModel, Shell, load
 from secateur.options import (
     check_windows,
@@ -108,7 +108,7 @@ class Forward:
     def _reserve(self, file: Path, shape: tuple[int, ...]) -> np.memmap:
         """A file of that many float32, its space taken at once: a mapped file that meets a full disk is a crash."""
         with disk_errors(file), file.open("wb") as stream:
-            os.posix_fallocate(stream.fileno(), 0, 4 * int(np.prod(shape)))
+            reserve(stream.fileno(), 0, 4 * int(np.prod(shape)))
         return np.memmap(file, np.float32, "r+", shape=shape)
 
     def logits(self, windows: slice, hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
 import types
 import typing
@@ -21,6 +22,17 @@ from secateur.errors import BadCheckpoint
 MOST_BYTES, MOST_DEPTH = 2**28, 64
 """Of a file that is read as a whole, and of the objects and lists in a JSON file. The largest tokenizers have 2^25."""
 READ_WHOLE = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")
+
+
+def reserve(descriptor: int, offset: int, size: int) -> None:
+    """Make room for bytes of an open file on the disk, where the system can: a mapped hole on a full one is a crash.
+
+    Raises OSError where there is none.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, offset, size)
+    else:
+        os.truncate(descriptor, offset + size)
 
 
 def refuse_odd_files(folder: Path) -> None:

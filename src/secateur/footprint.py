@@ -18,10 +18,12 @@ from itertools import pairwise, product
 from math import ceil
 from typing import NamedTuple
 
+import torch
+
 from secateur.block import PROBE_TOKENS
 from secateur.cost import MODES, Cost, Mode, needs_dense
 from secateur.errors import UnknownName
-from secateur.gram import TOKENS_AT_A_TIME
+from secateur.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
 from secateur.outline import Kind, Outline, Read
 
@@ -54,7 +56,7 @@ class Load:
     windows: int
     batch: int
     length: int
-    forward_itemsize: int
+    forward: torch.dtype
     stored_itemsize: int
     devices: int
     host: bool
@@ -158,7 +160,7 @@ def _moments(
         "weights that the loader stacks": 0 if load.spilled else outline.restacked * load.stored_itemsize,
         "masks and rotary tables": outline.call_bytes,
         "hidden states": hidden * (1 + dense),
-        "block": (kind.parameters * load.forward_itemsize + kind.buffer_bytes) * (1 + dense),
+        "block": (kind.parameters * load.forward.itemsize + kind.buffer_bytes) * (1 + dense),
     }
     stored = (kind.parameters * load.stored_itemsize + kind.buffer_bytes) * (1 + method.permute)
 
@@ -205,11 +207,11 @@ def _moments(
 
 
 def _adding(read: Read, load: Load, matrices: int) -> float:
-    """On the CPU the columns of some tokens, put together; elsewhere a product, and inputs once more in float32."""
+    """In C the columns of some tokens, put together; in torch a product, and inputs once more in float32."""
     tokens = load.tokens * read.share
-    if load.host:
-        return matrices * min(tokens, TOKENS_AT_A_TIME) * read.columns * load.forward_itemsize
-    copied = 0 if load.forward_itemsize == 4 else 4 * tokens * read.columns
+    if load.host and (width := panel_width(load.forward)):
+        return matrices * min(tokens, TOKENS_AT_A_TIME) * read.columns * width
+    copied = 0 if load.forward.itemsize == 4 else 4 * tokens * read.columns * max(matrices, 1)
     return copied + (4 * read.columns**2 if matrices else 24 * PROBE_TOKENS * read.columns)
 
 

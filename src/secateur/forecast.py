@@ -144,15 +144,16 @@ def forecast(
 
     @cache
     def at(batch: int) -> tuple[Outline, Load]:
-        host, itemsizes = devices[0].type == "cpu", (forward.itemsize, stored.itemsize)
-        found = outline(built, batch, length, tuning=found_method.refine > 0)
-        return found, Load(windows, batch, length, *itemsizes, len(devices), host, spilled)
+        found, host = outline(built, batch, length, tuning=found_method.refine > 0), devices[0].type == "cpu"
+        count = windows if found_method.need or found_method.refine else batch
+        return found, Load(count, batch, length, forward, stored.itemsize, len(devices), host, spilled)
 
     planned = uniform(at(min(batch_size, windows))[0].shapes, chosen, skip)
     way, spill, batch, peaks = arrange(
         at, min(batch_size, windows), found_method, costs, planned.keys(), passes, limit
     )  # fmt: skip
     found, load = at(batch)
+    hidden = peaks[way].parts["hidden states"]
     operations = {mode: _operations(found, load, found_method, costs, mode, planned.keys()) for mode in MODES}
     rates = _rates(devices[0], forward) if measure else {}
     size = checkpoint.bytes if checkpoint else found.parameters * stored.itemsize
@@ -167,8 +168,8 @@ def forecast(
         4 * size + found.in_blocks * stored.itemsize,
         size + in_sites,
         size,
-        peaks[way].parts["hidden states"] * spill + found.restacked * stored.itemsize * spilled,
-        peaks, limit, way, None if limit is None else peaks[way].bytes <= limit, operations, rates,
+        hidden * spill + found.restacked * stored.itemsize * spilled,
+        peaks, limit, way, None if limit is None else peaks[way].bytes - spill * hidden <= limit, operations, rates,
         {mode: seconds_of(operations[mode], rates).total for mode in MODES} if rates else None,
         _notes(found, found_method, len(devices)),
     )  # fmt: skip

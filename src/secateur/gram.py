@@ -11,12 +11,12 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from secateur.native import best, library
+from secateur.native import best, isa, library
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of inputs that gram.c reads, as it calls them."""
 TOKENS_AT_A_TIME = 4096
-"""Whose columns gram.c copies next to each other, in the width of their dtype: CHUNK there."""
+"""Whose columns gram.c copies next to each other: CHUNK there."""
 SHORT = 1024
 """Tokens whose squares are added in float32, where torch adds them."""
 
@@ -50,7 +50,15 @@ def products_in_torch(left: Tensor, right: Tensor) -> Tensor:
     """What `add_products` adds, float32."""
     if left.is_cuda and left.dtype != torch.float32:  # exact products, float32 sums
         return torch.mm(left.T, right, out_dtype=torch.float32)
-    return left.float().T @ right.float()
+    wide = left.float()
+    return wide.T @ (wide if left is right else right.float())
+
+
+def panel_width(dtype: torch.dtype) -> int | None:
+    """Bytes of an input in what gram.c copies; None where torch makes the products."""
+    if library() is None or dtype not in KINDS:
+        return None
+    return 2 if dtype == torch.bfloat16 and isa() == "avx512_bf16" else 4
 
 
 def summed(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from pathlib import Path
@@ -14,6 +13,12 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoint import disk_errors
+from secateur.files import reserve
+
+ALIGNED = 64
+"""Every tensor begins at a multiple of this."""
+MOST_ROOM = 2**30
+"""What is reserved at a time, at most, for tensors that are smaller: as much as is there, so that mappings stay few."""
 
 
 def hidden_bytes(shape: Sequence[int], width: int, dtype: torch.dtype) -> int:
@@ -25,15 +30,16 @@ class HiddenStates:
     """What enters the block at hand, a tensor for each batch; setting one forgets the one before.
 
     With `folder`, they lie in a mapped file there, which has no name and goes with the process: the system writes out
-    what memory cannot hold. A batch keeps its shape and dtype from block to block. Raises DiskFull.
+    what memory cannot hold. A batch keeps its shape and dtype from block to block. Raises DiskFull, OutputRefused.
     """
 
     def __init__(self, folder: Path | None, tensors: Iterable[Tensor] = ()) -> None:
-        self.folder = folder
-        self._file = TemporaryFile(dir=folder) if folder else None  # noqa: SIM115 - it lives as long as this
-        if self._file:
+        self.folder, self._file = folder, None
+        if folder:
+            with disk_errors(folder):
+                self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as this
             finalize(self, self._file.close)
-        self._end = 0
+        self._end, self._room = 0, torch.empty(0, dtype=torch.uint8)
         self._held: list[Tensor] = []
         for tensor in tensors:
             self.append(tensor)
@@ -42,12 +48,17 @@ class HiddenStates:
         self._held.append(self._mapped(tensor) if self._file else tensor)
 
     def _mapped(self, tensor: Tensor) -> Tensor:
+        """A copy in the file. A mapping costs a file descriptor, so it is made for more than one tensor."""
         assert self._file is not None
-        with disk_errors(self.folder or Path()):
-            os.posix_fallocate(self._file.fileno(), self._end, tensor.nbytes)  # a mapped hole on a full disk is a crash
-            place = np.memmap(self._file, np.uint8, "r+", self._end, (tensor.nbytes,))
-        self._end += tensor.nbytes
-        mapped = torch.from_numpy(place).view(tensor.dtype).view(tensor.shape)
+        size = -(-tensor.nbytes // ALIGNED) * ALIGNED
+        if size > len(self._room):
+            room = max(size, min(self._end, MOST_ROOM))
+            with disk_errors(self.folder or Path()):
+                reserve(self._file.fileno(), self._end, room)
+                self._room = torch.from_numpy(np.memmap(self._file, np.uint8, "r+", self._end, (room,)))
+            self._end += room
+        place, self._room = self._room[: tensor.nbytes], self._room[size:]
+        mapped = place.view(tensor.dtype).view(tensor.shape)
         mapped.copy_(tensor)
         return mapped
 

@@ -17,7 +17,7 @@ from zlib import crc32
 
 from secateur.errors import OutputRefused
 
-SCHEMA = "secateur.run/1"
+SCHEMA = "secateur.run/2"
 
 
 class Journal:

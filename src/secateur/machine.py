@@ -3,10 +3,13 @@
 import ctypes
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -56,23 +59,29 @@ def available_bytes(device: torch.device) -> int:
     memory = Path("/proc/meminfo")
     lines = memory.read_text().splitlines() if memory.exists() else []
     free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    for folder in _memory_groups():
-        for limit, used, cached in _CGROUP_FILES:
-            if (folder / limit).exists() and (text := (folder / limit).read_text().strip()).isdigit():
-                counts = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
-                free.append(max(int(text) - int((folder / used).read_text()) + int(counts.get(cached, 0)), 0))
+    for folder, names in product(_memory_groups(), _CGROUP_FILES):
+        with suppress(OSError, ValueError):  # not there, not readable, or "max"
+            limit, used = (int((folder / name).read_text()) for name in names[:2])
+            free.append(max(limit - used + _cached(folder, names[2]), 0))
     return min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
 
 
-def _memory_groups() -> list[Path]:
+def _cached(folder: Path, name: str) -> int:
+    """Of what a control group uses, the cache that can be had back; 0 where it does not say."""
+    with suppress(OSError, ValueError, KeyError):
+        return int(dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())[name])
+    return 0
+
+
+def _memory_groups() -> set[Path]:
     """The folders of the memory control group of this process and of those that it is in, all of which may limit it."""
-    found: list[Path] = []
-    for line in _OWN_CGROUP.read_text().splitlines() if _OWN_CGROUP.exists() else []:
-        _, kinds, name = line.split(":", 2)
-        if not kinds or "memory" in kinds.split(","):
-            base = _CGROUP / "memory" if kinds else _CGROUP
-            own = base / name.lstrip("/")
-            found += [folder for folder in (own, *own.parents) if folder.is_relative_to(base)]
+    found = {_CGROUP, _CGROUP / "memory"}
+    with suppress(OSError):
+        for kinds, name in re.findall(r"^\d+:(.*?):/?(.*)$", _OWN_CGROUP.read_text(), re.MULTILINE):
+            if not kinds or "memory" in kinds.split(","):
+                base = _CGROUP / "memory" if kinds else _CGROUP
+                own = base / name
+                found |= {folder for folder in (own, *own.parents) if folder.is_relative_to(base)}
     return found
 
 

@@ -7,6 +7,7 @@ much for memory, each such tensor is moved to a mapped file as soon as it is mad
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,9 @@ SMALL = 2**20
 
 
 def too_large(checkpoint_bytes: int, limit: int | None = None) -> bool:
-    """Whether a copy of the weights would take more than half of `limit` bytes, or of what is free now."""
-    return 2 * checkpoint_bytes > (available_bytes(CPU) if limit is None else limit)
+    """Whether a copy of the weights in every process here is more than half of `limit` bytes, or of what is free."""
+    processes = 1 if limit is not None else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as torchrun says
+    return 2 * checkpoint_bytes * processes > (available_bytes(CPU) if limit is None else limit)
 
 
 def spill_folder(out: Path | None, checkpoint_bytes: int, limit: int | None = None) -> Path | None:
@@ -41,7 +43,7 @@ def spill_folder(out: Path | None, checkpoint_bytes: int, limit: int | None = No
 def stacked_on_disk(folder: Path | None) -> Iterator[None]:
     """While open, what `from_pretrained` makes of several tensors is moved to a file without a name in `folder`.
 
-    Without a folder it stays in memory. Raises DiskFull.
+    Without a folder it stays in memory. Raises DiskFull, OutputRefused.
     """
     if folder is None:
         yield
@@ -56,8 +58,11 @@ def stacked_on_disk(folder: Path | None) -> Iterator[None]:
         file.append(found)
         return file[len(file) - 1]
 
-    def converted(self: WeightConverter, *args: Any, **options: Any) -> dict[str, Any]:
-        return {name: moved(found) for name, found in convert(self, *args, **options).items()}
+    def converted(self: WeightConverter, *args: Any, **options: Any) -> Any:
+        found: Any = convert(self, *args, **options)
+        if isinstance(found, tuple):  # with errors beside it, in the first releases of transformers 5
+            return ({name: moved(part) for name, part in found[0].items()}, *found[1:])
+        return {name: moved(part) for name, part in found.items()}
 
     with patch.object(WeightConverter, "convert", converted):
         yield

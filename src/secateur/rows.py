@@ -73,7 +73,9 @@ def rounded_row(
     with TemporaryDirectory(dir=out) as temporary:
         back = Path(temporary) / "dense"
         export(out / place, out=back, to="dense")
-        measured = measure(dense.of(load(back, trust_remote_code=trust_remote_code)), dense, progress)
+        spill = out if dense.language_model.spilled else None
+        loaded = load(back, trust_remote_code=trust_remote_code, spill=spill)
+        measured = measure(dense.of(loaded), dense, progress)
     delta, interval = perplexity_difference(measured.loss, expected.loss)
     size = sum(file.stat().st_size for file in (out / place).glob("*.safetensors"))
     row = replace(

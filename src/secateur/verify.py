@@ -16,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError, UnsupportedModel, in_one_line
 from secateur.model import Shell, load
+from secateur.restack import spill_folder
 from secateur.stream import final_hidden
 
 MOST = 1e-4
@@ -43,7 +45,8 @@ def refuse_unequal(folder: Path, tokens: Tensor, logits: Tensor, *, trust_remote
 @torch.no_grad()
 def difference(folder: Path, tokens: Tensor, logits: Tensor, *, trust_remote_code: bool = False) -> float:
     """‖got − expected‖ / ‖expected‖ of the logits of the model in `folder`, computed in float32 on the CPU."""
-    language_model = load(folder, trust_remote_code=trust_remote_code)
+    spill = spill_folder(folder, open_checkpoint(folder).bytes)
+    language_model = load(folder, trust_remote_code=trust_remote_code, spill=spill)
     shell = Shell(language_model, torch.device("cpu"), torch.float32)
     got = shell.leave(tokens, final_hidden(language_model, shell, tokens, torch.float32, len(tokens)))
     return ((got - logits.float()).norm() / logits.float().norm().clamp_min(1e-30)).item()
