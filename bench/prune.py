@@ -2,6 +2,7 @@
 
     python bench/prune.py --json bench/results/prune.json
     python bench/prune.py --dtype bfloat16 --json bench/results/prune-bfloat16.json
+    python bench/prune.py --dtype bfloat16 --profile wanda
     python bench/prune.py --large --rounds 1 --methods wanda
 
 A random Llama, the same tokens of text and the same method for all. llm-compressor runs the model in the dtype that it
@@ -400,6 +401,9 @@ def main() -> None:
     parser.add_argument(
         "--forward", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of Secateur's passes"
     )
+    parser.add_argument(
+        "--profile", choices=METHODS, help="only show where Secateur's seconds go, operator by operator"
+    )
     parser.add_argument("--batch", type=int, default=8, help="windows at a time, of Secateur and of the floor")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
@@ -433,6 +437,12 @@ def main() -> None:
     forward = calibration_dtype(chosen.forward, torch.device("cpu"), getattr(torch, chosen.dtype))
     used = str(forward).removeprefix("torch.") if forward else chosen.dtype
     dtypes = {"floor": used, "secateur": chosen.forward}
+    if chosen.profile:
+        job = Job("secateur", chosen.profile, size, work_folder, chosen.forward, chosen.threads, chosen.batch)
+        with torch.profiler.profile() as seen:
+            run_secateur(job)
+        print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=16, max_name_column_width=60))
+        return
     runs: list[dict[str, Any]] = []
     checks, summary = {}, {}
     for method in chosen.methods.split(","):
