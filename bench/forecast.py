@@ -1,7 +1,8 @@
-"""What runs on large models will take, from their configurations alone, and how true a forecast is on a small one.
+r"""What runs on large models will take, from their configurations alone, and how true a forecast is on a small one.
 
     python bench/forecast.py --json bench/results/forecast.json
-    python bench/forecast.py --measure magnitude,wanda,sparsegpt,default --json bench/results/forecast-measured.json
+    python bench/forecast.py --measure magnitude,wanda,sparsegpt --samples 32 --seq-len 512 \
+        --json bench/results/forecast-measured.json
 
 The configurations are written by hand from what is public; parameters must come out as published. `--measure` prunes
 a random Llama of hidden size 2048 (`memory.py`) in a process of its own and compares the peak of anonymous memory,
@@ -13,12 +14,14 @@ import json
 import shutil
 import sys
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from memory import run, write_model
 
+from secateur.cost import MODES
 from secateur.forecast import Forecast, forecast, seconds_of
 from secateur.machine import machine, versions
 
@@ -45,8 +48,8 @@ import sys, torch
 from secateur.progress import PeakMemory
 with PeakMemory() as peak:
     import secateur
-    folder, out, method, samples, length = sys.argv[1:]
-    report = secateur.prune(folder, out=out, method=method, pattern="2:4", calibration="demo",
+    folder, out, method, samples, length, passes = sys.argv[1:]
+    report = secateur.prune(folder, out=out, method=method, pattern="2:4", calibration="demo", passes=passes,
                             samples=int(samples), seq_len=int(length), overwrite=True)
 print(peak.bytes, report.peak_bytes, report.seconds.forward, report.seconds.statistics, report.seconds.solve)
 """
@@ -70,24 +73,29 @@ def measured(methods: list[str], parameters: float, samples: int, length: int, o
     """The memory that runs took, beside what was forecast."""
     write_model(out / "model", parameters)
     rows = []
-    for method in methods:
+    for method, passes in product(methods, MODES):
         found = forecast(out / "model", method=method, pattern="2:4", samples=samples, seq_len=length)
-        peak, inside, *seconds = run(RUN, str(out / "model"), str(out / "pruned"), method, str(samples), str(length))
-        said = found.memory["two"]
+        peak, inside, *seconds = run(
+            RUN, str(out / "model"), str(out / "pruned"), method, str(samples), str(length), passes
+        )
+        said = found.memory[passes]
         rows.append({
-            "method": method, "samples": samples, "seq_len": length, "parameters": found.parameters,
+            "method": method, "passes": passes, "samples": samples, "seq_len": length, "parameters": found.parameters,
             "peak_bytes": peak, "peak_bytes_in_prune": inside, "forecast_bytes": said.bytes,
             "ratio": said.bytes / peak, "forecast": asdict(said), "seconds": seconds,
-            "estimated_seconds": _estimated(found),
+            "estimated_seconds": _estimated(found, passes),
         })  # fmt: skip
-        print(f"{method:12}{samples:4} x {length:<5}{peak / 1e6:9.0f} MB measured{said.bytes / 1e6:9.0f} MB forecast"
-              f"{said.bytes / peak:7.2f}   when {said.when}; seconds {seconds}", flush=True)  # fmt: skip
+        print(
+            f"{method:12}{passes:4}{samples:4} x {length:<5}{peak / 1e6:9.0f} MB measured{said.bytes / 1e6:9.0f} MB "
+            f"forecast{said.bytes / peak:7.2f}   when {said.when}; seconds {seconds}",
+            flush=True,
+        )
     shutil.rmtree(out)
     return rows
 
 
-def _estimated(found: Forecast) -> list[float]:
-    seconds = seconds_of(found.operations["two"], found.rates)
+def _estimated(found: Forecast, passes: str) -> list[float]:
+    seconds = seconds_of(found.operations[passes], found.rates)
     return [seconds.forward, seconds.statistics, seconds.solve]
 
 
