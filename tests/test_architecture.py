@@ -17,7 +17,7 @@ LAYERS = [
     ["kernels", "restack"],
     ["sweep"],
     ["methods", "model", "repair", "selection"],
-    ["suspend"],
+    ["suspend", "ahead"],
     ["ranks"],
     ["flow"],
     ["allocate", "options", "stream", "inspection", "trace", "stock", "layout", "taylor", "reap", "cost"],

@@ -1,6 +1,7 @@
 """The stream: what enters each block, how statistics are gathered, several devices, and errors on the way."""
 
 import json
+import threading
 import weakref
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from families import tiny_model
 from texts import byte_tokenizer
 
+from secateur import ahead
 from secateur.allocate import uniform
 from secateur.data import Windows
 from secateur.decide import Pruning
@@ -324,6 +326,34 @@ def test_the_dense_target_prunes_to_the_same_counts(family):
     model = tiny_model(family)
     report = prune_model(replayable(model), windows(), method="sweep+refit+dense-target", pattern="2:4")
     assert all(site.sparsity == 0.5 for site in report.sites)
+
+
+@pytest.mark.parametrize("devices", [(CPU,), (CPU, CPU)])
+def test_blocks_that_are_moved_ahead_change_nothing(devices, monkeypatch):
+    """As on GPUs, with CPUs in their place; two blocks after the first come from the thread, whatever happens."""
+
+    def run() -> dict[str, torch.Tensor]:
+        language_model = replayable(tiny_model("llama"))
+        plan = uniform(site_shapes(language_model), parse_pattern("2:4"))
+        pruning = Pruning(METHODS["sparsegpt"], plan, devices, None, 2)
+        return {n: t for b in pruned_blocks(language_model, TOKENS, pruning) for n, t in b.tensors.items()}
+
+    expected, made = run(), []
+    monkeypatch.setattr(ahead, "wanted", lambda devices: True)
+    real = ahead.working_copy
+
+    def copied(block, device, dtype):
+        made.append(threading.current_thread() is threading.main_thread())
+        if len(made) == 2:
+            raise torch.OutOfMemoryError("no room for the next block")
+        return real(block, device, dtype)
+
+    monkeypatch.setattr(ahead, "working_copy", copied)
+    found = run()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert len(made) >= 3
+    assert not any(made)
 
 
 def test_a_block_is_let_go_before_the_next_is_copied():

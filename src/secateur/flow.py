@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from secateur.ahead import Ahead
 from secateur.hidden import HiddenStates
 from secateur.machine import release_memory, will_need
 from secateur.model import Call, LanguageModel, Shell, run_block, working_copy
@@ -74,7 +75,7 @@ class Flow:
     ) -> None:
         self.ranks = ranks
         self.language_model, self.devices, self.dtype = language_model, devices, dtype
-        self.seconds = seconds
+        self.seconds, self.ahead = seconds, Ahead(devices, dtype)
         self.hidden = HiddenStates(spill)
         self.calls: list[list[Call]] = []
         self.replicas: list[nn.Module] = []
@@ -100,15 +101,21 @@ class Flow:
         """Take a block of the model in hand, or `block` in its place."""
         blocks = self.language_model.blocks
         original = blocks[index]
+        for device in self.devices:
+            if device.type == "cuda":  # what is let go may be written to from another stream
+                torch.cuda.synchronize(device)
         self.replicas.clear()
         self.originals.clear()
         release_memory()
-        self.replicas = [working_copy(block or original, device, self.dtype) for device in self.devices]
+        moved = self.ahead.take(index) if block is None else None
+        self.replicas = moved or [working_copy(block or original, device, self.dtype) for device in self.devices]
         if self.dense is not None:
             self.originals = [working_copy(original, device, self.dtype) for device in self.devices]
         self.targets, self.done = None, False
         if index + 1 < len(blocks):
             will_need(blocks[index + 1].parameters())
+            if block is None:
+                self.ahead.begin(index + 1, blocks[index + 1])
 
     def replace(self, block: nn.Module) -> None:
         """Go on with this block instead of the replicas; it may have other shapes."""

@@ -161,6 +161,7 @@ def _moments(
         "masks and rotary tables": outline.call_bytes,
         "hidden states": hidden * (1 + dense),
         "block": (kind.parameters * load.forward.itemsize + kind.buffer_bytes) * (1 + dense),
+        "next block": 0 if load.host else kind.parameters * load.forward.itemsize + kind.buffer_bytes,
     }
     stored = (kind.parameters * load.stored_itemsize + kind.buffer_bytes) * (1 + method.permute)
 
