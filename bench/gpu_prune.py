@@ -1,7 +1,7 @@
 """Pruning a model of Llama-2-7B's shape on a GPU, end to end: seconds of every stage, and how near the matrix peak.
 
     python bench/gpu_prune.py --json bench/results/gpu-prune.json
-    python bench/gpu_prune.py --device cpu --parameters 1.4e8 --samples 4 --seq-len 128      # a try without a GPU
+    python bench/gpu_prune.py --device cpu --parameters 2.5e8 --samples 4 --seq-len 128      # a try without a GPU
 
 Random weights in bfloat16, written by `bench/memory.py`, 128 × 2048 tokens of the demo's text. Stages are wall time on
 the device, synchronised (`Report.seconds`); what is left of the whole run is files: copying the checkpoint, writing and
@@ -27,7 +27,7 @@ from memory import write_model
 
 import secateur
 from secateur.forecast import GRAM
-from secateur.machine import machine, matrix_rate, versions
+from secateur.machine import machine, versions
 
 
 def measure(folder: Path, out: Path, method: str, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -41,15 +41,14 @@ def measure(folder: Path, out: Path, method: str, chosen: argparse.Namespace) ->
     began = perf_counter()
     report = secateur.prune(folder, out=out, calibration="demo", overwrite=True, **options)
     whole, seconds = perf_counter() - began, asdict(report.seconds)
-    device, work = torch.device(chosen.device), planned.operations["one"]
-    forward = matrix_rate(getattr(torch, planned.forward_dtype), device)
+    work = planned.operations["one"]
     shares = {
-        "forward": work.forward / max(seconds["forward"], 1e-9) / forward,
+        "forward": work.forward / max(seconds["forward"], 1e-9) / planned.rates[planned.forward_dtype],
         "statistics": work.statistics / max(seconds["statistics"], 1e-9) / planned.rates[GRAM],
     }
     return {
         "method": method, "seconds": seconds | {"all": whole, "stages": report.seconds.total},
-        "share_of_peak": shares, "matrix_rate": forward, "rates": planned.rates, "sparsity": report.sparsity,
+        "share_of_peak": shares, "rates": planned.rates, "sparsity": report.sparsity,
         "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None, "host_peak_bytes": report.peak_bytes,
     }  # fmt: skip
 

@@ -1,5 +1,8 @@
 """Sums over tokens: every instruction set of gram.c and torch against float64."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +48,12 @@ def test_products_are_those_of_float64(use, dtype, monkeypatch):
         total = torch.ones(shape[1], dtype=torch.float64)
         add_squares(total, x)
         assert torch.allclose(total, 1 + x.double().square().sum(0), rtol=3e-6, atol=0), shape
+
+
+@pytest.mark.parametrize(("name", "value"), [("CHUNK", module.TOKENS_AT_A_TIME), ("SHORT", module.SHORT)])
+def test_both_sides_count_tokens_alike(name, value):
+    source = Path(module.__file__).with_suffix(".c").read_text()
+    assert re.search(rf"\b{name} = (\d+)", source).group(1) == str(value)  # type: ignore[union-attr]
 
 
 @needs_library

@@ -95,6 +95,16 @@ def test_a_full_disk_is_said(tiny_mixtral, tmp_path, monkeypatch):
         load(tiny_mixtral, spill=tmp_path)
 
 
+def test_a_load_that_names_no_folder_spills_where_memory_is_short(tiny_mixtral, tmp_path, monkeypatch):
+    monkeypatch.setattr(restack, "gettempdir", lambda: str(tmp_path))
+    assert not load(tiny_mixtral).spilled
+    monkeypatch.setattr(restack, "available_bytes", lambda device: 1000)
+    spilled = load(tiny_mixtral)
+    assert spilled.spilled
+    weight = spilled.model.get_parameter("model.layers.0.mlp.experts.gate_up_proj")
+    assert file_of(weight).startswith(f"{tmp_path}/")
+
+
 def test_where_it_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(restack, "available_bytes", lambda device: 1000)
     assert not too_large(500)

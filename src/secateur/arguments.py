@@ -28,10 +28,13 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,cuda:1 …")]
 Dtype = Annotated[
     str,
     typer.Option(
-        help="dtype of forward passes: auto (on a CPU float32, or bfloat16 as stored if it multiplies that), float32 …"
+        help="dtype of forward passes: auto, float32, bfloat16, float16. auto: on a CPU float32, or in calibration "
+        "bfloat16 as stored if the processor multiplies it."
     ),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows a forward pass, at most: fewer where memory is short.")]
+BatchSize = Annotated[
+    int, typer.Option(min=1, help="Windows a forward pass; calibration takes fewer where memory is short.")
+]
 Passes = Annotated[str, typer.Option(help="How often blocks run: one, two (less memory), auto: one where that fits.")]
 Memory = Annotated[
     str | None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,13 +17,13 @@ from secateur.data import Windows
 from secateur.depth import BLOCKS
 from secateur.errors import BadPattern, UnsupportedModel
 from secateur.flow import Seconds
-from secateur.footprint import Load, arrange
+from secateur.footprint import arrange, loads
 from secateur.hidden import hidden_bytes
 from secateur.machine import available_bytes, release_memory
 from secateur.methods import METHODS, Method, find_method
 from secateur.model import LanguageModel
 from secateur.options import calibration_dtype, check_windows, find_devices, find_dtype, find_size, width
-from secateur.outline import Outline, build, outline
+from secateur.outline import build
 from secateur.patterns import kind_of, parse, parse_pattern
 from secateur.plan import check_allocation, is_file, make_plan
 from secateur.progress import Progress
@@ -127,18 +126,12 @@ def way_through(
     if PLENTY * (hidden_bytes(shape, width(language_model), forward) + largest * 4) < free:
         return {"passes": "one" if passes == "auto" else passes, "spill": False, "batch_size": batch_size}
     samples, length = shape
-    windows = samples if method.need or method.refine else min(samples, batch_size)
-
-    @cache
-    def at(batch: int) -> tuple[Outline, Load]:
-        found, host = outline(built, batch, length, tuning=method.refine > 0), device.type == "cpu"
-        count = windows if method.need or method.refine else batch
-        spilled = language_model.spilled
-        return found, Load(count, batch, length, forward, stored.itemsize, devices, host, spilled)
-
     try:
-        built = build(language_model.model.config, forward)
-        way = arrange(at, min(batch_size, windows), method, cost(name), planned, passes, free)
+        at = loads(
+            build(language_model.model.config, forward), samples, length, method, forward=forward, stored=stored,
+            devices=devices, host=device.type == "cpu", spilled=language_model.spilled,
+        )  # fmt: skip
+        way = arrange(at, min(batch_size, samples), method, cost(name), planned, passes, free)
     except UnsupportedModel:
         passes, spill = "two" if passes == "auto" else passes, limit is not None
         return {"passes": passes, "spill": spill, "batch_size": batch_size}

@@ -35,7 +35,6 @@ from secateur.options import (
     forward_dtype,
 )
 from secateur.progress import Progress
-from secateur.restack import spill_folder
 from secateur.stream import final_hidden
 
 Floats = NDArray[np.float64]
@@ -152,9 +151,9 @@ def evaluate(
     progress = progress or Progress()
     chosen, dtype = find_devices(device)[0], find_dtype(dtype)
     folder = resolve(model)
-    spill = spill_folder(None, open_checkpoint(folder).bytes)
+    open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
-    language_model = load(folder, trust_remote_code=trust_remote_code, spill=spill)
+    language_model = load(folder, trust_remote_code=trust_remote_code)
     found = evaluation_windows(
         load_tokenizer(folder, trust_remote_code=trust_remote_code),
         default_corpus(model, evaluation, "wikitext2"),
@@ -167,8 +166,8 @@ def evaluate(
     reference = None
     if dense is not None:
         other = resolve(dense)
-        spill = spill_folder(None, open_checkpoint(other).bytes)
-        reference = Forward(load(other, trust_remote_code=trust_remote_code, spill=spill), *run)
+        open_checkpoint(other)
+        reference = Forward(load(other, trust_remote_code=trust_remote_code), *run)
         sizes = [m.model.config.get_text_config().vocab_size for m in (reference.language_model, language_model)]
         if sizes[0] != sizes[1]:
             raise UnsupportedModel(

@@ -19,13 +19,14 @@ from math import ceil
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedModel
 
 from secateur.block import PROBE_TOKENS
 from secateur.cost import MODES, Cost, Mode, needs_dense
 from secateur.errors import UnknownName
 from secateur.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
-from secateur.outline import Kind, Outline, Read
+from secateur.outline import Kind, Outline, Read, outline
 
 PROCESS_BYTES = 360 * 10**6
 """Python, torch, transformers and datasets, loaded and used once: 353 to 363 MB after a run on a model of 4 MB."""
@@ -71,6 +72,29 @@ class Load:
     def tokens(self) -> int:
         """Of one batch."""
         return self.batch * self.length
+
+
+def loads(
+    built: PreTrainedModel,
+    samples: int,
+    length: int,
+    method: Method,
+    *,
+    forward: torch.dtype,
+    stored: torch.dtype,
+    devices: int,
+    host: bool,
+    spilled: bool,
+) -> Callable[[int], tuple[Outline, Load]]:
+    """For batches of so many windows, what they make of a model without weights; found once for each size."""
+
+    @cache
+    def at(batch: int) -> tuple[Outline, Load]:
+        found = outline(built, batch, length, tuning=method.refine > 0)
+        windows = samples if method.need or method.refine else batch  # else the first batch is all that is run
+        return found, Load(windows, batch, length, forward, stored.itemsize, devices, host, spilled)
+
+    return at
 
 
 class Arrangement(NamedTuple):

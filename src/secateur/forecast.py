@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -21,13 +20,13 @@ from secateur.checkpoint import INDEX, is_whole, open_checkpoint, resolve, store
 from secateur.cost import MODES, Cost, Mode, cost
 from secateur.cost import passes as passes_of
 from secateur.errors import BadPattern, NotEnoughText
-from secateur.footprint import Load, Moment, arrange, check_passes, probe_tokens
+from secateur.footprint import Load, Moment, arrange, check_passes, loads, probe_tokens
 from secateur.gram import add_products
 from secateur.machine import best_seconds, matrix_rate
 from secateur.methods import Method, find_method
 from secateur.model import load_config
 from secateur.options import calibration_dtype, check_length, context, find_devices, find_dtype, find_size
-from secateur.outline import Outline, build, outline
+from secateur.outline import Outline, build
 from secateur.patterns import Pattern, parse
 from secateur.restack import too_large
 from secateur.structures import Structure
@@ -137,22 +136,18 @@ def forecast(
     checkpoint = open_checkpoint(folder) if is_whole(folder) else None
     stored = stored_dtype(checkpoint) if checkpoint else getattr(config, "dtype", None) or torch.float32
     forward = calibration_dtype(name, devices[0], stored) or stored
-    windows = samples if found_method.need or found_method.refine else min(samples, batch_size)
     built = build(config, forward, trust_remote_code=trust_remote_code)
 
     whole = checkpoint.bytes if checkpoint else sum(p.numel() for p in built.parameters()) * stored.itemsize
     spilled = too_large(whole, limit)
 
-    @cache
-    def at(batch: int) -> tuple[Outline, Load]:
-        found, host = outline(built, batch, length, tuning=found_method.refine > 0), devices[0].type == "cpu"
-        count = windows if found_method.need or found_method.refine else batch
-        return found, Load(count, batch, length, forward, stored.itemsize, len(devices), host, spilled)
-
-    planned = uniform(at(min(batch_size, windows))[0].shapes, chosen, skip)
-    way, spill, batch, peaks = arrange(
-        at, min(batch_size, windows), found_method, costs, planned.keys(), passes, limit
+    at = loads(
+        built, samples, length, found_method, forward=forward, stored=stored, devices=len(devices),
+        host=devices[0].type == "cpu", spilled=spilled,
     )  # fmt: skip
+    most = min(batch_size, samples)
+    planned = uniform(at(most)[0].shapes, chosen, skip)
+    way, spill, batch, peaks = arrange(at, most, found_method, costs, planned.keys(), passes, limit)
     found, load = at(batch)
     hidden = peaks[way].parts["hidden states"]
     operations = {mode: _operations(found, load, found_method, costs, mode, planned.keys()) for mode in MODES}

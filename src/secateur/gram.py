@@ -17,8 +17,8 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of inputs that gram.c reads, as it calls them."""
 TOKENS_AT_A_TIME = 4096
 """Whose columns gram.c copies next to each other: CHUNK there."""
-SHORT = 1024
-"""Tokens whose squares are added in float32, where torch adds them."""
+SHORT = 512
+"""Tokens whose squares are added in float32, as in gram.c."""
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -62,7 +62,7 @@ def panel_width(dtype: torch.dtype) -> int | None:
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum of float32 x `[tokens, in]` over tokens: float32 for a thousand at a time, float64 over these."""
+    """The sum of float32 x `[tokens, in]` over tokens: float32 for some at a time, float64 over these."""
     return torch.stack([part.sum(0) for part in x.split(SHORT)]).double().sum(0)
 
 

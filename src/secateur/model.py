@@ -36,7 +36,7 @@ from secateur.refusals import (
     refuse_non_finite_ends,
     without_weights,
 )
-from secateur.restack import stacked_on_disk
+from secateur.restack import spill_folder, stacked_on_disk
 
 
 class Call(NamedTuple):
@@ -300,23 +300,24 @@ def _with_tuples(model: PreTrainedModel, stack: str, tokens: Tensor) -> tuple[La
 def load(folder: Path, *, trust_remote_code: bool = False, spill: Path | None = None) -> LanguageModel:
     """The causal LM in a checkpoint folder, weights mapped in the dtype they are stored in, ready to replay.
 
-    `spill`: a folder for weights that the loader puts together, which else lie in memory. Raises BadCheckpoint where
-    configuration and weights do not belong together, UnsupportedModel where the architecture is unknown, quantised, or
-    cannot be replayed.
+    `spill`: a folder for weights that the loader puts together; without one they lie in memory, or where temporary
+    files go if that is short. Raises BadCheckpoint where configuration and weights do not belong together,
+    UnsupportedModel where the architecture is unknown, quantised, or cannot be replayed.
     """
-    return replace(replayable(_mapped(folder, trust_remote_code, spill)), spilled=spill is not None)
+    model, spill = _mapped(folder, trust_remote_code, spill)
+    return replace(replayable(model), spilled=spill is not None)
 
 
 def load_blocks(folder: Path, *, trust_remote_code: bool = False, spill: Path | None = None) -> list[nn.Module]:
     """The blocks of a checkpoint of our own making, mapped; some may hold nothing yet, so nothing is run."""
-    model = _mapped(folder, trust_remote_code, spill)
+    model, _ = _mapped(folder, trust_remote_code, spill)
     return list(model.get_submodule(find_stack(model)).children())
 
 
-def _mapped(folder: Path, trust_remote_code: bool, spill: Path | None) -> PreTrainedModel:
+def _mapped(folder: Path, trust_remote_code: bool, spill: Path | None) -> tuple[PreTrainedModel, Path | None]:
     config, built = load_config(folder, trust_remote_code=trust_remote_code), None
     checkpoint = open_checkpoint(folder)
-    shapes = checkpoint.shapes
+    shapes, spill = checkpoint.shapes, spill or spill_folder(None, checkpoint.bytes)
     try:
         built = without_weights(checkpoint, config, trust_remote_code=trust_remote_code)
         with stacked_on_disk(spill):
@@ -328,7 +329,7 @@ def _mapped(folder: Path, trust_remote_code: bool, spill: Path | None) -> PreTra
         raise bad_weights(folder, shapes, config, built, error) from error
     model, report = loaded
     refuse_foreign_weights(folder, model, find_stack(model), report)
-    return model.eval()
+    return model.eval(), spill
 
 
 def checkpoint_tensors(
