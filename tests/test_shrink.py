@@ -16,6 +16,7 @@ from secateur.checkpoint import open_checkpoint
 from secateur.cut import without_units
 from secateur.data import Windows
 from secateur.errors import BadPattern, BadPlan, NonFinite, SecateurError, UnknownName, UnsupportedModel
+from secateur.inspection import inspect
 from secateur.model import load
 from secateur.patterns import parse
 from secateur.prune import check_method, prune_checkpoint
@@ -311,6 +312,19 @@ def test_tensors_that_are_not_cut_keep_their_bytes(tmp_path: Path, in_process):
             held = after.tensor(f"model.layers.{position}.{name}")
             assert torch.equal(held, before.tensor(f"model.layers.{index}.{name}"))
             assert held.dtype == (torch.float32 if "norm" in name else torch.bfloat16)
+
+
+@pytest.mark.parametrize(("pattern", "method"), [("25% of channels", "energy"), ("30%", "magnitude")])
+def test_no_zero_that_is_written_is_negative(pattern: str, method: str, tmp_path: Path, in_process):
+    model = tiny_model("llama")
+    for name, parameter in model.named_parameters():
+        if "up_proj" in name:
+            parameter.data[:, ::2] = -0.0  # as a source may come that was pruned by others
+    model.save_pretrained(tmp_path / "source")
+    _, source, out = smaller("llama", tmp_path, pattern, method)
+    before, after = (sum(tensor.negative_zeros for tensor in inspect(folder).tensors) for folder in (source, out))
+    assert before > 0
+    assert after == 0
 
 
 @pytest.mark.parametrize("family", ["diffllama", "minicpm3"])

@@ -78,14 +78,14 @@ class Output:
             file.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite tensors by checkpoint name; shapes as in `places`, cast to the dtype stored there.
+        """Overwrite tensors by checkpoint name; shapes as in `places`, cast to the dtype stored there, zeros +0.0.
 
         Raises DiskFull or OutputRefused.
         """
         with disk_errors(self.out):
             for name, tensor in tensors.items():
                 place = self.places[name]
-                stored = tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous()
+                stored = tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous() + 0.0  # -0.0 becomes +0.0
                 if tuple(stored.shape) != place.shape:
                     raise AssertionError(f"{name} has shape {tuple(stored.shape)}, stored {place.shape}")
                 with (self.partial / place.shard).open("r+b") as stream:
