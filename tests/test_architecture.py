@@ -13,13 +13,14 @@ LAYERS = [
     ["progress", "files", "gram"],
     ["terminal"],
     ["structures", "stats", "experts", "checkpoint", "data", "packed", "journal", "interrupt", "masks"],
-    ["patterns", "solve", "sites", "refusals", "watch", "packing", "hidden", "output"],
+    ["patterns", "solve", "sites", "refusals", "watch", "packing", "hidden", "output", "replay"],
     ["kernels", "restack"],
     ["sweep"],
     ["methods", "model", "repair", "selection"],
     ["suspend", "ahead"],
     ["ranks"],
     ["flow"],
+    ["gather"],
     ["allocate", "options", "stream", "inspection", "trace", "stock", "layout", "taylor", "reap", "cost"],
     ["record", "refine", "trial", "evaluate", "results", "units", "verify", "meta"],
     ["formats", "outline"],
@@ -82,5 +83,5 @@ def test_public_names_are_sorted_and_documented():
 
 
 def test_files_stay_readable():
-    long = {str(f.name): n for f in SOURCE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 370}
+    long = {str(f.name): n for f in SOURCE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 350}
     assert long == {}

@@ -11,10 +11,11 @@ from torch import nn
 
 from secateur.depth import Looking, angular, influence, kl, last_matrix, missing
 from secateur.evaluate import divergence
-from secateur.model import LanguageModel, replayable
+from secateur.model import replayable
 from secateur.progress import Progress
 from secateur.reap import EXPERTS, routed_to
 from secateur.repair import NEED, repaired
+from secateur.replay import LanguageModel
 from secateur.shrunk import _error_left
 from secateur.sites import recorded_inputs, sites
 from secateur.stream import stream

@@ -13,9 +13,10 @@ from secateur.cost import COSTS, cost, passes
 from secateur.data import Windows
 from secateur.forecast import lines
 from secateur.methods import METHODS, find_method
-from secateur.model import Shell, replayable, run_block
+from secateur.model import replayable
 from secateur.outline import build, outline
 from secateur.patterns import parse_pattern
+from secateur.replay import Shell, run_block
 from secateur.sites import recorded_inputs
 from secateur.stats import Stats
 from secateur.watch import Watch

@@ -7,9 +7,10 @@ from test_stream import CPU, TOKENS, windows
 from torch import nn
 
 from secateur.flow import Batch
-from secateur.model import Call, replayable
+from secateur.model import replayable
 from secateur.prune import prune_model
 from secateur.refine import error, refine
+from secateur.replay import Call
 from secateur.stream import stream
 
 

@@ -17,10 +17,11 @@ from secateur.hidden import HiddenStates
 from secateur.machine import available_bytes, will_need
 from secateur.meta import storage
 from secateur.methods import METHODS
-from secateur.model import replayable, run_block, working_copy
+from secateur.model import replayable
 from secateur.options import find_size
 from secateur.outline import Outline, build, outline
 from secateur.prune import prune_model
+from secateur.replay import run_block, working_copy
 from secateur.sites import sites
 from secateur.stream import stream
 from secateur.suspend import Stages, Suspended, find_stages

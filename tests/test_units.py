@@ -8,8 +8,9 @@ from families import tiny_model
 from reference.permutation import arrivals
 from torch import Tensor
 
-from secateur.model import LanguageModel, replayable
+from secateur.model import replayable
 from secateur.permute import reorder, verified
+from secateur.replay import LanguageModel
 from secateur.sites import signature, sites
 from secateur.trace import Trace, entering, trace
 from secateur.units import Unit, exchangeable

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import nn
 
-from secateur.model import working_copy
+from secateur.replay import working_copy
 
 
 def wanted(devices: Sequence[torch.device]) -> bool:

@@ -19,12 +19,12 @@ from secateur.allocate import Plan
 from secateur.errors import NonFinite
 from secateur.machine import release_memory
 from secateur.methods import Method, prune_together
-from secateur.model import working_copy
 from secateur.patterns import NM, Pattern
 from secateur.permute import input_order, permuted, reorder, verified
 from secateur.ranks import ALONE, Ranks
 from secateur.record import LEFT_OUT, UNSEEN, SiteReport
 from secateur.refine import Tuned, refine
+from secateur.replay import working_copy
 from secateur.sites import Site, sites
 from secateur.stats import Stats, is_finite
 from secateur.stream import Step

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from secateur.errors import BadPattern, UnsupportedModel
-from secateur.model import LanguageModel
+from secateur.replay import LanguageModel
 from secateur.structures import Budget, Depth, Several, Structure, Units, default_alignment
 from secateur.survey import block_parameters, holds, survey
 

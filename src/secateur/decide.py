@@ -21,7 +21,6 @@ from secateur.footprint import arrange, loads
 from secateur.hidden import hidden_bytes
 from secateur.machine import available_bytes, release_memory
 from secateur.methods import METHODS, Method, find_method
-from secateur.model import LanguageModel
 from secateur.options import calibration_dtype, check_windows, find_devices, find_dtype, find_size, width
 from secateur.outline import build
 from secateur.patterns import kind_of, parse, parse_pattern
@@ -30,6 +29,7 @@ from secateur.progress import Progress
 from secateur.ranks import ALONE, Ranks
 from secateur.reap import EXPERTS
 from secateur.record import Report
+from secateur.replay import LanguageModel
 from secateur.selection import SELECTIONS
 from secateur.shrink import check_structure
 from secateur.shrunk import PRESETS

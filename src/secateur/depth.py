@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from secateur.evaluate import divergence
-from secateur.model import Call, LanguageModel, Shell, in_float32, run_block, working_copy
 from secateur.progress import Progress
+from secateur.replay import Call, LanguageModel, Shell, in_float32, run_block, working_copy
 from secateur.sites import Site, recorded_inputs, sites
 from secateur.stream import stream
 

@@ -25,7 +25,7 @@ from secateur.checkpoint import disk_errors, open_checkpoint, resolve
 from secateur.data import evaluation_windows, load_tokenizer
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.files import reserve
-from secateur.model import LanguageModel, Shell, load
+from secateur.model import load
 from secateur.options import (
     check_windows,
     default_corpus,
@@ -35,6 +35,7 @@ from secateur.options import (
     forward_dtype,
 )
 from secateur.progress import Progress
+from secateur.replay import LanguageModel, Shell
 from secateur.stream import final_hidden
 
 Floats = NDArray[np.float64]

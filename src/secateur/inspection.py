@@ -17,9 +17,10 @@ import torch
 from secateur.checkpoint import RECORD, Checkpoint, open_checkpoint, resolve
 from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
 from secateur.files import fits, read_json
-from secateur.model import LanguageModel, checkpoint_tensors, find_stack, load_config
+from secateur.model import checkpoint_tensors, find_stack, load_config
 from secateur.patterns import NM
 from secateur.refusals import LOAD_ERRORS, foreign, without_weights
+from secateur.replay import LanguageModel
 from secateur.sites import sites
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))

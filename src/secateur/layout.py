@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from secateur.checkpoint import INDEX, Checkpoint, Place
 from secateur.errors import UnsupportedModel
-from secateur.model import LanguageModel, checkpoint_tensors
+from secateur.model import checkpoint_tensors
+from secateur.replay import LanguageModel
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """By the name of every tensor of a smaller checkpoint: the tensor of the source that it comes from, and its shape."""

@@ -9,8 +9,9 @@ from secateur.checkpoint import Checkpoint, open_checkpoint, resolve
 from secateur.data import Windows, calibration_windows, load_tokenizer
 from secateur.errors import NotEnoughText, UnknownName, UnsupportedModel
 from secateur.machine import multiplies_bfloat16
-from secateur.model import LanguageModel, load
+from secateur.model import load
 from secateur.progress import Progress
+from secateur.replay import LanguageModel
 from secateur.restack import spill_folder
 from secateur.structures import parse_size
 

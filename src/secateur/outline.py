@@ -23,8 +23,9 @@ from transformers.core_model_loading import WeightConverter
 from secateur import experts
 from secateur.errors import UnsupportedModel, in_one_line
 from secateur.meta import META, ExpertLayer, Live, storage, without_numbers
-from secateur.model import Call, find_stack, run_block
+from secateur.model import find_stack
 from secateur.refusals import LOAD_ERRORS
+from secateur.replay import Call, run_block
 from secateur.sites import coverage, signature, sites
 
 

@@ -18,8 +18,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from secateur.model import Call, run_block
 from secateur.patterns import NM
+from secateur.replay import Call, run_block
 from secateur.sites import Site, bias, recorded_inputs, sites
 from secateur.stats import Stats
 from secateur.units import Unit

@@ -20,10 +20,10 @@ from secateur.data import Windows
 from secateur.errors import BadPlan, OutputRefused, UnknownName
 from secateur.methods import find_method
 from secateur.methods.base import importance
-from secateur.model import LanguageModel
 from secateur.options import check_windows, find_devices, find_dtype, forward_dtype, opened
 from secateur.patterns import Unstructured, parse_pattern
 from secateur.progress import Progress
+from secateur.replay import LanguageModel
 from secateur.search import search
 from secateur.stream import Step
 from secateur.trial import Measuring, levels_around, pruned_at, site_shapes, solvable

@@ -28,7 +28,7 @@ from secateur.footprint import check_passes
 from secateur.interrupt import asked_to_stop
 from secateur.layout import check_source
 from secateur.machine import versions
-from secateur.model import LanguageModel, checkpoint_tensors, load_blocks
+from secateur.model import checkpoint_tensors, load_blocks
 from secateur.options import calibration_dtype, find_devices, find_dtype, find_size, opened
 from secateur.output import BLOCK, Output, output, refuse_output
 from secateur.patterns import parse, parse_pattern
@@ -36,6 +36,7 @@ from secateur.plan import is_file
 from secateur.progress import PeakMemory, Progress
 from secateur.ranks import ALONE, Ranks, joined
 from secateur.record import Report, total_sparsity
+from secateur.replay import LanguageModel
 from secateur.shrink import shrink_checkpoint
 from secateur.sites import signature
 from secateur.stream import stream

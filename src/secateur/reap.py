@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur import experts
-from secateur.model import Call, run_block
+from secateur.replay import Call, run_block
 
 
 @dataclass

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.flow import Batch
-from secateur.model import run_block
+from secateur.replay import run_block
 from secateur.sites import sites
 
 RATE = 0.4

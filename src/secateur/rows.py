@@ -10,9 +10,10 @@ from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.export import export
 from secateur.flow import Seconds
-from secateur.model import LanguageModel, load
+from secateur.model import load
 from secateur.progress import Progress
 from secateur.record import Report
+from secateur.replay import LanguageModel
 from secateur.results import Row
 from secateur.sites import sites
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.allocate import least_error
 from secateur.checkpoint import disk_errors
 from secateur.evaluate import divergence
-from secateur.model import Shell, run_block, working_copy
+from secateur.replay import Shell, run_block, working_copy
 from secateur.sites import sites
 from secateur.stream import Step
 from secateur.trial import Measuring, levels_around, pruned_at, site_shapes, solvable

@@ -32,11 +32,12 @@ from secateur.hidden import hidden_bytes
 from secateur.interrupt import asked_to_stop
 from secateur.layout import Names, check_source, resized, size_of
 from secateur.machine import available_bytes, release_memory, versions
-from secateur.model import LanguageModel, Shell, load_blocks, run_block, working_copy
+from secateur.model import load_blocks
 from secateur.options import check_windows, find_devices, find_dtype, find_size, forward_dtype, width
 from secateur.output import BLOCK, Output, output
 from secateur.progress import PeakMemory, Progress
 from secateur.record import Report
+from secateur.replay import LanguageModel, Shell, run_block, working_copy
 from secateur.shrunk import Run, find_shrinking, refined, shrunk_block
 from secateur.sites import coverage, sites
 from secateur.stream import stream

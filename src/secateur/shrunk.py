@@ -21,12 +21,12 @@ from secateur.depth import BLOCKS, Missing, last_matrix, missing
 from secateur.errors import UnknownName
 from secateur.flow import Batch, Seconds
 from secateur.methods import REFINE_EPOCHS
-from secateur.model import LanguageModel, run_block, working_copy
 from secateur.progress import Progress
 from secateur.reap import EXPERTS, highest_in_groups, routed_to
 from secateur.record import SiteReport
 from secateur.refine import Tuned, refine
 from secateur.repair import NEED, repaired
+from secateur.replay import LanguageModel, run_block, working_copy
 from secateur.selection import SELECTIONS, lowest
 from secateur.sites import bias, sites
 from secateur.stats import OF_DENSE, Stats

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from secateur.model import LanguageModel, find_stack
+from secateur.model import find_stack
+from secateur.replay import LanguageModel
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from secateur.flow import Batch, Flow, Seconds
-from secateur.model import Call, LanguageModel, Shell
+from secateur.gather import observe, suspended
 from secateur.ranks import ALONE, Ranks
+from secateur.replay import Call, LanguageModel, Shell
 from secateur.sites import Site, sites
 from secateur.watch import Observed
 
@@ -44,7 +45,7 @@ class Step:
 
         The probe takes evenly spaced tokens of the first batch, about `probe` of them. Raises NonFinite.
         """
-        return self._flow.observe(self.index, need, probe, only)
+        return observe(self._flow, self.index, need, probe, only)
 
     def stages(
         self, need: Iterable[str], probe: int, only: Collection[str], *, one_pass: bool, sequential: bool, again: bool
@@ -59,7 +60,7 @@ class Step:
             if unreached := [name for name in stages.unreached if name in only]:
                 yield unreached, Observed({}, {}, {})  # before any forward starts
             wanted = [kept for stage in stages.order if (kept := [name for name in stage if name in only])]
-            yield from self._flow.suspended(self.index, wanted, need, probe, finish=not again and not self.last)
+            yield from suspended(self._flow, self.index, wanted, need, probe, finish=not again and not self.last)
             return
         for group in self.groups() if sequential else [list(self.sites)]:
             if kept := [name for name in group if name in only]:

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from secateur import stock
 from secateur.cut import State, experts_of, module_of, without_experts, without_units
 from secateur.errors import BadPattern, SecateurError, UnsupportedModel
-from secateur.flow import own
-from secateur.model import LanguageModel, Shell, run_block, working_copy
 from secateur.permute import close
+from secateur.replay import LanguageModel, Shell, own, run_block, working_copy
 from secateur.sites import signature, sites
 from secateur.stock import Number, Stock, find_stock, tensor_shapes
 from secateur.structures import Structure, Units, default_alignment, parts

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from secateur import experts
 from secateur.errors import UnsupportedModel
-from secateur.model import Call, run_block
+from secateur.replay import Call, run_block
 from secateur.sites import sites, visited
 
 

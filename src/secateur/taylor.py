@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from secateur.model import Call, in_float32, run_block
+from secateur.replay import Call, in_float32, run_block
 
 
 def taylor(block: nn.Module, consumer: str, units: Tensor, batches: Iterable[tuple[Tensor, Call]]) -> Tensor:

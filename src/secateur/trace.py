@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur import experts
-from secateur.model import Call, LanguageModel, Shell, run_block, working_copy
+from secateur.replay import Call, LanguageModel, Shell, run_block, working_copy
 from secateur.sites import sites
 
 TOKENS = 2

@@ -14,9 +14,9 @@ from torch import Tensor
 from secateur.allocate import Plan, Shapes
 from secateur.errors import BadPlan
 from secateur.methods import Method, prune_together
-from secateur.model import LanguageModel
 from secateur.patterns import Unstructured
 from secateur.progress import Progress
+from secateur.replay import LanguageModel
 from secateur.sites import sites
 from secateur.stats import Stats
 from secateur.stream import Step, stream

@@ -17,7 +17,7 @@ import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from secateur.model import LanguageModel
+from secateur.replay import LanguageModel
 from secateur.trace import Trace
 from secateur.trace import trace as trace_block
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from secateur.checkpoint import open_checkpoint
 from secateur.errors import SecateurError, UnsupportedModel, in_one_line
-from secateur.model import Shell, load
+from secateur.model import load
+from secateur.replay import Shell
 from secateur.restack import spill_folder
 from secateur.stream import final_hidden
 

@@ -6,7 +6,7 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
-from secateur.model import Call, run_block
+from secateur.replay import Call, run_block
 from secateur.sites import recorded_inputs, sites
 
 
