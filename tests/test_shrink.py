@@ -327,6 +327,16 @@ def test_no_zero_that_is_written_is_negative(pattern: str, method: str, tmp_path
     assert after == 0
 
 
+def test_errors_are_numbers_where_weights_are_at_the_end_of_the_range(tmp_path: Path):
+    model = tiny_model("llama")
+    model.model.layers[-1].mlp.down_proj.weight.data *= 1e30  # the last matrix: nothing reads what comes out
+    model.save_pretrained(tmp_path / "source")
+    report, *_ = smaller("llama", tmp_path, "30%", "magnitude")
+    (error,) = [site.output_error for site in report.sites if site.site == "model.layers.3.mlp.down_proj"]
+    assert error is not None
+    assert 0 < error < 1
+
+
 @pytest.mark.parametrize("family", ["diffllama", "minicpm3"])
 def test_blocks_that_know_their_number_or_count_are_refused(family: str, tmp_path: Path, in_process, monkeypatch):
     monkeypatch.setattr(shrink, "BLOCKS", {"influence": lambda *args: [1]})

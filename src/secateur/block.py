@@ -22,7 +22,7 @@ from secateur.methods import Method, prune_together
 from secateur.patterns import NM, Pattern
 from secateur.permute import input_order, permuted, reorder, verified
 from secateur.ranks import ALONE, Ranks
-from secateur.record import LEFT_OUT, UNSEEN, SiteReport
+from secateur.record import LEFT_OUT, UNSEEN, SiteReport, output_error
 from secateur.refine import Tuned, refine
 from secateur.replay import working_copy
 from secateur.sites import Site, sites
@@ -187,8 +187,7 @@ def _report(name: str, dense: Site, target: Site, plan: Plan, note: str | None, 
     error = None
     if probe is not None:
         before, after = (site.weight.to(probe.device, torch.float32) for site in (dense, target))
-        change = (probe @ (before - after).T).square().sum()
-        error = (change / (probe @ before.T).square().sum().clamp_min(1e-30)).item()
+        error = output_error(probe, before - after, before)
     return SiteReport(name, (rows, columns), str(plan[name]), zeros, error, note)
 
 

@@ -1,9 +1,13 @@
 """What a pruning run says of itself: one report a site, one for the run; `pruning.json` holds them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from secateur.flow import Seconds
 
@@ -66,3 +70,14 @@ def total_sparsity(reports: Sequence[SiteReport]) -> float:
     sizes = [rows * columns for rows, columns in (report.shape for report in reports)]
     zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
     return zeros / max(sum(sizes), 1)
+
+
+def output_error(inputs: Tensor, change: Tensor, weight: Tensor) -> float:
+    """‖change X‖² / ‖weight X‖² for inputs X `[tokens, in]` and matrices `[out, in]`, all float32.
+
+    Weights near the end of the range overflow there; they are multiplied once more in float64.
+    """
+    lost, whole = ((inputs @ part.T).square().sum() for part in (change, weight))
+    if not (lost + whole).isfinite():
+        lost, whole = ((inputs.double() @ part.double().T).square().sum() for part in (change, weight))
+    return (lost / whole.clamp_min(1e-30)).item()

@@ -23,7 +23,7 @@ from secateur.flow import Batch, Seconds
 from secateur.methods import REFINE_EPOCHS
 from secateur.progress import Progress
 from secateur.reap import EXPERTS, highest_in_groups, routed_to
-from secateur.record import SiteReport
+from secateur.record import SiteReport, output_error
 from secateur.refine import Tuned, refine
 from secateur.repair import NEED, repaired
 from secateur.replay import LanguageModel, run_block, working_copy
@@ -263,8 +263,8 @@ def _error_on(change: Tensor, weight: Tensor, probe: Tensor | None) -> float | N
     """The output error of a change relative to the output, on inputs `[tokens, in]`."""
     if probe is None:
         return None
-    lost = probe @ change[:, :-1].T + change[:, -1]
-    return (lost.square().sum() / (probe @ weight.T).square().sum().clamp_min(1e-30)).item()
+    ones = torch.ones_like(probe[:, :1])
+    return output_error(torch.cat([probe, ones], 1), change, nn.functional.pad(weight, (0, 1)))
 
 
 def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) -> float:
@@ -272,7 +272,8 @@ def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) ->
     gram, mean = stats.mean("gram"), stats.mean("sum")
     gram = torch.cat([gram, mean[None]])
     gram = torch.cat([gram, torch.cat([mean, torch.ones_like(mean[:1])])[:, None]], 1).to(change.device)
-    left = ((change @ gram + 2 * added.product.to(change.device)) * change).sum().item() + added.power
+    change, weight, gram = change.double(), weight.double(), gram.double()  # float32 overflows on spoilt weights
+    left = ((change @ gram + 2 * added.product.to(change)) * change).sum().item() + added.power
     output = ((weight @ gram[:-1, :-1]) * weight).sum().clamp_min(1e-30).item()
     return max(left, 0.0) / output
 
