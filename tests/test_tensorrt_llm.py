@@ -230,6 +230,16 @@ def test_what_cannot_be_split_or_turned_is_refused(made, tmp_path, fields, ranks
     assert words in str(raised.value)
 
 
+def test_rotary_embeddings_that_differ_between_layers_are_refused(made, tmp_path):
+    source = made("qwen2")
+    config = json.loads((source.folder / "config.json").read_text())
+    kinds = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+    config |= {"rope_parameters": kinds, "layer_types": ["full_attention"] * config["num_hidden_layers"]}
+    (source.folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="has rotary embeddings of type None; default, linear"):
+        write(open_checkpoint(source.folder), tmp_path)
+
+
 def test_another_architecture_is_named(made, tmp_path):
     with pytest.raises(
         UnsupportedModel, match="is a GPT2LMHeadModel; a TensorRT-LLM checkpoint can be written of Llama"

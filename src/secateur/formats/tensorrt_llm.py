@@ -146,7 +146,7 @@ def _config(source: Checkpoint, ranks: int) -> Any:
                 f"{source.folder} has {count} {what}, which {ranks} ranks cannot share evenly. "
                 "Choose a --ranks that divides it."
             )
-    rope = config.rope_parameters["rope_type"]
+    rope = config.rope_parameters.get("rope_type")  # none where layers differ
     rope = rope if config.rope_parameters.get("partial_rotary_factor", 1) == 1 else "partial"
     if rope not in ("default", *ROPES):
         raise UnsupportedModel(
