@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check sanitize fuzz bench-prune train clean
+.PHONY: demo test check sanitize fuzz bench-prune train docs clean
 
 demo: .venv/ready  ## compare magnitude, Wanda and SparseGPT on the embedded model
 	$(BIN)/secateur compare --methods magnitude,wanda,sparsegpt --patterns 50%,2:4 --windows 256 --out out/demo
@@ -11,8 +11,8 @@ test: .venv/ready  ## every test; those that need ../shared/data skip where it i
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: .venv/ready  ## format, lint, types
-	$(BIN)/ruff format --check src tests bench
-	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench examples
+	$(BIN)/ruff check src tests bench examples
 	$(BIN)/pyright
 
 sanitize: .venv/ready  ## the C sources under AddressSanitizer and UBSan (gcc)
@@ -20,6 +20,9 @@ sanitize: .venv/ready  ## the C sources under AddressSanitizer and UBSan (gcc)
 
 bench-prune: .venv/ready  ## what pruning costs beside llm-compressor (fetched into out/) and beside the bare products
 	OMP_NUM_THREADS=1 $(BIN)/python bench/prune.py --json bench/results/prune.json
+
+docs: .venv/ready  ## the documentation site, warnings as errors: out/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 fuzz: .venv/ready  ## ten thousand spoilt checkpoint folders, each read by a command as users run it (an hour at most)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/fuzz.py

@@ -23,7 +23,7 @@ from secateur.data import Windows
 from secateur.model import load
 from secateur.progress import show
 from secateur.prune import prune_checkpoint
-from secateur.report import speed_table
+from secateur.tables import speed_table
 
 
 def main() -> None:

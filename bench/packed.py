@@ -18,7 +18,7 @@ from rich.console import Console
 from secateur.layers import time_matrices
 from secateur.machine import machine, versions
 from secateur.native import isa
-from secateur.report import layer_table
+from secateur.tables import layer_table
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
             evaluation=chosen.evaluation, windows=chosen.windows, seq_len=chosen.seq_len, seed=seed,
             command=["python", *sys.argv], progress=show(quiet=False),
         )  # fmt: skip
-        shared = {"model": results.model, "calibration": results.calibration, "evaluation": results.evaluation}
+        shared = {"model": results.model, "calibration": results.calibrations[0], "evaluation": results.evaluation}
         shared |= {"machine": results.machine, "versions": results.versions}
         rows += [{"seed": seed, **asdict(row), **(shared if row.kind == "dense" else {})} for row in results.rows]
     return rows

@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from rich.table import Table
 
 import secateur
+from secateur import rows
 from secateur.errors import ConditionsDiffer, SecateurError, UnsupportedModel
 from secateur.native import library
 from secateur.ranking import rank
@@ -17,9 +19,12 @@ needs_library = pytest.mark.skipif(library() is None, reason="the package was in
 FIELDS = {
     "method", "pattern", "kind", "sparsity", "perplexity", "delta", "delta_interval", "kl", "top1_agreement",
     "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint", "allocation", "parameters", "values",
-    "latency",
+    "latency", "calibration", "tasks", "sites", "loss", "searched",
 }  # fmt: skip
-TOP = ["schema", "model", "calibration", "evaluation", "machine", "versions", "command", "rows", "not_timed"]
+TOP = [
+    "schema", "model", "calibrations", "evaluation", "options", "machine", "versions", "command", "rows", "not_timed",
+    "tolerance",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -41,7 +46,8 @@ def test_results_hold_what_the_schema_says(options, tmp_path):
     ]  # fmt: skip
     assert [row["kind"] for row in held["rows"]] == ["dense", *["unstructured"] * 2, *["semi-structured"] * 2]
     assert [row["sparsity"] for row in held["rows"]] == [0, 0.5, 0.5, 0.5, 0.5]
-    assert held["calibration"]["samples"] == 8
+    assert [draw["samples"] for draw in held["calibrations"]] == [8]
+    assert [row["calibration"] for row in held["rows"]] == [None, None, 0, None, 0]  # magnitudes need no text
     assert "speed" not in (tmp_path / "results.json").read_text()
     for row in held["rows"][1:]:
         found = secateur.evaluate(
@@ -51,20 +57,20 @@ def test_results_hold_what_the_schema_says(options, tmp_path):
         assert row["perplexity"] == pytest.approx(found.perplexity, rel=1e-9)
         assert row["kl"] == pytest.approx(found.kl, rel=1e-6)
         assert row["seconds"].keys() == {"forward", "statistics", "solve", "refine", "plan"}
-    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "report.md", "rows", "checkpoints"}
+    assert {p.name for p in tmp_path.iterdir()} == {"results.json", "report.md", "report.html", "rows", "checkpoints"}
     assert results.rows[0].perplexity == held["rows"][0]["perplexity"]
 
 
 def test_a_finished_row_is_kept_and_only_what_is_missing_is_computed(options, tmp_path, monkeypatch):
     first = secateur.compare(**{**options, "patterns": ["50%"]}, out=tmp_path)
     pruned = []
-    real = secateur.compare.__globals__["prune_checkpoint"]
+    real = rows.prune_checkpoint
 
     def counted(*args, **kwargs):
         pruned.append((kwargs["method"], kwargs["pattern"]))
         return real(*args, **kwargs)
 
-    monkeypatch.setitem(secateur.compare.__globals__, "prune_checkpoint", counted)
+    monkeypatch.setattr(rows, "prune_checkpoint", counted)
     (tmp_path / "rows" / "wanda-50pct.json").unlink()
     second = secateur.compare(**options, out=tmp_path)
     assert pruned == [("wanda", "50%"), ("magnitude", "2:4"), ("wanda", "2:4")]
@@ -77,7 +83,7 @@ def test_a_finished_row_is_kept_and_only_what_is_missing_is_computed(options, tm
     [({"samples": 4}, "calibration"), ({"windows": 20}, "evaluation"), ({"skip": ["q_proj"]}, "skip")],
 )
 def test_rows_of_other_conditions_are_refused(options, tmp_path, changed, named):
-    secateur.compare(**{**options, "methods": ["magnitude"], "patterns": ["50%"]}, out=tmp_path)
+    secateur.compare(**{**options, "methods": ["wanda"], "patterns": ["50%"]}, out=tmp_path)
     before = (tmp_path / "results.json").read_bytes()
     with pytest.raises(ConditionsDiffer, match=f"was measured with {named} .* choose another --out"):
         secateur.compare(**{**options, **changed}, out=tmp_path)
@@ -103,8 +109,10 @@ def test_a_row_whose_checkpoint_is_gone_is_made_again(options, tmp_path):
     assert (tmp_path / str(row.checkpoint) / "config.json").exists()
 
 
-def row(method: str, pattern: str = "2:4") -> Row:
-    return Row(method, pattern, "semi-structured", 0.5, 0, 0, (0, 0), 0, 0, {}, None, 0)
+def row(method: str, loss: np.ndarray, pattern: str = "2:4", calibration: int | None = None) -> Row:
+    held = Row(method, pattern, "semi-structured", 0.5, 0, 0, (0, 0), 0, 0, {}, None, 0)
+    held.loss, held.calibration = loss.tolist(), calibration
+    return held
 
 
 def test_a_tie_is_not_ranked():
@@ -116,15 +124,17 @@ def test_a_tie_is_not_ranked():
         "c": hard + 0.1,
         "d": hard + 0.05,
     }
-    rows = {name: (row(name), loss) for name, loss in losses.items()}
-    rows["e"] = (row("e", "4:8"), hard - 1)  # better than all, but another pattern
-    rows["f"] = (row("f", "4:8"), hard)
-    rank(rows)
-    assert {name: found.rank for name, (found, _) in rows.items()} == {
-        "a": "1-2 tie", "b": "1-2 tie", "c": "4", "d": "3", "e": "1", "f": "2",
+    rows = {name: row(name, loss) for name, loss in losses.items()}
+    rows["e"] = row("e", hard - 1, "4:8")  # better than all, but another pattern
+    rows["f"] = row("f", hard, "4:8")
+    rows["g"] = row("g", hard - 2, calibration=1)  # better than all, but on other calibration text
+    rows["h"] = row("h", hard - 3, calibration=1)
+    rank(list(rows.values()))
+    assert {name: found.rank for name, found in rows.items()} == {
+        "a": "1-2 tie", "b": "1-2 tie", "c": "4", "d": "3", "e": "1", "f": "2", "g": "2", "h": "1",
     }  # fmt: skip
-    assert rows["a"][0].ties == ["b 2:4"]
-    assert rows["d"][0].ties == []
+    assert rows["a"].ties == ["b 2:4"]
+    assert rows["d"].ties == []
 
 
 @needs_library
@@ -184,7 +194,9 @@ def test_the_report_escapes_names_and_has_no_speed_column(options, tmp_path):
     assert "128" not in columns
     assert "8 samples" in text
     for characters in (80, 200):
-        assert table(results, characters).row_count == 2
+        (shown,) = table(results, characters).renderables
+        assert isinstance(shown, Table)
+        assert shown.row_count == 2
 
 
 def test_a_real_model_ranks_the_methods(shared_data, tmp_path):

@@ -9,7 +9,6 @@ import os
 import shutil
 from random import Random
 
-import numpy as np
 import pytest
 import torch
 from families import tiny_model
@@ -375,7 +374,9 @@ CONDITIONS = {"evaluation": {"samples": 2}}
 ROW = {
     "method": "magnitude", "pattern": "2:4", "kind": "semi-structured", "sparsity": 0.5, "perplexity": 9.0,
     "delta": 1.0, "delta_interval": [0.5, 1.5], "kl": 0.1, "top1_agreement": 0.9, "seconds": {},
-    "peak_bytes": None, "disk_bytes": 9, "checkpoint": "checkpoints/magnitude-2of4",
+    "peak_bytes": None, "disk_bytes": 9, "rank": "", "ties": [], "checkpoint": "checkpoints/magnitude-2of4",
+    "allocation": "uniform", "parameters": None, "values": "as stored", "latency": [], "calibration": None, "tasks": {},
+    "sites": [], "loss": [1.0, 2.0], "searched": False,
 }  # fmt: skip
 
 
@@ -383,20 +384,19 @@ ROW = {
 def store(tmp_path):
     (tmp_path / "out" / "rows").mkdir(parents=True)
     (tmp_path / "out" / "checkpoints" / "magnitude-2of4").mkdir(parents=True)
-    return RowStore(tmp_path / "out" / "rows", CONDITIONS)
+    return RowStore(tmp_path / "out" / "rows", CONDITIONS, [{"samples": 1}])
 
 
-def put(store, row=ROW, loss=(1.0, 2.0), conditions=CONDITIONS):
-    held = json.dumps({"conditions": conditions, "row": row, "loss": loss})
+def put(store, row=ROW, conditions=CONDITIONS, calibration=None):
+    held = json.dumps({"conditions": conditions, "calibration": calibration, "row": row})
     (store.folder / "magnitude-2of4.json").write_text(held)
 
 
 def test_a_sound_row(store):
     put(store)
     store.check()
-    row, measured = store.get("magnitude 2:4")
-    assert (row.method, row.delta_interval, row.latency) == ("magnitude", (0.5, 1.5), [])
-    assert np.array_equal(measured.loss, [1.0, 2.0])
+    row = store.get("magnitude 2:4", None)
+    assert (row.method, row.delta_interval, row.latency, row.loss) == ("magnitude", (0.5, 1.5), [], [1.0, 2.0])
 
 
 @pytest.mark.parametrize(
@@ -410,10 +410,11 @@ def test_a_sound_row(store):
         {"row": {**ROW, "unknown": 1}},
         {"row": {"method": "magnitude"}},
         {"row": 7},
-        {"loss": [1e308, 1.0]},
-        {"loss": ["a", 1.0]},
-        {"loss": [float("nan"), 1.0]},
-        {"loss": [-1.0, 1.0]},
+        {"row": {**ROW, "loss": [1e308, 1.0]}},
+        {"row": {**ROW, "loss": ["a", 1.0]}},
+        {"row": {**ROW, "loss": [float("nan"), 1.0]}},
+        {"row": {**ROW, "loss": [-1.0, 1.0]}},
+        {"calibration": 7},
     ],
 )
 def test_rows_that_are_none(store, spoil):
@@ -422,11 +423,19 @@ def test_rows_that_are_none(store, spoil):
         store.check()
 
 
-@pytest.mark.parametrize("spoil", [{"row": {**ROW, "method": "wanda"}}, {"loss": [1.0]}])
+@pytest.mark.parametrize("spoil", [{"row": {**ROW, "method": "wanda"}}, {"row": {**ROW, "loss": [1.0]}}])
 def test_rows_of_something_else(store, spoil):
     put(store, **spoil)
     with pytest.raises(ConditionsDiffer, match="is no row 'magnitude 2:4' over the windows at hand"):
-        store.get("magnitude 2:4")
+        store.get("magnitude 2:4", None)
+
+
+def test_a_row_on_other_calibration_text(store):
+    put(store, calibration={"samples": 2})
+    with pytest.raises(ConditionsDiffer, match=r"with calibration \{'samples': 2\}, now it is \{'samples': 1\}"):
+        store.check()
+    with pytest.raises(ConditionsDiffer, match=r"with calibration \{'samples': 2\}, now it is None"):
+        store.get("magnitude 2:4", None)
 
 
 # Packed shards.

@@ -8,18 +8,21 @@ from secateur.export import export
 from secateur.forecast import forecast
 from secateur.formats.packed import load_packed
 from secateur.inspection import inspect
+from secateur.join import report
 from secateur.methods import METHODS, Method, Pruned, scored
 from secateur.model import load
 from secateur.packing import pack_model
 from secateur.patterns import parse
 from secateur.plan import plan
 from secateur.prune import prune, prune_model
+from secateur.recommend import Recommendation, recommend
 from secateur.validate import validate
 
 __all__ = [
     "METHODS",
     "Method",
     "Pruned",
+    "Recommendation",
     "SecateurError",
     "bench",
     "compare",
@@ -34,6 +37,8 @@ __all__ = [
     "plan",
     "prune",
     "prune_model",
+    "recommend",
+    "report",
     "scored",
     "validate",
 ]

@@ -24,6 +24,11 @@ Align = Annotated[
     typer.Option(min=1, help="Channels that stay are a multiple of this; default 128, less for widths under 4096."),
 ]
 Skip = Annotated[list[str] | None, typer.Option(help="Leave sites out: a glob on their names. May be repeated.")]
+Tasks = Annotated[
+    str,
+    typer.Option(help="Zero-shot tasks, separated by commas: boolq,piqa … or papers, which is seven. Default: none."),
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Items of each task, the first ones. Default: all.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:0,cuda:1 …")]
 Dtype = Annotated[
     str,

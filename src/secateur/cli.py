@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from secateur import deploy
+from secateur import advice, deploy, study
 from secateur.arguments import (
     Align,
     AsJson,
@@ -23,6 +23,7 @@ from secateur.arguments import (
     Device,
     Dtype,
     EvaluationText,
+    Limit,
     LowCoverage,
     Memory,
     Model,
@@ -35,6 +36,7 @@ from secateur.arguments import (
     Seed,
     SeqLen,
     Skip,
+    Tasks,
     WindowCount,
 )
 from secateur.errors import Interrupted, RankLost, SecateurError, in_one_line, printable
@@ -92,7 +94,7 @@ def prune(
 ) -> None:
     """Prune a model; write a checkpoint that every loader reads, and what was done to it."""
     import secateur
-    from secateur.report import summary
+    from secateur.tables import summary
 
     with display(quiet) as shows:
         report = secateur.prune(
@@ -186,6 +188,8 @@ def evaluate(
     evaluation: EvaluationText = None,
     windows: WindowCount = None,
     seq_len: SeqLen = None,
+    tasks: Tasks = "",
+    limit: Limit = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     batch_size: BatchSize = 8,
@@ -194,14 +198,15 @@ def evaluate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the perplexity of a model, and with --dense its distance from the dense model."""
+    """Measure the perplexity of a model, and with --dense its distance from the dense model; also on tasks."""
     import secateur
+    from secateur.tasks import lines
 
     with display(quiet) as shows:
         found = secateur.evaluate(
-            model, dense=dense, evaluation=evaluation, windows=windows, seq_len=seq_len, device=device,
-            dtype=dtype, batch_size=batch_size, data_dir=data_dir, trust_remote_code=trust_remote_code,
-            progress=shows,
+            model, dense=dense, evaluation=evaluation, windows=windows, seq_len=seq_len, tasks=split(tasks),
+            limit=limit, device=device, dtype=dtype, batch_size=batch_size, data_dir=data_dir,
+            trust_remote_code=trust_remote_code, progress=shows,
         )  # fmt: skip
     if as_json:
         return print_json(found)
@@ -218,65 +223,8 @@ def evaluate(
             f"(95 % interval {low:+.4f} to {high:+.4f}), KL {found.kl:.4f} nats, "
             f"the same top token {found.top1_agreement:.1%} of the time."
         )
-    return None
-
-
-@app.command()
-def compare(
-    model: Model = None,
-    out: Out = ...,  # type: ignore[assignment]
-    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "magnitude,wanda,sparsegpt",
-    patterns: Annotated[str, typer.Option(help="Patterns, separated by commas.")] = "50%,4:8,2:4",
-    allocate: Annotated[
-        str, typer.Option(help="How sparsity is shared out, a row each: uniform, owl, error, search.")
-    ] = "uniform",
-    values: Annotated[
-        str, typer.Option(help="As they are, and rounded to eight bits, a row each: 'as stored', 'as stored,int8'.")
-    ] = "as stored",
-    bench: Annotated[
-        str, typer.Option(help="Runtimes in which to time the rows: eager,packed,packed-int8 … Default: none.")
-    ] = "",
-    bench_dtype: Annotated[str, typer.Option(help="dtype of the timed models: bfloat16, float32.")] = "bfloat16",
-    align: Align = None,
-    calibration: Calibration = None,
-    evaluation: EvaluationText = None,
-    samples: Samples = 128,
-    windows: WindowCount = None,
-    seq_len: SeqLen = None,
-    seed: Seed = 0,
-    skip: Skip = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch_size: BatchSize = 8,
-    passes: Passes = "auto",
-    memory: Memory = None,
-    data_dir: DataDir = None,
-    restart: Restart = False,
-    allow_low_coverage: LowCoverage = False,
-    trust_remote_code: RemoteCode = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Prune with every method and pattern on the same tokens, and say which is better by how much."""
-    import secateur
-    from secateur.report import table
-
-    with display(quiet) as shows:
-        results = secateur.compare(
-            model, out=out, methods=split(methods), patterns=split(patterns),
-            allocate=split(allocate), values=split(values), bench=split(bench),
-            bench_dtype=bench_dtype, align=align, calibration=calibration, evaluation=evaluation, samples=samples,
-            windows=windows, seq_len=seq_len, seed=seed, skip=skip or (),
-            device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory,
-            data_dir=data_dir, restart=restart,
-            allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=command(),
-            progress=shows,
-        )  # fmt: skip
-    if as_json:
-        return print_json(results)
-    shown = console()
-    shown.print(table(results, shown.width))
-    shown.print(f"Written to {escape(str(out / 'results.json'))} and report.md.")
+    for line in lines(found.tasks or {}):
+        shown.print(escape(line), highlight=False)
     return None
 
 
@@ -288,7 +236,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint really holds: sparsity, N:M patterns, -0.0 and NaN, site by site."""
     import secateur
-    from secateur.report import inspection_summary, inspection_table
+    from secateur.tables import inspection_summary, inspection_table
 
     progress(quiet=True)
     found = secateur.inspect(model, trust_remote_code=trust_remote_code)
@@ -301,10 +249,13 @@ def inspect(
     return None
 
 
+app.command()(study.compare)
+app.command()(study.report)
 app.command()(deploy.bench)
 app.command()(deploy.export)
 app.command()(deploy.validate)
 app.command()(deploy.doctor)
+app.command()(advice.recommend)
 
 
 def guarded(run: Callable[[], Any]) -> int:

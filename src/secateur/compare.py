@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from secateur.answers import answer_rows
 from secateur.checkpoint import file_sha256, open_checkpoint, resolve
-from secateur.data import evaluation_windows, load_tokenizer
-from secateur.decide import check_method, way_through
-from secateur.errors import BadPattern, OutputRefused, SecateurError, UnknownName
+from secateur.data import Windows, evaluation_windows, load_tokenizer
+from secateur.decide import way_through
+from secateur.errors import BadPattern, OutputRefused, UnknownName
 from secateur.evaluate import Forward
 from secateur.footprint import check_passes
 from secateur.formats.packed import VALUES
+from secateur.grid import Cell, Draw, cells
 from secateur.latency import time_rows
 from secateur.machine import machine, versions
 from secateur.methods import find_method
@@ -38,18 +42,19 @@ from secateur.options import (
     forward_dtype,
 )
 from secateur.patterns import parse
-from secateur.plan import ALLOCATIONS, check_allocation
 from secateur.progress import Progress
-from secateur.prune import prune_checkpoint
 from secateur.ranking import rank
+from secateur.replay import LanguageModel
 from secateur.report import write_report
 from secateur.restack import spill_folder
-from secateur.results import SCHEMA, Results, row_name
-from secateur.rows import dense_row, pruned_row, rounded_row
+from secateur.results import SCHEMA, Results
+from secateur.rows import Ground
 from secateur.runtimes import find_runtime
 from secateur.shrink import refuse_structure
-from secateur.store import CHECKPOINTS, RowStore, file_name, write_whole
+from secateur.store import RowStore, write_whole
 from secateur.structures import Structure
+from secateur.tasks import check_tasks
+from secateur.tolerance import find_tolerance, reaches
 from secateur.trial import site_shapes
 
 
@@ -61,15 +66,18 @@ def compare(
     patterns: Sequence[str] = ("50%", "4:8", "2:4"),
     allocate: Sequence[str] = ("uniform",),
     values: Sequence[str] = ("as stored",),
+    tolerance: str | float | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
     bench: Sequence[str] = (),
     bench_dtype: str = "bfloat16",
     align: int | None = None,
-    calibration: str | None = None,
+    calibration: str | Sequence[str] | None = None,
     evaluation: str | None = None,
-    samples: int = 128,
+    samples: int | Sequence[int] = 128,
     windows: int | None = None,
     seq_len: int | None = None,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     skip: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
@@ -83,13 +91,18 @@ def compare(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Results:
-    """Prune and evaluate `model` with every method and pattern; write `results.json` and `report.md` to `out`.
+    """Prune and evaluate `model` with every method and pattern; write `results.json`, `report.html` and `report.md`.
 
-    `allocate` lists rules as `prune` knows them; each makes a row of its own. So does each of `values` for a pattern of
-    zeros: `as stored`, or `int8`, what is kept rounded to eight bits and packed. `bench` lists runtimes in which the
+    `patterns` may hold ranges (`10%..80%`). `allocate` lists rules as `prune` knows them; each makes a row of its own.
+    So does each of `values` for a pattern of zeros: `as stored`, or `int8`, what is kept rounded to eight bits and
+    packed. With several `samples`, seeds or texts, every row is made for every draw of them: the table has the first
+    text, most samples and first seed, the others say how much hangs on the draw. `tolerance`: for every method, the
+    largest share whose perplexity is no more above the dense one than that. `tasks`: zero-shot tasks that the rows of
+    the table answer, all of their items or the first `limit`. `bench` lists runtimes in which the
     finished rows are timed beside the dense model, in `bench_dtype`. The other arguments are as for `prune` and
-    `evaluate`. The pruned checkpoints stay in `out/checkpoints`. Raises SecateurError; ConditionsDiffer where `out`
-    holds rows of another model, text or metric. After a killed run the same call computes only what is missing.
+    `evaluate`. The pruned checkpoints of the table stay in `out/checkpoints`. Raises SecateurError; ConditionsDiffer
+    where `out` holds rows of another model, text or metric. After a killed run the same call computes only what is
+    missing.
     """
     progress, out = progress or Progress(), Path(out)
     for name in values:
@@ -98,149 +111,138 @@ def compare(
     for name in bench:
         find_runtime(name)
     check_passes(passes)
-    limit = find_size(memory)
-    grid = _grid(methods, patterns, allocate, skip, align)
+    room, share, local = find_size(memory), find_tolerance(tolerance), Path(data_dir) if data_dir else None
+    check_tasks(tasks, local, limit)
+    grid = cells(methods, patterns, allocate, skip, align)
     chosen, dtype = find_devices(device)[0], find_dtype(dtype)
     folder = resolve(model)
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
     language_model = load(
-        folder, trust_remote_code=trust_remote_code, spill=spill_folder(out / "dense.hidden", source.bytes, limit)
+        folder, trust_remote_code=trust_remote_code, spill=spill_folder(out / "dense.hidden", source.bytes, room)
     )  # fmt: skip
-    for structure in {pattern: parse(pattern) for _, pattern, _ in grid}.values():
+    for structure in {cell.pattern: parse(cell.pattern) for cell in grid}.values():
         if isinstance(structure, Structure):
             refuse_structure(language_model, structure, source.bytes, align, chosen)
     length = seq_len or default_length(language_model)
-    calibrated = draw_calibration(
-        language_model, folder, model, calibration, samples=samples, seq_len=length, seed=seed, data_dir=data_dir,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    texts: list[str | None] = [calibration] if calibration is None or isinstance(calibration, str) else [*calibration]
+    draws = [
+        Draw(number, draw_calibration(
+            language_model, folder, model, text, samples=count, seq_len=length, seed=start, data_dir=data_dir,
+            trust_remote_code=trust_remote_code,
+        ), texts.index(text))
+        for number, (text, count, start) in enumerate(_draws(texts, samples, seed))
+    ]  # fmt: skip
     judged = evaluation_windows(
         load_tokenizer(folder, trust_remote_code=trust_remote_code), default_corpus(model, evaluation, "wikitext2"),
-        length=length, windows=windows, data_dir=Path(data_dir) if data_dir else None,
+        length=length, windows=windows, data_dir=local,
     )  # fmt: skip
     check_windows(language_model, judged, batch_size)
+    calibrating = calibration_dtype(dtype, chosen, language_model.model.dtype)
+    passes = _passes(
+        passes, language_model, draws[0].windows, grid, limit=room, dtype=calibrating, device=chosen,
+        devices=len(find_devices(device)), batch_size=batch_size,
+    )  # fmt: skip
     results = Results(
         SCHEMA,
         {
             "name": str(model or "demo"),
             "parameters": language_model.model.num_parameters(),
             "shards": source.sha256(),
+            "config": file_sha256(folder / "config.json"),
         },
-        calibrated.fingerprint(), judged.fingerprint(), machine(), versions(),
-        list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]], [],
+        [draw.windows.fingerprint() for draw in draws], judged.fingerprint(),
+        {
+            "passes": passes,
+            "dtype": str(forward_dtype(dtype, chosen)),
+            "calibration dtype": str(calibrating or language_model.model.dtype),
+            "device": chosen.type,
+            "skip": list(skip),
+            **({"align": align} if align else {}),
+            "batch_size": batch_size,
+        },
+        machine(), versions(), list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]], [],
     )  # fmt: skip
-    calibrating = calibration_dtype(dtype, chosen, language_model.model.dtype)
-    if passes == "auto":  # the same for all rows: one where that fits for each
-        ways = (
-            way_through(
-                language_model, calibrated.ids.shape, find_method(method), method, site_shapes(language_model),
-                passes=passes, limit=limit, dtype=calibrating, device=chosen,
-                devices=len(find_devices(device)), batch_size=batch_size,
-            )["passes"]
-            for method in {method for method, pattern, _ in grid if not isinstance(parse(pattern), Structure)}
-        )  # fmt: skip
-        passes = "two" if "two" in ways else "one"
-    options = {
-        "passes": passes,
-        "config": file_sha256(folder / "config.json"),
-        "dtype": str(forward_dtype(dtype, chosen)),
-        "calibration dtype": str(calibrating),
-        "device": chosen.type,
-        "skip": list(skip),
-        **({"align": align} if align else {}),
-        "batch_size": batch_size,
-    }
-    conditions = _conditions(results, options)
-    try:
-        (out / "rows").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputRefused(f"{out} cannot be written: {error.strerror}.") from error
-    store = RowStore(out / "rows", conditions)
-    store.check()
-
+    store = _store(out, results)
     dense = Forward(
         language_model, judged.ids, chosen, forward_dtype(dtype, chosen), batch_size, spill=out / "dense.hidden"
     )  # fmt: skip
+    pruning = {
+        "skip": skip, "device": device, "dtype": dtype, "batch_size": batch_size, "passes": passes, "memory": room,
+        "restart": restart, "allow_low_coverage": allow_low_coverage, "trust_remote_code": trust_remote_code,
+        "command": results.command,
+    }  # fmt: skip
+    ground = Ground(source, dense, out, store, draws, pruning, align, trust_remote_code, progress)
     try:
-        row, measured = store.get(row_name("dense", "-")) or dense_row(source, dense, progress)
-        store.put(row, measured)
-        rows = {row.name: (row, measured)}
-        for method, pattern, rule in grid:
-            kept = store.get(row_name(method, pattern, rule))
-            if kept is None:
-                place = out / CHECKPOINTS / file_name(row_name(method, pattern, rule))
-                report = prune_checkpoint(
-                    source, language_model, calibrated, place, method=method, pattern=pattern, allocate=rule,
-                    align=align if isinstance(parse(pattern), Structure) else None, skip=skip, device=device,
-                    dtype=dtype, batch_size=batch_size, passes=passes, memory=limit, overwrite=True, restart=restart,
-                    allow_low_coverage=allow_low_coverage,
-                    trust_remote_code=trust_remote_code, command=results.command, progress=progress,
-                )  # fmt: skip
-                kept = pruned_row(report, place, dense, measured, trust_remote_code, progress)
-                kept[0].checkpoint = str(place.relative_to(out))
-                store.put(*kept)
-            rows[kept[0].name] = kept
-            if "int8" in values and kept[0].kind != "structured":
-                name = row_name(method, pattern, rule, "int8")
-                rounded = store.get(name)
-                rounded = rounded or rounded_row(kept[0], out, dense, measured, trust_remote_code, progress)
-                store.put(*rounded)
-                rows[name] = rounded
+        results.rows = [ground.dense_row()]
+        for cell in grid:
+            row = ground.row(cell, draws[0])
+            results.rows.append(row)
+            if "int8" in values and not cell.structured:
+                results.rows.append(ground.rounded(row))
+            results.rows += [ground.row(cell, draw) for draw in draws[1:] if cell.calibrated]
+        if share is not None:
+            found, made = reaches(ground, grid, results.table, share)
+            results.rows += made
+            results.tolerance = {"share": share, "found": [asdict(reach) for reach in found]}
     finally:
         (out / "dense.hidden").unlink(missing_ok=True)
-    rank({name: (row, found.loss) for name, (row, found) in rows.items()})
-    results.rows = [row for row, _ in rows.values()]
+    rank([row for row in results.rows if not row.searched])
     write_whole(out / "results.json", results.json())
+    if tasks:
+        answer_rows(
+            results.table, folder, out, tasks, limit=limit, data_dir=local, batch_size=batch_size, device=chosen,
+            trust_remote_code=trust_remote_code, progress=progress,
+        )  # fmt: skip
     if bench:
-        results.not_timed = time_rows(results.rows, folder, out, bench, bench_dtype, progress)
+        results.not_timed = time_rows(results.table, folder, out, bench, bench_dtype, progress)
     write_whole(out / "results.json", results.json())
     write_report(results, out)
     progress.end()
     return results
 
 
-def _grid(
-    methods: Sequence[str], patterns: Sequence[str], allocate: Sequence[str], skip: Sequence[str], align: int | None
-) -> list[tuple[str, str, str]]:
-    """(method, pattern, rule) of every row: each method with the patterns of its kind, zeros or structures.
-
-    Raises UnknownName or BadPattern for a method that goes with none of the patterns, or a pattern with none of the
-    methods; and whatever `check_method` raises for the options.
-    """
-    if not methods or not patterns:
-        raise BadPattern("A comparison wants at least one method and one pattern.")
-    grid: list[tuple[str, str, str]] = []
-    refused: dict[str, SecateurError] = {}
-    for pattern in patterns:
-        wanted = parse(pattern)
-        for method in methods:
-            try:
-                check_method(method, pattern)
-            except (UnknownName, BadPattern) as error:
-                refused[method] = refused[pattern] = error
-                continue
-            structure = isinstance(wanted, Structure)
-            rules = [rule for rule in allocate if rule == "uniform"] or allocate if structure else allocate
-            for rule in rules:
-                check_method(method, pattern, rule, skip, align if structure else None)
-                if rule not in ("uniform", *ALLOCATIONS):
-                    check_allocation(rule, str(wanted), files=False)
-                grid.append((method, str(wanted), rule))
-    fitting = {method for method, _, _ in grid} | {pattern for _, pattern, _ in grid}
-    for asked, named in [*((m, m) for m in methods), *((p, str(parse(p))) for p in patterns)]:
-        if named not in fitting:
-            raise refused[asked]
-    return grid
+def _draws(
+    texts: Sequence[str | None], samples: int | Sequence[int], seed: int | Sequence[int]
+) -> list[tuple[str | None, int, int]]:
+    """(text, samples, seed) of every draw, the one of the table first: of the first text, most samples, first seed."""
+    counts = [samples] if isinstance(samples, int) else list(dict.fromkeys(samples))
+    seeds = [seed] if isinstance(seed, int) else list(dict.fromkeys(seed))
+    if not texts or not counts or not seeds:
+        raise BadPattern("A comparison wants at least one calibration text, one number of samples and one seed.")
+    return list(product(dict.fromkeys(texts), sorted(counts, reverse=True), seeds))
 
 
-def _conditions(results: Results, options: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for two rows to stand in one table."""
-    return {
+def _passes(
+    passes: str, language_model: LanguageModel, calibrated: Windows, grid: Sequence[Cell], **options: Any
+) -> str:
+    """How often blocks run, the same for all rows: once where that fits for each."""
+    if passes != "auto":
+        return passes
+    ways = (
+        way_through(
+            language_model, calibrated.ids.shape, find_method(method), method, site_shapes(language_model),
+            passes=passes, **options,
+        )["passes"]
+        for method in dict.fromkeys(cell.method for cell in grid if not cell.structured)
+    )  # fmt: skip
+    return "two" if "two" in ways else "one"
+
+
+def _store(out: Path, results: Results) -> RowStore:
+    """The rows that are there already. Raises ConditionsDiffer where they were measured under other conditions."""
+    conditions = {
         "schema": results.schema,
         "model": results.model["shards"],
-        "calibration": results.calibration,
+        "config": results.model["config"],
         "evaluation": results.evaluation,
         "versions": results.versions,
-        **options,
+        **results.options,
     }
+    try:
+        (out / "rows").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputRefused(f"{out} cannot be written: {error.strerror}.") from error
+    store = RowStore(out / "rows", conditions, results.calibrations)
+    store.check()
+    return store

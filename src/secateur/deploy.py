@@ -39,7 +39,7 @@ def bench(
     """Time models beside the dense one on this machine's processor, each in every runtime that has it."""
     import secateur
     from secateur.layers import time_layers
-    from secateur.report import layer_table, speed_table
+    from secateur.tables import layer_table, speed_table
 
     if layers:
         with display(quiet) as shows:
@@ -100,7 +100,7 @@ def validate(
 ) -> None:
     """Say for every site whether a runtime will use its zeros, and why; exit code 1 where a promise is not kept."""
     import secateur
-    from secateur.report import validation_table
+    from secateur.tables import validation_table
     from secateur.validate import summary
 
     progress(quiet=True)
@@ -119,7 +119,7 @@ def validate(
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine can run and measure, and why not the rest."""
     from secateur.doctor import examine
-    from secateur.report import doctor_lines
+    from secateur.tables import doctor_lines
 
     found = examine()
     if as_json:

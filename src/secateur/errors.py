@@ -7,6 +7,7 @@ SecateurError               the command line prints the message alone and exits 
 ├── BadCheckpoint           a folder that is no sound safetensors checkpoint
 ├── UnsupportedModel        a model whose blocks cannot be replayed, or whose weights are mostly not sites
 ├── NonFinite               NaN or Inf in weights, activations or results
+├── BadResults              a file that is no results.json of ours
 ├── BadText                 a text file that is missing, or holds no text that can be read
 ├── NotEnoughText           fewer tokens than asked for
 ├── NotSolved               a factorisation that failed at every damping tried
@@ -67,6 +68,10 @@ class UnsupportedModel(SecateurError):
 
 class NonFinite(SecateurError):
     """NaN or Inf where a number was needed."""
+
+
+class BadResults(SecateurError):
+    """A file that is no results.json of ours."""
 
 
 class BadText(SecateurError):

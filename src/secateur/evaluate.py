@@ -3,7 +3,7 @@
 Perplexity is exp of the mean next-token loss over windows that do not overlap, every predicted token weighing
 the same. Against a dense model, on the same windows: the difference in perplexity with a 95 % interval from a
 paired bootstrap over windows, the mean KL divergence of the next-token distributions (dense ‖ pruned, nats),
-and how often both models predict the same token.
+and how often both models predict the same token. With `tasks`, also what it answers on zero-shot tasks (`tasks`).
 
 The model runs block by block over a group of windows at a time, so neither it nor the logits need to fit in
 memory at once. Nothing is rounded to the dtype of the checkpoint: on the CPU the arithmetic is float32.
@@ -11,7 +11,7 @@ memory at once. Nothing is rounded to the dtype of the checkpoint: on the CPU th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from secateur.options import (
 from secateur.progress import Progress
 from secateur.replay import LanguageModel, Shell
 from secateur.stream import final_hidden
+from secateur.tasks import answer_tasks, check_tasks, summarise
 
 Floats = NDArray[np.float64]
 LOGITS_AT_ONCE = 2**22  # small enough for the allocator to use the same memory again
@@ -118,7 +119,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` returns; the last four are None without a dense model."""
+    """What `evaluate` returns; `tasks` is None where none was asked for, the rest without a dense model."""
 
     perplexity: float
     evaluation: dict[str, Any]
@@ -127,6 +128,7 @@ class Evaluation:
     delta_interval: tuple[float, float] | None = None
     kl: float | None = None
     top1_agreement: float | None = None
+    tasks: dict[str, dict[str, Any]] | None = None
 
 
 def evaluate(
@@ -136,6 +138,8 @@ def evaluate(
     evaluation: str | None = None,
     windows: int | None = None,
     seq_len: int | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     batch_size: int = 8,
@@ -147,28 +151,33 @@ def evaluate(
 
     `model` and `dense` are checkpoint folders or hub names, None the embedded demo model (as `dense`: none).
     `evaluation` names a corpus or files (default: wikitext2, the demo's own text for the demo model); all of its
-    windows of `seq_len` tokens count, or the first `windows`. Raises SecateurError.
+    windows of `seq_len` tokens count, or the first `windows`. `tasks` names zero-shot tasks, `papers` seven of them, to
+    be answered in the dtype that is stored, all of their items or the first `limit`. Raises SecateurError.
     """
     progress = progress or Progress()
-    chosen, dtype = find_devices(device)[0], find_dtype(dtype)
+    chosen, dtype, local = find_devices(device)[0], find_dtype(dtype), Path(data_dir) if data_dir else None
+    names = check_tasks(tasks, local, limit)
     folder = resolve(model)
     open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
     language_model = load(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     found = evaluation_windows(
-        load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        tokenizer,
         default_corpus(model, evaluation, "wikitext2"),
         length=seq_len or default_length(language_model),
         windows=windows,
-        data_dir=Path(data_dir) if data_dir else None,
+        data_dir=local,
     )
     check_windows(language_model, found, batch_size)
     run = (found.ids, chosen, forward_dtype(dtype, chosen), batch_size)
-    reference = None
+    reference, models = None, [(language_model, tokenizer)]
     if dense is not None:
         other = resolve(dense)
         open_checkpoint(other)
         reference = Forward(load(other, trust_remote_code=trust_remote_code), *run)
+        if names:
+            models.append((reference.language_model, load_tokenizer(other, trust_remote_code=trust_remote_code)))
         sizes = [m.model.config.get_text_config().vocab_size for m in (reference.language_model, language_model)]
         if sizes[0] != sizes[1]:
             raise UnsupportedModel(
@@ -177,16 +186,22 @@ def evaluate(
             )
     progress.begin("evaluating")
     measured = measure(Forward(language_model, *run), reference, progress)
-    if reference is None:
-        progress.end()
-        return Evaluation(measured.perplexity, found.fingerprint())
-    progress.begin("evaluating the dense model")
-    expected = measure(reference, None, progress)
+    expected = None
+    if reference is not None:
+        progress.begin("evaluating the dense model")
+        expected = measure(reference, None, progress)
+    answered = None
+    if names:
+        progress.begin("answering tasks")
+        how: Any = dict(data_dir=local, limit=limit, batch_size=batch_size, device=chosen, progress=progress)
+        answered = summarise(*(answer_tasks(*one, names, **how) for one in models))
     progress.end()
+    if expected is None:
+        return Evaluation(measured.perplexity, found.fingerprint(), tasks=answered)
     delta, interval = perplexity_difference(measured.loss, expected.loss)
     return Evaluation(
         measured.perplexity, found.fingerprint(), expected.perplexity, delta, interval,
-        measured.mean_kl, measured.mean_agreement,
+        measured.mean_kl, measured.mean_agreement, answered,
     )  # fmt: skip
 
 

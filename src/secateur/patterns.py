@@ -231,3 +231,12 @@ def parse_pattern(text: str) -> Pattern:
         f"{text!r} is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', 'N:M' such as '2:4', "
         "'25% of channels', '25% of heads', '25% of experts', '4 blocks', '12% of blocks', or 'to 75% of parameters'."
     )
+
+
+def share_of(text: str) -> tuple[float, str] | None:
+    """The share in percent that a pattern takes out and of what: "" for single weights, " of channels" …
+
+    None for a pattern that is no share. Patterns with the same end are one family, whose members have an order.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)%((?: of [a-z]+)?)", text)
+    return (float(found[1]), found[2]) if found else None

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+
+import numpy as np
 
 from secateur.evaluate import perplexity_difference
 from secateur.results import Row
 
 
-def rank(rows: dict[str, tuple[Row, Any]]) -> None:
-    """Fill in `rank` and `ties` of every row but the dense one, among the rows of the same pattern and values.
+def rank(rows: Sequence[Row]) -> None:
+    """Fill in `rank` and `ties` of every row but the dense one, among the rows that are `alike`.
 
-    `rows` gives each row with its loss per window. A rank is a range: a row is at best behind those that are
-    better with an interval apart from zero, and at worst before those that are worse so.
+    A rank is a range: a row is at best behind those that are better with an interval apart from zero, and at worst
+    before those that are worse so.
     """
-    for row, loss in rows.values():
-        rivals = [(r, other) for r, other in rows.values() if _alike(r, row) and r is not row]
+    for row in rows:
+        rivals = [rival for rival in rows if rival is not row and alike(rival, row)]
+        row.rank, row.ties = "", []
         if row.kind == "dense" or not rivals:
             continue
         better = worse = 0
-        row.ties = []
-        for rival, other in rivals:
-            _, (low, high) = perplexity_difference(loss, other)
+        for rival in rivals:
+            _, (low, high) = perplexity_difference(np.asarray(row.loss), np.asarray(rival.loss))
             if low > 0:
                 better += 1
             elif high < 0:
@@ -32,6 +34,9 @@ def rank(rows: dict[str, tuple[Row, Any]]) -> None:
         row.rank = str(best) if best == last else f"{best}-{last} tie"
 
 
-def _alike(one: Row, other: Row) -> bool:
-    """Whether two rows are ranked against each other: the same pattern, and values as exact."""
-    return (one.pattern, one.values) == (other.pattern, other.values)
+def alike(one: Row, other: Row) -> bool:
+    """Whether two rows are ranked against each other: the same pattern, values as exact, the same calibration text.
+
+    A row that needs no calibration stands with those of the first draw.
+    """
+    return (one.pattern, one.values, one.calibration or 0) == (other.pattern, other.values, other.calibration or 0)

@@ -1,10 +1,17 @@
 """The schema of a comparison: what `results.json` holds. docs/results.md says what each field means."""
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from __future__ import annotations
 
-SCHEMA = "secateur.results/2"
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from secateur.errors import BadResults
+from secateur.files import fits, read_json
+
+SCHEMA = "secateur.results/3"
 
 
 @dataclass
@@ -30,6 +37,11 @@ class Row:
     parameters: int | None = None
     values: str = "as stored"
     latency: list[dict[str, Any]] = field(default_factory=list)
+    calibration: int | None = None
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sites: list[tuple[str, float, float | None]] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    searched: bool = False
 
     @property
     def name(self) -> str:
@@ -37,24 +49,84 @@ class Row:
 
 
 def row_name(method: str, pattern: str, allocation: str = "uniform", values: str = "as stored") -> str:
-    """What tells a row from the others of its table."""
+    """What tells a row from the others of its table, where all are calibrated alike."""
     shared = "" if allocation == "uniform" else f" {allocation}"
     return f"{method} {pattern}{shared}" + ("" if values == "as stored" else f" {values}")
 
 
 @dataclass
 class Results:
-    """A whole comparison, as `results.json` holds it."""
+    """A whole comparison, as `results.json` holds it.
+
+    `calibrations` are the draws of calibration text, the one of the table first; a row names its own by its number.
+    """
 
     schema: str
     model: dict[str, Any]
-    calibration: dict[str, Any]
+    calibrations: list[dict[str, Any]]
     evaluation: dict[str, Any]
+    options: dict[str, Any]
     machine: dict[str, Any]
     versions: dict[str, str]
     command: list[str]
     rows: list[Row]
     not_timed: dict[str, str] = field(default_factory=dict)
+    tolerance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> Row:
+        """The row of the model as it came, which is the first."""
+        return self.rows[0]
+
+    @property
+    def table(self) -> list[Row]:
+        """The rows that stand beside each other: of one draw of calibration text or none, and no steps of a search."""
+        return [row for row in self.rows if not row.calibration and not row.searched]
 
     def json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_results(file: Path) -> Results:
+    """The comparison in a `results.json`, or in the folder that has one. Raises BadResults."""
+    file = file / "results.json" if file.is_dir() else file
+    try:
+        held = read_json(file, finite=True)
+        schema = held.get("schema") if isinstance(held, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"its schema is {schema!r}, {SCHEMA} was wanted; run the comparison again")
+        _check(held, Results, "it", {"rows"})
+        if not isinstance(held["rows"], list) or not held["rows"]:
+            raise ValueError("it has no rows")
+        rows = [read_row(row, f"row {number}") for number, row in enumerate(held["rows"])]
+        for number, row in enumerate(rows):
+            if row.calibration is not None and not 0 <= row.calibration < len(held["calibrations"]):
+                raise ValueError(f"row {number} names calibration {row.calibration}, which is not there")
+        if rows[0].kind != "dense":
+            raise ValueError("its first row is not the dense model")
+    except OSError as error:
+        raise BadResults(f"{file} cannot be read: {error.strerror}. Name the results.json of a comparison.") from error
+    except ValueError as error:
+        raise BadResults(f"{file} is no comparison: {error}.") from error
+    return Results(**{**held, "rows": rows})
+
+
+def read_row(held: Any, what: str) -> Row:
+    """A row as JSON holds it; `what` names it. Raises ValueError."""
+    _check(held, Row, what, ())
+    return Row(**{
+        **held, "delta_interval": tuple(held["delta_interval"]), "sites": [tuple(site) for site in held["sites"]]
+    })  # fmt: skip
+
+
+def _check(held: Any, kind: type, what: str, apart: Iterable[str]) -> None:
+    """Raise ValueError unless a JSON object holds the fields of a dataclass, each of its type."""
+    if not isinstance(held, dict):
+        raise ValueError(f"{what} is no object")
+    hints, known = get_type_hints(kind), {one.name for one in fields(kind)}
+    if held.keys() != known:
+        odd = sorted(held.keys() ^ known)
+        raise ValueError(f"{what} {'lacks' if odd[0] in known else 'has an unknown'} field {odd[0]!r}")
+    for name in known - set(apart):
+        if not fits(held[name], hints[name]):
+            raise ValueError(f"field {name!r} of {what} is of another type")

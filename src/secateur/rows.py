@@ -1,90 +1,138 @@
-"""How a row of a comparison is made: a model is evaluated beside the dense one, window by window."""
+"""How a row of a comparison is made: a model is pruned, and evaluated beside the dense one, window by window."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
 
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.export import export
 from secateur.flow import Seconds
+from secateur.grid import Cell, Draw
 from secateur.model import load
 from secateur.progress import Progress
+from secateur.prune import prune_checkpoint
 from secateur.record import Report
 from secateur.replay import LanguageModel
-from secateur.results import Row
+from secateur.results import Row, row_name
 from secateur.sites import sites
+from secateur.store import CHECKPOINTS, RowStore, file_name
 
 
-def dense_row(source: Checkpoint, dense: Forward, progress: Progress) -> tuple[Row, Measured]:
-    """The row of the model as it came."""
-    progress.begin("evaluating the dense model")
-    measured = measure(dense, None, progress)
-    row = Row(
-        "dense", "-", "dense", _zeros(dense.language_model), measured.perplexity, 0.0, (0.0, 0.0), 0.0, 1.0,
-        asdict(Seconds()), None, source.bytes, parameters=dense.language_model.model.num_parameters(),
-    )  # fmt: skip
-    return row, measured
+@dataclass
+class Ground:
+    """What all rows of a comparison have in common: the model, the text that it is judged on, how it is pruned.
 
+    `pruning` are the arguments of `prune_checkpoint` that no row has for itself.
+    """
 
-def pruned_row(
-    report: Report,
-    place: Path,
-    dense: Forward,
-    expected: Measured,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> tuple[Row, Measured]:
-    """The row of a checkpoint that was just pruned, which lies at `place`; `expected` is the dense model's loss."""
-    progress.begin(f"evaluating {report.method} {report.pattern}")
-    spill = place.parent if dense.language_model.spilled else None
-    pruned = load(place, trust_remote_code=trust_remote_code, spill=spill)
-    measured = measure(dense.of(pruned), dense, progress)
-    delta, interval = perplexity_difference(measured.loss, expected.loss)
-    row = Row(
-        report.method, report.pattern, report.kind, report.sparsity, measured.perplexity, delta, interval,
-        measured.mean_kl or 0.0, measured.mean_agreement or 0.0, asdict(report.seconds), report.peak_bytes,
-        open_checkpoint(place).bytes, allocation=report.allocation, parameters=pruned.model.num_parameters(),
-    )  # fmt: skip
-    return row, measured
+    source: Checkpoint
+    dense: Forward
+    out: Path
+    store: RowStore
+    draws: Sequence[Draw]
+    pruning: dict[str, Any]
+    align: int | None
+    trust_remote_code: bool
+    progress: Progress
 
+    @property
+    def expected(self) -> Measured:
+        """The dense model's loss."""
+        return Measured(np.asarray(self.dense_row().loss))
 
-def rounded_row(
-    kept: Row,
-    out: Path,
-    dense: Forward,
-    expected: Measured,
-    trust_remote_code: bool,
-    progress: Progress,
-) -> tuple[Row, Measured]:
-    """The row of a pruned checkpoint whose kept weights are rounded to int8: packed, and evaluated as it comes back."""
-    assert kept.checkpoint is not None
-    place = Path(f"{kept.checkpoint}-int8")
-    progress.begin(f"evaluating {kept.name} int8")
-    export(
-        out / kept.checkpoint,
-        out=out / place,
-        to="packed",
-        values="int8",
-        overwrite=True,
-        trust_remote_code=trust_remote_code,
-    )
-    with TemporaryDirectory(dir=out) as temporary:
-        back = Path(temporary) / "dense"
-        export(out / place, out=back, to="dense")
-        spill = out if dense.language_model.spilled else None
-        loaded = load(back, trust_remote_code=trust_remote_code, spill=spill)
-        measured = measure(dense.of(loaded), dense, progress)
-    delta, interval = perplexity_difference(measured.loss, expected.loss)
-    size = sum(file.stat().st_size for file in (out / place).glob("*.safetensors"))
-    row = replace(
-        kept, perplexity=measured.perplexity, delta=delta, delta_interval=interval, kl=measured.mean_kl or 0.0,
-        top1_agreement=measured.mean_agreement or 0.0, disk_bytes=size, checkpoint=str(place), values="int8",
-        rank="", ties=[], latency=[],
-    )  # fmt: skip
-    return row, measured
+    def dense_row(self) -> Row:
+        """The row of the model as it came."""
+        if kept := self.store.get(row_name("dense", "-"), None):
+            return kept
+        self.progress.begin("evaluating the dense model")
+        model = self.dense.language_model
+        measured = measure(self.dense, None, self.progress)
+        row = Row(
+            "dense", "-", "dense", _zeros(model), measured.perplexity, 0.0, (0.0, 0.0), 0.0, 1.0,
+            asdict(Seconds()), None, self.source.bytes, parameters=model.model.num_parameters(),
+            loss=measured.loss.tolist(),
+        )  # fmt: skip
+        self.store.put(row)
+        return row
+
+    def row(self, cell: Cell, draw: Draw, *, searching: bool = False) -> Row:
+        """A pruned row, made or taken from the store; the checkpoint stays for the first draw alone.
+
+        A row that a search has passed by has none any more: it does for another search, not for the table.
+        """
+        number = draw.number if cell.calibrated else None
+        label = draw.label if number else ""
+        kept = self.store.get(cell.name(), number, label)
+        if kept and (searching or not kept.searched):
+            return kept
+        place = self.out / CHECKPOINTS / file_name(cell.name() + label)
+        report = prune_checkpoint(
+            self.source, self.dense.language_model, draw.windows, place, method=cell.method, pattern=cell.pattern,
+            allocate=cell.rule, align=self.align if cell.structured else None, overwrite=True, progress=self.progress,
+            **self.pruning,
+        )  # fmt: skip
+        row = self._judged(report, place)
+        row.calibration, row.checkpoint = number, str(place.relative_to(self.out))
+        if number:
+            self.forget(row)
+        self.store.put(row, label)
+        return row
+
+    def forget(self, row: Row) -> None:
+        """Delete the checkpoint of a row; its figures stay."""
+        if row.checkpoint:
+            shutil.rmtree(self.out / row.checkpoint)
+            row.checkpoint = None
+
+    def _judged(self, report: Report, place: Path) -> Row:
+        self.progress.begin(f"evaluating {report.method} {report.pattern}")
+        spill = place.parent if self.dense.language_model.spilled else None
+        pruned = load(place, trust_remote_code=self.trust_remote_code, spill=spill)
+        measured = measure(self.dense.of(pruned), self.dense, self.progress)
+        delta, interval = perplexity_difference(measured.loss, self.expected.loss)
+        return Row(
+            report.method, report.pattern, report.kind, report.sparsity, measured.perplexity, delta, interval,
+            measured.mean_kl or 0.0, measured.mean_agreement or 0.0, asdict(report.seconds), report.peak_bytes,
+            open_checkpoint(place).bytes, allocation=report.allocation, parameters=pruned.model.num_parameters(),
+            sites=[(site.site, site.sparsity, site.output_error) for site in report.sites],
+            loss=measured.loss.tolist(),
+        )  # fmt: skip
+
+    def rounded(self, kept: Row) -> Row:
+        """The row of a pruned checkpoint whose kept weights are rounded to int8: evaluated as they come back."""
+        assert kept.checkpoint is not None
+        name = row_name(kept.method, kept.pattern, kept.allocation, "int8")
+        if held := self.store.get(name, kept.calibration):
+            return held
+        place = Path(f"{kept.checkpoint}-int8")
+        self.progress.begin(f"evaluating {kept.name} int8")
+        export(
+            self.out / kept.checkpoint, out=self.out / place, to="packed", values="int8", overwrite=True,
+            trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+        with TemporaryDirectory(dir=self.out) as temporary:
+            back = Path(temporary) / "dense"
+            export(self.out / place, out=back, to="dense")
+            spill = self.out if self.dense.language_model.spilled else None
+            loaded = load(back, trust_remote_code=self.trust_remote_code, spill=spill)
+            measured = measure(self.dense.of(loaded), self.dense, self.progress)
+        delta, interval = perplexity_difference(measured.loss, self.expected.loss)
+        size = sum(file.stat().st_size for file in (self.out / place).glob("*.safetensors"))
+        row = replace(
+            kept, perplexity=measured.perplexity, delta=delta, delta_interval=interval, kl=measured.mean_kl or 0.0,
+            top1_agreement=measured.mean_agreement or 0.0, disk_bytes=size, checkpoint=str(place), values="int8",
+            rank="", ties=[], latency=[], loss=measured.loss.tolist(),
+        )  # fmt: skip
+        self.store.put(row)
+        return row
 
 
 def _zeros(language_model: LanguageModel) -> float:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from secateur.errors import ConditionsDiffer
-from secateur.evaluate import Measured
 from secateur.files import fits, read_json
-from secateur.results import Row
+from secateur.results import Row, read_row
 
 CHECKPOINTS = "checkpoints"
 """Where the pruned checkpoints of a comparison lie, each under the name of its row's file."""
@@ -25,64 +23,77 @@ class _Held(NamedTuple):
     """What the file of a row holds."""
 
     conditions: dict[str, Any]
+    calibration: dict[str, Any] | None
     row: Row
-    loss: list[float]
 
 
 class RowStore:
-    """Finished rows on disk, a file each, with the conditions they were measured under and the loss per window."""
+    """Finished rows on disk, a file each, with the conditions and the calibration text they were measured under.
 
-    def __init__(self, folder: Path, conditions: dict[str, Any]) -> None:
-        self.folder, self.conditions = folder, conditions
+    `draws` are the calibration texts that rows may have here, as `Windows.fingerprint` gives them.
+    """
+
+    def __init__(self, folder: Path, conditions: dict[str, Any], draws: Sequence[dict[str, Any]]) -> None:
+        self.folder = folder
+        self.conditions: dict[str, Any] = json.loads(json.dumps(conditions))
+        self.draws: list[dict[str, Any]] = json.loads(json.dumps(draws))
 
     def check(self) -> None:
         """Raise ConditionsDiffer where a row here was measured under other conditions, naming the difference."""
         for file in sorted(self.folder.glob("*.json")):
-            found = self._read(file).conditions
-            wanted = json.loads(json.dumps(self.conditions))
-            for key in sorted(found.keys() | wanted.keys()):
-                if found.get(key) != wanted.get(key):
-                    raise ConditionsDiffer(
-                        f"{file} was measured with {key} {found.get(key)}, now it is {wanted.get(key)}. Rows of "
-                        "different conditions do not go into one table: choose another --out, or delete that folder."
-                    )
+            held = self._read(file)
+            for key in sorted(held.conditions.keys() | self.conditions.keys()):
+                self._same(file, key, held.conditions.get(key), self.conditions.get(key))
+            if held.calibration is not None and held.calibration not in self.draws:
+                self._same(file, "calibration", held.calibration, self.draws[0])
 
-    def get(self, name: str) -> tuple[Row, Measured] | None:
-        """A finished row by its name, or None: also where its checkpoint is gone."""
-        file = self.folder / f"{file_name(name)}.json"
+    def get(self, name: str, draw: int | None, label: str = "") -> Row | None:
+        """A finished row by its name and draw, or None: also where its checkpoint is gone."""
+        file = self._file(name, label)
         if not file.exists():
             return None
         held = self._read(file)
-        if held.row.name != name or len(held.loss) != self.conditions["evaluation"]["samples"]:
+        if held.row.name != name or len(held.row.loss) != self.conditions["evaluation"]["samples"]:
             raise ConditionsDiffer(f"{file} is no row {name!r} over the windows at hand. Delete it and run again.")
+        self._same(file, "calibration", held.calibration, None if draw is None else self.draws[draw])
         if held.row.checkpoint and not (self.folder.parent / held.row.checkpoint).is_dir():
             return None
-        return held.row, Measured(np.asarray(held.loss))
+        held.row.calibration = draw
+        return held.row
 
-    def put(self, row: Row, measured: Measured) -> None:
+    def put(self, row: Row, label: str = "") -> None:
         """Keep a finished row."""
-        held = {"conditions": self.conditions, "row": asdict(row), "loss": measured.loss.tolist()}
-        write_whole(self.folder / f"{file_name(row.name)}.json", json.dumps(held, allow_nan=False))
+        calibration = None if row.calibration is None else self.draws[row.calibration]
+        held = {"conditions": self.conditions, "calibration": calibration, "row": asdict(row)}
+        write_whole(self._file(row.name, label), json.dumps(held, allow_nan=False))
+
+    def _file(self, name: str, label: str) -> Path:
+        return self.folder / f"{file_name(name + label)}.json"
+
+    def _same(self, file: Path, what: str, found: Any, wanted: Any) -> None:
+        if found != wanted:
+            raise ConditionsDiffer(
+                f"{file} was measured with {what} {found}, now it is {wanted}. Rows of different conditions do not go "
+                "into one table: choose another --out, or delete that folder."
+            )
 
     def _read(self, file: Path) -> _Held:
         """The row in a file. Whoever wrote it, it names no checkpoint but its own: that folder may be replaced."""
         try:
-            held, hints = read_json(file, finite=True), get_type_hints(Row)
-            if not fits(held, dict[str, Any]) or not held.keys() >= {"conditions", "row", "loss"}:
+            held = read_json(file, finite=True)
+            if not fits(held, dict[str, Any]) or not held.keys() >= {"conditions", "calibration", "row"}:
                 raise ValueError("fields are missing")
-            if not fits(held["conditions"], dict[str, Any]) or not fits(held["loss"], list[float]):
-                raise ValueError("its conditions or losses are of another type")
-            row = held["row"]
-            if not isinstance(row, dict) or any(not fits(row[name], hints.get(name, None)) for name in row):
-                raise ValueError("a field of the row is of another type")
-            if row.get("checkpoint") not in (None, f"{CHECKPOINTS}/{file.stem}"):
+            if not fits(held["conditions"], dict[str, Any]) or not fits(held["calibration"], dict[str, Any] | None):
+                raise ValueError("its conditions or its calibration are of another type")
+            row = read_row(held["row"], "its row")
+            if row.checkpoint not in (None, f"{CHECKPOINTS}/{file.stem}"):
                 raise ValueError("its checkpoint lies elsewhere")
-            if not all(0 <= loss < MOST_LOSS for loss in held["loss"]):
+            if not all(0 <= loss < MOST_LOSS for loss in row.loss):
                 raise ValueError("it has losses that no model has")
-            row = Row(**{**row, "delta_interval": tuple(row["delta_interval"]), "rank": "", "ties": [], "latency": []})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, OSError) as error:
             raise ConditionsDiffer(f"{file} is no finished row ({error}). Delete it and run again.") from error
-        return _Held(held["conditions"], row, held["loss"])
+        row.rank, row.ties, row.latency, row.tasks = "", [], [], {}
+        return _Held(held["conditions"], held["calibration"], row)
 
 
 def file_name(row: str) -> str:

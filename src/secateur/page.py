@@ -1,0 +1,23 @@
+"""`report.html`: one file that needs nothing from outside, made from a comparison's figures."""
+
+from __future__ import annotations
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from secateur.charts import charts
+from secateur.results import Results
+from secateur.sheets import FIRST, conditions, sheets
+
+
+def page(results: Results) -> str:
+    """The page. What comes from a checkpoint is escaped by the template; the pictures escape it themselves."""
+    environment = Environment(
+        loader=PackageLoader("secateur", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    first, *others = sheets(results)
+    return environment.get_template("page.html").render(
+        results=results, first=first, others=others, named=FIRST, conditions=conditions(results),
+        charts=[(chart, Markup(chart.svg)) for chart in charts(results)],
+    )  # fmt: skip

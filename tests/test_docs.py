@@ -1,0 +1,292 @@
+"""The documentation: it builds, says nothing of what is not there, leaves out nothing that is, and its example runs."""
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import tomllib
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_architecture
+import test_methods
+import typer
+import yaml
+
+import secateur
+from secateur.cli import app
+from secateur.depth import BLOCKS
+from secateur.formats import FORMATS
+from secateur.methods import METHODS, REFINEMENTS, SWITCHES
+from secateur.plan import ALLOCATIONS
+from secateur.reap import EXPERTS
+from secateur.rules import RULES
+from secateur.selection import SELECTIONS
+from secateur.solve import normalise
+from secateur.stats import Stats
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+IDENTIFIERS = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+# What is said of the package
+
+
+def test_the_reference_names_what_is_public_and_nothing_else():
+    assert sorted(name.rpartition(".")[2] for name in IDENTIFIERS) == secateur.__all__
+    for identifier in IDENTIFIERS:
+        module, _, name = identifier.rpartition(".")
+        assert getattr(importlib.import_module(module), name) is getattr(secateur, name)
+
+
+@pytest.mark.parametrize("identifier", IDENTIFIERS)
+def test_what_is_public_is_documented_where_it_is_defined(identifier):
+    """`__doc__` alone would not do: that of a table is what dict says of itself."""
+    module, _, name = identifier.rpartition(".")
+    body = ast.parse(Path(importlib.import_module(module).__file__ or "").read_text(encoding="utf-8")).body
+    for number, node in enumerate(body):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name:
+            assert ast.get_docstring(node)
+            return
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == name:
+            after = body[number + 1]
+            assert isinstance(after, ast.Expr)
+            assert isinstance(after.value, ast.Constant)
+            return
+    pytest.fail(f"{identifier} is defined elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("methods.md", [*METHODS, *(f"+{name}" for name in (*REFINEMENTS, *SWITCHES)), "uniform", *ALLOCATIONS]),
+        ("structured.md", [*SELECTIONS, *BLOCKS, *EXPERTS]),
+        ("deploying.md", [name for name in RULES if name != "packed-int8"]),
+        ("deploying.md", list(FORMATS)),
+    ],
+    ids=["methods", "structures", "runtimes", "formats"],
+)
+def test_every_line_of_a_table_is_described(page, names):
+    text = read(f"docs/{page}")
+    assert [name for name in names if f"`{name}`" not in text and f"`…{name}`" not in text] == []
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every `secateur …` line in blocks of code, without comments."""
+    for block in re.findall(r"^```[^\n]*\n(.*?)^```|((?:^    [^\n]*\n)+)", text, re.M | re.S):
+        for line in "".join(block).splitlines():
+            if found := re.match(r"\s*(?:\$ )?secateur (.*?)(?:\s+# .*)?$", line):
+                yield found[1].split()
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.name)
+def test_commands_exist_with_their_options(file):
+    known = typer.main.get_command(app)
+    for first, *words in commands(file.read_text(encoding="utf-8")):
+        if first.startswith("-"):
+            assert first in ("--version", "--help", "--install-completion", "--show-completion")
+            continue
+        assert first in known.commands, f"secateur {first}"  # type: ignore[attr-defined]
+        options = {o for p in known.commands[first].params for o in p.opts}  # type: ignore[attr-defined]
+        assert {word for word in words if word.startswith("--")} <= options, (first, words)
+
+
+def figures(text: str) -> set[float]:
+    """The decimal numbers of a text, but for versions and arXiv ids."""
+    return {float(found) for found in re.findall(r"(?<![\w.:])[+-]?(\d+\.\d+)(?![\d.]*\.\d)(?!\d)", text)}
+
+
+def test_figures_of_the_guides_are_figures_that_were_measured():
+    held = figures("".join(read(f"docs/{name}.md") for name in ("quality", "structured", "speed", "demo-model")))
+    held |= figures(read("README.md")) | figures(read("src/secateur/rules.py"))
+    presets = re.search(r"\| method \| 50% \|.*?\n\n", read("docs/methods.md"), re.S)
+    assert presets
+    assert figures(read("docs/choosing.md")) | figures(presets[0]) <= held
+
+
+# Links, navigation, and files for people who work on it
+
+
+def navigation(entries: list) -> Iterator[str]:
+    for entry in entries:
+        for value in entry.values():
+            yield from navigation(value) if isinstance(value, list) else [value]
+
+
+def test_every_page_is_in_the_navigation_once():
+    assert sorted(navigation(yaml.safe_load(read("mkdocs.yml"))["nav"])) == sorted(page.name for page in PAGES)
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.name)
+def test_links_lead_to_files(file):
+    links = re.findall(
+        r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`", "", file.read_text(encoding="utf-8"), flags=re.S)
+    )
+    inside = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:", link)]
+    assert [link for link in inside if link and not (file.parent / link).is_file()] == []
+
+
+def test_the_citation_is_valid_and_of_this_version():
+    cited, project = yaml.safe_load(read("CITATION.cff")), tomllib.loads(read("pyproject.toml"))["project"]
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()  # what CFF 1.2.0 wants
+    assert cited.keys() <= {"cff-version", "message", "title", "authors", "abstract", "type", "version", "license",
+                            "keywords"}  # fmt: skip
+    assert cited["cff-version"] == "1.2.0"
+    assert cited["type"] == "software"
+    assert cited["authors"] == [{"name": "The Secateur authors"}]
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
+
+
+def test_contributing_is_short():
+    assert len(read("CONTRIBUTING.md").splitlines()) < 60
+
+
+# The site
+
+
+class Page(HTMLParser):
+    """What a built page refers to, what can be referred to in it, and what it would fetch."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.links: set[str] = set()
+        self.anchors: set[str] = set()
+        self.fetched: set[str] = set()
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        held = dict(attrs)
+        self.anchors.add(held.get("id") or "")
+        address = held.get("href") or held.get("src") or ""
+        if tag == "a":
+            self.links.add(address)
+        elif tag in ("link", "script", "img", "iframe") and held.get("rel") not in ("next", "prev", "canonical"):
+            self.fetched.add(address)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site."""
+    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install '.[docs]'")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    return folder
+
+
+def test_the_site_has_every_page_and_nothing_from_elsewhere(site):
+    pages = {file.name: Page(file) for file in site.glob("*.html") if file.name != "404.html"}
+    assert pages.keys() == {f"{page.stem}.html" for page in PAGES}
+    for name, page in pages.items():
+        assert pages.keys() <= {link.partition("#")[0] or name for link in page.links} | {name}, "not in the navigation"
+        for address in page.fetched:
+            assert not re.match(r"(https?:)?//", address), f"{name} fetches {address}"
+        for link in page.links:
+            if re.match(r"https?:", link) or not link:
+                continue
+            target, _, anchor = link.partition("#")
+            assert (site / (target or name)).is_file(), f"{name} links to {link}"
+            assert anchor in pages.get(target or name, page).anchors, f"{name} links to {link}"
+
+
+def test_the_site_holds_the_docstrings(site):
+    text = re.sub(r"<[^>]+>", "", (site / "api.html").read_text(encoding="utf-8"))
+    for identifier in IDENTIFIERS:
+        assert identifier in Page(site / "api.html").anchors
+    assert "Prune a model and write the result to the folder out" in text, "the function, not its module"
+
+
+# The example of a method
+
+
+@pytest.fixture
+def table() -> Iterator[dict]:
+    """The methods, given back as they were."""
+    before = dict(METHODS)
+    yield METHODS
+    METHODS.clear()
+    METHODS.update(before)
+
+
+def block(title: str) -> str:
+    found = re.findall(
+        rf'^```python title="{re.escape(title)}"\n(.*?)^```$', read("docs/adding-a-method.md"), re.M | re.S
+    )
+    assert len(found) == 1, title
+    return found[0]
+
+
+def executed(*titles: str, **names: object) -> dict:
+    held = dict(names)
+    for title in titles:
+        exec(compile(block(title), title, "exec"), held)
+    return held
+
+
+@pytest.fixture
+def surgeon(table: dict) -> Iterator[secateur.Method]:
+    """The method of the example, in the table by the line of the example."""
+    held = executed("src/secateur/methods/surgeon.py")
+    table |= eval("{" + block("the line in METHODS") + "}", held)
+    return table["surgeon"]
+
+
+@pytest.mark.parametrize("pattern", test_methods.PATTERNS)
+@pytest.mark.parametrize("name", ["surgeon", "surgeon+refit", "surgeon+swap"])
+@pytest.mark.usefixtures("surgeon")
+def test_the_example_passes_what_every_method_passes(name, pattern):
+    checks = [
+        getattr(test_methods.TestEveryMethod(), check)
+        for check in dir(test_methods.TestEveryMethod)
+        if check.startswith("test_")
+    ]
+    assert len(checks) > 5
+    for check in checks:
+        check(name, pattern)
+    test_methods.test_matrices_solved_together_are_what_they_are_alone(name, pattern)
+
+
+def test_the_example_equals_its_reference(surgeon):
+    titles = ("tests/reference/surgeon.py", "in tests/test_methods.py")
+    names = {"surgeon": surgeon, "layer": test_methods.layer, "Stats": Stats, "normalise": normalise, "np": np}
+    executed(*titles, **names)["test_surgeon_costs_what_leaving_out_one_weight_costs"]()
+
+
+def test_the_example_keeps_to_the_layers_and_documents_itself(tmp_path):
+    file = tmp_path / "surgeon.py"
+    file.write_text(block("src/secateur/methods/surgeon.py"), encoding="utf-8")
+    test_architecture.test_a_method_knows_only_patterns_statistics_and_solvers(file)
+    assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def test_a_method_is_added_without_touching_the_package(table, tiny_llama, text_file, tmp_path):
+    executed("from your own code")
+    report = secateur.prune(
+        tiny_llama, out=tmp_path / "out", method="half-wanda+refit", calibration=str(text_file), samples=4, seq_len=32
+    )
+    assert report.sparsity == 0.5
+
+
+def test_the_program_in_the_reference_is_a_program():
+    code = re.search(r"```python\n(.*?)```", read("docs/api.md"), re.S)
+    assert code
+    call = ast.parse(textwrap.dedent(code[1])).body[1]
+    assert isinstance(call, ast.Assign)
+    assert isinstance(call.value, ast.Call)
+    assert {k.arg for k in call.value.keywords} <= secateur.prune.__annotations__.keys()
