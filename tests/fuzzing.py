@@ -82,12 +82,14 @@ def bases(place: Path, *, whole: bool = True) -> None:
 
 
 def _compare(place: Path, text: Path) -> None:
-    """A finished comparison: the model is `compared`, the rows and what belongs to them are in `rows`."""
+    """A finished comparison: the model is `compared`, its rows are in `rows`, its figures in `results`."""
     shutil.copytree(place / "llama", place / "compared")
+    (place / "results").mkdir()
     secateur.compare(
         place / "llama", out=place / "rows", methods=["magnitude"], patterns=["2:4"], windows=4, evaluation=str(text),
-        calibration=str(text), samples=4, seq_len=16,
+        calibration=str(text), samples=4, seq_len=16, tolerance=0.5,
     )  # fmt: skip
+    shutil.copy(place / "rows" / "results.json", place / "results")
 
 
 def _shard(whole: Path, folder: Path) -> None:
@@ -158,6 +160,10 @@ def arguments(case: Case, command: str, text: Path) -> list[str]:
     if first == "compare":
         compared = ["--methods", "magnitude", "--patterns", "2:4", "--windows", "4", "--evaluation", str(text)]
         return ["compare", model, *out, *compared, *calibrated]
+    if first == "report":
+        return ["report", model, *out]
+    if first == "recommend":
+        return ["recommend", model, "--goal", *rest]
     if first == "validate":
         return ["validate", model, "--for", *rest]
     return ["export", model, *out, "--to", *rest, "--quiet"] if first == "export" else [first, model, *rest]

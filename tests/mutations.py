@@ -248,6 +248,11 @@ def result_rows(case: Case) -> str:
     return spoil_json_file(case, case.draw.choice(sorted((case.out / "rows").glob("*.json"))))
 
 
+def results(case: Case) -> str:
+    """Change what a comparison has written; it lies in the model's folder, since the output is yet to come."""
+    return spoil_json_file(case, case.model / "results.json")
+
+
 def plan(case: Case) -> str:
     """Change a plan."""
     return spoil_json_file(case, case.root / "plan.json")
@@ -272,6 +277,7 @@ KINDS: dict[str, Kind] = {
     "tokenizer": Kind(tokenizer, ("llama",), ("prune magnitude", "evaluate", "export gguf"), 9),
     "record": Kind(record, ("pruned",), (*READERS[:4], "export packed", "export sparse-24-bitmask"), 8),
     "rows": Kind(result_rows, ("compared",), ("compare",), 4),
+    "results": Kind(results, ("results",), ("report", "recommend quality", "recommend portability"), 4),
     "plan": Kind(plan, ("llama",), ("prune plan",), 4),
     "packed": Kind(packed, ("packed", "packed-int8"), ("export dense", "load packed", "inspect"), 8),
     "smaller": Kind(header, ("pruned",), ("shrink",), 0.3),

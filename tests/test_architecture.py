@@ -10,7 +10,7 @@ import secateur
 SOURCE = Path(secateur.__file__).parent
 LAYERS = [
     ["errors", "machine", "demo", "arguments", "native"],
-    ["progress", "files", "gram", "hardware"],
+    ["progress", "files", "gram", "hardware", "draw"],
     ["terminal"],
     ["structures", "stats", "experts", "checkpoint", "data", "packed", "journal", "interrupt", "masks", "items"],
     ["patterns", "solve", "sites", "refusals", "watch", "packing", "hidden", "output", "replay"],

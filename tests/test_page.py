@@ -18,6 +18,7 @@ from recommending import MACHINE, timed
 from rich.console import Console
 
 import secateur
+from secateur import draw
 from secateur.charts import charts, front
 from secateur.errors import BadResults
 from secateur.page import page
@@ -124,6 +125,20 @@ def test_every_picture_is_drawn_where_there_are_figures_for_it():
         "Perplexity by calibration text", "Output error by block", "Sparsity by block, %",
     ]  # fmt: skip
     assert "Perplexity against measured speed" not in [chart.title for chart in charts(plain())]
+
+
+def test_a_page_without_room_to_draw_says_so(monkeypatch: pytest.MonkeyPatch):
+    """As under `ulimit -v`, which kills the process that draws."""
+    real = draw.subprocess.run
+
+    def limited(command: list[str], **options: Any) -> Any:
+        return real(["sh", "-c", 'ulimit -v 8000000; exec "$@"', "sh", *command], **options)
+
+    monkeypatch.setattr(draw.subprocess, "run", limited)
+    held = page(everything())
+    assert "There are no pictures: the process that draws them has died (" in held
+    assert "<svg" not in held
+    assert "2-3 tie" in held
 
 
 @pytest.mark.parametrize("least", [True, False])

@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
-import vl_convert
-
+from secateur.draw import draw
 from secateur.patterns import share_of
 from secateur.results import Results, Row
 from secateur.sheets import fastest, method, number
 
-VEGA_LITE = "6.1"
 COLOURS = [f"var(--c{number})" for number in range(1, 9)]
 """The first is that of the dense model."""
 KINDS = ("dense", "unstructured", "semi-structured", "structured")
 SHAPES = ("diamond", "circle", "square", "triangle-up")
 SVG = "http://www.w3.org/2000/svg"
-WIDTH, HEIGHT = 560, 300
+WIDTH, HEIGHT = 440, 280
 LOOK = {
     "view": {"stroke": None},
     "axis": {
@@ -51,14 +49,33 @@ class Chart:
     svg: str
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A picture that is yet to be drawn."""
+
+    title: str
+    words: str
+    specification: dict[str, Any]
+
+
 def charts(results: Results) -> list[Chart]:
-    """Every picture that a comparison has the figures for."""
-    drawn = (
+    """Every picture that a comparison has the figures for. Raises NotDrawn."""
+    found = plans(results)
+    drawn = draw([plan.specification for plan in found]) if found else []
+    return [
+        Chart(plan.title, plan.words, _described(svg, f"{plan.title}. {plan.words}"))
+        for plan, svg in zip(found, drawn, strict=True)
+    ]
+
+
+def plans(results: Results) -> list[Plan]:
+    """What is to be drawn."""
+    found = (
         _against(results, "bytes on disk, MiB", "size", lambda row: row.disk_bytes / 2**20, least=True),
         _against(results, "tokens/s where measured", "measured speed", _speed, least=False),
         _sweep(results), _draws(results), *_layers(results),
     )  # fmt: skip
-    return [chart for chart in drawn if chart]
+    return [plan for plan in found if plan]
 
 
 def front(points: list[tuple[float, float]], *, least: bool) -> list[int]:
@@ -76,7 +93,7 @@ def _speed(row: Row) -> float | None:
     return best["tokens_per_second"] if best else None
 
 
-def _against(results: Results, axis: str, what: str, x: Any, *, least: bool) -> Chart | None:
+def _against(results: Results, axis: str, what: str, x: Any, *, least: bool) -> Plan | None:
     """Perplexity against a cost, with the Pareto front; the kind of sparsity is the shape of a mark."""
     rows = [row for row in results.table if x(row) is not None]
     if len(rows) < 3 or len({x(row) for row in rows}) < 2:
@@ -105,7 +122,7 @@ def _against(results: Results, axis: str, what: str, x: Any, *, least: bool) -> 
     return _chart(f"Perplexity against {what}", f"None is better in both than: {names}.", spec, values)
 
 
-def _sweep(results: Results) -> Chart | None:
+def _sweep(results: Results) -> Plan | None:
     """Perplexity over the share that is taken out, a curve a method; each kind of share stands apart."""
     values, families = [], defaultdict(set)
     for row in results.rows:
@@ -139,7 +156,7 @@ def _sweep(results: Results) -> Chart | None:
     return _chart("Perplexity by how much is taken out", words, _facets(layers, "of", values), values)
 
 
-def _draws(results: Results) -> Chart | None:
+def _draws(results: Results) -> Plan | None:
     """Perplexity by the size of the calibration text: every draw a mark, a line through their means."""
     drawn = {row.name for row in results.rows if row.calibration}
     values = [
@@ -163,7 +180,7 @@ def _draws(results: Results) -> Chart | None:
     return _chart("Perplexity by calibration text", words, _facets(layers, "pattern", values), values)
 
 
-def _layers(results: Results) -> list[Chart | None]:
+def _layers(results: Results) -> list[Plan | None]:
     """Output error and sparsity of the sites, block by block; sparsity only where it differs between blocks."""
     values = []
     for row in results.table:
@@ -193,13 +210,13 @@ def _layers(results: Results) -> list[Chart | None]:
     ]
 
 
-def _by_block(results: Results, values: list[dict[str, Any]], field: str, title: str, words: str) -> Chart | None:
+def _by_block(results: Results, values: list[dict[str, Any]], field: str, title: str, words: str) -> Plan | None:
     if not values:
         return None
     values = [
         {**v, "y": v[field], "words": f"{v['method']} {v['pattern']}, block {v['x']}: {v[field]:.3g}"} for v in values
     ]
-    place = {"x": _axis("x", "block"), "y": _axis("y", title, log=field == "error")}
+    place = {"x": _axis("x", "block", whole=True), "y": _axis("y", title, log=field == "error")}
     colour = {"color": _colour("method", _methods(results))}
     layers = [
         {"mark": {"type": "line"}, "encoding": {**place, **colour}},
@@ -221,10 +238,10 @@ def _wide(rows: list[Row]) -> bool:
     return max(row.perplexity for row in rows) > 3 * min(row.perplexity for row in rows)
 
 
-def _axis(field: str, title: str, *, log: bool = False) -> dict[str, Any]:
+def _axis(field: str, title: str, *, log: bool = False, whole: bool = False) -> dict[str, Any]:
     scale = {"type": "log", "nice": False, "padding": 12} if log else {"zero": False, "padding": 12}
     held: dict[str, Any] = {"field": field, "type": "quantitative", "title": title, "scale": scale}
-    return held | {"axis": {"format": "~g" if log else "~r"}}
+    return held | {"axis": {"format": "~g" if log else "~r", "tickCount": 6, **({"tickMinStep": 1} if whole else {})}}
 
 
 def _colour(field: str, domain: list[str], first: int = 1) -> dict[str, Any]:
@@ -244,15 +261,14 @@ def _facets(layers: list[dict[str, Any]], field: str, values: list[dict[str, Any
             "sort": list(dict.fromkeys(v[field] for v in values)),
         },
         "columns": 2,
-        "spec": {"layer": layers, "width": WIDTH // 2 - 30, "height": 200},
+        "spec": {"layer": layers, "width": WIDTH // 2 - 30, "height": 170},
         "resolve": {"scale": {"y": "independent", "x": "independent"}},
     }
 
 
-def _chart(title: str, words: str, spec: dict[str, Any], values: list[dict[str, Any]]) -> Chart:
+def _chart(title: str, words: str, spec: dict[str, Any], values: list[dict[str, Any]]) -> Plan:
     size = {} if "facet" in spec else {"width": WIDTH, "height": HEIGHT}
-    whole = {**size, **spec, "data": {"values": values}, "background": "transparent", "config": LOOK}
-    return Chart(title, words, _described(vl_convert.vegalite_to_svg(whole, vl_version=VEGA_LITE), f"{title}. {words}"))
+    return Plan(title, words, {**size, **spec, "data": {"values": values}, "background": "transparent", "config": LOOK})
 
 
 def _described(svg: str, words: str) -> str:

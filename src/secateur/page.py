@@ -6,6 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from secateur.charts import charts
+from secateur.draw import NotDrawn
 from secateur.results import Results
 from secateur.sheets import FIRST, conditions, sheets
 
@@ -17,7 +18,11 @@ def page(results: Results) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     first, *others = sheets(results)
+    try:
+        pictures, missing = charts(results), ""
+    except NotDrawn as error:
+        pictures, missing = [], str(error)
     return environment.get_template("page.html").render(
         results=results, first=first, others=others, named=FIRST, conditions=conditions(results),
-        charts=[(chart, Markup(chart.svg)) for chart in charts(results)],
+        charts=[(chart, Markup(chart.svg)) for chart in pictures], missing=missing,
     )  # fmt: skip
