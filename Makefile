@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check sanitize fuzz bench-prune train docs clean
+.PHONY: demo test check sanitize fuzz bench-prune train docs page clean
 
 demo: .venv/ready  ## compare magnitude, Wanda and SparseGPT on the embedded model
 	$(BIN)/secateur compare --methods magnitude,wanda,sparsegpt --patterns 50%,2:4 --windows 256 --out out/demo
@@ -23,6 +23,9 @@ bench-prune: .venv/ready  ## what pruning costs beside llm-compressor (fetched i
 
 docs: .venv/ready  ## the documentation site, warnings as errors: out/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+page: .venv/ready  ## the page of a demo comparison and its pictures in docs/images (Chromium, some minutes)
+	OMP_NUM_THREADS=2 $(BIN)/python bench/page.py
 
 fuzz: .venv/ready  ## ten thousand spoilt checkpoint folders, each read by a command as users run it (an hour at most)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/fuzz.py

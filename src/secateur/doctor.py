@@ -13,7 +13,17 @@ from secateur.machine import machine, versions
 from secateur.native import isa
 from secateur.runtimes import RUNTIMES
 
-OPTIONAL = ("triton", "onnx", "onnxruntime", "gguf", "llama-cpp-python", "vllm", "tensorrt-llm", "compressed-tensors")
+OPTIONAL = (
+    "lm-eval",
+    "triton",
+    "onnx",
+    "onnxruntime",
+    "gguf",
+    "llama-cpp-python",
+    "vllm",
+    "tensorrt-llm",
+    "compressed-tensors",
+)
 """Packages that a runtime or a format may want."""
 
 

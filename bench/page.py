@@ -1,0 +1,45 @@
+"""The page of a demo comparison as a picture, light and dark, for the docs: `make page`.
+
+    python bench/page.py [--out out/page] [--pictures docs/images]
+
+The comparison is resumed where it was; the pictures need Chromium (Debian: apt-get install chromium).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+import secateur
+from secateur.progress import show
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/page"))
+    parser.add_argument("--pictures", type=Path, default=Path("docs/images"))
+    chosen = parser.parse_args()
+    secateur.compare(
+        out=chosen.out, methods=["magnitude", "wanda", "sparsegpt", "energy"],
+        patterns=["30%..70%/20%", "2:4", "25% of channels"], samples=[8, 64], seed=[0, 1, 2], windows=128,
+        tolerance="5%", bench=["eager", "packed"], command=["python", *sys.argv], progress=show(quiet=False),
+    )  # fmt: skip
+    chosen.pictures.mkdir(parents=True, exist_ok=True)
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        for theme in ("light", "dark"):
+            page = browser.new_context(color_scheme=theme, viewport={"width": 1200, "height": 800}).new_page()
+            page.goto(f"file://{(chosen.out / 'report.html').resolve()}")
+            page.screenshot(path=chosen.pictures / f"page-{theme}.png", full_page=True)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
