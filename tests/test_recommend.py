@@ -73,6 +73,15 @@ CASES: dict[str, tuple[Results, dict[str, Any], str | None, str | None, list[str
         all_kinds, {"goal": "quality", "max_perplexity_increase": 0.01}, DENSE_ROW, None,
         ["Keep the dense model.", "No row is within 1%", "of the nearest, alps 50% (unstructured), is 2.00% above"],
     ),
+    "quality: the first at each pattern": (
+        table(
+            replace(alps, rank="1-2 tie"), replace(wanda, rank="1-2 tie"),
+            replace(alps, pattern="2:4", kind="semi-structured", rank="1", perplexity=DENSE + 2, delta=2.0,
+                    delta_interval=(1.9, 2.1)),
+        ),
+        {"goal": "quality"}, "alps 50%", "wanda 50%",
+        ["First at each pattern: 50% alps and wanda (a tie), 2:4 alps.", "favours what removes least"],
+    ),
     "quality: a tie of the table": (
         table(replace(alps, rank="1-2 tie", ties=["wanda 50%"]), replace(wanda, rank="1-2 tie", ties=["alps 50%"])),
         {"goal": "quality"}, "alps 50%", "wanda 50%", ["a tie: the paired difference may be zero"],

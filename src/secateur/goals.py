@@ -71,8 +71,20 @@ def quality(results: Results, rows: Sequence[Row], hardware: str | None, runtime
         for kind in kinds:
             first = next(row for row in ordered if row.kind == kind)
             choice.reasons.append(f"Best {kind} row: {first.name}, {shown(first, dense)}; {KINDS[kind]}.")
+    first_places: dict[str, list[str]] = {}
+    for row in ordered:
+        if row.rank.startswith("1"):
+            first_places.setdefault(row.pattern, []).append(row.method)
+    if len(first_places) > 1:
+        places = (f"{pattern} {' and '.join(methods)}{_tied(methods)}" for pattern, methods in first_places.items())
+        choice.reasons.append(f"First at each pattern: {', '.join(places)}.")
+    if len({row.pattern for row in ordered}) > 1:
         choice.reasons.append("Kinds and amounts are not equal: least perplexity favours what removes least.")
     return choice
+
+
+def _tied(methods: Sequence[str]) -> str:
+    return " (a tie)" if len(methods) > 1 else ""
 
 
 def latency(results: Results, rows: Sequence[Row], hardware: str | None, runtime: str | None) -> Choice:
