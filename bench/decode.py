@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
 from secateur.checkpoint import open_checkpoint
+from secateur.commands.tables import speed_table
 from secateur.data import Windows
 from secateur.model import load
 from secateur.progress import show
 from secateur.prune import prune_checkpoint
-from secateur.tables import speed_table
 
 
 def main() -> None:

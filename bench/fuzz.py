@@ -143,7 +143,7 @@ def work(place: Path, seed: int, kinds: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     sound = place / "sound"
     if not sound.exists():
-        from secateur.terminal import progress
+        from secateur.commands.terminal import progress
 
         progress(quiet=True)
         return bases(sound)

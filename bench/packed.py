@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from secateur.commands.tables import layer_table
 from secateur.layers import time_matrices
 from secateur.machine import machine, versions
 from secateur.native import isa
-from secateur.tables import layer_table
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import sys
 from itertools import count
 from typing import Any
 
-from secateur import cli
+from secateur.commands import cli
 
 MOMENTS = {
     "loading": "secateur.model.replayable",

@@ -4,7 +4,8 @@ import importlib
 import os
 import signal
 
-from secateur import block, cli
+from secateur import block
+from secateur.commands import cli
 
 rank, name = os.environ["DIE_AT"].split()
 

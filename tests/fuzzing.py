@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from texts import byte_tokenizer, write_documents
 
 import secateur
-from secateur import cli
 from secateur.checkpoint import open_checkpoint
+from secateur.commands import cli
 from secateur.formats.packed import load_packed, shards
 
 SECONDS, SLOW = 20.0, {"shrink": 100.0}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from secateur.results import SCHEMA, Results, Row
+from secateur.comparison.results import SCHEMA, Results, Row
 
 DENSE = 20.0
 """The dense perplexity of `table`: 1 is 5 %."""

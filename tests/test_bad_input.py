@@ -21,7 +21,8 @@ from families import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from secateur import cli, output
+from secateur import output
+from secateur.commands import cli
 
 SITE = "model.layers.1.mlp.down_proj"
 

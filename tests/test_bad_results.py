@@ -12,10 +12,10 @@ from recommending import demo_results
 from spoilt_json import spoilt
 
 import secateur
-from secateur.advice import lines
+from secateur.advice.goals import GOALS
+from secateur.commands.advice import lines
+from secateur.comparison.results import read_results
 from secateur.errors import BadResults, SecateurError, printable
-from secateur.goals import GOALS
-from secateur.results import read_results
 
 
 def _set(held: Any, path: str, value: Any) -> None:

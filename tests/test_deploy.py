@@ -7,7 +7,7 @@ from test_cli import run
 from typer.testing import CliRunner
 
 import secateur
-from secateur.cli import app
+from secateur.commands.cli import app
 from secateur.doctor import OPTIONAL, examine
 from secateur.formats import FORMATS
 from secateur.runtimes import RUNTIMES

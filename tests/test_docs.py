@@ -20,7 +20,7 @@ import typer
 import yaml
 
 import secateur
-from secateur.cli import app
+from secateur.commands.cli import app
 from secateur.depth import BLOCKS
 from secateur.formats import FORMATS
 from secateur.methods import METHODS, REFINEMENTS, SWITCHES
@@ -135,7 +135,7 @@ def test_links_lead_to_files(file):
         r"\]\(([^)\s]+)\)", re.sub(r"```.*?```|`[^`\n]*`", "", file.read_text(encoding="utf-8"), flags=re.S)
     )
     inside = [link.partition("#")[0] for link in links if not re.match(r"[a-z]+:", link)]
-    assert [link for link in inside if link and not (file.parent / link).is_file()] == []
+    assert [link for link in inside if link and not (file.parent / link).exists()] == []
 
 
 def test_the_citation_is_valid_and_of_this_version():

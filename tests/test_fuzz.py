@@ -21,10 +21,10 @@ from spoilt_shards import KEY, parts, write
 
 from secateur import errors, files
 from secateur.checkpoint import open_checkpoint
+from secateur.comparison.store import RowStore
 from secateur.errors import BadCheckpoint, ConditionsDiffer, UnsupportedModel
 from secateur.model import load
 from secateur.output import output
-from secateur.store import RowStore
 
 SHARD = "model.safetensors"
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 import secateur
+from secateur.comparison.grid import Cell, cells, expand
+from secateur.comparison.results import Results, Row, read_results
+from secateur.comparison.sheets import sheets
+from secateur.comparison.tolerance import reaches
 from secateur.errors import BadPattern, BadText, ConditionsDiffer, SecateurError
-from secateur.grid import Cell, cells, expand
-from secateur.results import Results, Row, read_results
-from secateur.sheets import sheets
-from secateur.tolerance import reaches
 
 
 @pytest.fixture

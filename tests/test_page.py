@@ -18,14 +18,14 @@ from recommending import MACHINE, timed
 from rich.console import Console
 
 import secateur
-from secateur import draw
-from secateur.charts import charts, front
+from secateur.comparison import draw
+from secateur.comparison.charts import charts, front
+from secateur.comparison.page import page
+from secateur.comparison.ranking import rank
+from secateur.comparison.report import markdown, table
+from secateur.comparison.results import SCHEMA, Results, Row
+from secateur.comparison.sheets import sheets
 from secateur.errors import BadResults
-from secateur.page import page
-from secateur.ranking import rank
-from secateur.report import markdown, table
-from secateur.results import SCHEMA, Results, Row
-from secateur.sheets import sheets
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<img id=x>"

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from recommending import MACHINE
 
-from secateur.goals import GOALS
-from secateur.hardware import ACCELERATED, HARDWARE, is_measured
-from secateur.priors import ALIKE, PRIORS, known_of, uses_zeros
+from secateur.advice.goals import GOALS
+from secateur.advice.hardware import ACCELERATED, HARDWARE, is_measured
+from secateur.advice.priors import ALIKE, PRIORS, known_of, uses_zeros
+from secateur.comparison.sound import KINDS
 from secateur.rules import RULES
 from secateur.runtimes import RUNTIMES
-from secateur.sound import KINDS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -15,13 +15,13 @@ from test_cli import run
 from typer.testing import CliRunner
 
 import secateur
-from secateur import advice
-from secateur.advice import lines
-from secateur.cli import app
+from secateur.advice.goals import GOALS
+from secateur.advice.priors import LABEL
+from secateur.commands import advice
+from secateur.commands.advice import lines
+from secateur.commands.cli import app
+from secateur.comparison.results import Results
 from secateur.errors import BadPattern, UnknownName
-from secateur.goals import GOALS
-from secateur.priors import LABEL
-from secateur.results import Results
 
 NO_ROW = None
 DENSE_ROW = "dense -"

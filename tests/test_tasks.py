@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner
 
 import secateur
-from secateur import cli, tasks
+from secateur import tasks
+from secateur.commands import cli
 from secateur.data import load_tokenizer
 from secateur.errors import BadText, NonFinite, NotEnoughText, SecateurError, UnknownName, UnsupportedModel
 from secateur.harness import Answers, load_task, on_device, quiet

@@ -17,16 +17,22 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from secateur.answers import answer_rows
 from secateur.checkpoint import file_sha256, open_checkpoint, resolve
+from secateur.comparison.answers import answer_rows
+from secateur.comparison.grid import Cell, Draw, cells
+from secateur.comparison.latency import time_rows
+from secateur.comparison.ranking import rank
+from secateur.comparison.report import write_report
+from secateur.comparison.results import SCHEMA, Results
+from secateur.comparison.rows import Ground
+from secateur.comparison.store import RowStore, write_whole
+from secateur.comparison.tolerance import find_tolerance, reaches
 from secateur.data import Windows, evaluation_windows, load_tokenizer
 from secateur.decide import way_through
 from secateur.errors import BadPattern, OutputRefused, UnknownName
 from secateur.evaluate import Forward
 from secateur.footprint import check_passes
 from secateur.formats.packed import VALUES
-from secateur.grid import Cell, Draw, cells
-from secateur.latency import time_rows
 from secateur.machine import machine, versions
 from secateur.methods import find_method
 from secateur.model import load
@@ -43,18 +49,12 @@ from secateur.options import (
 )
 from secateur.patterns import parse
 from secateur.progress import Progress
-from secateur.ranking import rank
 from secateur.replay import LanguageModel
-from secateur.report import write_report
 from secateur.restack import spill_folder
-from secateur.results import SCHEMA, Results
-from secateur.rows import Ground
 from secateur.runtimes import find_runtime
 from secateur.shrink import refuse_structure
-from secateur.store import RowStore, write_whole
 from secateur.structures import Structure
 from secateur.tasks import check_tasks
-from secateur.tolerance import find_tolerance, reaches
 from secateur.trial import site_shapes
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from secateur.arguments import (
+from secateur.commands.arguments import (
     Align,
     AsJson,
     BatchSize,
@@ -30,7 +30,7 @@ from secateur.arguments import (
     Tasks,
     WindowCount,
 )
-from secateur.terminal import command, console, display, numbers, print_json, split
+from secateur.commands.terminal import command, console, display, numbers, print_json, split
 
 
 def compare(
@@ -64,7 +64,7 @@ def compare(
     samples: Annotated[str, typer.Option(help="Calibration windows; several, as in 1,16,128, for a row each.")] = "128",
     windows: WindowCount = None,
     seq_len: SeqLen = None,
-    seeds: Annotated[
+    seed: Annotated[
         str, typer.Option("--seeds", "--seed", help="Seeds of the calibration windows; several for a row each.")
     ] = "0",
     skip: Skip = None,
@@ -82,14 +82,14 @@ def compare(
 ) -> None:
     """Prune with every method and pattern on the same tokens, and say which is better by how much."""
     import secateur
-    from secateur.report import table
+    from secateur.comparison.report import table
 
     with display(quiet) as shows:
         results = secateur.compare(
             model, out=out, methods=split(methods), patterns=split(patterns), allocate=split(allocate),
             values=split(values), tolerance=tolerance, tasks=split(tasks), limit=limit, bench=split(bench),
             bench_dtype=bench_dtype, align=align, calibration=calibration, evaluation=evaluation,
-            samples=numbers(samples), windows=windows, seq_len=seq_len, seed=numbers(seeds), skip=skip or (),
+            samples=numbers(samples), windows=windows, seq_len=seq_len, seed=numbers(seed), skip=skip or (),
             device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, data_dir=data_dir,
             restart=restart, allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code,
             command=command(), progress=shows,
@@ -108,7 +108,7 @@ def report(
 ) -> None:
     """Write report.html and report.md of a comparison, or of several under the same conditions as one."""
     import secateur
-    from secateur.report import table
+    from secateur.comparison.report import table
 
     joined = secateur.report(results, out=out)
     shown = console()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.comparison.results import Results, Row
 from secateur.patterns import share_of
-from secateur.results import Results, Row
 
 FIRST = ("method", "pattern", "kind")
 """The columns that name a row; whatever is left out, these stand."""

@@ -7,12 +7,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from secateur.bench import BenchResults
+from secateur.comparison.sheets import ratio
 from secateur.doctor import Examination
 from secateur.errors import printable
 from secateur.inspection import Inspection, rows
 from secateur.layers import LayerTiming
 from secateur.record import LEFT_OUT, Report
-from secateur.sheets import ratio
 from secateur.validate import Validation
 from secateur.validate import rows as validation_rows
 

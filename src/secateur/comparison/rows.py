@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 
 from secateur.checkpoint import Checkpoint, open_checkpoint
+from secateur.comparison.grid import Cell, Draw
+from secateur.comparison.results import Row, row_name
+from secateur.comparison.store import CHECKPOINTS, RowStore, file_name
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.export import export
 from secateur.flow import Seconds
-from secateur.grid import Cell, Draw
 from secateur.model import load
 from secateur.progress import Progress
 from secateur.prune import prune_checkpoint
 from secateur.record import Report
 from secateur.replay import LanguageModel
-from secateur.results import Row, row_name
 from secateur.sites import sites
-from secateur.store import CHECKPOINTS, RowStore, file_name
 
 
 @dataclass

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
-from secateur.draw import draw
+from secateur.comparison.draw import draw
+from secateur.comparison.results import Results, Row
+from secateur.comparison.sheets import fastest, method, number
 from secateur.patterns import share_of
-from secateur.results import Results, Row
-from secateur.sheets import fastest, method, number
 
 COLOURS = [f"var(--c{number})" for number in range(1, 9)]
 """The first is that of the dense model."""

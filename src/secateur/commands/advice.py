@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from secateur.arguments import AsJson
+from secateur.commands.arguments import AsJson
+from secateur.commands.terminal import console, print_json
 from secateur.errors import printable
-from secateur.terminal import console, print_json
 
 if TYPE_CHECKING:
-    from secateur.recommend import Recommendation
+    from secateur.advice.recommend import Recommendation
 
 
 def recommend(

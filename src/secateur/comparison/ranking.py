@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from secateur.comparison.results import Row
 from secateur.evaluate import perplexity_difference
-from secateur.results import Row
 
 
 def rank(rows: Sequence[Row]) -> None:

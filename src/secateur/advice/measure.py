@@ -8,8 +8,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from secateur.hardware import find_hardware, is_measured
-from secateur.results import Results, Row
+from secateur.advice.hardware import find_hardware, is_measured
+from secateur.comparison.results import Results, Row
 from secateur.rules import RULES
 from secateur.runtimes import RUNTIMES
 

@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from secateur.arguments import AsJson, Model, Out, Quiet, RemoteCode
 from secateur.checkpoint import disk_errors
+from secateur.commands.arguments import AsJson, Model, Out, Quiet, RemoteCode
+from secateur.commands.terminal import command, console, display, numbers, print_json, progress, split
 from secateur.machine import machine, versions
-from secateur.terminal import command, console, display, numbers, print_json, progress, split
 
 
 def bench(
@@ -38,8 +38,8 @@ def bench(
 ) -> None:
     """Time models beside the dense one on this machine's processor, each in every runtime that has it."""
     import secateur
+    from secateur.commands.tables import layer_table, speed_table
     from secateur.layers import time_layers
-    from secateur.tables import layer_table, speed_table
 
     if layers:
         with display(quiet) as shows:
@@ -100,7 +100,7 @@ def validate(
 ) -> None:
     """Say for every site whether a runtime will use its zeros, and why; exit code 1 where a promise is not kept."""
     import secateur
-    from secateur.tables import validation_table
+    from secateur.commands.tables import validation_table
     from secateur.validate import summary
 
     progress(quiet=True)
@@ -118,8 +118,8 @@ def validate(
 
 def doctor(as_json: AsJson = False) -> None:
     """Say what this machine can run and measure, and why not the rest."""
+    from secateur.commands.tables import doctor_lines
     from secateur.doctor import examine
-    from secateur.tables import doctor_lines
 
     found = examine()
     if as_json:

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint import disk_errors
+from secateur.comparison.ranking import rank
+from secateur.comparison.report import write_report
+from secateur.comparison.results import Results, Row, read_results
+from secateur.comparison.sound import check
+from secateur.comparison.store import write_whole
 from secateur.errors import BadResults, ConditionsDiffer
-from secateur.ranking import rank
-from secateur.report import write_report
-from secateur.results import Results, Row, read_results
-from secateur.sound import check
-from secateur.store import write_whole
 
 SAME = ("evaluation", "options", "versions")
 """What must be equal, besides the model's files and the first calibration text, which is that of the table."""

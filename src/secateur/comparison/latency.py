@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from secateur.bench import BenchResults, Timing, bench
+from secateur.comparison.results import Row
 from secateur.errors import UnsupportedModel
 from secateur.progress import Progress
-from secateur.results import Row
 from secateur.runtimes import RUNTIMES
 
 

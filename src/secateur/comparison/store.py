@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from secateur.comparison.results import Row, read_row
 from secateur.errors import ConditionsDiffer
 from secateur.files import fits, read_json
-from secateur.results import Row, read_row
 
 CHECKPOINTS = "checkpoints"
 """Where the pruned checkpoints of a comparison lie, each under the name of its row's file."""

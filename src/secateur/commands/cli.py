@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from secateur import advice, deploy, study
-from secateur.arguments import (
+from secateur.commands import advice, deploy, study
+from secateur.commands.arguments import (
     Align,
     AsJson,
     BatchSize,
@@ -39,8 +39,8 @@ from secateur.arguments import (
     Tasks,
     WindowCount,
 )
+from secateur.commands.terminal import command, console, display, print_json, progress, split
 from secateur.errors import Interrupted, RankLost, SecateurError, in_one_line, printable
-from secateur.terminal import command, console, display, print_json, progress, split
 
 app = typer.Typer(
     name="secateur",
@@ -94,7 +94,7 @@ def prune(
 ) -> None:
     """Prune a model; write a checkpoint that every loader reads, and what was done to it."""
     import secateur
-    from secateur.tables import summary
+    from secateur.commands.tables import summary
 
     with display(quiet) as shows:
         report = secateur.prune(
@@ -236,7 +236,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint really holds: sparsity, N:M patterns, -0.0 and NaN, site by site."""
     import secateur
-    from secateur.tables import inspection_summary, inspection_table
+    from secateur.commands.tables import inspection_summary, inspection_table
 
     progress(quiet=True)
     found = secateur.inspect(model, trust_remote_code=trust_remote_code)

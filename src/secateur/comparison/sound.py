@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from secateur.comparison.results import Results, Row
 from secateur.errors import BadResults
-from secateur.results import Results, Row
 
 KINDS = ("dense", "unstructured", "semi-structured", "structured")
 MOST_LOSS = 700.0

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 
 from secateur.checkpoint import file_sha256
+from secateur.comparison.results import Row
+from secateur.comparison.store import file_name, write_whole
 from secateur.data import load_tokenizer
 from secateur.files import fits, read_json
 from secateur.harness import Answers
 from secateur.items import find_items
 from secateur.model import load
 from secateur.progress import Progress
-from secateur.results import Row
-from secateur.store import file_name, write_whole
 from secateur.tasks import answer_tasks, check_tasks, summarise
 
 FOLDER = "tasks"

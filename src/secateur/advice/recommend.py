@@ -14,17 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from secateur.advice.goals import GOALS, KINDS, Choice, shown, title
+from secateur.advice.hardware import ACCELERATED, find_hardware, is_measured
+from secateur.advice.measure import measuring, tasks_of
+from secateur.advice.measured import increase, timed_runtimes
+from secateur.advice.priors import STRUCTURED, known_of, known_of_hardware, priors
+from secateur.comparison.results import Results, Row, read_results
+from secateur.comparison.sound import check
+from secateur.comparison.tolerance import find_tolerance
 from secateur.errors import UnknownName
-from secateur.goals import GOALS, KINDS, Choice, shown, title
-from secateur.hardware import ACCELERATED, find_hardware, is_measured
-from secateur.measure import measuring, tasks_of
-from secateur.measured import increase, timed_runtimes
-from secateur.priors import STRUCTURED, known_of, known_of_hardware, priors
-from secateur.results import Results, Row, read_results
 from secateur.rules import RULES
 from secateur.runtimes import RUNTIMES
-from secateur.sound import check
-from secateur.tolerance import find_tolerance
 
 DEFAULT_INCREASE = 0.05
 """Of the dense perplexity, for every goal but quality, which has the least anyway."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from secateur.charts import charts
-from secateur.draw import NotDrawn
-from secateur.results import Results
-from secateur.sheets import FIRST, conditions, sheets
+from secateur.comparison.charts import charts
+from secateur.comparison.draw import NotDrawn
+from secateur.comparison.results import Results
+from secateur.comparison.sheets import FIRST, conditions, sheets
 
 
 def page(results: Results) -> str:
     """The page. What comes from a checkpoint is escaped by the template; the pictures escape it themselves."""
     environment = Environment(
-        loader=PackageLoader("secateur", "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
+        loader=PackageLoader("secateur.comparison", "templates"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     first, *others = sheets(results)
     try:

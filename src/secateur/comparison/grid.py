@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from secateur.comparison.results import row_name
 from secateur.data import Windows
 from secateur.decide import check_method
 from secateur.errors import BadPattern, SecateurError, UnknownName
 from secateur.methods import find_method
 from secateur.patterns import parse
 from secateur.plan import ALLOCATIONS, check_allocation
-from secateur.results import row_name
 from secateur.structures import Structure
 
 RANGE = re.compile(r"(\d+)%\.\.(\d+)%(?:/(\d+)%)?((?: of [a-z]+)?)")

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from secateur.advice.hardware import is_measured
+from secateur.comparison.results import Results, Row
 from secateur.evaluate import perplexity_difference
-from secateur.hardware import is_measured
-from secateur.results import Results, Row
 
 Triple = tuple[float, float, float]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from secateur.hardware import find_hardware
+from secateur.advice.hardware import find_hardware
 from secateur.rules import LINEAR, RULES, Matrix
 
 LABEL = "prior, not measured: "

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from secateur.hardware import place
-from secateur.measured import Speed, conditions, increase, speeds, told_apart
-from secateur.priors import SEMI, STRUCTURED, UNSTRUCTURED, uses_zeros
-from secateur.results import Results, Row
+from secateur.advice.hardware import place
+from secateur.advice.measured import Speed, conditions, increase, speeds, told_apart
+from secateur.advice.priors import SEMI, STRUCTURED, UNSTRUCTURED, uses_zeros
+from secateur.comparison.results import Results, Row
 
 SAME_SIZE = 0.01
 """Sizes that differ by less are the same: what is kept of two prunings packs to within a thousandth."""

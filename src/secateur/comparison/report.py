@@ -11,10 +11,10 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from secateur.page import page
-from secateur.results import Results
-from secateur.sheets import FIRST, NARROW, SPEED, TASKS, Sheet, conditions, sheets
-from secateur.store import write_whole
+from secateur.comparison.page import page
+from secateur.comparison.results import Results
+from secateur.comparison.sheets import FIRST, NARROW, SPEED, TASKS, Sheet, conditions, sheets
+from secateur.comparison.store import write_whole
 
 WIDE_CHARACTERS = 150
 WHOLE = ("pattern", "kind", "rank", "runtime", "perplexity", "tokens/s")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from secateur.comparison.grid import Cell
+from secateur.comparison.results import Row
+from secateur.comparison.rows import Ground
 from secateur.errors import BadPattern
-from secateur.grid import Cell
 from secateur.patterns import parse, share_of
-from secateur.results import Row
-from secateur.rows import Ground
 
 MOST = 95
 """Percent; a search ends there."""

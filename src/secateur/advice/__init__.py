@@ -1,0 +1,1 @@
+"""Which row to deploy: read `recommend` first. `goals` choose among what was measured, `priors` are the rest."""
