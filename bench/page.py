@@ -30,14 +30,19 @@ def main() -> None:
         patterns=["30%..70%/20%", "2:4", "25% of channels"], samples=[8, 64], seed=[0, 1, 2], windows=128,
         tolerance="5%", bench=["eager", "packed"], command=["python", *sys.argv], progress=show(quiet=False),
     )  # fmt: skip
-    chosen.pictures.mkdir(parents=True, exist_ok=True)
+    pictures(chosen.out / "report.html", chosen.pictures)
+
+
+def pictures(report: Path, folder: Path) -> None:
+    """The upper part of a page, light and dark."""
+    folder.mkdir(parents=True, exist_ok=True)
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
         for theme in ("light", "dark"):
-            page = browser.new_context(color_scheme=theme, viewport={"width": 1200, "height": 800}).new_page()
-            page.goto(f"file://{(chosen.out / 'report.html').resolve()}")
-            page.screenshot(path=chosen.pictures / f"page-{theme}.png", full_page=True)
+            page = browser.new_context(color_scheme=theme, viewport={"width": 1200, "height": 2150}).new_page()
+            page.goto(f"file://{report.resolve()}")
+            page.screenshot(path=folder / f"page-{theme}.png")
         browser.close()
 
 

@@ -35,7 +35,8 @@ LAYERS = [
     ["shrunk", "budget", "footprint"],
     ["shrink"],
     ["decide"],
-    ["comparison.grid"],
+    ["comparison.grid", "recovery.text", "recovery.lora", "recovery.training", "recovery.write"],
+    ["recovery.recover"],
     ["forecast"],
     ["prune"],
     ["comparison.rows"],
@@ -46,7 +47,7 @@ LAYERS = [
     ["commands.cli"],
     ["__main__"],
 ]
-SPLIT = ("comparison", "advice", "commands")
+SPLIT = ("comparison", "advice", "commands", "recovery")
 """Packages whose modules have a layer each; the others are one layer as a whole."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -150,7 +150,7 @@ def calibration_windows(
         raise NotEnoughText(f"Calibration needs at least 1 sample of 2 tokens; found {samples} of {length}.")
     draw = random.Random(seed)
     if source == "c4":
-        ids = _windows_of_documents(tokenizer, _texts("c4", "train", data_dir), samples, length, draw)
+        ids = _windows_of_documents(tokenizer, corpus_texts("c4", "train", data_dir), samples, length, draw)
         return Windows(ids, source, "train", seed, None)
     split = "calibration" if source == "demo" else "train"
     stream = _encoded(tokenizer, source, split, data_dir)
@@ -199,7 +199,7 @@ def _fewer(option: str, most: int) -> str:
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, source: str, split: str, data_dir: Path | None) -> Tensor:
     """A corpus as one stream of token ids, int64."""
-    texts = _texts(source, split, data_dir)
+    texts = corpus_texts(source, split, data_dir)
     if not texts:
         return torch.empty(0, dtype=torch.int64)
     if source == "wikitext2":
@@ -246,7 +246,7 @@ def _windows_of_documents(
     return torch.stack(windows)
 
 
-def _texts(source: str, split: str, data_dir: Path | None) -> Sequence[str]:
+def corpus_texts(source: str, split: str, data_dir: Path | None) -> Sequence[str]:
     """The documents of a corpus, or of files. Raises UnknownName where `source` is neither."""
     if source == "demo":
         return demo.documents(split)

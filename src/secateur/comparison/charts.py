@@ -28,7 +28,7 @@ LOOK = {
     "axis": {
         "labelColor": "currentColor", "titleColor": "currentColor", "gridColor": "var(--line)",
         "domainColor": "var(--line)", "tickColor": "var(--line)", "labelFontSize": 12,
-        "titleFontSize": 12, "titleFontWeight": "normal",
+        "titleFontSize": 12, "titleFontWeight": "normal", "labelOverlap": "greedy",
     },
     "legend": {
         "labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 12, "titleFontSize": 12,
@@ -183,7 +183,11 @@ def _draws(results: Results) -> Plan | None:
 def _layers(results: Results) -> list[Plan | None]:
     """Output error and sparsity of the sites, block by block; sparsity only where it differs between blocks."""
     values = []
+    found = {reach["pattern"] for reach in results.tolerance.get("found", ())}
+    patterns = [row.pattern for row in results.table]
     for row in results.table:
+        if row.pattern in found and patterns.count(row.pattern) == 1:  # what a search ended at, beside nothing
+            continue
         blocks: dict[int, list[tuple[float, float | None]]] = defaultdict(list)
         for site, sparsity, error in row.sites:
             if matched := re.search(r"\.(\d+)\.", site):

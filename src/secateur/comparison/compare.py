@@ -113,6 +113,8 @@ def compare(
     check_passes(passes)
     room, share, local = find_size(memory), find_tolerance(tolerance), Path(data_dir) if data_dir else None
     check_tasks(tasks, local, limit)
+    texts: list[str | None] = [calibration] if calibration is None or isinstance(calibration, str) else [*calibration]
+    wanted = _draws(texts, samples, seed)
     grid = cells(methods, patterns, allocate, skip, align)
     chosen, dtype = find_devices(device)[0], find_dtype(dtype)
     folder = resolve(model)
@@ -125,13 +127,12 @@ def compare(
         if isinstance(structure, Structure):
             refuse_structure(language_model, structure, source.bytes, align, chosen)
     length = seq_len or default_length(language_model)
-    texts: list[str | None] = [calibration] if calibration is None or isinstance(calibration, str) else [*calibration]
     draws = [
         Draw(number, draw_calibration(
             language_model, folder, model, text, samples=count, seq_len=length, seed=start, data_dir=data_dir,
             trust_remote_code=trust_remote_code,
         ), texts.index(text))
-        for number, (text, count, start) in enumerate(_draws(texts, samples, seed))
+        for number, (text, count, start) in enumerate(wanted)
     ]  # fmt: skip
     judged = evaluation_windows(
         load_tokenizer(folder, trust_remote_code=trust_remote_code), default_corpus(model, evaluation, "wikitext2"),

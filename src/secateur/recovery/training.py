@@ -1,0 +1,157 @@
+"""Steps of training: transformers' `Trainer` with masks, a target, checkpoints that are whole, and our own progress."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from secateur.errors import NonFinite
+from secateur.output import sync
+from secateur.progress import Progress
+
+WHOLE = "whole"
+"""The file that says that a checkpoint is on disk with all it has."""
+WARM = 0.05
+"""The share of the steps in which the rate rises."""
+_NAMES = {one.name for one in fields(TrainingArguments)}
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: `steps` of `accumulate` × `batch_size` windows, a checkpoint every `save_every` steps."""
+
+    steps: int
+    batch_size: int
+    accumulate: int
+    rate: float
+    save_every: int
+    seed: int
+    checkpointing: bool = False
+
+    @property
+    def windows(self) -> int:
+        return self.steps * self.batch_size * self.accumulate
+
+
+class _Windows(Dataset[dict[str, Tensor]]):
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+class _Distilling(Trainer):
+    """A Trainer whose loss is the divergence from a dense model's next tokens, where there is one; NaN ends it."""
+
+    dense: nn.Module | None = None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Any:
+        if self.dense is None:
+            return super().compute_loss(model, inputs, *args, **options)
+        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+        with torch.no_grad():
+            wanted = self.dense(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+        log_p, log_q = wanted.float().log_softmax(-1), logits.float().log_softmax(-1)
+        # KL(dense ‖ pruned), nats a token; batches are of one size, so their mean is that of all tokens.
+        loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        return (loss, None) if options.get("return_outputs") else loss
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        loss = super().training_step(*args, **options)
+        if not loss.isfinite():
+            raise NonFinite(
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}. The last checkpoint is kept in "
+                f"{self.args.output_dir}. Try a lower --rate, with --restart or another --out."
+            )
+        return loss
+
+
+class _Watching(TrainerCallback):
+    """Progress, an end that was asked for, and the mark on a checkpoint that is whole."""
+
+    def __init__(self, progress: Progress, stopping: Callable[[], bool], tokens: int) -> None:
+        self.progress, self.stopping, self.tokens = progress, stopping, tokens
+        self.loss, self.started, self.first = "", perf_counter(), None
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.loss = f"loss {logs['loss']:.4f}"
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        self.first = state.global_step - 1 if self.first is None else self.first
+        rate = (state.global_step - self.first) * self.tokens / max(perf_counter() - self.started, 1e-9)
+        self.progress.advance(f"{self.loss} {rate:,.0f} tokens/s".strip(), state.global_step, state.max_steps)
+        if self.stopping() and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for file in folder.rglob("*"):
+            if file.is_file():
+                sync(file)
+        (folder / WHOLE).touch()
+        sync(folder)
+
+
+def train(
+    model: Any,
+    ids: Tensor,
+    schedule: Schedule,
+    folder: Path,
+    *,
+    dense: nn.Module | None,
+    device: torch.device,
+    progress: Progress,
+    stopping: Callable[[], bool],
+) -> list[tuple[int, float]]:
+    """Train `model` in place on windows `[windows, length]`; the loss by step, to where it got.
+
+    AdamW without decay, warm for the first steps, then down to zero as a cosine; gradients are cut at norm 1. What was
+    trained before in `folder` is taken up. With `dense`, the loss is KL(dense ‖ model). Raises NonFinite.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch_size,
+        gradient_accumulation_steps=schedule.accumulate, learning_rate=schedule.rate, weight_decay=0.0,
+        lr_scheduler_type="cosine", warmup_steps=max(1, int(WARM * schedule.steps)), max_grad_norm=1.0,
+        save_strategy="steps", save_steps=schedule.save_every, save_total_limit=2, logging_steps=1,
+        logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, seed=schedule.seed, data_seed=schedule.seed,
+        use_cpu=device.type == "cpu", bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
+        **({_CHECKPOINTING: True} if schedule.checkpointing else {}),
+    )  # fmt: skip
+    tokens = schedule.batch_size * schedule.accumulate * ids.shape[1]
+    trainer = _Distilling(
+        model=model, args=arguments, train_dataset=_Windows(ids), callbacks=[_Watching(progress, stopping, tokens)]
+    )
+    trainer.remove_callback(PrinterCallback)
+    if dense is not None:
+        trainer.model_accepts_loss_kwargs = False  # the Trainer divides by the batches of a step then
+        trainer.dense = dense.to(trainer.args.device).eval().requires_grad_(False)
+    trainer.train(resume_from_checkpoint=last_whole(folder))
+    return [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+
+
+def last_whole(folder: Path) -> str | None:
+    """The newest checkpoint in a folder that was written to its end; what was not is removed."""
+    found: list[tuple[int, Path]] = []
+    for place in folder.glob("checkpoint-*"):
+        if (place / WHOLE).is_file():
+            found.append((int(place.name.rpartition("-")[2]), place))
+        else:
+            shutil.rmtree(place)
+    return str(max(found)[1]) if found else None
