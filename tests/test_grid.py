@@ -2,7 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import secateur
 from secateur.comparison.grid import Cell, cells, expand
 from secateur.comparison.results import Results, Row, read_results
 from secateur.comparison.sheets import sheets
-from secateur.comparison.tolerance import reaches
+from secateur.comparison.tolerance import find_tolerance, reaches
 from secateur.errors import BadPattern, BadText, ConditionsDiffer, SecateurError
 
 
@@ -35,7 +37,9 @@ def test_ranges_are_written_out():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("pattern", ["10%..", "80%..10%", "10%..80%/0%", "1:4..2:4", "10..80", "10%..20%..30%"])
+@pytest.mark.parametrize(
+    "pattern", ["10%..", "80%..10%", "10%..80%/0%", "10%..80%/000%", "1:4..2:4", "10..80", "10%..20%..30%"]
+)
 def test_an_odd_range_is_refused(pattern):
     with pytest.raises(BadPattern, match=r"is no range of patterns\. Say '10%\.\.80%'"):
         expand([pattern])
@@ -118,16 +122,20 @@ def test_a_tolerance_is_found_by_bisection(options, tmp_path):
 class Told:
     """A ground where the perplexity of a share is given; the dense model has 10."""
 
-    def __init__(self, perplexity: Callable[[int], float]) -> None:
+    def __init__(self, perplexity: Callable[[int], float], refused: Container[int] = ()) -> None:
+        self.refused = refused
         self.perplexity, self.asked, self.draws, self.store = perplexity, list[str](), [None], self
 
     def dense_row(self) -> Row:
         return self.made("-", 10.0)
 
-    def row(self, cell: Cell, draw: object, *, searching: bool) -> Row:
-        assert searching
-        self.asked.append(cell.pattern)
-        return self.made(cell.pattern, self.perplexity(int(cell.pattern.split("%")[0])))
+    def row(self, cell: Cell, draw: object, *, searching: bool = False) -> Row:
+        percent = int(cell.pattern.split("%")[0])
+        if percent in self.refused:
+            raise BadPattern(f"{percent} cannot be had")
+        if searching:
+            self.asked.append(cell.pattern)
+        return replace(self.made(cell.pattern, self.perplexity(percent)), searched=searching)
 
     def made(self, pattern: str, perplexity: float) -> Row:
         delta = perplexity - 10
@@ -157,10 +165,79 @@ def test_the_end_of_a_tolerance(perplexity, found):
     assert [row.pattern for row in made if not row.searched] == [reach.pattern] * (reach.pattern is not None)
 
 
-@pytest.mark.parametrize("text", ["0%", "100%", "-5%", "five", "nan"])
+def test_a_tolerance_is_read_as_it_is_written():
+    assert find_tolerance("5%") == find_tolerance("0.05") == find_tolerance(0.05) == 0.05
+    assert find_tolerance(None) is None
+
+
+def test_a_tolerance_without_a_share_to_search_is_refused(options, tmp_path):
+    with pytest.raises(BadPattern, match="add a pattern such as '50%'"):
+        secateur.compare(**options | {"patterns": ["2:4"]}, tolerance="5%", out=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["0%", "100%", "-5%", "five", "nan", "5"])
 def test_an_odd_tolerance_is_refused(options, tmp_path, text):
     with pytest.raises(BadPattern, match="A tolerance is a share of the dense perplexity such as '5%'"):
         secateur.compare(**options, tolerance=text, out=tmp_path)
+
+
+def test_percents_that_are_refused_bound_a_search():
+    """As where one step of aligned channels is more than one percent, and the last step leaves nothing."""
+    cell = Cell("wanda", "20% of channels", "uniform")
+    told: Any = Told(lambda share: 10.2, refused=[*range(1, 13), *range(80, 96)])
+    (reach,), _ = reaches(told, [cell], [told.made("20% of channels", 10.2)], 0.1)
+    assert (reach.pattern, reach.beyond, reach.note) == ("79% of channels", "80% of channels", "80 cannot be had")
+    told = Told(lambda share: 12.0, refused=range(1, 13))
+    (reach,), _ = reaches(told, [cell], [told.made("20% of channels", 12.0)], 0.1)
+    assert (reach.pattern, reach.beyond, reach.note) == (None, "13% of channels", "")
+
+
+def test_two_searches_in_one_folder(options, tmp_path):
+    """What one search passed by and another finds has weights again; a table of before keeps its own."""
+    options |= {"methods": ["magnitude"]}
+    before = secateur.compare(**options | {"patterns": ["70%"]}, out=tmp_path).rows[1]
+    known = {row.pattern: row for row in secateur.compare(**options, tolerance=1e-4, out=tmp_path).rows}
+    passed = [row for row in known.values() if row.searched]
+    assert passed
+    for share in (0.001, 0.01, 0.1):
+        results = secateur.compare(**options, tolerance=share, out=tmp_path)
+        (reach,) = results.tolerance["found"]
+        (row,) = [row for row in results.table if row.pattern == reach["pattern"]]
+        assert (tmp_path / str(row.checkpoint) / "config.json").is_file()
+    assert (tmp_path / str(before.checkpoint) / "config.json").is_file()
+
+
+def test_a_run_that_dies_while_it_deletes_goes_on(options, tmp_path, monkeypatch):
+    options |= {"methods": ["wanda"], "seed": [0, 1]}
+    real = shutil.rmtree
+
+    def dies(place, *args, **more):
+        if str(place).endswith(".forgotten") and Path(place).exists():
+            raise KeyboardInterrupt
+        real(place, *args, **more)
+
+    monkeypatch.setattr("secateur.comparison.rows.shutil.rmtree", dies)
+    with pytest.raises(KeyboardInterrupt):
+        secateur.compare(**options, out=tmp_path)
+    monkeypatch.undo()
+    results = secateur.compare(**options, out=tmp_path)
+    assert [row.calibration for row in results.rows] == [None, 0, 1]
+
+
+def test_too_few_zeros_to_pack_leave_an_int8_row_out(options, tmp_path):
+    options |= {"methods": ["magnitude"], "patterns": ["10%", "50%"], "values": ["as stored", "int8"]}
+    results = secateur.compare(**options, out=tmp_path)
+    assert [row.name for row in results.rows[1:]] == ["magnitude 10%", "magnitude 50%", "magnitude 50% int8"]
+    assert "nothing to pack" in results.not_timed["magnitude 10% int8"]
+    assert "left out: magnitude 10% int8" in (tmp_path / "report.md").read_text()
+
+
+def test_passes_are_those_of_the_rows_that_are_there(options, tmp_path, monkeypatch):
+    """What memory is free must not decide whether a comparison can go on."""
+    options |= {"methods": ["wanda"]}
+    secateur.compare(**options | {"passes": "two"}, out=tmp_path)
+    results = secateur.compare(**options | {"patterns": ["50%", "60%"]}, out=tmp_path)
+    assert results.options["passes"] == "two"
 
 
 def test_rows_answer_tasks_like_evaluate(shared_data, tmp_path):
@@ -192,6 +269,10 @@ def test_rows_answer_tasks_like_evaluate(shared_data, tmp_path):
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "tasks").iterdir()} == kept
     fewer = secateur.compare(model, **{**options, "limit": 10}, out=tmp_path)
     assert fewer.rows[1].tasks["rte"]["items"] == 10
+    shutil.rmtree(tmp_path / "rows")  # as one is told to, to go on under other conditions
+    others = {**options, "samples": 2, "methods": ["wanda"]}
+    fresh = secateur.compare(model, **others, out=tmp_path / "fresh").rows[1].tasks
+    assert secateur.compare(model, **others, out=tmp_path).rows[1].tasks == fresh
     with pytest.raises(BadText, match="hellaswag"):
         secateur.compare(model, **{**options, "tasks": ["hellaswag"]}, out=tmp_path)
 

@@ -76,7 +76,7 @@ def everything() -> Results:
     ]  # fmt: skip
     rank([row for row in rows if not row.searched])
     found = {"method": "wanda", "allocation": "uniform", "pattern": "20%", "perplexity": 10.1, "certain": True,
-             "beyond": "21%", "most": 10.5}  # fmt: skip
+             "beyond": "21%", "most": 10.5, "note": ""}  # fmt: skip
     return Results(
         SCHEMA, {"name": f"some/{EVIL}", "parameters": 3_000_000, "shards": {}, "config": "0"},
         [text(128, 0), text(16, 0), text(16, 1)], text(WINDOWS, None, "wikitext2"), {"dtype": "torch.float32"},
@@ -117,6 +117,18 @@ def test_the_page_needs_nothing_from_outside_and_nothing_gets_in():
     assert len(held) < 400_000
     for chart in charts(everything()):
         ElementTree.fromstring(chart.svg)
+
+
+def test_what_a_terminal_or_markdown_would_obey_is_shown_as_text():
+    held = everything()
+    held.rows[1].method = "w\x1b]0;owned\x07"
+    held.command = ["secateur", "`\n\n<img src=x onerror=alert(1)>"]
+    assert "\x1b" not in printed(held)
+    assert "\x07" not in printed(held)
+    text = markdown(held)
+    assert "\x1b" not in text
+    assert "\n<img" not in text
+    assert "`" not in text.replace("\\`", "")
 
 
 def test_every_picture_is_drawn_where_there_are_figures_for_it():
@@ -196,9 +208,11 @@ def test_no_table_holds_rows_of_two_draws():
     assert {row.calibration for row in results.table} == {None, 0}
     lines = sheets(results)[0].lines
     assert len(lines) == len(results.table) == 10
-    assert not any(
-        row.name in tie.ties for tie in results.table for row in results.rows if row.calibration and tie is row
-    )
+    wandas = [row for row in results.rows if row.name == "wanda 50%"]
+    assert [row.calibration for row in wandas] == [0, 1, 2]
+    shown = [line["perplexity"][0] for line in lines if (line["method"][0], line["pattern"][0]) == ("wanda", "50%")]
+    assert shown == [f"{wandas[0].perplexity:.2f}"]
+    assert [row.rank for row in wandas] == ["2-3 tie", "", ""]
 
 
 # Mistake 3: no calibration size.

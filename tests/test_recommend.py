@@ -39,7 +39,7 @@ EAGER = [timed("eager", 1.0, 0.0)]
 
 def accuracy(low: float, high: float) -> dict[str, dict[str, Any]]:
     """What a row has of tasks: 60 % on seven of them, 2 points below the dense model, and an interval."""
-    return {"mean": {"tasks": 7, "accuracy": 0.6, "delta": -0.02, "delta_interval": [low, high]}}
+    return {"mean": {"tasks": 7, "accuracy": 0.6, "stderr": 0.01, "delta": -0.02, "delta_interval": [low, high]}}
 
 
 def on(base, *entries):

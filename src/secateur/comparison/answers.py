@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import fields
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -57,7 +58,10 @@ def answer_rows(
         model = None
         for name in names:
             items = None if data_dir is None else file_sha256(find_items(name, data_dir))
-            conditions = {"limit": limit, "batch_size": batch_size, "items": items, "lm_eval": version("lm_eval")}
+            conditions = {
+                "limit": limit, "batch_size": batch_size, "items": items, "lm_eval": version("lm_eval"),
+                "loss": sha256(json.dumps(row.loss).encode()).hexdigest(),  # what tells these weights from others
+            }  # fmt: skip
             file = out / FOLDER / f"{file_name(row.name)}-{name}.json"
             held = _kept(file, conditions)
             if held is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -161,7 +162,8 @@ def _draws(results: Results) -> Plan | None:
     drawn = {row.name for row in results.rows if row.calibration}
     values = [
         {"x": draw["samples"], "y": row.perplexity, "method": method(row), "pattern": row.pattern,
-         "words": f"{method(row)} {row.pattern}, {draw['samples']} samples, seed {draw['seed']}: "
+         "text": Path(draw["source"]).name,
+         "words": f"{method(row)} {row.pattern}, {draw['samples']} samples of {draw['source']}, seed {draw['seed']}: "
                   f"{number(row.perplexity)}"}
         for row in results.rows
         if row.name in drawn and row.calibration is not None and not row.searched and row.values == "as stored"
@@ -171,8 +173,11 @@ def _draws(results: Results) -> Plan | None:
         return None
     place = {"x": _axis("x", "samples of calibration text", log=True), "y": _axis("y", "perplexity", log=True)}
     colour = {"color": _colour("method", _methods(results))}
+    text = {"field": "text", "type": "nominal", "title": None}
+    several = len({value["text"] for value in values}) > 1
+    dashes = {"strokeDash": {**text, **({} if several else {"legend": None})}}  # a line for each text
     layers = [
-        {"mark": {"type": "line"}, "encoding": {**place, "y": {**place["y"], "aggregate": "mean"}, **colour}},
+        {"mark": {"type": "line"}, "encoding": {**place, "y": {**place["y"], "aggregate": "mean"}, **colour, **dashes}},
         {"mark": {"type": "point", "filled": True, "size": 50, "opacity": 1},
          "encoding": {**place, **colour, "description": {"field": "words"}}},
     ]  # fmt: skip
@@ -190,7 +195,7 @@ def _layers(results: Results) -> list[Plan | None]:
             continue
         blocks: dict[int, list[tuple[float, float | None]]] = defaultdict(list)
         for site, sparsity, error in row.sites:
-            if matched := re.search(r"\.(\d+)\.", site):
+            if matched := re.search(r"\.(\d{1,9})\.", site):
                 blocks[int(matched[1])].append((sparsity, error))
         for block, found in blocks.items():
             errors = [error for _, error in found if error is not None]

@@ -26,10 +26,10 @@ from secateur.comparison.report import write_report
 from secateur.comparison.results import SCHEMA, Results
 from secateur.comparison.rows import Ground
 from secateur.comparison.store import RowStore, write_whole
-from secateur.comparison.tolerance import find_tolerance, reaches
+from secateur.comparison.tolerance import check_searched, find_tolerance, reaches
 from secateur.data import Windows, evaluation_windows, load_tokenizer
 from secateur.decide import way_through
-from secateur.errors import BadPattern, OutputRefused, UnknownName
+from secateur.errors import BadPattern, OutputRefused, UnknownName, UnsupportedModel
 from secateur.evaluate import Forward
 from secateur.footprint import check_passes
 from secateur.formats.packed import VALUES
@@ -116,6 +116,8 @@ def compare(
     texts: list[str | None] = [calibration] if calibration is None or isinstance(calibration, str) else [*calibration]
     wanted = _draws(texts, samples, seed)
     grid = cells(methods, patterns, allocate, skip, align)
+    if share is not None:
+        check_searched(grid)
     chosen, dtype = find_devices(device)[0], find_dtype(dtype)
     folder = resolve(model)
     source = open_checkpoint(folder)
@@ -141,7 +143,8 @@ def compare(
     check_windows(language_model, judged, batch_size)
     calibrating = calibration_dtype(dtype, chosen, language_model.model.dtype)
     passes = _passes(
-        passes, language_model, draws[0].windows, grid, limit=room, dtype=calibrating, device=chosen,
+        passes, RowStore(out / "rows", {}, []).recorded("passes"), language_model, draws[0].windows, grid,
+        limit=room, dtype=calibrating, device=chosen,
         devices=len(find_devices(device)), batch_size=batch_size,
     )  # fmt: skip
     results = Results(
@@ -180,7 +183,10 @@ def compare(
             row = ground.row(cell, draws[0])
             results.rows.append(row)
             if "int8" in values and not cell.structured:
-                results.rows.append(ground.rounded(row))
+                try:
+                    results.rows.append(ground.rounded(row))
+                except UnsupportedModel as error:  # too few zeros to pack
+                    results.not_timed[cell.name("int8")] = str(error)
             results.rows += [ground.row(cell, draw) for draw in draws[1:] if cell.calibrated]
         if share is not None:
             found, made = reaches(ground, grid, results.table, share)
@@ -196,7 +202,7 @@ def compare(
             trust_remote_code=trust_remote_code, progress=progress,
         )  # fmt: skip
     if bench:
-        results.not_timed = time_rows(results.table, folder, out, bench, bench_dtype, progress)
+        results.not_timed |= time_rows(results.table, folder, out, bench, bench_dtype, progress)
     write_whole(out / "results.json", results.json())
     write_report(results, out)
     progress.end()
@@ -215,11 +221,18 @@ def _draws(
 
 
 def _passes(
-    passes: str, language_model: LanguageModel, calibrated: Windows, grid: Sequence[Cell], **options: Any
+    passes: str,
+    kept: str | None,
+    language_model: LanguageModel,
+    calibrated: Windows,
+    grid: Sequence[Cell],
+    **options: Any,
 ) -> str:
     """How often blocks run, the same for all rows: once where that fits for each."""
     if passes != "auto":
         return passes
+    if kept is not None:  # what is free changes from run to run, and rows that are there must go on as they are
+        return kept
     ways = (
         way_through(
             language_model, calibrated.ids.shape, find_method(method), method, site_shapes(language_model),

@@ -68,7 +68,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
             found.append(pattern)
             continue
         matched = RANGE.fullmatch(pattern.strip())
-        if not matched or int(matched[1]) >= int(matched[2]) or matched[3] in ("0", "00"):
+        if not matched or int(matched[1]) >= int(matched[2]) or int(matched[3] or 1) == 0:
             raise BadPattern(
                 f"{pattern!r} is no range of patterns. Say '10%..80%', '30%..60%/5%', or '10%..40% of channels'."
             )
@@ -85,8 +85,8 @@ def cells(
     Raises UnknownName or BadPattern for a method that goes with none of the patterns, or a pattern with none of the
     methods; and whatever `check_method` raises for the options.
     """
-    if not methods or not patterns:
-        raise BadPattern("A comparison wants at least one method and one pattern.")
+    if not methods or not patterns or not allocate:
+        raise BadPattern("A comparison wants at least one method and one pattern, and a rule of allocation.")
     found: list[Cell] = []
     refused: dict[str, SecateurError] = {}
     patterns = expand(patterns)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,13 +31,17 @@ def report(results: Sequence[str | Path], *, out: str | Path) -> Results:
     files = [Path(name) for name in results]
     found = [read_results(file) for file in files]
     for file, one in zip(files, found, strict=True):
-        check(one)
+        check(one, str(file))
         if len(found) > 1 and (bare := [row.name for row in one.rows if not row.loss]):
             raise BadResults(f"{file} has no loss of {bare[0]!r}, so it cannot be ranked anew. Run it again.")
+    out = Path(out)
+    for file, one in zip(files, found, strict=True):
+        folder = file if file.is_dir() else file.parent
+        for row in one.rows:
+            row.checkpoint = row.checkpoint and os.path.relpath(folder / row.checkpoint, out)
     joined = found[0]
     for file, other in zip(files[1:], found[1:], strict=True):
         joined = join(joined, other, str(files[0]), str(file))
-    out = Path(out)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "results.json", joined.json())
@@ -52,6 +57,8 @@ def join(one: Results, other: Results, name: str, other_name: str) -> Results:
     _same("calibration", one.calibrations[0], other.calibrations[0], name, other_name)
     if any(row.latency for row in one.rows) and any(row.latency for row in other.rows):
         _same("machine", one.machine, other.machine, name, other_name)
+    if one.dense.tasks and other.dense.tasks:
+        _same("tasks", ", ".join(sorted(one.dense.tasks)), ", ".join(sorted(other.dense.tasks)), name, other_name)
     for task in one.dense.tasks.keys() & other.dense.tasks.keys() - {"mean"}:
         items, others = (found.dense.tasks[task]["items"] for found in (one, other))
         _same(f"the items of {task}", items, others, name, other_name)

@@ -40,6 +40,8 @@ def time_rows(
         for timing in found.timings:
             rounded = RUNTIMES[timing.runtime].rounded
             alike = [other for other in pruned_rows if (other.values == "int8") == rounded]
+            if timing.model != "dense" and not alike:
+                skipped[f"{row.name} in {timing.runtime}"] = "no row has int8 values; add --values 'as stored,int8'"
             for target in dense_rows if timing.model == "dense" else alike:
                 target.latency.append(_entry(timing, found))
     return skipped

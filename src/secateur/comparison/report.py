@@ -15,6 +15,7 @@ from secateur.comparison.page import page
 from secateur.comparison.results import Results
 from secateur.comparison.sheets import FIRST, NARROW, SPEED, TASKS, Sheet, conditions, sheets
 from secateur.comparison.store import write_whole
+from secateur.errors import printable
 
 WIDE_CHARACTERS = 150
 WHOLE = ("pattern", "kind", "rank", "runtime", "perplexity", "tokens/s")
@@ -40,7 +41,11 @@ def table(results: Results, characters: int) -> Group:
 
 def _table(sheet: Sheet, columns: Sequence[str]) -> Table:
     shown = Table(
-        title=escape(sheet.title), caption=escape(sheet.caption), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+        title=escape(printable(sheet.title)),
+        caption=escape(printable(sheet.caption)),
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for column in columns:
         left = column in (*FIRST, "text")
@@ -48,7 +53,7 @@ def _table(sheet: Sheet, columns: Sequence[str]) -> Table:
     for before, group, line in zip([0, *sheet.groups], sheet.groups, sheet.lines, strict=False):
         if before != group:
             shown.add_section()
-        shown.add_row(*(escape(line[column][0]) for column in columns))
+        shown.add_row(*(escape(printable(line[column][0])) for column in columns))
     return shown
 
 
@@ -67,7 +72,7 @@ def markdown(results: Results) -> str:
             "",
         ]
     lines += ["## Conditions", ""]
-    lines += [f"* {what}: {f'`{how}`' if what == 'command' else _escape(how)}" for what, how in conditions(results)]
+    lines += [f"* {what}: {_escape(how)}" for what, how in conditions(results)]
     return "\n".join(lines) + "\n"
 
 
@@ -79,4 +84,4 @@ def write_report(results: Results, out: Path) -> None:
 
 def _escape(text: str) -> str:
     """Text from outside as Markdown shows it literally."""
-    return "".join(f"\\{c}" if c in "\\`*_{}[]<>|" else c for c in text.replace("\n", " "))
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>|" else c for c in printable(text))

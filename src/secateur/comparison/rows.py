@@ -66,12 +66,16 @@ class Ground:
     def row(self, cell: Cell, draw: Draw, *, searching: bool = False) -> Row:
         """A pruned row, made or taken from the store; the checkpoint stays for the first draw alone.
 
-        A row that a search has passed by has none any more: it does for another search, not for the table.
+        A row that a search makes is marked as `searched` until it is known to be the one; a row that it has passed by
+        has no checkpoint any more, and does for another search, but not for the table.
         """
         number = draw.number if cell.calibrated else None
         label = draw.label if number else ""
         kept = self.store.get(cell.name(), number, label)
-        if kept and (searching or not kept.searched):
+        if kept and (searching or number or kept.checkpoint):
+            if kept.searched and not searching:
+                kept.searched = False
+                self.store.put(kept, label)
             return kept
         place = self.out / CHECKPOINTS / file_name(cell.name() + label)
         report = prune_checkpoint(
@@ -80,17 +84,22 @@ class Ground:
             **self.pruning,
         )  # fmt: skip
         row = self._judged(report, place)
-        row.calibration, row.checkpoint = number, str(place.relative_to(self.out))
+        row.calibration, row.checkpoint, row.searched = number, str(place.relative_to(self.out)), searching
         if number:
-            self.forget(row)
-        self.store.put(row, label)
+            self.forget(row, label)
+        else:
+            self.store.put(row, label)
         return row
 
-    def forget(self, row: Row) -> None:
-        """Delete the checkpoint of a row; its figures stay."""
-        if row.checkpoint:
-            shutil.rmtree(self.out / row.checkpoint)
-            row.checkpoint = None
+    def forget(self, row: Row, label: str = "") -> None:
+        """Delete the checkpoint of a row; its figures stay, and say first that there is none."""
+        place, row.checkpoint = row.checkpoint, None
+        self.store.put(row, label)
+        if place:
+            aside = self.out / CHECKPOINTS / f".{Path(place).name}.forgotten"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.out / place).rename(aside)
+            shutil.rmtree(aside)
 
     def _judged(self, report: Report, place: Path) -> Row:
         self.progress.begin(f"evaluating {report.method} {report.pattern}")

@@ -188,12 +188,12 @@ def reaches(results: Results) -> Sheet:
             "up to": _missing(pattern is None) or (pattern, (share_of(pattern) or (0.0,))[0]),
             "perplexity": _missing(perplexity is None) or (number(perplexity), perplexity),
             "interval within": _same("yes" if reach["certain"] else "no"),
-            "too much": _same(reach["beyond"] or "-"),
+            "too much": _same((reach["beyond"] or "-") + (", refused" if reach["note"] else "")),
         })  # fmt: skip
     most = next((reach["most"] for reach in results.tolerance.get("found", ())), 0.0)
     caption = (
-        f"The largest whole percent whose perplexity is at most {number(most)}, found by bisection; whether the upper "
-        "end of its 95 % interval is within as well; and the percent that is too much."
+        f"The largest whole percent before the first whose perplexity is above {number(most)}, found by bisection; "
+        "whether the upper end of its 95 % interval is within as well; and the percent that is too much."
     )
     return Sheet(
         f"How far each method goes at {100 * share:.3g} % more perplexity",
@@ -214,6 +214,7 @@ def conditions(results: Results) -> list[tuple[str, str]]:
         ("machine", ", ".join(f"{key} {value}" for key, value in results.machine.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in results.versions.items())),
         ("command", " ".join(results.command)),
+        *(("left out", f"{what}: {why}") for what, why in results.not_timed.items()),
     ]  # fmt: skip
 
 

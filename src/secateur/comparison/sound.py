@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import re
 from typing import Any
 
 from secateur.comparison.results import Results, Row
 from secateur.errors import BadResults
+from secateur.files import fits
 
 KINDS = ("dense", "unstructured", "semi-structured", "structured")
 MOST_LOSS = 700.0
@@ -14,11 +15,11 @@ MOST_LOSS = 700.0
 MACHINE = {"processor": str, "system": str, "threads": int, "accelerators": list}
 TEXT = {"source": str, "split": str, "samples": int, "length": int, "sha256": str}
 ENTRY = {"runtime": str, "dtype": str, "against": str, "batch": int, "prompt": int, "weight_bytes": int}
-REACH = {"method": str, "allocation": str, "most": float, "certain": bool}
+REACH = {"method": str, "allocation": str, "most": float, "certain": bool, "note": str}
 
 
-def check(results: Results) -> None:
-    """Raise BadResults unless what is read of a comparison beyond its schema is there, each of its type."""
+def check(results: Results, name: str = "The comparison") -> None:
+    """Raise BadResults unless all that is read beyond the schema is there and of its type; `name` is what it is of."""
     try:
         _has(results.machine, MACHINE, "its machine")
         if not all(isinstance(name, str) for name in results.machine["accelerators"]):
@@ -36,10 +37,12 @@ def check(results: Results) -> None:
                 raise ValueError(f"{row.name} has {len(row.loss)} losses of {results.evaluation['samples']} windows")
         _tolerance(results.tolerance)
     except ValueError as error:
-        raise BadResults(f"The comparison cannot be used: {error}. Run it again.") from error
+        raise BadResults(f"{name} cannot be used: {error}. Run the comparison again.") from error
 
 
 def _row(row: Row) -> None:
+    if not re.fullmatch(r"|\d{1,6}|\d{1,6}-\d{1,6} tie", row.rank):
+        raise ValueError(f"{row.name} has rank {row.rank!r}")
     if row.kind not in KINDS:
         raise ValueError(f"{row.name} has kind {row.kind!r}; {', '.join(KINDS)} are known")
     if not row.perplexity > 0 or not row.delta_interval[0] <= row.delta_interval[1]:
@@ -51,8 +54,10 @@ def _row(row: Row) -> None:
     if row.tasks and "mean" not in row.tasks:
         raise ValueError(f"{row.name} has tasks without a mean")
     for task, found in row.tasks.items():
-        numbers = [found.get("accuracy"), *([] if found.get("stderr") is None else [found["stderr"]])]
-        numbers += [] if found.get("delta") is None else [found["delta"], *_pair(found)]
+        if lacking := {"accuracy", "stderr", "delta", "delta_interval"} - found.keys():
+            raise ValueError(f"{row.name} has no {min(lacking)} on {task}")
+        numbers = [found["accuracy"], *([] if found["stderr"] is None else [found["stderr"]])]
+        numbers += [] if found["delta"] is None else [found["delta"], *_pair(found)]
         if not all(map(_number, numbers)) or type(found.get("items" if task != "mean" else "tasks")) is not int:
             raise ValueError(f"{row.name} has no accuracy on {task} with a difference and its interval")
 
@@ -106,4 +111,4 @@ def _has(held: dict[str, Any], wanted: dict[str, type], what: str) -> None:
 
 
 def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return fits(value, float)

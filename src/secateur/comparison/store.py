@@ -38,6 +38,10 @@ class RowStore:
         self.conditions: dict[str, Any] = json.loads(json.dumps(conditions))
         self.draws: list[dict[str, Any]] = json.loads(json.dumps(draws))
 
+    def recorded(self, condition: str) -> Any:
+        """What the rows here were measured with, where there are any; None otherwise."""
+        return next((self._read(file).conditions.get(condition) for file in sorted(self.folder.glob("*.json"))), None)
+
     def check(self) -> None:
         """Raise ConditionsDiffer where a row here was measured under other conditions, naming the difference."""
         for file in sorted(self.folder.glob("*.json")):
@@ -56,7 +60,7 @@ class RowStore:
         if held.row.name != name or len(held.row.loss) != self.conditions["evaluation"]["samples"]:
             raise ConditionsDiffer(f"{file} is no row {name!r} over the windows at hand. Delete it and run again.")
         self._same(file, "calibration", held.calibration, None if draw is None else self.draws[draw])
-        if held.row.checkpoint and not (self.folder.parent / held.row.checkpoint).is_dir():
+        if held.row.checkpoint and not (self.folder.parent / held.row.checkpoint / "config.json").is_file():
             return None
         held.row.calibration = draw
         return held.row
@@ -74,7 +78,7 @@ class RowStore:
         if found != wanted:
             raise ConditionsDiffer(
                 f"{file} was measured with {what} {found}, now it is {wanted}. Rows of different conditions do not go "
-                "into one table: choose another --out, or delete that folder."
+                "into one table: choose another --out, or delete all of that one."
             )
 
     def _read(self, file: Path) -> _Held:

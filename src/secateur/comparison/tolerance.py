@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from secateur.comparison.grid import Cell
 from secateur.comparison.results import Row
 from secateur.comparison.rows import Ground
-from secateur.errors import BadPattern
+from secateur.errors import BadPattern, BadPlan
 from secateur.patterns import parse, share_of
 
 MOST = 95
@@ -22,7 +22,7 @@ def find_tolerance(text: str | float | None) -> float | None:
     if text is None:
         return None
     try:
-        share = float(text.strip().removesuffix("%")) / 100 if isinstance(text, str) else float(text)
+        share = float(str(text).strip().removesuffix("%")) / (100 if str(text).strip().endswith("%") else 1)
     except ValueError:
         share = -1.0
     if not 0 < share < 1:
@@ -30,13 +30,19 @@ def find_tolerance(text: str | float | None) -> float | None:
     return share
 
 
+def check_searched(cells: Sequence[Cell]) -> None:
+    """Raise BadPattern where no pattern of a grid is a share that can be searched for a tolerance."""
+    if not any((share := share_of(cell.pattern)) and share[1] in SEARCHED for cell in cells):
+        raise BadPattern("A tolerance is searched over shares of weights or channels; add a pattern such as '50%'.")
+
+
 @dataclass(frozen=True)
 class Reach:
     """How far a method goes in a family of patterns.
 
-    `pattern` is the largest whole percent whose perplexity is at most `most`, taken by the mean; None where 1 % is too
-    much already. `certain`: whether the upper end of its 95 % interval is within as well. `beyond` is the next percent,
-    which is too much; None where the search ended at `MOST`.
+    `pattern` is the largest whole percent before the first whose perplexity is above `most`, taken by the estimate;
+    None where the least that can go is too much. `certain`: whether the upper end of its 95 % interval is within too.
+    `beyond` is that first percent; None where the search ended at `MOST`. `note`: why `beyond` cannot be had at all.
     """
 
     method: str
@@ -46,6 +52,7 @@ class Reach:
     certain: bool
     beyond: str | None
     most: float
+    note: str = ""
 
 
 def reaches(
@@ -64,25 +71,30 @@ def reaches(
         if of not in SEARCHED:
             continue
         known = {percent: row for row in rows if (percent := _percent(row, method, rule, of)) is not None}
-        at_hand = set(known)
-        low, high = _bisect(ground, Cell(method, of, rule), known, most)
+        at_hand, cell = set(known), Cell(method, of, rule)
+        low, high, note = _bisect(ground, cell, known, most)
+        best = max((percent for percent in known if percent <= low), default=None)
         for percent in known.keys() - at_hand:
-            row = known[percent]
-            row.searched = percent != low
-            if row.searched:
-                ground.forget(row)
-            ground.store.put(row)
-            made.append(row)
-        found.append(_reach(Cell(method, of, rule), known.get(low), high, dense, most))
+            if percent == best:
+                known[percent] = ground.row(_at(cell, percent), ground.draws[0])
+            elif known[percent].searched:
+                ground.forget(known[percent])
+            made.append(known[percent] if percent == best else replace(known[percent], searched=True))
+        found.append(_reach(cell, None if best is None else known[best], high, dense, most, note))
     return found, made
 
 
-def _bisect(ground: Ground, cell: Cell, known: dict[int, Row], most: float) -> tuple[int, int]:
-    """The last percent within `most` (0: the dense model) and the next, which is beyond; adds to `known` what it makes.
+def _at(cell: Cell, percent: int) -> Cell:
+    """The member of a family at a percent; the pattern of `cell` is the family's end: "" or " of channels"."""
+    return replace(cell, pattern=str(parse(f"{percent}%{cell.pattern}")))
 
-    The pattern of `cell` is the end of the family's: "" or " of channels".
+
+def _bisect(ground: Ground, cell: Cell, known: dict[int, Row], most: float) -> tuple[int, int, str]:
+    """The last percent within `most` (0: the dense model), the next, which is beyond, and why there is no next.
+
+    Adds to `known` what it makes. A percent that is refused is within below those that can be had, else beyond.
     """
-    low, high = 0, MOST + 1
+    low, high, note = 0, MOST + 1, ""
     for percent in sorted(known):
         if known[percent].perplexity > most:
             high = percent
@@ -90,18 +102,24 @@ def _bisect(ground: Ground, cell: Cell, known: dict[int, Row], most: float) -> t
         low = percent
     while high - low > 1:
         middle = (low + high) // 2
-        at = replace(cell, pattern=str(parse(f"{middle}%{cell.pattern}")))
-        known[middle] = ground.row(at, ground.draws[0], searching=True)
+        try:
+            known[middle] = ground.row(_at(cell, middle), ground.draws[0], searching=True)
+        except (BadPattern, BadPlan) as error:
+            if any(percent > middle for percent in known):
+                low = middle
+            else:
+                high, note = middle, str(error)
+            continue
         low, high = (middle, high) if known[middle].perplexity <= most else (low, middle)
-    return low, high
+    return low, high, note if high not in known else ""
 
 
-def _reach(cell: Cell, best: Row | None, beyond: int, dense: Row, most: float) -> Reach:
-    following = f"{beyond}%{cell.pattern}" if beyond <= MOST else None
+def _reach(cell: Cell, best: Row | None, beyond: int, dense: Row, most: float, note: str) -> Reach:
+    following = f"{beyond}%{cell.pattern}" if beyond != MOST + 1 else None
     if best is None:
-        return Reach(cell.method, cell.rule, None, None, False, following, most)
+        return Reach(cell.method, cell.rule, None, None, False, following, most, note)
     certain = dense.perplexity + best.delta_interval[1] <= most
-    return Reach(cell.method, cell.rule, best.pattern, best.perplexity, certain, following, most)
+    return Reach(cell.method, cell.rule, best.pattern, best.perplexity, certain, following, most, note)
 
 
 def _percent(row: Row, method: str, rule: str, of: str) -> int | None:

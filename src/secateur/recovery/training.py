@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,7 @@ def train(
         logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, seed=schedule.seed, data_seed=schedule.seed,
         use_cpu=device.type == "cpu", bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
-        **({_CHECKPOINTING: True} if schedule.checkpointing else {}),
+        **cast(Any, {_CHECKPOINTING: True} if schedule.checkpointing else {}),
     )  # fmt: skip
     tokens = schedule.batch_size * schedule.accumulate * ids.shape[1]
     trainer = _Distilling(

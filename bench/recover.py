@@ -1,0 +1,73 @@
+"""What a short fine-tune wins back on the demo model, by each way, at one token budget.
+
+    python bench/recover.py --steps 300 --json bench/results/recover.json
+
+The best one-shot method (`best`) prunes the demo model to each pattern; every way then sees the same windows of its training
+text. Perplexity before and after with paired 95 % intervals, CPU-seconds, and the share of the added perplexity that is
+won back. Each recovery resumes where it was, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from time import process_time
+from typing import Any
+
+import secateur
+from secateur.demo import model_folder
+from secateur.machine import machine, versions
+from secateur.progress import show
+from secateur.recovery.recover import recover
+
+RATES = {"lora": 3e-3, "masked": 5e-4, "distill": 1e-3}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--patterns", default="2:4,70%,25% of channels")
+    parser.add_argument("--method", default="best")
+    parser.add_argument("--ways", default="lora,masked,distill")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--windows", type=int, default=128)
+    parser.add_argument("--out", type=Path, default=Path("out/recover"))
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for pattern in chosen.patterns.split(","):
+        place = chosen.out / pattern.replace("%", "pct").replace(":", "of").replace(" ", "-")
+        if not (place / "pruned").exists():
+            secateur.prune(out=place / "pruned", method=chosen.method, pattern=pattern, progress=show(quiet=False))
+        before = judged(place / "pruned", chosen.windows)
+        rows.append({"pattern": pattern, "way": "one-shot", **before})
+        for way in chosen.ways.split(","):
+            if not (place / way).exists():
+                started = process_time()
+                done = recover(
+                    place / "pruned", out=place / way, dense=model_folder(), way=way, steps=chosen.steps,
+                    rate=RATES[way], command=["python", *sys.argv], progress=show(quiet=False),
+                )  # fmt: skip
+                (place / f"{way}.json").write_text(json.dumps({"cpu_seconds": process_time() - started, "seconds":
+                                                               done.seconds, "tokens": done.tokens}))  # fmt: skip
+            after = judged(place / way, chosen.windows)
+            won = 1 - after["delta"] / before["delta"]
+            spent = json.loads((place / f"{way}.json").read_text())
+            rows.append({"pattern": pattern, "way": way, "rate": RATES[way], **after, **spent, "won_back": won})
+            print(json.dumps(rows[-1]), flush=True)
+            if chosen.json:
+                held = {"command": sys.argv, "machine": machine(), "versions": versions(), "steps": chosen.steps}
+                chosen.json.write_text(json.dumps({**held, "rows": rows}, indent=1) + "\n")
+    print(json.dumps({f"{row['pattern']} {row['way']}": row["won_back"] for row in rows if "won_back" in row}))
+
+
+def judged(folder: Path, windows: int) -> dict[str, Any]:
+    """Perplexity of a checkpoint on the demo's evaluation text, beside the dense model's."""
+    found = asdict(secateur.evaluate(folder, dense=model_folder(), evaluation="demo", windows=windows))
+    return {key: found[key] for key in ("perplexity", "dense_perplexity", "delta", "delta_interval", "kl")}
+
+
+if __name__ == "__main__":
+    main()
