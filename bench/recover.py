@@ -2,7 +2,7 @@
 
     python bench/recover.py --steps 300 --json bench/results/recover.json
 
-The best one-shot method (`best`) prunes the demo model to each pattern; every way then sees the same windows of its training
+The best one-shot method (`best`) prunes the demo model to each pattern; all ways see the same windows of its training
 text. Perplexity before and after with paired 95 % intervals, CPU-seconds, and the share of the added perplexity that is
 won back. Each recovery resumes where it was, so an interrupted run goes on.
 """

@@ -46,10 +46,15 @@ class MaskedLora(Linear):
         return torch.func.functional_call(self.get_base_layer(), {"weight": weight}, (x,))
 
 
-def with_adapters(model: PreTrainedModel, names: Sequence[str], rank: int) -> PeftModel:
-    """The model with a masked adapter of that rank on each linear layer that is named; nothing else is trained."""
+def with_adapters(model: PreTrainedModel, names: Sequence[str], rank: int, seed: int) -> PeftModel:
+    """The model with a masked adapter of that rank on each linear layer that is named; nothing else is trained.
+
+    Adapters begin at zero, with one of the two matrices random by `seed`, so that a run that is taken up is the same.
+    """
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(names), bias="none")
     config._register_custom_module({nn.Linear: MaskedLora, Conv1D: MaskedLora})
-    found = get_peft_model(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        found = get_peft_model(model, config)
     assert isinstance(found, PeftModel)
     return found

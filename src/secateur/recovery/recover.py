@@ -56,6 +56,7 @@ WAYS = {
 RATES = {"lora": 1e-3, "masked": 3e-4}
 """Of the ways; the demo model was tried with three each (docs/recovery.md)."""
 PACKAGES = ("peft", "accelerate")
+WORDS = "A model is pruned.\ndef f(x):\n    return x + 1  # Zürich 東京 0123456789"
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def recover(
     reference = None
     if dense is not None:
         reference = load(resolve(dense), trust_remote_code=trust_remote_code)
-        _refuse_stranger(language_model, reference, folder, resolve(dense))
+        _refuse_stranger(language_model, reference, folder, resolve(dense), smaller=record.get("kind") == "structured")
     trained = "lora" if way.startswith("lora") else "masked"
     from secateur.recovery.training import Schedule, train
 
@@ -151,7 +152,7 @@ def recover(
     if trained == "lora":
         from secateur.recovery.lora import with_adapters
 
-        adapted = with_adapters(language_model.model, _linear(language_model), rank)
+        adapted = with_adapters(language_model.model, _linear(language_model), rank, seed)
     else:
         _hold(language_model, kept)
     progress.begin(f"recovering with {way}")
@@ -235,12 +236,15 @@ def _refuse_other_record(source: Checkpoint, language_model: LanguageModel, reco
                 )
 
 
-def _refuse_stranger(model: LanguageModel, dense: LanguageModel, folder: Path, other: Path) -> None:
-    """Raise UnsupportedModel where the dense model has another architecture, vocabulary or tokenizer."""
+def _refuse_stranger(
+    model: LanguageModel, dense: LanguageModel, folder: Path, other: Path, *, smaller: bool
+) -> None:  # fmt: skip
+    """Raise UnsupportedModel where the dense model has another architecture, vocabulary or tokenizer.
+
+    A `smaller` model may be carried by another architecture than the dense one, as Llama by Mistral.
+    """
     one, two = (language_model.model.config.get_text_config() for language_model in (model, dense))
-    if type(model.model).__name__ != type(dense.model).__name__ and model.model.num_parameters() == (
-        dense.model.num_parameters()
-    ):
+    if type(model.model).__name__ != type(dense.model).__name__ and not smaller:
         raise UnsupportedModel(
             f"{folder} is a {type(model.model).__name__}, {other} a {type(dense.model).__name__}. Name the dense model "
             "that was pruned."
@@ -250,13 +254,9 @@ def _refuse_stranger(model: LanguageModel, dense: LanguageModel, folder: Path, o
             f"{folder} has width {one.hidden_size} and {one.vocab_size} tokens, {other} {two.hidden_size} and "
             f"{two.vocab_size}. Name the dense model that was pruned."
         )
-    words = ("A model is pruned.", "def f(x):\n    return x + 1", "Zürich 東京 0123456789")
-    for sentence in words:
-        ours, theirs = (load_tokenizer(place).encode(sentence) for place in (folder, other))
-        if ours != theirs:
-            raise UnsupportedModel(
-                f"{folder} and {other} have different tokenizers. Name the dense model that was pruned."
-            )
+    ours, theirs = load_tokenizer(folder), load_tokenizer(other)
+    if ours.get_vocab() != theirs.get_vocab() or ours.encode(WORDS) != theirs.encode(WORDS):
+        raise UnsupportedModel(f"{folder} and {other} have different tokenizers. Name the dense model that was pruned.")
 
 
 def _is_demo(record: Mapping[str, Any]) -> bool:

@@ -1,0 +1,312 @@
+"""Recovery: what was zero stays zero, what is trained is what is merged, and a run that dies costs nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_model
+from peft import LoraConfig
+from texts import byte_tokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import secateur
+from secateur.checkpoint import open_checkpoint
+from secateur.errors import (
+    BadCheckpoint,
+    ConditionsDiffer,
+    Interrupted,
+    NonFinite,
+    NotEnoughText,
+    SecateurError,
+    UnknownName,
+    UnsupportedModel,
+)
+from secateur.model import load
+from secateur.recovery import recover as program
+from secateur.recovery import training
+from secateur.recovery.lora import MaskedLora
+from secateur.recovery.recover import WAYS, recover
+from secateur.recovery.text import recovery_windows
+from secateur.recovery.write import masks
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of their own
+
+FAMILIES = {"llama": "2:4", "gpt2": "50%", "mixtral": "2:4", "gemma2": "70%"}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """For each family its dense model in NAME and a pruned one in NAME-pruned, and a structured one of the first."""
+    place = tmp_path_factory.mktemp("recover")
+    for family, pattern in FAMILIES.items():
+        tiny_model(family).save_pretrained(place / family)
+        byte_tokenizer().save_pretrained(place / family)
+        for name, wanted in ((f"{family}-pruned", pattern), (f"{family}-smaller", "25% of channels")):
+            if family == "llama" or name.endswith("pruned"):
+                method = "wanda" if name.endswith("pruned") else "energy"
+                secateur.prune(
+                    place / family, out=place / name, method=method, pattern=wanted,
+                    calibration=str(text_file), samples=8, seq_len=32,
+                )  # fmt: skip
+    return place
+
+
+@pytest.fixture
+def options(models: Path, text_file: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "out": tmp_path / "out", "dense": models / "llama", "text": str(text_file), "steps": 6, "seq_len": 32,
+        "batch_size": 2, "save_every": 2, "rate": 5e-3, "command": ["secateur", "recover"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [(family, way) for family in FAMILIES for way in WAYS if family == "llama" or "distill" not in way],
+)
+def test_the_mask_at_the_end_is_the_mask_at_the_beginning(models, options, family, way):
+    source = models / f"{family}-pruned"
+    done = recover(source, **options | {"way": way, "dense": models / family})
+    before, after = masks(load(source)), masks(load(options["out"]))
+    assert before.keys() == after.keys()
+    assert before
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    one, two = open_checkpoint(source), open_checkpoint(options["out"])
+    changed = {name for name in one.places if not torch.equal(one.tensor(name), two.tensor(name))}
+    assert changed
+    if way.startswith("lora"):
+        assert not any("embed" in name or "norm" in name or "wte" in name or "ln_" in name for name in changed)
+    assert len(done.loss) == 6
+    assert done.tokens == 6 * 2 * 32
+    record = json.loads((options["out"] / "pruning.json").read_text())
+    (told,) = record["recovery"]
+    assert (told["way"], told["steps"], told["tokens"], told["seed"]) == (way, 6, 384, 0)
+    assert [tuple(step) for step in told["loss"]] == done.loss
+    assert told["text"]["sha256"]
+    assert record["sites"] == json.loads((source / "pruning.json").read_text())["sites"]
+    found = secateur.inspect(options["out"])
+    assert abs(found.sparsity - record["sparsity"]) < 1e-9
+    AutoModelForCausalLM.from_pretrained(options["out"])
+
+
+def test_a_smaller_model_recovers_as_the_dense_model_that_it_is(models, options):
+    done = recover(models / "llama-smaller", **options | {"way": "distill", "steps": 20, "rate": 5e-4})
+    assert done.loss[-1][1] < done.loss[0][1]
+    before, after = (open_checkpoint(place) for place in (models / "llama-smaller", options["out"]))
+    assert {name: place.shape for name, place in before.places.items()} == {
+        name: place.shape for name, place in after.places.items()
+    }
+
+
+def test_training_brings_the_loss_down_and_a_recovery_can_be_recovered(models, options, tmp_path):
+    first = recover(models / "llama-pruned", **options | {"way": "masked", "steps": 30, "batch_size": 4})
+    assert sum(loss for _, loss in first.loss[-5:]) < sum(loss for _, loss in first.loss[:5])
+    again = options | {"out": tmp_path / "again", "way": "lora", "seed": 1}
+    recover(options["out"], **again)
+    record = json.loads((tmp_path / "again" / "pruning.json").read_text())
+    assert [told["way"] for told in record["recovery"]] == ["masked", "lora"]
+
+
+# One layer against a slow reference.
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_the_masked_product_its_gradient_and_its_merge(kind):
+    torch.manual_seed(0)
+    base: Any = nn.Linear(8, 6) if kind is nn.Linear else Conv1D(6, 8)
+    with torch.no_grad():
+        base.weight[torch.rand_like(base.weight) < 0.5] = 0
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0)
+    layer: Any = MaskedLora(deepcopy(base), "default", config, r=3, lora_alpha=6)
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        up.normal_()
+    a, b = (part.detach().clone().requires_grad_() for part in (down, up))
+    x, target = torch.randn(5, 8), torch.randn(5, 6)
+    matrix = base.weight.detach() if kind is nn.Linear else base.weight.detach().T
+    nothing = torch.zeros(())
+    rows = [  # weight by weight: what is zero gets nothing
+        torch.stack([w + (2.0 * (b[i] * a[:, j]).sum() if w != 0 else nothing) for j, w in enumerate(row)])
+        for i, row in enumerate(matrix)
+    ]
+    merged = torch.stack(rows)
+    wanted = x @ merged.T + base.bias.detach()
+    (wanted - target).square().sum().backward()
+    got = layer(x)
+    (got - target).square().sum().backward()
+    assert torch.allclose(got, wanted, atol=1e-5)
+    assert a.grad is not None
+    assert b.grad is not None
+    assert torch.allclose(down.grad, a.grad, atol=1e-4)
+    assert torch.allclose(up.grad, b.grad, atol=1e-4)
+    layer.merge()
+    weight = layer.get_base_layer().weight
+    assert torch.allclose(weight if kind is nn.Linear else weight.T, merged, atol=1e-6)
+    assert torch.equal(weight == 0, base.weight == 0)
+    assert torch.allclose(layer(x), wanted, atol=1e-5)
+
+
+def test_the_target_is_what_the_dense_model_says_next(models):
+    pruned, dense = (load(models / name).model.float() for name in ("llama-pruned", "llama"))
+    trainer: Any = training._Distilling.__new__(training._Distilling)
+    trainer.dense = dense
+    ids = torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(0))
+    found = trainer.compute_loss(pruned, {"input_ids": ids, "labels": ids})
+    wanted = []
+    for window in ids:
+        p, q = (model(window[None]).logits[0].double().softmax(-1) for model in (dense, pruned))
+        wanted += [(p[t] * (p[t] / q[t]).log()).sum() for t in range(len(window) - 1)]
+    assert found.item() == pytest.approx(torch.stack(wanted).mean().item(), rel=1e-4)
+
+
+# Runs that die.
+
+
+@pytest.mark.parametrize("way", ["lora", "masked"])
+def test_a_run_that_dies_goes_on_to_the_same_loss_curve_and_bytes(models, options, tmp_path, monkeypatch, way):
+    whole = recover(models / "llama-pruned", **options | {"way": way, "out": tmp_path / "whole", "steps": 12})
+    real, count = training._Distilling.training_step, 0
+
+    def dies(self, *args, **more):
+        nonlocal count
+        count += 1
+        if count % 4 == 0:
+            raise KeyboardInterrupt
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(training._Distilling, "training_step", dies)
+    deaths = 0
+    while True:
+        try:
+            done = recover(models / "llama-pruned", **options | {"way": way, "steps": 12})
+            break
+        except KeyboardInterrupt:
+            deaths += 1
+            place = tmp_path / ".out.recovery"
+            half = place / "checkpoint-999"  # as if it had died while it wrote
+            half.mkdir()
+            (half / "model.safetensors").write_bytes(b"half")
+        assert deaths < 20
+    assert deaths >= 3
+    assert done.loss == whole.loss
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
+        options["out"] / "model.safetensors"
+    ).read_bytes()
+    assert not (tmp_path / ".out.recovery").exists()
+
+
+def test_an_end_that_is_asked_for(models, options, monkeypatch):
+    real = program.asked_to_stop
+
+    class Asked:
+        def __enter__(self):
+            return lambda: True
+
+        def __exit__(self, *error):
+            return None
+
+    monkeypatch.setattr(program, "asked_to_stop", lambda words: Asked())
+    with pytest.raises(Interrupted, match=r"Stopped after step 1\. The same command goes on from there\."):
+        recover(models / "llama-pruned", **options)
+    monkeypatch.setattr(program, "asked_to_stop", real)
+    assert len(recover(models / "llama-pruned", **options).loss) == 6
+
+
+def test_another_recovery_in_its_place_is_refused(models, options, monkeypatch):
+    monkeypatch.setattr(training._Distilling, "training_step", lambda *args, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        recover(models / "llama-pruned", **options)
+    monkeypatch.undo()
+    with pytest.raises(ConditionsDiffer, match="has other conditions: rate"):
+        recover(models / "llama-pruned", **options | {"rate": 1e-4})
+    recover(models / "llama-pruned", **options | {"rate": 1e-4, "restart": True})
+
+
+def test_a_loss_that_is_none_keeps_the_last_checkpoint(models, options, tmp_path, monkeypatch):
+    real, count = training._Distilling.compute_loss, 0
+
+    def spoilt(self, *args, **more):
+        nonlocal count
+        count += 1
+        loss = real(self, *args, **more)
+        return loss * float("nan") if count > 4 else loss
+
+    monkeypatch.setattr(training._Distilling, "compute_loss", spoilt)
+    with pytest.raises(NonFinite, match=r"The loss became nan at step 5\. The last checkpoint is kept in"):
+        recover(models / "llama-pruned", **options)
+    assert (tmp_path / ".out.recovery" / "checkpoint-4" / training.WHOLE).is_file()
+    assert not options["out"].exists()
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "words"),
+    [
+        ({"way": "lroa"}, UnknownName, "There is no way to recover 'lroa'. Did you mean 'lora'?"),
+        ({"way": "distill", "dense": None}, UnsupportedModel, "name it with --dense"),
+        ({"steps": 10**5}, NotEnoughText, "Recovery was asked to see 6,400,000 tokens"),
+        ({"seq_len": 4096}, SecateurError, "has a context of"),
+    ],
+)
+def test_bad_options(models, options, changed, kind, words):
+    with pytest.raises(kind, match=words):
+        recover(models / "llama-pruned", **options | changed)
+    assert not options["out"].exists()
+
+
+def test_a_folder_that_is_not_as_it_was_pruned(models, options, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "changed"
+    shutil.copytree(models / "llama-pruned", source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0:4] = 1.0
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadCheckpoint, match=r"model\.layers\.1\.mlp\.up_proj has 49\.\d+% zeros, and .* says 0\.5"):
+        recover(source, **options)
+    (source / "pruning.json").unlink()
+    with pytest.raises(BadCheckpoint, match=r"has no pruning\.json; a folder that 'secateur prune' wrote is wanted"):
+        recover(source, **options)
+    (source / "pruning.json").write_text("[1]")
+    with pytest.raises(BadCheckpoint, match="is no record of a pruning run"):
+        recover(source, **options)
+
+
+def test_a_stranger_is_no_target(models, options, tmp_path):
+    with pytest.raises(UnsupportedModel, match="Name the dense model that was pruned"):
+        recover(models / "llama-pruned", **options | {"dense": models / "gpt2", "way": "distill"})
+    other = tmp_path / "other"
+    shutil.copytree(models / "llama", other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, two = [word for word in vocabulary if word.isalpha()][:2]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UnsupportedModel, match="have different tokenizers"):
+        recover(models / "llama-pruned", **options | {"dense": other, "way": "distill"})
+
+
+# Text.
+
+
+def test_no_window_is_seen_twice_and_none_that_is_to_be_avoided(text_file):
+    tokenizer = byte_tokenizer()
+    every = recovery_windows(tokenizer, str(text_file), count=200, length=128, seed=0).ids
+    assert len(every.unique(dim=0)) == 200
+    assert not torch.equal(every, recovery_windows(tokenizer, str(text_file), count=200, length=128, seed=1).ids)
+    shifted = torch.cat([every[3, 20:], every[4, :20]])[None]  # the same text, cut elsewhere
+    rest = recovery_windows(tokenizer, str(text_file), count=190, length=128, seed=0, avoid=[shifted]).ids
+    seen = {tuple(window.tolist()) for window in rest}
+    assert tuple(every[3].tolist()) not in seen  # 108 consecutive tokens of it
+    assert tuple(every[4].tolist()) in seen  # 20 of it
+    with pytest.raises(NotEnoughText, match="that overlap other text"):
+        recovery_windows(tokenizer, str(text_file), count=10**4, length=128, seed=0, avoid=[shifted])
