@@ -43,7 +43,7 @@ LAYERS = [
     ["comparison.latency", "comparison.ranking", "comparison.tolerance", "comparison.answers"],
     ["comparison.compare", "comparison.join", "advice.recommend"],
     ["__init__"],
-    ["commands.deploy", "commands.advice", "commands.study"],
+    ["commands.deploy", "commands.recover", "commands.advice", "commands.study"],
     ["commands.cli"],
     ["__main__"],
 ]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import secateur
-from secateur.commands import cli, deploy, study
+from secateur.commands import cli, deploy, recover, study
 
 runner = CliRunner()
 
@@ -142,13 +142,13 @@ def test_inspect_reads_an_architecture_that_is_not_known(tiny_llama, tmp_path):
     assert "model.layers.0.mlp.up_proj.weight" in {tensor.name for tensor in found.tensors}
 
 
-@pytest.mark.parametrize("name", ["prune", "plan", "evaluate", "compare", "inspect", "bench", "validate"])
+@pytest.mark.parametrize("name", ["prune", "plan", "evaluate", "compare", "inspect", "bench", "validate", "recover"])
 def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
     function = introspection.signature(getattr(secateur, name)).parameters
-    where = next(module for module in (cli, deploy, study) if hasattr(module, name))
+    where = next(module for module in (recover, study, deploy, cli) if callable(getattr(module, name, None)))
     command = introspection.signature(getattr(where, name)).parameters
     spelled = {"quiet", "as_json", "layers"} | ({"passes", "memory"} if name == "plan" else set())  # of forecast
-    assert command.keys() - spelled == function.keys() - {"command", "progress"}
+    assert command.keys() - spelled == function.keys() - {"command", "progress", "avoid"}
     for option in command.keys() - spelled:
         one, other = command[option].default, function[option].default
         if isinstance(other, tuple):

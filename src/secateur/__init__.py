@@ -16,6 +16,7 @@ from secateur.packing import pack_model
 from secateur.patterns import parse
 from secateur.plan import plan
 from secateur.prune import prune, prune_model
+from secateur.recovery.recover import Recovery, recover
 from secateur.validate import validate
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Method",
     "Pruned",
     "Recommendation",
+    "Recovery",
     "SecateurError",
     "bench",
     "compare",
@@ -38,6 +40,7 @@ __all__ = [
     "prune",
     "prune_model",
     "recommend",
+    "recover",
     "report",
     "scored",
     "validate",

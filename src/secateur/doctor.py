@@ -15,6 +15,7 @@ from secateur.runtimes import RUNTIMES
 
 OPTIONAL = (
     "lm-eval",
+    "peft",
     "triton",
     "onnx",
     "onnxruntime",

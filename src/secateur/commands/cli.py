@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from secateur.commands import advice, deploy, study
+from secateur.commands import advice, deploy, recover, study
 from secateur.commands.arguments import (
     Align,
     AsJson,
@@ -249,6 +249,7 @@ def inspect(
     return None
 
 
+app.command()(recover.recover)
 app.command()(study.compare)
 app.command()(study.report)
 app.command()(deploy.bench)
