@@ -263,6 +263,12 @@ def test_bad_options(models, options, changed, kind, words):
     assert not options["out"].exists()
 
 
+def test_several_processes_are_refused(models, options, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UnsupportedModel, match="Recovery runs in one process"):
+        recover(models / "llama-pruned", **options)
+
+
 def test_a_folder_that_is_not_as_it_was_pruned(models, options, tmp_path):
     from safetensors.torch import load_file, save_file
 

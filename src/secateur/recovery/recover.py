@@ -11,6 +11,7 @@ the dense model that it is.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -194,6 +195,8 @@ def check_way(way: str, dense: str | Path | None) -> None:
         raise UnknownName("way to recover", way, WAYS)
     if way.endswith("distill") and dense is None:
         raise UnsupportedModel(f"{way} aims at what the dense model says; name it with --dense.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UnsupportedModel("Recovery runs in one process; it was started in several. Start it without torchrun.")
     if absent := [name for name in PACKAGES if find_spec(name) is None]:
         raise UnsupportedModel(
             f"Recovery needs the package {' and '.join(absent)}. Install it: pip install 'secateur[recover]'."

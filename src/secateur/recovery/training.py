@@ -134,6 +134,7 @@ def train(
         dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
         **cast(Any, {_CHECKPOINTING: True} if schedule.checkpointing else {}),
     )  # fmt: skip
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several in one process would share a batch out and count it otherwise
     tokens = schedule.batch_size * schedule.accumulate * ids.shape[1]
     trainer = _Distilling(
         model=model, args=arguments, train_dataset=_Windows(ids), callbacks=[_Watching(progress, stopping, tokens)]
