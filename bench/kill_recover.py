@@ -2,7 +2,7 @@
 
     python bench/kill_recover.py --kills 10 --json bench/results/kill-recover.json
 
-`secateur recover` on the demo model, pruned to 2:4, with 300 steps of 2 × 64 tokens and a checkpoint every 3. Each run
+`secateur recover` on the demo model, pruned to 2:4, with 800 steps of 2 × 64 tokens and a checkpoint every 3. Each run
 is killed with SIGKILL after a random time, as long as kills are left; what it leaves is taken up by the next.
 """
 
@@ -26,7 +26,7 @@ from secateur.machine import machine, versions
 def command(place: Path, way: str, out: Path) -> list[str]:
     return [
         sys.executable, "-m", "secateur", "recover", str(place / "pruned"), "--dense", str(model_folder()),
-        "--with", way, "--steps", "300", "--batch-size", "2", "--seq-len", "64", "--save-every", "3",
+        "--with", way, "--steps", "800", "--batch-size", "2", "--seq-len", "64", "--save-every", "3",
         "--out", str(out), "--quiet",
     ]  # fmt: skip
 
@@ -53,7 +53,7 @@ def main() -> None:
                 command(chosen.out, way, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
             )
             try:
-                running.wait(draw.uniform(4.0, 10.0) if deaths < chosen.kills else None)
+                running.wait(draw.uniform(8.0, 16.0) if deaths < chosen.kills else None)
             except subprocess.TimeoutExpired:
                 running.kill()
                 running.wait()
