@@ -11,7 +11,7 @@ SOURCE = Path(secateur.__file__).parent
 LAYERS = [
     ["errors", "machine", "demo", "commands.arguments", "native"],
     ["progress", "files", "gram", "advice.hardware", "comparison.draw"],
-    ["commands.terminal"],
+    ["commands.terminal", "corpora"],
     ["structures", "stats", "experts", "checkpoint", "data", "packed", "journal", "interrupt", "masks", "items"],
     ["patterns", "solve", "sites", "refusals", "watch", "packing", "hidden", "output", "replay"],
     ["kernels", "restack", "harness"],

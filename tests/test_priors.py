@@ -11,7 +11,7 @@ from recommending import MACHINE
 from secateur.advice.goals import GOALS
 from secateur.advice.hardware import ACCELERATED, HARDWARE, is_measured
 from secateur.advice.priors import ALIKE, PRIORS, known_of, uses_zeros
-from secateur.comparison.sound import KINDS
+from secateur.comparison.results import KINDS
 from secateur.rules import RULES
 from secateur.runtimes import RUNTIMES
 

@@ -283,7 +283,7 @@ def test_a_folder_that_is_not_as_it_was_pruned(models, options, tmp_path):
     with pytest.raises(BadCheckpoint, match=r"has no pruning\.json; a folder that 'secateur prune' wrote is wanted"):
         recover(source, **options)
     (source / "pruning.json").write_text("[1]")
-    with pytest.raises(BadCheckpoint, match="is no record of a pruning run"):
+    with pytest.raises(BadCheckpoint, match="holds a list; an object was wanted"):
         recover(source, **options)
 
 

@@ -8,20 +8,20 @@ no odd accuracy: an answer that is none of the choices would silently count as w
 
 from __future__ import annotations
 
-import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.corpora import rows
 from secateur.errors import BadText, in_one_line
 from secateur.files import fits
 
 Row = dict[str, Any]
-OPENERS: dict[str, Callable[..., Any]] = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 WORDS = {str: "a text", int: "a whole number", list[str]: "a list of texts"}
 
 
@@ -103,7 +103,7 @@ PAPERS = tuple(TASKS)[:7]
 def find_items(name: str, folder: Path) -> Path:
     """The file with the items of a task: in a folder, or in its `tasks`. Raises BadText where there is none."""
     for place in (folder, folder / "tasks"):
-        for suffix in (*OPENERS, ".parquet"):
+        for suffix in SUFFIXES:
             if (file := place / f"{name}{suffix}").is_file():
                 return file
     raise BadText(
@@ -116,33 +116,17 @@ def read_items(file: Path, form: Form) -> list[Row]:
     """The rows of a file, with nothing but the columns of the form. Raises BadText."""
     found = []
     try:
-        for number, row in enumerate(_rows(file), 1):
+        for number, row in enumerate(rows(file), 1):
             found.append(_checked(row, form, f"row {number} of {file}"))
     except UnicodeError as error:
         raise BadText(f"{file} is not text in UTF-8 ({in_one_line(error)}). Convert it first.") from error
+    except RecursionError as error:  # of an array, which begins there
+        raise BadText(f"Line 1 of {file} is no JSON: {in_one_line(error)}.") from error
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError) as error:
         raise BadText(f"{file} cannot be read: {in_one_line(error)}.") from error
     if not found:
         raise BadText(f"{file} holds no rows; one for each item was wanted.")
     return found
-
-
-def _rows(file: Path) -> Iterator[Any]:
-    if file.name.endswith(".parquet"):
-        from pyarrow import parquet  # takes long to import
-
-        with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches():
-                yield from batch.to_pylist()
-        return
-    opener = next(opener for suffix, opener in OPENERS.items() if file.name.endswith(suffix))
-    with opener(file, "rt", encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise BadText(f"Line {number} of {file} is no JSON: {in_one_line(error)}.") from error
 
 
 def _checked(row: Any, form: Form, where: str) -> Row:

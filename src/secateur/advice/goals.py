@@ -13,6 +13,7 @@ from secateur.advice.hardware import place
 from secateur.advice.measured import Speed, conditions, increase, speeds, told_apart
 from secateur.advice.priors import SEMI, STRUCTURED, UNSTRUCTURED, uses_zeros
 from secateur.comparison.results import Results, Row
+from secateur.comparison.sheets import number
 
 SAME_SIZE = 0.01
 """Sizes that differ by less are the same: what is kept of two prunings packs to within a thousandth."""
@@ -49,9 +50,9 @@ def shown(row: Row, dense: Row) -> str:
     """The perplexity of a row beside the dense model's."""
     middle, low, high = increase(row, dense)
     if row.kind == "dense":
-        return f"perplexity {_digits(row.perplexity)}"
+        return f"perplexity {number(row.perplexity)}"
     beside = f"{middle:+.1%} [{low:+.1%}, {high:+.1%}]"
-    return f"perplexity {_digits(row.perplexity)}, {beside} over the dense {_digits(dense.perplexity)}"
+    return f"perplexity {number(row.perplexity)}, {beside} over the dense {number(dense.perplexity)}"
 
 
 def quality(results: Results, rows: Sequence[Row], hardware: str | None, runtime: str | None) -> Choice:
@@ -315,9 +316,5 @@ def _bytes(count: int) -> str:
     return f"{count} bytes"
 
 
-def _digits(value: float) -> str:
-    return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
-
-
-def _count(number: int) -> str:
-    return "one row" if number == 1 else f"{number} rows"
+def _count(rows: int) -> str:
+    return "one row" if rows == 1 else f"{rows} rows"

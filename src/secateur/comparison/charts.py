@@ -14,13 +14,12 @@ from typing import Any
 from xml.etree import ElementTree
 
 from secateur.comparison.draw import draw
-from secateur.comparison.results import Results, Row
+from secateur.comparison.results import KINDS, Results, Row
 from secateur.comparison.sheets import fastest, method, number
 from secateur.patterns import share_of
 
 COLOURS = [f"var(--c{number})" for number in range(1, 9)]
 """The first is that of the dense model."""
-KINDS = ("dense", "unstructured", "semi-structured", "structured")
 SHAPES = ("diamond", "circle", "square", "triangle-up")
 SVG = "http://www.w3.org/2000/svg"
 WIDTH, HEIGHT = 440, 280

@@ -12,6 +12,9 @@ from secateur.errors import BadResults
 from secateur.files import fits, read_json
 
 SCHEMA = "secateur.results/3"
+KINDS = ("dense", "unstructured", "semi-structured", "structured")
+MOST_LOSS = 700.0
+"""Nats a token; the perplexity of more is no number."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,7 +44,7 @@ class Ground:
     trust_remote_code: bool
     progress: Progress
 
-    @property
+    @cached_property
     def expected(self) -> Measured:
         """The dense model's loss."""
         return Measured(np.asarray(self.dense_row().loss))

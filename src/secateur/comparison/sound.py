@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from secateur.comparison.results import Results, Row
+from secateur.comparison.results import KINDS, MOST_LOSS, Results, Row
 from secateur.errors import BadResults
 from secateur.files import fits
 
-KINDS = ("dense", "unstructured", "semi-structured", "structured")
-MOST_LOSS = 700.0
-"""Nats a token; the perplexity of more is no number."""
 MACHINE = {"processor": str, "system": str, "threads": int, "accelerators": list}
 TEXT = {"source": str, "split": str, "samples": int, "length": int, "sha256": str}
 ENTRY = {"runtime": str, "dtype": str, "against": str, "batch": int, "prompt": int, "weight_bytes": int}

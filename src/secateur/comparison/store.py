@@ -9,14 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.comparison.results import Row, read_row
+from secateur.comparison.results import MOST_LOSS, Row, read_row
 from secateur.errors import ConditionsDiffer
 from secateur.files import fits, read_json
 
 CHECKPOINTS = "checkpoints"
 """Where the pruned checkpoints of a comparison lie, each under the name of its row's file."""
-MOST_LOSS = 700.0
-"""Nats a token; the perplexity of more is no number."""
 
 
 class _Held(NamedTuple):

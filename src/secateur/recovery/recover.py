@@ -35,6 +35,7 @@ from secateur.errors import (
     UnsupportedModel,
 )
 from secateur.files import fits, read_json
+from secateur.inspection import record_of
 from secateur.interrupt import asked_to_stop
 from secateur.journal import differences
 from secateur.machine import versions
@@ -205,18 +206,12 @@ def check_way(way: str, dense: str | Path | None) -> None:
 
 def _record(source: Checkpoint) -> dict[str, Any]:
     """What pruning.json says. Raises BadCheckpoint where there is none."""
-    try:
-        record = read_json(source.folder / RECORD, finite=True)
-    except OSError as error:
-        raise BadCheckpoint(
-            f"{source.folder} has no {RECORD}; a folder that 'secateur prune' wrote is wanted."
-        ) from error
-    except ValueError as error:
-        raise BadCheckpoint(f"{source.folder / RECORD} is no JSON ({error}).") from error
-    if not isinstance(record, dict) or not isinstance(record.get("sites"), list):
-        raise BadCheckpoint(f"{source.folder / RECORD} is no record of a pruning run.")
-    if not isinstance(record.get("recovery", []), list) or not isinstance(record.get("sparsity"), (int, float)):
-        raise BadCheckpoint(f"{source.folder / RECORD} is no record of a pruning run.")
+    record = record_of(source.folder)
+    if record is None:
+        raise BadCheckpoint(f"{source.folder} has no {RECORD}; a folder that 'secateur prune' wrote is wanted.")
+    earlier = fits(record.get("recovery", []), list[dict[str, Any]])
+    if not earlier or not fits(record.get("sparsity"), float) or not fits(record.get("sites"), list[Any]):
+        raise BadCheckpoint(f"{source.folder / RECORD} is no record of a pruning run. Prune again.")
     return record
 
 
@@ -319,6 +314,3 @@ def _hold(language_model: LanguageModel, kept: Mapping[str, Tensor]) -> None:
     for name, mask in kept.items():
         parameter = language_model.model.get_parameter(name)
         parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.device))
-
-
-__all__ = ["WAYS", "Recovery", "check_way", "recover"]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data import Windows, corpus_texts, encode
+from secateur.corpora import corpus_texts
+from secateur.data import Windows, border_of, encode
 from secateur.errors import NotEnoughText
 
 RUN = 64
@@ -39,7 +40,7 @@ def recovery_windows(
     seen = 0
     for window in _windows(_documents(tokenizer, source, split, seed, data_dir), length):
         seen += 1
-        if not len(known) or not np.isin(_runs(window[None], min(RUN, length)), known).any():
+        if not _any_in(_runs(window[None], min(RUN, length)), known):
             found.append(window)
         if len(found) == count:
             return Windows(torch.stack(found), source, split, seed, None)
@@ -59,8 +60,7 @@ def _documents(
         held = ["\n\n".join(held)]
     order = list(range(len(held)))
     random.Random(seed).shuffle(order)
-    marked = tokenizer.num_special_tokens_to_add() > 0
-    border = [] if marked or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    border = border_of(tokenizer)
     for start in range(0, len(order), AT_ONCE):
         for ids in encode(tokenizer, [held[number] for number in order[start : start + AT_ONCE]]):
             yield torch.tensor([*ids, *border], dtype=torch.int64)
@@ -74,6 +74,12 @@ def _windows(documents: Iterator[Tensor], length: int) -> Iterator[Tensor]:
         whole = len(rest) // length * length
         yield from rest[:whole].view(-1, length)
         rest = rest[whole:]
+
+
+def _any_in(values: np.ndarray, known: np.ndarray) -> bool:
+    """Whether any of the values is among those that are known, which are sorted."""
+    places = np.searchsorted(known, values)
+    return bool((known[np.minimum(places, len(known) - 1)] == values).any()) if len(known) else False
 
 
 def _runs(ids: Tensor, size: int) -> np.ndarray:
