@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -30,10 +33,12 @@ from secateur.errors import (
     UnsupportedModel,
 )
 from secateur.model import load
-from secateur.recovery import recover as program
+from secateur.recovery import blocks as block_by_block
 from secateur.recovery import training
+from secateur.recovery import whole as all_at_once
+from secateur.recovery.checks import WAYS
 from secateur.recovery.lora import MaskedLora
-from secateur.recovery.recover import WAYS, recover
+from secateur.recovery.recover import recover
 from secateur.recovery.text import recovery_windows
 from secateur.recovery.write import masks
 
@@ -69,7 +74,7 @@ def options(models: Path, text_file: Path, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("family", "way"),
-    [(family, way) for family in FAMILIES for way in WAYS if family == "llama" or "distill" not in way],
+    [(family, way) for family in FAMILIES for way in WAYS if family in ("llama", "mixtral") or "distill" not in way],
 )
 def test_the_mask_at_the_end_is_the_mask_at_the_beginning(models, options, family, way):
     source = models / f"{family}-pruned"
@@ -81,9 +86,15 @@ def test_the_mask_at_the_end_is_the_mask_at_the_beginning(models, options, famil
     one, two = open_checkpoint(source), open_checkpoint(options["out"])
     changed = {name for name in one.places if not torch.equal(one.tensor(name), two.tensor(name))}
     assert changed
-    if way.startswith("lora"):
+    if way.startswith("lora") or way == "blocks":
         assert not any("embed" in name or "norm" in name or "wte" in name or "ln_" in name for name in changed)
-    assert len(done.loss) == 6
+    if way == "blocks":
+        assert not done.loss
+        language_model = load(source)
+        assert [name for name, _, _ in done.blocks] == list(map(language_model.block_name, range(len(done.blocks))))
+        assert len(done.blocks) == len(language_model.blocks)
+    else:
+        assert len(done.loss) == 6
     assert done.tokens == 6 * 2 * 32
     record = json.loads((options["out"] / "pruning.json").read_text())
     (told,) = record["recovery"]
@@ -103,6 +114,21 @@ def test_a_smaller_model_recovers_as_the_dense_model_that_it_is(models, options)
     assert {name: place.shape for name, place in before.places.items()} == {
         name: place.shape for name, place in after.places.items()
     }
+
+
+@pytest.mark.parametrize("source", ["llama-pruned", "llama-smaller", "mixtral-pruned"])
+def test_block_by_block_every_block_comes_nearer_to_the_dense_one(models, options, source):
+    dense = models / source.partition("-")[0]
+    options = options | {"way": "blocks", "rate": None, "steps": 20, "batch_size": 4, "dense": dense}
+    done = recover(models / source, **options)
+    assert all(after <= before for _, before, after in done.blocks)
+    assert any(after < before for _, before, after in done.blocks)
+    ids = recovery_windows(byte_tokenizer(), options["text"], count=40, length=32, seed=5).ids
+    wanted = load(dense).model.float()(ids).logits
+    before, after = (
+        (load(place).model.float()(ids).logits - wanted).square().mean() for place in (models / source, options["out"])
+    )
+    assert after < before
 
 
 def test_training_brings_the_loss_down_and_a_recovery_can_be_recovered(models, options, tmp_path):
@@ -202,9 +228,7 @@ def test_a_run_that_dies_goes_on_to_the_same_loss_curve_and_bytes(models, option
     assert not (tmp_path / ".out.recovery").exists()
 
 
-def test_an_end_that_is_asked_for(models, options, monkeypatch):
-    real = program.asked_to_stop
-
+def asked(words):
     class Asked:
         def __enter__(self):
             return lambda: True
@@ -212,11 +236,33 @@ def test_an_end_that_is_asked_for(models, options, monkeypatch):
         def __exit__(self, *error):
             return None
 
-    monkeypatch.setattr(program, "asked_to_stop", lambda words: Asked())
+    return Asked()
+
+
+def test_an_end_that_is_asked_for(models, options, monkeypatch):
+    monkeypatch.setattr(all_at_once, "asked_to_stop", asked)
     with pytest.raises(Interrupted, match=r"Stopped after step 1\. The same command goes on from there\."):
         recover(models / "llama-pruned", **options)
-    monkeypatch.setattr(program, "asked_to_stop", real)
+    monkeypatch.undo()
     assert len(recover(models / "llama-pruned", **options).loss) == 6
+
+
+def test_blocks_that_are_finished_are_kept(models, options, tmp_path, monkeypatch):
+    options = options | {"way": "blocks", "rate": None}
+    whole = recover(models / "llama-pruned", **options | {"out": tmp_path / "whole"})
+    monkeypatch.setattr(block_by_block, "asked_to_stop", asked)
+    for count in (1, 2):
+        with pytest.raises(Interrupted, match=f"The same command goes on after the {count} blocks that are finished"):
+            recover(models / "llama-pruned", **options)
+    with pytest.raises(ConditionsDiffer, match="has other conditions: seed"):
+        recover(models / "llama-pruned", **options | {"seed": 1})
+    monkeypatch.undo()
+    done = recover(models / "llama-pruned", **options)
+    assert done.blocks == whole.blocks
+    assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
+        options["out"] / "model.safetensors"
+    ).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_another_recovery_in_its_place_is_refused(models, options, monkeypatch):
@@ -263,9 +309,23 @@ def test_bad_options(models, options, changed, kind, words):
     assert not options["out"].exists()
 
 
-def test_several_processes_are_refused(models, options, monkeypatch):
+def test_what_blocks_cannot_do(models, options, tmp_path, monkeypatch):
+    options = options | {"way": "blocks"}
+    with pytest.raises(UnsupportedModel, match="name it with --dense"):
+        recover(models / "llama-pruned", **options | {"dense": None})
+    with pytest.raises(UnsupportedModel, match="neither accumulates nor checkpoints gradients"):
+        recover(models / "llama-pruned", **options | {"accumulate": 2})
+    recover(models / "llama-pruned", **options | {"way": "masked", "out": tmp_path / "once"})
+    with pytest.raises(UnsupportedModel, match=r"model\.embed_tokens\.weight is not that of the dense model"):
+        recover(tmp_path / "once", **options)
+    secateur.prune(
+        models / "llama", out=tmp_path / "fewer", method="fast", pattern="1 blocks", calibration=options["text"],
+        samples=8, seq_len=32,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModel, match="block by block they cannot be matched"):
+        recover(tmp_path / "fewer", **options)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UnsupportedModel, match="Recovery runs in one process"):
+    with pytest.raises(UnsupportedModel, match="blocks recovers in one process"):
         recover(models / "llama-pruned", **options)
 
 
@@ -299,6 +359,38 @@ def test_a_stranger_is_no_target(models, options, tmp_path):
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UnsupportedModel, match="have different tokenizers"):
         recover(models / "llama-pruned", **options | {"dense": other, "way": "distill"})
+
+
+# Several processes.
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(models, options, tmp_path):
+    words = [
+        "recover", str(models / "llama-pruned"), "--dense", str(models / "llama"), "--with", "distill", "--text",
+        options["text"], "--seq-len", "32", "--rate", "5e-3", "--save-every", "2", "--quiet",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(out: str, steps: int, ranks: int, batch: int) -> subprocess.CompletedProcess[str]:
+        more = ["--out", str(tmp_path / out), "--steps", str(steps), "--batch-size", str(batch)]
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        return subprocess.run(
+            [*(start if ranks > 1 else [sys.executable]), "-m", "secateur", *words, *more],
+            capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+
+    curves = []
+    for out, ranks, batch in (("one", 1, 4), ("two", 2, 2)):
+        done = run(out, 6, ranks, batch)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (told,) = json.loads((tmp_path / out / "pruning.json").read_text())["recovery"]
+        assert told["tokens"] == 6 * 4 * 32
+        curves.append([loss for _, loss in told["loss"]])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    refused = run("three", 10**5, 2, 2)
+    assert refused.returncode != 0
+    assert refused.stderr.count("secateur: Recovery was asked to see") == 1
 
 
 # Text.

@@ -16,7 +16,8 @@ from secateur.packing import pack_model
 from secateur.patterns import parse
 from secateur.plan import plan
 from secateur.prune import prune, prune_model
-from secateur.recovery.recover import Recovery, recover
+from secateur.recovery.job import Recovery
+from secateur.recovery.recover import recover
 from secateur.validate import validate
 
 __all__ = [

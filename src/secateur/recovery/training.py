@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -17,6 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from secateur.errors import NonFinite
 from secateur.output import sync
 from secateur.progress import Progress
+from secateur.ranks import ALONE, Ranks
+from secateur.recovery.job import Schedule
 
 WHOLE = "whole"
 """The file that says that a checkpoint is on disk with all it has."""
@@ -24,23 +26,6 @@ WARM = 0.05
 """The share of the steps in which the rate rises."""
 _NAMES = {one.name for one in fields(TrainingArguments)}
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast: `steps` of `accumulate` × `batch_size` windows, a checkpoint every `save_every` steps."""
-
-    steps: int
-    batch_size: int
-    accumulate: int
-    rate: float
-    save_every: int
-    seed: int
-    checkpointing: bool = False
-
-    @property
-    def windows(self) -> int:
-        return self.steps * self.batch_size * self.accumulate
 
 
 class _Windows(Dataset[dict[str, Tensor]]):
@@ -58,6 +43,7 @@ class _Distilling(Trainer):
     """A Trainer whose loss is the divergence from a dense model's next tokens, where there is one; NaN ends it."""
 
     dense: nn.Module | None = None
+    ranks: Ranks = ALONE
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Any:
         if self.dense is None:
@@ -72,19 +58,22 @@ class _Distilling(Trainer):
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         loss = super().training_step(*args, **options)
+        self.ranks.together(lambda: self._refuse(loss))
+        return loss
+
+    def _refuse(self, loss: Tensor) -> None:
         if not loss.isfinite():
             raise NonFinite(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}. The last checkpoint is kept in "
                 f"{self.args.output_dir}. Try a lower --rate, with --restart or another --out."
             )
-        return loss
 
 
 class _Watching(TrainerCallback):
     """Progress, an end that was asked for, and the mark on a checkpoint that is whole."""
 
-    def __init__(self, progress: Progress, stopping: Callable[[], bool], tokens: int) -> None:
-        self.progress, self.stopping, self.tokens = progress, stopping, tokens
+    def __init__(self, progress: Progress, stopping: Callable[[], bool], tokens: int, ranks: Ranks) -> None:
+        self.progress, self.stopping, self.tokens, self.ranks = progress, stopping, tokens, ranks
         self.loss, self.started, self.first = "", perf_counter(), None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
@@ -95,11 +84,14 @@ class _Watching(TrainerCallback):
         self.first = state.global_step - 1 if self.first is None else self.first
         rate = (state.global_step - self.first) * self.tokens / max(perf_counter() - self.started, 1e-9)
         self.progress.advance(f"{self.loss} {rate:,.0f} tokens/s".strip(), state.global_step, state.max_steps)
-        if self.stopping() and state.global_step < state.max_steps:
+        if self.ranks.same(self.stopping) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.ranks.together(lambda: None)  # every process has written its part
+        if not self.ranks.first:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for file in folder.rglob("*"):
             if file.is_file():
@@ -118,6 +110,7 @@ def train(
     device: torch.device,
     progress: Progress,
     stopping: Callable[[], bool],
+    ranks: Ranks = ALONE,
 ) -> list[tuple[int, float]]:
     """Train `model` in place on windows `[windows, length]`; the loss by step, to where it got.
 
@@ -131,19 +124,24 @@ def train(
         save_strategy="steps", save_steps=schedule.save_every, save_total_limit=2, logging_steps=1,
         logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, seed=schedule.seed, data_seed=schedule.seed,
         use_cpu=device.type == "cpu", bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        ddp_backend="gloo" if ranks.size > 1 and device.type == "cpu" else None,
         dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
         **cast(Any, {_CHECKPOINTING: True} if schedule.checkpointing else {}),
     )  # fmt: skip
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several in one process would share a batch out and count it otherwise
-    tokens = schedule.batch_size * schedule.accumulate * ids.shape[1]
+    tokens = schedule.windows // schedule.steps * ids.shape[1]
     trainer = _Distilling(
-        model=model, args=arguments, train_dataset=_Windows(ids), callbacks=[_Watching(progress, stopping, tokens)]
+        model=model,
+        args=arguments,
+        train_dataset=_Windows(ids),
+        callbacks=[_Watching(progress, stopping, tokens, ranks)],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.ranks = ranks
     if dense is not None:
         trainer.model_accepts_loss_kwargs = False  # the Trainer divides by the batches of a step then
         trainer.dense = dense.to(trainer.args.device).eval().requires_grad_(False)
-    trainer.train(resume_from_checkpoint=last_whole(folder))
+    trainer.train(resume_from_checkpoint=ranks.same(lambda: last_whole(folder)))
     return [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secateur.checkpoint import Checkpoint
 from secateur.errors import BadCheckpoint
@@ -16,13 +16,26 @@ from secateur.sites import sites
 
 def masks(language_model: LanguageModel) -> dict[str, Tensor]:
     """By the name of every site's parameter that has zeros where it is not zero, bool, of the parameter's shape."""
-    found: dict[str, Tensor] = {}
-    for index, block in enumerate(language_model.blocks):
-        for parameter in sorted({site.parameter for site in sites(block).values()}):
-            kept = block.get_parameter(parameter) != 0
-            if not kept.all():
-                found[f"{language_model.block_name(index)}.{parameter}"] = kept
-    return found
+    return {
+        f"{language_model.block_name(index)}.{name}": kept
+        for index, block in enumerate(language_model.blocks)
+        for name, kept in block_masks(block).items()
+        if not kept.all()
+    }
+
+
+def block_masks(block: nn.Module) -> dict[str, Tensor]:
+    """By the name of every site's parameter in a block where it is not zero, bool, of the parameter's shape."""
+    return {name: block.get_parameter(name) != 0 for name in sorted({site.parameter for site in sites(block).values()})}
+
+
+@torch.no_grad()
+def keep_masks(block: nn.Module, before: nn.Module, kept: Mapping[str, Tensor]) -> None:
+    """Round trained parameters to the dtype they had `before`; one that rounds to zero gets its value from before."""
+    for name, mask in kept.items():
+        parameter, old = block.get_parameter(name), before.get_parameter(name).to(mask.device)
+        rounded = parameter.to(old.dtype)
+        parameter.copy_(torch.where((rounded == 0) & mask, old, rounded))
 
 
 @torch.no_grad()

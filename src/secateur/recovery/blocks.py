@@ -1,0 +1,82 @@
+"""Recovery block by block, one in memory: each is trained to do on the text what the dense block does.
+
+Two streams go through the blocks, as when pruning with `+refine`: that of the pruned model, whose blocks are replaced
+as they are finished, and that of the dense one, which gives the targets. So a block also makes up for what earlier ones
+could not. Only the linear layers are trained, each batch of windows once.
+"""
+
+from __future__ import annotations
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.checkpoint import open_checkpoint
+from secateur.errors import Interrupted
+from secateur.hidden import hidden_bytes
+from secateur.interrupt import asked_to_stop
+from secateur.machine import available_bytes
+from secateur.model import checkpoint_tensors, load_blocks
+from secateur.options import width
+from secateur.output import BLOCK, output
+from secateur.recovery.checks import refuse_blocks
+from secateur.recovery.job import Job, Recovery
+from secateur.recovery.write import block_masks, keep_masks, refuse_other_masks
+from secateur.refine import refine
+from secateur.replay import working_copy
+from secateur.stream import Step, stream
+
+STREAMS = 3
+"""Hidden states that are held: of the pruned model, of the dense one, and what its block at hand makes of them."""
+
+
+def recover_blocks(job: Job) -> Recovery:
+    """Train every block in turn and write it as it is finished; a run that dies goes on after the last of them."""
+    assert job.dense is not None
+    refuse_blocks(job.pruned, job.dense)
+    count = len(job.pruned.blocks)
+    held = STREAMS * hidden_bytes(job.windows.ids.shape, width(job.pruned), torch.float32)
+    with (
+        output(job.source, job.out, overwrite=job.overwrite, run=job.conditions, restart=job.restart) as result,
+        asked_to_stop("after this block") as stopping,
+    ):
+        finished, since = result.recorded(BLOCK), job.started
+        folder = result.partial.parent
+        again: list[nn.Module] = []
+        if 0 < len(finished) < count:
+            again = load_blocks(result.partial, spill=folder if job.pruned.spilled else None)[: len(finished)]
+        steps = stream(
+            job.dense, job.windows.ids, devices=[job.device], dtype=torch.float32, batch_size=job.schedule.batch_size,
+            dense=True, finished=again, spill=folder if held > available_bytes(job.device) / 2 else None,
+        )  # fmt: skip
+        for step in steps if len(finished) < count else ():
+            job.progress.advance(step.name, step.index, count)
+            block, entry = _recovered(step, job)
+            now = perf_counter()
+            entry["seconds"], since = now - since, now
+            tensors = {f"{step.name}.{name}": block.get_parameter(name).data for name in block_masks(block)}
+            result.commit(checkpoint_tensors(job.pruned, tensors, job.source.places), entry)
+            finished.append(entry)
+            step.replace(block)
+            if stopping() and step.index < count - 1:
+                raise Interrupted("Stopped.")
+        result.settle()
+        refuse_other_masks(job.source, open_checkpoint(result.partial), job.pruned)
+        done = job.done(
+            sum(entry["seconds"] for entry in finished),
+            loss=[], blocks=[(entry["block"], entry["before"], entry["after"]) for entry in finished],
+        )  # fmt: skip
+        job.finish(result, done)
+    return done
+
+
+def _recovered(step: Step, job: Job) -> tuple[nn.Module, dict[str, Any]]:
+    """A block as it is stored after it is trained, and what the journal says of it."""
+    original = job.pruned.blocks[step.index]
+    block = working_copy(original, step.device, torch.float32)
+    kept = block_masks(block)
+    tuned = refine(block, kept, step.batches(), 1, job.schedule.rate)
+    keep_masks(block, original, kept)
+    return block, {"block": step.name, "before": tuned.before, "after": tuned.after}

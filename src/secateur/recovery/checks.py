@@ -1,0 +1,119 @@
+"""What a recovery refuses before it begins: another way, another model, a folder that is not what its record says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.checkpoint import RECORD, Checkpoint
+from secateur.data import load_tokenizer
+from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel
+from secateur.files import fits
+from secateur.inspection import record_of
+from secateur.replay import LanguageModel
+from secateur.sites import sites
+
+WAYS = {
+    "lora": "adapters on every linear layer, merged under the mask",
+    "masked": "all weights, what is zero stays zero",
+    "distill": "all weights, towards what the dense model says next; the same as masked+distill",
+    "lora+distill": "adapters, towards what the dense model says next",
+    "masked+distill": "all weights, towards what the dense model says next",
+    "blocks": "the linear layers of one block at a time, towards what the dense block makes of the same text",
+}
+PACKAGES = ("peft", "accelerate")
+WORDS = "A model is pruned.\ndef f(x):\n    return x + 1  # Zürich 東京 0123456789"
+
+
+def check_way(way: str, dense: str | Path | None, *, accumulate: int = 1, checkpointing: bool = False) -> None:
+    """Raise UnknownName or UnsupportedModel for a way that is not there, or that lacks what it needs."""
+    if way not in WAYS:
+        raise UnknownName("way to recover", way, WAYS)
+    if (way.endswith("distill") or way == "blocks") and dense is None:
+        raise UnsupportedModel(f"{way} aims at what the dense model says; name it with --dense.")
+    if way == "blocks":
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UnsupportedModel("blocks recovers in one process; it was started in several. Start it alone.")
+        if accumulate > 1 or checkpointing:
+            raise UnsupportedModel("blocks takes a step after each batch, one block at a time; it neither accumulates "
+                                   "nor checkpoints gradients.")  # fmt: skip
+        return
+    if absent := [name for name in PACKAGES if find_spec(name) is None]:
+        raise UnsupportedModel(
+            f"Recovery needs the package {' and '.join(absent)}. Install it: pip install 'secateur[recover]'."
+        )
+
+
+def pruning_record(source: Checkpoint) -> dict[str, Any]:
+    """What pruning.json says. Raises BadCheckpoint where there is none."""
+    record = record_of(source.folder)
+    if record is None:
+        raise BadCheckpoint(f"{source.folder} has no {RECORD}; a folder that 'secateur prune' wrote is wanted.")
+    earlier = fits(record.get("recovery", []), list[dict[str, Any]])
+    if not earlier or not fits(record.get("sparsity"), float) or not fits(record.get("sites"), list[Any]):
+        raise BadCheckpoint(f"{source.folder / RECORD} is no record of a pruning run. Prune again.")
+    return record
+
+
+def refuse_other_record(source: Checkpoint, language_model: LanguageModel, record: Mapping[str, Any]) -> None:
+    """Raise BadCheckpoint where the zeros of a site are not as many as pruning.json says."""
+    if record.get("kind") == "structured":
+        return
+    said = {
+        site["site"]: site["sparsity"] for site in record["sites"] if fits(site, dict[str, Any])
+        and isinstance(site.get("site"), str) and fits(site.get("sparsity"), float)
+    }  # fmt: skip
+    for index, block in enumerate(language_model.blocks):
+        for name, site in sites(block).items():
+            full = f"{language_model.block_name(index)}.{name}"
+            zeros = (site.weight == 0).sum().item() / site.weight.numel()
+            if full not in said or abs(zeros - said[full]) * site.weight.numel() > 0.5:
+                raise BadCheckpoint(
+                    f"{full} has {zeros:.2%} zeros, and {source.folder / RECORD} says {said.get(full)}. The folder was "
+                    "changed after it was pruned; prune again."
+                )
+
+
+def refuse_stranger(
+    model: LanguageModel, dense: LanguageModel, folder: Path, other: Path, *, smaller: bool
+) -> None:  # fmt: skip
+    """Raise UnsupportedModel where the dense model has another architecture, vocabulary or tokenizer.
+
+    A `smaller` model may be carried by another architecture than the dense one, as Llama by Mistral.
+    """
+    one, two = (language_model.model.config.get_text_config() for language_model in (model, dense))
+    if type(model.model).__name__ != type(dense.model).__name__ and not smaller:
+        raise UnsupportedModel(
+            f"{folder} is a {type(model.model).__name__}, {other} a {type(dense.model).__name__}. Name the dense model "
+            "that was pruned."
+        )
+    if (one.hidden_size, one.vocab_size) != (two.hidden_size, two.vocab_size):
+        raise UnsupportedModel(
+            f"{folder} has width {one.hidden_size} and {one.vocab_size} tokens, {other} {two.hidden_size} and "
+            f"{two.vocab_size}. Name the dense model that was pruned."
+        )
+    ours, theirs = load_tokenizer(folder), load_tokenizer(other)
+    if ours.get_vocab() != theirs.get_vocab() or ours.encode(WORDS) != theirs.encode(WORDS):
+        raise UnsupportedModel(f"{folder} and {other} have different tokenizers. Name the dense model that was pruned.")
+
+
+def refuse_blocks(model: LanguageModel, dense: LanguageModel) -> None:
+    """Raise UnsupportedModel where the blocks of two models do not stand for each other on the same hidden states."""
+    ours, theirs = len(model.blocks), len(dense.blocks)
+    if ours != theirs:
+        raise UnsupportedModel(
+            f"The pruned model has {ours} blocks, the dense one {theirs}; block by block they cannot be matched. "
+            "Recover with --with distill."
+        )
+    blocks = {id(parameter) for block in dense.blocks for parameter in block.parameters()}
+    for name, parameter in dense.model.named_parameters():
+        if id(parameter) not in blocks and not torch.equal(parameter, model.model.get_parameter(name)):
+            raise UnsupportedModel(
+                f"{name} is not that of the dense model, as after a recovery of all weights; block by block only what "
+                "is in the blocks is trained. Recover with --with distill."
+            )
