@@ -41,6 +41,7 @@ LAYERS = [
     ["recovery.recover"],
     ["forecast"],
     ["prune"],
+    ["comparison.recovering"],
     ["comparison.rows"],
     ["comparison.latency", "comparison.ranking", "comparison.tolerance", "comparison.answers"],
     ["comparison.compare", "comparison.join", "advice.recommend"],

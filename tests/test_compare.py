@@ -19,7 +19,7 @@ needs_library = pytest.mark.skipif(library() is None, reason="the package was in
 FIELDS = {
     "method", "pattern", "kind", "sparsity", "perplexity", "delta", "delta_interval", "kl", "top1_agreement",
     "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint", "allocation", "parameters", "values",
-    "latency", "calibration", "tasks", "sites", "loss", "searched",
+    "latency", "calibration", "tasks", "sites", "loss", "searched", "recovered",
 }  # fmt: skip
 TOP = [
     "schema", "model", "calibrations", "evaluation", "options", "machine", "versions", "command", "rows", "not_timed",

@@ -75,7 +75,8 @@ def quality(results: Results, rows: Sequence[Row], hardware: str | None, runtime
     first_places: dict[str, list[str]] = {}
     for row in ordered:
         if row.rank.startswith("1"):
-            first_places.setdefault(row.pattern, []).append(row.method)
+            place = f"{row.pattern} recovered" if row.recovered else row.pattern
+            first_places.setdefault(place, []).append(row.method)
     if len(first_places) > 1:
         places = (f"{pattern} {' and '.join(methods)}{_tied(methods)}" for pattern, methods in first_places.items())
         choice.reasons.append(f"First at each pattern: {', '.join(places)}.")

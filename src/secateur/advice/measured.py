@@ -60,7 +60,7 @@ def told_apart(one: Row, other: Row) -> tuple[bool, str]:
     if one.loss and len(one.loss) == len(other.loss):
         _, (low, high) = perplexity_difference(np.asarray(other.loss), np.asarray(one.loss))
         return not low <= 0 <= high, f"paired difference 95% interval {low:+.3g} to {high:+.3g}"
-    if (one.pattern, one.values) == (other.pattern, other.values) and (one.rank or other.rank):
+    if one.peers == other.peers and (one.rank or other.rank):
         tie = other.name in one.ties or one.name in other.ties
         return not tie, "the paired difference may be zero" if tie else "the paired difference is apart from zero"
     (low, high), (from_, to) = one.delta_interval, other.delta_interval

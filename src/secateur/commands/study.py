@@ -46,6 +46,14 @@ def compare(
     values: Annotated[
         str, typer.Option(help="As they are, and rounded to eight bits, a row each: 'as stored', 'as stored,int8'.")
     ] = "as stored",
+    recover: Annotated[
+        str,
+        typer.Option(help="Fine-tune pruned rows, zeros kept, a row each: lora, masked, distill, blocks."),
+    ] = "",
+    recover_steps: Annotated[int, typer.Option(min=1, help="Steps of that, of 8 windows.")] = 500,
+    recover_text: Annotated[
+        str | None, typer.Option(help="Text for that: c4, wikitext2, demo, or files. Default: c4, demo for the demo.")
+    ] = None,
     tolerance: Annotated[
         str | None, typer.Option(help="Find how far each method goes within so much more perplexity: 5%.")
     ] = None,
@@ -87,7 +95,8 @@ def compare(
     with display(quiet) as shows:
         results = secateur.compare(
             model, out=out, methods=split(methods), patterns=split(patterns), allocate=split(allocate),
-            values=split(values), tolerance=tolerance, tasks=split(tasks), limit=limit, bench=split(bench),
+            values=split(values), recover=split(recover), recover_steps=recover_steps, recover_text=recover_text,
+            tolerance=tolerance, tasks=split(tasks), limit=limit, bench=split(bench),
             bench_dtype=bench_dtype, align=align, calibration=calibration, evaluation=evaluation,
             samples=numbers(samples), windows=windows, seq_len=seq_len, seed=numbers(seed), skip=skip or (),
             device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, data_dir=data_dir,

@@ -22,6 +22,7 @@ from secateur.comparison.answers import answer_rows
 from secateur.comparison.grid import Cell, Draw, cells
 from secateur.comparison.latency import time_rows
 from secateur.comparison.ranking import rank
+from secateur.comparison.recovering import BATCH, Recovering
 from secateur.comparison.report import write_report
 from secateur.comparison.results import SCHEMA, Results
 from secateur.comparison.rows import Ground
@@ -49,6 +50,8 @@ from secateur.options import (
 )
 from secateur.patterns import parse
 from secateur.progress import Progress
+from secateur.recovery.checks import check_way
+from secateur.recovery.text import recovery_windows
 from secateur.replay import LanguageModel
 from secateur.restack import spill_folder
 from secateur.runtimes import find_runtime
@@ -66,6 +69,9 @@ def compare(
     patterns: Sequence[str] = ("50%", "4:8", "2:4"),
     allocate: Sequence[str] = ("uniform",),
     values: Sequence[str] = ("as stored",),
+    recover: Sequence[str] = (),
+    recover_steps: int = 500,
+    recover_text: str | None = None,
     tolerance: str | float | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
@@ -96,13 +102,15 @@ def compare(
     `patterns` may hold ranges (`10%..80%`). `allocate` lists rules as `prune` knows them; each makes a row of its own.
     So does each of `values` for a pattern of zeros: `as stored`, or `int8`, what is kept rounded to eight bits and
     packed. With several `samples`, seeds or texts, every row is made for every draw of them: the table has the first
-    text, most samples and first seed, the others say how much hangs on the draw. `tolerance`: for every method, the
-    largest share whose perplexity is no more above the dense one than that. `tasks`: zero-shot tasks that the rows of
-    the table answer, all of their items or the first `limit`. `bench` lists runtimes in which the
-    finished rows are timed beside the dense model, in `bench_dtype`. The other arguments are as for `prune` and
-    `evaluate`. The pruned checkpoints of the table stay in `out/checkpoints`. Raises SecateurError; ConditionsDiffer
-    where `out` holds rows of another model, text or metric. After a killed run the same call computes only what is
-    missing.
+    text, most samples and first seed, the others say how much hangs on the draw. `recover`: ways of `recover`, by each
+    of which every pruned row of the table is fine-tuned for `recover_steps` steps on `recover_text` (default: as
+    there), of which no window overlaps calibration or evaluation text; a row each, that says what it took.
+    `tolerance`: for every method, the largest share whose perplexity is no more above the dense one than that.
+    `tasks`: zero-shot tasks that the rows of the table answer, all of their items or the first `limit`. `bench` lists
+    runtimes in which the finished rows are timed beside the dense model, in `bench_dtype`. The other arguments are as
+    for `prune` and `evaluate`. The pruned checkpoints of the table stay in `out/checkpoints`. Raises SecateurError;
+    ConditionsDiffer where `out` holds rows of another model, text or metric. After a killed run the same call computes
+    only what is missing.
     """
     progress, out = progress or Progress(), Path(out)
     for name in values:
@@ -110,6 +118,8 @@ def compare(
             raise UnknownName("kind of values", name, VALUES)
     for name in bench:
         find_runtime(name)
+    for way in recover:
+        check_way(way, "the dense model")
     check_passes(passes)
     room, share, local = find_size(memory), find_tolerance(tolerance), Path(data_dir) if data_dir else None
     check_tasks(tasks, local, limit)
@@ -167,6 +177,11 @@ def compare(
         },
         machine(), versions(), list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]], [],
     )  # fmt: skip
+    recovering = _recovering(
+        recover, recover_steps, recover_text, model, folder, language_model,
+        [judged, *(draw.windows for draw in draws)],
+        data_dir=local, device=chosen, command=results.command, trust_remote_code=trust_remote_code, progress=progress,
+    )  # fmt: skip
     store = _store(out, results)
     dense = Forward(
         language_model, judged.ids, chosen, forward_dtype(dtype, chosen), batch_size, spill=out / "dense.hidden"
@@ -187,6 +202,8 @@ def compare(
                     results.rows.append(ground.rounded(row))
                 except UnsupportedModel as error:  # too few zeros to pack
                     results.not_timed[cell.name("int8")] = str(error)
+            if recovering:
+                results.rows += ground.recovered(row, recovering, results.not_timed)
             results.rows += [ground.row(cell, draw) for draw in draws[1:] if cell.calibrated]
         if share is not None:
             found, made = reaches(ground, grid, results.table, share)
@@ -207,6 +224,30 @@ def compare(
     write_report(results, out)
     progress.end()
     return results
+
+
+def _recovering(
+    ways: Sequence[str],
+    steps: int,
+    text: str | None,
+    model: str | Path | None,
+    folder: Path,
+    language_model: LanguageModel,
+    avoid: Sequence[Windows],
+    *,
+    data_dir: Path | None,
+    **options: Any,
+) -> Recovering | None:
+    """How rows are recovered, with the text for it; None where they are not. Raises NotEnoughText."""
+    if not ways:
+        return None
+    windows = recovery_windows(
+        load_tokenizer(folder, trust_remote_code=options["trust_remote_code"]), default_corpus(model, text, "c4"),
+        count=steps * BATCH, length=avoid[0].ids.shape[1], seed=avoid[1].seed or 0,
+        avoid=[one.ids for one in avoid], data_dir=data_dir,
+    )  # fmt: skip
+    check_windows(language_model, windows, BATCH)
+    return Recovering(list(dict.fromkeys(ways)), steps, windows, folder, **options)
 
 
 def _draws(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,8 @@ def time_rows(
             f"{row.name}: {what}": why for what, why in found.skipped.items() if not what.startswith("dense in")
         }
         dense_rows = [other for other in rows if other.kind == "dense" and not other.latency]
-        same = (row.method, row.pattern, row.allocation)
-        pruned_rows = [other for other in rows if (other.method, other.pattern, other.allocation) == same]
+        bare = replace(row, values="as stored").name
+        pruned_rows = [other for other in rows if replace(other, values="as stored").name == bare]
         for timing in found.timings:
             rounded = RUNTIMES[timing.runtime].rounded
             alike = [other for other in pruned_rows if (other.values == "int8") == rounded]

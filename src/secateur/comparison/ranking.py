@@ -37,6 +37,7 @@ def rank(rows: Sequence[Row]) -> None:
 def alike(one: Row, other: Row) -> bool:
     """Whether two rows are ranked against each other: the same pattern, values as exact, the same calibration text.
 
-    A row that needs no calibration stands with those of the first draw.
+    A row that needs no calibration stands with those of the first draw; one that was recovered, with those that were
+    recovered on as many tokens.
     """
-    return (one.pattern, one.values, one.calibration or 0) == (other.pattern, other.values, other.calibration or 0)
+    return (one.peers, one.calibration or 0) == (other.peers, other.calibration or 0)

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from secateur.errors import BadResults
 from secateur.files import fits, read_json
 
-SCHEMA = "secateur.results/3"
+SCHEMA = "secateur.results/4"
 KINDS = ("dense", "unstructured", "semi-structured", "structured")
 MOST_LOSS = 700.0
 """Nats a token; the perplexity of more is no number."""
@@ -45,16 +45,30 @@ class Row:
     sites: list[tuple[str, float, float | None]] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     searched: bool = False
+    recovered: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
-        return row_name(self.method, self.pattern, self.allocation, self.values)
+        return row_name(self.method, self.pattern, self.allocation, self.values, self.recovered)
+
+    @property
+    def peers(self) -> tuple[Any, ...]:
+        """What rows that are ranked against each other have in common: pattern, exactness, tokens of recovery."""
+        return self.pattern, self.values, (self.recovered or {}).get("tokens", 0)
 
 
-def row_name(method: str, pattern: str, allocation: str = "uniform", values: str = "as stored") -> str:
+def row_name(
+    method: str,
+    pattern: str,
+    allocation: str = "uniform",
+    values: str = "as stored",
+    recovered: dict[str, Any] | None = None,
+) -> str:
     """What tells a row from the others of its table, where all are calibrated alike."""
     shared = "" if allocation == "uniform" else f" {allocation}"
-    return f"{method} {pattern}{shared}" + ("" if values == "as stored" else f" {values}")
+    rounded = "" if values == "as stored" else f" {values}"
+    trained = f" recovered by {recovered['way']} in {recovered['steps']} steps" if recovered else ""
+    return f"{method} {pattern}{shared}{rounded}{trained}"
 
 
 @dataclass

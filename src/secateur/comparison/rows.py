@@ -14,8 +14,10 @@ import numpy as np
 
 from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.comparison.grid import Cell, Draw
+from secateur.comparison.recovering import Recovering
 from secateur.comparison.results import Row, row_name
 from secateur.comparison.store import CHECKPOINTS, RowStore, file_name
+from secateur.errors import UnsupportedModel
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.export import export
 from secateur.flow import Seconds
@@ -104,16 +106,12 @@ class Ground:
 
     def _judged(self, report: Report, place: Path) -> Row:
         self.progress.begin(f"evaluating {report.method} {report.pattern}")
-        spill = place.parent if self.dense.language_model.spilled else None
-        pruned = load(place, trust_remote_code=self.trust_remote_code, spill=spill)
-        measured = measure(self.dense.of(pruned), self.dense, self.progress)
-        delta, interval = perplexity_difference(measured.loss, self.expected.loss)
+        pruned = self._loaded(place)
         return Row(
-            report.method, report.pattern, report.kind, report.sparsity, measured.perplexity, delta, interval,
-            measured.mean_kl or 0.0, measured.mean_agreement or 0.0, asdict(report.seconds), report.peak_bytes,
-            open_checkpoint(place).bytes, allocation=report.allocation, parameters=pruned.model.num_parameters(),
-            sites=[(site.site, site.sparsity, site.output_error) for site in report.sites],
-            loss=measured.loss.tolist(),
+            report.method, report.pattern, report.kind, report.sparsity, seconds=asdict(report.seconds),
+            peak_bytes=report.peak_bytes, disk_bytes=open_checkpoint(place).bytes, allocation=report.allocation,
+            parameters=pruned.model.num_parameters(),
+            sites=[(site.site, site.sparsity, site.output_error) for site in report.sites], **self._evaluated(pruned),
         )  # fmt: skip
 
     def rounded(self, kept: Row) -> Row:
@@ -131,18 +129,53 @@ class Ground:
         with TemporaryDirectory(dir=self.out) as temporary:
             back = Path(temporary) / "dense"
             export(self.out / place, out=back, to="dense")
-            spill = self.out if self.dense.language_model.spilled else None
-            loaded = load(back, trust_remote_code=self.trust_remote_code, spill=spill)
-            measured = measure(self.dense.of(loaded), self.dense, self.progress)
-        delta, interval = perplexity_difference(measured.loss, self.expected.loss)
+            found = self._evaluated(self._loaded(back))
         size = sum(file.stat().st_size for file in (self.out / place).glob("*.safetensors"))
         row = replace(
-            kept, perplexity=measured.perplexity, delta=delta, delta_interval=interval, kl=measured.mean_kl or 0.0,
-            top1_agreement=measured.mean_agreement or 0.0, disk_bytes=size, checkpoint=str(place), values="int8",
-            rank="", ties=[], latency=[], loss=measured.loss.tolist(),
+            kept, disk_bytes=size, checkpoint=str(place), values="int8", rank="", ties=[], latency=[], **found
+        )
+        self.store.put(row)
+        return row
+
+    def recovered(self, kept: Row, recovering: Recovering, refused: dict[str, str]) -> list[Row]:
+        """The rows of a pruned checkpoint after it was fine-tuned by each way; `refused` is told what cannot be."""
+        found: list[Row] = []
+        for way in recovering.ways:
+            try:
+                found.append(self._recovered(kept, way, recovering))
+            except UnsupportedModel as error:  # adapters, where only experts have linear layers; blocks that are gone
+                refused[replace(kept, recovered=recovering.told(way)).name] = str(error)
+        return found
+
+    def _recovered(self, kept: Row, way: str, recovering: Recovering) -> Row:
+        assert kept.checkpoint is not None
+        row = replace(kept, recovered=recovering.told(way), rank="", ties=[], latency=[])
+        if held := self.store.get(row.name, kept.calibration):
+            recovering.refuse_other(held)
+            return held
+        place = self.out / CHECKPOINTS / file_name(row.name)
+        seconds = recovering.run(self.out / kept.checkpoint, place, way)
+        self.progress.begin(f"evaluating {row.name}")
+        row = replace(
+            row, recovered={**recovering.told(way), "seconds": seconds}, seconds={**kept.seconds, "recover": seconds},
+            checkpoint=str(place.relative_to(self.out)), **self._evaluated(self._loaded(place)),
         )  # fmt: skip
         self.store.put(row)
         return row
+
+    def _loaded(self, place: Path) -> LanguageModel:
+        spill = self.out if self.dense.language_model.spilled else None
+        return load(place, trust_remote_code=self.trust_remote_code, spill=spill)
+
+    def _evaluated(self, model: LanguageModel) -> dict[str, Any]:
+        """What a row says of the quality of a model, beside the dense one's."""
+        measured = measure(self.dense.of(model), self.dense, self.progress)
+        delta, interval = perplexity_difference(measured.loss, self.expected.loss)
+        return {
+            "perplexity": measured.perplexity, "delta": delta, "delta_interval": interval,
+            "kl": measured.mean_kl or 0.0, "top1_agreement": measured.mean_agreement or 0.0,
+            "loss": measured.loss.tolist(),
+        }  # fmt: skip
 
 
 def _zeros(language_model: LanguageModel) -> float:

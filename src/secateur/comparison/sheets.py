@@ -235,6 +235,11 @@ def _title(results: Results) -> str:
 def _caption(results: Results) -> str:
     free = sorted({method(row) for row in results.table if row.calibration is None and row.kind != "dense"})
     alone = f" {', '.join(free)}: needs no calibration text." if free else ""
+    if any(row.recovered for row in results.table):
+        alone += (
+            " What was fine-tuned after pruning, its zeros kept, says so with the tokens and seconds spent; it is "
+            "ranked among rows that saw as many tokens, and its seconds include the training."
+        )
     return (
         "Sparsity: share of zeros in the pruned matrices; of a structured row, share of the block weights that are "
         "gone, so the model is smaller. Difference: perplexity minus dense, paired bootstrap over "
@@ -261,7 +266,15 @@ def _said_of_speed(results: Results) -> str:
 def method(row: Row) -> str:
     """The method of a row with what else it has for itself."""
     rule = "" if row.allocation == "uniform" else f" by {row.allocation}"
-    return f"{row.method}{rule}" + ("" if row.values == "as stored" else f", {row.values}")
+    rounded = "" if row.values == "as stored" else f", {row.values}"
+    return f"{row.method}{rule}{rounded}" + (f", {_spent(row.recovered)}" if row.recovered else "")
+
+
+def _spent(recovered: dict[str, Any]) -> str:
+    """By which way a row was recovered, and what that took: a row that was trained is never shown without."""
+    tokens = recovered["tokens"]
+    count = f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else f"{tokens / 1e3:.0f} k"
+    return f"{recovered['way']} {count} tokens {recovered['seconds']:.0f} s"
 
 
 def accuracy(found: dict[str, Any]) -> str:

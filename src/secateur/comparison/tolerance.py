@@ -125,6 +125,7 @@ def _reach(cell: Cell, best: Row | None, beyond: int, dense: Row, most: float, n
 def _percent(row: Row, method: str, rule: str, of: str) -> int | None:
     """The whole percent of a row of a method, rule and family, with values as stored; None for any other row."""
     found = share_of(row.pattern)
-    if found is None or (row.method, row.allocation, row.values, found[1]) != (method, rule, "as stored", of):
+    same = (row.method, row.allocation, row.values, row.recovered) == (method, rule, "as stored", None)
+    if found is None or not same or found[1] != of:
         return None
     return int(found[0]) if found[0].is_integer() else None

@@ -46,7 +46,10 @@ def recover_blocks(job: Job) -> Recovery:
         folder = result.partial.parent
         again: list[nn.Module] = []
         if 0 < len(finished) < count:
-            again = load_blocks(result.partial, spill=folder if job.pruned.spilled else None)[: len(finished)]
+            loaded = load_blocks(
+                result.partial, trust_remote_code=job.trust_remote_code, spill=folder if job.pruned.spilled else None
+            )
+            again = loaded[: len(finished)]
         steps = stream(
             job.dense, job.windows.ids, devices=[job.device], dtype=torch.float32, batch_size=job.schedule.batch_size,
             dense=True, finished=again, spill=folder if held > available_bytes(job.device) / 2 else None,

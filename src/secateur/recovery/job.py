@@ -83,6 +83,7 @@ class Job:
     progress: Progress
     ranks: Ranks
     dense_name: str | None
+    trust_remote_code: bool
     started: float = field(default_factory=perf_counter)
 
     @property

@@ -26,6 +26,7 @@ from secateur.options import check_windows, default_length, find_devices
 from secateur.output import refuse_output
 from secateur.progress import Progress
 from secateur.ranks import joined
+from secateur.recovery.blocks import recover_blocks
 from secateur.recovery.checks import check_way, pruning_record, refuse_other_record, refuse_stranger
 from secateur.recovery.job import Job, Recovery, Schedule
 from secateur.recovery.text import recovery_windows
@@ -88,9 +89,8 @@ def recover(
             reference = load(resolve(dense), trust_remote_code=trust_remote_code)
             refuse_stranger(pruned, reference, folder, resolve(dense), smaller=record.get("kind") == "structured")
         schedule = Schedule(
-            steps, batch_size, accumulate, rate or RATES[_trained(way)], save_every, seed, gradient_checkpointing,
-            ranks.size,
-        )  # fmt: skip
+            steps, batch_size, accumulate, rate or rate_of(way), save_every, seed, gradient_checkpointing, ranks.size
+        )
         progress.begin("reading text")
         tokenizer, length = load_tokenizer(folder, trust_remote_code=trust_remote_code), default_length(pruned)
         seen = [*avoid, *_calibrated(record, tokenizer, local)]
@@ -104,27 +104,25 @@ def recover(
         job = Job(
             way, source, record, pruned, reference, windows, schedule, rank, chosen, Path(out), overwrite, restart,
             list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]], progress, ranks,
-            str(dense) if dense else None,
+            str(dense) if dense else None, trust_remote_code,
         )  # fmt: skip
-        done = _by(way)(job)
+        done = carry_out(job)
         progress.end()
     return done
 
 
-def _trained(way: str) -> str:
-    """What a way trains: adapters, all weights, or blocks."""
-    return "lora" if way.startswith("lora") else "blocks" if way == "blocks" else "masked"
+def carry_out(job: Job) -> Recovery:
+    """Train and write; for a job whose model is loaded and whose text is drawn already."""
+    if job.way == "blocks":
+        return recover_blocks(job)
+    from secateur.recovery.whole import recover_whole  # needs packages that not everybody has
+
+    return recover_whole(job)
 
 
-def _by(way: str) -> Any:
-    """What goes that way; imported when it is wanted, since training needs packages that not everybody has."""
-    if way == "blocks":
-        from secateur.recovery.blocks import recover_blocks
-
-        return recover_blocks
-    from secateur.recovery.whole import recover_whole
-
-    return recover_whole
+def rate_of(way: str) -> float:
+    """The highest rate of a way where none is asked for."""
+    return RATES["lora" if way.startswith("lora") else "blocks" if way == "blocks" else "masked"]
 
 
 def _is_demo(record: Mapping[str, Any]) -> bool:

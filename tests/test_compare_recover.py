@@ -1,0 +1,143 @@
+"""Recovered rows of a comparison: labelled, ranked among themselves, on text that is seen nowhere else, and kept."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import secateur
+from secateur.comparison import recovering
+from secateur.comparison.report import markdown
+from secateur.comparison.results import read_results
+from secateur.comparison.sheets import comparison
+from secateur.comparison.sound import check
+from secateur.data import calibration_windows, evaluation_windows, load_tokenizer
+from secateur.errors import BadResults, ConditionsDiffer, NotEnoughText, UnknownName
+from secateur.model import load
+from secateur.recovery.text import RUN, recovery_windows
+from secateur.recovery.write import masks
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of their own
+
+
+@pytest.fixture
+def options(tiny_llama, text_file) -> dict[str, Any]:
+    return {
+        "model": str(tiny_llama), "calibration": str(text_file), "evaluation": str(text_file), "samples": 8,
+        "seq_len": 96, "windows": 4, "methods": ["magnitude", "wanda"], "patterns": ["2:4"], "recover": ["masked"],
+        "recover_steps": 3, "recover_text": str(text_file), "command": ["secateur", "compare"],
+    }  # fmt: skip
+
+
+def test_recovered_rows_say_so_and_are_ranked_among_themselves(options, tmp_path):
+    results = secateur.compare(**options | {"recover": ["masked", "blocks"]}, out=tmp_path)
+    assert [row.name for row in results.rows] == [
+        "dense -",
+        *(
+            f"{method} 2:4{after}"
+            for method in ("magnitude", "wanda")
+            for after in ("", " recovered by masked in 3 steps", " recovered by blocks in 3 steps")
+        ),
+    ]
+    plain, trained = ([row for row in results.rows[1:] if bool(row.recovered) is kind] for kind in (False, True))
+    for rows in (plain, trained):
+        ends = [row.rank.split(" ")[0].split("-") for row in rows]
+        assert all(1 <= int(end[0]) <= int(end[-1]) <= len(rows) for end in ends)
+        assert all(name in {row.name for row in rows} for row in rows for name in row.ties)
+    for row in trained:
+        assert row.recovered is not None
+        assert row.recovered["tokens"] == 3 * 8 * 96
+        assert row.seconds["recover"] == row.recovered["seconds"] > 0
+        pruned = next(one for one in plain if one.method == row.method)
+        one, two = (masks(load(tmp_path / str(held.checkpoint))) for held in (pruned, row))
+        assert all((one[name] == two[name]).all() for name in one)
+        assert row.sparsity == pruned.sparsity
+        found = secateur.evaluate(
+            str(tmp_path / str(row.checkpoint)), dense=options["model"], evaluation=options["evaluation"], seq_len=96,
+            windows=4,
+        )  # fmt: skip
+        assert row.perplexity == pytest.approx(found.perplexity, rel=1e-9)
+    told = [line["method"][0] for line in comparison(results).lines if "tokens" in line["method"][0]]
+    assert told[0].startswith("magnitude, masked 2 k tokens ")
+    assert len(told) == 4
+    assert "fine-tuned after pruning" in markdown(results)
+    check(read_results(tmp_path))
+    best = min(results.rows[1:], key=lambda row: row.perplexity)
+    assert secateur.recommend(tmp_path, goal="quality").chosen == best.name
+
+
+def test_no_text_is_shared(options, tmp_path):
+    results = secateur.compare(**options | {"windows": 60, "recover_steps": 12}, out=tmp_path)
+    trained = results.rows[2].recovered
+    assert trained is not None
+    tokenizer = load_tokenizer(tmp_path / str(results.rows[1].checkpoint))
+    judged = evaluation_windows(tokenizer, options["evaluation"], length=96, windows=60, data_dir=None)
+    drawn = recovery_windows(tokenizer, options["recover_text"], count=96, length=96, seed=0)
+    assert drawn.fingerprint() != trained["text"]  # what would overlap was left out
+
+    def runs(rows: list[list[int]]) -> set[tuple[int, ...]]:
+        return {tuple(row[i : i + RUN]) for row in rows for i in range(len(row) - RUN + 1)}
+
+    assert runs(judged.ids.tolist()) & runs(drawn.ids.tolist())
+    calibrated = calibration_windows(tokenizer, options["calibration"], samples=8, length=96, seed=0, data_dir=None)
+    kept = recovery_windows(
+        tokenizer, options["recover_text"], count=96, length=96, seed=0, avoid=[judged.ids, calibrated.ids]
+    )
+    assert kept.fingerprint() == trained["text"]
+    assert not runs(judged.ids.tolist()) & runs(kept.ids.tolist())
+
+
+def test_what_is_finished_is_kept(options, tmp_path, monkeypatch):
+    first = secateur.compare(**options, out=tmp_path)
+    trained = []
+    real = recovering.carry_out
+    monkeypatch.setattr(recovering, "carry_out", lambda job: trained.append(job.way) or real(job))
+    again = secateur.compare(**options, out=tmp_path)
+    assert again.rows == first.rows
+    row = tmp_path / "rows" / "wanda-2of4-recovered-by-masked-in-3-steps.json"
+    row.unlink()  # as if it had died after the recovery had ended, before its row was kept
+    again = secateur.compare(**options, out=tmp_path)
+    assert again.rows == first.rows
+    assert not trained
+    row.unlink()
+    record = tmp_path / "checkpoints" / row.stem / "pruning.json"
+    record.write_text(record.read_text().replace('"rate": 0.0003', '"rate": 0.1'))
+    assert [row.loss for row in secateur.compare(**options, out=tmp_path).rows] == [row.loss for row in first.rows]
+    assert trained == ["masked"]
+    more = secateur.compare(**options | {"recover_steps": 2}, out=tmp_path)
+    assert more.rows[2].name == "magnitude 2:4 recovered by masked in 2 steps"
+
+
+def test_another_text_is_refused(options, tmp_path, text_file):
+    secateur.compare(**options, out=tmp_path / "out")
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(reversed(text_file.read_text().splitlines())))
+    with pytest.raises(ConditionsDiffer, match="recovered by masked in 3 steps was recovered with text"):
+        secateur.compare(**options | {"recover_text": str(other)}, out=tmp_path / "out")
+
+
+def test_what_cannot_be_is_said_before_anything_is_pruned(options, tmp_path):
+    with pytest.raises(UnknownName, match="There is no way to recover 'mask'"):
+        secateur.compare(**options | {"recover": ["mask"]}, out=tmp_path / "out")
+    with pytest.raises(NotEnoughText, match=r"Recovery was asked to see .* tokens"):
+        secateur.compare(**options | {"recover_steps": 10**5}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_way_that_a_row_cannot_go_is_left_out_and_said(options, tmp_path):
+    results = secateur.compare(
+        **options | {"methods": ["fast"], "patterns": ["1 blocks"], "recover": ["blocks", "masked"]}, out=tmp_path
+    )
+    assert [bool(row.recovered) for row in results.rows] == [False, False, True]
+    assert "cannot be matched" in results.not_timed["fast 1 block recovered by blocks in 3 steps"]
+
+
+def test_a_recovery_that_is_none_is_refused(options, tmp_path):
+    secateur.compare(**options, out=tmp_path)
+    held = json.loads((tmp_path / "results.json").read_text())
+    held["rows"][2]["recovered"]["seconds"] = "long"
+    (tmp_path / "results.json").write_text(json.dumps(held))
+    with pytest.raises(BadResults, match="seconds 'long'; float was wanted"):
+        check(read_results(tmp_path))
