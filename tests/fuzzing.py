@@ -86,7 +86,7 @@ def _compare(place: Path, text: Path) -> None:
     shutil.copytree(place / "llama", place / "compared")
     (place / "results").mkdir()
     secateur.compare(
-        place / "llama", out=place / "rows", methods=["magnitude"], patterns=["2:4"], windows=4, evaluation=str(text),
+        place / "llama", out=place / "rows", methods=["magnitude"], patterns=["2:4", "50%"], windows=4, evaluation=str(text),
         calibration=str(text), samples=4, seq_len=16, tolerance=0.5,
     )  # fmt: skip
     shutil.copy(place / "rows" / "results.json", place / "results")
@@ -164,6 +164,9 @@ def arguments(case: Case, command: str, text: Path) -> list[str]:
         return ["report", model, *out]
     if first == "recommend":
         return ["recommend", model, "--goal", *rest]
+    if first == "recover":
+        way = ["--with", *rest, "--dense", str(text.parent / "bfloat16"), "--text", str(text)]
+        return ["recover", model, *out, *way, "--steps", "2", "--batch-size", "2", *SMALL[2:]]
     if first == "validate":
         return ["validate", model, "--for", *rest]
     return ["export", model, *out, "--to", *rest, "--quiet"] if first == "export" else [first, model, *rest]
@@ -234,12 +237,12 @@ def _wrong(case: Case, command: str, out: str) -> str:
         return _not_json(out)
     if "nan%" in out or "inf%" in out:
         return f"NaN was printed: {out[:500]}"
-    if first in ("prune", "shrink"):
+    if first in ("prune", "shrink", "recover"):
         found = secateur.inspect(case.out)
         odd = [t.name for t in found.tensors if t.negative_zeros or t.nans or t.infs]
         odd = [name for name in odd if not _as_it_came(case, name)]
         claimed = json.loads((case.out / "pruning.json").read_text())["sparsity"]
-        if odd or (first == "prune" and abs(found.sparsity - claimed) > 0.02):
+        if odd or (first != "shrink" and abs(found.sparsity - claimed) > 0.02):
             return f"odd values in {odd[:3]}, sparsity {found.sparsity}, {claimed} claimed"
     if command in ("export packed", "export dense", "export sparse-bitmask", "export sparse-24-bitmask"):
         if command == "export packed":

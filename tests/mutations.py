@@ -243,6 +243,11 @@ def record(case: Case) -> str:
     return spoil_json_file(case, case.model / RECORD)
 
 
+def pruned_folder(case: Case) -> str:
+    """Change any part of a pruned folder."""
+    return case.draw.choice((record, record, header, config, tokenizer, files))(case)
+
+
 def result_rows(case: Case) -> str:
     """Change a finished row of a comparison."""
     return spoil_json_file(case, case.draw.choice(sorted((case.out / "rows").glob("*.json"))))
@@ -276,6 +281,7 @@ KINDS: dict[str, Kind] = {
     "config": Kind(config, FAMILIES, (*READERS, *READERS, *WRITERS, "export gguf", "export tensorrt-llm"), 22),
     "tokenizer": Kind(tokenizer, ("llama",), ("prune magnitude", "evaluate", "export gguf"), 9),
     "record": Kind(record, ("pruned",), (*READERS[:4], "export packed", "export sparse-24-bitmask"), 8),
+    "recover": Kind(pruned_folder, ("pruned",), ("recover masked", "recover blocks", "recover lora"), 4),
     "rows": Kind(result_rows, ("compared",), ("compare",), 4),
     "results": Kind(results, ("results",), ("report", "recommend quality", "recommend portability"), 4),
     "plan": Kind(plan, ("llama",), ("prune plan",), 4),

@@ -233,7 +233,8 @@ def _title(results: Results) -> str:
 
 
 def _caption(results: Results) -> str:
-    free = sorted({method(row) for row in results.table if row.calibration is None and row.kind != "dense"})
+    free = sorted({method(row) for row in results.table if row.calibration is None and row.kind != "dense"
+                   and not row.recovered})  # fmt: skip
     alone = f" {', '.join(free)}: needs no calibration text." if free else ""
     if any(row.recovered for row in results.table):
         alone += (

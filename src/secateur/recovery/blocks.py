@@ -7,6 +7,7 @@ could not. Only the linear layers are trained, each batch of windows once.
 
 from __future__ import annotations
 
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from secateur.checkpoint import open_checkpoint
-from secateur.errors import Interrupted
+from secateur.errors import Interrupted, NonFinite
 from secateur.hidden import hidden_bytes
 from secateur.interrupt import asked_to_stop
 from secateur.machine import available_bytes
@@ -81,5 +82,7 @@ def _recovered(step: Step, job: Job) -> tuple[nn.Module, dict[str, Any]]:
     block = working_copy(original, step.device, torch.float32)
     kept = block_masks(block)
     tuned = refine(block, kept, step.batches(), 1, job.schedule.rate)
+    if not isfinite(tuned.before):
+        raise NonFinite(f"{step.name} makes NaN or Inf of the text, or the dense block does. Nothing can aim at that.")
     keep_masks(block, original, kept)
     return block, {"block": step.name, "before": tuned.before, "after": tuned.after}

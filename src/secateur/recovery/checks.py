@@ -12,11 +12,12 @@ import torch
 
 from secateur.checkpoint import RECORD, Checkpoint
 from secateur.data import load_tokenizer
-from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel
+from secateur.errors import BadCheckpoint, NonFinite, UnknownName, UnsupportedModel
 from secateur.files import fits
 from secateur.inspection import record_of
 from secateur.replay import LanguageModel
 from secateur.sites import sites
+from secateur.stats import is_finite
 
 WAYS = {
     "lora": "adapters on every linear layer, merged under the mask",
@@ -60,10 +61,9 @@ def pruning_record(source: Checkpoint) -> dict[str, Any]:
     return record
 
 
-def refuse_other_record(source: Checkpoint, language_model: LanguageModel, record: Mapping[str, Any]) -> None:
-    """Raise BadCheckpoint where the zeros of a site are not as many as pruning.json says."""
-    if record.get("kind") == "structured":
-        return
+def refuse_other_weights(source: Checkpoint, language_model: LanguageModel, record: Mapping[str, Any]) -> None:
+    """Raise BadCheckpoint where the zeros of a site are not as many as pruning.json says, NonFinite for NaN or Inf."""
+    masked = record.get("kind") != "structured"
     said = {
         site["site"]: site["sparsity"] for site in record["sites"] if fits(site, dict[str, Any])
         and isinstance(site.get("site"), str) and fits(site.get("sparsity"), float)
@@ -71,8 +71,10 @@ def refuse_other_record(source: Checkpoint, language_model: LanguageModel, recor
     for index, block in enumerate(language_model.blocks):
         for name, site in sites(block).items():
             full = f"{language_model.block_name(index)}.{name}"
+            if not is_finite(site.weight):
+                raise NonFinite(f"The weights of {full} hold NaN or Inf. Mend the model, or prune it again.")
             zeros = (site.weight == 0).sum().item() / site.weight.numel()
-            if full not in said or abs(zeros - said[full]) * site.weight.numel() > 0.5:
+            if masked and (full not in said or abs(zeros - said[full]) * site.weight.numel() > 0.5):
                 raise BadCheckpoint(
                     f"{full} has {zeros:.2%} zeros, and {source.folder / RECORD} says {said.get(full)}. The folder was "
                     "changed after it was pruned; prune again."

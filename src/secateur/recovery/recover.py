@@ -27,7 +27,7 @@ from secateur.output import refuse_output
 from secateur.progress import Progress
 from secateur.ranks import joined
 from secateur.recovery.blocks import recover_blocks
-from secateur.recovery.checks import check_way, pruning_record, refuse_other_record, refuse_stranger
+from secateur.recovery.checks import check_way, pruning_record, refuse_other_weights, refuse_stranger
 from secateur.recovery.job import Job, Recovery, Schedule
 from secateur.recovery.text import recovery_windows
 from secateur.refine import RATE
@@ -83,7 +83,7 @@ def recover(
         record = pruning_record(source)
         progress.begin(f"loading {model}")
         pruned = load(folder, trust_remote_code=trust_remote_code)
-        refuse_other_record(source, pruned, record)
+        refuse_other_weights(source, pruned, record)
         reference = None
         if dense is not None:
             reference = load(resolve(dense), trust_remote_code=trust_remote_code)

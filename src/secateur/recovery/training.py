@@ -63,9 +63,11 @@ class _Distilling(Trainer):
 
     def _refuse(self, loss: Tensor) -> None:
         if not loss.isfinite():
+            last = last_whole(Path(str(self.args.output_dir)))
             raise NonFinite(
-                f"The loss became {loss.item()} at step {self.state.global_step + 1}. The last checkpoint is kept in "
-                f"{self.args.output_dir}. Try a lower --rate, with --restart or another --out."
+                f"The loss became {loss.item()} at step {self.state.global_step + 1}. "
+                + (f"The last checkpoint is kept in {last}. " if last else "")
+                + "Try a lower --rate, with --restart or another --out."
             )
 
 

@@ -26,7 +26,7 @@ from secateur.interrupt import asked_to_stop
 from secateur.journal import differences
 from secateur.output import output
 from secateur.recovery.job import Job, Recovery
-from secateur.recovery.training import train
+from secateur.recovery.training import last_whole, train
 from secateur.recovery.write import masks, refuse_other_masks, written
 from secateur.replay import LanguageModel
 from secateur.sites import sites
@@ -94,12 +94,14 @@ def _taken_up(place: Path, wanted: Mapping[str, Any], restart: bool) -> float:
 
 @contextmanager
 def _timed(job: Job, place: Path, before: float) -> Iterator[None]:
-    """However training ends, the seconds that it took are kept."""
+    """However training ends, the seconds that it took are kept; where it left no checkpoint, nothing is."""
     try:
         yield
     finally:
-        if job.ranks.first:
+        if job.ranks.first and last_whole(place):
             (place / "seconds.json").write_text(json.dumps(before + perf_counter() - job.started))
+        elif job.ranks.first:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _linear(language_model: LanguageModel) -> list[str]:
