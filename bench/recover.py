@@ -23,8 +23,6 @@ from secateur.machine import machine, versions
 from secateur.progress import show
 from secateur.recovery.recover import recover
 
-RATES = {"lora": 3e-3, "masked": 5e-4, "distill": 1e-3}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,14 +46,15 @@ def main() -> None:
                 started = process_time()
                 done = recover(
                     place / "pruned", out=place / way, dense=model_folder(), way=way, steps=chosen.steps,
-                    rate=RATES[way], command=["python", *sys.argv], progress=show(quiet=False),
+                    command=["python", *sys.argv], progress=show(quiet=False),
                 )  # fmt: skip
-                (place / f"{way}.json").write_text(json.dumps({"cpu_seconds": process_time() - started, "seconds":
-                                                               done.seconds, "tokens": done.tokens}))  # fmt: skip
+                spent = {"tokens": done.tokens, "rate": done.rate, "seconds": done.seconds}
+                spent["cpu_seconds"] = process_time() - started  # of the last run, where it was interrupted
+                (place / f"{way}.json").write_text(json.dumps(spent))
             after = judged(place / way, chosen.windows)
             won = 1 - after["delta"] / before["delta"]
             spent = json.loads((place / f"{way}.json").read_text())
-            rows.append({"pattern": pattern, "way": way, "rate": RATES[way], **after, **spent, "won_back": won})
+            rows.append({"pattern": pattern, "way": way, **after, **spent, "won_back": won})
             print(json.dumps(rows[-1]), flush=True)
             if chosen.json:
                 held = {"command": sys.argv, "machine": machine(), "versions": versions(), "steps": chosen.steps}

@@ -86,8 +86,8 @@ def _compare(place: Path, text: Path) -> None:
     shutil.copytree(place / "llama", place / "compared")
     (place / "results").mkdir()
     secateur.compare(
-        place / "llama", out=place / "rows", methods=["magnitude"], patterns=["2:4", "50%"], windows=4, evaluation=str(text),
-        calibration=str(text), samples=4, seq_len=16, tolerance=0.5,
+        place / "llama", out=place / "rows", methods=["magnitude"], patterns=["2:4", "50%"], windows=4,
+        evaluation=str(text), calibration=str(text), samples=4, seq_len=16, tolerance=0.5,
     )  # fmt: skip
     shutil.copy(place / "rows" / "results.json", place / "results")
 

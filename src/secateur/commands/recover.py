@@ -34,9 +34,7 @@ def recover(
     seq_len: SeqLen = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a forward pass, on each device.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes of a step.")] = 1,
-    rate: Annotated[
-        float | None, typer.Option(help="Highest. Default: lora 1e-3, masked 3e-4, blocks 0.4, relative.")
-    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Highest. Default: by the width of the model.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="The rank of adapters.")] = 16,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of the training.")] = 100,
     gradient_checkpointing: Annotated[

@@ -247,7 +247,7 @@ def _recovering(
         avoid=[one.ids for one in avoid], data_dir=data_dir,
     )  # fmt: skip
     check_windows(language_model, windows, BATCH)
-    return Recovering(list(dict.fromkeys(ways)), steps, windows, folder, **options)
+    return Recovering(list(dict.fromkeys(ways)), steps, windows, language_model, folder, **options)
 
 
 def _draws(

@@ -20,6 +20,7 @@ from secateur.ranks import ALONE
 from secateur.recovery.checks import pruning_record
 from secateur.recovery.job import Job, Schedule
 from secateur.recovery.recover import carry_out, rate_of
+from secateur.replay import LanguageModel
 
 BATCH = 8
 """Windows of a step of training."""
@@ -29,11 +30,12 @@ RANK = 16
 
 @dataclass(frozen=True)
 class Recovering:
-    """How every pruned row is recovered: by which `ways`, on `windows`, towards the `dense` folder."""
+    """How every pruned row is recovered: by which `ways`, on `windows`, towards `model`, which is in `dense`."""
 
     ways: Sequence[str]
     steps: int
     windows: Windows
+    model: LanguageModel
     dense: Path
     device: torch.device
     command: Sequence[str]
@@ -74,7 +76,7 @@ class Recovering:
         ).seconds  # fmt: skip
 
     def _schedule(self, way: str) -> Schedule:
-        return Schedule(self.steps, BATCH, 1, rate_of(way), SAVE_EVERY, self.windows.seed or 0)
+        return Schedule(self.steps, BATCH, 1, rate_of(way, self.model), SAVE_EVERY, self.windows.seed or 0)
 
     def _done(self, pruned: Path, place: Path, way: str) -> float | None:
         """The seconds of a recovery of these very weights that had ended when a run died, before its row was kept."""

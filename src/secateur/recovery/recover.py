@@ -22,7 +22,7 @@ from secateur.checkpoint import open_checkpoint, resolve
 from secateur.data import Windows, calibration_windows, evaluation_windows, load_tokenizer
 from secateur.errors import SecateurError
 from secateur.model import load
-from secateur.options import check_windows, default_length, find_devices
+from secateur.options import check_windows, default_length, find_devices, width
 from secateur.output import refuse_output
 from secateur.progress import Progress
 from secateur.ranks import joined
@@ -31,9 +31,11 @@ from secateur.recovery.checks import check_way, pruning_record, refuse_other_wei
 from secateur.recovery.job import Job, Recovery, Schedule
 from secateur.recovery.text import recovery_windows
 from secateur.refine import RATE
+from secateur.replay import LanguageModel
 
-RATES = {"lora": 1e-3, "masked": 3e-4, "blocks": RATE}
-"""Of the ways; that of blocks is relative, as `refine` says. The demo model was tried with several of each."""
+RATES = {"lora": 0.6, "masked": 0.1, "distill": 0.2}
+"""Of the ways, times the width of the model: Adam's rate for matrices falls as their inputs grow (Yang et al. 2022,
+arXiv:2203.03466, table 3). The demo model, 192 wide, was tried with several of each (docs/recovery.md)."""
 
 
 def recover(
@@ -89,8 +91,9 @@ def recover(
             reference = load(resolve(dense), trust_remote_code=trust_remote_code)
             refuse_stranger(pruned, reference, folder, resolve(dense), smaller=record.get("kind") == "structured")
         schedule = Schedule(
-            steps, batch_size, accumulate, rate or rate_of(way), save_every, seed, gradient_checkpointing, ranks.size
-        )
+            steps, batch_size, accumulate, rate or rate_of(way, pruned), save_every, seed, gradient_checkpointing,
+            ranks.size,
+        )  # fmt: skip
         progress.begin("reading text")
         tokenizer, length = load_tokenizer(folder, trust_remote_code=trust_remote_code), default_length(pruned)
         seen = [*avoid, *_calibrated(record, tokenizer, local)]
@@ -120,9 +123,12 @@ def carry_out(job: Job) -> Recovery:
     return recover_whole(job)
 
 
-def rate_of(way: str) -> float:
-    """The highest rate of a way where none is asked for."""
-    return RATES["lora" if way.startswith("lora") else "blocks" if way == "blocks" else "masked"]
+def rate_of(way: str, pruned: LanguageModel) -> float:
+    """The highest rate of a way where none is asked for; that of blocks is relative, as `refine` says."""
+    if way == "blocks":
+        return RATE
+    kind = "lora" if way.startswith("lora") else "distill" if way.endswith("distill") else "masked"
+    return RATES[kind] / width(pruned)
 
 
 def _is_demo(record: Mapping[str, Any]) -> bool:
