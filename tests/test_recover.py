@@ -266,7 +266,11 @@ def test_blocks_that_are_finished_are_kept(models, options, tmp_path, monkeypatc
 
 
 def test_another_recovery_in_its_place_is_refused(models, options, monkeypatch):
-    monkeypatch.setattr(training._Distilling, "training_step", lambda *args, **more: 1 / 0)
+    real = training._Distilling.training_step
+    monkeypatch.setattr(
+        training._Distilling, "training_step",
+        lambda self, *args, **more: real(self, *args, **more) / (self.state.global_step < 3 or 1 // 0),
+    )  # fmt: skip
     with pytest.raises(ZeroDivisionError):
         recover(models / "llama-pruned", **options)
     monkeypatch.undo()
@@ -289,6 +293,14 @@ def test_a_loss_that_is_none_keeps_the_last_checkpoint(models, options, tmp_path
         recover(models / "llama-pruned", **options)
     assert (tmp_path / ".out.recovery" / "checkpoint-4" / training.WHOLE).is_file()
     assert not options["out"].exists()
+
+
+def test_a_run_that_never_came_to_a_checkpoint_leaves_nothing(models, options, tmp_path, monkeypatch):
+    real = training._Distilling.compute_loss
+    monkeypatch.setattr(training._Distilling, "compute_loss", lambda *args, **more: real(*args, **more) + torch.inf)
+    with pytest.raises(NonFinite, match=r"The loss became inf at step 1\. Try a lower --rate"):
+        recover(models / "llama-pruned", **options)
+    assert not list(tmp_path.iterdir())
 
 
 # What is refused.
@@ -339,6 +351,12 @@ def test_a_folder_that_is_not_as_it_was_pruned(models, options, tmp_path):
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadCheckpoint, match=r"model\.layers\.1\.mlp\.up_proj has 49\.\d+% zeros, and .* says 0\.5"):
         recover(source, **options)
+    record = json.loads((models / "llama-pruned" / "pruning.json").read_text())
+    other = tmp_path / "other"
+    shutil.copytree(models / "llama-pruned", other)
+    (other / "pruning.json").write_text(json.dumps(record | {"sparsity": 1e308}))
+    with pytest.raises(BadCheckpoint, match=r"The sites of .* have 50\.00% zeros, and its pruning\.json says 1e\+308"):
+        recover(other, **options)
     (source / "pruning.json").unlink()
     with pytest.raises(BadCheckpoint, match=r"has no pruning\.json; a folder that 'secateur prune' wrote is wanted"):
         recover(source, **options)

@@ -201,15 +201,8 @@ def output(
     conditions; `restart` discards it. Raises OutputRefused where `out` holds something already, DiskFull where the
     result cannot fit, ConditionsDiffer where a half-finished run has other conditions.
     """
-    out, model = out.resolve(), source.folder.resolve()  # a link is followed, so that the result lies where it points
-    if out == model:
-        raise OutputRefused(f"{out} is the model itself. Choose another folder.")
-    if model in out.parents or out in model.parents:
-        raise OutputRefused(
-            f"One of {out} and the model's folder {model} lies inside the other. Choose another folder."
-        )
-    refuse_output(out, overwrite=overwrite)
-    refuse_links_out(model)
+    out = out.resolve()  # a link is followed, so that the result lies where it points
+    refuse_place(source, out, overwrite=overwrite)
     partial, file = out.with_name(f".{out.name}.partial"), journal_of(out)
     made = [folder for folder in out.parents if not folder.exists()]
     result = None
@@ -303,6 +296,19 @@ def stamps(source: Checkpoint) -> dict[str, list[int]]:
     """Size and time of change of the files that a run reads: what tells whether they are still the same."""
     files = {name: (source.folder / name).stat() for name in ("config.json", *source.shards)}
     return {name: [found.st_size, found.st_mtime_ns] for name, found in files.items()}
+
+
+def refuse_place(source: Checkpoint, out: Path, *, overwrite: bool) -> None:
+    """Raise OutputRefused where `out` cannot hold a result made of `source`, BadCheckpoint for links out of that."""
+    out, model = out.resolve(), source.folder.resolve()
+    if out == model:
+        raise OutputRefused(f"{out} is the model itself. Choose another folder.")
+    if model in out.parents or out in model.parents:
+        raise OutputRefused(
+            f"One of {out} and the model's folder {model} lies inside the other. Choose another folder."
+        )
+    refuse_output(out, overwrite=overwrite)
+    refuse_links_out(model)
 
 
 def refuse_output(out: Path, *, overwrite: bool, strict: bool = False) -> None:

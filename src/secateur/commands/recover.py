@@ -66,6 +66,8 @@ def recover(
         f"{escape(done.way)}: {done.steps} steps, {done.tokens:,} tokens, {done.seconds:.0f} s; {_trained(done)}. "
         f"Every zero is where it was. Written to {escape(str(out))}."
     )
+    if not done.apart:
+        console().print("The calibration text could not be drawn again, so whether it is part of --text was not seen.")
     return None
 
 

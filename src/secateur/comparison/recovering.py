@@ -71,7 +71,7 @@ class Recovering:
                 way, source, pruning_record(source), load(pruned, trust_remote_code=self.trust_remote_code),
                 load(self.dense, trust_remote_code=self.trust_remote_code), self.windows, self._schedule(way), RANK,
                 self.device, place, True, False, self.command, self.progress, ALONE, str(self.dense),
-                self.trust_remote_code,
+                self.trust_remote_code, True,
             )
         ).seconds  # fmt: skip
 

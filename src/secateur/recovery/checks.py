@@ -68,22 +68,29 @@ def refuse_other_weights(source: Checkpoint, language_model: LanguageModel, reco
         site["site"]: site["sparsity"] for site in record["sites"] if fits(site, dict[str, Any])
         and isinstance(site.get("site"), str) and fits(site.get("sparsity"), float)
     }  # fmt: skip
+    zeros = total = 0
     for index, block in enumerate(language_model.blocks):
         for name, site in sites(block).items():
             full = f"{language_model.block_name(index)}.{name}"
             if not is_finite(site.weight):
                 raise NonFinite(f"The weights of {full} hold NaN or Inf. Mend the model, or prune it again.")
-            zeros = (site.weight == 0).sum().item() / site.weight.numel()
-            if masked and (full not in said or abs(zeros - said[full]) * site.weight.numel() > 0.5):
+            found, size = int((site.weight == 0).sum()), site.weight.numel()
+            zeros, total = zeros + found, total + size
+            if masked and (full not in said or abs(found - said[full] * size) > 0.5):
                 raise BadCheckpoint(
-                    f"{full} has {zeros:.2%} zeros, and {source.folder / RECORD} says {said.get(full)}. The folder was "
-                    "changed after it was pruned; prune again."
+                    f"{full} has {found / size:.2%} zeros, and {source.folder / RECORD} says {said.get(full)}. The "
+                    "folder was changed after it was pruned; prune again."
                 )
+    if not (abs(zeros / total - record["sparsity"]) < 1e-6 if masked else 0 <= record["sparsity"] <= 1):
+        raise BadCheckpoint(
+            f"The sites of {source.folder} have {zeros / total:.2%} zeros, and its {RECORD} says {record['sparsity']}. "
+            "The folder was changed after it was pruned; prune again."
+        )
 
 
 def refuse_stranger(
-    model: LanguageModel, dense: LanguageModel, folder: Path, other: Path, *, smaller: bool
-) -> None:  # fmt: skip
+    model: LanguageModel, dense: LanguageModel, folder: Path, other: Path, *, smaller: bool, trust_remote_code: bool
+) -> None:
     """Raise UnsupportedModel where the dense model has another architecture, vocabulary or tokenizer.
 
     A `smaller` model may be carried by another architecture than the dense one, as Llama by Mistral.
@@ -99,7 +106,7 @@ def refuse_stranger(
             f"{folder} has width {one.hidden_size} and {one.vocab_size} tokens, {other} {two.hidden_size} and "
             f"{two.vocab_size}. Name the dense model that was pruned."
         )
-    ours, theirs = load_tokenizer(folder), load_tokenizer(other)
+    ours, theirs = (load_tokenizer(place, trust_remote_code=trust_remote_code) for place in (folder, other))
     if ours.get_vocab() != theirs.get_vocab() or ours.encode(WORDS) != theirs.encode(WORDS):
         raise UnsupportedModel(f"{folder} and {other} have different tokenizers. Name the dense model that was pruned.")
 

@@ -45,7 +45,8 @@ class Schedule:
 class Recovery:
     """What a recovery did: by which way, on how much text, in how many seconds over all runs, and the loss by step.
 
-    `blocks`: what was trained block by block has no such loss, but the output error of every block before and after.
+    `apart`: whether none of the text is that of the calibration; False where that could not be drawn again. `blocks`:
+    what was trained block by block has no such loss, but the output error of every block before and after.
     """
 
     way: str
@@ -60,6 +61,7 @@ class Recovery:
     blocks: list[tuple[str, float, float]] = field(default_factory=list, repr=False)
     dense: str | None = None
     rank: int | None = None
+    apart: bool = True
     out: Path | None = None
 
 
@@ -84,6 +86,7 @@ class Job:
     ranks: Ranks
     dense_name: str | None
     trust_remote_code: bool
+    apart: bool
     started: float = field(default_factory=perf_counter)
 
     @property
@@ -99,7 +102,8 @@ class Job:
         """What this recovery did in `seconds`."""
         return Recovery(
             self.way, self.schedule.steps, self.windows.ids.numel(), seconds, self.schedule.rate, self.schedule.seed,
-            self.windows.fingerprint(), float(self.record["sparsity"]), dense=self.dense_name, out=self.out, **found,
+            self.windows.fingerprint(), float(self.record["sparsity"]), dense=self.dense_name, apart=self.apart,
+            out=self.out, **found,
         )  # fmt: skip
 
     def finish(self, result: Output, done: Recovery) -> None:

@@ -23,7 +23,7 @@ from secateur.data import Windows, calibration_windows, evaluation_windows, load
 from secateur.errors import SecateurError
 from secateur.model import load
 from secateur.options import check_windows, default_length, find_devices, width
-from secateur.output import refuse_output
+from secateur.output import refuse_place
 from secateur.progress import Progress
 from secateur.ranks import joined
 from secateur.recovery.blocks import recover_blocks
@@ -69,19 +69,20 @@ def recover(
     `way`: a key of `WAYS`; those that distill, and blocks, want `dense`, the model that was pruned. `text` names a
     corpus or files (default: c4, the demo's training text for the demo model); every step sees `accumulate` ×
     `batch_size` windows of `seq_len` tokens in each process, none twice, none that was calibrated on, and none that
-    overlaps the corpus or files `evaluation` or windows in `avoid` `[windows, length]`. `rank` is that of the
+    overlaps the corpus or files `evaluation` or windows in `avoid` `[windows, length]`; where the calibration text is
+    not to be had any more, the result says so (`apart`). `rank` is that of the
     adapters. The arithmetic is float32, on GPUs under bfloat16 autocast. A checkpoint of the training is kept every
     `save_every` steps, of `blocks` after each: the same call goes on after it. Raises SecateurError; NonFinite where
     the loss is NaN, and then the last checkpoint is kept.
     """
     check_way(way, dense, accumulate=accumulate, checkpointing=gradient_checkpointing)
-    refuse_output(Path(out), overwrite=overwrite)
     local = Path(data_dir) if data_dir else None
     with joined(device) as (ranks, device):
         progress = (progress if ranks.first else None) or Progress()
         chosen = find_devices(device)[0]
         folder = resolve(model)
         source = open_checkpoint(folder)
+        refuse_place(source, Path(out), overwrite=overwrite)
         record = pruning_record(source)
         progress.begin(f"loading {model}")
         pruned = load(folder, trust_remote_code=trust_remote_code)
@@ -89,14 +90,19 @@ def recover(
         reference = None
         if dense is not None:
             reference = load(resolve(dense), trust_remote_code=trust_remote_code)
-            refuse_stranger(pruned, reference, folder, resolve(dense), smaller=record.get("kind") == "structured")
+            refuse_stranger(
+                pruned, reference, folder, resolve(dense), smaller=record.get("kind") == "structured",
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
         schedule = Schedule(
             steps, batch_size, accumulate, rate or rate_of(way, pruned), save_every, seed, gradient_checkpointing,
             ranks.size,
         )  # fmt: skip
         progress.begin("reading text")
         tokenizer, length = load_tokenizer(folder, trust_remote_code=trust_remote_code), default_length(pruned)
-        seen = [*avoid, *_calibrated(record, tokenizer, local)]
+        seen = list(avoid)
+        if calibrated := _calibrated(record, tokenizer, local):
+            seen.append(calibrated.ids)
         if evaluation:
             seen.append(evaluation_windows(tokenizer, evaluation, length=length, windows=None, data_dir=local).ids)
         windows = recovery_windows(
@@ -107,7 +113,7 @@ def recover(
         job = Job(
             way, source, record, pruned, reference, windows, schedule, rank, chosen, Path(out), overwrite, restart,
             list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]], progress, ranks,
-            str(dense) if dense else None, trust_remote_code,
+            str(dense) if dense else None, trust_remote_code, calibrated is not None or _is_demo(record),
         )  # fmt: skip
         done = carry_out(job)
         progress.end()
@@ -136,16 +142,16 @@ def _is_demo(record: Mapping[str, Any]) -> bool:
     return isinstance(calibration, dict) and calibration.get("source") == "demo"
 
 
-def _calibrated(record: Mapping[str, Any], tokenizer: Any, data_dir: Path | None) -> list[Tensor]:
-    """The windows that the model was calibrated on, drawn again; nothing where their text is not to be had."""
+def _calibrated(record: Mapping[str, Any], tokenizer: Any, data_dir: Path | None) -> Windows | None:
+    """The windows that the model was calibrated on, drawn again; None where their text is not to be had."""
     said = record.get("calibration")
-    if not isinstance(said, dict) or said.get("source") == "demo":  # the demo's parts do not overlap
-        return []
+    if not isinstance(said, dict) or _is_demo(record):  # the demo's parts do not overlap
+        return None
     try:
-        windows: Windows = calibration_windows(
+        windows = calibration_windows(
             tokenizer, str(said["source"]), samples=int(said["samples"]), length=int(said["length"]),
             seed=int(said["seed"]), data_dir=data_dir,
         )  # fmt: skip
     except (SecateurError, KeyError, TypeError, ValueError):
-        return []
-    return [windows.ids]
+        return None
+    return windows if windows.fingerprint()["sha256"] == said.get("sha256") else None
