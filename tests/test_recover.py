@@ -192,6 +192,25 @@ def test_the_target_is_what_the_dense_model_says_next(models):
     assert found.item() == pytest.approx(torch.stack(wanted).mean().item(), rel=1e-4)
 
 
+def test_the_gradient_of_the_divergence():
+    draw = torch.Generator().manual_seed(0)
+    given, wanted = (torch.randn(2, 3, 11, generator=draw) for _ in range(2))
+    one, two = (given.clone().requires_grad_() for _ in range(2))
+    found = training.Divergence.apply(one, wanted)
+    slow = nn.functional.kl_div(two.double().log_softmax(-1), wanted.double().log_softmax(-1), log_target=True,
+                                reduction="none").sum(-1).mean()  # fmt: skip
+    (3 * found).backward()
+    (3 * slow).backward()
+    assert found.item() == pytest.approx(slow.item(), rel=1e-6)
+    assert one.grad is not None
+    assert two.grad is not None
+    assert torch.allclose(one.grad, two.grad, atol=1e-7)
+    half = given.bfloat16().requires_grad_()
+    training.Divergence.apply(half, wanted).backward()
+    assert half.grad is not None
+    assert half.grad.dtype == torch.bfloat16
+
+
 # Runs that die.
 
 
