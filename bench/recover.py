@@ -28,8 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patterns", default="2:4,70%,25% of channels")
     parser.add_argument("--method", default="best")
-    parser.add_argument("--ways", default="lora,masked,distill")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--ways", default="lora,masked,distill,blocks")
+    parser.add_argument("--steps", type=int, default=360)
+    parser.add_argument("--batch-size", type=int, default=4, help="windows of 512 tokens in a step")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("out/recover"))
     parser.add_argument("--json", type=Path)
@@ -46,7 +47,7 @@ def main() -> None:
                 started = process_time()
                 done = recover(
                     place / "pruned", out=place / way, dense=model_folder(), way=way, steps=chosen.steps,
-                    command=["python", *sys.argv], progress=show(quiet=False),
+                    batch_size=chosen.batch_size, command=["python", *sys.argv], progress=show(quiet=False),
                 )  # fmt: skip
                 spent = {"tokens": done.tokens, "rate": done.rate, "seconds": done.seconds}
                 spent["cpu_seconds"] = process_time() - started  # of the last run, where it was interrupted
