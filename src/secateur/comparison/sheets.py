@@ -204,10 +204,13 @@ def reaches(results: Results) -> Sheet:
 def conditions(results: Results) -> list[tuple[str, str]]:
     """Under what all of it was measured: what, and how."""
     judged = results.evaluation
+    trained = {row.recovered["text"]["sha256"]: row.recovered["text"] for row in results.table if row.recovered}
     return [
         ("model", f"{results.model['name']}, {results.model['parameters']:,} parameters"),
         *(("calibration", f"{_text(draw)}, seed {draw['seed']}, sha256 {draw['sha256'][:16]}…")
           for draw in results.calibrations),
+        *(("recovery", f"{_text(text)}, seed {text['seed']}, sha256 {text['sha256'][:16]}…")
+          for text in trained.values()),
         ("evaluation", f"{judged['source']} ({judged['split']}), {judged['samples']} windows of {judged['length']} "
                        f"tokens, sha256 {judged['sha256'][:16]}…"),
         ("run", ", ".join(f"{key} {value}" for key, value in results.options.items() if value != [])),

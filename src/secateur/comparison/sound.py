@@ -26,9 +26,7 @@ def check(results: Results, name: str = "The comparison") -> None:
         if not results.calibrations:
             raise ValueError("it names no calibration text")
         for text in (*results.calibrations, results.evaluation):
-            _has(text, TEXT, "one of its texts")
-            if type(text.get("seed")) not in (int, type(None)):
-                raise ValueError(f"one of its texts has seed {text.get('seed')!r}")
+            _text(text)
         for row in results.rows:
             _row(row)
             if row.loss and len(row.loss) != results.evaluation["samples"]:
@@ -36,6 +34,12 @@ def check(results: Results, name: str = "The comparison") -> None:
         _tolerance(results.tolerance)
     except ValueError as error:
         raise BadResults(f"{name} cannot be used: {error}. Run the comparison again.") from error
+
+
+def _text(text: dict[str, Any]) -> None:
+    _has(text, TEXT, "one of its texts")
+    if type(text.get("seed")) not in (int, type(None)):
+        raise ValueError(f"one of its texts has seed {text.get('seed')!r}")
 
 
 def _row(row: Row) -> None:
@@ -49,6 +53,7 @@ def _row(row: Row) -> None:
         raise ValueError(f"{row.name} has {row.disk_bytes} bytes, or losses that no model has")
     if row.recovered is not None:
         _has(row.recovered, RECOVERED, f"the recovery of {row.name}")
+        _text(row.recovered["text"])
     for entry in row.latency:
         _timed(entry, f"a timing of {row.name}")
     if row.tasks and "mean" not in row.tasks:
