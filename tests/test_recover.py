@@ -185,11 +185,21 @@ def test_the_target_is_what_the_dense_model_says_next(models):
     trainer.dense = dense
     ids = torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(0))
     found = trainer.compute_loss(pruned, {"input_ids": ids, "labels": ids})
-    wanted = []
+    divergences, errors = [], []
     for window in ids:
-        p, q = (model(window[None]).logits[0].double().softmax(-1) for model in (dense, pruned))
-        wanted += [(p[t] * (p[t] / q[t]).log()).sum() for t in range(len(window) - 1)]
-    assert found.item() == pytest.approx(torch.stack(wanted).mean().item(), rel=1e-4)
+        said, given = (model(window[None], output_hidden_states=True) for model in (dense, pruned))
+        p, q = (one.logits[0].double().softmax(-1) for one in (said, given))
+        divergences += [(p[t] * (p[t] / q[t]).log()).sum() for t in range(len(window) - 1)]
+        for one, two in zip(given.hidden_states[1:], said.hidden_states[1:], strict=True):
+            errors += [(one[0, t] - two[0, t]).norm() ** 2 / two[0, t].norm() ** 2 for t in range(len(window))]
+    slow = torch.stack(divergences).mean() + torch.stack(errors).mean()
+    assert found.item() == pytest.approx(slow.item(), rel=1e-4)
+    fewer = load(models / "llama").model.float()
+    fewer.model.layers = fewer.model.layers[:-1]
+    trainer.dense = fewer
+    found = trainer.compute_loss(pruned, {"input_ids": ids, "labels": ids})
+    p, q = (model(ids).logits[:, :-1].double().softmax(-1) for model in (fewer, pruned))
+    assert found.item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
 
 
 def test_the_gradient_of_the_divergence():

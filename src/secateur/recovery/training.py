@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
@@ -61,7 +61,12 @@ class Divergence(torch.autograd.Function):
 
 
 class _Distilling(Trainer):
-    """A Trainer whose loss is the divergence from a dense model's next tokens, where there is one; NaN ends it."""
+    """A Trainer whose loss is how far a model is from a dense one, where there is one; NaN ends it.
+
+    That is the divergence of the next tokens, and where both have as many blocks the relative error of what leaves each
+    (SquareHead, Kurtic et al. 2023, arXiv:2310.06927, section 2; here token by token, as tokens of massive norm would
+    hide all others).
+    """
 
     dense: nn.Module | None = None
     ranks: Ranks = ALONE
@@ -69,10 +74,15 @@ class _Distilling(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Any:
         if self.dense is None:
             return super().compute_loss(model, inputs, *args, **options)
-        logits = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
+        asked: dict[str, Any] = {
+            "input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": True
+        }  # fmt: skip
+        given = model(**asked)
         with torch.no_grad():
-            wanted = self.dense(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
-        loss: Any = Divergence.apply(logits, wanted)  # batches are of one size, so their mean is that of all tokens
+            wanted = self.dense(**asked)
+        # Batches are of one size, so their mean is that of all tokens.
+        loss: Any = Divergence.apply(given.logits[:, :-1], wanted.logits[:, :-1])
+        loss = loss + _apart(given.hidden_states or (), wanted.hidden_states or ())
         return (loss, None) if options.get("return_outputs") else loss
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
@@ -88,6 +98,20 @@ class _Distilling(Trainer):
                 + (f"The last checkpoint is kept in {last}. " if last else "")
                 + "Try a lower --rate, with --restart or another --out."
             )
+
+
+def _apart(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor | float:
+    """The mean over blocks and tokens of ‖given − wanted‖² / ‖wanted‖²; 0 where blocks are gone.
+
+    The first hidden states are those that enter the first block, `[windows, tokens, hidden]` each.
+    """
+    if len(given) != len(wanted):
+        return 0.0
+    errors = [
+        ((one.float() - two.float()).square().sum(-1) / two.float().square().sum(-1).clamp_min(1e-30)).mean()
+        for one, two in zip(given[1:], wanted[1:], strict=True)
+    ]
+    return sum(errors, torch.zeros(())) / max(len(errors), 1)
 
 
 class _Watching(TrainerCallback):
