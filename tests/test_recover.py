@@ -221,6 +221,21 @@ def test_the_gradient_of_the_divergence():
     assert half.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("way", ["lora", "masked", "distill"])
+def test_a_step_is_the_same_in_parts_and_with_less_memory(models, options, tmp_path, way):
+    """Accumulated batches are one batch, and gradients with activations computed again are the same."""
+    curves = []
+    ways: dict[str, dict[str, Any]] = {
+        "whole": {"batch_size": 4}, "parts": {"accumulate": 2},
+        "again": {"batch_size": 4, "gradient_checkpointing": True},
+    }  # fmt: skip
+    for name, changed in ways.items():
+        done = recover(models / "llama-pruned", **options | changed | {"way": way, "out": tmp_path / name})
+        curves.append([loss for _, loss in done.loss])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+
+
 # Runs that die.
 
 
