@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -126,10 +125,10 @@ class Ground:
             self.out / kept.checkpoint, out=self.out / place, to="packed", values="int8", overwrite=True,
             trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
-        with TemporaryDirectory(dir=self.out) as temporary:
-            back = Path(temporary) / "dense"
-            export(self.out / place, out=back, to="dense")
-            found = self._evaluated(self._loaded(back))
+        back = self.out / CHECKPOINTS / ".unpacked"
+        export(self.out / place, out=back, to="dense", overwrite=True)  # one is there where a run died
+        found = self._evaluated(self._loaded(back))
+        shutil.rmtree(back)
         size = sum(file.stat().st_size for file in (self.out / place).glob("*.safetensors"))
         row = replace(
             kept, disk_bytes=size, checkpoint=str(place), values="int8", rank="", ties=[], latency=[], **found
