@@ -2,9 +2,9 @@
 
     python bench/recover.py --steps 300 --json bench/results/recover.json
 
-The best one-shot method (`best`) prunes the demo model to each pattern; all ways see the same windows of its training
-text. Perplexity before and after with paired 95 % intervals, CPU-seconds, and the share of the added perplexity that is
-won back. Each recovery resumes where it was, so an interrupted run goes on.
+The best one-shot method (`best`) prunes the demo model, or another, to each pattern; all ways see the same windows of
+training text. Perplexity before and after with paired 95 % intervals, CPU-seconds, and the share of the added
+perplexity that is won back. Each recovery resumes where it was, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from secateur.recovery.recover import recover
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(model_folder()), help="default: the demo model")
+    for text in ("calibration", "text", "evaluation"):
+        parser.add_argument(f"--{text}", default="demo")
     parser.add_argument("--patterns", default="2:4,70%,25% of channels")
     parser.add_argument("--method", default="best")
     parser.add_argument("--ways", default="lora,masked,distill,blocks")
@@ -39,20 +42,24 @@ def main() -> None:
     for pattern in chosen.patterns.split(","):
         place = chosen.out / pattern.replace("%", "pct").replace(":", "of").replace(" ", "-")
         if not (place / "pruned").exists():
-            secateur.prune(out=place / "pruned", method=chosen.method, pattern=pattern, progress=show(quiet=False))
-        before = judged(place / "pruned", chosen.windows)
+            secateur.prune(
+                chosen.model, out=place / "pruned", method=chosen.method, pattern=pattern,
+                calibration=chosen.calibration, progress=show(quiet=False),
+            )  # fmt: skip
+        before = judged(place / "pruned", chosen)
         rows.append({"pattern": pattern, "way": "one-shot", **before})
         for way in chosen.ways.split(","):
             if not (place / way).exists():
                 started = process_time()
                 done = recover(
-                    place / "pruned", out=place / way, dense=model_folder(), way=way, steps=chosen.steps,
-                    batch_size=chosen.batch_size, command=["python", *sys.argv], progress=show(quiet=False),
+                    place / "pruned", out=place / way, dense=chosen.model, way=way, steps=chosen.steps,
+                    batch_size=chosen.batch_size, text=chosen.text, evaluation=None if chosen.evaluation == "demo" else chosen.evaluation,
+                    command=["python", *sys.argv], progress=show(quiet=False),
                 )  # fmt: skip
                 spent = {"tokens": done.tokens, "rate": done.rate, "seconds": done.seconds}
                 spent["cpu_seconds"] = process_time() - started  # of the last run, where it was interrupted
                 (place / f"{way}.json").write_text(json.dumps(spent))
-            after = judged(place / way, chosen.windows)
+            after = judged(place / way, chosen)
             won = 1 - after["delta"] / before["delta"]
             spent = json.loads((place / f"{way}.json").read_text())
             rows.append({"pattern": pattern, "way": way, **after, **spent, "won_back": won})
@@ -63,9 +70,9 @@ def main() -> None:
     print(json.dumps({f"{row['pattern']} {row['way']}": row["won_back"] for row in rows if "won_back" in row}))
 
 
-def judged(folder: Path, windows: int) -> dict[str, Any]:
-    """Perplexity of a checkpoint on the demo's evaluation text, beside the dense model's."""
-    found = asdict(secateur.evaluate(folder, dense=model_folder(), evaluation="demo", windows=windows))
+def judged(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity of a checkpoint on the evaluation text, beside the dense model's."""
+    found = asdict(secateur.evaluate(folder, dense=chosen.model, evaluation=chosen.evaluation, windows=chosen.windows))
     return {key: found[key] for key in ("perplexity", "dense_perplexity", "delta", "delta_interval", "kl")}
 
 
