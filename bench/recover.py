@@ -40,6 +40,7 @@ def main() -> None:
     chosen = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for pattern in chosen.patterns.split(","):
+        own = None if chosen.evaluation == "demo" else chosen.evaluation  # the demo's parts do not overlap
         place = chosen.out / pattern.replace("%", "pct").replace(":", "of").replace(" ", "-")
         if not (place / "pruned").exists():
             secateur.prune(
@@ -53,7 +54,7 @@ def main() -> None:
                 started = process_time()
                 done = recover(
                     place / "pruned", out=place / way, dense=chosen.model, way=way, steps=chosen.steps,
-                    batch_size=chosen.batch_size, text=chosen.text, evaluation=None if chosen.evaluation == "demo" else chosen.evaluation,
+                    batch_size=chosen.batch_size, text=chosen.text, evaluation=own,
                     command=["python", *sys.argv], progress=show(quiet=False),
                 )  # fmt: skip
                 spent = {"tokens": done.tokens, "rate": done.rate, "seconds": done.seconds}

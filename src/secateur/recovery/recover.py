@@ -33,7 +33,7 @@ from secateur.recovery.text import recovery_windows
 from secateur.refine import RATE
 from secateur.replay import LanguageModel
 
-RATES = {"lora": 0.6, "masked": 0.1, "distill": 0.14}
+RATES = {"lora": 0.2, "masked": 0.02, "distill": 0.14}
 """Of the ways, times the width of the model: Adam's rate for matrices falls as their inputs grow (Yang et al. 2022,
 arXiv:2203.03466, table 3). The demo model, 192 wide, was tried with several of each (docs/recovery.md)."""
 

@@ -165,7 +165,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch_size,
         gradient_accumulation_steps=schedule.accumulate, learning_rate=schedule.rate, weight_decay=0.0,
-        lr_scheduler_type="cosine", warmup_steps=max(1, int(WARM * schedule.steps)), max_grad_norm=1.0,
+        lr_scheduler_type="cosine", warmup_steps=int(WARM * schedule.steps), max_grad_norm=1.0,
         save_strategy="steps", save_steps=schedule.save_every, save_total_limit=2, logging_steps=1,
         logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, seed=schedule.seed, data_seed=schedule.seed,
         use_cpu=device.type == "cpu", bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
