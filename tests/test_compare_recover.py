@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 import secateur
 from secateur.comparison import recovering
@@ -16,6 +17,7 @@ from secateur.comparison.sound import check
 from secateur.data import calibration_windows, evaluation_windows, load_tokenizer
 from secateur.errors import BadResults, ConditionsDiffer, NotEnoughText, UnknownName
 from secateur.model import load
+from secateur.recovery import training
 from secateur.recovery.text import RUN, recovery_windows
 from secateur.recovery.write import masks
 
@@ -78,7 +80,8 @@ def test_no_text_is_shared(options, tmp_path):
     assert drawn.fingerprint() != trained["text"]  # what would overlap was left out
 
     def runs(rows: list[list[int]]) -> set[tuple[int, ...]]:
-        return {tuple(row[i : i + RUN]) for row in rows for i in range(len(row) - RUN + 1)}
+        stream = [token for row in rows for token in row]
+        return {tuple(stream[i : i + RUN]) for i in range(len(stream) - RUN + 1)}
 
     assert runs(judged.ids.tolist()) & runs(drawn.ids.tolist())
     calibrated = calibration_windows(tokenizer, options["calibration"], samples=8, length=96, seed=0, data_dir=None)
@@ -136,8 +139,33 @@ def test_a_way_that_a_row_cannot_go_is_left_out_and_said(options, tmp_path):
 
 def test_a_recovery_that_is_none_is_refused(options, tmp_path):
     secateur.compare(**options, out=tmp_path)
-    held = json.loads((tmp_path / "results.json").read_text())
-    held["rows"][2]["recovered"]["seconds"] = "long"
-    (tmp_path / "results.json").write_text(json.dumps(held))
-    with pytest.raises(BadResults, match="seconds 'long'; float was wanted"):
-        check(read_results(tmp_path))
+    whole = (tmp_path / "results.json").read_text()
+    for field in ("way", "steps", "tokens", "seconds", "rate", "seed", "text"):
+        for value in (None, ["odd"]):
+            held = json.loads(whole)
+            held["rows"][2]["recovered"][field] = value
+            (tmp_path / "results.json").write_text(json.dumps(held))
+            with pytest.raises(BadResults, match=f"field 'recovered' of row 2 has {field}"):
+                read_results(tmp_path)
+
+
+def test_a_loss_of_nan_leaves_one_row_out(options, tmp_path, monkeypatch):
+    real = training._Distilling.compute_loss
+    monkeypatch.setattr(training._Distilling, "compute_loss", lambda *args, **more: real(*args, **more) * torch.nan)
+    results = secateur.compare(**options | {"recover": ["masked", "blocks"], "methods": ["wanda"]}, out=tmp_path)
+    assert [row.recovered["way"] for row in results.rows if row.recovered] == ["blocks"]
+    assert "The loss became nan at step 1" in results.not_timed["wanda 2:4 recovered by masked in 3 steps"]
+
+
+def test_joined_rows_of_other_recovery_text_are_not_ranked_against_each_other(options, tmp_path, text_file):
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(reversed(text_file.read_text().splitlines())))
+    one = secateur.compare(**options | {"methods": ["wanda"]}, out=tmp_path / "one")
+    secateur.compare(
+        **options | {"methods": ["wanda"], "recover": ["blocks"], "recover_text": str(other)}, out=tmp_path / "two"
+    )
+    joined = secateur.report([tmp_path / "one", tmp_path / "two"], out=tmp_path / "both")
+    trained = [row for row in joined.rows if row.recovered]
+    assert len(trained) == 2
+    assert all(not row.rank and not row.ties for row in trained)
+    assert one.rows[2].recovered == trained[0].recovered

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,13 +30,15 @@ from secateur.errors import (
     Interrupted,
     NonFinite,
     NotEnoughText,
+    OutputRefused,
     SecateurError,
     UnknownName,
     UnsupportedModel,
 )
+from secateur.journal import Journal
 from secateur.model import load
 from secateur.recovery import blocks as block_by_block
-from secateur.recovery import training
+from secateur.recovery import halfway, training
 from secateur.recovery import whole as all_at_once
 from secateur.recovery.checks import WAYS
 from secateur.recovery.lora import MaskedLora
@@ -182,7 +186,7 @@ def test_the_masked_product_its_gradient_and_its_merge(kind):
 def test_the_target_is_what_the_dense_model_says_next(models):
     pruned, dense = (load(models / name).model.float() for name in ("llama-pruned", "llama"))
     trainer: Any = training._Distilling.__new__(training._Distilling)
-    trainer.dense = dense
+    trainer.dense, trainer.args = dense, SimpleNamespace(device=torch.device("cpu"), bf16=False)
     ids = torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(0))
     found = trainer.compute_loss(pruned, {"input_ids": ids, "labels": ids})
     divergences, errors = [], []
@@ -309,6 +313,70 @@ def test_blocks_that_are_finished_are_kept(models, options, tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+DIES = """
+import os, sys
+from secateur.commands import cli
+from secateur.recovery import halfway
+real, count = halfway.Halfway.mark, 0
+def mark(self, step):
+    global count
+    real(self, step)
+    count += 1
+    if count == 2:
+        os._exit(9)
+halfway.Halfway.mark = mark
+cli.main()
+"""
+
+
+def test_the_seconds_of_a_run_that_was_killed_are_counted(models, options, tmp_path):
+    words = [
+        "recover", str(models / "llama-pruned"), "--with", "masked", "--text", options["text"], "--seq-len", "32",
+        "--batch-size", "2", "--steps", "6", "--save-every", "2", "--out", str(tmp_path / "out"), "--quiet", "--json",
+    ]  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", DIES, *words], capture_output=True).returncode == 9
+    before = Journal(tmp_path / ".out.recovery" / "journal")
+    spent = before.of("seconds")
+    before.close()
+    assert len(spent) == 2
+    done = subprocess.run([sys.executable, "-m", "secateur", *words], capture_output=True, text=True)
+    assert json.loads(done.stdout)["seconds"] > spent[-1] > 0
+    assert not (tmp_path / ".out.recovery").exists()
+
+
+def test_a_run_that_died_behind_its_end_has_ended(models, options, tmp_path, monkeypatch):
+    for way in ("masked", "blocks"):
+        chosen = options | {"way": way, "rate": None, "out": tmp_path / way}
+        monkeypatch.setattr(Journal, "remove", lambda self: 1 // 0)  # the result has its name by then
+        with pytest.raises(ZeroDivisionError):
+            recover(models / "llama-pruned", **chosen)
+        monkeypatch.undo()
+        written = (tmp_path / way / "model.safetensors").read_bytes()
+        recover(models / "llama-pruned", **chosen)
+        assert (tmp_path / way / "model.safetensors").read_bytes() == written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks", "masked"]
+
+
+def test_two_runs_in_one_place(models, options, tmp_path):
+    (tmp_path / ".out.recovery").mkdir()
+    other = Journal(tmp_path / ".out.recovery" / "journal")
+    with pytest.raises(OutputRefused, match="Another run is writing there"):
+        recover(models / "llama-pruned", **options)
+    other.close()
+
+
+def test_another_dense_model_does_not_go_on(models, options, tmp_path, monkeypatch):
+    monkeypatch.setattr(all_at_once, "asked_to_stop", asked)
+    options = options | {"way": "distill"}
+    with pytest.raises(Interrupted):
+        recover(models / "llama-pruned", **options | {"save_every": 1})
+    monkeypatch.undo()
+    shutil.copytree(models / "llama", tmp_path / "other")
+    os.utime(tmp_path / "other" / "model.safetensors")
+    with pytest.raises(ConditionsDiffer, match="has other conditions: dense was"):
+        recover(models / "llama-pruned", **options | {"save_every": 1, "dense": tmp_path / "other"})
+
+
 def test_another_recovery_in_its_place_is_refused(models, options, monkeypatch):
     real = training._Distilling.training_step
     monkeypatch.setattr(
@@ -335,7 +403,7 @@ def test_a_loss_that_is_none_keeps_the_last_checkpoint(models, options, tmp_path
     monkeypatch.setattr(training._Distilling, "compute_loss", spoilt)
     with pytest.raises(NonFinite, match=r"The loss became nan at step 5\. The last checkpoint is kept in"):
         recover(models / "llama-pruned", **options)
-    assert (tmp_path / ".out.recovery" / "checkpoint-4" / training.WHOLE).is_file()
+    assert (tmp_path / ".out.recovery" / "checkpoint-4" / halfway.WHOLE).is_file()
     assert not options["out"].exists()
 
 
@@ -356,7 +424,10 @@ def test_a_run_that_never_came_to_a_checkpoint_leaves_nothing(models, options, t
         ({"way": "lroa"}, UnknownName, "There is no way to recover 'lroa'. Did you mean 'lora'?"),
         ({"way": "distill", "dense": None}, UnsupportedModel, "name it with --dense"),
         ({"steps": 10**5}, NotEnoughText, "Recovery was asked to see 6,400,000 tokens"),
-        ({"seq_len": 4096}, SecateurError, "has a context of"),
+        ({"seq_len": 4096, "steps": 1}, SecateurError, "has a context of"),
+        ({"rate": 0.0}, UnsupportedModel, r"A rate is above 0; found 0\.0"),
+        ({"rate": float("inf"), "way": "blocks"}, UnsupportedModel, "A rate is above 0; found inf"),
+        ({"seed": -1}, UnsupportedModel, r"A seed is at least 0 and below 2\^32; found -1"),
     ],
 )
 def test_bad_options(models, options, changed, kind, words):
@@ -468,5 +539,23 @@ def test_no_window_is_seen_twice_and_none_that_is_to_be_avoided(text_file):
     seen = {tuple(window.tolist()) for window in rest}
     assert tuple(every[3].tolist()) not in seen  # 108 consecutive tokens of it
     assert tuple(every[4].tolist()) in seen  # 20 of it
+    rows = every[7:8].reshape(8, 16)  # the same in rows that are shorter, or across their borders
+    for avoid in (rows, torch.cat([torch.zeros(1, 8, dtype=torch.int64), every[7:8, :120]], 1).reshape(2, 64)):
+        rest = recovery_windows(tokenizer, str(text_file), count=100, length=128, seed=0, avoid=[avoid]).ids
+        assert tuple(every[7].tolist()) not in {tuple(window.tolist()) for window in rest}
     with pytest.raises(NotEnoughText, match="that overlap other text"):
         recovery_windows(tokenizer, str(text_file), count=10**4, length=128, seed=0, avoid=[shifted])
+
+
+def test_short_documents_are_left_out_one_by_one(tmp_path):
+    """Sentences in another order share no long run; each is looked up as a whole."""
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdefghij ", k=20)) for _ in range(400)]
+    file = tmp_path / "short.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    tokenizer = byte_tokenizer()
+    known = torch.tensor([token for text in texts[:200] for token in tokenizer(text)["input_ids"]])[None]
+    rest = recovery_windows(tokenizer, str(file), count=60, length=64, seed=0, avoid=[known]).ids
+    told = tokenizer.decode(rest.reshape(-1), skip_special_tokens=True)
+    assert not any(text in told for text in texts[:200])
+    assert sum(text in told for text in texts[200:]) > 150

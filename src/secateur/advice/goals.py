@@ -67,6 +67,12 @@ def quality(results: Results, rows: Sequence[Row], hardware: str | None, runtime
         choice.reasons.append("The interval contains 0: no loss against the dense model is shown.")
     if choice.runner_up:
         choice.reasons.append(_behind(best, choice.runner_up, dense))
+    if best.recovered:
+        bare = next((row for row in ordered if not row.recovered), None)
+        choice.reasons.append(
+            f"It was fine-tuned after pruning: {best.recovered['tokens']:,} tokens, {best.recovered['seconds']:.0f} s."
+            + (f" Best without: {bare.name}, {shown(bare, dense)}." if bare else "")
+        )
     kinds = dict.fromkeys(row.kind for row in ordered)
     if len(kinds) > 1:
         for kind in kinds:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from secateur.commands.arguments import (
     Tasks,
     WindowCount,
 )
-from secateur.commands.terminal import command, console, display, print_json, progress, split
+from secateur.commands.terminal import command, console, display, first_process, print_json, progress, split
 from secateur.errors import Interrupted, RankLost, SecateurError, in_one_line, printable
 
 app = typer.Typer(
@@ -264,7 +263,7 @@ def guarded(run: Callable[[], Any]) -> int:
     try:
         run()
     except SecateurError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankLost):
+        if first_process() or isinstance(error, RankLost):
             print(f"secateur: {printable(str(error))}", file=sys.stderr)
         return 130 if isinstance(error, Interrupted) else 2
     except OSError as error:

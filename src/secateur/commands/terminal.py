@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -38,9 +39,14 @@ class display:  # noqa: N801 — used as a function
         self.progress.end()
 
 
+def first_process() -> bool:
+    """Whether this is the first of the processes that torchrun has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def console() -> Console:
-    """Standard output; where it is no terminal, wide enough for whole tables."""
-    return Console(width=None if sys.stdout.isatty() else 180)
+    """Standard output; where it is no terminal, wide enough for whole tables. Of several processes the first speaks."""
+    return Console(width=None if sys.stdout.isatty() else 180, quiet=not first_process())
 
 
 def split(text: str) -> list[str]:
@@ -63,6 +69,8 @@ def command() -> list[str]:
 
 def print_json(value: Any) -> None:
     """Print one document; dataclasses by their fields, characters that a terminal would obey as escapes."""
+    if not first_process():
+        return
     plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str)
     print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))

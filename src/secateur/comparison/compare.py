@@ -180,7 +180,8 @@ def compare(
     recovering = _recovering(
         recover, recover_steps, recover_text, model, folder, language_model,
         [judged, *(draw.windows for draw in draws)],
-        data_dir=local, device=chosen, command=results.command, trust_remote_code=trust_remote_code, progress=progress,
+        data_dir=local, device=chosen, restart=restart, command=results.command, trust_remote_code=trust_remote_code,
+        progress=progress,
     )  # fmt: skip
     store = _store(out, results)
     dense = Forward(

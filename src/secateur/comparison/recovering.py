@@ -38,6 +38,7 @@ class Recovering:
     model: LanguageModel
     dense: Path
     device: torch.device
+    restart: bool
     command: Sequence[str]
     trust_remote_code: bool
     progress: Progress
@@ -70,7 +71,7 @@ class Recovering:
             Job(
                 way, source, pruning_record(source), load(pruned, trust_remote_code=self.trust_remote_code),
                 load(self.dense, trust_remote_code=self.trust_remote_code), self.windows, self._schedule(way), RANK,
-                self.device, place, True, False, self.command, self.progress, ALONE, str(self.dense),
+                self.device, place, True, self.restart, self.command, self.progress, ALONE, self.dense,
                 self.trust_remote_code, True,
             )
         ).seconds  # fmt: skip

@@ -17,6 +17,12 @@ MOST_LOSS = 700.0
 """Nats a token; the perplexity of more is no number."""
 
 
+RECOVERED: dict[str, type] = {
+    "way": str, "steps": int, "tokens": int, "seconds": float, "rate": float, "seed": int, "text": dict,
+}  # fmt: skip
+"""What `Row.recovered` holds, where there is any."""
+
+
 @dataclass
 class Row:
     """One line of the comparison; docs/results.md says what each field is."""
@@ -53,8 +59,8 @@ class Row:
 
     @property
     def peers(self) -> tuple[Any, ...]:
-        """What rows that are ranked against each other have in common: pattern, exactness, tokens of recovery."""
-        return self.pattern, self.values, (self.recovered or {}).get("tokens", 0)
+        """What rows that are ranked against each other have in common: pattern, exactness, text of recovery."""
+        return self.pattern, self.values, self.recovered and self.recovered["text"]["sha256"]
 
 
 def row_name(
@@ -131,9 +137,19 @@ def read_results(file: Path) -> Results:
 def read_row(held: Any, what: str) -> Row:
     """A row as JSON holds it; `what` names it. Raises ValueError."""
     _check(held, Row, what, ())
+    if held["recovered"] is not None:
+        _check_recovered(held["recovered"], what)
     return Row(**{
         **held, "delta_interval": tuple(held["delta_interval"]), "sites": [tuple(site) for site in held["sites"]]
     })  # fmt: skip
+
+
+def _check_recovered(held: dict[str, Any], what: str) -> None:
+    for name, kind in RECOVERED.items():
+        if not fits(held.get(name), kind):
+            raise ValueError(f"field 'recovered' of {what} has {name} {held.get(name)!r}; {kind.__name__} was wanted")
+    if not fits(held["text"].get("sha256"), str):
+        raise ValueError(f"field 'recovered' of {what} names no text")
 
 
 def _check(held: Any, kind: type, what: str, apart: Iterable[str]) -> None:

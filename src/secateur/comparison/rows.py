@@ -16,7 +16,7 @@ from secateur.comparison.grid import Cell, Draw
 from secateur.comparison.recovering import Recovering
 from secateur.comparison.results import Row, row_name
 from secateur.comparison.store import CHECKPOINTS, RowStore, file_name
-from secateur.errors import UnsupportedModel
+from secateur.errors import NonFinite, UnsupportedModel
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
 from secateur.export import export
 from secateur.flow import Seconds
@@ -142,13 +142,13 @@ class Ground:
         for way in recovering.ways:
             try:
                 found.append(self._recovered(kept, way, recovering))
-            except UnsupportedModel as error:  # adapters, where only experts have linear layers; blocks that are gone
+            except (UnsupportedModel, NonFinite) as error:  # adapters for experts, blocks that are gone, a loss of NaN
                 refused[replace(kept, recovered=recovering.told(way)).name] = str(error)
         return found
 
     def _recovered(self, kept: Row, way: str, recovering: Recovering) -> Row:
         assert kept.checkpoint is not None
-        row = replace(kept, recovered=recovering.told(way), rank="", ties=[], latency=[])
+        row = replace(kept, recovered=recovering.told(way), rank="", ties=[], latency=[], sites=[])
         if held := self.store.get(row.name, kept.calibration):
             recovering.refuse_other(held)
             return held

@@ -12,7 +12,6 @@ from secateur.files import fits
 MACHINE = {"processor": str, "system": str, "threads": int, "accelerators": list}
 TEXT = {"source": str, "split": str, "samples": int, "length": int, "sha256": str}
 ENTRY = {"runtime": str, "dtype": str, "against": str, "batch": int, "prompt": int, "weight_bytes": int}
-RECOVERED = {"way": str, "steps": int, "tokens": int, "seconds": float, "rate": float, "seed": int, "text": dict}
 REACH = {"method": str, "allocation": str, "most": float, "certain": bool, "note": str}
 
 
@@ -52,7 +51,6 @@ def _row(row: Row) -> None:
     if row.disk_bytes <= 0 or not all(0 <= loss < MOST_LOSS for loss in row.loss):
         raise ValueError(f"{row.name} has {row.disk_bytes} bytes, or losses that no model has")
     if row.recovered is not None:
-        _has(row.recovered, RECOVERED, f"the recovery of {row.name}")
         _text(row.recovered["text"])
     for entry in row.latency:
         _timed(entry, f"a timing of {row.name}")

@@ -64,10 +64,12 @@ def recover_blocks(job: Job) -> Recovery:
             result.commit(checkpoint_tensors(job.pruned, tensors, job.source.places), entry)
             finished.append(entry)
             step.replace(block)
+            del block, tensors
             if stopping() and step.index < count - 1:
                 raise Interrupted("Stopped.")
-        result.settle()
-        refuse_other_masks(job.source, open_checkpoint(result.partial), job.pruned)
+        if not result.done:
+            result.settle()
+            refuse_other_masks(job.source, open_checkpoint(result.partial), job.pruned)
         done = job.done(
             sum(entry["seconds"] for entry in finished),
             loss=[], blocks=[(entry["block"], entry["before"], entry["after"]) for entry in finished],

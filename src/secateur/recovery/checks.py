@@ -31,11 +31,16 @@ PACKAGES = ("peft", "accelerate")
 WORDS = "A model is pruned.\ndef f(x):\n    return x + 1  # Zürich 東京 0123456789"
 
 
+def aims_at_dense(way: str) -> bool:
+    """Whether a way aims at what the dense model does."""
+    return way.endswith("distill") or way == "blocks"
+
+
 def check_way(way: str, dense: str | Path | None, *, accumulate: int = 1, checkpointing: bool = False) -> None:
     """Raise UnknownName or UnsupportedModel for a way that is not there, or that lacks what it needs."""
     if way not in WAYS:
         raise UnknownName("way to recover", way, WAYS)
-    if (way.endswith("distill") or way == "blocks") and dense is None:
+    if aims_at_dense(way) and dense is None:
         raise UnsupportedModel(f"{way} aims at what the dense model says; name it with --dense.")
     if way == "blocks":
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -47,6 +52,19 @@ def check_way(way: str, dense: str | Path | None, *, accumulate: int = 1, checkp
     if absent := [name for name in PACKAGES if find_spec(name) is None]:
         raise UnsupportedModel(
             f"Recovery needs the package {' and '.join(absent)}. Install it: pip install 'secateur[recover]'."
+        )
+
+
+def check_numbers(rate: float | None, seed: int, device: torch.device) -> None:
+    """Raise UnsupportedModel for a rate or a seed that training cannot have, or a GPU that it would not use."""
+    if rate is not None and not 0 < rate < float("inf"):
+        raise UnsupportedModel(f"A rate is above 0; found {rate}.")
+    if not 0 <= seed < 2**32:
+        raise UnsupportedModel(f"A seed is at least 0 and below 2^32; found {seed}.")
+    if device.index and "RANK" not in os.environ:
+        raise UnsupportedModel(
+            f"Training in one process takes the first GPU that it sees; found {device}. Choose with "
+            f"CUDA_VISIBLE_DEVICES={device.index}, or use several through torchrun."
         )
 
 

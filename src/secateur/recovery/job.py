@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from secateur.checkpoint import Checkpoint
+from secateur.checkpoint import Checkpoint, open_checkpoint
 from secateur.data import Windows
 from secateur.machine import versions
 from secateur.output import Output, stamps
 from secateur.progress import Progress
 from secateur.ranks import Ranks
+from secateur.recovery.checks import aims_at_dense
 from secateur.replay import LanguageModel
 
 
@@ -84,10 +85,15 @@ class Job:
     command: Sequence[str]
     progress: Progress
     ranks: Ranks
-    dense_name: str | None
+    dense_folder: Path | None
     trust_remote_code: bool
     apart: bool
     started: float = field(default_factory=perf_counter)
+
+    @property
+    def aims(self) -> bool:
+        """Whether the dense model is what is aimed at."""
+        return aims_at_dense(self.way)
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -95,6 +101,7 @@ class Job:
         held = {
             "way": self.way, **asdict(self.schedule), "rank": self.rank, "text": self.windows.fingerprint(),
             "device": self.device.type, "versions": versions(), "files": stamps(self.source),
+            "dense": stamps(open_checkpoint(self.dense_folder)) if self.dense_folder and self.aims else None,
         }  # fmt: skip
         return json.loads(json.dumps(held))
 
@@ -102,7 +109,8 @@ class Job:
         """What this recovery did in `seconds`."""
         return Recovery(
             self.way, self.schedule.steps, self.windows.ids.numel(), seconds, self.schedule.rate, self.schedule.seed,
-            self.windows.fingerprint(), float(self.record["sparsity"]), dense=self.dense_name, apart=self.apart,
+            self.windows.fingerprint(), float(self.record["sparsity"]), apart=self.apart,
+            dense=str(self.dense_folder) if self.dense_folder else None,
             out=self.out, **found,
         )  # fmt: skip
 

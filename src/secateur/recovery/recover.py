@@ -27,9 +27,9 @@ from secateur.output import refuse_place
 from secateur.progress import Progress
 from secateur.ranks import joined
 from secateur.recovery.blocks import recover_blocks
-from secateur.recovery.checks import check_way, pruning_record, refuse_other_weights, refuse_stranger
+from secateur.recovery.checks import check_numbers, check_way, pruning_record, refuse_other_weights, refuse_stranger
 from secateur.recovery.job import Job, Recovery, Schedule
-from secateur.recovery.text import recovery_windows
+from secateur.recovery.text import RUN, recovery_windows
 from secateur.refine import RATE
 from secateur.replay import LanguageModel
 
@@ -80,6 +80,7 @@ def recover(
     with joined(device) as (ranks, device):
         progress = (progress if ranks.first else None) or Progress()
         chosen = find_devices(device)[0]
+        check_numbers(rate, seed, chosen)
         folder = resolve(model)
         source = open_checkpoint(folder)
         refuse_place(source, Path(out), overwrite=overwrite)
@@ -87,11 +88,11 @@ def recover(
         progress.begin(f"loading {model}")
         pruned = load(folder, trust_remote_code=trust_remote_code)
         refuse_other_weights(source, pruned, record)
-        reference = None
-        if dense is not None:
-            reference = load(resolve(dense), trust_remote_code=trust_remote_code)
+        reference, other = None, None if dense is None else resolve(dense)
+        if other:
+            reference = load(other, trust_remote_code=trust_remote_code)
             refuse_stranger(
-                pruned, reference, folder, resolve(dense), smaller=record.get("kind") == "structured",
+                pruned, reference, folder, other, smaller=record.get("kind") == "structured",
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
         schedule = Schedule(
@@ -104,7 +105,7 @@ def recover(
         if calibrated := _calibrated(record, tokenizer, local):
             seen.append(calibrated.ids)
         if evaluation:
-            seen.append(evaluation_windows(tokenizer, evaluation, length=length, windows=None, data_dir=local).ids)
+            seen.append(evaluation_windows(tokenizer, evaluation, length=RUN, data_dir=local).ids)  # nearly all of it
         windows = recovery_windows(
             tokenizer, text or ("demo" if _is_demo(record) else "c4"), count=schedule.windows,
             length=seq_len or length, seed=seed, avoid=seen, data_dir=local,
@@ -113,7 +114,7 @@ def recover(
         job = Job(
             way, source, record, pruned, reference, windows, schedule, rank, chosen, Path(out), overwrite, restart,
             list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]], progress, ranks,
-            str(dense) if dense else None, trust_remote_code, calibrated is not None or _is_demo(record),
+            other, trust_remote_code, calibrated is not None or _is_demo(record),
         )  # fmt: skip
         done = carry_out(job)
         progress.end()

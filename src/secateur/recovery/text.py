@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ from secateur.corpora import corpus_texts
 from secateur.data import Windows, border_of, encode
 from secateur.errors import NotEnoughText
 
-RUN = 64
-"""A window that shares so many consecutive tokens with text that it must not have is left out; shorter ones in full."""
+RUN, LEAST = 32, 8
+"""A window that shares so many consecutive tokens with text that it must not have is left out: `RUN`, or as many as
+the shortest pieces have, but not fewer than `LEAST`."""
 AT_ONCE = 64
 
 
@@ -32,15 +33,18 @@ def recovery_windows(
 ) -> Windows:
     """`count` windows of `length` tokens, no token twice, from documents in an order that `seed` draws.
 
-    None shares `RUN` consecutive tokens with the windows in `avoid`. Raises NotEnoughText, UnknownName, BadText.
+    None shares `RUN` consecutive tokens with the text in `avoid`, `[windows, length]` each, whose rows may follow one
+    another; no document that is shorter is part of it. Raises NotEnoughText, UnknownName, BadText.
     """
     split = "training" if source == "demo" else "train"
-    known = np.unique(np.concatenate([np.empty(0, np.int64), *(_runs(ids, min(RUN, length)) for ids in avoid)]))
+    known = _Known(avoid)
+    size = max(min([RUN, length, *(ids.shape[1] for ids in avoid)]), LEAST)
     found: list[Tensor] = []
     seen = 0
-    for window in _windows(_documents(tokenizer, source, split, seed, data_dir), length):
+    documents = _documents(tokenizer, source, split, seed, data_dir, lambda ids: len(ids) < size and known.has(ids))
+    for window in _windows(documents, length):
         seen += 1
-        if not _any_in(_runs(window[None], min(RUN, length)), known):
+        if not known.has(window, size):
             found.append(window)
         if len(found) == count:
             return Windows(torch.stack(found), source, split, seed, None)
@@ -51,8 +55,32 @@ def recovery_windows(
     )  # fmt: skip
 
 
+class _Known:
+    """Which runs of tokens some texts have, looked up by their hash."""
+
+    def __init__(self, texts: Sequence[Tensor]) -> None:
+        self._streams = [ids.reshape(-1) for ids in texts]
+        self._tables: dict[int, np.ndarray] = {}
+
+    def has(self, ids: Tensor, size: int | None = None) -> bool:
+        """Whether any run of `size` of the tokens `[n]` is known; by default all of them as one."""
+        size = size or len(ids)
+        if not self._streams or not 0 < size <= len(ids):
+            return False
+        if size not in self._tables:
+            self._tables[size] = np.unique(np.concatenate([_runs(stream, size) for stream in self._streams]))
+        known, values = self._tables[size], _runs(ids, size)
+        places = np.searchsorted(known, values)
+        return bool(len(known)) and bool((known[np.minimum(places, len(known) - 1)] == values).any())
+
+
 def _documents(
-    tokenizer: PreTrainedTokenizerBase, source: str, split: str, seed: int, data_dir: Path | None
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    split: str,
+    seed: int,
+    data_dir: Path | None,
+    left_out: Callable[[Tensor], bool],
 ) -> Iterator[Tensor]:
     """The documents of a corpus as token ids, in a random order; a corpus of lines is one document."""
     held = corpus_texts(source, split, data_dir)
@@ -63,7 +91,8 @@ def _documents(
     border = border_of(tokenizer)
     for start in range(0, len(order), AT_ONCE):
         for ids in encode(tokenizer, [held[number] for number in order[start : start + AT_ONCE]]):
-            yield torch.tensor([*ids, *border], dtype=torch.int64)
+            if not left_out(torch.tensor(ids, dtype=torch.int64)):
+                yield torch.tensor([*ids, *border], dtype=torch.int64)
 
 
 def _windows(documents: Iterator[Tensor], length: int) -> Iterator[Tensor]:
@@ -76,18 +105,11 @@ def _windows(documents: Iterator[Tensor], length: int) -> Iterator[Tensor]:
         rest = rest[whole:]
 
 
-def _any_in(values: np.ndarray, known: np.ndarray) -> bool:
-    """Whether any of the values is among those that are known, which are sorted."""
-    places = np.searchsorted(known, values)
-    return bool((known[np.minimum(places, len(known) - 1)] == values).any()) if len(known) else False
-
-
 def _runs(ids: Tensor, size: int) -> np.ndarray:
-    """A hash of every run of `size` tokens in the rows of ids `[windows, length]`, int64: a polynomial modulo 2^64."""
+    """A hash of every run of `size` tokens in ids `[n]`, int64: a polynomial modulo 2^64."""
     held = ids.numpy().astype(np.uint64) + np.uint64(1)
-    if held.shape[1] < size:
-        return np.empty(0, np.int64)
-    base, found = np.uint64(0x9E3779B97F4A7C15), np.zeros((held.shape[0], held.shape[1] - size + 1), np.uint64)
-    for offset in range(size):
-        found = found * base + held[:, offset : offset + found.shape[1]]
-    return found.reshape(-1).view(np.int64)
+    count = max(len(held) - size + 1, 0)
+    base, found = np.uint64(0x9E3779B97F4A7C15), np.zeros(count, np.uint64)
+    for offset in range(size if count else 0):
+        found = found * base + held[offset : offset + count]
+    return found.view(np.int64)

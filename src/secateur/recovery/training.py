@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from secateur.errors import NonFinite
-from secateur.output import sync
+from secateur.checkpoint import disk_errors
+from secateur.errors import DiskFull, NonFinite, in_one_line
 from secateur.progress import Progress
-from secateur.ranks import ALONE, Ranks
+from secateur.recovery.halfway import Halfway
 from secateur.recovery.job import Schedule
 
-WHOLE = "whole"
-"""The file that says that a checkpoint is on disk with all it has."""
 WARM = 0.05
 """The share of the steps in which the rate rises."""
 _NAMES = {one.name for one in fields(TrainingArguments)}
@@ -69,7 +66,7 @@ class _Distilling(Trainer):
     """
 
     dense: nn.Module | None = None
-    ranks: Ranks = ALONE
+    halfway: Halfway
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any) -> Any:
         if self.dense is None:
@@ -78,21 +75,31 @@ class _Distilling(Trainer):
             "input_ids": inputs["input_ids"], "use_cache": False, "output_hidden_states": True
         }  # fmt: skip
         given = model(**asked)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16):
             wanted = self.dense(**asked)
         # Batches are of one size, so their mean is that of all tokens.
         loss: Any = Divergence.apply(given.logits[:, :-1], wanted.logits[:, :-1])
         loss = loss + _apart(given.hidden_states or (), wanted.hidden_states or ())
         return (loss, None) if options.get("return_outputs") else loss
 
+    def _save_checkpoint(self, *args: Any, **options: Any) -> None:
+        try:
+            with disk_errors(self.halfway.folder):
+                super()._save_checkpoint(*args, **options)
+        except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+            raise DiskFull(
+                f"A checkpoint could not be written to {self.halfway.folder} ({in_one_line(error, 120)}). The last "
+                "whole one is kept: make room, and the same command goes on after it."
+            ) from error
+
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         loss = super().training_step(*args, **options)
-        self.ranks.together(lambda: self._refuse(loss))
+        self.halfway.ranks.together(lambda: self._refuse(loss))
         return loss
 
     def _refuse(self, loss: Tensor) -> None:
         if not loss.isfinite():
-            last = last_whole(Path(str(self.args.output_dir)))
+            last = self.halfway.last()
             raise NonFinite(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}. "
                 + (f"The last checkpoint is kept in {last}. " if last else "")
@@ -117,8 +124,8 @@ def _apart(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor | float:
 class _Watching(TrainerCallback):
     """Progress, an end that was asked for, and the mark on a checkpoint that is whole."""
 
-    def __init__(self, progress: Progress, stopping: Callable[[], bool], tokens: int, ranks: Ranks) -> None:
-        self.progress, self.stopping, self.tokens, self.ranks = progress, stopping, tokens, ranks
+    def __init__(self, progress: Progress, stopping: Callable[[], bool], tokens: int, halfway: Halfway) -> None:
+        self.progress, self.stopping, self.tokens, self.halfway = progress, stopping, tokens, halfway
         self.loss, self.started, self.first = "", perf_counter(), None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **_: Any) -> None:
@@ -129,47 +136,38 @@ class _Watching(TrainerCallback):
         self.first = state.global_step - 1 if self.first is None else self.first
         rate = (state.global_step - self.first) * self.tokens / max(perf_counter() - self.started, 1e-9)
         self.progress.advance(f"{self.loss} {rate:,.0f} tokens/s".strip(), state.global_step, state.max_steps)
-        if self.ranks.same(self.stopping) and state.global_step < state.max_steps:
+        if self.halfway.ranks.same(self.stopping) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.ranks.together(lambda: None)  # every process has written its part
-        if not self.ranks.first:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for file in folder.rglob("*"):
-            if file.is_file():
-                sync(file)
-        (folder / WHOLE).touch()
-        sync(folder)
+        self.halfway.mark(state.global_step)
 
 
 def train(
     model: Any,
     ids: Tensor,
     schedule: Schedule,
-    folder: Path,
+    halfway: Halfway,
     *,
     dense: nn.Module | None,
     device: torch.device,
     progress: Progress,
     stopping: Callable[[], bool],
-    ranks: Ranks = ALONE,
 ) -> list[tuple[int, float]]:
     """Train `model` in place on windows `[windows, length]`; the loss by step, to where it got.
 
     AdamW without decay, warm for the first steps, then down to zero as a cosine; gradients are cut at norm 1. What was
-    trained before in `folder` is taken up. With `dense`, the loss is KL(dense ‖ model). Raises NonFinite.
+    trained before is taken up. With `dense`, the loss is KL(dense ‖ model). Raises NonFinite.
     """
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch_size,
+        output_dir=str(halfway.folder), max_steps=schedule.steps, per_device_train_batch_size=schedule.batch_size,
         gradient_accumulation_steps=schedule.accumulate, learning_rate=schedule.rate, weight_decay=0.0,
         lr_scheduler_type="cosine", warmup_steps=int(WARM * schedule.steps), max_grad_norm=1.0,
         save_strategy="steps", save_steps=schedule.save_every, save_total_limit=2, logging_steps=1,
         logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, seed=schedule.seed, data_seed=schedule.seed,
         use_cpu=device.type == "cpu", bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
-        ddp_backend="gloo" if ranks.size > 1 and device.type == "cpu" else None,
+        ddp_backend="gloo" if halfway.ranks.size > 1 and device.type == "cpu" else None,
         dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
         **cast(Any, {_CHECKPOINTING: True} if schedule.checkpointing else {}),
     )  # fmt: skip
@@ -179,23 +177,12 @@ def train(
         model=model,
         args=arguments,
         train_dataset=_Windows(ids),
-        callbacks=[_Watching(progress, stopping, tokens, ranks)],
+        callbacks=[_Watching(progress, stopping, tokens, halfway)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.ranks = ranks
+    trainer.halfway = halfway
     if dense is not None:
         trainer.model_accepts_loss_kwargs = False  # the Trainer divides by the batches of a step then
         trainer.dense = dense.to(trainer.args.device).eval().requires_grad_(False)
-    trainer.train(resume_from_checkpoint=ranks.same(lambda: last_whole(folder)))
+    trainer.train(resume_from_checkpoint=halfway.ranks.same(halfway.last))
     return [(int(entry["step"]), float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
-
-
-def last_whole(folder: Path) -> str | None:
-    """The newest checkpoint in a folder that was written to its end; what was not is removed."""
-    found: list[tuple[int, Path]] = []
-    for place in folder.glob("checkpoint-*"):
-        if (place / WHOLE).is_file():
-            found.append((int(place.name.rpartition("-")[2]), place))
-        else:
-            shutil.rmtree(place)
-    return str(max(found)[1]) if found else None

@@ -8,25 +8,19 @@ Under torchrun every process has its share of each step's windows; the first alo
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from time import perf_counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from secateur.checkpoint import open_checkpoint
-from secateur.errors import ConditionsDiffer, Interrupted, UnsupportedModel
-from secateur.files import read_json
+from secateur.errors import Interrupted, UnsupportedModel
 from secateur.interrupt import asked_to_stop
-from secateur.journal import differences
 from secateur.output import output
+from secateur.recovery.halfway import Halfway
 from secateur.recovery.job import Job, Recovery
-from secateur.recovery.training import last_whole, train
+from secateur.recovery.training import train
 from secateur.recovery.write import masks, refuse_other_masks, written
 from secateur.replay import LanguageModel
 from secateur.sites import sites
@@ -36,72 +30,43 @@ def recover_whole(job: Job) -> Recovery:
     """Train under the mask and write the result. A run that dies goes on after its last checkpoint."""
     pruned, ranks, adapting = job.pruned, job.ranks, job.way.startswith("lora")
     place = job.out.resolve().with_name(f".{job.out.name}.recovery")
-    before = ranks.same(lambda: _taken_up(place, job.conditions, job.restart))
-    kept = masks(pruned)
-    adapted: Any = pruned.model.float()
-    pruned.model.requires_grad_(True)
-    if adapting:
-        from secateur.recovery.lora import with_adapters
+    with Halfway(place, job.conditions, restart=job.restart, ranks=ranks, started=job.started) as halfway:
+        kept = masks(pruned)
+        adapted: Any = pruned.model.float()
+        pruned.model.requires_grad_(True)
+        if adapting:
+            from secateur.recovery.lora import with_adapters
 
-        adapted = with_adapters(pruned.model, _linear(pruned), job.rank, job.schedule.seed)
-    else:
-        _hold(pruned, kept)
-    dense = job.dense.model.float() if job.dense and job.way.endswith("distill") else None
-    job.progress.begin(f"recovering with {job.way}")
-    with _timed(job, place, before), asked_to_stop("after this step") as stopping:
-        loss = train(
-            adapted, job.windows.ids, job.schedule, place, device=job.device, progress=job.progress,
-            stopping=stopping, dense=dense, ranks=ranks,
-        )  # fmt: skip
-    reached = loss[-1][0] if loss else 0
-    if reached < job.schedule.steps:
-        raise Interrupted(f"Stopped after step {reached}. The same command goes on from there.")
-    if adapting:
-        adapted.merge_and_unload()
-    pruned.model.to(torch.device("cpu")).requires_grad_(False)  # type: ignore[arg-type]
-    done = job.done(before + perf_counter() - job.started, loss=loss, rank=job.rank if adapting else None)
-    ranks.same(lambda: _write(job, done, kept, place))
+            adapted = with_adapters(pruned.model, _linear(pruned), job.rank, job.schedule.seed)
+        else:
+            _hold(pruned, kept)
+        job.progress.begin(f"recovering with {job.way}")
+        with asked_to_stop("after this step") as stopping:
+            loss = train(
+                adapted, job.windows.ids, job.schedule, halfway, device=job.device, progress=job.progress,
+                stopping=stopping, dense=job.dense.model.float() if job.dense and job.aims else None,
+            )  # fmt: skip
+        reached = loss[-1][0] if loss else 0
+        if reached < job.schedule.steps:
+            raise Interrupted(f"Stopped after step {reached}. The same command goes on from there.")
+        if adapting:
+            adapted.merge_and_unload()
+        pruned.model.to(torch.device("cpu")).requires_grad_(False)  # type: ignore[arg-type]
+        done = job.done(halfway.seconds, loss=loss, rank=job.rank if adapting else None)
+        ranks.same(lambda: _write(job, done, kept))
+        if ranks.first:
+            halfway.remove()
     return done
 
 
-def _write(job: Job, done: Recovery, kept: Mapping[str, Tensor], place: Path) -> None:
+def _write(job: Job, done: Recovery, kept: Mapping[str, Tensor]) -> None:
     job.progress.begin("writing")
-    with output(job.source, job.out, overwrite=job.overwrite) as result:
-        for tensors in written(job.pruned, job.source, kept, only_sites=job.way.startswith("lora")):
-            result.write(tensors)
-        refuse_other_masks(job.source, open_checkpoint(result.partial), job.pruned)
+    with output(job.source, job.out, overwrite=job.overwrite, run=job.conditions) as result:
+        if not result.done:
+            for tensors in written(job.pruned, job.source, kept, only_sites=job.way.startswith("lora")):
+                result.write(tensors)
+            refuse_other_masks(job.source, open_checkpoint(result.partial), job.pruned)
         job.finish(result, done)
-    shutil.rmtree(place, ignore_errors=True)
-
-
-def _taken_up(place: Path, wanted: Mapping[str, Any], restart: bool) -> float:
-    """The seconds that a run which died here has taken already. Raises ConditionsDiffer where it was another."""
-    if restart:
-        shutil.rmtree(place, ignore_errors=True)
-    file = place / "conditions.json"
-    if not file.exists():
-        place.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(wanted))
-        return 0.0
-    if differing := differences(read_json(file), wanted):
-        raise ConditionsDiffer(
-            f"A half-finished recovery in {place} has other conditions: {'; '.join(differing)}. Give the same to go "
-            "on, choose another --out, or discard it with --restart."
-        )
-    seconds = place / "seconds.json"
-    return float(read_json(seconds)) if seconds.exists() else 0.0
-
-
-@contextmanager
-def _timed(job: Job, place: Path, before: float) -> Iterator[None]:
-    """However training ends, the seconds that it took are kept; where it left no checkpoint, nothing is."""
-    try:
-        yield
-    finally:
-        if job.ranks.first and last_whole(place):
-            (place / "seconds.json").write_text(json.dumps(before + perf_counter() - job.started))
-        elif job.ranks.first:
-            shutil.rmtree(place, ignore_errors=True)
 
 
 def _linear(language_model: LanguageModel) -> list[str]:
