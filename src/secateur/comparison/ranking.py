@@ -38,6 +38,6 @@ def alike(one: Row, other: Row) -> bool:
     """Whether two rows are ranked against each other: the same pattern, values as exact, the same calibration text.
 
     A row that needs no calibration stands with those of the first draw; one that was recovered, with those that were
-    recovered on as many tokens.
+    recovered on the same text.
     """
     return (one.peers, one.calibration or 0) == (other.peers, other.calibration or 0)

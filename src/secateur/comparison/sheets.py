@@ -242,7 +242,7 @@ def _caption(results: Results) -> str:
     if any(row.recovered for row in results.table):
         alone += (
             " What was fine-tuned after pruning, its zeros kept, says so with the tokens and seconds spent; it is "
-            "ranked among rows that saw as many tokens, and its seconds include the training."
+            "ranked among rows that saw the same text, and its seconds include the training."
         )
     return (
         "Sparsity: share of zeros in the pruned matrices; of a structured row, share of the block weights that are "
