@@ -33,7 +33,8 @@ def main() -> None:
     parser.add_argument("--method", default="best")
     parser.add_argument("--ways", default="lora,masked,distill,blocks")
     parser.add_argument("--steps", type=int, default=360)
-    parser.add_argument("--batch-size", type=int, default=4, help="windows of 512 tokens in a step")
+    parser.add_argument("--batch-size", type=int, default=4, help="windows in a step")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window; it is judged on the model's own")
     parser.add_argument("--windows", type=int, default=128)
     parser.add_argument("--out", type=Path, default=Path("out/recover"))
     parser.add_argument("--json", type=Path)
@@ -54,7 +55,7 @@ def main() -> None:
                 started = process_time()
                 done = recover(
                     place / "pruned", out=place / way, dense=chosen.model, way=way, steps=chosen.steps,
-                    batch_size=chosen.batch_size, text=chosen.text, evaluation=own,
+                    batch_size=chosen.batch_size, seq_len=chosen.seq_len, text=chosen.text, evaluation=own,
                     command=["python", *sys.argv], progress=show(quiet=False),
                 )  # fmt: skip
                 spent = {"tokens": done.tokens, "rate": done.rate, "seconds": done.seconds}
