@@ -376,7 +376,7 @@ ROW = {
     "delta": 1.0, "delta_interval": [0.5, 1.5], "kl": 0.1, "top1_agreement": 0.9, "seconds": {},
     "peak_bytes": None, "disk_bytes": 9, "rank": "", "ties": [], "checkpoint": "checkpoints/magnitude-2of4",
     "allocation": "uniform", "parameters": None, "values": "as stored", "latency": [], "calibration": None, "tasks": {},
-    "sites": [], "loss": [1.0, 2.0], "searched": False,
+    "sites": [], "loss": [1.0, 2.0], "searched": False, "recovered": None,
 }  # fmt: skip
 
 
