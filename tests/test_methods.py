@@ -128,8 +128,8 @@ def test_matrices_solved_together_are_what_they_are_alone(name, pattern):
     together = prune_together(method, weights, stats, patterns)
     for weight, own, found in zip(weights, patterns, together, strict=True):
         alone = method.prune(weight, stats, own.within(method.group))
-        # A near tie may fall the other way where another kernel multiplies: two entries, and the same error below.
-        assert (found.kept != alone.kept).sum() <= max(2, 0.001 * weight.numel())
+        # A near tie may fall the other way where another kernel multiplies, at the same error: on one Xeon two of 1056.
+        assert (found.kept != alone.kept).float().mean() <= 0.002
         assert found.kept.sum() == alone.kept.sum()
         if method.updates:
             first, second = ((p.weight - weight) @ x.T for p in (found, alone))
