@@ -128,12 +128,12 @@ def test_matrices_solved_together_are_what_they_are_alone(name, pattern):
     together = prune_together(method, weights, stats, patterns)
     for weight, own, found in zip(weights, patterns, together, strict=True):
         alone = method.prune(weight, stats, own.within(method.group))
-        # A near tie may fall the other way where another kernel multiplies, at the same error: on one Xeon two of 1056.
+        # A near tie may fall the other way where another kernel multiplies: two of 1056 on one Xeon, error 0.14 % less.
         assert (found.kept != alone.kept).float().mean() <= 0.002
         assert found.kept.sum() == alone.kept.sum()
         if method.updates:
             first, second = ((p.weight - weight) @ x.T for p in (found, alone))
-            assert first.norm() == pytest.approx(second.norm().item(), rel=1e-3, abs=1e-3)
+            assert first.norm() == pytest.approx(second.norm().item(), rel=2e-3, abs=1e-3)
         if torch.equal(found.kept, alone.kept) and not (method.updates and len(weight) == 8):
             # Eight rows may be multiplied by another kernel than eighty, and many steps amplify its rounding.
             assert torch.allclose(found.weight, alone.weight, rtol=1e-3, atol=1e-3)
