@@ -34,7 +34,7 @@ def recover(
     seq_len: SeqLen = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows of a forward pass, on each device.")] = 8,
     accumulate: Annotated[int, typer.Option(min=1, help="Forward passes of a step.")] = 1,
-    rate: Annotated[float | None, typer.Option(help="Highest. Default: by the width of the model.")] = None,
+    rate: Annotated[float | None, typer.Option(help="The highest rate. Default: by the model's width.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="The rank of adapters.")] = 16,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints of the training.")] = 100,
     gradient_checkpointing: Annotated[
