@@ -480,6 +480,14 @@ def test_a_folder_that_is_not_as_it_was_pruned(models, options, tmp_path):
         recover(source, **options)
 
 
+def test_a_dropout_that_is_no_share(models, options, tmp_path):
+    shutil.copytree(models / "llama-pruned", tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config | {"attention_dropout": 1e308}))
+    with pytest.raises(BadCheckpoint, match=r"has attention_dropout 1e\+308; a share below 1 was wanted"):
+        recover(tmp_path / "odd", **options)
+
+
 def test_a_stranger_is_no_target(models, options, tmp_path):
     with pytest.raises(UnsupportedModel, match="Name the dense model that was pruned"):
         recover(models / "llama-pruned", **options | {"dense": models / "gpt2", "way": "distill"})

@@ -79,6 +79,14 @@ def pruning_record(source: Checkpoint) -> dict[str, Any]:
     return record
 
 
+def refuse_dropout(source: Checkpoint, language_model: LanguageModel) -> None:
+    """Raise BadCheckpoint for a share of dropout, which only training uses, that is none."""
+    for name, value in language_model.model.config.get_text_config().to_dict().items():
+        share = ("dropout" in name or "pdrop" in name) and type(value) in (int, float)
+        if share and not 0 <= value < 1:
+            raise BadCheckpoint(f"{source.folder / 'config.json'} has {name} {value}; a share below 1 was wanted.")
+
+
 def refuse_other_weights(source: Checkpoint, language_model: LanguageModel, record: Mapping[str, Any]) -> None:
     """Raise BadCheckpoint where the zeros of a site are not as many as pruning.json says, NonFinite for NaN or Inf."""
     masked = record.get("kind") != "structured"

@@ -27,7 +27,14 @@ from secateur.output import refuse_place
 from secateur.progress import Progress
 from secateur.ranks import joined
 from secateur.recovery.blocks import recover_blocks
-from secateur.recovery.checks import check_numbers, check_way, pruning_record, refuse_other_weights, refuse_stranger
+from secateur.recovery.checks import (
+    check_numbers,
+    check_way,
+    pruning_record,
+    refuse_dropout,
+    refuse_other_weights,
+    refuse_stranger,
+)
 from secateur.recovery.job import Job, Recovery, Schedule
 from secateur.recovery.text import RUN, recovery_windows
 from secateur.refine import RATE
@@ -87,6 +94,7 @@ def recover(
         record = pruning_record(source)
         progress.begin(f"loading {model}")
         pruned = load(folder, trust_remote_code=trust_remote_code)
+        refuse_dropout(source, pruned)
         refuse_other_weights(source, pruned, record)
         reference, other = None, None if dense is None else resolve(dense)
         if other:
