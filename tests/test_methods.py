@@ -120,7 +120,8 @@ class TestEveryMethod:
 def test_matrices_solved_together_are_what_they_are_alone(name, pattern):
     """q, k and v read one input: stacking them shares the factorisation, and must change nothing else."""
     method = find_method(name)
-    weights = [layer(seed, rows)[0] for seed, rows in enumerate([24, 8, 16, 32])]
+    # Eight rows alone may be multiplied by another kernel than eighty, and many steps amplify its rounding.
+    weights = [layer(seed, rows)[0] for seed, rows in enumerate([24, 16, 40, 32])]
     x = layer()[1]
     stats = Stats.of(x, method.need | {"gram"})
     others = [pattern] * 3 if ":" in pattern else ["40%", "70% of row", "20% of matrix"]
@@ -128,14 +129,12 @@ def test_matrices_solved_together_are_what_they_are_alone(name, pattern):
     together = prune_together(method, weights, stats, patterns)
     for weight, own, found in zip(weights, patterns, together, strict=True):
         alone = method.prune(weight, stats, own.within(method.group))
-        # A near tie may fall the other way where another kernel multiplies: two of 1056 on one Xeon, error 0.14 % less.
-        assert (found.kept != alone.kept).float().mean() <= 0.002
+        assert (found.kept != alone.kept).float().mean() <= 0.001
         assert found.kept.sum() == alone.kept.sum()
         if method.updates:
             first, second = ((p.weight - weight) @ x.T for p in (found, alone))
-            assert first.norm() == pytest.approx(second.norm().item(), rel=2e-3, abs=1e-3)
-        if torch.equal(found.kept, alone.kept) and not (method.updates and len(weight) == 8):
-            # Eight rows may be multiplied by another kernel than eighty, and many steps amplify its rounding.
+            assert first.norm() == pytest.approx(second.norm().item(), rel=1e-3, abs=1e-3)
+        if torch.equal(found.kept, alone.kept):
             assert torch.allclose(found.weight, alone.weight, rtol=1e-3, atol=1e-3)
 
 

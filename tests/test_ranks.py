@@ -51,8 +51,7 @@ def test_two_ranks_give_the_masks_of_one(family, method, tiny_llama, tiny_mixtra
 def test_a_rank_that_dies_ends_the_run_and_another_number_goes_on(tiny_llama, text_file, tmp_path):
     done = prune(tiny_llama, tmp_path / "out", text_file, 2, "--method", "wanda", fail="1 model.layers.2")
     assert done.returncode != 0
-    # On a busy machine torchrun may end the other before that has noticed.
-    assert "Another process of this run has died" in done.stderr or "closing signal SIGTERM" in done.stderr
+    assert "Another process of this run has died" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.journal", ".out.partial"]
     assert (tmp_path / ".out.journal").read_text().count('["block"') == 2
     assert prune(tiny_llama, tmp_path / "out", text_file, 1, "--method", "wanda").returncode == 0
