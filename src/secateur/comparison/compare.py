@@ -22,7 +22,7 @@ from secateur.comparison.answers import answer_rows
 from secateur.comparison.grid import Cell, Draw, cells
 from secateur.comparison.latency import time_rows
 from secateur.comparison.ranking import rank
-from secateur.comparison.recovering import BATCH, Recovering
+from secateur.comparison.recovering import Recovering
 from secateur.comparison.report import write_report
 from secateur.comparison.results import SCHEMA, Results
 from secateur.comparison.rows import Ground
@@ -51,6 +51,7 @@ from secateur.options import (
 from secateur.patterns import parse
 from secateur.progress import Progress
 from secateur.recovery.checks import check_way
+from secateur.recovery.job import BATCH_SIZE
 from secateur.recovery.text import recovery_windows
 from secateur.replay import LanguageModel
 from secateur.restack import spill_folder
@@ -244,10 +245,10 @@ def _recovering(
         return None
     windows = recovery_windows(
         load_tokenizer(folder, trust_remote_code=options["trust_remote_code"]), default_corpus(model, text, "c4"),
-        count=steps * BATCH, length=avoid[0].ids.shape[1], seed=avoid[1].seed or 0,
+        count=steps * BATCH_SIZE, length=avoid[0].ids.shape[1], seed=avoid[1].seed or 0,
         avoid=[one.ids for one in avoid], data_dir=data_dir,
     )  # fmt: skip
-    check_windows(language_model, windows, BATCH)
+    check_windows(language_model, windows, BATCH_SIZE)
     return Recovering(list(dict.fromkeys(ways)), steps, windows, language_model, folder, **options)
 
 

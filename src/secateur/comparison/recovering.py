@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from secateur.checkpoint import RECORD, open_checkpoint
+from secateur.checkpoint import open_checkpoint
 from secateur.comparison.results import Row
 from secateur.data import Windows
 from secateur.errors import BadCheckpoint, ConditionsDiffer
@@ -18,14 +18,9 @@ from secateur.model import load
 from secateur.progress import Progress
 from secateur.ranks import ALONE
 from secateur.recovery.checks import pruning_record
-from secateur.recovery.job import Job, Schedule
+from secateur.recovery.job import BATCH_SIZE, RANK, SAVE_EVERY, Job, Schedule
 from secateur.recovery.recover import carry_out, rate_of
 from secateur.replay import LanguageModel
-
-BATCH = 8
-"""Windows of a step of training."""
-SAVE_EVERY = 100
-RANK = 16
 
 
 @dataclass(frozen=True)
@@ -77,12 +72,12 @@ class Recovering:
         ).seconds  # fmt: skip
 
     def _schedule(self, way: str) -> Schedule:
-        return Schedule(self.steps, BATCH, 1, rate_of(way, self.model), SAVE_EVERY, self.windows.seed or 0)
+        return Schedule(self.steps, BATCH_SIZE, 1, rate_of(way, self.model), SAVE_EVERY, self.windows.seed or 0)
 
     def _done(self, pruned: Path, place: Path, way: str) -> float | None:
         """The seconds of a recovery of these very weights that had ended when a run died, before its row was kept."""
         try:
-            before, after = (record_of(folder) if (folder / RECORD).exists() else None for folder in (pruned, place))
+            before, after = record_of(pruned), record_of(place)
             if not before or not after:
                 return None
             told = after["recovery"][-1]

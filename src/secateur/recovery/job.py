@@ -20,6 +20,9 @@ from secateur.ranks import Ranks
 from secateur.recovery.checks import aims_at_dense
 from secateur.replay import LanguageModel
 
+BATCH_SIZE, SAVE_EVERY, RANK = 8, 100, 16
+"""Windows of a forward pass, steps between checkpoints, and the rank of adapters, where nothing is asked for."""
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -35,14 +35,14 @@ from secateur.recovery.checks import (
     refuse_other_weights,
     refuse_stranger,
 )
-from secateur.recovery.job import Job, Recovery, Schedule
+from secateur.recovery.job import BATCH_SIZE, RANK, SAVE_EVERY, Job, Recovery, Schedule
 from secateur.recovery.text import RUN, recovery_windows
 from secateur.refine import RATE
 from secateur.replay import LanguageModel
 
 RATES = {"lora": 0.2, "masked": 0.02, "distill": 0.14}
-"""Of the ways, times the width of the model: Adam's rate for matrices falls as their inputs grow (Yang et al. 2022,
-arXiv:2203.03466, table 3). The demo model, 192 wide, was tried with several of each (docs/recovery.md)."""
+"""Of the ways, to be divided by the width of the model: Adam's rate for matrices falls as their inputs grow (Yang et
+al. 2022, arXiv:2203.03466, table 3). The demo model, 192 wide, was tried with several of each (docs/recovery.md)."""
 
 
 def recover(
@@ -55,11 +55,11 @@ def recover(
     evaluation: str | None = None,
     steps: int = 500,
     seq_len: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     accumulate: int = 1,
     rate: float | None = None,
-    rank: int = 16,
-    save_every: int = 100,
+    rank: int = RANK,
+    save_every: int = SAVE_EVERY,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     device: str = "auto",
@@ -77,10 +77,10 @@ def recover(
     corpus or files (default: c4, the demo's training text for the demo model); every step sees `accumulate` ×
     `batch_size` windows of `seq_len` tokens in each process, none twice, none that was calibrated on, and none that
     overlaps the corpus or files `evaluation` or windows in `avoid` `[windows, length]`; where the calibration text is
-    not to be had any more, the result says so (`apart`). `rank` is that of the
-    adapters. The arithmetic is float32, on GPUs under bfloat16 autocast. A checkpoint of the training is kept every
-    `save_every` steps, of `blocks` after each: the same call goes on after it. Raises SecateurError; NonFinite where
-    the loss is NaN, and then the last checkpoint is kept.
+    not to be had any more, the result says so (`apart`). `rank` is that of the adapters. The arithmetic is float32, on
+    GPUs under bfloat16 autocast. A checkpoint of the training is kept every `save_every` steps, of `blocks` after each
+    block: the same call goes on after it. Raises SecateurError; NonFinite where the loss is NaN, and then the last
+    checkpoint is kept.
     """
     check_way(way, dense, accumulate=accumulate, checkpointing=gradient_checkpointing)
     local = Path(data_dir) if data_dir else None

@@ -33,9 +33,14 @@ def block_masks(block: nn.Module) -> dict[str, Tensor]:
 def keep_masks(block: nn.Module, before: nn.Module, kept: Mapping[str, Tensor]) -> None:
     """Round trained parameters to the dtype they had `before`; one that rounds to zero gets its value from before."""
     for name, mask in kept.items():
-        parameter, old = block.get_parameter(name), before.get_parameter(name).to(mask.device)
-        rounded = parameter.to(old.dtype)
-        parameter.copy_(torch.where((rounded == 0) & mask, old, rounded))
+        parameter = block.get_parameter(name)
+        parameter.copy_(_rounded(parameter, before.get_parameter(name).to(mask.device), mask))
+
+
+def _rounded(trained: Tensor, before: Tensor, kept: Tensor) -> Tensor:
+    """Trained weights in the dtype of those before; what is kept and would be zero is what it was."""
+    rounded = trained.to(before.dtype)
+    return torch.where((rounded == 0) & kept, before, rounded)
 
 
 @torch.no_grad()
@@ -69,9 +74,7 @@ def _stored(
     stored = checkpoint_tensors(language_model, masked, source.places)
     bits = checkpoint_tensors(language_model, {name: mask.float() for name, mask in whole.items()}, source.places)
     for name, mask in bits.items():
-        before = source.tensor(name)
-        rounded = stored[name].to(before.dtype)
-        stored[name] = torch.where((rounded == 0) & (mask != 0), before, rounded)
+        stored[name] = _rounded(stored[name], source.tensor(name), mask != 0)
     return stored
 
 
