@@ -8,8 +8,6 @@ the device, so that weights come from memory as they do in a model. Prefill (16 
 pass over the copies is a CUDA graph, so no launch is timed; a figure is the median of the replays, divided by copies.
 A kernel that fails, whatever it raises, is printed and left out, for the device is not lent twice; one that leaves the
 device unusable makes the script begin again without it. What does not fit in `--seconds` is listed as skipped.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations

@@ -7,8 +7,6 @@ Random weights in bfloat16, written by `bench/memory.py`, 128 × 2048 tokens of 
 the device, synchronised (`Report.seconds`); what is left of the whole run is files: copying the checkpoint, writing and
 the digests of both. Shares are the operations that `secateur plan` counts over the stage's seconds, by the rate of
 matrix products in the dtype of the stage, measured in the same process; a Gram matrix counts with both halves.
-
-Not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -47,8 +45,9 @@ def measure(folder: Path, out: Path, method: str, chosen: argparse.Namespace) ->
         "statistics": work.statistics / max(seconds["statistics"], 1e-9) / planned.rates[GRAM],
     }
     return {
-        "method": method, "seconds": seconds | {"all": whole, "stages": report.seconds.total},
-        "share_of_peak": shares, "rates": planned.rates, "sparsity": report.sparsity,
+        "method": method, "parameters": planned.parameters, "share_of_peak": shares,
+        "seconds": seconds | {"all": whole, "stages": report.seconds.total},
+        "rates": planned.rates, "sparsity": report.sparsity,
         "device_peak_bytes": torch.cuda.max_memory_allocated() if cuda else None, "host_peak_bytes": report.peak_bytes,
     }  # fmt: skip
 
@@ -56,6 +55,7 @@ def measure(folder: Path, out: Path, method: str, chosen: argparse.Namespace) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=6.74e9)
+    parser.add_argument("--model", type=Path, help="a folder to prune instead, which stays")
     parser.add_argument("--methods", default="wanda,sparsegpt")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
@@ -64,18 +64,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/gpu-prune"))
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
-    hidden = 4096 if chosen.parameters > 1e9 else 2048
-    parameters, rows = write_model(chosen.out / "model", chosen.parameters, hidden), []
+    model, rows = chosen.model or chosen.out / "model", []
+    if not chosen.model:
+        write_model(model, chosen.parameters, 4096 if chosen.parameters > 1e9 else 2048)
     for method in chosen.methods.split(","):
-        rows.append(found := measure(chosen.out / "model", chosen.out / "pruned", method, chosen))
+        rows.append(found := measure(model, chosen.out / "pruned", method, chosen))
         stages = ", ".join(f"{stage} {taken:.1f}" for stage, taken in found["seconds"].items())
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in found["share_of_peak"].items())
         print(f"{method}: seconds {stages}; of the peak {shares}", flush=True)
+        if chosen.json:
+            document = {"command": ["bench/gpu_prune.py", *sys.argv[1:]]}
+            document |= {"machine": machine(), "versions": versions(), "rows": rows}
+            chosen.json.write_text(json.dumps(document, indent=1) + "\n")
     shutil.rmtree(chosen.out)
-    if chosen.json:
-        document = {"command": ["bench/gpu_prune.py", *sys.argv[1:]], "parameters": parameters}
-        document |= {"machine": machine(), "versions": versions(), "rows": rows}
-        chosen.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

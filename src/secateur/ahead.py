@@ -1,6 +1,6 @@
 """The block after the one at hand, read and moved to the GPUs while that computes.
 
-On a CPU a second block would only take memory, and the processor from the first. Not run on a GPU yet.
+On a CPU a second block would only take memory, and the processor from the first.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from secateur.record import LEFT_OUT, UNSEEN, SiteReport, output_error
 from secateur.refine import Tuned, refine
 from secateur.replay import working_copy
 from secateur.sites import Site, sites
-from secateur.stats import Stats, is_finite
+from secateur.stats import Stats, count_zeros, is_finite
 from secateur.stream import Step
 from secateur.units import Unit
 from secateur.watch import Observed
@@ -99,7 +99,7 @@ def prune_block(
                     probes[name] = probes[name][:, order]
                 for copy in (step.block, result, original):
                     moved.update(reorder(copy, name, units[name], order))
-            weights = [dense[name].weight.to(step.device, torch.float32, copy=True) for name in chosen]
+            weights = [dense[name].weight.to(step.device).to(torch.float32, copy=True) for name in chosen]
             found = prune_together(method, weights, stats, list(chosen.values()))
             for name, pruned in zip(chosen, found, strict=True):
                 put(step, name, pruned.weight, targets)
@@ -181,14 +181,14 @@ def _refine(step: Step, result: nn.Module, changed: Sequence[str], pruned: Conta
 def _report(name: str, dense: Site, target: Site, plan: Plan, note: str | None, probe: Tensor | None) -> SiteReport:
     """What became of a site; `note` is None where it was not pruned."""
     rows, columns = target.weight.shape
-    zeros = (target.weight == 0).sum().item() / (rows * columns)
+    share = count_zeros(target.weight) / (rows * columns)
     if note is None:
-        return SiteReport(name, (rows, columns), None, zeros, None, UNSEEN if name in plan else LEFT_OUT)
+        return SiteReport(name, (rows, columns), None, share, None, UNSEEN if name in plan else LEFT_OUT)
     error = None
     if probe is not None:
-        before, after = (site.weight.to(probe.device, torch.float32) for site in (dense, target))
+        before, after = (site.weight.to(probe.device).float() for site in (dense, target))
         error = output_error(probe, before - after, before)
-    return SiteReport(name, (rows, columns), str(plan[name]), zeros, error, note)
+    return SiteReport(name, (rows, columns), str(plan[name]), share, error, note)
 
 
 def refuse_non_finite_weights(step: Step, original: Mapping[str, Site]) -> None:

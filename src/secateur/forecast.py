@@ -22,7 +22,7 @@ from secateur.cost import passes as passes_of
 from secateur.errors import BadPattern, NotEnoughText
 from secateur.footprint import Load, Moment, arrange, check_passes, loads, probe_tokens
 from secateur.gram import add_products
-from secateur.machine import best_seconds, matrix_rate
+from secateur.machine import best_seconds, matrix_rate, square_side
 from secateur.methods import Method, find_method
 from secateur.model import load_config
 from secateur.options import calibration_dtype, check_length, context, find_devices, find_dtype, find_size
@@ -220,9 +220,10 @@ def _rates(device: torch.device, forward: torch.dtype) -> dict[str, float]:
     """Operations a second of matrix products in the dtypes of a run and of its Gram matrices, measured now."""
     kinds = dict.fromkeys((forward, torch.float32))
     rates = {str(kind).removeprefix("torch."): matrix_rate(kind, device) for kind in kinds}
-    x = torch.ones(1024, 1024, dtype=forward, device=device)
-    total = torch.zeros(1024, 1024, dtype=torch.float64, device=device)
-    return rates | {GRAM: 2 * 1024**3 / best_seconds(lambda: add_products(total, x, x), device)}
+    side = square_side(device)
+    x = torch.randn(side, side, dtype=forward, device=device)
+    total = torch.zeros(side, side, dtype=torch.float64, device=device)
+    return rates | {GRAM: 2 * side**3 / best_seconds(lambda: add_products(total, x, x), device)}
 
 
 def seconds_of(operations: Operations, rates: Mapping[str, float]) -> Operations:

@@ -25,6 +25,7 @@ from secateur.options import timed_dtype
 from secateur.packed import dense_product, multiply, pack, pack_int8, quantised
 from secateur.packing import LEAST
 from secateur.progress import Progress
+from secateur.stats import count_zeros
 
 BEYOND_CACHE, IN_A_ROW = 400e6, 4
 """Bytes of the copies of one matrix, together, and how many a kernel multiplies by before the next takes its turn."""
@@ -103,7 +104,7 @@ def time_matrices(
     progress = progress or Progress()
     found = []
     for number, (site, weight) in enumerate(matrices.items()):
-        sparsity = (weight == 0).float().mean().item()
+        sparsity = count_zeros(weight) / weight.numel()
         copies: dict[str, list[Held]] = {}
         for name, make in KERNELS.items():
             if (sparsity < LEAST and name.startswith("packed")) or (first := make(weight)) is None:

@@ -86,12 +86,19 @@ def _memory_groups() -> set[Path]:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float = 0.2) -> float:
-    """Operations a second of products 1024 × 1024 in `dtype`, the best of those that fit into `seconds`, at least two.
+    """Operations a second of square products in `dtype`, the best of those that fit into `seconds`, at least two.
 
-    Wall time, on as many threads as torch uses now: other work on the machine shows.
+    Wall time, on as many threads as torch uses now: other work on the machine shows. The numbers are random, since
+    GPUs multiply what is all the same faster.
     """
-    a, b = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
-    return 2 * 1024**3 / best_seconds(lambda: torch.mm(a, b), device, seconds)
+    side = square_side(device)
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    return 2 * side**3 / best_seconds(lambda: torch.mm(a, b), device, seconds)
+
+
+def square_side(device: torch.device) -> int:
+    """Rows of a square matrix whose product takes long enough to be timed: a GPU has 1024 × 1024 in its launch."""
+    return 8192 if device.type == "cuda" else 1024
 
 
 @cache

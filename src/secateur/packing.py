@@ -29,6 +29,7 @@ from secateur.packed import (
     pack_int8,
     quantised,
 )
+from secateur.stats import count_zeros
 
 LEAST = 0.4
 """The share of zeros from which a layer is packed: under it a bfloat16 matrix is not smaller enough to be faster."""
@@ -143,10 +144,11 @@ class OwnLinear(nn.Module):
 def packable(model: nn.Module, least: float = LEAST) -> Iterator[tuple[str, nn.Linear]]:
     """The linear layers on the CPU, float32 or bfloat16, of which at least a share `least` is zero."""
     for name, module in model.named_modules():
-        if type(module) is nn.Linear and module.weight.dtype in (torch.float32, torch.bfloat16):
-            zeros = (module.weight == 0).sum().item() / module.weight.numel()
-            if zeros >= least and module.weight.device.type == "cpu":
-                yield name, module
+        if type(module) is not nn.Linear or module.weight.device.type != "cpu":
+            continue
+        weight = module.weight
+        if weight.dtype in (torch.float32, torch.bfloat16) and count_zeros(weight) >= least * weight.numel():
+            yield name, module
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -29,7 +29,7 @@ from secateur.repair import NEED, repaired
 from secateur.replay import LanguageModel, run_block, working_copy
 from secateur.selection import SELECTIONS, lowest
 from secateur.sites import bias, sites
-from secateur.stats import OF_DENSE, Stats
+from secateur.stats import OF_DENSE, Stats, count_zeros
 from secateur.stream import Step
 from secateur.structures import NAMES, Depth, Structure, parts
 from secateur.survey import BlockCut, Consumer
@@ -214,9 +214,9 @@ def _remove(
         if new_bias is not None:
             _put_bias(step, result, name, new_bias)
         note = "" if stats is not None else "no calibration token: chosen by weights"
-        zeros = (weight == 0).float().mean().item()
-        if repair and zeros > MANY_ZEROS:
-            note += f"{zeros:.0%} of it were zeros, which the repair has filled; leave out '+repair' to keep them"
+        share = count_zeros(weight) / weight.numel()
+        if repair and share > MANY_ZEROS:
+            note += f"{share:.0%} of it were zeros, which the repair has filled; leave out '+repair' to keep them"
         if name == fold and span:
             note += f"{'block' if len(span) == 1 else 'blocks'} {', '.join(map(str, span))} folded into it"
         change = _change(weight, old, targets[name].weight, new_bias)

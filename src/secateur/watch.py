@@ -50,6 +50,7 @@ class Watch:
     def see(self, name: str, x: Tensor) -> None:
         if self.only is not None and name not in self.only:
             return
+        _settle(x)  # what was launched before is the forward pass's
         started = perf_counter()
         first, _ = self._seen.setdefault((id(x), x._version), (name, x))
         if self.shared.setdefault(name, first) != first:
@@ -64,9 +65,14 @@ class Watch:
             if self._probe and len(x):
                 kept = x[:: -(-len(x) // self._probe)].to(torch.float32, copy=True)  # a view would hold all of x
                 self.probes[name] = torch.cat([self.probes[name], kept]) if name in self.probes else kept
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
+        _settle(x)
         self.seconds += perf_counter() - started
+
+
+def _settle(x: Tensor) -> None:
+    """Wait until the device of a tensor has done what it was told."""
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
 
 
 def refuse_non_finite(block: str, stats: dict[str, Stats], probes: dict[str, Tensor]) -> None:

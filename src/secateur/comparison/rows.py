@@ -26,6 +26,7 @@ from secateur.prune import prune_checkpoint
 from secateur.record import Report
 from secateur.replay import LanguageModel
 from secateur.sites import sites
+from secateur.stats import count_zeros
 
 
 @dataclass
@@ -180,4 +181,4 @@ class Ground:
 def _zeros(language_model: LanguageModel) -> float:
     """The share of zeros in the sites of a model, which may have been pruned before."""
     held = [site.stored for block in language_model.blocks for site in sites(block).values()]
-    return sum((weight == 0).sum().item() for weight in held) / max(sum(weight.numel() for weight in held), 1)
+    return sum(count_zeros(weight) for weight in held) / max(sum(weight.numel() for weight in held), 1)

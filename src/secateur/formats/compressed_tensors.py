@@ -34,6 +34,7 @@ from secateur.files import read_json
 from secateur.formats.base import Format, refuse_odd_values, save
 from secateur.inspection import stored_sites
 from secateur.patterns import TWO_OF_FOUR
+from secateur.stats import count_zeros
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
 """Where config.json names the format: in 0.14, in 0.5 and in 0.3. A dense checkpoint has none of them."""
@@ -97,7 +98,7 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
         tensors: dict[str, Tensor] = {}
         for name in (name for name, place in source.places.items() if place.shard == shard):
             tensor = source.tensor(name)
-            zeros += int((tensor == 0).sum())
+            zeros += count_zeros(tensor)
             total += tensor.numel()
             tensors |= _packed(name.removesuffix(".weight"), tensor, layout) if name in chosen else {name: tensor}
         save(tensors, folder / shard)

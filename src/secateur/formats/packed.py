@@ -32,6 +32,7 @@ from secateur.model import load_config
 from secateur.packed import SLACK, Packed, check, pack, pack_int8, row_starts
 from secateur.packing import LEAST, Crossovers, own_products, put_packed
 from secateur.refusals import LOAD_ERRORS, bad_weights, foreign, refuse_larger, refusing_more
+from secateur.stats import count_zeros
 
 KEY, PREFIX, PACKED_INDEX = "secateur.packed", "packed-", "packed.index.json"
 VALUES = ("as stored", "int8")
@@ -53,7 +54,7 @@ def write(source: Checkpoint, folder: Path, *, values: str = "as stored", trust_
         columns: dict[str, int] = {}
         for name in (name for name, place in places.items() if place.shard == shard):
             tensor = source.tensor(name)
-            if name not in sites or (tensor == 0).sum() < LEAST * tensor.numel():
+            if name not in sites or count_zeros(tensor) < LEAST * tensor.numel():
                 tensors[name] = tensor
                 continue
             refuse_odd_values(name, tensor, "the packed format")

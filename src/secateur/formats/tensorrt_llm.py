@@ -31,6 +31,7 @@ from secateur.errors import BadCheckpoint, BadPattern, NonFinite, SecateurError,
 from secateur.formats.base import Format, architecture_of
 from secateur.model import load_config
 from secateur.patterns import TWO_OF_FOUR
+from secateur.stats import count_zeros
 
 ARCHITECTURES = {"LlamaForCausalLM": False, "MistralForCausalLM": False, "Qwen2ForCausalLM": True}
 """The models that can be written, and whether their q, k and v have biases."""
@@ -268,7 +269,7 @@ def fault(weight: Tensor) -> str | None:
 
 def _refuse(name: str, weight: Tensor, rank: int, *, site: bool) -> None:
     """Raise what `FAULTS` says of a rank's part of a tensor; what is no pruned site is asked for NaN and Inf alone."""
-    pruned = site and weight.dim() == 2 and (weight == 0).float().mean().item() >= PRUNED
+    pruned = site and weight.dim() == 2 and count_zeros(weight) >= PRUNED * weight.numel()
     found = fault(weight) if pruned else None if weight.isfinite().all() else NOT_FINITE
     if found:
         error, advice = FAULTS[found]

@@ -2,5 +2,5 @@
 
 At these batches a product waits for the weights, so the formats are made to be small: 2:4 with two bits a kept value
 (nm.py), and any other zeros with one bit a weight (bitmap.py), both 1.125 bytes a weight at 50 % and 16 bits. Nothing
-here is imported by the rest of the package unless a GPU is to be used, and none of it was timed on one yet.
+here is imported by the rest of the package unless a GPU is to be used, and docs/speed.md has what it gave on an H200.
 """

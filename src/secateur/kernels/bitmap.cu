@@ -1,4 +1,4 @@
-/* Products with a packed sparse matrix on a GPU: y = x Wᵀ for one to eight rows of x, 16 bit values. Not run on one yet.
+/* Products with a packed sparse matrix on a GPU: y = x Wᵀ for one to eight rows of x, 16 bit values.
  *
  * The format is that of packed.c: a bit for each column, the kept values of a row in order, `starts[r]` the place of
  * row r's first one. A word of 64 columns is read here as two of 32. x is [batch][stride], stride a multiple of `STEP`

@@ -5,7 +5,8 @@ product. Here only the bytes count: of every four weights two are stored, with t
 bytes a weight at 16 bits. Nothing is looked up, so a row costs about five instructions for 32 weights at batch 1; each
 further row of x adds one and a half, and at batch 8 the instructions, not the bytes, set the time.
 
-Not run on a GPU yet: checked in Triton's interpreter, and compiled for sm_90.
+On an H200 1.5 to 1.8 times as fast as the dense product for one row of x, 1.2 to 1.4 for two, and slower from four rows
+on (bench/gpu.py).
 """
 
 from __future__ import annotations

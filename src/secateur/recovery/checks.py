@@ -17,7 +17,7 @@ from secateur.files import fits
 from secateur.inspection import record_of
 from secateur.replay import LanguageModel
 from secateur.sites import sites
-from secateur.stats import is_finite
+from secateur.stats import count_zeros, is_finite
 
 WAYS = {
     "lora": "adapters on every linear layer, merged under the mask",
@@ -100,7 +100,7 @@ def refuse_other_weights(source: Checkpoint, language_model: LanguageModel, reco
             full = f"{language_model.block_name(index)}.{name}"
             if not is_finite(site.weight):
                 raise NonFinite(f"The weights of {full} hold NaN or Inf. Mend the model, or prune it again.")
-            found, size = int((site.weight == 0).sum()), site.weight.numel()
+            found, size = count_zeros(site.weight), site.weight.numel()
             zeros, total = zeros + found, total + size
             if masked and (full not in said or abs(found - said[full] * size) > 0.5):
                 raise BadCheckpoint(

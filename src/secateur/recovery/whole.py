@@ -9,6 +9,7 @@ Under torchrun every process has its share of each step's windows; the first alo
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def recover_whole(job: Job) -> Recovery:
 
             adapted = with_adapters(pruned.model, _linear(pruned), job.rank, job.schedule.seed)
         else:
-            _hold(pruned, kept)
+            _hold(pruned, kept, job.device)
         job.progress.begin(f"recovering with {job.way}")
         with asked_to_stop("after this step") as stopping:
             loss = train(
@@ -82,8 +83,8 @@ def _linear(language_model: LanguageModel) -> list[str]:
     return found
 
 
-def _hold(language_model: LanguageModel, kept: Mapping[str, Tensor]) -> None:
+def _hold(language_model: LanguageModel, kept: Mapping[str, Tensor], device: torch.device) -> None:
     """Let no gradient reach a weight that is zero: Adam then moves it by nothing."""
     for name, mask in kept.items():
         parameter = language_model.model.get_parameter(name)
-        parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.device))
+        parameter.register_hook(partial(torch.mul, mask.to(device)))

@@ -1,4 +1,4 @@
-"""transformers on a CUDA device with packed matrices for decoding: 2:4 by Triton, other zeros by a bitmap. Not run yet.
+"""transformers on a CUDA device with packed matrices for decoding: 2:4 by Triton, other zeros by a bitmap.
 
 Up to eight rows of x a product is bound by what is read of the weights, and the packed ones read less (kernels/). More
 rows, prefill above all, are multiplied densely, so the dense matrix stays on the device as well: this runtime saves
@@ -24,6 +24,7 @@ from secateur.packing import LEAST, put
 from secateur.runtimes.base import Running, Runtime
 from secateur.runtimes.eager import bytes_read, load_model
 from secateur.runtimes.semi_structured import OnDevice
+from secateur.stats import count_zeros
 
 CLASSES = (1, 2, 4, 8)
 """Rows of x that are timed; another number uses what was measured for the next larger one."""
@@ -73,7 +74,7 @@ def use_packed(model: nn.Module, measure: Measure) -> int:
     known: dict[tuple[torch.Size, int], tuple[bool, ...]] = {}
     saved = 0
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or (module.weight == 0).float().mean() < LEAST:
+        if type(module) is not nn.Linear or count_zeros(module.weight) < LEAST * module.weight.numel():
             continue
         weight = module.weight.detach()
         product, size = packed_product(weight, name)
