@@ -28,7 +28,7 @@ def _set(held: Any, path: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        ("schema", "secateur.results/3", "its schema is 'secateur.results/3', secateur.results/4 was wanted"),
+        ("schema", "secateur.results/3", "its schema is 'secateur.results/3', secateur.results/5 was wanted"),
         ("schema", None, "its schema is None"),
         ("extra", 1, "it has an unknown field 'extra'"),
         ("rows", [], "it has no rows"),

@@ -50,8 +50,8 @@ def test_recovered_rows_say_so_and_are_ranked_among_themselves(options, tmp_path
         assert all(name in {row.name for row in rows} for row in rows for name in row.ties)
     for row in trained:
         assert row.recovered is not None
-        assert row.recovered["tokens"] == 3 * 8 * 96
-        assert row.seconds["recover"] == row.recovered["seconds"] > 0
+        assert row.recovered.tokens == 3 * 8 * 96
+        assert row.seconds["recover"] == row.recovered.seconds > 0
         pruned = next(one for one in plain if one.method == row.method)
         one, two = (masks(load(tmp_path / str(held.checkpoint))) for held in (pruned, row))
         assert all((one[name] == two[name]).all() for name in one)
@@ -77,7 +77,7 @@ def test_no_text_is_shared(options, tmp_path):
     tokenizer = load_tokenizer(tmp_path / str(results.rows[1].checkpoint))
     judged = evaluation_windows(tokenizer, options["evaluation"], length=96, windows=60, data_dir=None)
     drawn = recovery_windows(tokenizer, options["recover_text"], count=96, length=96, seed=0)
-    assert drawn.fingerprint() != trained["text"]  # what would overlap was left out
+    assert drawn.fingerprint() != trained.text  # what would overlap was left out
 
     def runs(rows: list[list[int]]) -> set[tuple[int, ...]]:
         stream = [token for row in rows for token in row]
@@ -88,7 +88,7 @@ def test_no_text_is_shared(options, tmp_path):
     kept = recovery_windows(
         tokenizer, options["recover_text"], count=96, length=96, seed=0, avoid=[judged.ids, calibrated.ids]
     )
-    assert kept.fingerprint() == trained["text"]
+    assert kept.fingerprint() == trained.text
     assert not runs(judged.ids.tolist()) & runs(kept.ids.tolist())
 
 
@@ -140,12 +140,12 @@ def test_a_way_that_a_row_cannot_go_is_left_out_and_said(options, tmp_path):
 def test_a_recovery_that_is_none_is_refused(options, tmp_path):
     secateur.compare(**options, out=tmp_path)
     whole = (tmp_path / "results.json").read_text()
-    for field in ("way", "steps", "tokens", "seconds", "rate", "seed", "text"):
+    for field in ("way", "steps", "tokens", "seconds", "rate", "seed", "text", "dtype"):
         for value in (None, ["odd"]):
             held = json.loads(whole)
             held["rows"][2]["recovered"][field] = value
             (tmp_path / "results.json").write_text(json.dumps(held))
-            with pytest.raises(BadResults, match=f"field 'recovered' of row 2 has {field}"):
+            with pytest.raises(BadResults, match=f"field '{field}' of the recovery of row 2 is of another type"):
                 read_results(tmp_path)
 
 
@@ -153,7 +153,7 @@ def test_a_loss_of_nan_leaves_one_row_out(options, tmp_path, monkeypatch):
     real = training._Distilling.compute_loss
     monkeypatch.setattr(training._Distilling, "compute_loss", lambda *args, **more: real(*args, **more) * torch.nan)
     results = secateur.compare(**options | {"recover": ["masked", "blocks"], "methods": ["wanda"]}, out=tmp_path)
-    assert [row.recovered["way"] for row in results.rows if row.recovered] == ["blocks"]
+    assert [row.recovered.way for row in results.rows if row.recovered] == ["blocks"]
     assert "The loss became nan at step 1" in results.not_timed["wanda 2:4 recovered by masked in 3 steps"]
 
 

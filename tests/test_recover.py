@@ -37,6 +37,7 @@ from secateur.errors import (
 )
 from secateur.journal import Journal
 from secateur.model import load
+from secateur.options import training_dtype
 from secateur.recovery import blocks as block_by_block
 from secateur.recovery import halfway, training
 from secateur.recovery import whole as all_at_once
@@ -142,6 +143,30 @@ def test_training_brings_the_loss_down_and_a_recovery_can_be_recovered(models, o
     recover(options["out"], **again)
     record = json.loads((tmp_path / "again" / "pruning.json").read_text())
     assert [told["way"] for told in record["recovery"]] == ["masked", "lora"]
+
+
+@pytest.mark.parametrize("way", ["lora", "distill"])
+def test_products_in_bfloat16_train_what_those_in_float32_do(models, options, tmp_path, way):
+    source, found = models / "llama-pruned", {}
+    for dtype in ("float32", "bfloat16"):
+        found[dtype] = recover(source, **options | {"out": tmp_path / dtype, "way": way, "dtype": dtype, "steps": 20})
+        (told,) = json.loads((tmp_path / dtype / "pruning.json").read_text())["recovery"]
+        assert told["dtype"] == found[dtype].dtype == dtype
+    one, two = (torch.tensor([loss for _, loss in done.loss]) for done in found.values())
+    assert not torch.equal(one, two)
+    assert torch.allclose(one, two, rtol=0.02)
+    before, after = masks(load(source)), masks(load(tmp_path / "bfloat16"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_what_is_stored_in_sixteen_bits_is_trained_in_bfloat16_where_that_is_multiplied(monkeypatch, multiplies):
+    monkeypatch.setattr("secateur.options.multiplies_bfloat16", lambda: multiplies)
+    short = "bfloat16" if multiplies else "float32"
+    for stored, wanted in ((torch.bfloat16, short), (torch.float16, short), (torch.float32, "float32")):
+        assert training_dtype("auto", torch.device("cpu"), stored) == wanted
+    assert training_dtype("bf16", torch.device("cpu"), torch.float32) == "bfloat16"
+    assert training_dtype("fp32", torch.device("cpu"), torch.bfloat16) == "float32"
 
 
 # One layer against a slow reference.
@@ -427,6 +452,9 @@ def test_a_run_that_never_came_to_a_checkpoint_leaves_nothing(models, options, t
         ({"seq_len": 4096, "steps": 1}, SecateurError, "has a context of"),
         ({"rate": 0.0}, UnsupportedModel, r"A rate is above 0; found 0\.0"),
         ({"rate": float("inf"), "way": "blocks"}, UnsupportedModel, "A rate is above 0; found inf"),
+        ({"dtype": "float16"}, UnknownName, "There is no dtype to train in 'float16'"),
+        ({"dtype": "int8"}, UnknownName, "There is no dtype 'int8'"),
+        ({"dtype": "bf16", "way": "blocks"}, UnsupportedModel, "blocks trains in float32; found --dtype bf16"),
         ({"seed": -1}, UnsupportedModel, r"A seed is at least 0 and below 2\^32; found -1"),
     ],
 )

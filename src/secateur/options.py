@@ -169,3 +169,17 @@ def calibration_dtype(name: str, device: torch.device, stored: torch.dtype) -> t
     if name == "auto" and stored == torch.bfloat16 and multiplies_bfloat16():
         return None
     return forward_dtype(name, device)
+
+
+def training_dtype(name: str, device: torch.device, stored: torch.dtype) -> str:
+    """What is multiplied while weights in float32 are trained: "float32" or "bfloat16", the latter under autocast.
+
+    `auto` takes bfloat16 for what is stored in 16 bits where the device multiplies it. Raises UnknownName for float16,
+    in which gradients vanish.
+    """
+    if (found := find_dtype(name)) == "float16":
+        raise UnknownName("dtype to train in", name, ["auto", "float32", "bfloat16"])
+    multiplies = torch.cuda.is_bf16_supported if device.type == "cuda" else multiplies_bfloat16
+    if found == "auto":
+        return "bfloat16" if stored.itemsize == 2 and multiplies() else "float32"
+    return found

@@ -70,7 +70,7 @@ def quality(results: Results, rows: Sequence[Row], hardware: str | None, runtime
     if best.recovered:
         bare = next((row for row in ordered if not row.recovered), None)
         choice.reasons.append(
-            f"It was fine-tuned after pruning: {best.recovered['tokens']:,} tokens, {best.recovered['seconds']:.0f} s."
+            f"It was fine-tuned after pruning: {best.recovered.tokens:,} tokens, {best.recovered.seconds:.0f} s."
             + (f" Best without: {bare.name}, {shown(bare, dense)}." if bare else "")
         )
     kinds = dict.fromkeys(row.kind for row in ordered)

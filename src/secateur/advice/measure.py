@@ -77,8 +77,8 @@ def _from_rows(results: Results) -> list[str]:
         *_listed("--patterns", [row.pattern for row in pruned]),
         *_listed("--allocate", [row.allocation for row in pruned if shared]),
         *_listed("--values", [row.values for row in pruned if rounded]),
-        *_listed("--recover", [row.recovered["way"] for row in pruned if row.recovered]),
-        *_listed("--recover-steps", [str(row.recovered["steps"]) for row in pruned if row.recovered]),
+        *_listed("--recover", [row.recovered.way for row in pruned if row.recovered]),
+        *_listed("--recover-steps", [str(row.recovered.steps) for row in pruned if row.recovered]),
     ]  # fmt: skip
     text = results.calibrations[0] if results.calibrations else {}
     for held, names in ((text, _CALIBRATION), (results.evaluation, _EVALUATION)):

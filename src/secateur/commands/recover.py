@@ -42,6 +42,13 @@ def recover(
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the text, its order and the adapters.")] = 0,
     device: Device = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="What is multiplied: float32, bfloat16 (under autocast), auto: bfloat16 for what is stored in 16 bits "
+            "where the device multiplies it. Weights are trained in float32."
+        ),
+    ] = "auto",
     data_dir: DataDir = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at --out.")] = False,
     restart: Restart = False,
@@ -56,9 +63,9 @@ def recover(
         done = secateur.recover(
             model, out=out, dense=dense, way=way, text=text, evaluation=evaluation, steps=steps, seq_len=seq_len,
             batch_size=batch_size, accumulate=accumulate, rate=rate, rank=rank, save_every=save_every,
-            gradient_checkpointing=gradient_checkpointing, seed=seed, device=device, data_dir=data_dir,
-            overwrite=overwrite, restart=restart, trust_remote_code=trust_remote_code, command=command(),
-            progress=shows,
+            gradient_checkpointing=gradient_checkpointing, seed=seed, device=device, dtype=dtype,
+            data_dir=data_dir, overwrite=overwrite, restart=restart, trust_remote_code=trust_remote_code,
+            command=command(), progress=shows,
         )  # fmt: skip
     if as_json:
         return print_json(done)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from secateur.checkpoint import open_checkpoint
-from secateur.comparison.results import Row
+from secateur.comparison.results import Recovered, Row
 from secateur.data import Windows
 from secateur.errors import BadCheckpoint, ConditionsDiffer
 from secateur.inspection import record_of
@@ -19,7 +19,7 @@ from secateur.progress import Progress
 from secateur.ranks import ALONE
 from secateur.recovery.checks import pruning_record
 from secateur.recovery.job import BATCH_SIZE, RANK, SAVE_EVERY, Job, Schedule
-from secateur.recovery.recover import carry_out, rate_of
+from secateur.recovery.recover import carry_out, dtype_of, rate_of
 from secateur.replay import LanguageModel
 
 
@@ -38,21 +38,21 @@ class Recovering:
     trust_remote_code: bool
     progress: Progress
 
-    def told(self, way: str) -> dict[str, Any]:
-        """What `Row.recovered` says of a way, apart from the seconds that it took."""
+    def told(self, way: str) -> Recovered:
+        """What a row says of a way, apart from the seconds that it took."""
         schedule = self._schedule(way)
-        return {
-            "way": way, "steps": schedule.steps, "tokens": self.windows.ids.numel(), "rate": schedule.rate,
-            "seed": schedule.seed, "text": self.windows.fingerprint(),
-        }  # fmt: skip
+        return Recovered(
+            way, schedule.steps, self.windows.ids.numel(), schedule.rate, schedule.dtype, schedule.seed,
+            self.windows.fingerprint(),
+        )  # fmt: skip
 
     def refuse_other(self, row: Row) -> None:
         """Raise ConditionsDiffer where a row that is there already was recovered on other text, or otherwise."""
         assert row.recovered is not None
-        for key, value in self.told(row.recovered["way"]).items():
-            if row.recovered[key] != value:
+        for key, value in _conditions(self.told(row.recovered.way)).items():
+            if (before := getattr(row.recovered, key)) != value:
                 raise ConditionsDiffer(
-                    f"{row.name} was recovered with {key} {row.recovered[key]}, now it is {value}. Rows of different "
+                    f"{row.name} was recovered with {key} {before}, now it is {value}. Rows of different "
                     "conditions do not go into one table: choose another --out, or delete that row."
                 )
 
@@ -72,7 +72,10 @@ class Recovering:
         ).seconds  # fmt: skip
 
     def _schedule(self, way: str) -> Schedule:
-        return Schedule(self.steps, BATCH_SIZE, 1, rate_of(way, self.model), SAVE_EVERY, self.windows.seed or 0)
+        return Schedule(
+            self.steps, BATCH_SIZE, 1, rate_of(way, self.model), SAVE_EVERY, self.windows.seed or 0,
+            dtype=dtype_of(way, "auto", self.device, open_checkpoint(self.dense)),
+        )  # fmt: skip
 
     def _done(self, pruned: Path, place: Path, way: str) -> float | None:
         """The seconds of a recovery of these very weights that had ended when a run died, before its row was kept."""
@@ -84,8 +87,13 @@ class Recovering:
             same = {shard: held["source_sha256"] for shard, held in after["shards"].items()} == {
                 shard: held["sha256"] for shard, held in before["shards"].items()
             }
-            if same and all(told[key] == value for key, value in self.told(way).items()):
+            if same and all(told[key] == value for key, value in _conditions(self.told(way)).items()):
                 return float(told["seconds"])
         except (BadCheckpoint, KeyError, TypeError, ValueError, IndexError, AttributeError):
             pass
         return None
+
+
+def _conditions(told: Recovered) -> dict[str, Any]:
+    """What must be the same for rows to stand in one table."""
+    return {key: value for key, value in asdict(told).items() if key != "seconds"}

@@ -11,16 +11,24 @@ from typing import Any, get_type_hints
 from secateur.errors import BadResults
 from secateur.files import fits, read_json
 
-SCHEMA = "secateur.results/4"
+SCHEMA = "secateur.results/5"
 KINDS = ("dense", "unstructured", "semi-structured", "structured")
 MOST_LOSS = 700.0
 """Nats a token; the perplexity of more is no number."""
 
 
-RECOVERED: dict[str, type] = {
-    "way": str, "steps": int, "tokens": int, "seconds": float, "rate": float, "seed": int, "text": dict,
-}  # fmt: skip
-"""What `Row.recovered` holds, where there is any."""
+@dataclass(frozen=True)
+class Recovered:
+    """How a row was fine-tuned after it was pruned, in how many `seconds`; `text` as in `Results.calibrations`."""
+
+    way: str
+    steps: int
+    tokens: int
+    rate: float
+    dtype: str
+    seed: int
+    text: dict[str, Any]
+    seconds: float = 0.0
 
 
 @dataclass
@@ -51,7 +59,7 @@ class Row:
     sites: list[tuple[str, float, float | None]] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     searched: bool = False
-    recovered: dict[str, Any] | None = None
+    recovered: Recovered | None = None
 
     @property
     def name(self) -> str:
@@ -60,7 +68,7 @@ class Row:
     @property
     def peers(self) -> tuple[Any, ...]:
         """What rows that are ranked against each other have in common: pattern, exactness, text of recovery."""
-        return self.pattern, self.values, self.recovered and self.recovered["text"]["sha256"]
+        return self.pattern, self.values, self.recovered and self.recovered.text["sha256"]
 
 
 def row_name(
@@ -68,12 +76,12 @@ def row_name(
     pattern: str,
     allocation: str = "uniform",
     values: str = "as stored",
-    recovered: dict[str, Any] | None = None,
+    recovered: Recovered | None = None,
 ) -> str:
     """What tells a row from the others of its table, where all are calibrated alike."""
     shared = "" if allocation == "uniform" else f" {allocation}"
     rounded = "" if values == "as stored" else f" {values}"
-    trained = f" recovered by {recovered['way']} in {recovered['steps']} steps" if recovered else ""
+    trained = f" recovered by {recovered.way} in {recovered.steps} steps" if recovered else ""
     return f"{method} {pattern}{shared}{rounded}{trained}"
 
 
@@ -136,20 +144,16 @@ def read_results(file: Path) -> Results:
 
 def read_row(held: Any, what: str) -> Row:
     """A row as JSON holds it; `what` names it. Raises ValueError."""
-    _check(held, Row, what, ())
-    if held["recovered"] is not None:
-        _check_recovered(held["recovered"], what)
+    _check(held, Row, what, {"recovered"})
+    if (recovered := held["recovered"]) is not None:
+        _check(recovered, Recovered, f"the recovery of {what}", ())
+        if not fits(recovered["text"].get("sha256"), str):
+            raise ValueError(f"the recovery of {what} names no text")
+        recovered = Recovered(**recovered)
     return Row(**{
-        **held, "delta_interval": tuple(held["delta_interval"]), "sites": [tuple(site) for site in held["sites"]]
+        **held, "delta_interval": tuple(held["delta_interval"]), "sites": [tuple(site) for site in held["sites"]],
+        "recovered": recovered,
     })  # fmt: skip
-
-
-def _check_recovered(held: dict[str, Any], what: str) -> None:
-    for name, kind in RECOVERED.items():
-        if not fits(held.get(name), kind):
-            raise ValueError(f"field 'recovered' of {what} has {name} {held.get(name)!r}; {kind.__name__} was wanted")
-    if not fits(held["text"].get("sha256"), str):
-        raise ValueError(f"field 'recovered' of {what} names no text")
 
 
 def _check(held: Any, kind: type, what: str, apart: Iterable[str]) -> None:

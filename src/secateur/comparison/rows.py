@@ -157,7 +157,7 @@ class Ground:
         seconds = recovering.run(self.out / kept.checkpoint, place, way)
         self.progress.begin(f"evaluating {row.name}")
         row = replace(
-            row, recovered={**recovering.told(way), "seconds": seconds}, seconds={**kept.seconds, "recover": seconds},
+            row, recovered=replace(recovering.told(way), seconds=seconds), seconds={**kept.seconds, "recover": seconds},
             checkpoint=str(place.relative_to(self.out)), **self._evaluated(self._loaded(place)),
         )  # fmt: skip
         self.store.put(row)

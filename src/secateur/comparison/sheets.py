@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.comparison.results import Results, Row
+from secateur.comparison.results import Recovered, Results, Row
 from secateur.patterns import share_of
 
 FIRST = ("method", "pattern", "kind")
@@ -204,7 +204,7 @@ def reaches(results: Results) -> Sheet:
 def conditions(results: Results) -> list[tuple[str, str]]:
     """Under what all of it was measured: what, and how."""
     judged = results.evaluation
-    trained = {row.recovered["text"]["sha256"]: row.recovered["text"] for row in results.table if row.recovered}
+    trained = {row.recovered.text["sha256"]: row.recovered.text for row in results.table if row.recovered}
     return [
         ("model", f"{results.model['name']}, {results.model['parameters']:,} parameters"),
         *(("calibration", f"{_text(draw)}, seed {draw['seed']}, sha256 {draw['sha256'][:16]}…")
@@ -274,11 +274,11 @@ def method(row: Row) -> str:
     return f"{row.method}{rule}{rounded}" + (f", {_spent(row.recovered)}" if row.recovered else "")
 
 
-def _spent(recovered: dict[str, Any]) -> str:
+def _spent(recovered: Recovered) -> str:
     """By which way a row was recovered, and what that took: a row that was trained is never shown without."""
-    tokens = recovered["tokens"]
+    tokens = recovered.tokens
     count = f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else f"{tokens / 1e3:.0f} k"
-    return f"{recovered['way']} {count} tokens {recovered['seconds']:.0f} s"
+    return f"{recovered.way} {count} tokens {recovered.seconds:.0f} s"
 
 
 def accuracy(found: dict[str, Any]) -> str:

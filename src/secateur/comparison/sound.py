@@ -51,7 +51,7 @@ def _row(row: Row) -> None:
     if row.disk_bytes <= 0 or not all(0 <= loss < MOST_LOSS for loss in row.loss):
         raise ValueError(f"{row.name} has {row.disk_bytes} bytes, or losses that no model has")
     if row.recovered is not None:
-        _text(row.recovered["text"])
+        _text(row.recovered.text)
     for entry in row.latency:
         _timed(entry, f"a timing of {row.name}")
     if row.tasks and "mean" not in row.tasks:

@@ -15,6 +15,7 @@ from secateur.data import load_tokenizer
 from secateur.errors import BadCheckpoint, NonFinite, UnknownName, UnsupportedModel
 from secateur.files import fits
 from secateur.inspection import record_of
+from secateur.options import find_dtype
 from secateur.replay import LanguageModel
 from secateur.sites import sites
 from secateur.stats import count_zeros, is_finite
@@ -36,7 +37,9 @@ def aims_at_dense(way: str) -> bool:
     return way.endswith("distill") or way == "blocks"
 
 
-def check_way(way: str, dense: str | Path | None, *, accumulate: int = 1, checkpointing: bool = False) -> None:
+def check_way(
+    way: str, dense: str | Path | None, *, accumulate: int = 1, checkpointing: bool = False, dtype: str = "auto"
+) -> None:
     """Raise UnknownName or UnsupportedModel for a way that is not there, or that lacks what it needs."""
     if way not in WAYS:
         raise UnknownName("way to recover", way, WAYS)
@@ -48,6 +51,8 @@ def check_way(way: str, dense: str | Path | None, *, accumulate: int = 1, checkp
         if accumulate > 1 or checkpointing:
             raise UnsupportedModel("blocks takes a step after each batch, one block at a time; it neither accumulates "
                                    "nor checkpoints gradients.")  # fmt: skip
+        if find_dtype(dtype) not in ("auto", "float32"):
+            raise UnsupportedModel(f"blocks trains in float32; found --dtype {dtype}. Leave it out.")
         return
     if absent := [name for name in PACKAGES if find_spec(name) is None]:
         raise UnsupportedModel(

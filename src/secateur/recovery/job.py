@@ -28,7 +28,7 @@ BATCH_SIZE, SAVE_EVERY, RANK = 8, 100, 16
 class Schedule:
     """How long and how fast: `steps` of `accumulate` × `batch_size` windows in each of the `processes`.
 
-    A checkpoint is kept every `save_every` steps.
+    A checkpoint is kept every `save_every` steps. `dtype` is what is multiplied; weights are trained in float32.
     """
 
     steps: int
@@ -39,6 +39,7 @@ class Schedule:
     seed: int
     checkpointing: bool = False
     processes: int = 1
+    dtype: str = "float32"
 
     @property
     def windows(self) -> int:
@@ -58,6 +59,7 @@ class Recovery:
     tokens: int
     seconds: float
     rate: float
+    dtype: str
     seed: int
     text: dict[str, Any]
     sparsity: float
@@ -111,8 +113,8 @@ class Job:
     def done(self, seconds: float, **found: Any) -> Recovery:
         """What this recovery did in `seconds`."""
         return Recovery(
-            self.way, self.schedule.steps, self.windows.ids.numel(), seconds, self.schedule.rate, self.schedule.seed,
-            self.windows.fingerprint(), float(self.record["sparsity"]), apart=self.apart,
+            self.way, self.schedule.steps, self.windows.ids.numel(), seconds, self.schedule.rate, self.schedule.dtype,
+            self.schedule.seed, self.windows.fingerprint(), float(self.record["sparsity"]), apart=self.apart,
             dense=str(self.dense_folder) if self.dense_folder else None,
             out=self.out, **found,
         )  # fmt: skip

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from secateur.checkpoint import open_checkpoint, resolve
+from secateur.checkpoint import Checkpoint, open_checkpoint, resolve, stored_dtype
 from secateur.data import Windows, calibration_windows, evaluation_windows, load_tokenizer
 from secateur.errors import SecateurError
 from secateur.model import load
-from secateur.options import check_windows, default_length, find_devices, width
+from secateur.options import check_windows, default_length, find_devices, training_dtype, width
 from secateur.output import refuse_place
 from secateur.progress import Progress
 from secateur.ranks import joined
@@ -63,6 +64,7 @@ def recover(
     gradient_checkpointing: bool = False,
     seed: int = 0,
     device: str = "auto",
+    dtype: str = "auto",
     data_dir: str | Path | None = None,
     avoid: Sequence[Tensor] = (),
     overwrite: bool = False,
@@ -77,12 +79,13 @@ def recover(
     corpus or files (default: c4, the demo's training text for the demo model); every step sees `accumulate` ×
     `batch_size` windows of `seq_len` tokens in each process, none twice, none that was calibrated on, and none that
     overlaps the corpus or files `evaluation` or windows in `avoid` `[windows, length]`; where the calibration text is
-    not to be had any more, the result says so (`apart`). `rank` is that of the adapters. The arithmetic is float32, on
-    GPUs under bfloat16 autocast. A checkpoint of the training is kept every `save_every` steps, of `blocks` after each
+    not to be had any more, the result says so (`apart`). `rank` is that of the adapters. Weights are trained in
+    float32; `dtype` bfloat16 multiplies under autocast, which `auto` does where they are stored in 16 bits and the
+    device multiplies bfloat16. A checkpoint of the training is kept every `save_every` steps, of `blocks` after each
     block: the same call goes on after it. Raises SecateurError; NonFinite where the loss is NaN, and then the last
     checkpoint is kept.
     """
-    check_way(way, dense, accumulate=accumulate, checkpointing=gradient_checkpointing)
+    check_way(way, dense, accumulate=accumulate, checkpointing=gradient_checkpointing, dtype=dtype)
     local = Path(data_dir) if data_dir else None
     with joined(device) as (ranks, device):
         progress = (progress if ranks.first else None) or Progress()
@@ -105,7 +108,7 @@ def recover(
             )  # fmt: skip
         schedule = Schedule(
             steps, batch_size, accumulate, rate or rate_of(way, pruned), save_every, seed, gradient_checkpointing,
-            ranks.size,
+            ranks.size, ranks.same(lambda: dtype_of(way, dtype, chosen, source)),
         )  # fmt: skip
         progress.begin("reading text")
         tokenizer, length = load_tokenizer(folder, trust_remote_code=trust_remote_code), default_length(pruned)
@@ -144,6 +147,11 @@ def rate_of(way: str, pruned: LanguageModel) -> float:
         return RATE
     kind = "lora" if way.startswith("lora") else "distill" if way.endswith("distill") else "masked"
     return RATES[kind] / width(pruned)
+
+
+def dtype_of(way: str, dtype: str, device: torch.device, source: Checkpoint) -> str:
+    """What is multiplied in training; blocks are trained in float32. Raises UnknownName."""
+    return "float32" if way == "blocks" else training_dtype(dtype, device, stored_dtype(source))
 
 
 def _is_demo(record: Mapping[str, Any]) -> bool:

@@ -21,6 +21,8 @@ from secateur.recovery.job import Schedule
 
 WARM = 0.05
 """The share of the steps in which the rate rises."""
+SQUARES = 0.98
+"""How Adam's mean of squares decays: over fifty steps and not a thousand, which is more than many recoveries have."""
 _NAMES = {one.name for one in fields(TrainingArguments)}
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
 
@@ -166,7 +168,7 @@ def train(
         lr_scheduler_type="cosine", warmup_steps=int(WARM * schedule.steps), max_grad_norm=1.0,
         save_strategy="steps", save_steps=schedule.save_every, save_total_limit=2, logging_steps=1,
         logging_nan_inf_filter=False, report_to=[], disable_tqdm=True, seed=schedule.seed, data_seed=schedule.seed,
-        use_cpu=device.type == "cpu", bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        use_cpu=device.type == "cpu", bf16=schedule.dtype == "bfloat16", adam_beta2=SQUARES,
         ddp_backend="gloo" if halfway.ranks.size > 1 and device.type == "cpu" else None,
         dataloader_pin_memory=device.type == "cuda", remove_unused_columns=False,
         **cast(Any, {_CHECKPOINTING: True} if schedule.checkpointing else {}),
