@@ -533,33 +533,43 @@ def test_a_stranger_is_no_target(models, options, tmp_path):
 # Several processes.
 
 
-def test_two_processes_train_as_one_with_twice_the_batch(models, options, tmp_path):
-    words = [
-        "recover", str(models / "llama-pruned"), "--dense", str(models / "llama"), "--with", "distill", "--text",
-        options["text"], "--seq-len", "32", "--rate", "5e-3", "--save-every", "2", "--quiet",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def in_two_processes(
+    program: list[str], model: Path, options: dict[str, Any], **environment: str
+) -> subprocess.CompletedProcess:
+    """`recover` with `program`, -m secateur or a file that calls it, as torchrun starts it."""
+    words = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, "recover",
+         str(model), *words, "--quiet"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
 
-    def run(out: str, steps: int, ranks: int, batch: int) -> subprocess.CompletedProcess[str]:
-        more = ["--out", str(tmp_path / out), "--steps", str(steps), "--batch-size", str(batch)]
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        return subprocess.run(
-            [*(start if ranks > 1 else [sys.executable]), "-m", "secateur", *words, *more],
-            capture_output=True, text=True, env=environment,
-        )  # fmt: skip
 
-    curves = []
-    for out, ranks, batch in (("one", 1, 4), ("two", 2, 2)):
-        done = run(out, 6, ranks, batch)
-        assert done.returncode == 0, done.stderr[-2000:]
-        (told,) = json.loads((tmp_path / out / "pruning.json").read_text())["recovery"]
-        assert told["tokens"] == 6 * 4 * 32
-        curves.append([loss for _, loss in told["loss"]])
-    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
-    refused = run("three", 10**5, 2, 2)
+@pytest.mark.parametrize("way", ["lora", "masked", "distill"])
+def test_two_processes_train_as_one_with_twice_the_batch(models, options, tmp_path, way):
+    alone = recover(models / "llama-pruned", **options | {"way": way, "out": tmp_path / "one", "batch_size": 4})
+    given = {name: value for name, value in options.items() if name != "command"} | {"with": way}
+    done = in_two_processes(["-m", "secateur"], models / "llama-pruned", given)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (told,) = json.loads((options["out"] / "pruning.json").read_text())["recovery"]
+    assert told["tokens"] == alone.tokens == 6 * 4 * 32
+    assert [loss for _, loss in alone.loss] == pytest.approx([loss for _, loss in told["loss"]], rel=1e-3)
+    before, after = masks(load(models / "llama-pruned")), masks(load(options["out"]))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "out"]
+
+
+def test_what_is_wrong_in_two_processes_is_said_once(models, options, tmp_path):
+    given = {name: value for name, value in options.items() if name != "command"} | {"with": "masked"}
+    refused = in_two_processes(["-m", "secateur"], models / "llama-pruned", given | {"steps": 10**5})
     assert refused.returncode != 0
     assert refused.stderr.count("secateur: Recovery was asked to see") == 1
+    program = [str(Path(__file__).with_name("nan_rank.py"))]
+    refused = in_two_processes(program, models / "llama-pruned", given, NAN_AT="1 4")
+    assert refused.returncode != 0
+    assert refused.stderr.count("secateur: The loss became nan at step 4. The last checkpoint is kept in ") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [".out.recovery"]
+    assert (tmp_path / ".out.recovery" / "checkpoint-2" / halfway.WHOLE).exists()
 
 
 # Text.
