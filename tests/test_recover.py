@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from secateur.errors import (
     UnsupportedModel,
 )
 from secateur.journal import Journal
+from secateur.machine import freed_memory_kept
 from secateur.model import load
 from secateur.options import training_dtype
 from secateur.recovery import blocks as block_by_block
@@ -167,6 +170,19 @@ def test_what_is_stored_in_sixteen_bits_is_trained_in_bfloat16_where_that_is_mul
         assert training_dtype("auto", torch.device("cpu"), stored) == wanted
     assert training_dtype("bf16", torch.device("cpu"), torch.float32) == "bfloat16"
     assert training_dtype("fp32", torch.device("cpu"), torch.bfloat16) == "float32"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way")
+def test_a_step_is_not_given_its_memory_page_by_page_again():
+    def faults(tensors: int) -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(tensors):
+            torch.ones(2**24)  # 64 MiB, or 16,384 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    with freed_memory_kept():
+        faults(3)
+        assert faults(10) < 1000
 
 
 # One layer against a slow reference.

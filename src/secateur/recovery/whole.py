@@ -18,6 +18,7 @@ from torch import Tensor
 from secateur.checkpoint import open_checkpoint
 from secateur.errors import Interrupted, UnsupportedModel
 from secateur.interrupt import asked_to_stop
+from secateur.machine import freed_memory_kept
 from secateur.output import output
 from secateur.recovery.halfway import Halfway
 from secateur.recovery.job import Job, Recovery
@@ -42,7 +43,7 @@ def recover_whole(job: Job) -> Recovery:
         else:
             _hold(pruned, kept, job.device)
         job.progress.begin(f"recovering with {job.way}")
-        with asked_to_stop("after this step") as stopping:
+        with asked_to_stop("after this step") as stopping, freed_memory_kept():
             loss = train(
                 adapted, job.windows.ids, job.schedule, halfway, device=job.device, progress=job.progress,
                 stopping=stopping, dense=job.dense.model.float() if job.dense and job.aims else None,
