@@ -8,6 +8,7 @@ from reference import masks
 
 from secateur.errors import BadPattern
 from secateur.patterns import NM, Unstructured, parse
+from secateur.stats import count_zeros
 
 # Few distinct values, so that ties are the rule.
 tied_scores = st.integers(1, 6).flatmap(
@@ -126,3 +127,14 @@ def test_a_site_that_cannot_hold_the_pattern_is_named():
         "2:4 needs inputs in groups of 4; layers.0.mlp.down_proj has 11006. "
         "Leave it out with --skip '*down_proj' or use '50%'."
     )
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint16, torch.int8, torch.float8_e4m3fn],
+)
+def test_zeros_are_counted_in_every_dtype(dtype):
+    numbers = torch.tensor([[0.0, 1.0, 0.0], [2.0, 0.0, 3.0]]).to(dtype)
+    assert count_zeros(numbers) == count_zeros(numbers.T) == 3
+    if dtype == torch.float32:
+        assert count_zeros(torch.tensor([0.0, -0.0, float("nan"), 1e-45])) == 2

@@ -38,8 +38,10 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def count_zeros(tensor: Tensor) -> int:
-    """How many numbers of a tensor are zero, twelve times as fast as counting in `tensor == 0`."""
-    return tensor.numel() - int(tensor.count_nonzero())
+    """How many numbers of a tensor are zero: in usual dtypes twelve times as fast as counting in `tensor == 0`."""
+    if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return tensor.numel() - int(tensor.count_nonzero())
+    return int((tensor == 0).sum())
 
 
 @dataclass(frozen=True, eq=False)
