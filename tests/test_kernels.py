@@ -465,7 +465,7 @@ def test_products_on_a_device_equal_float64(shape, dtype):
     if (reason := nm.missing() or bitmap.missing()) is not None:
         pytest.skip(reason)
     two, bits = nm.pack(weight, site="w"), bitmap.pack(weight, site="w")
-    for batch in (1, 2, 3, 5, 8, 11):  # each tries some ways to launch the kernel, and every one is compiled
+    for batch in (*range(1, 9), 11):
         x = torch.randn(batch, columns).to(dtype)
         assert close(nm.multiply(two, x.float().cuda()).cpu(), weight, x)
         assert close(bitmap.multiply(bits, x.float().cuda()).cpu(), weight, x)

@@ -129,8 +129,8 @@ def release_memory() -> None:
 def freed_memory_kept() -> Iterator[None]:
     """Let the process keep what it frees, for work that wants blocks of the same sizes again and again.
 
-    glibc gives blocks of more than 32 MiB back at once, and each page of the next is a fault: an eighth of the time of
-    a training step on the demo model.
+    glibc gives blocks of more than 32 MiB back at once, and each page of the next is a fault: a tenth of the time of a
+    training step on the demo model.
     """
     if sys.platform != "linux" or not hasattr(_C_LIBRARY, "mallopt"):
         yield

@@ -14,6 +14,8 @@ from secateur.native import library
 
 MOST = 2**31
 """The scores that masks.c counts at most."""
+SORTED = 2**24
+"""The scores that a device sorts at most."""
 
 
 def without_lowest(scores: Tensor, removed: int) -> Tensor:
@@ -67,11 +69,11 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
     """The `count`-th lowest of scores `[n]`, exactly; three times as fast as `kthvalue` where there are millions.
 
     A sample brackets it, so that only a few per cent of the scores are ordered. Where the bracket misses, all are, as
-    they are on a device.
+    they are on a device, which would wait for each answer; millions there, as ordering takes 24 bytes a score.
     """
-    if scores.is_cuda:  # nothing waits for an answer
-        return scores.sort().values[count - 1]
     size = len(scores)
+    if scores.is_cuda and size <= SORTED:
+        return scores.sort().values[count - 1]
     if size >= 2**17:
         sample = scores[:: size // 2**15 | 1]  # an odd step, so that it meets every column
         place, margin = round(count * len(sample) / size), round(2 * len(sample) ** 0.5)  # four standard deviations

@@ -129,7 +129,7 @@ PRIORS: tuple[Prior, ...] = (
     Prior(
         UNSTRUCTURED, _SPEED,
         "our kernels for zeros on GPUs make single products of one row up to 1.3 times as fast on an H200, 2:4 up to "
-        "1.8 times; transformers, which launches kernel by kernel, decoded no faster with them",
+        "1.8 times; in transformers, which launches kernel by kernel, the demo model decoded no faster with them",
         "docs/speed.md", "2026-11-27", _GPU, ("packed-cuda",),
     ),
     Prior(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from secateur.checkpoint import open_checkpoint
+from secateur.checkpoint import open_checkpoint, stored_dtype
 from secateur.comparison.results import Recovered, Row
 from secateur.data import Windows
 from secateur.errors import BadCheckpoint, ConditionsDiffer
@@ -71,10 +72,14 @@ class Recovering:
             )
         ).seconds  # fmt: skip
 
+    @cached_property
+    def _stored(self) -> torch.dtype:
+        return stored_dtype(open_checkpoint(self.dense))
+
     def _schedule(self, way: str) -> Schedule:
         return Schedule(
             self.steps, BATCH_SIZE, 1, rate_of(way, self.model), SAVE_EVERY, self.windows.seed or 0,
-            dtype=dtype_of(way, "auto", self.device, open_checkpoint(self.dense)),
+            dtype=dtype_of(way, "auto", self.device, self._stored),
         )  # fmt: skip
 
     def _done(self, pruned: Path, place: Path, way: str) -> float | None:

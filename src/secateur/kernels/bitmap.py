@@ -1,7 +1,7 @@
 """Products with packed matrices (packed.py) on a CUDA device, for one to eight rows of x; the kernel is bitmap.cu.
 
 It is compiled at run time by NVRTC, which comes with torch for CUDA, so that neither a toolkit nor a C++ compiler is
-wanted on the machine. On an H200 it reads no more than half of what memory gives (bench/gpu.py): 1.0 to 1.3 times as
+wanted on the machine. On an H200 it reads six tenths of what memory gives at best (bench/gpu.py): 1.0 to 1.3 times as
 fast as the dense product for one row of x, slower from two or four rows on. Matrices for large batches are better kept
 dense: this reads fewer bytes, it does not compute less.
 """

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.checkpoint import Checkpoint, open_checkpoint, resolve, stored_dtype
+from secateur.checkpoint import open_checkpoint, resolve, stored_dtype
 from secateur.data import Windows, calibration_windows, evaluation_windows, load_tokenizer
 from secateur.errors import SecateurError
 from secateur.model import load
@@ -108,7 +108,7 @@ def recover(
             )  # fmt: skip
         schedule = Schedule(
             steps, batch_size, accumulate, rate or rate_of(way, pruned), save_every, seed, gradient_checkpointing,
-            ranks.size, ranks.same(lambda: dtype_of(way, dtype, chosen, source)),
+            ranks.size, ranks.same(lambda: dtype_of(way, dtype, chosen, stored_dtype(source))),
         )  # fmt: skip
         progress.begin("reading text")
         tokenizer, length = load_tokenizer(folder, trust_remote_code=trust_remote_code), default_length(pruned)
@@ -149,9 +149,9 @@ def rate_of(way: str, pruned: LanguageModel) -> float:
     return RATES[kind] / width(pruned)
 
 
-def dtype_of(way: str, dtype: str, device: torch.device, source: Checkpoint) -> str:
+def dtype_of(way: str, dtype: str, device: torch.device, stored: torch.dtype) -> str:
     """What is multiplied in training; blocks are trained in float32. Raises UnknownName."""
-    return "float32" if way == "blocks" else training_dtype(dtype, device, stored_dtype(source))
+    return "float32" if way == "blocks" else training_dtype(dtype, device, stored)
 
 
 def _is_demo(record: Mapping[str, Any]) -> bool:
