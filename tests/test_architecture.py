@@ -13,6 +13,7 @@ LAYERS = [
     ["progress", "files", "gram", "advice.hardware", "comparison.draw"],
     ["commands.terminal", "corpora"],
     ["structures", "stats", "experts", "checkpoint", "data", "packed", "journal", "interrupt", "masks", "items"],
+    ["place"],
     ["patterns", "solve", "sites", "refusals", "watch", "packing", "hidden", "output", "replay"],
     ["kernels", "restack", "harness"],
     ["sweep"],

@@ -30,8 +30,9 @@ from secateur.layout import check_source
 from secateur.machine import versions
 from secateur.model import checkpoint_tensors, load_blocks
 from secateur.options import calibration_dtype, find_devices, find_dtype, find_size, opened
-from secateur.output import BLOCK, Output, output, refuse_output
+from secateur.output import BLOCK, Output, output
 from secateur.patterns import parse, parse_pattern
+from secateur.place import refuse_output
 from secateur.plan import is_file
 from secateur.progress import PeakMemory, Progress
 from secateur.ranks import ALONE, Ranks, joined

@@ -24,7 +24,7 @@ from secateur.data import Windows, calibration_windows, evaluation_windows, load
 from secateur.errors import SecateurError
 from secateur.model import load
 from secateur.options import check_windows, default_length, find_devices, training_dtype, width
-from secateur.output import refuse_place
+from secateur.place import refuse_place
 from secateur.progress import Progress
 from secateur.ranks import joined
 from secateur.recovery.blocks import recover_blocks
