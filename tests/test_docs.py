@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -22,8 +23,11 @@ import yaml
 import secateur
 from secateur.commands.cli import app
 from secateur.depth import BLOCKS
+from secateur.forecast import lines as forecast_lines
 from secateur.formats import FORMATS
 from secateur.methods import METHODS, REFINEMENTS, SWITCHES
+from secateur.methods.base import importance
+from secateur.methods.cost import Cost
 from secateur.plan import ALLOCATIONS
 from secateur.reap import EXPERTS
 from secateur.rules import RULES
@@ -281,6 +285,37 @@ def test_a_method_is_added_without_touching_the_package(table, tiny_llama, text_
         tiny_llama, out=tmp_path / "out", method="half-wanda+refit", calibration=str(text_file), samples=4, seq_len=32
     )
     assert report.sparsity == 0.5
+
+
+@pytest.mark.parametrize(
+    "method", ["half-wanda", "half-wanda+refit", "half-wanda+swap", "half-wanda+refit+dense-target"]
+)
+def test_a_method_of_ones_own_runs_under_a_limit_and_is_not_forecast(method, table, tiny_llama, text_file, tmp_path):
+    executed("from your own code")
+    report = secateur.prune(
+        tiny_llama, out=tmp_path / "out", method=method, calibration=str(text_file), samples=4, seq_len=32,
+        memory="10MB",
+    )  # fmt: skip
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text(encoding="utf-8"))
+    assert (report.sparsity, record["options"]["passes"]) == (0.5, "two")
+    assert "does not say what it costs" in report.note
+    assert record["note"] == report.note
+    foreseen = secateur.forecast(tiny_llama, method=method, samples=4, seq_len=32, memory="10MB")
+    assert (foreseen.memory, foreseen.operations, foreseen.seconds, foreseen.fits) == ({}, {}, None, None)
+    assert (foreseen.passes, foreseen.left_out[-1]) == ("two", report.note)
+    assert foreseen.disk_bytes > 0
+    assert report.note in forecast_lines(foreseen)
+
+
+def test_a_method_of_ones_own_that_states_its_cost_is_forecast(table, tiny_llama):
+    wanda, ours = secateur.METHODS["wanda"], secateur.scored({"square"}, "row", importance, cost=Cost())
+    secateur.METHODS["ours"] = ours
+    options = {"samples": 4, "seq_len": 32, "measure": False}
+    for refinement in ("", "+refit", "+swap", "+refit+dense-target", "+refine"):
+        known = secateur.forecast(tiny_llama, method=f"wanda{refinement}", **options)
+        found = secateur.forecast(tiny_llama, method=f"ours{refinement}", **options)
+        assert (found.memory, found.operations) == (known.memory, known.operations)
+    assert wanda.cost == ours.cost
 
 
 def test_the_program_in_the_reference_is_a_program():

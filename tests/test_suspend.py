@@ -8,7 +8,6 @@ import torch
 from families import tiny_model
 from torch.utils._pytree import tree_leaves
 
-from secateur.cost import cost
 from secateur.data import Windows
 from secateur.decide import way_through
 from secateur.errors import OutputRefused, UnknownName, UnsupportedModel
@@ -160,7 +159,7 @@ def test_what_does_not_fit_runs_in_smaller_batches_or_twice_or_goes_to_a_file():
 
     def way(limit: int | None, passes: str = "auto", shape=(512, 128)) -> tuple[str, bool, int]:
         found = way_through(
-            language_model, shape, METHODS["wanda"], "wanda", planned, passes=passes, limit=limit,
+            language_model, shape, METHODS["wanda"], planned, passes=passes, limit=limit,
             dtype=torch.float32, device=CPU, devices=1, batch_size=8,
         )  # fmt: skip
         return found["passes"], found["spill"], found["batch_size"]
@@ -170,8 +169,11 @@ def test_what_does_not_fit_runs_in_smaller_batches_or_twice_or_goes_to_a_file():
     def at(batch: int) -> tuple[Outline, Load]:
         return outline(model, batch, 128), Load(512, batch, 128, torch.float32, 4, 1, True)
 
+    cost = METHODS["wanda"].cost
+    assert cost
+
     def bytes_of(passes: str, batch: int) -> int:
-        found = arrange(at, batch, METHODS["wanda"], cost("wanda"), planned, passes, None)
+        found = arrange(at, batch, METHODS["wanda"], cost, planned, passes, None)
         assert (found.passes, found.spill, found.batch) == (passes, False, batch)
         return found.peaks[passes].bytes
 

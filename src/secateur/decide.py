@@ -12,12 +12,11 @@ import torch
 from torch import nn
 
 from secateur.allocate import Plan, label
-from secateur.cost import cost
 from secateur.data import Windows
 from secateur.depth import BLOCKS
 from secateur.errors import BadPattern, UnsupportedModel
 from secateur.flow import Seconds
-from secateur.footprint import arrange, loads
+from secateur.footprint import UNKNOWN_COST, arrange, loads, without_forecast
 from secateur.hidden import hidden_bytes
 from secateur.machine import available_bytes, release_memory
 from secateur.methods import METHODS, Method, find_method
@@ -103,7 +102,6 @@ def way_through(
     language_model: LanguageModel,
     shape: Sequence[int],
     method: Method,
-    name: str,
     planned: Collection[str],
     *,
     passes: str,
@@ -126,15 +124,17 @@ def way_through(
     if PLENTY * (hidden_bytes(shape, width(language_model), forward) + largest * 4) < free:
         return {"passes": "one" if passes == "auto" else passes, "spill": False, "batch_size": batch_size}
     samples, length = shape
+    if method.cost is None:
+        way = without_forecast(passes, limit, batch_size)
+        return {"passes": way.passes, "spill": way.spill, "batch_size": way.batch}
     try:
         at = loads(
             build(language_model.model.config, forward), samples, length, method, forward=forward, stored=stored,
             devices=devices, host=device.type == "cpu", spilled=language_model.spilled,
         )  # fmt: skip
-        way = arrange(at, min(batch_size, samples), method, cost(name), planned, passes, free)
+        way = arrange(at, min(batch_size, samples), method, method.cost, planned, passes, free)
     except UnsupportedModel:
-        passes, spill = "two" if passes == "auto" else passes, limit is not None
-        return {"passes": passes, "spill": spill, "batch_size": batch_size}
+        way = without_forecast("two" if passes == "auto" else passes, limit, batch_size)
     return {"passes": way.passes, "spill": way.spill, "batch_size": way.batch}
 
 
@@ -186,7 +186,7 @@ def decide(
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
         way = way_through(
-            language_model, windows.ids.shape, found, method, plan, passes=passes, limit=find_size(memory),
+            language_model, windows.ids.shape, found, plan, passes=passes, limit=find_size(memory),
             dtype=forward, device=devices[0], devices=len(devices) * ranks.size, batch_size=batch_size,
         )  # fmt: skip
         return {**way, "plan": {name: str(part) for name, part in plan.items()}}
@@ -200,6 +200,7 @@ def decide(
     report = Report(
         method, shown, kind_of(plan.values()), 0.0, share, [], seconds, None, windows.fingerprint(), allocate
     )
+    report.note = UNKNOWN_COST.format(method) if found.cost is None else ""
     return report, Pruning(
         found, plan, devices, forward, decided["batch_size"], progress, seconds, decided["passes"],
         spill if decided["spill"] else None, ranks=ranks,

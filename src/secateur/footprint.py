@@ -22,14 +22,19 @@ import torch
 from transformers import PreTrainedModel
 
 from secateur.block import PROBE_TOKENS
-from secateur.cost import MODES, Cost, Mode, needs_dense
+from secateur.cost import MODES, Mode, needs_dense
 from secateur.errors import UnknownName
 from secateur.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
+from secateur.methods.cost import Cost
 from secateur.outline import Kind, Outline, Read, outline
 
 PROCESS_BYTES = 360 * 10**6
 """Python, torch, transformers and datasets, loaded and used once: 353 to 363 MB after a run on a model of 4 MB."""
+UNKNOWN_COST = (
+    "Method {!r} does not say what it costs, so memory, operations and seconds are not forecast; under a memory limit "
+    "blocks run in two passes. State it as the method's `cost` (docs/adding-a-method.md)."
+)
 ALLOCATOR_BYTES = 160 * 2**20
 """What glibc keeps of freed memory: blocks of up to 32 MiB come from its heap, which may have 64 MiB free at its top
 (mallopt(3): DEFAULT_MMAP_THRESHOLD_MAX, and M_TRIM_THRESHOLD twice as large), and holes below, here three of 32 MiB.
@@ -138,6 +143,12 @@ def arrange(
         if limit is None or peak.bytes - spill * peak.parts["hidden states"] <= limit:
             return Arrangement(mode, spill, size, peaks(size))
     return Arrangement(modes[-1], True, 1, peaks(1))
+
+
+def without_forecast(passes: str, limit: int | None, batch: int) -> Arrangement:
+    """The way where nothing can be forecast: what takes least memory if there is a `limit`, and what was asked for."""
+    way = passes if passes != "auto" else "one" if limit is None else "two"
+    return Arrangement(way, limit is not None, batch, {})
 
 
 def check_passes(passes: str) -> None:

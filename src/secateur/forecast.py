@@ -17,13 +17,14 @@ import torch
 
 from secateur.allocate import uniform
 from secateur.checkpoint import INDEX, is_whole, open_checkpoint, resolve, stored_dtype
-from secateur.cost import MODES, Cost, Mode, cost
+from secateur.cost import MODES, Mode
 from secateur.cost import passes as passes_of
 from secateur.errors import BadPattern, NotEnoughText
-from secateur.footprint import Load, Moment, arrange, check_passes, loads, probe_tokens
+from secateur.footprint import UNKNOWN_COST, Load, Moment, arrange, check_passes, loads, probe_tokens, without_forecast
 from secateur.gram import add_products
 from secateur.machine import best_seconds, matrix_rate, square_side
 from secateur.methods import Method, find_method
+from secateur.methods.cost import Cost
 from secateur.model import load_config
 from secateur.options import calibration_dtype, check_length, context, find_devices, find_dtype, find_size
 from secateur.outline import Outline, build
@@ -64,7 +65,8 @@ class Forecast:
 
     `passes` is the way that was asked for or chosen; `fits`, whether it stays within `memory_limit`, None without
     one. `checkpoint_bytes` are exact where `exact`, else parameters times the width of the dtype. `seconds` is None
-    where nothing was measured. `left_out` says in sentences what the figures do not count.
+    where nothing was measured. A method whose cost is not known (`Method.cost`) leaves `memory` and `operations`
+    empty, `fits` and `seconds` None. `left_out` says in sentences what the figures do not count.
     """
 
     model: str
@@ -122,7 +124,8 @@ def forecast(
     is measured and no seconds are said. Raises BadPattern for structures, and SecateurError as `prune` does.
     """
     chosen = _zeros(pattern)
-    found_method, costs, limit = find_method(method), cost(method), find_size(memory)
+    found_method, limit = find_method(method), find_size(memory)
+    costs = found_method.cost
     check_passes(passes)
     if min(samples, batch_size) < 1:
         raise NotEnoughText(
@@ -147,11 +150,14 @@ def forecast(
     )  # fmt: skip
     most = min(batch_size, samples)
     planned = uniform(at(most)[0].shapes, chosen, skip)
-    way, spill, batch, peaks = arrange(at, most, found_method, costs, planned.keys(), passes, limit)
+    if costs:
+        way, spill, batch, peaks = arrange(at, most, found_method, costs, planned.keys(), passes, limit)
+    else:
+        way, spill, batch, peaks = without_forecast(passes, limit, most)
     found, load = at(batch)
-    hidden = peaks[way].parts["hidden states"]
-    operations = {mode: _operations(found, load, found_method, costs, mode, planned.keys()) for mode in MODES}
-    rates = _rates(devices[0], forward) if measure else {}
+    hidden = peaks[way].parts["hidden states"] if peaks else 0
+    operations = {mode: _operations(found, load, found_method, costs, mode, planned.keys()) for mode in MODES if costs}
+    rates = _rates(devices[0], forward) if measure and costs else {}
     size = checkpoint.bytes if checkpoint else found.parameters * stored.itemsize
     in_sites = sum(rows * columns for rows, columns in (found.shapes[name] for name in planned)) * stored.itemsize
     weights = sum(kind.count * kind.weights for kind in found.kinds)
@@ -165,9 +171,10 @@ def forecast(
         size + in_sites,
         size,
         hidden * spill + found.restacked * stored.itemsize * spilled,
-        peaks, limit, way, None if limit is None else peaks[way].bytes - spill * hidden <= limit, operations, rates,
+        peaks, limit, way, None if limit is None or not peaks else peaks[way].bytes - spill * hidden <= limit,
+        operations, rates,
         {mode: seconds_of(operations[mode], rates).total for mode in MODES} if rates else None,
-        _notes(found, found_method, len(devices)),
+        (*_notes(found, found_method, len(devices)), *(() if costs else (UNKNOWN_COST.format(method),))),
     )  # fmt: skip
 
 

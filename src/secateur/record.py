@@ -51,6 +51,8 @@ class Report:
     removed: dict[str, str] = field(default_factory=dict)
     """Of a smaller model: what was taken out of which part of a block, in words, and which blocks."""
     out: Path | None = None
+    note: str = ""
+    """What the reader must know of the run as a whole, in a sentence."""
 
     def take(self, block: dict[str, Any]) -> None:
         """Add a finished block: {"block": its name, "sites": [fields of a SiteReport, …], "refined": pair or None}."""
@@ -62,7 +64,8 @@ class Report:
     def record(self) -> dict[str, Any]:
         """What a repeated run gives again, as JSON can hold it: no times, no memory, no place."""
         values = asdict(self)
-        return {key: values[key] for key in values if key not in ("seconds", "peak_bytes", "out")}
+        left_out = {"seconds", "peak_bytes", "out"} | ({"note"} if not self.note else set())
+        return {key: values[key] for key in values if key not in left_out}
 
 
 def total_sparsity(reports: Sequence[SiteReport]) -> float:

@@ -38,6 +38,7 @@ def summary(report: Report) -> list[str]:
         worst = max(errors, key=lambda site: errors[site])
         mean = sum(errors.values()) / len(errors)
         lines.append(f"Relative output error: mean {mean:.4f}, most at {worst} ({errors[worst]:.4f}).")
+    lines += [report.note] if report.note else []
     lines += [f"{site.site}: {site.note}" for site in report.sites if site.note and site.note != LEFT_OUT]
     seconds = report.seconds
     lines.append(

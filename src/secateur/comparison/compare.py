@@ -278,7 +278,7 @@ def _passes(
         return kept
     ways = (
         way_through(
-            language_model, calibrated.ids.shape, find_method(method), method, site_shapes(language_model),
+            language_model, calibrated.ids.shape, find_method(method), site_shapes(language_model),
             passes=passes, **options,
         )["passes"]
         for method in dict.fromkeys(cell.method for cell in grid if not cell.structured)

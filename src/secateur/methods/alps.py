@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from secateur.methods.base import Method, Pruned
+from secateur.methods.cost import Cost, refit_products
 from secateur.patterns import Pattern
 from secateur.solve import Problem, masked_least_squares, normalise
 from secateur.stats import Stats
@@ -26,7 +27,9 @@ def alps(stages: int = 16, updates: int = 2, first: float = 0.05, last: float = 
         solution = masked_least_squares(problem, kept, found, iterations)
         return Pruned(problem.restore(solution, kept, weight), kept)
 
-    return Method(frozenset({"gram"}), "matrix", prune, updates=True)
+    products = stages * updates + refit_products(iterations)
+    cost = Cost(products=products, inverses=stages, targets=1, matrices=12, squares=3, kept=1)
+    return Method(frozenset({"gram"}), "matrix", prune, updates=True, cost=cost)
 
 
 def _admm(problem: Problem, pattern: Pattern, penalties: Tensor, updates: int) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateur.methods.cost import Cost
 from secateur.patterns import Group, Pattern, Stacked
 from secateur.stats import Stats
 
@@ -36,7 +37,8 @@ class Method(NamedTuple):
     `need` names the statistics it reads (keys of `STATS`); `group` is the comparison group it was published
     with, used where an unstructured pattern leaves it open. `prune(weight, stats, pattern)` is pure: weight
     `[out, in]` float32 is not changed. `updates`: it changes the weights that it keeps. `row_wise`: rows touch each
-    other through the pattern alone, so matrices that read the same input can be solved as one.
+    other through the pattern alone, so matrices that read the same input can be solved as one. `cost`: its operations
+    and working memory; None where they are not known, and then a run's memory and time are not forecast.
 
     The rest says what the stream of blocks does for it. `sequential`: inside a block too, a site's inputs come from
     the sites pruned before it. `permute`: inputs change places before an N:M mask is chosen, so that it keeps most of
@@ -52,10 +54,16 @@ class Method(NamedTuple):
     sequential: bool = False
     permute: bool = False
     refine: int = 0
+    cost: Cost | None = None
 
 
 def scored(
-    need: Iterable[str], group: Group, score: Callable[[Tensor, Stats], Tensor], *, row_wise: bool = True
+    need: Iterable[str],
+    group: Group,
+    score: Callable[[Tensor, Stats], Tensor],
+    *,
+    row_wise: bool = True,
+    cost: Cost | None = None,
 ) -> Method:
     """The method that removes the lowest `score(weight, stats)` `[out, in]` and changes no other weight.
 
@@ -69,7 +77,7 @@ def scored(
         own = scores.dtype == weight.dtype and scores.data_ptr() != weight.data_ptr()
         return Pruned(torch.where(kept, weight, weight.new_zeros(()), out=scores if own else None), kept)
 
-    return Method(frozenset(need), group, prune, row_wise=row_wise, score=score)
+    return Method(frozenset(need), group, prune, row_wise=row_wise, score=score, cost=cost)
 
 
 def prune_together(

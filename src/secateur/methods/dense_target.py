@@ -14,4 +14,5 @@ def dense_target(method: Method) -> Method:
     """The method with the dense model's outputs as its target. Raises UnknownName after one that solves nothing."""
     if "gram" not in method.need:
         raise UnknownName("refinement 'dense-target' after a method that solves nothing", "dense-target", ("refit",))
-    return method._replace(need=method.need | {"cross"}, sequential=True)
+    cost = method.cost and method.cost._replace(dense_target=True)
+    return method._replace(need=method.need | {"cross"}, sequential=True, cost=cost)

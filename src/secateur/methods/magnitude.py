@@ -5,5 +5,6 @@ which removes everything `<=` the threshold, the count is exact when weights are
 """
 
 from secateur.methods.base import scored
+from secateur.methods.cost import Cost
 
-magnitude = scored((), "matrix", lambda weight, stats: weight.abs())
+magnitude = scored((), "matrix", lambda weight, stats: weight.abs(), cost=Cost())

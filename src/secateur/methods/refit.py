@@ -7,6 +7,7 @@ method has updated its weights already, twenty where it only chose a mask. Compo
 from torch import Tensor
 
 from secateur.methods.base import Method, Pruned
+from secateur.methods.cost import refit_products
 from secateur.patterns import Pattern
 from secateur.solve import masked_least_squares, normalise
 from secateur.stats import Stats
@@ -23,4 +24,5 @@ def refit(method: Method, iterations: int | None = None) -> Method:
         solution = masked_least_squares(problem, found.kept, start, steps)
         return found._replace(weight=problem.restore(solution, found.kept, weight))
 
-    return method._replace(need=method.need | {"gram"}, prune=prune, updates=True)
+    cost = method.cost and method.cost.followed_by(refit_products(steps))
+    return method._replace(need=method.need | {"gram"}, prune=prune, updates=True, cost=cost)

@@ -7,6 +7,7 @@ A weight's share of its row plus its share of its column, times the root mean sq
 from torch import Tensor
 
 from secateur.methods.base import Method, scored
+from secateur.methods.cost import Cost
 from secateur.stats import Stats
 
 
@@ -19,4 +20,4 @@ def ria(exponent: float = 0.5) -> Method:
         relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
         return relative * stats.mean("square").sqrt().pow(exponent).to(weight.device)
 
-    return scored({"square"}, "matrix", score, row_wise=False)
+    return scored({"square"}, "matrix", score, row_wise=False, cost=Cost(matrices=5))

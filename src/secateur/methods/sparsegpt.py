@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secateur.errors import NotSolved
 from secateur.methods.base import Method, Pruned
+from secateur.methods.cost import Cost
 from secateur.patterns import Pattern
 from secateur.solve import normalise
 from secateur.stats import Stats
@@ -36,7 +37,8 @@ def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
         note = "" if used == damping else f"damping raised from {damping:g} to {used:g}"
         return Pruned(swept, kept, note)
 
-    return Method(frozenset({"gram"}), "matrix", prune, updates=True)
+    cost = Cost(sweeps=1, factors=1, matrices=3, squares=4, kept=1)
+    return Method(frozenset({"gram"}), "matrix", prune, updates=True, cost=cost)
 
 
 def sweep(width: int = 128) -> Method:
@@ -49,7 +51,8 @@ def sweep(width: int = 128) -> Method:
         kept, swept = sweep_columns(problem.weight, answers.to(weight.device), problem.alive, pattern, block)
         return Pruned(problem.restore(swept, kept, weight), kept)
 
-    return Method(frozenset({"gram"}), "matrix", prune, updates=True)
+    cost = Cost(products=1, sweeps=1, factors=1, targets=1, matrices=5.5, squares=3, kept=2)
+    return Method(frozenset({"gram"}), "matrix", prune, updates=True, cost=cost)
 
 
 def _answers(stats: Stats, damping: float, block: int) -> tuple[Tensor, float]:

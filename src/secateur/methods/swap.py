@@ -38,7 +38,8 @@ def swap(method: Method, steps: int = 100, candidates: int = 64) -> Method:
             kept[rows, back[rows]] = True
         return found._replace(weight=weight.where(kept, 0.0), kept=kept)
 
-    return method._replace(need=method.need | {"gram"}, prune=prune)
+    cost = method.cost and method.cost.followed_by(steps + 1)  # at most: it stops when no exchange helps
+    return method._replace(need=method.need | {"gram"}, prune=prune, cost=cost)
 
 
 def _best_exchanges(

@@ -5,5 +5,6 @@ the reference code averages over sequences, which is the same for the equal leng
 """
 
 from secateur.methods.base import importance, scored
+from secateur.methods.cost import Cost
 
-wanda = scored({"square"}, "row", importance)
+wanda = scored({"square"}, "row", importance, cost=Cost())
