@@ -43,6 +43,7 @@ VOLATILE = {
     "seconds": "how long something took",
     "rates": "operations a second, timed for a forecast",
     "peak_bytes": "memory, as the system counted it",
+    "latency": "timings of a row; the pages of `frozen` ones show that they are read as before",
     "machine": "where it ran",
     "versions": "of the libraries",
     "command": "what was typed, with paths",
