@@ -295,12 +295,21 @@ def cases() -> list[Case]:
         Case("report joined", "report @compare @compare-values @compare-recovered --out @",
              prepare=frozen("compare", "compare-values", "compare-recovered")),
     ]  # fmt: skip
-    found += [Case(f"recommend {goal}", f"recommend @compare --goal {goal} {FAR} --json") for goal in GOALS]
-    found += [Case(f"recommend timed {goal}", f"recommend @compare-timed --goal {goal} {FAR}") for goal in GOALS]
+    found += [
+        Case(f"recommend {goal}", f"recommend @compare --goal {goal} {FAR} --json", prepare=frozen("compare"))
+        for goal in GOALS
+    ]
+    found += [
+        Case(
+            f"recommend timed {goal}", f"recommend @compare-timed --goal {goal} {FAR}", prepare=frozen("compare-timed")
+        )
+        for goal in GOALS
+    ]
     found += [
         Case("recommend within", "recommend @report-joined --goal memory"),
         Case("recommend without results", "recommend --goal latency --hardware hopper --json"),
-        Case("recommend runtime", f"recommend @compare-timed --goal latency --runtime packed {FAR} --json"),
+        Case("recommend runtime", f"recommend @compare-timed --goal latency --runtime packed {FAR} --json",
+             prepare=frozen("compare-timed")),
         Case("help", "--help"), Case("help of prune", "prune --help"), Case("help of compare", "compare --help"),
         Case("help of plan", "plan --help"), Case("help of recover", "recover --help"),
     ]  # fmt: skip
