@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_architecture
-import test_methods
 import typer
 import yaml
+from support.every_method import PATTERNS, EveryMethod, layer
+from support.imports import KNOWN_TO_A_METHOD, imported
+from support.paths import ROOT
 
 import secateur
 from secateur.commands.cli import app
@@ -31,7 +32,6 @@ from secateur.selection import SELECTIONS
 from secateur.solve import normalise
 from secateur.stats import Stats
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 IDENTIFIERS = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
@@ -247,31 +247,26 @@ def surgeon(table: dict) -> Iterator[secateur.Method]:
     return table["surgeon"]
 
 
-@pytest.mark.parametrize("pattern", test_methods.PATTERNS)
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", ["surgeon", "surgeon+refit", "surgeon+swap"])
 @pytest.mark.usefixtures("surgeon")
 def test_the_example_passes_what_every_method_passes(name, pattern):
-    checks = [
-        getattr(test_methods.TestEveryMethod(), check)
-        for check in dir(test_methods.TestEveryMethod)
-        if check.startswith("test_")
-    ]
+    checks = [getattr(EveryMethod(), check) for check in dir(EveryMethod) if check.startswith("test_")]
     assert len(checks) > 5
     for check in checks:
         check(name, pattern)
-    test_methods.test_matrices_solved_together_are_what_they_are_alone(name, pattern)
 
 
 def test_the_example_equals_its_reference(surgeon):
     titles = ("tests/reference/surgeon.py", "in tests/test_methods.py")
-    names = {"surgeon": surgeon, "layer": test_methods.layer, "Stats": Stats, "normalise": normalise, "np": np}
+    names = {"surgeon": surgeon, "layer": layer, "Stats": Stats, "normalise": normalise, "np": np}
     executed(*titles, **names)["test_surgeon_costs_what_leaving_out_one_weight_costs"]()
 
 
 def test_the_example_keeps_to_the_layers_and_documents_itself(tmp_path):
     file = tmp_path / "surgeon.py"
     file.write_text(block("src/secateur/methods/surgeon.py"), encoding="utf-8")
-    test_architecture.test_a_method_knows_only_patterns_statistics_and_solvers(file)
+    assert imported(file) <= KNOWN_TO_A_METHOD
     assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
 
 

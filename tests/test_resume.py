@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from dying import MOMENTS, started
+from support.dying import MOMENTS, started
 
 from secateur import checkpoint, output
 from secateur.errors import Interrupted, OutputRefused
