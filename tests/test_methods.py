@@ -4,17 +4,16 @@ import numpy as np
 import pytest
 import torch
 from reference.magnitude import magnitude
-from reference.masks import n_of_m, unstructured
 from reference.ria import ria
 from reference.sparsegpt import sparsegpt
 from reference.wanda import wanda
-from support.every_method import PATTERNS, EveryMethod, layer, run
+from support.every_method import PATTERNS, EveryMethod, layer, mask_rule, run
 
 from secateur.errors import NotSolved
 from secateur.methods import METHODS, REFINEMENTS
 from secateur.methods.base import scored
 from secateur.methods.sparsegpt import damped
-from secateur.patterns import NM, Pattern, Stacked, Unstructured, kind_of, parse_pattern
+from secateur.patterns import NM, Stacked, Unstructured, kind_of, parse_pattern
 from secateur.solve import ridge
 from secateur.stats import Stats
 
@@ -23,14 +22,6 @@ NAMES = [
     *(f"{method}+{refinement}" for refinement in REFINEMENTS for method in METHODS
       if refinement != "swap" or not METHODS[method].updates),
 ]  # fmt: skip
-
-
-def mask_rule(pattern: Pattern):
-    """The reference's rule for a pattern."""
-    if isinstance(pattern, NM):
-        return lambda scores: n_of_m(scores, pattern.n, pattern.m)
-    assert isinstance(pattern, Unstructured)
-    return lambda scores: unstructured(scores, pattern.ratio, pattern.over)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

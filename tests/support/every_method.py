@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from reference.masks import n_of_m, unstructured
 
 from secateur.methods import find_method, prune_together
-from secateur.patterns import NM, Unstructured, parse_pattern
+from secateur.patterns import NM, Pattern, Unstructured, parse_pattern
 from secateur.stats import STATS, Stats
 
 PATTERNS = ["0%", "50%", "30% of row", "61.8% of matrix", "99%", "2:4", "4:8", "1:3", "3:4"]
@@ -18,6 +19,14 @@ def layer(seed: int = 0, rows: int = ROWS, columns: int = COLUMNS, tokens: int =
     mix = torch.randn(columns, columns, generator=draw) / columns**0.5 + torch.eye(columns)
     scale = torch.randn(columns, generator=draw).exp()
     return weight, torch.randn(tokens, columns, generator=draw) @ mix * scale
+
+
+def mask_rule(pattern: Pattern):
+    """The reference's rule for a pattern."""
+    if isinstance(pattern, NM):
+        return lambda scores: n_of_m(scores, pattern.n, pattern.m)
+    assert isinstance(pattern, Unstructured)
+    return lambda scores: unstructured(scores, pattern.ratio, pattern.over)
 
 
 def run(name: str, pattern: str, weight: torch.Tensor, x: torch.Tensor):
