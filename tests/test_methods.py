@@ -97,10 +97,15 @@ def test_sweep_is_the_published_algorithm_in_normalised_coordinates(pattern):
     damping = ridge(Stats.of(x, {"gram"}))
     expected, kept = sparsegpt(weight.numpy() * scale, x.numpy() / scale, ratio, over, damping)
     pruned = run("sweep", pattern, weight, x)
+    found = pruned.weight.numpy() * scale
     assert (pruned.kept.numpy() == kept).mean() > 0.9995
-    if (pruned.kept.numpy() == kept).all():
-        difference = np.linalg.norm(pruned.weight.numpy() * scale - expected) / max(np.linalg.norm(expected), 1e-9)
-        assert difference < 1e-4
+    same = (pruned.kept.numpy() == kept).all(1)  # a row depends on the others through the mask alone
+    assert same.mean() >= 0.8
+    assert np.linalg.norm(found[same] - expected[same]) <= 1e-4 * np.linalg.norm(expected[same])
+    # A weight is exchanged for one whose score is the same but for rounding, so what the rows lose is the same.
+    inputs = x.double().numpy() / scale
+    losses = [np.linalg.norm(inputs @ (v - weight.numpy() * scale).T) for v in (found, expected)]
+    assert abs(losses[0] - losses[1]) <= 1e-3 * losses[1] + 1e-6 * np.linalg.norm(inputs @ expected.T)
 
 
 def test_sparsegpt_groups_do_not_straddle_the_edge_of_a_column_block():

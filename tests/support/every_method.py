@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from reference.least_squares import exact, objective
 from reference.masks import n_of_m, unstructured
 
 from secateur.methods import find_method, prune_together
 from secateur.patterns import NM, Pattern, Unstructured, parse_pattern
+from secateur.solve import ridge
 from secateur.stats import STATS, Stats
 
 PATTERNS = ["0%", "50%", "30% of row", "61.8% of matrix", "99%", "2:4", "4:8", "1:3", "3:4"]
@@ -32,6 +34,11 @@ def mask_rule(pattern: Pattern):
 def run(name: str, pattern: str, weight: torch.Tensor, x: torch.Tensor):
     method = find_method(name)
     return method.prune(weight, Stats.of(x, method.need), parse_pattern(pattern).within(method.group))
+
+
+def outputs(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`[tokens, out]`, in float64."""
+    return x.double() @ weight.double().T
 
 
 class EveryMethod:
@@ -88,7 +95,9 @@ class EveryMethod:
         assert torch.equal(stored, before)
         assert torch.equal(run(name, pattern, weight, x).kept, transposed.kept)
 
-    def test_statistics_merged_from_uneven_parts_give_the_same_mask(self, name, pattern):
+    def test_statistics_merged_from_uneven_parts_give_the_same(self, name, pattern):
+        """Sums in another order differ by 2e-6 of themselves at most. Divided by the ridge (0.09 here), which bounds
+        what a solution answers to that, and taken 40 times by the longest iteration, that is 1e-3 of the output."""
         weight, x = layer()
         method = find_method(name)
         whole = Stats.of(x, method.need)
@@ -98,7 +107,26 @@ class EveryMethod:
         resolved = parse_pattern(pattern).within(method.group)
         first, second = method.prune(weight, whole, resolved), method.prune(weight, merged, resolved)
         assert (first.kept != second.kept).float().mean() <= 0.0005
-        assert torch.allclose(first.weight, second.weight, rtol=1e-3, atol=1e-3) or method.updates
+        same = (first.kept == second.kept).all(1)  # a row depends on the others through the mask alone
+        assert same.float().mean() >= 0.8
+        output = outputs(weight, x).norm(dim=0)
+        assert (outputs(first.weight - second.weight, x).norm(dim=0) <= 1e-3 * output)[same].all()
+        errors = [outputs(weight - pruned.weight, x).norm() for pruned in (first, second)]
+        assert abs(errors[0] - errors[1]) <= 1e-3 * errors[0] + 1e-6 * output.norm()
+
+    def test_weights_cost_what_dense_ones_cost_at_most_and_the_best_ones_at_least(self, name, pattern):
+        """On the mask that the method chose, against exact least squares in float64; `+refit` comes within 1 %."""
+        weight, x = layer()
+        pruned = run(name, pattern, weight, x)
+        w, inputs, kept, damping = weight.numpy(), x.numpy(), pruned.kept.numpy(), ridge(Stats.of(x, {"gram"}))
+        best, reached, dense, everything = (
+            objective(w, v, inputs, damping).sum()
+            for v in (exact(w, inputs, kept, damping), pruned.weight.numpy(), w * kept, 0)
+        )
+        rounding = 1e-10 * everything  # (100 steps of float32)²
+        assert best - rounding <= reached <= dense + rounding
+        if name.endswith("+refit"):
+            assert reached <= 1.01 * best + rounding
 
     def test_matrices_solved_together_are_what_they_are_alone(self, name, pattern):
         """q, k and v read one input: stacking them shares the factorisation, and must change nothing else."""
@@ -117,5 +145,6 @@ class EveryMethod:
             if method.updates:
                 first, second = ((p.weight - weight) @ x.T for p in (found, alone))
                 assert first.norm() == pytest.approx(second.norm().item(), rel=1e-3, abs=1e-3)
-            if torch.equal(found.kept, alone.kept):
-                assert torch.allclose(found.weight, alone.weight, rtol=1e-3, atol=1e-3)
+            same = (found.kept == alone.kept).all(1)
+            assert same.float().mean() >= 0.8
+            assert torch.allclose(found.weight[same], alone.weight[same], rtol=1e-3, atol=1e-3)
