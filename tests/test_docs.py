@@ -103,19 +103,6 @@ def test_commands_exist_with_their_options(file):
         assert {word for word in words if word.startswith("--")} <= options, (first, words)
 
 
-def figures(text: str) -> set[float]:
-    """The decimal numbers of a text, but for versions and arXiv ids."""
-    return {float(found) for found in re.findall(r"(?<![\w.:])[+-]?(\d+\.\d+)(?![\d.]*\.\d)(?!\d)", text)}
-
-
-def test_figures_of_the_guides_are_figures_that_were_measured():
-    held = figures("".join(read(f"docs/{name}.md") for name in ("quality", "structured", "speed", "demo-model")))
-    held |= figures(read("README.md")) | figures(read("src/secateur/rules.py"))
-    presets = re.search(r"\| method \| 50% \|.*?\n\n", read("docs/methods.md"), re.S)
-    assert presets
-    assert figures(read("docs/choosing.md")) | figures(presets[0]) <= held
-
-
 # Links, navigation, and files for people who work on it
 
 
