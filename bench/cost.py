@@ -35,7 +35,7 @@ from secateur.patterns import parse_pattern
 from secateur.stats import Stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from counting import counted  # type: ignore[import-not-found]
+from support.counting import counted
 
 METHODS = ("magnitude", "wanda", "ria", "sparsegpt", "sweep+refit", "fast", "default", "alps", "best")
 """Those whose closed formula in its `cost` is counted and evaluated here."""

@@ -3,9 +3,9 @@
     python bench/fuzz.py --count 10000 --seed 0          every case, then one JSON line; 1 where one is a fault
     python bench/fuzz.py --seed 0 --only 1234 [5678 …]   these cases again, with what became of them
 
-What is spoilt and how is in tests/mutations.py, what is allowed in tests/fuzzing.py. The cases run one after the other
-in a process of their own with limits to its memory and to the files that it writes; where it dies or hangs, that is the
-fault of the case at hand, and another process goes on with the next one.
+What is spoilt and how is in tests/support/mutations.py, what is allowed in tests/support/fuzzing.py. The cases run one
+after the other in a process of their own with limits to its memory and to the files that it writes; where it dies or
+hangs, that is the fault of the case at hand, and another process goes on with the next one.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def work(place: Path, seed: int, kinds: tuple[str, ...]) -> None:
     import warnings
 
     import torch
-    from fuzzing import bases, run_case  # pyright: ignore[reportMissingImports]
-    from mutations import KINDS  # pyright: ignore[reportMissingImports]
+    from support.fuzzing import bases, run_case
+    from support.mutations import KINDS
 
     torch.set_num_threads(1)
     sound = place / "sound"

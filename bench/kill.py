@@ -28,7 +28,7 @@ from secateur.demo import model_folder
 from secateur.machine import machine, versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from dying import MOMENTS, started  # type: ignore[import-not-found]
+from support.dying import MOMENTS, started
 
 
 def command(model: Path, out: Path, method: str, pattern: str) -> list[str]:

@@ -27,7 +27,7 @@ from secateur.model import load
 from secateur.structures import parse_structure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from families import FAMILIES, tiny_model  # pyright: ignore[reportMissingImports]
+from support.families import FAMILIES, tiny_model
 
 PATTERNS = {"25% of channels": "fast", "50% of heads": "fast", "1 block": "influence", "25% of experts": "reap"}
 

@@ -3,6 +3,7 @@
 Nothing here may reach for the network: a hub look-up fails at once instead of waiting.
 """
 
+# ruff: noqa: E402
 import os
 from pathlib import Path
 
@@ -11,8 +12,12 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import pytest
 import torch
-from families import tiny_model
-from texts import byte_tokenizer, write_documents
+
+pytest.register_assert_rewrite("reference", "support")
+
+from support.families import tiny_model
+from support.paths import ROOT
+from support.texts import byte_tokenizer, write_documents
 
 torch.set_num_threads(1)
 
@@ -53,7 +58,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real test data beside the checkout; skips where it is missing."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = ROOT.parent / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"the real data is not here: {folder}")
     return folder

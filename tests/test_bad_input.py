@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer
-from families import tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
+from support.families import tiny_config, tiny_model
+from support.texts import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from secateur import output

@@ -8,8 +8,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from recommending import demo_results
-from spoilt_json import spoilt
+from support.recommending import demo_results
+from support.spoilt_json import spoilt
 
 import secateur
 from secateur.advice.goals import GOALS

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import run
+from support.command_line import run
 
 import secateur
 from secateur import layers

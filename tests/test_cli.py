@@ -8,19 +8,11 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from support.command_line import run, runner
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 import secateur
 from secateur.commands import cli, deploy, recover, study
-
-runner = CliRunner()
-
-
-def run(*arguments: object) -> str:
-    result = runner.invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_config, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from support.families import tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

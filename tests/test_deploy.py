@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_cli import run
+from support.command_line import run
 from typer.testing import CliRunner
 
 import secateur

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
+from support.families import tiny_model
 from torch import nn
 
 from secateur.depth import Looking, angular, influence, kl, last_matrix, missing

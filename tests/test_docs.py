@@ -15,10 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_architecture
-import test_methods
 import typer
 import yaml
+from support.every_method import PATTERNS, EveryMethod, layer
+from support.imports import KNOWN_TO_A_METHOD, imported
+from support.paths import ROOT
 
 import secateur
 from secateur.commands.cli import app
@@ -35,7 +36,6 @@ from secateur.selection import SELECTIONS
 from secateur.solve import normalise
 from secateur.stats import Stats
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 IDENTIFIERS = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
@@ -105,19 +105,6 @@ def test_commands_exist_with_their_options(file):
         assert first in known.commands, f"secateur {first}"  # type: ignore[attr-defined]
         options = {o for p in known.commands[first].params for o in p.opts}  # type: ignore[attr-defined]
         assert {word for word in words if word.startswith("--")} <= options, (first, words)
-
-
-def figures(text: str) -> set[float]:
-    """The decimal numbers of a text, but for versions and arXiv ids."""
-    return {float(found) for found in re.findall(r"(?<![\w.:])[+-]?(\d+\.\d+)(?![\d.]*\.\d)(?!\d)", text)}
-
-
-def test_figures_of_the_guides_are_figures_that_were_measured():
-    held = figures("".join(read(f"docs/{name}.md") for name in ("quality", "structured", "speed", "demo-model")))
-    held |= figures(read("README.md")) | figures(read("src/secateur/rules.py"))
-    presets = re.search(r"\| method \| 50% \|.*?\n\n", read("docs/methods.md"), re.S)
-    assert presets
-    assert figures(read("docs/choosing.md")) | figures(presets[0]) <= held
 
 
 # Links, navigation, and files for people who work on it
@@ -251,31 +238,26 @@ def surgeon(table: dict) -> Iterator[secateur.Method]:
     return table["surgeon"]
 
 
-@pytest.mark.parametrize("pattern", test_methods.PATTERNS)
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", ["surgeon", "surgeon+refit", "surgeon+swap"])
 @pytest.mark.usefixtures("surgeon")
 def test_the_example_passes_what_every_method_passes(name, pattern):
-    checks = [
-        getattr(test_methods.TestEveryMethod(), check)
-        for check in dir(test_methods.TestEveryMethod)
-        if check.startswith("test_")
-    ]
+    checks = [getattr(EveryMethod(), check) for check in dir(EveryMethod) if check.startswith("test_")]
     assert len(checks) > 5
     for check in checks:
         check(name, pattern)
-    test_methods.test_matrices_solved_together_are_what_they_are_alone(name, pattern)
 
 
 def test_the_example_equals_its_reference(surgeon):
     titles = ("tests/reference/surgeon.py", "in tests/test_methods.py")
-    names = {"surgeon": surgeon, "layer": test_methods.layer, "Stats": Stats, "normalise": normalise, "np": np}
+    names = {"surgeon": surgeon, "layer": layer, "Stats": Stats, "normalise": normalise, "np": np}
     executed(*titles, **names)["test_surgeon_costs_what_leaving_out_one_weight_costs"]()
 
 
 def test_the_example_keeps_to_the_layers_and_documents_itself(tmp_path):
     file = tmp_path / "surgeon.py"
     file.write_text(block("src/secateur/methods/surgeon.py"), encoding="utf-8")
-    test_architecture.test_a_method_knows_only_patterns_statistics_and_solvers(file)
+    assert imported(file) <= KNOWN_TO_A_METHOD
     assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
 
 

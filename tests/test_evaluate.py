@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import tiny_model
+from support.families import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur

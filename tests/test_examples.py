@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from support.paths import ROOT
 
 from secateur.demo import model_folder
 from secateur.native import library
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = ROOT / "examples"
 MATRIX = re.compile(r"layers\.\d+\..*_proj\.weight")
 
 

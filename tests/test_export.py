@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_cli import run
+from support.command_line import run
+from support.families import tiny_model
 from transformers import AutoModelForCausalLM
 
 import secateur

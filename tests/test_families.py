@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, tiny_model
+from support.families import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
 from secateur.checkpoint import open_checkpoint

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from counting import counted
-from families import tiny_config, tiny_model
+from support.counting import counted
+from support.families import tiny_config, tiny_model
 
 import secateur
 from secateur import errors

@@ -11,13 +11,13 @@ from random import Random
 
 import pytest
 import torch
-from families import tiny_model
-from fuzzing import bases, judged, run_case, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import KINDS, Case
 from safetensors.torch import load_file, save_file
-from spoilt_shards import KEY, parts, write
+from support.families import tiny_model
+from support.fuzzing import bases, judged, run_case, snapshot
+from support.mutations import KINDS, Case
+from support.spoilt_shards import KEY, parts, write
 
 from secateur import errors, files
 from secateur.checkpoint import open_checkpoint
@@ -96,7 +96,7 @@ def test_a_slice_of_the_mutations(sound, tmp_path, number):
 def test_the_same_number_is_the_same_case(sound, tmp_path, kind, monkeypatch):
     if kind in ("rows", "results"):
         pytest.skip("needs a finished comparison, which bench/fuzz.py makes")
-    monkeypatch.setattr("fuzzing.judged", lambda *_: ("ok", ""))
+    monkeypatch.setattr("support.fuzzing.judged", lambda *_: ("ok", ""))
     found = []
     for _ in range(2):
         (tmp_path / "case").mkdir()

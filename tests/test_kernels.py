@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from support.products import close, two_of_four
 from torch import Tensor
 
 from secateur import packed as on_cpu
@@ -197,23 +198,6 @@ def sparse(rows: int, columns: int, sparsity: float, dtype: torch.dtype) -> Tens
     return (torch.randn(rows, columns, generator=draw) * kept).to(dtype)
 
 
-def two_of_four(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A random 2:4 matrix in which some groups have fewer weights than two; zeros are -0.0 at places."""
-    draw = torch.Generator().manual_seed(rows + columns)
-    weight = torch.randn(rows, columns // 4, 4, generator=draw)
-    weight[weight.abs() < weight.abs().kthvalue(3, -1, keepdim=True).values] *= 0
-    weight[:, ::5, 1] = 0
-    weight[:, ::7] *= 0
-    return weight.view(rows, columns).to(dtype)
-
-
-def close(got: Tensor, weight: Tensor, x: Tensor) -> bool:
-    """Whether a product has the error of float32 sums, compared with float64."""
-    wanted = x.double() @ weight.double().T
-    size = x.double().abs() @ weight.double().abs().T
-    return bool(((got.double() - wanted).abs() <= 1e-6 * size + 1e-30).all())
-
-
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The CUDA source, compiled for this processor."""
@@ -356,7 +340,7 @@ def test_interpreted_products_equal_float64():
         """
 import torch
 from secateur.kernels import nm
-from test_kernels import close, two_of_four
+from support.products import close, two_of_four
 for dtype in (torch.float16, torch.bfloat16):
     for shape, batch, configuration in [
         ((5, 328), 1, None), ((3, 8), 3, nm.Configuration(2, 1)), ((4, 1056), 8, nm.Configuration(4, 4)),
@@ -403,7 +387,7 @@ import torch
 from secateur.kernels import sweep as on_gpu
 from secateur.patterns import NM, Unstructured
 from secateur.sweep import sweep_block_in_torch
-from test_sweep import block_of
+from support.sweeping import block_of
 for rows, width, pattern in [(5, 16, NM(2, 4)), (3, 21, NM(1, 3)), (4, 16, NM(5, 8)), (6, 13, None), (1, 1, None)]:
     values, inverse, alive = block_of(rows, width)
     values[:, :9] = values[:, :9].sign()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import tiny_config
+from support.families import tiny_config
 from transformers import AutoModelForCausalLM
 
 from secateur.errors import UnsupportedModel

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.families import tiny_model
 from torch import Tensor
 
 from secateur import packed as module

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import tiny_model
+from support.families import tiny_model
 
 from secateur.errors import UnsupportedModel
 from secateur.kernels import bitmap, nm

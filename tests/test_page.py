@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from recommending import MACHINE, timed
 from rich.console import Console
+from support.recommending import MACHINE, timed
 
 import secateur
 from secateur.comparison import draw

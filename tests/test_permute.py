@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
 from reference.permutation import best_kept_score
 from reference.permutation import kept_score as slow_kept_score
-from test_stream import windows
+from support.families import tiny_model
+from support.streams import windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

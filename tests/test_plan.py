@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from families import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_stream import TOKENS, seen_by_hooks, windows
+from support.families import tiny_model
+from support.streams import TOKENS, seen_by_hooks, windows
 
 import secateur
 from secateur.allocate import by_outliers, label, least_error, read_plan, scaled, sparsity_of, uniform, write_plan

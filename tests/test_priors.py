@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-from recommending import MACHINE
+from support.paths import ROOT
+from support.recommending import MACHINE
 
 from secateur.advice.goals import GOALS
 from secateur.advice.hardware import ACCELERATED, HARDWARE, is_measured
@@ -15,7 +15,7 @@ from secateur.comparison.results import KINDS
 from secateur.rules import RULES
 from secateur.runtimes import RUNTIMES
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = ROOT / "docs"
 
 
 def test_every_prior_rule_and_hardware_has_a_source_and_a_date():

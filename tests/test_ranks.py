@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.paths import SUPPORT
 
 from secateur.ranks import ALONE
 
@@ -25,7 +26,7 @@ def prune(
     start = [*TORCHRUN, "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DIE_AT": fail}
     if fail:
-        code = Path(__file__).with_name("dying_rank.py")
+        code = SUPPORT / "dying_rank.py"
         return subprocess.run([*start, str(code), *words], capture_output=True, text=True, env=environment)
     return subprocess.run([*start, "-m", "secateur", *words], capture_output=True, text=True, env=environment)
 

@@ -10,8 +10,8 @@ from random import Random
 from typing import Any
 
 import pytest
-from recommending import DENSE, MACHINE, demo_results, row, table, timed
-from test_cli import run
+from support.command_line import run
+from support.recommending import DENSE, MACHINE, demo_results, row, table, timed
 from typer.testing import CliRunner
 
 import secateur

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
 from peft import LoraConfig
-from texts import byte_tokenizer
+from support.families import tiny_model
+from support.paths import SUPPORT
+from support.texts import byte_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -580,7 +581,7 @@ def test_what_is_wrong_in_two_processes_is_said_once(models, options, tmp_path):
     refused = in_two_processes(["-m", "secateur"], models / "llama-pruned", given | {"steps": 10**5})
     assert refused.returncode != 0
     assert refused.stderr.count("secateur: Recovery was asked to see") == 1
-    program = [str(Path(__file__).with_name("nan_rank.py"))]
+    program = [str(SUPPORT / "nan_rank.py")]
     refused = in_two_processes(program, models / "llama-pruned", given, NAN_AT="1 4")
     assert refused.returncode != 0
     assert refused.stderr.count("secateur: The loss became nan at step 4. The last checkpoint is kept in ") == 1

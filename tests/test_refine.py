@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from families import tiny_model
-from test_stream import CPU, TOKENS, windows
+from support.families import tiny_model
+from support.streams import CPU, TOKENS, windows
 from torch import nn
 
 from secateur.flow import Batch

@@ -4,12 +4,13 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from dying import MOMENTS, started
+from support.dying import MOMENTS, started
 
 from secateur import checkpoint, output
 from secateur.errors import Interrupted, OutputRefused
@@ -157,8 +158,18 @@ def test_power_cut(tiny_llama, text_file, out, monkeypatch):
         assert contents(out) == expected, limit
 
 
-def test_ctrl_c_stops_after_the_block_at_hand(tiny_llama, text_file, out, monkeypatch, capsys):
+@pytest.fixture
+def on_ctrl_c() -> Iterator[Callable[[Any], Any]]:
+    """Sets what Ctrl-C does in this process, and sets it back: a suite that a script started in the background has
+    inherited that it does nothing."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_after_the_block_at_hand(tiny_llama, text_file, out, monkeypatch, capsys, on_ctrl_c):
     out.parent.mkdir(exist_ok=True)
+    on_ctrl_c(signal.default_int_handler)
     real, commits = output.Output.commit, 0
 
     def commit(self, tensors, block):
@@ -180,6 +191,26 @@ def test_ctrl_c_stops_after_the_block_at_hand(tiny_llama, text_file, out, monkey
     assert not out.exists()
     prune(tiny_llama, **options)
     assert commits == 4
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_a_run_that_was_started_deaf_to_ctrl_c_stays_so(tiny_llama, text_file, out, monkeypatch, capsys, on_ctrl_c):
+    """`nohup secateur prune … &` in a script: Ctrl-C there is not meant for it."""
+    out.parent.mkdir(exist_ok=True)
+    on_ctrl_c(signal.SIG_IGN)
+    real, commits = output.Output.commit, 0
+
+    def commit(self, tensors, block):
+        nonlocal commits
+        commits += 1
+        os.kill(os.getpid(), signal.SIGINT)
+        real(self, tensors, block)
+
+    monkeypatch.setattr(output.Output, "commit", commit)
+    prune(tiny_llama, out=out, method="wanda", calibration=str(text_file), samples=6, seq_len=16, command=["test"])
+    assert commits == 4
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert "Ctrl-C" not in capsys.readouterr().err
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from families import tiny_model
+from support.families import tiny_model
 from torch import Tensor, nn
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,

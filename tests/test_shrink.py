@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_config, tiny_model
 from safetensors import safe_open
+from support.families import tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
-from texts import byte_tokenizer
+from support.families import tiny_model
+from support.streams import CPU, TOKENS, seen_by_hooks, windows
+from support.texts import byte_tokenizer
 
 from secateur import ahead
 from secateur.allocate import uniform
-from secateur.data import Windows
 from secateur.decide import Pruning
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods import METHODS
@@ -26,30 +26,9 @@ from secateur.stats import Stats
 from secateur.stream import stream
 from secateur.trial import site_shapes
 
-CPU = torch.device("cpu")
-TOKENS = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(2))
-
-
-def windows(tokens: torch.Tensor = TOKENS) -> Windows:
-    return Windows(tokens, "random", "none", 2, None)
-
 
 def steps(model, tokens=TOKENS, devices=(CPU,), batch_size=3):
     return stream(replayable(model), tokens, devices=devices, dtype=None, batch_size=batch_size)
-
-
-def seen_by_hooks(model, tokens, names) -> dict[str, torch.Tensor]:
-    """The inputs of linear layers in one plain forward of the whole model: the slow, obvious way."""
-    inputs: dict[str, torch.Tensor] = {}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: inputs.update({name: args[0]}))
-        for name in names
-    ]
-    with torch.no_grad():
-        model(tokens, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return {name: x.reshape(-1, x.shape[-1]) for name, x in inputs.items()}
 
 
 @pytest.mark.parametrize(

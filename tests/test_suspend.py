@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_model
+from support.families import tiny_model
 from torch.utils._pytree import tree_leaves
 
 from secateur.data import Windows

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from support.sweeping import block_of, gram_of
 
 from secateur import sweep as module
 from secateur.native import ISAS, isa, library
@@ -15,22 +15,6 @@ needs_library = pytest.mark.skipif(library() is None, reason="the package was in
 def available() -> list[int]:
     found = isa()
     return [] if found is None else list(range(ISAS.index(found) + 1))
-
-
-def gram_of(columns: int, seed: int = 0) -> Tensor:
-    """Of correlated inputs of unequal scale, float64, positive definite."""
-    draw = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=draw, dtype=torch.float64)
-    scale = torch.randn(columns, generator=draw, dtype=torch.float64).mul(0.5).exp()
-    gram = (mix.T @ mix / columns + 0.1 * torch.eye(columns, dtype=torch.float64)) * scale * scale[:, None]
-    return (gram + gram.T) / 2
-
-
-def block_of(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, U and which inputs were used, of a block."""
-    draw = torch.Generator().manual_seed(seed)
-    alive = torch.rand(width, generator=draw) < 0.9
-    return torch.randn(rows, width, generator=draw), responses(gram_of(width, seed), width).float(), alive
 
 
 def test_responses_are_least_squares():

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import are_progress_bars_disabled
-from families import tiny_model
+from support.families import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import HEAD_DIM, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.families import HEAD_DIM, tiny_model
 from torch import Tensor
 
 from secateur.checkpoint import Checkpoint, open_checkpoint

@@ -4,8 +4,8 @@ import re
 
 import pytest
 import torch
-from families import tiny_model
 from reference.permutation import arrivals
+from support.families import tiny_model
 from torch import Tensor
 
 from secateur.model import replayable

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
 from safetensors.torch import load_file, save_file
+from support.families import tiny_model
 from torch import Tensor
 
 from secateur.errors import UnknownName

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from spoilt_json import NASTY, spoilt, spoilt_names
+from support.spoilt_json import NASTY, spoilt, spoilt_names
 
 KEY = "secateur.packed"
 DTYPES = (

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from secateur.comparison.results import SCHEMA, Results, Row
+from support.paths import ROOT
 
 DENSE = 20.0
 """The dense perplexity of `table`: 1 is 5 %."""
-BENCH = Path(__file__).resolve().parents[1] / "bench" / "results" / "compare-bench-demo.json"
+BENCH = ROOT / "bench" / "results" / "compare-bench-demo.json"
 MACHINE = {
     "processor": "AMD EPYC", "cores": 2, "threads": 2, "megahertz": [], "memory_bytes": 2**34, "system": "Linux x86_64",
     "accelerators": [],

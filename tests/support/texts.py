@@ -4,10 +4,11 @@ import json
 import random
 from pathlib import Path
 
-from families import VOCAB
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
+
+from support.families import VOCAB
 
 WORDS = "a the one two cat dog tree road runs sees likes old new red and but then why who how no yes".split()  # noqa: SIM905
 

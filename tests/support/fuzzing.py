@@ -21,16 +21,16 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from families import tiny_model
-from limits import TimeLimit, captured, file_limit, forget_peak, held, peak, time_limit
-from mutations import KINDS, Case
 from safetensors.torch import load_file, save_file
-from texts import byte_tokenizer, write_documents
 
 import secateur
 from secateur.checkpoint import open_checkpoint
 from secateur.commands import cli
 from secateur.formats.packed import load_packed, shards
+from support.families import tiny_model
+from support.limits import TimeLimit, captured, file_limit, forget_peak, held, peak, time_limit
+from support.mutations import KINDS, Case
+from support.texts import byte_tokenizer, write_documents
 
 SECONDS, SLOW = 20.0, {"shrink": 100.0}
 """Of processor and waiting that a case may take; `shrink` starts a process that loads the result."""

@@ -17,10 +17,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from spoilt_json import NASTY, spoilt, spoilt_names
-from spoilt_shards import spoil_header, spoil_metadata
-from spoilt_tokenizers import spoil_settings, spoil_vocabulary
 from transformers import CONFIG_MAPPING
+
+from support.spoilt_json import NASTY, spoilt, spoilt_names
+from support.spoilt_shards import spoil_header, spoil_metadata
+from support.spoilt_tokenizers import spoil_settings, spoil_vocabulary
 
 SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
 CODE = "from pathlib import Path\nPath({marker!r}).write_text('the code ran')\nraise SystemExit(99)\n"

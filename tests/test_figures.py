@@ -1,0 +1,135 @@
+"""The figures of the pages against bench/results, where what was measured lies."""
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+from support.paths import ROOT
+
+from secateur.rules import RULES
+
+RESULTS = ROOT / "bench" / "results"
+ACCURACY = ["quality", "structured"]
+"""Pages with tables of bench/seeds.py."""
+INTERVAL = re.compile(r"([+-]?\d+(?:\.\d+)?) [\[(]([+-]?\d+(?:\.\d+)?)(?:, |-)([+-]?\d+(?:\.\d+)?)[\])]")
+"""1.54 [1.43, 1.79] or 1.63 (1.61-1.64)."""
+NOT_KEPT = {  # the runs are described there, their results are not in bench/results
+    "docs/speed.md": {("0.79", "0.69", "1.03"), ("0.71", "0.63", "0.94")},  # the demo model on an H200
+}
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+@cache
+def results() -> dict[str, Any]:
+    """Every file of bench/results, by its name without `.json`."""
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))}
+
+
+def compared() -> Iterator[list[dict[str, Any]]]:
+    """The rows of each comparison that bench/seeds.py made."""
+    for found in results().values():
+        if isinstance(found, dict) and found.get("command", [])[:1] == ["bench/seeds.py"]:
+            yield found["rows"]
+
+
+def lines(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The table of a comparison, up to the mean: pattern, method, what each seed adds to the perplexity."""
+    keys = dict.fromkeys((r["pattern"], r["method"], r["allocation"]) for r in rows if r["kind"] != "dense")
+    for key in keys:
+        mine = [row for row in rows if (row["pattern"], row["method"], row["allocation"]) == key]
+        pattern, method, allocation = key
+        name = method if allocation == "uniform" else f"{method} by {allocation}"
+        seeds = "; ".join("{:+.3g} [{:.3g}, {:.3g}]".format(r["delta"], *r["delta_interval"]) for r in mine)
+        yield f"| {pattern} | {name} | {seeds} | {mean(mine):+.3g} |"
+
+
+def mean(rows: list[dict[str, Any]]) -> float:
+    return sum(row["delta"] for row in rows) / len(rows)
+
+
+def added(method: str, pattern: str) -> set[str]:
+    """What the pages may say that a method adds to the demo model's perplexity: in one comparison or another."""
+    found = set()
+    for rows in compared():
+        demo = any(row["kind"] == "dense" and row["model"]["name"] == "demo" for row in rows)
+        mine = [r for r in rows if (r["method"], r["pattern"], r["allocation"]) == (method, pattern, "uniform")]
+        found |= {f"{mean(mine):.3g}"} if demo and mine else set()
+    return found
+
+
+def intervals(value: Any) -> Iterator[tuple[float, float, float]]:
+    """Everything in results that is a figure with its interval, middle first."""
+    if isinstance(value, dict):
+        if value.get("delta_interval"):
+            yield value["delta"], *value["delta_interval"]
+        if "speedup_quartiles" in value:
+            yield value["speedup"], *value["speedup_quartiles"]
+        if {"median", "min", "max"} <= value.keys():
+            yield value["median"], value["min"], value["max"]
+        value = list(value.values())
+    if isinstance(value, list):
+        if len(value) == 3 and all(isinstance(part, int | float) for part in value):
+            yield value[0], value[1], value[2]
+            yield value[1], value[0], value[2]
+        for part in value:
+            yield from intervals(part)
+
+
+def rounds_to(value: float, text: str) -> bool:
+    """Whether a value is what the text says, to as many decimals or to three digits."""
+    decimals = len(text.partition(".")[2])
+    return abs(value - float(text)) <= 0.5000001 * 10**-decimals or float(text) == float(f"{value:.3g}")
+
+
+@pytest.mark.parametrize("page", ACCURACY)
+def test_tables_of_comparisons_are_those_of_the_results(page):
+    measured = {line for rows in compared() for line in lines(rows)}
+    said = re.findall(r"^(\| [^|\n]+ \| [^|\n]+ \| [+-][^|\n]+\] \| [+-][^|\n]+ \|)", read(f"docs/{page}.md"), re.M)
+    assert len(said) > 40
+    assert [line for line in said if line not in measured] == []
+
+
+def test_no_row_of_a_comparison_is_left_out():
+    pages = "".join(read(f"docs/{page}.md") for page in ACCURACY)
+    assert [line for rows in compared() for line in lines(rows) if line not in pages] == []
+
+
+def test_presets_add_what_was_measured():
+    table = re.search(r"^\| method \| (50% .*?) \|\n\|[-|]+\|\n(.*?)\n\n", read("docs/methods.md"), re.S | re.M)
+    assert table
+    patterns = table[1].split(" | ")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2].splitlines()]
+    assert len(rows) == 4
+    for name, *cells in rows:
+        for pattern, cell in zip(patterns, cells, strict=True):
+            assert f"{float(cell):g}" in {f"{float(v):g}" for v in added(name.strip("`"), pattern)}, (name, pattern)
+
+
+def test_patterns_cost_what_was_measured():
+    rows = re.findall(r"^\| `([^`]+)`[^|]*\|[^|]*\| ([\d.]+) \|", read("docs/choosing.md"), re.M)
+    assert len(rows) == 10
+    assert [(pattern, cell) for pattern, cell in rows if cell not in added("default", pattern)] == []
+
+
+@pytest.mark.parametrize("page", sorted(file.name for file in (ROOT / "docs").glob("*.md") if file.name != "LOG.md"))
+def test_figures_with_an_interval_were_measured(page):
+    measured = [triple for found in results().values() for triple in intervals(found)]
+    said = set(INTERVAL.findall(read(f"docs/{page}"))) - NOT_KEPT.get(f"docs/{page}", set())
+    assert [s for s in said if not any(all(map(rounds_to, triple, s)) for triple in measured)] == []
+
+
+def figures(text: str) -> set[float]:
+    """The decimal numbers of a text, but for versions and arXiv ids."""
+    return {float(found) for found in re.findall(r"(?<![\w.:])[+-]?(\d+\.\d+)(?![\d.]*\.\d)(?!\d)", text)}
+
+
+def test_other_figures_of_choosing_stand_on_the_pages_that_it_links_to():
+    """Pages against pages: this finds a figure that was changed in one place alone, not one that was never measured."""
+    sources = "".join(read(f"docs/{name}.md") for name in ("quality", "structured", "speed", "demo-model"))
+    assert figures(read("docs/choosing.md")) <= figures(sources) | figures("".join(map(str, RULES.values())))
