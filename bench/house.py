@@ -11,12 +11,12 @@ not name it; parameters count without `self` and `cls`, and those of kernels are
 
 from __future__ import annotations
 
-import argparse
 import ast
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from common import options, save
 
 COLUMNS, FUNCTION_LINES, PARAMETERS = 100, 60, 7
 
@@ -126,20 +126,16 @@ def house(package: Path) -> dict[str, list[str]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, default=Path(__file__).parents[1], help="default: this one")
-    parser.add_argument("--names", action="store_true", help="name what is counted, lines and files aside")
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+if __name__ == "__main__":
+    chosen = options(
+        __doc__,
+        dict(checkout=(Path(__file__).parents[1], "default: this one")),
+        dict(names=(False, "name what is counted, lines and files aside"), json=Path),
+    )
     counted = house(chosen.checkout / "src" / "secateur")
     for what, names in counted.items():
         print(f"{what:48}{len(names):8}")
         for name in names if chosen.names and what not in ("lines of Python", "files") else ():
             print(f"    {name}")
     if chosen.json:
-        chosen.json.write_text(json.dumps({what: len(names) for what, names in counted.items()}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        save(chosen.json, {what: len(names) for what, names in counted.items()})

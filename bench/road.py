@@ -13,9 +13,7 @@ enter is listed with zeros.
 
 from __future__ import annotations
 
-import argparse
 import ast
-import json
 import runpy
 import sys
 import threading
@@ -28,6 +26,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
+
+from common import options, save
 
 COMMAND = ("prune", "--method", "wanda", "--pattern", "50%", "--samples", "8", "--seq-len", "128", "--out")
 CORE = {
@@ -155,12 +155,12 @@ def show(title: str, files: list[Entered], *, names: bool) -> None:
     print(f"  {f'{count} files':30}{sums[0]:8}{sums[1]:12}{sums[2]:14}{sums[3]:11}\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkout", type=Path, default=Path(__file__).parents[1], help="default: this one")
-    parser.add_argument("--functions", action="store_true", help="name the functions too")
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+if __name__ == "__main__":
+    chosen = options(
+        __doc__,
+        dict(checkout=(Path(__file__).parents[1], "default: this one")),
+        dict(functions=(False, "name the functions too"), json=Path),
+    )
     files = road(chosen.checkout)
     order = [place for places in CORE.values() for place in places]
     parts = {
@@ -174,8 +174,4 @@ def main() -> None:
     if chosen.json:
         sums = {part: totals(held) for part, held in {**parts, "all": files}.items()}
         document = {"command": COMMAND, "sums": sums, **{p: [asdict(e) for e in held] for p, held in parts.items()}}
-        chosen.json.write_text(json.dumps(document, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+        save(chosen.json, document)
