@@ -15,8 +15,6 @@ it is a chain of one small step per input.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import time
@@ -24,11 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common import options, write
 from quality import inputs
 from torch import Tensor
 
 from secateur.cost import passes
-from secateur.machine import machine, versions
 from secateur.methods import find_method
 from secateur.methods.cost import Cost
 from secateur.patterns import parse_pattern
@@ -179,32 +177,13 @@ def show(rates: dict[int, float], lines: list[dict], size: int, load: float) -> 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=1024, help="the side of the layer that is measured")
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    chosen = options(__doc__, dict(size=(1024, "the side of the layer that is measured"), json=Path))
     torch.set_num_threads(1)
     load = os.getloadavg()[0]
     found = check() + model_lines()
     rates = {threads: rate(threads) for threads in (1, 2)}
     found += measure(chosen.size, rates[1])
     show(rates, found, chosen.size, load)
-    if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        found += [
-            {
-                "kind": "measured",
-                "threads": threads,
-                "clock": "processor" if threads == 1 else "wall",
-                "flops_per_second": x,
-            }
-            for threads, x in rates.items()
-        ]
-        document = {
-            "command": sys.argv,
-            "machine": machine(),
-            "versions": versions(),
-            "load_average": load,
-            "lines": found,
-        }
-        chosen.json.write_text(json.dumps(document, indent=1) + "\n")
+    clocks = {1: "processor", 2: "wall"}
+    found += [{"kind": "measured", "threads": n, "clock": clocks[n], "flops_per_second": x} for n, x in rates.items()]
+    write(chosen.json, command=sys.argv, load_average=load, lines=found)

@@ -10,10 +10,10 @@ magnitude; channels go at random.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import torch
+from common import options
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,22 +25,13 @@ from secateur.model import load
 from secateur.progress import show
 from secateur.prune import prune_checkpoint
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--ffn", type=int, default=5504)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--patterns", default="50%,60%,70%,2:4")
-    parser.add_argument("--runtimes", default="eager,packed,packed-int8")
-    parser.add_argument("--batch", default="1")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--new", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path("out/decode"))
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+if __name__ == "__main__":
+    chosen = options(
+        __doc__,
+        dict(hidden=2048, ffn=5504, blocks=8, patterns="50%,60%,70%,2:4"),
+        dict(runtimes="eager,packed,packed-int8", batch="1", dtype="bfloat16"),
+        dict(new=16, rounds=8, prompt=64, out=Path("out/decode"), json=Path),
+    )
     dense = chosen.out / "dense"
     if not dense.exists():
         torch.manual_seed(0)
@@ -67,7 +58,3 @@ def main() -> None:
     Console(width=200).print(speed_table(results))
     for what, reason in results.skipped.items():
         print(f"not timed: {what}: {reason}")
-
-
-if __name__ == "__main__":
-    main()

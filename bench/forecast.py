@@ -9,7 +9,6 @@ a random Llama of hidden size 2048 (`memory.py`) in a process of its own and com
 from the first import to the end, with what was forecast; operations are compared in tests/test_forecast.py.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -19,11 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from common import options, write
 from memory import run, write_model
 
 from secateur.cost import MODES
 from secateur.forecast import Forecast, forecast, seconds_of
-from secateur.machine import machine, versions
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float16", "num_hidden_layers": 32,
@@ -113,23 +112,15 @@ def show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", default="", help="methods to run, separated by commas")
-    parser.add_argument("--parameters", type=float, default=3e8)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--out", type=Path, default=Path("out/forecast"))
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    chosen = options(
+        __doc__,
+        dict(measure=("", "methods to run, separated by commas")),
+        dict(parameters=3e8, samples=8, seq_len=256, out=Path("out/forecast"), json=Path),
+    )
     torch.set_num_threads(1)
     if chosen.measure:
-        lines = measured(
-            chosen.measure.split(","), chosen.parameters, chosen.samples, chosen.seq_len, chosen.out
-        )  # fmt: skip
+        lines = measured(chosen.measure.split(","), chosen.parameters, chosen.samples, chosen.seq_len, chosen.out)
     else:
         lines = foreseen()
         show(lines)
-    if chosen.json:
-        document = {"command": sys.argv, "machine": machine(), "versions": versions(), "lines": lines}
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        chosen.json.write_text(json.dumps(document, indent=1) + "\n")
+    write(chosen.json, command=sys.argv, lines=lines)

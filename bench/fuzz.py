@@ -10,7 +10,6 @@ hangs, that is the fault of the case at hand, and another process goes on with t
 
 from __future__ import annotations
 
-import argparse
 import faulthandler
 import json
 import os
@@ -25,6 +24,8 @@ from tempfile import mkdtemp
 from time import perf_counter
 from typing import Any, NamedTuple
 
+from common import HIDDEN, parser, write
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
@@ -35,15 +36,14 @@ PATIENCE, EVERY = 150.0, 250
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--first", type=int, default=0, help="the number of the first case")
-    parser.add_argument("--only", type=int, nargs="+", help="run these cases and tell of each")
-    parser.add_argument("--kinds", default="", help="kinds of mutations, separated by commas; default: all")
-    parser.add_argument("--json", type=Path, default=RESULTS)
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
+    declared = parser(
+        __doc__,
+        dict(count=10_000, seed=0, first=(0, "the number of the first case")),
+        dict(kinds=("", "kinds of mutations, separated by commas; default: all")),
+        dict(json=RESULTS, worker=(Path, HIDDEN)),
+    )
+    declared.add_argument("--only", type=int, nargs="+", help="run these cases and tell of each")
+    chosen = declared.parse_args()
     if chosen.worker:
         return work(chosen.worker, chosen.seed, tuple(filter(None, chosen.kinds.split(","))))
     place = Path(mkdtemp(prefix="secateur-fuzz-"))
@@ -55,10 +55,7 @@ def main() -> None:
     finally:
         shutil.rmtree(place, ignore_errors=True)
     if not chosen.only:
-        from secateur.machine import machine, versions  # after the work: importing torch takes memory
-
-        held = {"machine": machine(), "versions": versions(), "command": sys.argv, **found}
-        chosen.json.write_text(json.dumps(held, indent=1) + "\n")
+        write(chosen.json, command=sys.argv, **found)
     print(json.dumps(found))
     sys.exit(bool(found["faults"]))
 

@@ -10,8 +10,6 @@ llama-cpp-python where that is installed.
 
 from __future__ import annotations
 
-import argparse
-import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import options, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.checkpoint import open_checkpoint
-from secateur.formats.gguf import FILE, gguf_package, write
-from secateur.machine import machine, versions
+from secateur.formats import gguf as gguf_format
+from secateur.formats.gguf import FILE, gguf_package
+from secateur.machine import versions
 from secateur.progress import Progress
 from secateur.runtimes.llamacpp import llamacpp
 
@@ -78,7 +78,7 @@ def check(folder: Path, tokens: int) -> dict[str, object]:
     """Whether the file holds the model, and whether llama.cpp says what transformers says."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     with TemporaryDirectory() as temporary:
-        write(open_checkpoint(folder), Path(temporary), values="f32")
+        gguf_format.write(open_checkpoint(folder), Path(temporary), values="f32")
         count, equal = agrees(model, Path(temporary) / FILE)
         line: dict[str, object] = {"tensors": count, "reader_agrees": equal}
         if (reason := llamacpp.missing()) is not None:
@@ -88,12 +88,12 @@ def check(folder: Path, tokens: int) -> dict[str, object]:
         }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--patterns", default="25% of channels,50% of heads,1 block,1 block + 50% of channels")
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+if __name__ == "__main__":
+    chosen = options(
+        __doc__,
+        dict(patterns="25% of channels,50% of heads,1 block,1 block + 50% of channels"),
+        dict(tokens=64, json=Path),
+    )
     lines = {}
     with TemporaryDirectory() as temporary:
         for number, pattern in enumerate(chosen.patterns.split(",")):
@@ -107,10 +107,4 @@ def main() -> None:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
-    if chosen.json:
-        held = {"machine": machine(), "versions": versions() | found, "lines": lines}
-        chosen.json.write_text(json.dumps(held, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    write(chosen.json, versions=versions() | found, lines=lines)

@@ -12,8 +12,6 @@ device unusable makes the script begin again without it. What does not fit in `-
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import statistics
@@ -27,6 +25,7 @@ from time import monotonic, perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from common import parser, write
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
@@ -257,12 +256,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=240, help="nothing is begun after so many")
-    parser.add_argument("--dry-run", action="store_true", help="tiny matrices on the CPU, through stand-ins")
-    parser.add_argument("--without", action="append", default=[], help="a kernel to leave out; may be repeated")
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    declared = parser(
+        __doc__,
+        dict(seconds=(240.0, "nothing is begun after so many")),
+        dict(dry_run=(False, "tiny matrices on the CPU, through stand-ins"), json=Path),
+    )
+    declared.add_argument("--without", action="append", default=[], help="a kernel to leave out; may be repeated")
+    chosen = declared.parse_args()
     begun = monotonic()
     if chosen.dry_run:
         device, clock, cache = torch.device("cpu"), cpu_microseconds, 1000
@@ -292,10 +292,8 @@ def main() -> None:
     for skipped in session.skipped:
         print(f"skipped, out of time: {skipped}")
     print(f"{monotonic() - begun:.0f} seconds, {len(session.rows)} rows, {len(session.failures)} failures")
-    if chosen.json:
-        found = {"command": sys.argv, **environment(device), "seconds": monotonic() - begun}
-        found |= {"rows": session.rows, "failures": session.failures, "skipped": session.skipped}
-        chosen.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    found = {"rows": session.rows, "failures": session.failures, "skipped": session.skipped}
+    write(chosen.json, command=sys.argv, **environment(device), seconds=monotonic() - begun, **found)
 
 
 if __name__ == "__main__":

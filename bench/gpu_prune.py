@@ -11,24 +11,23 @@ matrix products in the dtype of the stage, measured in the same process; a Gram 
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from common import options, write
 from memory import write_model
 
 import secateur
 from secateur.forecast import GRAM
-from secateur.machine import machine, versions
 
 
-def measure(folder: Path, out: Path, method: str, chosen: argparse.Namespace) -> dict[str, Any]:
+def measure(folder: Path, out: Path, method: str, chosen: Namespace) -> dict[str, Any]:
     """One run: its seconds, their share of the peak, and the most memory that the device held."""
     options = {"method": method, "pattern": "50%", "samples": chosen.samples, "seq_len": chosen.seq_len}
     options |= {"device": chosen.device, "batch_size": chosen.batch}
@@ -52,18 +51,13 @@ def measure(folder: Path, out: Path, method: str, chosen: argparse.Namespace) ->
     }  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", type=float, default=6.74e9)
-    parser.add_argument("--model", type=Path, help="a folder to prune instead, which stays")
-    parser.add_argument("--methods", default="wanda,sparsegpt")
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=2048)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("out/gpu-prune"))
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+if __name__ == "__main__":
+    chosen = options(
+        __doc__,
+        dict(parameters=6.74e9, model=(Path, "a folder to prune instead, which stays")),
+        dict(methods="wanda,sparsegpt", samples=128, seq_len=2048, batch=8, device="cuda"),
+        dict(out=Path("out/gpu-prune"), json=Path),
+    )
     model, rows = chosen.model or chosen.out / "model", []
     if not chosen.model:
         write_model(model, chosen.parameters, 4096 if chosen.parameters > 1e9 else 2048)
@@ -72,12 +66,5 @@ def main() -> None:
         stages = ", ".join(f"{stage} {taken:.1f}" for stage, taken in found["seconds"].items())
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in found["share_of_peak"].items())
         print(f"{method}: seconds {stages}; of the peak {shares}", flush=True)
-        if chosen.json:
-            document = {"command": ["bench/gpu_prune.py", *sys.argv[1:]]}
-            document |= {"machine": machine(), "versions": versions(), "rows": rows}
-            chosen.json.write_text(json.dumps(document, indent=1) + "\n")
+        write(chosen.json, command=["bench/gpu_prune.py", *sys.argv[1:]], rows=rows)
     shutil.rmtree(chosen.out)
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,6 @@ met. At the end the folder must equal that of an undisturbed run, with nothing b
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -22,10 +21,10 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from common import options, write
 
 from secateur.checkpoint import file_sha256
 from secateur.demo import model_folder
-from secateur.machine import machine, versions
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.dying import MOMENTS, started
@@ -80,13 +79,8 @@ def one(folder: Path, model: Path, method: str, pattern: str, seed: int, seconds
     return died
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("out/kill"))
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
+if __name__ == "__main__":
+    given = options(__doc__, dict(runs=30, seed=0, out=Path("out/kill"), json=Path))
     cases = [("sparsegpt", "50%"), ("wanda", "2:4"), ("energy+repair", "25% of channels"), ("wanda+refine", "50%")]
     model = model_folder()
     total: Counter[str] = Counter()
@@ -108,11 +102,5 @@ def main() -> None:
             f"{number + 1}/{given.runs} {method} {pattern}: died {died.total()} times, the same in the end", flush=True
         )
     result = {"runs": given.runs, "kills": total.total(), "stages": dict(sorted(total.items()))}
-    if given.json:
-        about = {"command": sys.argv, "machine": machine(), "versions": versions()}
-        given.json.write_text(json.dumps({**result, **about}, indent=1) + "\n")
+    write(given.json, command=sys.argv, **result)
     print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

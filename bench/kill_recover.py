@@ -9,7 +9,6 @@ what it leaves is taken up by the next.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -18,10 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common import options, write
+
 import secateur
 from secateur.checkpoint import file_sha256
 from secateur.demo import model_folder
-from secateur.machine import machine, versions
 
 WAYS = {
     "lora": ["--steps", "1200", "--batch-size", "2"],
@@ -42,12 +42,8 @@ def curve(folder: Path) -> list[Any]:
     return [loss for *_, loss in told["loss"] or told["blocks"]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path("out/kill-recover"))
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+if __name__ == "__main__":
+    chosen = options(__doc__, dict(kills=10, out=Path("out/kill-recover"), json=Path))
     shutil.rmtree(chosen.out, ignore_errors=True)
     secateur.prune(out=chosen.out / "pruned", method="wanda", pattern="2:4", samples=8)
     draw, rows = random.Random(0), []
@@ -70,11 +66,5 @@ def main() -> None:
         apart = max(abs(one - other) for one, other in zip(curve(out), curve(whole), strict=True))
         rows.append({"way": way, "deaths": deaths, "same_bytes": same, "largest_difference_of_loss": apart})
         print(json.dumps(rows[-1]), flush=True)
-    if chosen.json:
-        held = {"command": sys.argv, "machine": machine(), "versions": versions(), "rows": rows}
-        chosen.json.write_text(json.dumps(held, indent=1) + "\n")
+    write(chosen.json, command=sys.argv, rows=rows)
     sys.exit(not all(row["same_bytes"] for row in rows))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,6 @@ The two halves import different versions of the same packages, so each imports i
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -24,6 +23,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from common import options, write
 from torch import Tensor
 
 PACKAGES = ("torch==2.13.0", "compressed-tensors==0.14.0.1", "transformers==4.57.6", "accelerate", "psutil")
@@ -67,6 +67,13 @@ def environment(folder: Path) -> Path:
     return python
 
 
+def sparse_format(name: str) -> Any:
+    """Our format of that name."""
+    from secateur.formats import compressed_tensors
+
+    return getattr(compressed_tensors, name.replace("-", "_"))
+
+
 def write_all(folder: Path) -> None:
     """The pruned models in `dense` and, in the format, in `ours`, below a folder for every case."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,14 +81,9 @@ def write_all(folder: Path) -> None:
     import secateur
     from secateur import demo
     from secateur.checkpoint import open_checkpoint
-    from secateur.formats import compressed_tensors
     from secateur.output import output
     from secateur.progress import Progress
 
-    formats = {
-        "sparse-24-bitmask": compressed_tensors.sparse_24_bitmask,
-        "sparse-bitmask": compressed_tensors.sparse_bitmask,
-    }
     shards = folder / "source"
     AutoModelForCausalLM.from_pretrained(demo.model_folder(), dtype="auto").save_pretrained(
         shards, max_shard_size="2MB"
@@ -94,21 +96,15 @@ def write_all(folder: Path) -> None:
         )
         source = open_checkpoint(dense)
         with output(source, ours, overwrite=False, other_weights=source.bytes) as result:
-            formats[name].write(source, result.partial)
+            sparse_format(name).write(source, result.partial)
             result.finish({})
 
 
 def read_all(folder: Path) -> list[bool]:
     """Whether we read what the library wrote as the dense model that it was made from."""
-    from secateur.formats import compressed_tensors
-
-    formats = {
-        "sparse-24-bitmask": compressed_tensors.sparse_24_bitmask,
-        "sparse-bitmask": compressed_tensors.sparse_bitmask,
-    }
     agreed = []
     for number, (_, name) in enumerate(CASES):
-        read, holds = formats[name].read, formats[name].holds
+        read, holds = sparse_format(name).read, sparse_format(name).holds
         assert read is not None
         assert holds is not None
         library = folder / str(number) / "library"
@@ -166,11 +162,7 @@ def loaded(folder: Path, wanted: Any) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
-    from secateur.machine import machine, versions
-
+    chosen = options(__doc__, dict(json=Path))
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_all(folder)
@@ -186,9 +178,7 @@ def main() -> None:
         for what, value in line.items():
             if what not in ("pattern", "format"):
                 print(f"  {what:22} {value if not isinstance(value, float) else f'{value:.1%}'}")
-    if chosen.json:
-        held = {"machine": machine(), "versions": versions(), "legacy_versions": found["versions"], "lines": lines}
-        chosen.json.write_text(json.dumps(held, indent=1) + "\n")
+    write(chosen.json, legacy_versions=found["versions"], lines=lines)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ needs no memory for it; the pruning runs in a process of its own, and so does th
 that it is compared with.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -27,11 +26,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from common import options, write
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, MixtralConfig
 
 from secateur.demo import model_folder
-from secateur.machine import machine, versions
 
 POOL = 2**24 + 43
 """Random numbers that all matrices are cut from, at other places each: drawing billions would take longest of all."""
@@ -141,17 +140,11 @@ def most_of(group: Path | None) -> int | None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", type=float, default=1.5e9)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--experts", type=int, default=0)
-    parser.add_argument("--method", default="wanda")
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--limit", type=float)
-    parser.add_argument("--out", type=Path, default=Path("out/memory"))
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    chosen = options(
+        __doc__,
+        dict(parameters=1.5e9, hidden=2048, experts=0, method="wanda", samples=8, seq_len=256),
+        dict(limit=float, out=Path("out/memory"), json=Path),
+    )
     count = write_model(chosen.out / "model", chosen.parameters, chosen.hidden, chosen.experts)
     (bare,) = run(BARE)
     if chosen.limit:  # what is cached of the model was charged to this process, not to the group
@@ -167,13 +160,8 @@ if __name__ == "__main__":
     seconds = {"forward": forward, "statistics": statistics, "solve": solve, "all": perf_counter() - began}
     weights = sum(file.stat().st_size for file in (chosen.out / "model").glob("*.safetensors"))
     shutil.rmtree(chosen.out)
-    found = {
-        "parameters": count, "weight_bytes": weights, "method": chosen.method,
-        "tokens": chosen.samples * chosen.seq_len, "sparsity": sparsity, "limit_bytes": chosen.limit,
-        "group_peak_bytes": most, "bare_bytes": bare, "peak_bytes": peak,
-        "above_bare_gb": round((peak - bare) / 1e9, 3), "seconds": seconds, "machine": machine(),
-        "versions": versions(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-    }  # fmt: skip
-    if chosen.json:
-        chosen.json.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found))
+    about = {"parameters": count, "weight_bytes": weights, "method": chosen.method, "sparsity": sparsity}
+    about |= {"tokens": chosen.samples * chosen.seq_len, "limit_bytes": chosen.limit, "group_peak_bytes": most}
+    about |= {"bare_bytes": bare, "peak_bytes": peak, "above_bare_gb": round((peak - bare) / 1e9, 3)}
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    print(json.dumps(write(chosen.json, command=command, **about, seconds=seconds)))

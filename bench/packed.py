@@ -7,28 +7,23 @@ What `secateur bench --layers` does for the matrices of a model, here for random
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from common import options, write
 from rich.console import Console
 
 from secateur.commands.tables import layer_table
 from secateur.layers import time_matrices
-from secateur.machine import machine, versions
 from secateur.native import isa
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="4096x4096,11008x4096")
-    parser.add_argument("--sparsity", default="0.5,0.6,0.7,0.8")
-    parser.add_argument("--batches", default="1,2,4,8")
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+if __name__ == "__main__":
+    chosen = options(
+        __doc__,
+        dict(shapes="4096x4096,11008x4096", sparsity="0.5,0.6,0.7,0.8", batches="1,2,4,8"),
+        dict(rounds=40, json=Path),
+    )
     torch.manual_seed(0)
     matrices = {}
     for shape in chosen.shapes.split(","):
@@ -38,10 +33,4 @@ def main() -> None:
     found = time_matrices(matrices, batch=[int(b) for b in chosen.batches.split(",")], rounds=chosen.rounds)
     print(f"{isa()}, {torch.get_num_threads()} threads, bfloat16")
     Console(width=140).print(layer_table(found))
-    if chosen.json:
-        held = {"machine": machine(), "versions": versions(), "isa": isa(), "lines": [asdict(line) for line in found]}
-        chosen.json.write_text(json.dumps(held, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    write(chosen.json, isa=isa(), lines=[asdict(line) for line in found])

@@ -7,30 +7,17 @@ The comparison is resumed where it was; the pictures need Chromium (Debian: apt-
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
 
+from common import options
 from playwright.sync_api import sync_playwright
 
 import secateur
 from secateur.progress import show
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/page"))
-    parser.add_argument("--pictures", type=Path, default=Path("docs/images"))
-    chosen = parser.parse_args()
-    secateur.compare(
-        out=chosen.out, methods=["magnitude", "wanda", "sparsegpt", "energy"],
-        patterns=["30%..70%/20%", "2:4", "25% of channels"], samples=[8, 64], seed=[0, 1, 2], windows=128,
-        tolerance="5%", bench=["eager", "packed"], command=["python", *sys.argv], progress=show(quiet=False),
-    )  # fmt: skip
-    pictures(chosen.out / "report.html", chosen.pictures)
 
 
 def pictures(report: Path, folder: Path) -> None:
@@ -47,4 +34,10 @@ def pictures(report: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    chosen = options(__doc__, dict(out=Path("out/page"), pictures=Path("docs/images")))
+    secateur.compare(
+        out=chosen.out, methods=["magnitude", "wanda", "sparsegpt", "energy"],
+        patterns=["30%..70%/20%", "2:4", "25% of channels"], samples=[8, 64], seed=[0, 1, 2], windows=128,
+        tolerance="5%", bench=["eager", "packed"], command=["python", *sys.argv], progress=show(quiet=False),
+    )  # fmt: skip
+    pictures(chosen.out / "report.html", chosen.pictures)

@@ -9,19 +9,18 @@ no difference. An interval knows nothing of the calibration text, so what anothe
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from itertools import product
 from pathlib import Path
 
 import torch
+from common import options, write
 
 from secateur import prune_model
 from secateur.checkpoint import resolve
 from secateur.data import calibration_windows, evaluation_windows, load_tokenizer
 from secateur.evaluate import Forward, Measured, measure, perplexity_difference
-from secateur.machine import CPU, machine, versions
+from secateur.machine import CPU
 from secateur.model import load
 from secateur.progress import Progress
 
@@ -42,17 +41,13 @@ def losses(
     return measure(Forward(language_model, judged.ids, CPU, torch.float32, 8), None, Progress())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=None, help="a folder; default: the demo model")
-    parser.add_argument("--methods", default="wanda,sparsegpt,default")
-    parser.add_argument("--patterns", default="50%,2:4")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--windows", type=int, default=256)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+if __name__ == "__main__":
+    chosen = options(
+        __doc__,
+        dict(model=(Path, "a folder; default: the demo model")),
+        dict(methods="wanda,sparsegpt,default", patterns="50%,2:4", seeds=3, samples=128),
+        dict(windows=256, length=512, json=Path),
+    )
     model, rows = resolve(chosen.model), []
     for method, pattern in product(chosen.methods.split(","), chosen.patterns.split(",")):
         held: dict[str, Measured] = {}
@@ -68,10 +63,4 @@ def main() -> None:
             })  # fmt: skip
             print(f"{method:10}{pattern:6}seed {seed}  {way:20}{found.perplexity:9.4f}   "
                   f"{change:+.4f} [{low:+.4f}, {high:+.4f}] against {against}", flush=True)  # fmt: skip
-    if chosen.json:
-        document = {"command": ["bench/precision.py", *sys.argv[1:]], "machine": machine(), "versions": versions()}
-        chosen.json.write_text(json.dumps(document | {"rows": rows}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    write(chosen.json, command=["bench/precision.py", *sys.argv[1:]], rows=rows)

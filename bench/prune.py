@@ -22,7 +22,6 @@ nothing else has changed, and the divergence from the dense model on windows not
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -40,6 +39,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from common import HIDDEN, parser, write
 from torch import Tensor
 
 PEER = "llmcompressor==0.14.0.1"
@@ -121,12 +121,7 @@ class Meter:
         return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
     def record(self) -> dict[str, float]:
-        return {
-            "cpu_seconds": self.cpu,
-            "wall_seconds": self.wall,
-            "peak_bytes": self.peak,
-            "start_bytes": self.start,
-        }
+        return {"cpu_seconds": self.cpu, "wall_seconds": self.wall, "peak_bytes": self.peak, "start_bytes": self.start}
 
 
 def cpu_seconds(*whose: int) -> float:
@@ -390,41 +385,34 @@ def show(runs: Sequence[dict[str, Any]], summary: dict[str, Any], checks: dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--large", action="store_true", help="160 million parameters, fewer tokens")
-    parser.add_argument("--samples", type=int, help="calibration windows of 512 tokens, a multiple of --batch")
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--programs", default=",".join(PROGRAMS))
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="what the model is stored in"
+    dtypes = ("float32", "bfloat16")
+    declared = parser(
+        __doc__,
+        dict(large=(False, "160 million parameters, fewer tokens")),
+        dict(samples=(int, "calibration windows of 512 tokens, a multiple of --batch")),
+        dict(methods=",".join(METHODS), programs=",".join(PROGRAMS)),
+        dict(batch=(8, "windows at a time, of Secateur and of the floor"), threads=1, rounds=3),
+        dict(out=Path("out"), json=Path, work=(str, HIDDEN)),  # `work` is what a process that is measured does
     )
-    parser.add_argument(
-        "--forward", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of Secateur's passes"
-    )
-    parser.add_argument(
+    declared.add_argument("--dtype", choices=dtypes, default="float32", help="what the model is stored in")
+    declared.add_argument("--forward", default="auto", choices=("auto", *dtypes), help="dtype of Secateur's passes")
+    declared.add_argument(
         "--profile", choices=METHODS, help="only show where Secateur's seconds go, operator by operator"
     )
-    parser.add_argument("--batch", type=int, default=8, help="windows at a time, of Secateur and of the floor")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("out"))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--work", help=argparse.SUPPRESS)  # what a process that is measured does
-    chosen = parser.parse_args()
+    chosen = declared.parse_args()
     if chosen.work:
         work(chosen.work)
         return
 
     from transformers.utils.logging import disable_progress_bar
 
-    from secateur.machine import machine, versions
     from secateur.options import calibration_dtype
 
     disable_progress_bar()
     size = LARGE if chosen.large else SMALL
     size = Size(**vars(size) | {"samples": chosen.samples or size.samples})
     if size.samples % chosen.batch:
-        parser.error(f"{size.samples} windows are no multiple of --batch {chosen.batch}.")
+        declared.error(f"{size.samples} windows are no multiple of --batch {chosen.batch}.")
     torch.set_num_threads(chosen.threads)
     programs, load_before = chosen.programs.split(","), os.getloadavg()
     pythons = dict.fromkeys(programs, Path(sys.executable))
@@ -436,7 +424,7 @@ def main() -> None:
     write_inputs(size, work_folder, chosen.dtype)
     forward = calibration_dtype(chosen.forward, torch.device("cpu"), getattr(torch, chosen.dtype))
     used = str(forward).removeprefix("torch.") if forward else chosen.dtype
-    dtypes = {"floor": used, "secateur": chosen.forward}
+    taken = {"floor": used, "secateur": chosen.forward}
     if chosen.profile:
         job = Job("secateur", chosen.profile, size, work_folder, chosen.forward, chosen.threads, chosen.batch)
         with torch.profiler.profile() as seen:
@@ -447,7 +435,7 @@ def main() -> None:
     checks, summary = {}, {}
     for method in chosen.methods.split(","):
         jobs = [
-            Job(each, method, size, work_folder, dtypes.get(each, chosen.dtype), chosen.threads, chosen.batch)
+            Job(each, method, size, work_folder, taken.get(each, chosen.dtype), chosen.threads, chosen.batch)
             for each in programs
         ]
         rounds = []
@@ -466,14 +454,10 @@ def main() -> None:
         f"{size.samples} × {size.length} tokens, "
         f"50 %, {chosen.threads} thread{'s' * (chosen.threads > 1)}, {chosen.rounds} rounds, medians"
     )
-    if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {
-            "title": title, "command": ["bench/prune.py", *sys.argv[1:]], "machine": machine(),
-            "load_average": {"before": load_before, "after": os.getloadavg()}, "versions": versions(),
-            "size": vars(size), "batch": chosen.batch, "ratios": summary, "results": checks, "runs": runs,
-        }  # fmt: skip
-        chosen.json.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    load = {"before": load_before, "after": os.getloadavg()}
+    about = {"title": title, "load_average": load, "size": vars(size), "batch": chosen.batch}
+    command = ["bench/prune.py", *sys.argv[1:]]
+    write(chosen.json, command=command, **about, ratios=summary, results=checks, runs=runs)
     show(runs, summary, checks, title)
 
     def middle(pair: str) -> dict[str, float]:

@@ -10,16 +10,14 @@ did not see. The exact row is least squares for each row on the same mask, in fl
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
 import torch
+from common import options, write
 from torch import Tensor
 
-from secateur.machine import machine, versions
 from secateur.methods import find_method
 from secateur.patterns import parse_pattern
 from secateur.stats import Stats
@@ -121,13 +119,12 @@ def show(lines: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="512x512")
-    parser.add_argument("--alphas", default="1.6,1.1")
-    parser.add_argument("--tokens", default="32,4", help="tokens for each input channel")
-    parser.add_argument("--exact", action="store_true", help="with exact least squares on the masks")
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    chosen = options(
+        __doc__,
+        dict(sizes="512x512", alphas="1.6,1.1"),
+        dict(tokens=("32,4", "tokens for each input channel")),
+        dict(exact=(False, "with exact least squares on the masks"), json=Path),
+    )
     torch.set_num_threads(1)
     lines: list[dict] = []
     for size in chosen.sizes.split(","):
@@ -137,7 +134,4 @@ if __name__ == "__main__":
                 for massive in (False, True):
                     lines += run(rows, channels, tokens, alpha, massive, chosen.exact)
     show(lines)
-    if chosen.json:
-        chosen.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {"command": sys.argv, "machine": machine(), "versions": versions(), "lines": lines}
-        chosen.json.write_text(json.dumps(document, indent=1) + "\n")
+    write(chosen.json, command=sys.argv, lines=lines)

@@ -9,36 +9,37 @@ perplexity that is won back. Each recovery resumes where it was, so an interrupt
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from time import process_time
 from typing import Any
 
+from common import options, write
+
 import secateur
 from secateur.demo import model_folder
-from secateur.machine import machine, versions
 from secateur.progress import show
 from secateur.recovery.recover import recover
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(model_folder()), help="default: the demo model")
-    for text in ("calibration", "text", "evaluation"):
-        parser.add_argument(f"--{text}", default="demo")
-    parser.add_argument("--patterns", default="2:4,70%,25% of channels")
-    parser.add_argument("--method", default="best")
-    parser.add_argument("--ways", default="lora,masked,distill,blocks")
-    parser.add_argument("--steps", type=int, default=360)
-    parser.add_argument("--batch-size", type=int, default=4, help="windows in a step")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a window; it is judged on the model's own")
-    parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--out", type=Path, default=Path("out/recover"))
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+def judged(folder: Path, chosen: Namespace) -> dict[str, Any]:
+    """Perplexity of a checkpoint on the evaluation text, beside the dense model's."""
+    found = asdict(secateur.evaluate(folder, dense=chosen.model, evaluation=chosen.evaluation, windows=chosen.windows))
+    return {key: found[key] for key in ("perplexity", "dense_perplexity", "delta", "delta_interval", "kl")}
+
+
+if __name__ == "__main__":
+    chosen = options(
+        __doc__,
+        dict(model=(str(model_folder()), "default: the demo model"), calibration="demo"),
+        dict(text="demo", evaluation="demo", patterns="2:4,70%,25% of channels", method="best"),
+        dict(ways="lora,masked,distill,blocks", steps=360, batch_size=(4, "windows in a step")),
+        dict(seq_len=(512, "tokens of a window; it is judged on the model's own"), windows=128),
+        dict(out=Path("out/recover"), json=Path),
+    )
     rows: list[dict[str, Any]] = []
     for pattern in chosen.patterns.split(","):
         own = None if chosen.evaluation == "demo" else chosen.evaluation  # the demo's parts do not overlap
@@ -66,17 +67,5 @@ def main() -> None:
             spent = json.loads((place / f"{way}.json").read_text())
             rows.append({"pattern": pattern, "way": way, **after, **spent, "won_back": won})
             print(json.dumps(rows[-1]), flush=True)
-            if chosen.json:
-                held = {"command": sys.argv, "machine": machine(), "versions": versions(), "steps": chosen.steps}
-                chosen.json.write_text(json.dumps({**held, "rows": rows}, indent=1) + "\n")
+            write(chosen.json, command=sys.argv, steps=chosen.steps, rows=rows)
     print(json.dumps({f"{row['pattern']} {row['way']}": row["won_back"] for row in rows if "won_back" in row}))
-
-
-def judged(folder: Path, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Perplexity of a checkpoint on the evaluation text, beside the dense model's."""
-    found = asdict(secateur.evaluate(folder, dense=chosen.model, evaluation=chosen.evaluation, windows=chosen.windows))
-    return {key: found[key] for key in ("perplexity", "dense_perplexity", "delta", "delta_interval", "kl")}
-
-
-if __name__ == "__main__":
-    main()

@@ -9,18 +9,19 @@ where, for every seed, the paired 95 % intervals of the two differences to the d
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from common import options, save
 
 import secateur
 from secateur.progress import show
 
 
-def run(chosen: argparse.Namespace) -> list[dict[str, Any]]:
+def run(chosen: Namespace) -> list[dict[str, Any]]:
     """The rows of every seed, with the seed in each."""
     rows = []
     for seed in map(int, chosen.seeds.split(",")):
@@ -72,22 +73,17 @@ def table(rows: list[dict[str, Any]], baseline: str = "sparsegpt") -> list[str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="default: the embedded demo model")
-    parser.add_argument("--name", default="demo", help="the folder under out/seeds")
-    parser.add_argument("--methods", default="magnitude,wanda,sparsegpt,fast,default,best")
-    parser.add_argument("--patterns", default="50%,60%,70%,80%,4:8,2:4")
-    parser.add_argument("--allocate", default="uniform")
-    parser.add_argument("--baseline", default="sparsegpt", help="the method that the others are compared with")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--windows", type=int, default=128)
-    parser.add_argument("--seq-len", type=int)
-    parser.add_argument("--calibration")
-    parser.add_argument("--evaluation")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    found = run(options)
-    print("\n".join(table(found, options.baseline)))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"command": sys.argv, "rows": found}, indent=1) + "\n")
+    chosen = options(
+        __doc__,
+        dict(model=(str, "default: the embedded demo model")),
+        dict(name=("demo", "the folder under out/seeds")),
+        dict(methods="magnitude,wanda,sparsegpt,fast,default,best"),
+        dict(patterns="50%,60%,70%,80%,4:8,2:4", allocate="uniform"),
+        dict(baseline=("sparsegpt", "the method that the others are compared with")),
+        dict(seeds="0,1,2", windows=128, seq_len=int, calibration=str, evaluation=str),
+        dict(json=Path),
+    )
+    found = run(chosen)
+    print("\n".join(table(found, chosen.baseline)))
+    if chosen.json:
+        save(chosen.json, {"command": sys.argv, "rows": found})  # whose rows say where they were measured

@@ -11,8 +11,6 @@ stands beside it. Each smaller model is what the stock loader makes of the folde
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +19,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from common import options, write
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from secateur.checkpoint import open_checkpoint
 from secateur.data import Windows
-from secateur.machine import machine, versions
 from secateur.model import load
 from secateur.shrink import shrink_checkpoint
 from secateur.structures import parse_structure
@@ -119,16 +117,12 @@ def paired(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, li
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a checkpoint folder; default: a random Llama")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--ffn", type=int, default=4096)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--patterns", default="25% of channels,50% of channels,25% of blocks")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--no-onnx", action="store_true")
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    chosen = options(
+        __doc__,
+        dict(model=(Path, "a checkpoint folder; default: a random Llama")),
+        dict(hidden=1024, ffn=4096, blocks=8),
+        dict(patterns="25% of channels,50% of channels,25% of blocks", repeats=15, no_onnx=False, json=Path),
+    )
     lines = []
     with TemporaryDirectory() as temporary:
         place = Path(temporary)
@@ -174,9 +168,7 @@ def main() -> None:
             f"{line['what']:22s}{line['pattern']:22s}{line['milliseconds']:9.1f}{line['speedup']:10.2f}"
             f"{low:8.2f}-{high:.2f}{line['parameters']:12.1%}{line['bytes']:9.1%}"
         )
-    if chosen.json:
-        held = {"machine": machine(), "versions": versions(), "options": vars(chosen), "lines": lines}
-        chosen.json.write_text(json.dumps(held, indent=1, default=str) + "\n")
+    write(chosen.json, options=vars(chosen), lines=lines)
 
 
 if __name__ == "__main__":

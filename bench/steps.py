@@ -12,8 +12,6 @@ reported. CPU time does not count what other programs took, but caches and memor
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -22,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common import options, write
 from torch import Tensor
 
 from secateur.gram import add_products
-from secateur.machine import machine, versions
 from secateur.methods import METHODS
 from secateur.native import isa
 from secateur.patterns import Pattern, parse_pattern
@@ -182,26 +180,16 @@ def measure(step: Step, rounds: int) -> dict:
     return {"step": step.name, "cpu_seconds": median, "least": least, "ratio": ratio, "agreement": agreement}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", default="4096x4096", help="out x in, separated by commas")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+if __name__ == "__main__":
+    chosen = options(__doc__, dict(shapes=("4096x4096", "out x in, separated by commas"), rounds=3, json=Path))
     torch.set_num_threads(1)
     lines = []
-    for shape in options.shapes.split(","):
+    for shape in chosen.shapes.split(","):
         rows, columns = map(int, shape.split("x"))
         for step in steps(rows, columns):
-            line = {"shape": shape, **measure(step, options.rounds)}
+            line = {"shape": shape, **measure(step, chosen.rounds)}
             lines.append(line)
             found = line["cpu_seconds"]
             print(f"{shape:>12} {step.name:22} ours {found['ours']:7.3f} s, published {found['published']:7.3f} s: "
                   f"{line['ratio']:5.1f} times; {100 * line['agreement']:.3f} % the same", flush=True)  # fmt: skip
-    if options.json:
-        document = {"command": sys.argv, "machine": machine(), "isa": isa(), "versions": versions(), "lines": lines}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    write(chosen.json, command=sys.argv, isa=isa(), lines=lines)

@@ -8,8 +8,6 @@ the result loads and is equal; otherwise the sentence with which it was refused.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -17,12 +15,12 @@ from tempfile import TemporaryDirectory
 
 import torch
 import transformers
+from common import options, write
 
 from secateur import shrink, verify
 from secateur.checkpoint import open_checkpoint
 from secateur.data import Windows
 from secateur.errors import SecateurError, UnsupportedModel
-from secateur.machine import machine, versions
 from secateur.model import load
 from secateur.structures import parse_structure
 
@@ -53,10 +51,8 @@ def tried(source: Path, out: Path, pattern: str, method: str) -> str:
     return "held"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+if __name__ == "__main__":
+    chosen = options(__doc__, dict(json=Path))
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -71,10 +67,4 @@ def main() -> None:
     for pattern in PATTERNS:
         held = sum(said[pattern] == "held" for said in found.values())
         print(f"{pattern}: held by {held} of {len(found)} families")
-    if chosen.json:
-        held = {"machine": machine(), "versions": versions(), "families": found}
-        chosen.json.write_text(json.dumps(held, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    write(chosen.json, families=found)

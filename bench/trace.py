@@ -8,15 +8,14 @@ can be said in calibration tokens whatever the machine.
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from time import perf_counter
 
 import torch
+from common import options, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from secateur.machine import machine, versions
 from secateur.model import replayable
 from secateur.trace import entering, trace
 from secateur.units import removable
@@ -24,12 +23,9 @@ from secateur.units import removable
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--ffn", type=int, default=11008)
-    parser.add_argument("--kv-heads", type=int, help="default: as many as query heads")
-    parser.add_argument("--json", type=Path)
-    chosen = parser.parse_args()
+    chosen = options(
+        __doc__, dict(hidden=4096, ffn=11008, kv_heads=(int, "default: as many as query heads")), dict(json=Path)
+    )
     heads = chosen.hidden // 128
     config = LlamaConfig(
         hidden_size=chosen.hidden, intermediate_size=chosen.ffn, num_hidden_layers=1, num_attention_heads=heads,
@@ -57,8 +53,7 @@ def main() -> None:
         "tokens_it_costs": round(1024 * traced / forward),
     }
     print(json.dumps(line, indent=1))
-    if chosen.json:
-        chosen.json.write_text(json.dumps({"machine": machine(), "versions": versions(), **line}, indent=1) + "\n")
+    write(chosen.json, **line)
 
 
 if __name__ == "__main__":

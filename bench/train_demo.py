@@ -7,7 +7,6 @@ The loss on the calibration part is the held-out curve; the evaluation part is n
 The schedule is warm-up, constant, then linear decay to zero over the last 30 % of the steps.
 """
 
-import argparse
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from common import options
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -132,12 +132,7 @@ def train(out: Path, steps: int, batch: int, peak: float, every: int) -> None:
             curve.append({"step": done, "tokens": done * batch * CONTEXT, "held_out": round(value, 4)})
             print(f"step {done}/{steps} held-out {value:.4f} perplexity {math.exp(value):.2f}", flush=True)
             torch.save(
-                {
-                    "model": model.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "step": done,
-                    "curve": curve,
-                },
+                {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": done, "curve": curve},
                 out / "state.pt.part",
             )
             os.replace(out / "state.pt.part", out / "state.pt")
@@ -153,15 +148,11 @@ def export(out: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/train"))
-    parser.add_argument("--steps", type=int, default=3200)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--peak", type=float, default=3e-3)
-    parser.add_argument("--every", type=int, default=100, help="steps between held-out loss and save")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--export", action="store_true")
-    arguments = parser.parse_args()
+    arguments = options(
+        __doc__,
+        dict(out=Path("out/train"), steps=3200, batch=8, peak=3e-3, threads=2, export=False),
+        dict(every=(100, "steps between held-out loss and save")),
+    )
     torch.set_num_threads(arguments.threads)
     if arguments.export:
         export(arguments.out, demo.model_folder())
