@@ -34,7 +34,7 @@ train: .venv/ready  ## train the embedded model again (hours on two cores); the 
 	$(BIN)/python bench/train_demo.py --out out/train
 	$(BIN)/python bench/train_demo.py --out out/train --export
 
-.venv/ready: pyproject.toml constraints.txt $(wildcard src/secateur/*.c src/secateur/*.h)
+.venv/ready: pyproject.toml constraints.txt $(wildcard src/secateur/kernels/native/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip

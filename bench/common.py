@@ -40,7 +40,7 @@ def options(description: str | None, *groups: dict[str, Any]) -> argparse.Namesp
 
 def write(file: Path | None, *, command: list[str] | None = None, **results: Any) -> dict[str, Any]:
     """Write results, if there is a file for them, with the machine and the versions; what was, or would be, written."""
-    from secateur.machine import machine, versions
+    from secateur.system.machine import machine, versions
 
     document = {"command": command} if command else {}
     document |= {"machine": machine(), "versions": versions(), **results}

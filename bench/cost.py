@@ -26,11 +26,11 @@ from common import options, write
 from quality import inputs
 from torch import Tensor
 
-from secateur.cost import passes
 from secateur.methods import find_method
 from secateur.methods.cost import Cost
-from secateur.patterns import parse_pattern
-from secateur.stats import Stats
+from secateur.methods.patterns import parse_pattern
+from secateur.methods.statistics import Stats
+from secateur.pruning.planning.passes import passes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.counting import counted

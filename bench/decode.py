@@ -18,12 +18,12 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur
-from secateur.checkpoint import open_checkpoint
-from secateur.commands.tables import speed_table
-from secateur.data import Windows
-from secateur.model import load
-from secateur.progress import show
-from secateur.prune import prune_checkpoint
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.cli.tables import speed_table
+from secateur.data.windows import Windows
+from secateur.models.load import load
+from secateur.pruning.prune import prune_checkpoint
+from secateur.system.progress import show
 
 if __name__ == "__main__":
     chosen = options(

@@ -21,8 +21,8 @@ import torch
 from common import options, write
 from memory import run, write_model
 
-from secateur.cost import MODES
-from secateur.forecast import Forecast, forecast, seconds_of
+from secateur.pruning.planning.forecast import Forecast, forecast, seconds_of
+from secateur.pruning.planning.passes import MODES
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float16", "num_hidden_layers": 32,
@@ -44,7 +44,7 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "default", "best")
 
 RUN = """
 import sys, torch
-from secateur.progress import PeakMemory
+from secateur.system.progress import PeakMemory
 with PeakMemory() as peak:
     import secateur
     folder, out, method, samples, length, passes = sys.argv[1:]

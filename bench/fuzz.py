@@ -140,7 +140,7 @@ def work(place: Path, seed: int, kinds: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     sound = place / "sound"
     if not sound.exists():
-        from secateur.commands.terminal import progress
+        from secateur.cli.terminal import progress
 
         progress(quiet=True)
         return bases(sound)

@@ -21,12 +21,12 @@ from common import options, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
-from secateur.checkpoint import open_checkpoint
-from secateur.formats import gguf as gguf_format
-from secateur.formats.gguf import FILE, gguf_package
-from secateur.machine import versions
-from secateur.progress import Progress
-from secateur.runtimes.llamacpp import llamacpp
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.deployment.formats import gguf as gguf_format
+from secateur.deployment.formats.gguf import FILE, gguf_package
+from secateur.deployment.runtimes.llamacpp import llamacpp
+from secateur.system.machine import versions
+from secateur.system.progress import Progress
 
 PROMPTS = (
     "def read(self, size=-1):\n",

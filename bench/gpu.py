@@ -30,12 +30,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
+from secateur.deployment.runtimes.semi_structured import PRODUCTS, Algorithm
 from secateur.errors import in_one_line
-from secateur.kernels import bitmap, nm
+from secateur.kernels import bitmap
+from secateur.kernels import two_of_four as nm
 from secateur.kernels.device import milliseconds
-from secateur.machine import machine, versions
-from secateur.packed import Packed
-from secateur.runtimes.semi_structured import PRODUCTS, Algorithm
+from secateur.kernels.packed import Packed
+from secateur.system.machine import machine, versions
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (28672, 8192)]
 PREFILL_SHAPES = SHAPES[:4]

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from common import options, write
 
-from secateur.checkpoint import file_sha256
-from secateur.demo import model_folder
+from secateur.data.demo import model_folder
+from secateur.system.files import file_sha256
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.dying import MOMENTS, started

@@ -20,8 +20,8 @@ from typing import Any
 from common import options, write
 
 import secateur
-from secateur.checkpoint import file_sha256
-from secateur.demo import model_folder
+from secateur.data.demo import model_folder
+from secateur.system.files import file_sha256
 
 WAYS = {
     "lora": ["--steps", "1200", "--batch-size", "2"],

@@ -69,7 +69,7 @@ def environment(folder: Path) -> Path:
 
 def sparse_format(name: str) -> Any:
     """Our format of that name."""
-    from secateur.formats import compressed_tensors
+    from secateur.deployment.formats import compressed_tensors
 
     return getattr(compressed_tensors, name.replace("-", "_"))
 
@@ -79,10 +79,10 @@ def write_all(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     import secateur
-    from secateur import demo
-    from secateur.checkpoint import open_checkpoint
-    from secateur.output import output
-    from secateur.progress import Progress
+    from secateur.checkpoints.folder import open_checkpoint
+    from secateur.checkpoints.result import output
+    from secateur.data import demo
+    from secateur.system.progress import Progress
 
     shards = folder / "source"
     AutoModelForCausalLM.from_pretrained(demo.model_folder(), dtype="auto").save_pretrained(

@@ -30,7 +30,7 @@ from common import options, write
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig, MixtralConfig
 
-from secateur.demo import model_folder
+from secateur.data.demo import model_folder
 
 POOL = 2**24 + 43
 """Random numbers that all matrices are cut from, at other places each: drawing billions would take longest of all."""
@@ -42,7 +42,7 @@ print(1024 * int(status.split("RssAnon:")[1].split()[0]))
 """
 PRUNE = """
 import sys, torch
-from secateur.progress import PeakMemory
+from secateur.system.progress import PeakMemory
 with PeakMemory() as peak:
     import secateur
     report = secateur.prune(sys.argv[1], out=sys.argv[2], method=sys.argv[3], pattern="2:4", calibration="demo",

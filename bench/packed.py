@@ -14,9 +14,9 @@ import torch
 from common import options, write
 from rich.console import Console
 
-from secateur.commands.tables import layer_table
-from secateur.layers import time_matrices
-from secateur.native import isa
+from secateur.cli.tables import layer_table
+from secateur.deployment.bench_matrices import time_matrices
+from secateur.kernels.library import isa
 
 if __name__ == "__main__":
     chosen = options(

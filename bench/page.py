@@ -15,7 +15,7 @@ from common import options
 from playwright.sync_api import sync_playwright
 
 import secateur
-from secateur.progress import show
+from secateur.system.progress import show
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 

@@ -17,12 +17,11 @@ import torch
 from common import options, write
 
 from secateur import prune_model
-from secateur.checkpoint import resolve
-from secateur.data import calibration_windows, evaluation_windows, load_tokenizer
-from secateur.evaluate import Forward, Measured, measure, perplexity_difference
-from secateur.machine import CPU
-from secateur.model import load
-from secateur.progress import Progress
+from secateur.data.windows import calibration_windows, evaluation_windows, load_tokenizer
+from secateur.evaluation.perplexity import Forward, Measured, measure, perplexity_difference
+from secateur.models.load import load, resolve
+from secateur.system.machine import CPU
+from secateur.system.progress import Progress
 
 WAYS = {"float32, two passes": ("float32", "two"), "float32": ("float32", "one"), "bfloat16": ("bfloat16", "one")}
 AGAINST = {"float32": "float32, two passes", "bfloat16": "float32"}

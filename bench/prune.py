@@ -164,10 +164,10 @@ def run_floor(job: Job) -> dict[str, float]:
 
 
 def run_secateur(job: Job) -> dict[str, float]:
-    from secateur.checkpoint import open_checkpoint
-    from secateur.data import Windows
-    from secateur.model import load
-    from secateur.prune import prune_checkpoint
+    from secateur.checkpoints.folder import open_checkpoint
+    from secateur.data.windows import Windows
+    from secateur.models.load import load
+    from secateur.pruning.prune import prune_checkpoint
 
     windows = Windows(torch.load(job.work / "calibration.pt"), "demo", "calibration", 0, None)
     source, language_model = open_checkpoint(job.work / "model"), load(job.work / "model")
@@ -228,8 +228,8 @@ def write_inputs(size: Size, work: Path, dtype: str) -> None:
     """A random Llama, calibration tokens and held-out ones, as text in the demo model's tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from secateur.data import calibration_windows, evaluation_windows, load_tokenizer
-    from secateur.demo import model_folder
+    from secateur.data.demo import model_folder
+    from secateur.data.windows import calibration_windows, evaluation_windows, load_tokenizer
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -291,7 +291,7 @@ def measure(job: Job, python: Path) -> dict[str, Any]:
 
 def sites(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The pruned matrices of a result by name. Exits where one is not half zeros or something else has changed."""
-    from secateur.checkpoint import open_checkpoint
+    from secateur.checkpoints.folder import open_checkpoint
 
     dense, found = open_checkpoint(folder.parent / "model"), open_checkpoint(folder)
     for name in dense.places:
@@ -406,7 +406,7 @@ def main() -> None:
 
     from transformers.utils.logging import disable_progress_bar
 
-    from secateur.options import calibration_dtype
+    from secateur.system.devices import calibration_dtype
 
     disable_progress_bar()
     size = LARGE if chosen.large else SMALL

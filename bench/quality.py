@@ -19,8 +19,8 @@ from common import options, write
 from torch import Tensor
 
 from secateur.methods import find_method
-from secateur.patterns import parse_pattern
-from secateur.stats import Stats
+from secateur.methods.patterns import parse_pattern
+from secateur.methods.statistics import Stats
 
 METHODS = (
     "magnitude", "wanda", "ria", "wanda+swap", "wanda+refit", "ria+refit", "sparsegpt", "sparsegpt+refit", "sweep",

@@ -20,9 +20,9 @@ from typing import Any
 from common import options, write
 
 import secateur
-from secateur.demo import model_folder
-from secateur.progress import show
+from secateur.data.demo import model_folder
 from secateur.recovery.recover import recover
+from secateur.system.progress import show
 
 
 def judged(folder: Path, chosen: Namespace) -> dict[str, Any]:

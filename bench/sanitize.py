@@ -20,14 +20,16 @@ from tempfile import mkdtemp
 import torch
 from torch import Tensor
 
-from secateur import native
-from secateur import packed as module
-from secateur.gram import KINDS
-from secateur.masks import best_of_groups_in_torch, without_lowest_in_torch
-from secateur.patterns import NM, Unstructured
-from secateur.sweep import sweep_block_in_torch
+from secateur.kernels import library as native
+from secateur.kernels import packed as module
+from secateur.kernels.gram import KINDS
+from secateur.kernels.masks import best_of_groups_in_torch, without_lowest_in_torch
+from secateur.methods.column_sweep import sweep_block_in_torch
+from secateur.methods.patterns import NM, Unstructured
 
-SOURCES = [str(Path(native.__file__).with_name(f"{name}.c")) for name in ("packed", "dense", "masks", "sweep", "gram")]
+SOURCES = [
+    str(Path(native.__file__).parent / "native" / f"{name}.c") for name in ("packed", "dense", "masks", "sweep", "gram")
+]
 FLAGS = [
     "-O1",
     "-g",

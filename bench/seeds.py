@@ -18,7 +18,7 @@ from typing import Any
 from common import options, save
 
 import secateur
-from secateur.progress import show
+from secateur.system.progress import show
 
 
 def run(chosen: Namespace) -> list[dict[str, Any]]:

@@ -23,11 +23,11 @@ from common import options, write
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from secateur.checkpoint import open_checkpoint
-from secateur.data import Windows
-from secateur.model import load
-from secateur.shrink import shrink_checkpoint
-from secateur.structures import parse_structure
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.data.windows import Windows
+from secateur.methods.structures import parse_structure
+from secateur.models.load import load
+from secateur.pruning.structured.program import shrink_checkpoint
 
 PROMPT = 256
 

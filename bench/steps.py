@@ -23,11 +23,11 @@ import torch
 from common import options, write
 from torch import Tensor
 
-from secateur.gram import add_products
+from secateur.kernels.gram import add_products
+from secateur.kernels.library import isa
 from secateur.methods import METHODS
-from secateur.native import isa
-from secateur.patterns import Pattern, parse_pattern
-from secateur.stats import Stats
+from secateur.methods.patterns import Pattern, parse_pattern
+from secateur.methods.statistics import Stats
 
 SHARE, GROUP, REMOVED, BLOCK = 0.5, 4, 2, 128
 TOKENS = 4096

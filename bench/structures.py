@@ -17,12 +17,13 @@ import torch
 import transformers
 from common import options, write
 
-from secateur import shrink, verify
-from secateur.checkpoint import open_checkpoint
-from secateur.data import Windows
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.data.windows import Windows
 from secateur.errors import SecateurError, UnsupportedModel
-from secateur.model import load
-from secateur.structures import parse_structure
+from secateur.methods.structures import parse_structure
+from secateur.models.load import load
+from secateur.pruning.structured import program as shrink
+from secateur.pruning.structured import verify
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.families import FAMILIES, tiny_model

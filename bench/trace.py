@@ -16,9 +16,9 @@ import torch
 from common import options, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from secateur.model import replayable
-from secateur.trace import entering, trace
-from secateur.units import removable
+from secateur.models.channels.groups import removable
+from secateur.models.channels.trace import entering, trace
+from secateur.models.load import replayable
 
 
 @torch.no_grad()

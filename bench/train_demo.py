@@ -19,7 +19,7 @@ from common import options
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from secateur import demo
+from secateur.data import demo
 
 VOCABULARY, CONTEXT, END = 4096, 512, "<|endoftext|>"
 

@@ -7,7 +7,7 @@ import torch
 import typer
 
 import secateur
-from secateur.stats import Stats
+from secateur.methods.statistics import Stats
 
 
 def clipped(weight: torch.Tensor, stats: Stats) -> torch.Tensor:

@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def float32_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `--dtype auto` means does not depend on the machine: as on a processor without products of bfloat16."""
-    monkeypatch.setattr("secateur.options.multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("secateur.system.devices.multiplies_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="session")

@@ -1,36 +1,76 @@
-"""Imports point one way, public names are sorted and documented, files stay small."""
+"""The house: which room may import which, how high it stands, and what a newcomer finds at its door."""
+
+import ast
 
 import pytest
-from support.imports import KNOWN_TO_A_METHOD, LEVEL, SOURCE, SPLIT, imported
+from support.imports import APART, KNOWN_TO_A_METHOD, MAY_IMPORT, SOURCE, imports, modules
 
 import secateur
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in LEVEL if name not in ("methods", "demo", "runtimes", "formats", "kernels")]
-)
-def test_imports_point_one_way(name):
-    for other in imported(SOURCE / f"{name.replace('.', '/')}.py"):
-        assert LEVEL[other] < LEVEL[name], f"{name} imports {other}, which stands above it"
+def test_imports_keep_to_the_table():
+    wrong = []
+    for name, file in modules().items():
+        room = name.split(".")[0]
+        for other in imports(file):
+            target = other.split(".")[0]
+            if target != room and target not in MAY_IMPORT[room]:
+                wrong.append(f"{name} imports {other}: {room} may import {', '.join(MAY_IMPORT[room]) or 'nothing'}")
+            for pair in APART:
+                for one, two in (pair, pair[::-1]):
+                    if name.startswith(one) and other.startswith(two):
+                        wrong.append(f"{name} imports {other}: {one} and {two} do not import each other")
+    assert wrong == []
 
 
-@pytest.mark.parametrize("file", sorted((SOURCE / "methods").glob("*.py")), ids=lambda file: file.stem)
+def test_the_table_has_no_circle_and_at_most_nine_floors():
+    """A room stands one floor above the highest that it may import."""
+    floors: dict[str, int] = {"secateur": 0}
+    for room, others in MAY_IMPORT.items():  # in the order of the table, which a circle would break
+        floors[room] = 1 + max((floors[other] for other in others), default=0)
+    assert max(floors.values()) <= 9
+
+
+def test_modules_import_each_other_in_no_circle():
+    known = modules()
+    graph = {
+        name: {other for other in imports(file) if other in known and other != name} for name, file in known.items()
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " → ".join([*trail[trail.index(name) :], name])
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_the_package_has_twelve_rooms():
+    entries = {path.stem for path in SOURCE.iterdir() if not path.name.startswith(("_", "."))}
+    assert entries == MAY_IMPORT.keys()
+    assert len(entries) <= 12
+
+
+PARTS = {"__init__", "cost", "patterns", "structures", "statistics", "least_squares", "column_sweep"}
+"""Files of `methods` that methods are made of; every other one is a method, or the methods' base."""
+PAPERS = [file for file in sorted((SOURCE / "methods").glob("*.py")) if file.stem not in PARTS]
+
+
+@pytest.mark.parametrize("file", PAPERS, ids=lambda file: file.stem)
 def test_a_method_knows_only_patterns_statistics_and_solvers(file):
-    assert imported(file) <= KNOWN_TO_A_METHOD
+    assert set(imports(file)) <= KNOWN_TO_A_METHOD
 
 
-def test_every_module_is_placed():
-    modules = {path.stem for path in SOURCE.glob("*.py")} | {path.parent.name for path in SOURCE.glob("*/__init__.py")}
-    inside = {f"{package}.{path.stem}" for package in SPLIT for path in (SOURCE / package).glob("[!_]*.py")}
-    assert (modules - set(SPLIT)) | inside == LEVEL.keys()
+def test_every_room_says_what_it_is():
+    rooms = [file for file in modules().values() if file.stem == "__init__"]
+    assert [file for file in rooms if not ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))] == []
 
 
 def test_public_names_are_sorted_and_documented():
     assert secateur.__all__ == sorted(secateur.__all__)
     undocumented = [name for name in secateur.__all__ if not getattr(secateur, name).__doc__]
     assert undocumented == []
-
-
-def test_files_stay_readable():
-    long = {str(f.name): n for f in SOURCE.rglob("*.py") if (n := len(f.read_text().splitlines())) > 350}
-    assert long == {}

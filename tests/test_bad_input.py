@@ -21,8 +21,8 @@ from support.families import tiny_config, tiny_model
 from support.texts import byte_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from secateur import output
-from secateur.commands import cli
+from secateur.checkpoints import result as output
+from secateur.cli import app as cli
 
 SITE = "model.layers.1.mlp.down_proj"
 
@@ -965,7 +965,7 @@ def test_an_interruption(refused, prune, tiny_llama, out, text_file, monkeypatch
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"secateur.output.{where}", interrupt)
+    monkeypatch.setattr(f"secateur.checkpoints.result.{where}", interrupt)
     refused(
         "prune", tiny_llama, "--out", out / "a" / "b", "--calibration", text_file, "--samples", 4,
         "--seq-len", 16, "--method", "wanda", "--quiet", code=130,
@@ -974,5 +974,5 @@ def test_an_interruption(refused, prune, tiny_llama, out, text_file, monkeypatch
 
 
 def test_other_errors_of_the_disk_are_one_sentence(refused, tiny_llama, monkeypatch):
-    monkeypatch.setattr("secateur.checkpoint._read_header", raising(errno.EIO)(None))
+    monkeypatch.setattr("secateur.checkpoints.folder._read_header", raising(errno.EIO)(None))
     refused("inspect", tiny_llama, words="[Errno 5] Input/output error")

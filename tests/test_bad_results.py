@@ -12,10 +12,10 @@ from support.recommending import demo_results
 from support.spoilt_json import spoilt
 
 import secateur
-from secateur.advice.goals import GOALS
-from secateur.commands.advice import lines
-from secateur.comparison.results import read_results
+from secateur.cli.recommend import lines
 from secateur.errors import BadResults, SecateurError, printable
+from secateur.evaluation.advice.goals import GOALS
+from secateur.evaluation.results.schema import read_results
 
 
 def _set(held: Any, path: str, value: Any) -> None:

@@ -8,13 +8,13 @@ import torch
 from support.command_line import run
 
 import secateur
-from secateur import layers
-from secateur.bench import read_bandwidth
+from secateur.deployment import bench_matrices as layers
+from secateur.deployment.bench import read_bandwidth
+from secateur.deployment.runtimes import RUNTIMES, Runtime
+from secateur.deployment.runtimes.base import Stepped
 from secateur.errors import UnknownName, UnsupportedModel
-from secateur.machine import matrix_rate
-from secateur.native import isa, library
-from secateur.runtimes import RUNTIMES, Runtime
-from secateur.runtimes.base import Stepped
+from secateur.kernels.library import isa, library
+from secateur.system.machine import matrix_rate
 
 needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
 

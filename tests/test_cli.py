@@ -12,7 +12,10 @@ from support.command_line import run, runner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
-from secateur.commands import cli, deploy, recover, study
+from secateur.cli import app as cli
+from secateur.cli import compare as study
+from secateur.cli import deployment as deploy
+from secateur.cli import recover
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def test_the_record_tells_what_was_done(pruned, tiny_llama):
     assert all(site["sparsity"] == 0.5 and 0 < site["output_error"] < 1 for site in record["sites"])
     assert record["calibration"].keys() >= {"source", "samples", "length", "seed", "sha256"}
     assert record["versions"].keys() >= {"secateur", "torch", "transformers", "python"}
-    from secateur.checkpoint import file_sha256
+    from secateur.system.files import file_sha256
 
     digests = record["shards"]["model.safetensors"]
     assert digests["source_sha256"] == file_sha256(tiny_llama / "model.safetensors")

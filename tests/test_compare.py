@@ -8,12 +8,12 @@ import pytest
 from rich.table import Table
 
 import secateur
-from secateur.comparison import rows
-from secateur.comparison.ranking import rank
-from secateur.comparison.report import markdown, table
-from secateur.comparison.results import Row
 from secateur.errors import ConditionsDiffer, SecateurError, UnsupportedModel
-from secateur.native import library
+from secateur.evaluation.comparison import rows
+from secateur.evaluation.report.write import markdown, table
+from secateur.evaluation.results.ranking import rank
+from secateur.evaluation.results.schema import Row
+from secateur.kernels.library import library
 
 needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
 FIELDS = {
@@ -175,7 +175,7 @@ def test_a_row_that_cannot_be_timed_stands_without_a_figure(options, tmp_path, m
     def refuses(*args, **kwargs):
         raise UnsupportedModel("other logits. Nothing was timed.")
 
-    monkeypatch.setattr("secateur.comparison.latency.bench", refuses)
+    monkeypatch.setattr("secateur.evaluation.comparison.timed_rows.bench", refuses)
     results = secateur.compare(
         **options | {"methods": ["magnitude"], "patterns": ["50%"]}, bench=["eager"], out=tmp_path
     )

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import secateur
-from secateur.comparison import recovering
-from secateur.comparison.report import markdown
-from secateur.comparison.results import read_results
-from secateur.comparison.sheets import comparison
-from secateur.comparison.sound import check
-from secateur.data import calibration_windows, evaluation_windows, load_tokenizer
+from secateur.data.windows import calibration_windows, evaluation_windows, load_tokenizer
 from secateur.errors import BadResults, ConditionsDiffer, NotEnoughText, UnknownName
-from secateur.model import load
+from secateur.evaluation.comparison import recovered_rows as recovering
+from secateur.evaluation.report.tables import comparison
+from secateur.evaluation.report.write import markdown
+from secateur.evaluation.results.schema import read_results
+from secateur.evaluation.results.validate import check
+from secateur.models.load import load
 from secateur.recovery import training
+from secateur.recovery.masks import masks
 from secateur.recovery.text import RUN, recovery_windows
-from secateur.recovery.write import masks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of their own
 

@@ -19,17 +19,10 @@ from support.families import tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.checkpoint import INDEX, SINGLE, open_checkpoint
-from secateur.errors import (
-    BadCheckpoint,
-    BadPattern,
-    DiskFull,
-    NonFinite,
-    OutputRefused,
-    UnsupportedModel,
-)
-from secateur.formats import base
-from secateur.formats.compressed_tensors import CONFIG_KEYS, sparse_24_bitmask, sparse_bitmask
+from secateur.checkpoints.folder import INDEX, SINGLE, open_checkpoint
+from secateur.deployment.formats import base
+from secateur.deployment.formats.compressed_tensors import CONFIG_KEYS, sparse_24_bitmask, sparse_bitmask
+from secateur.errors import BadCheckpoint, BadPattern, DiskFull, NonFinite, OutputRefused, UnsupportedModel
 
 FORMATS = {"sparse-24-bitmask": sparse_24_bitmask, "sparse-bitmask": sparse_bitmask}
 SITE = "model.layers.1.mlp.down_proj"

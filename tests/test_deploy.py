@@ -7,10 +7,10 @@ from support.command_line import run
 from typer.testing import CliRunner
 
 import secateur
-from secateur.commands.cli import app
-from secateur.doctor import OPTIONAL, examine
-from secateur.formats import FORMATS
-from secateur.runtimes import RUNTIMES
+from secateur.cli.app import app
+from secateur.deployment.doctor import OPTIONAL, examine
+from secateur.deployment.formats import FORMATS
+from secateur.deployment.runtimes import RUNTIMES
 
 
 def test_doctor_says_of_every_runtime_and_format_what_is_what():

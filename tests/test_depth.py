@@ -9,20 +9,19 @@ import torch
 from support.families import tiny_model
 from torch import nn
 
-from secateur.depth import Looking, angular, influence, kl, last_matrix, missing
-from secateur.evaluate import divergence
-from secateur.model import replayable
-from secateur.progress import Progress
-from secateur.reap import EXPERTS, routed_to
-from secateur.repair import NEED, repaired
-from secateur.replay import LanguageModel
-from secateur.shrunk import _error_left
-from secateur.sites import recorded_inputs, sites
-from secateur.stream import stream
-from secateur.survey import holds
-from secateur.taylor import taylor
-from secateur.trace import entering, trace
-from secateur.units import Unit, removable
+from secateur.models.channels.groups import Unit, removable
+from secateur.models.channels.trace import entering, trace
+from secateur.models.load import replayable
+from secateur.models.matrices import recorded_inputs, sites
+from secateur.models.replay import LanguageModel, divergence
+from secateur.models.stream.blocks import stream
+from secateur.pruning.structured.block import _error_left
+from secateur.pruning.structured.channel_scores import taylor
+from secateur.pruning.structured.depth import Looking, angular, influence, kl, last_matrix, missing
+from secateur.pruning.structured.expert_scores import EXPERTS, routed_to
+from secateur.pruning.structured.feasibility import holds
+from secateur.pruning.structured.reconstruct import NEED, repaired
+from secateur.system.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

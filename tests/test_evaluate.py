@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.errors import DiskFull
-from secateur.evaluate import Forward, measure, perplexity_difference
-from secateur.model import load, replayable
-from secateur.progress import Progress
+from secateur.evaluation.perplexity import Forward, measure, perplexity_difference
+from secateur.models.load import load, replayable
+from secateur.system.progress import Progress
 
 
 def plain_losses(folder: Path, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file
 from support.paths import ROOT
 
-from secateur.demo import model_folder
-from secateur.native import library
+from secateur.data.demo import model_folder
+from secateur.kernels.library import library
 
 EXAMPLES = ROOT / "examples"
 MATRIX = re.compile(r"layers\.\d+\..*_proj\.weight")

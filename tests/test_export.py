@@ -14,10 +14,10 @@ from support.families import tiny_model
 from transformers import AutoModelForCausalLM
 
 import secateur
+from secateur.deployment.formats import FORMATS, format_of
+from secateur.deployment.formats.packed import load_packed, shards
+from secateur.deployment.packed_model import PackedLinear
 from secateur.errors import BadCheckpoint, NonFinite, OutputRefused, SecateurError, UnknownName, UnsupportedModel
-from secateur.formats import FORMATS, format_of
-from secateur.formats.packed import load_packed, shards
-from secateur.packing import PackedLinear
 
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -151,7 +151,7 @@ def test_what_cannot_be_exported_says_why(half, tiny_llama, tmp_path):
 
 @torch.no_grad()
 def test_orphaned_formats_become_dense_checkpoints_again(half, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["secateur.export"], "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(sys.modules["secateur.deployment.export"], "SHARD_BYTES", 100_000)
     secateur.export(half, out=tmp_path / "old", to="sparse-bitmask")
     secateur.export(tmp_path / "old", out=tmp_path / "back", to="dense")
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2

@@ -11,13 +11,13 @@ import torch
 from support.families import FAMILIES, tiny_model
 from transformers import AutoModelForCausalLM
 
-from secateur.checkpoint import open_checkpoint
-from secateur.data import Windows
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.checkpoints.record import UNSEEN
+from secateur.data.windows import Windows
+from secateur.deployment.inspect import inspect
 from secateur.errors import UnsupportedModel
-from secateur.inspection import inspect
-from secateur.model import load, replayable
-from secateur.prune import prune_checkpoint, prune_model
-from secateur.record import UNSEEN
+from secateur.models.load import load, replayable
+from secateur.pruning.prune import prune_checkpoint, prune_model
 
 REFUSED = {
     "jetmoe": "Only 3.9% of the block weights of JetMoeForCausalLM are prunable matrices",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.paths import ROOT
 
-from secateur.rules import RULES
+from secateur.deployment.sparsity_support import RULES
 
 RESULTS = ROOT / "bench" / "results"
 ACCURACY = ["quality", "structured"]

@@ -9,17 +9,17 @@ from support.families import tiny_config, tiny_model
 
 import secateur
 from secateur import errors
-from secateur.cost import passes
-from secateur.data import Windows
-from secateur.forecast import lines
+from secateur.data.windows import Windows
 from secateur.methods import METHODS, find_method
-from secateur.model import replayable
-from secateur.outline import build, outline
-from secateur.patterns import parse_pattern
-from secateur.replay import Shell, run_block
-from secateur.sites import recorded_inputs
-from secateur.stats import Stats
-from secateur.watch import Watch
+from secateur.methods.patterns import parse_pattern
+from secateur.methods.statistics import Stats
+from secateur.models.load import replayable
+from secateur.models.matrices import recorded_inputs
+from secateur.models.replay import Shell, run_block
+from secateur.models.stream.observe import Watch
+from secateur.pruning.planning.forecast import lines
+from secateur.pruning.planning.outline import build, outline
+from secateur.pruning.planning.passes import passes
 
 
 def forecast(folder, **options):

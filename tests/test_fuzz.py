@@ -19,12 +19,13 @@ from support.fuzzing import bases, judged, run_case, snapshot
 from support.mutations import KINDS, Case
 from support.spoilt_shards import KEY, parts, write
 
-from secateur import errors, files
-from secateur.checkpoint import open_checkpoint
-from secateur.comparison.store import RowStore
+from secateur import errors
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.checkpoints.result import output
 from secateur.errors import BadCheckpoint, ConditionsDiffer, UnsupportedModel
-from secateur.model import load
-from secateur.output import output
+from secateur.evaluation.comparison.row_store import RowStore
+from secateur.models.load import load
+from secateur.system import files
 
 SHARD = "model.safetensors"
 

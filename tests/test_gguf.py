@@ -14,11 +14,11 @@ from support.texts import byte_tokenizer
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from secateur import demo
-from secateur.checkpoint import open_checkpoint
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.data import demo
+from secateur.deployment.formats.gguf import FILE, write
+from secateur.deployment.formats.gguf_vocabulary import SPLITS, add_vocabulary, read_vocabulary
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnknownName, UnsupportedModel
-from secateur.formats.gguf import FILE, write
-from secateur.formats.gguf_vocabulary import SPLITS, add_vocabulary, read_vocabulary
 
 package = pytest.importorskip("gguf", reason="the package gguf is not installed")
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from secateur import gram as module
-from secateur.gram import KINDS, add_products, add_squares
-from secateur.native import ISAS, isa, library
+from secateur.kernels import gram as module
+from secateur.kernels.gram import KINDS, add_products, add_squares
+from secateur.kernels.library import ISAS, isa, library
 
 needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
 SHAPES = [(1, 1), (2, 48), (300, 49), (513, 97), (4099, 20), (1030, 1100)]

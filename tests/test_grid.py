@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import secateur
-from secateur.comparison.grid import Cell, cells, expand
-from secateur.comparison.results import Results, Row, read_results
-from secateur.comparison.sheets import sheets
-from secateur.comparison.tolerance import find_tolerance, reaches
 from secateur.errors import BadPattern, BadText, ConditionsDiffer, SecateurError
+from secateur.evaluation.comparison.grid import Cell, cells, expand
+from secateur.evaluation.comparison.tolerance import reaches
+from secateur.evaluation.report.tables import sheets
+from secateur.evaluation.results.schema import Results, Row, find_tolerance, read_results
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_a_run_that_dies_while_it_deletes_goes_on(options, tmp_path, monkeypatch
             raise KeyboardInterrupt
         real(place, *args, **more)
 
-    monkeypatch.setattr("secateur.comparison.rows.shutil.rmtree", dies)
+    monkeypatch.setattr("secateur.evaluation.comparison.rows.shutil.rmtree", dies)
     with pytest.raises(KeyboardInterrupt):
         secateur.compare(**options, out=tmp_path)
     monkeypatch.undo()

@@ -15,13 +15,14 @@ import torch
 from support.products import close, two_of_four
 from torch import Tensor
 
-from secateur import packed as on_cpu
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite
-from secateur.kernels import bitmap, nm
+from secateur.kernels import bitmap
+from secateur.kernels import packed as on_cpu
+from secateur.kernels import two_of_four as nm
+from secateur.kernels.packed import Packed
 from secateur.methods import METHODS
-from secateur.packed import Packed
-from secateur.patterns import parse_pattern
-from secateur.stats import Stats
+from secateur.methods.patterns import parse_pattern
+from secateur.methods.statistics import Stats
 
 DTYPES = [torch.float16, torch.bfloat16]
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -367,7 +368,7 @@ def test_the_triton_kernel_compiles_for_a_device():
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from secateur.kernels.nm_triton import multiply
+from secateur.kernels.two_of_four_triton import multiply
 names = ["values", "meta", "x", "y", "rows", "units"]
 signature = dict(zip(names, ["*u64", "*u8", "*u64", "*fp32", "i32", "i32"], strict=True))
 fixed = {"rows_at_once": 2, "batch": 2, "lanes": 128, "dtype": tl.bfloat16}
@@ -385,8 +386,8 @@ def test_interpreted_sweeps_equal_torch():
         """
 import torch
 from secateur.kernels import sweep as on_gpu
-from secateur.patterns import NM, Unstructured
-from secateur.sweep import sweep_block_in_torch
+from secateur.methods.patterns import NM, Unstructured
+from secateur.methods.column_sweep import sweep_block_in_torch
 from support.sweeping import block_of
 for rows, width, pattern in [(5, 16, NM(2, 4)), (3, 21, NM(1, 3)), (4, 16, NM(5, 8)), (6, 13, None), (1, 1, None)]:
     values, inverse, alive = block_of(rows, width)

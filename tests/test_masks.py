@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from reference import masks as reference
 from torch import Tensor
 
-from secateur import masks
-from secateur.masks import best_of_groups, best_of_groups_in_torch, without_lowest, without_lowest_in_torch
-from secateur.native import library
+from secateur.kernels import masks
+from secateur.kernels.library import library
+from secateur.kernels.masks import best_of_groups, best_of_groups_in_torch, without_lowest, without_lowest_in_torch
 
 pytestmark = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
 

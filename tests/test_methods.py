@@ -12,10 +12,10 @@ from support.every_method import PATTERNS, EveryMethod, layer, mask_rule, run
 from secateur.errors import NotSolved
 from secateur.methods import METHODS, REFINEMENTS
 from secateur.methods.base import scored
+from secateur.methods.least_squares import ridge
+from secateur.methods.patterns import NM, Stacked, Unstructured, kind_of, parse_pattern
 from secateur.methods.sparsegpt import damped
-from secateur.patterns import NM, Stacked, Unstructured, kind_of, parse_pattern
-from secateur.solve import ridge
-from secateur.stats import Stats
+from secateur.methods.statistics import Stats
 
 NAMES = [
     *METHODS,

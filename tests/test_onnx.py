@@ -13,11 +13,11 @@ from support.families import tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.checkpoint import open_checkpoint
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.deployment.formats.onnx import FILE, NOTE, compare, empty_cache, multiplied, refuse_lost_zeros, write
+from secateur.deployment.runtimes.eager import eager
+from secateur.deployment.runtimes.onnxruntime import onnxruntime
 from secateur.errors import BadPattern, UnsupportedModel
-from secateur.formats.onnx import FILE, NOTE, compare, empty_cache, multiplied, refuse_lost_zeros, write
-from secateur.runtimes.eager import eager
-from secateur.runtimes.onnxruntime import onnxruntime
 
 package = pytest.importorskip("onnx", reason="the package onnx is not installed")
 pytest.importorskip("onnxscript", reason="the package onnxscript is not installed")
@@ -71,7 +71,7 @@ def test_the_runtime_gives_the_logits_of_transformers(pruned, monkeypatch):
         for held in folder.glob(f"{FILE}*"):
             shutil.copy(held, file.parent)
 
-    monkeypatch.setattr("secateur.runtimes.onnxruntime.export", copied)
+    monkeypatch.setattr("secateur.deployment.runtimes.onnxruntime.export", copied)
     source = folder.parent / "source"
     plain, other = eager.load(source, torch.float32), onnxruntime.load(source, torch.float32)
     assert (other.vocabulary, other.weight_bytes) == (plain.vocabulary, plain.weight_bytes)
@@ -119,11 +119,11 @@ def test_other_logits_are_refused(pruned):
 
 def test_the_reference_evaluator_stands_in(pruned, monkeypatch):
     model, folder = pruned
-    monkeypatch.setattr("secateur.formats.onnx.find_spec", lambda name: None)
+    monkeypatch.setattr("secateur.deployment.formats.onnx.find_spec", lambda name: None)
     found = compare(model, folder / FILE)
     assert found["logits_checked_by"] == f"onnx {package.__version__}"
     assert found["largest_relative_difference"] < 1e-4
-    monkeypatch.setattr("secateur.formats.onnx.MOST_BY_REFERENCE", 10)
+    monkeypatch.setattr("secateur.deployment.formats.onnx.MOST_BY_REFERENCE", 10)
     assert compare(model, folder / FILE) == {"logits_checked_by": None}
 
 
@@ -164,6 +164,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path, tiny_llama, monkeypatch):
     with pytest.raises(UnsupportedModel, match="MambaForCausalLM keeps other things than keys and values"):
         empty_cache(tiny_model("mamba"), 1)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    monkeypatch.setattr("secateur.formats.onnx.find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(
+        "secateur.deployment.formats.onnx.find_spec", lambda name: None if name == "onnxscript" else name
+    )
     with pytest.raises(UnsupportedModel, match=r"ONNX needs the package onnxscript\. .*pip install 'secateur\[onnx\]'"):
         write(open_checkpoint(tiny_llama), tmp_path)

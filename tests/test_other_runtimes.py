@@ -13,12 +13,12 @@ import torch
 from support.families import tiny_config
 from transformers import AutoModelForCausalLM
 
+from secateur.deployment.runtimes.base import Running
+from secateur.deployment.runtimes.eager import eager
+from secateur.deployment.runtimes.llamacpp import Sequences, llamacpp, llamacpp_q8
+from secateur.deployment.runtimes.onnxruntime import onnxruntime
+from secateur.deployment.runtimes.vllm import vllm
 from secateur.errors import UnsupportedModel
-from secateur.runtimes.base import Running
-from secateur.runtimes.eager import eager
-from secateur.runtimes.llamacpp import Sequences, llamacpp, llamacpp_q8
-from secateur.runtimes.onnxruntime import onnxruntime
-from secateur.runtimes.vllm import vllm
 
 
 def needs(reason: str | None) -> pytest.MarkDecorator:
@@ -185,12 +185,12 @@ def test_rows_are_sequences_of_llama_cpp():
 @pytest.mark.parametrize("module", ["onnxruntime", "llamacpp", "vllm"])
 def test_what_is_missing_is_said(module, monkeypatch):
     runtime = {"onnxruntime": onnxruntime, "llamacpp": llamacpp, "vllm": vllm}[module]
-    monkeypatch.setattr(f"secateur.runtimes.{module}.find_spec", lambda name: None)
+    monkeypatch.setattr(f"secateur.deployment.runtimes.{module}.find_spec", lambda name: None)
     assert "not installed: pip install" in (runtime.missing() or "")
 
 
 def test_vllm_wants_an_accelerator(monkeypatch):
-    monkeypatch.setattr("secateur.runtimes.vllm.find_spec", lambda name: name)
+    monkeypatch.setattr("secateur.deployment.runtimes.vllm.find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert vllm.missing() == "vllm is installed, but there is no accelerator that torch sees"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

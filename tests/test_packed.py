@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from support.families import tiny_model
 from torch import Tensor
 
-from secateur import packed as module
+from secateur.deployment.packed_model import BATCHES, Crossovers, OwnLinear, PackedLinear, measure_crossover, pack_model
 from secateur.errors import BadCheckpoint
-from secateur.native import ISAS, isa, library
-from secateur.packed import (
+from secateur.kernels import packed as module
+from secateur.kernels.library import ISAS, isa, library
+from secateur.kernels.packed import (
     MOST,
     SLACK,
     Packed,
@@ -21,7 +22,6 @@ from secateur.packed import (
     pack,
     pack_int8,
 )
-from secateur.packing import BATCHES, Crossovers, OwnLinear, PackedLinear, measure_crossover, pack_model
 
 SHAPES = [(512, 256), (37, 128), (1, 64), (13, 1), (9, 65), (64, 100), (5, 1376)]
 needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
@@ -211,7 +211,9 @@ def test_every_way_that_a_crossover_can_choose_gives_the_same(monkeypatch):
             x = torch.randn(2, batch, 100)
             assert torch.allclose(layer(x), x @ weight.T + bias, atol=1e-4)
     counted = []
-    monkeypatch.setattr("secateur.packing.measure_crossover", lambda *args, **kwargs: counted.append(args) or found)
+    monkeypatch.setattr(
+        "secateur.deployment.packed_model.measure_crossover", lambda *args, **kwargs: counted.append(args) or found
+    )
     crossovers = Crossovers(torch.float32)
     for seed, sparsity in ((1, 0.6), (2, 0.6), (3, 0.8)):
         kept = torch.rand(64, 128, generator=torch.Generator().manual_seed(seed)) >= sparsity

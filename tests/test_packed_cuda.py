@@ -4,10 +4,11 @@ import pytest
 import torch
 from support.families import tiny_model
 
+from secateur.deployment.runtimes import RUNTIMES, packed_cuda
+from secateur.deployment.runtimes.packed_cuda import CLASSES, DeviceLinear, packed_product, use_packed
 from secateur.errors import UnsupportedModel
-from secateur.kernels import bitmap, nm
-from secateur.runtimes import RUNTIMES, packed_cuda
-from secateur.runtimes.packed_cuda import CLASSES, DeviceLinear, packed_product, use_packed
+from secateur.kernels import bitmap
+from secateur.kernels import two_of_four as nm
 
 
 @pytest.fixture

@@ -18,14 +18,13 @@ from rich.console import Console
 from support.recommending import MACHINE, timed
 
 import secateur
-from secateur.comparison import draw
-from secateur.comparison.charts import charts, front
-from secateur.comparison.page import page
-from secateur.comparison.ranking import rank
-from secateur.comparison.report import markdown, table
-from secateur.comparison.results import SCHEMA, Results, Row
-from secateur.comparison.sheets import sheets
 from secateur.errors import BadResults
+from secateur.evaluation.report import vega as draw
+from secateur.evaluation.report.charts import charts, front
+from secateur.evaluation.report.tables import sheets
+from secateur.evaluation.report.write import markdown, page, table
+from secateur.evaluation.results.ranking import rank
+from secateur.evaluation.results.schema import SCHEMA, Results, Row
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "<img id=x>"

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from reference import masks
 
 from secateur.errors import BadPattern
-from secateur.patterns import NM, Unstructured, parse
-from secateur.stats import count_zeros
+from secateur.methods.patterns import NM, Unstructured, parse
+from secateur.system.tensors import count_zeros
 
 # Few distinct values, so that ties are the rule.
 tied_scores = st.integers(1, 6).flatmap(

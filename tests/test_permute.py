@@ -12,23 +12,22 @@ from support.streams import windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from secateur import permute
-from secateur.allocate import uniform
-from secateur.checkpoint import open_checkpoint
-from secateur.data import Windows
-from secateur.decide import Pruning
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.data.windows import Windows
+from secateur.deployment.inspect import inspect
 from secateur.errors import BadPattern
-from secateur.inspection import inspect
 from secateur.methods import METHODS, Pruned
-from secateur.model import load, replayable
-from secateur.patterns import NM
-from secateur.permute import best_order, input_order, kept_score, permuted, reorder, same_output, verified
-from secateur.prune import prune_checkpoint, prune_model, pruned_blocks
-from secateur.sites import sites
-from secateur.stats import Stats
-from secateur.trace import entering, trace
-from secateur.trial import site_shapes
-from secateur.units import Unit, exchangeable
+from secateur.methods.patterns import NM
+from secateur.methods.statistics import Stats
+from secateur.models.channels.groups import Unit, exchangeable
+from secateur.models.channels.trace import entering, trace
+from secateur.models.load import load, replayable
+from secateur.models.matrices import site_shapes, sites
+from secateur.pruning import permute
+from secateur.pruning.permute import best_order, input_order, kept_score, permuted, reorder, same_output, verified
+from secateur.pruning.planning.allocation import uniform
+from secateur.pruning.prepare import Pruning
+from secateur.pruning.prune import prune_checkpoint, prune_model, pruned_blocks
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(3))

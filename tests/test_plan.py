@@ -12,16 +12,26 @@ from support.families import tiny_model
 from support.streams import TOKENS, seen_by_hooks, windows
 
 import secateur
-from secateur.allocate import by_outliers, label, least_error, read_plan, scaled, sparsity_of, uniform, write_plan
 from secateur.errors import BadPattern, BadPlan, UnknownName
 from secateur.methods import find_method
-from secateur.model import replayable
-from secateur.patterns import Unstructured, parse_pattern
-from secateur.plan import ALLOCATIONS, make_plan
-from secateur.progress import Progress
-from secateur.prune import prune_model
-from secateur.search import _Judge, _Library
-from secateur.trial import Measuring, levels_around, site_shapes
+from secateur.methods.patterns import Unstructured, parse_pattern
+from secateur.models.load import replayable
+from secateur.models.matrices import site_shapes
+from secateur.pruning.planning.allocation import (
+    by_outliers,
+    label,
+    least_error,
+    read_plan,
+    scaled,
+    sparsity_of,
+    uniform,
+    write_plan,
+)
+from secateur.pruning.planning.measured import ALLOCATIONS, make_plan
+from secateur.pruning.planning.search import _Judge, _Library
+from secateur.pruning.planning.sensitivity import Measuring, levels_around
+from secateur.pruning.prune import prune_model
+from secateur.system.progress import Progress
 
 SHAPES = {"a.q": (4, 8), "a.down": (8, 16), "b.q": (4, 8), "b.down": (8, 16)}
 

@@ -8,12 +8,12 @@ import pytest
 from support.paths import ROOT
 from support.recommending import MACHINE
 
-from secateur.advice.goals import GOALS
-from secateur.advice.hardware import ACCELERATED, HARDWARE, is_measured
-from secateur.advice.priors import ALIKE, PRIORS, known_of, uses_zeros
-from secateur.comparison.results import KINDS
-from secateur.rules import RULES
-from secateur.runtimes import RUNTIMES
+from secateur.deployment.runtimes import RUNTIMES
+from secateur.deployment.sparsity_support import RULES
+from secateur.evaluation.advice.goals import GOALS
+from secateur.evaluation.advice.hardware import ACCELERATED, HARDWARE, is_measured
+from secateur.evaluation.advice.priors import ALIKE, PRIORS, known_of, uses_zeros
+from secateur.evaluation.results.schema import KINDS
 
 DOCS = ROOT / "docs"
 

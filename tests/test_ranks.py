@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.paths import SUPPORT
 
-from secateur.ranks import ALONE
+from secateur.models.stream.distributed import ALONE
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0"]
 

@@ -15,13 +15,13 @@ from support.recommending import DENSE, MACHINE, demo_results, row, table, timed
 from typer.testing import CliRunner
 
 import secateur
-from secateur.advice.goals import GOALS
-from secateur.advice.priors import LABEL
-from secateur.commands import advice
-from secateur.commands.advice import lines
-from secateur.commands.cli import app
-from secateur.comparison.results import Results
+from secateur.cli import recommend as advice
+from secateur.cli.app import app
+from secateur.cli.recommend import lines
 from secateur.errors import BadPattern, UnknownName
+from secateur.evaluation.advice.goals import GOALS
+from secateur.evaluation.advice.priors import LABEL
+from secateur.evaluation.results.schema import Results
 
 NO_ROW = None
 DENSE_ROW = "dense -"

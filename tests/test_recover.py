@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import secateur
-from secateur.checkpoint import open_checkpoint
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.checkpoints.journal import Journal
 from secateur.errors import (
     BadCheckpoint,
     ConditionsDiffer,
@@ -38,18 +39,18 @@ from secateur.errors import (
     UnknownName,
     UnsupportedModel,
 )
-from secateur.journal import Journal
-from secateur.machine import freed_memory_kept
-from secateur.model import load
-from secateur.options import training_dtype
+from secateur.models.load import load
 from secateur.recovery import blocks as block_by_block
-from secateur.recovery import halfway, training
-from secateur.recovery import whole as all_at_once
+from secateur.recovery import finetune as all_at_once
+from secateur.recovery import training
+from secateur.recovery import training_state as halfway
 from secateur.recovery.checks import WAYS
 from secateur.recovery.lora import MaskedLora
+from secateur.recovery.masks import masks
 from secateur.recovery.recover import recover
 from secateur.recovery.text import recovery_windows
-from secateur.recovery.write import masks
+from secateur.system.devices import training_dtype
+from secateur.system.machine import freed_memory_kept
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of their own
 
@@ -165,7 +166,7 @@ def test_products_in_bfloat16_train_what_those_in_float32_do(models, options, tm
 
 @pytest.mark.parametrize("multiplies", [True, False])
 def test_what_is_stored_in_sixteen_bits_is_trained_in_bfloat16_where_that_is_multiplied(monkeypatch, multiplies):
-    monkeypatch.setattr("secateur.options.multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr("secateur.system.devices.multiplies_bfloat16", lambda: multiplies)
     short = "bfloat16" if multiplies else "float32"
     for stored, wanted in ((torch.bfloat16, short), (torch.float16, short), (torch.float32, "float32")):
         assert training_dtype("auto", torch.device("cpu"), stored) == wanted
@@ -357,7 +358,7 @@ def test_blocks_that_are_finished_are_kept(models, options, tmp_path, monkeypatc
 
 DIES = """
 import os, sys
-from secateur.commands import cli
+from secateur.cli import cli
 from secateur.recovery import halfway
 real, count = halfway.Halfway.mark, 0
 def mark(self, step):

@@ -6,12 +6,12 @@ from support.families import tiny_model
 from support.streams import CPU, TOKENS, windows
 from torch import nn
 
-from secateur.flow import Batch
-from secateur.model import replayable
-from secateur.prune import prune_model
-from secateur.refine import error, refine
-from secateur.replay import Call
-from secateur.stream import stream
+from secateur.models.load import replayable
+from secateur.models.replay import Call
+from secateur.models.stream.blocks import stream
+from secateur.models.stream.forward import Batch
+from secateur.models.stream.refine import error, refine
+from secateur.pruning.prune import prune_model
 
 
 class OneLayer(nn.Module):

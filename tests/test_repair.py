@@ -5,10 +5,10 @@ import torch
 from reference.structured import energies, fluctuations, greedy_removal, ridge_refit
 
 from secateur.errors import NotSolved
-from secateur.repair import NEED, repaired
-from secateur.selection import SELECTIONS, energy, fluctuation, optimal_brain_surgeon
-from secateur.solve import ridge
-from secateur.stats import OF_DENSE, Stats
+from secateur.methods.least_squares import ridge
+from secateur.methods.statistics import OF_DENSE, Stats
+from secateur.pruning.structured.channel_scores import SELECTIONS, energy, fluctuation, optimal_brain_surgeon
+from secateur.pruning.structured.reconstruct import NEED, repaired
 
 OUT, IN, TOKENS = 12, 40, 2000
 

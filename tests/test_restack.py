@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import secateur
-from secateur import restack
 from secateur.errors import DiskFull
-from secateur.model import load
-from secateur.restack import spill_folder, too_large
+from secateur.models import mapped_experts as restack
+from secateur.models.load import load
+from secateur.models.mapped_experts import spill_folder, too_large
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,9 @@ def test_the_result_is_the_same(tiny_mixtral, text_file, tmp_path, monkeypatch):
     options = {"calibration": str(text_file), "samples": 4, "seq_len": 32, "passes": "two", "batch_size": 1}
     folders = []
     real = restack.stacked_on_disk
-    monkeypatch.setattr("secateur.model.stacked_on_disk", lambda folder: (folders.append(folder), real(folder))[1])
+    monkeypatch.setattr(
+        "secateur.models.load.stacked_on_disk", lambda folder: (folders.append(folder), real(folder))[1]
+    )
     secateur.prune(tiny_mixtral, out=tmp_path / "held", **options)
     secateur.prune(tiny_mixtral, out=tmp_path / "spilled", memory=0, **options)
     assert folders == [None, tmp_path]
@@ -77,7 +79,9 @@ def test_the_first_releases_return_errors_too(tiny_mixtral, tmp_path, monkeypatc
 def test_every_load_of_a_comparison_spills_where_the_first_does(tiny_mixtral, text_file, tmp_path, monkeypatch):
     folders = []
     real = restack.stacked_on_disk
-    monkeypatch.setattr("secateur.model.stacked_on_disk", lambda folder: (folders.append(folder), real(folder))[1])
+    monkeypatch.setattr(
+        "secateur.models.load.stacked_on_disk", lambda folder: (folders.append(folder), real(folder))[1]
+    )
     secateur.compare(
         tiny_mixtral, out=tmp_path / "out", methods=["magnitude"], patterns=["50%"], values=["as stored", "int8"],
         calibration=str(text_file), evaluation=str(text_file), samples=2, windows=2, seq_len=16, memory=0,

@@ -12,10 +12,11 @@ import pytest
 import torch
 from support.dying import MOMENTS, started
 
-from secateur import checkpoint, output
+from secateur.checkpoints import folder as checkpoint
+from secateur.checkpoints import result as output
+from secateur.checkpoints.journal import Journal, differences
 from secateur.errors import Interrupted, OutputRefused
-from secateur.journal import Journal, differences
-from secateur.prune import prune
+from secateur.pruning.prune import prune
 
 DIED = -signal.SIGKILL
 CASES = {
@@ -79,7 +80,7 @@ def test_goes_on_after_the_last_finished_block(arguments, out, case, capfd):
     """It dies as the third block is recorded; the second run writes the other two alone."""
     given = arguments(*CASES[case])
     expected = undisturbed(given, out)
-    writes = "secateur.output.Output._commit"
+    writes = "secateur.checkpoints.result.Output._commit"
     assert started(given, (writes, 3, "before")) == DIED
     journal = out.with_name(".out.journal").read_text()
     assert journal.count('["block"') == 2
@@ -89,7 +90,7 @@ def test_goes_on_after_the_last_finished_block(arguments, out, case, capfd):
 
 
 def test_other_options_are_refused_with_what_differs(arguments, out, capfd):
-    assert started(arguments("--method", "wanda"), ("secateur.output.Output._commit", 3, "before")) == DIED
+    assert started(arguments("--method", "wanda"), ("secateur.checkpoints.result.Output._commit", 3, "before")) == DIED
     left = out.with_name(".out.journal").read_bytes()
     assert started(arguments("--method", "sparsegpt", "--batch-size", "3")) == 2
     said = capfd.readouterr().err
@@ -104,7 +105,7 @@ def test_other_options_are_refused_with_what_differs(arguments, out, capfd):
 def test_a_finished_run_is_not_mistaken_for_a_half_finished_one(arguments, out, capfd):
     """It died after its last rename: the same command is content, another sees a folder that exists."""
     given = arguments("--method", "wanda")
-    assert started(given, ("secateur.journal.Journal.remove", 1, "before")) == DIED
+    assert started(given, ("secateur.checkpoints.journal.Journal.remove", 1, "before")) == DIED
     expected = contents(out)
     assert started(arguments("--method", "sparsegpt")) == 2
     assert "exists already" in capfd.readouterr().err
@@ -232,7 +233,7 @@ def test_a_source_that_changes_during_the_run(tiny_llama, text_file, out, tmp_pa
 def test_a_source_that_changed_between_the_runs(arguments, out, tiny_llama, tmp_path, capfd):
     model = shutil.copytree(tiny_llama, tmp_path / "model")
     given = [str(model) if word == str(tiny_llama) else word for word in arguments("--method", "wanda")]
-    assert started(given, ("secateur.output.Output._commit", 3, "before")) == DIED
+    assert started(given, ("secateur.checkpoints.result.Output._commit", 3, "before")) == DIED
     os.utime(model / "model.safetensors", ns=(1, 1))
     assert started(given) == 2
     assert "files was" in capfd.readouterr().err
@@ -281,7 +282,7 @@ def test_a_comparison_goes_on_inside_a_row(tiny_llama, text_file, out, capfd):
         str(text_file), "--evaluation", str(text_file), "--samples", "6", "--windows", "8", "--seq-len", "16",
         "--batch-size", "2", "--quiet",
     ]  # fmt: skip
-    assert started(given, ("secateur.output.Output._commit", 3, "before")) == DIED
+    assert started(given, ("secateur.checkpoints.result.Output._commit", 3, "before")) == DIED
     assert started(given) == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["dense", "wanda"]

@@ -11,11 +11,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from secateur.checkpoint import RECORD
-from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnsupportedModel
-from secateur.kernels.device import no_device
-from secateur.patterns import parse
-from secateur.runtimes.semi_structured import (
+from secateur.checkpoints.folder import RECORD
+from secateur.deployment.runtimes.semi_structured import (
     CLASSES,
     CUTLASS_MULTIPLES,
     PRODUCTS,
@@ -33,6 +30,9 @@ from secateur.runtimes.semi_structured import (
     usable,
     use_products,
 )
+from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnsupportedModel
+from secateur.kernels.device import no_device
+from secateur.methods.patterns import parse
 
 DTYPES = [torch.float16, torch.bfloat16]
 PROJECTION = "model.layers.1.mlp.up_proj"

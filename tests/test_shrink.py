@@ -11,17 +11,21 @@ from support.families import tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from secateur import experts, shrink, shrunk, survey, verify
-from secateur.checkpoint import open_checkpoint
-from secateur.cut import without_units
-from secateur.data import Windows
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.data.windows import Windows
+from secateur.deployment.inspect import inspect
 from secateur.errors import BadPattern, BadPlan, NonFinite, SecateurError, UnknownName, UnsupportedModel
-from secateur.inspection import inspect
-from secateur.model import load
-from secateur.patterns import parse
-from secateur.prune import check_method, prune_checkpoint
-from secateur.reap import highest_in_groups
-from secateur.sites import bias, sites
+from secateur.methods.patterns import parse
+from secateur.models import experts
+from secateur.models.load import load
+from secateur.models.matrices import bias, sites
+from secateur.pruning.prune import check_method, prune_checkpoint
+from secateur.pruning.structured import block as shrunk
+from secateur.pruning.structured import feasibility as survey
+from secateur.pruning.structured import program as shrink
+from secateur.pruning.structured import verify
+from secateur.pruning.structured.expert_scores import highest_in_groups
+from secateur.pruning.structured.slicing import without_units
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # each family warns about itself in its own way
 

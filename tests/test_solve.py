@@ -13,10 +13,10 @@ from support.every_method import mask_rule
 from secateur.errors import UnknownName
 from secateur.methods import METHODS, find_method
 from secateur.methods.alps import alps
+from secateur.methods.least_squares import masked_least_squares, normalise, objective, ridge
+from secateur.methods.patterns import parse_pattern
 from secateur.methods.refit import refit
-from secateur.patterns import parse_pattern
-from secateur.solve import masked_least_squares, normalise, objective, ridge
-from secateur.stats import Stats
+from secateur.methods.statistics import Stats
 
 
 def layer(rows: int = 24, columns: int = 96, tokens: int = 3200, seed: int = 0):

@@ -11,20 +11,19 @@ from support.families import tiny_model
 from support.streams import CPU, TOKENS, seen_by_hooks, windows
 from support.texts import byte_tokenizer
 
-from secateur import ahead
-from secateur.allocate import uniform
-from secateur.decide import Pruning
+from secateur.checkpoints.record import LEFT_OUT, UNSEEN
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods import METHODS
-from secateur.model import load, replayable
-from secateur.options import calibration_dtype, find_devices, forward_dtype
-from secateur.patterns import parse_pattern
-from secateur.prune import prune, prune_model, pruned_blocks
-from secateur.record import LEFT_OUT, UNSEEN
-from secateur.sites import sites
-from secateur.stats import Stats
-from secateur.stream import stream
-from secateur.trial import site_shapes
+from secateur.methods.patterns import parse_pattern
+from secateur.methods.statistics import Stats
+from secateur.models.load import load, replayable
+from secateur.models.matrices import site_shapes, sites
+from secateur.models.stream import forward as ahead
+from secateur.models.stream.blocks import stream
+from secateur.pruning.planning.allocation import uniform
+from secateur.pruning.prepare import Pruning
+from secateur.pruning.prune import prune, prune_model, pruned_blocks
+from secateur.system.devices import calibration_dtype, find_devices, forward_dtype
 
 
 def steps(model, tokens=TOKENS, devices=(CPU,), batch_size=3):
@@ -238,13 +237,13 @@ def test_the_forward_dtype_does_not_touch_the_weights_that_are_kept(dtype):
     ],
 )
 def test_calibration_is_in_bfloat16_where_that_is_stored_and_multiplied(name, stored, multiplies, wanted, monkeypatch):
-    monkeypatch.setattr("secateur.options.multiplies_bfloat16", lambda: multiplies)
+    monkeypatch.setattr("secateur.system.devices.multiplies_bfloat16", lambda: multiplies)
     assert calibration_dtype(name, CPU, stored) == wanted
     assert forward_dtype("auto", CPU) == torch.float32  # what is evaluated never depends on the machine
 
 
 def test_the_record_says_in_which_dtype_calibration_ran(tmp_path: Path, text_file, monkeypatch):
-    monkeypatch.setattr("secateur.options.multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr("secateur.system.devices.multiplies_bfloat16", lambda: True)
     tiny_model("llama").bfloat16().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     options = {"calibration": str(text_file), "samples": 4, "seq_len": 32, "method": "sparsegpt", "pattern": "2:4"}

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import BadPattern
-from secateur.patterns import parse, parse_pattern
-from secateur.structures import Budget, Depth, Several, Units, default_alignment, parts
+from secateur.methods.patterns import parse, parse_pattern
+from secateur.methods.structures import Budget, Depth, Several, Units, default_alignment, parts
 
 
 @pytest.mark.parametrize(

@@ -8,22 +8,21 @@ import torch
 from support.families import tiny_model
 from torch.utils._pytree import tree_leaves
 
-from secateur.data import Windows
-from secateur.decide import way_through
+from secateur.data.windows import Windows
 from secateur.errors import OutputRefused, UnknownName, UnsupportedModel
-from secateur.footprint import Load, arrange
-from secateur.hidden import HiddenStates
-from secateur.machine import available_bytes, will_need
-from secateur.meta import storage
 from secateur.methods import METHODS
-from secateur.model import replayable
-from secateur.options import find_size
-from secateur.outline import Outline, build, outline
-from secateur.prune import prune_model
-from secateur.replay import run_block, working_copy
-from secateur.sites import sites
-from secateur.stream import stream
-from secateur.suspend import Stages, Suspended, find_stages
+from secateur.models.load import replayable
+from secateur.models.mapped_tensors import HiddenStates
+from secateur.models.matrices import sites
+from secateur.models.replay import run_block, working_copy
+from secateur.models.stream.blocks import stream
+from secateur.models.stream.paused import Stages, Suspended, find_stages
+from secateur.pruning.planning.memory import Load, arrange, way_through
+from secateur.pruning.planning.meta import storage
+from secateur.pruning.planning.outline import Outline, build, outline
+from secateur.pruning.prune import prune_model
+from secateur.system.devices import find_size
+from secateur.system.machine import available_bytes, will_need
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(2))
@@ -248,8 +247,8 @@ def test_the_limits_of_control_groups_count(line, place, names, tmp_path, monkey
     (folder / names[1]).write_text("5000\n")
     (folder / "memory.stat").write_text(f"file 7\n{names[2]} 300\n")
     (tmp_path / "own").write_text(line + "\n")
-    monkeypatch.setattr("secateur.machine._CGROUP", tmp_path)
-    monkeypatch.setattr("secateur.machine._OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr("secateur.system.machine._CGROUP", tmp_path)
+    monkeypatch.setattr("secateur.system.machine._OWN_CGROUP", tmp_path / "own")
     assert available_bytes(CPU) == 4300
     (folder / names[0]).write_text("max\n")
     assert available_bytes(CPU) > 2**20

@@ -20,16 +20,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from typer.testing import CliRunner
 
 import secateur
-from secateur import tasks
-from secateur.commands import cli
-from secateur.data import load_tokenizer
+from secateur.cli import app as cli
+from secateur.data.windows import load_tokenizer
 from secateur.errors import BadText, NonFinite, NotEnoughText, SecateurError, UnknownName, UnsupportedModel
-from secateur.harness import Answers, load_task, on_device, quiet
-from secateur.items import PAPERS, TASKS
-from secateur.model import load
-from secateur.progress import Progress
-from secateur.replay import LanguageModel
-from secateur.tasks import answer_tasks, check_tasks, lines, resampled_means, summarise
+from secateur.evaluation.tasks import answer as tasks
+from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, lines, resampled_means, summarise
+from secateur.evaluation.tasks.items import PAPERS, TASKS
+from secateur.evaluation.tasks.lm_eval import Answers, load_task, on_device, quiet
+from secateur.models.load import load
+from secateur.models.replay import LanguageModel
+from secateur.system.progress import Progress
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'secateur[tasks]'")
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'secateur[tasks]'")

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from support.families import HEAD_DIM, tiny_model
 from torch import Tensor
 
-from secateur.checkpoint import Checkpoint, open_checkpoint
+from secateur.checkpoints.folder import Checkpoint, open_checkpoint
+from secateur.deployment.formats.tensorrt_llm import BUILD_COMMAND, SILENTLY_DENSE, eligible, tensorrt_llm, write
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnsupportedModel
-from secateur.formats.tensorrt_llm import BUILD_COMMAND, SILENTLY_DENSE, eligible, tensorrt_llm, write
 
 SITE = "model.layers.1.mlp.down_proj"
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}

@@ -8,12 +8,12 @@ from reference.permutation import arrivals
 from support.families import tiny_model
 from torch import Tensor
 
-from secateur.model import replayable
-from secateur.permute import reorder, verified
-from secateur.replay import LanguageModel
-from secateur.sites import signature, sites
-from secateur.trace import Trace, entering, trace
-from secateur.units import Unit, exchangeable
+from secateur.models.channels.groups import Unit, exchangeable
+from secateur.models.channels.trace import Trace, entering, trace
+from secateur.models.load import replayable
+from secateur.models.matrices import signature, sites
+from secateur.models.replay import LanguageModel
+from secateur.pruning.permute import reorder, verified
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 128, (3, 24), generator=torch.Generator().manual_seed(3))

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from support.families import tiny_model
 from torch import Tensor
 
+from secateur.deployment.packed_model import pack_model
+from secateur.deployment.sparsity_support import RULES, parse_build_log
+from secateur.deployment.validate import SiteVerdict, Validation, rows, summary, validate
 from secateur.errors import UnknownName
-from secateur.packing import pack_model
-from secateur.rules import RULES, parse_build_log
-from secateur.validate import SiteVerdict, Validation, rows, summary, validate
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SITE = "model.layers.1.mlp.down_proj.weight"

@@ -1,24 +1,24 @@
 """Secateur prunes pretrained language models and tells the truth about the result."""
 
-from secateur.advice.recommend import Recommendation, recommend
-from secateur.bench import bench
-from secateur.comparison.compare import compare
-from secateur.comparison.join import report
+from secateur.deployment.bench import bench
+from secateur.deployment.export import export
+from secateur.deployment.formats.packed import load_packed
+from secateur.deployment.inspect import inspect
+from secateur.deployment.packed_model import pack_model
+from secateur.deployment.validate import validate
 from secateur.errors import SecateurError
-from secateur.evaluate import evaluate
-from secateur.export import export
-from secateur.forecast import forecast
-from secateur.formats.packed import load_packed
-from secateur.inspection import inspect
+from secateur.evaluation.advice.recommend import Recommendation, recommend
+from secateur.evaluation.comparison.compare import compare
+from secateur.evaluation.comparison.join import report
+from secateur.evaluation.perplexity import evaluate
 from secateur.methods import METHODS, Method, Pruned, scored
-from secateur.model import load
-from secateur.packing import pack_model
-from secateur.patterns import parse
-from secateur.plan import plan
-from secateur.prune import prune, prune_model
+from secateur.methods.patterns import parse
+from secateur.models.load import load
+from secateur.pruning.planning.forecast import forecast
+from secateur.pruning.planning.measured import plan
+from secateur.pruning.prune import prune, prune_model
 from secateur.recovery.job import Recovery
 from secateur.recovery.recover import recover
-from secateur.validate import validate
 
 __all__ = [
     "METHODS",

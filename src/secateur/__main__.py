@@ -1,5 +1,5 @@
 """`python -m secateur` is the `secateur` command."""
 
-from secateur.commands.cli import main
+from secateur.cli.app import main
 
 main()

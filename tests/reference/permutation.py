@@ -6,8 +6,8 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
-from secateur.replay import Call, run_block
-from secateur.sites import recorded_inputs, sites
+from secateur.models.matrices import recorded_inputs, sites
+from secateur.models.replay import Call, run_block
 
 
 def kept_score(score: Tensor, n: int, m: int) -> float:

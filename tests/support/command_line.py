@@ -2,7 +2,7 @@
 
 from typer.testing import CliRunner
 
-from secateur.commands import cli
+from secateur.cli import app as cli
 
 runner = CliRunner()
 

@@ -10,8 +10,9 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur import gram, sweep
-from secateur.cost import attention
+from secateur.kernels import gram
+from secateur.methods import column_sweep as sweep
+from secateur.pruning.planning.passes import attention
 
 
 def counted(work: Callable[[], object]) -> float:

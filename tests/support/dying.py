@@ -9,20 +9,20 @@ import sys
 from itertools import count
 from typing import Any
 
-from secateur.commands import cli
+from secateur.cli import app as cli
 
 MOMENTS = {
-    "loading": "secateur.model.replayable",
+    "loading": "secateur.models.load.replayable",
     "copying": "shutil.copyfile",
-    "beginning": "secateur.journal.Journal.begin",
-    "statistics": "secateur.stats.Stats.of",
-    "solving": "secateur.block.put",
-    "writing": "secateur.output.Output.write",
+    "beginning": "secateur.checkpoints.journal.Journal.begin",
+    "statistics": "secateur.methods.statistics.Stats.of",
+    "solving": "secateur.pruning.block.put",
+    "writing": "secateur.checkpoints.result.Output.write",
     "syncing": "os.fsync",
-    "recording": "secateur.journal.Journal._write",
-    "hashing": "secateur.output.file_sha256",
+    "recording": "secateur.checkpoints.journal.Journal._write",
+    "hashing": "secateur.checkpoints.result.file_sha256",
     "renaming": "pathlib.Path.rename",
-    "tidying": "secateur.journal.Journal.remove",
+    "tidying": "secateur.checkpoints.journal.Journal.remove",
 }
 """By stage: the function at whose call, before or after it, the process dies."""
 

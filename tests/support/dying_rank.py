@@ -4,8 +4,8 @@ import importlib
 import os
 import signal
 
-from secateur import block
-from secateur.commands import cli
+from secateur.cli import app as cli
+from secateur.pruning import block
 
 rank, name = os.environ["DIE_AT"].split()
 
@@ -17,5 +17,5 @@ def prune_block(step, *args, **kwargs):
     return block.prune_block(step, *args, **kwargs)
 
 
-setattr(importlib.import_module("secateur.prune"), "prune_block", prune_block)  # noqa: B010 - no attribute of the package
+setattr(importlib.import_module("secateur.pruning.prune"), "prune_block", prune_block)  # noqa: B010 - no attribute of the package
 cli.main()

@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import secateur
-from secateur.checkpoint import open_checkpoint
-from secateur.commands import cli
-from secateur.formats.packed import load_packed, shards
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.cli import app as cli
+from secateur.deployment.formats.packed import load_packed, shards
 from support.families import tiny_model
 from support.limits import TimeLimit, captured, file_limit, forget_peak, held, peak, time_limit
 from support.mutations import KINDS, Case

@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from secateur.commands import cli
+from secateur.cli import app as cli
 from secateur.recovery import training
 
 rank, step = map(int, os.environ["NAN_AT"].split())

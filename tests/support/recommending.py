@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from secateur.comparison.results import SCHEMA, Results, Row
+from secateur.evaluation.results.schema import SCHEMA, Results, Row
 from support.paths import ROOT
 
 DENSE = 20.0

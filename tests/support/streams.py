@@ -2,7 +2,7 @@
 
 import torch
 
-from secateur.data import Windows
+from secateur.data.windows import Windows
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(2))

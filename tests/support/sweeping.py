@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from secateur.sweep import responses
+from secateur.methods.column_sweep import responses
 
 
 def gram_of(columns: int, seed: int = 0) -> Tensor:

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur import packed as on_cpu
 from secateur.errors import BadCheckpoint, NonFinite
+from secateur.kernels import packed as on_cpu
 from secateur.kernels.device import no_device
-from secateur.packed import MOST, Packed
+from secateur.kernels.packed import MOST, Packed
 
 SOURCE = Path(__file__).with_name("bitmap.cu")
 DTYPES = (torch.float16, torch.bfloat16)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from secateur.methods.base import Method, Pruned
 from secateur.methods.cost import Cost, refit_products
-from secateur.patterns import Pattern
-from secateur.solve import Problem, masked_least_squares, normalise
-from secateur.stats import Stats
+from secateur.methods.least_squares import Problem, masked_least_squares, normalise
+from secateur.methods.patterns import Pattern
+from secateur.methods.statistics import Stats
 
 
 def alps(stages: int = 16, updates: int = 2, first: float = 0.05, last: float = 5.0, iterations: int = 10) -> Method:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from secateur.methods.cost import Cost
-from secateur.patterns import Group, Pattern, Stacked
-from secateur.stats import Stats
+from secateur.methods.patterns import Group, Pattern, Stacked
+from secateur.methods.statistics import Stats
 
 
 class Pruned(NamedTuple):

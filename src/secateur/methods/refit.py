@@ -1,16 +1,16 @@
 """`+refit`: keep a method's mask, and make the kept weights the best ones for it.
 
-Masked conjugate gradients from the method's own weights (`solve.masked_least_squares`): ten iterations where the
-method has updated its weights already, twenty where it only chose a mask. Composes with every method.
+Masked conjugate gradients from the method's own weights (`least_squares.masked_least_squares`): ten iterations where
+the method has updated its weights already, twenty where it only chose a mask. Composes with every method.
 """
 
 from torch import Tensor
 
 from secateur.methods.base import Method, Pruned
 from secateur.methods.cost import refit_products
-from secateur.patterns import Pattern
-from secateur.solve import masked_least_squares, normalise
-from secateur.stats import Stats
+from secateur.methods.least_squares import masked_least_squares, normalise
+from secateur.methods.patterns import Pattern
+from secateur.methods.statistics import Stats
 
 
 def refit(method: Method, iterations: int | None = None) -> Method:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from secateur.methods.base import Method, scored
 from secateur.methods.cost import Cost
-from secateur.stats import Stats
+from secateur.methods.statistics import Stats
 
 
 def ria(exponent: float = 0.5) -> Method:

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from secateur.errors import NotSolved
 from secateur.methods.base import Method, Pruned
+from secateur.methods.column_sweep import block_width, responses
+from secateur.methods.column_sweep import sweep as sweep_columns
 from secateur.methods.cost import Cost
-from secateur.patterns import Pattern
-from secateur.solve import normalise
-from secateur.stats import Stats
-from secateur.sweep import block_width, responses
-from secateur.sweep import sweep as sweep_columns
+from secateur.methods.least_squares import normalise
+from secateur.methods.patterns import Pattern
+from secateur.methods.statistics import Stats
 
 
 def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
@@ -42,7 +42,9 @@ def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
 
 
 def sweep(width: int = 128) -> Method:
-    """SparseGPT's sweep in normalised coordinates: the same but for its damping, which is relative (see solve.py)."""
+    """SparseGPT's sweep in normalised coordinates: the same but for its damping, which is relative (see
+    least_squares.py).
+    """
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)

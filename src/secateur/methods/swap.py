@@ -15,9 +15,9 @@ from torch import Tensor
 
 from secateur.errors import UnknownName
 from secateur.methods.base import Method, Pruned
-from secateur.patterns import Pattern
-from secateur.solve import Problem, normalise
-from secateur.stats import Stats
+from secateur.methods.least_squares import Problem, normalise
+from secateur.methods.patterns import Pattern
+from secateur.methods.statistics import Stats
 
 
 def swap(method: Method, steps: int = 100, candidates: int = 64) -> Method:

@@ -14,20 +14,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from secateur.checkpoint import open_checkpoint
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.checkpoints.result import BLOCK, output
 from secateur.errors import Interrupted, NonFinite
-from secateur.hidden import hidden_bytes
-from secateur.interrupt import asked_to_stop
-from secateur.machine import available_bytes
-from secateur.model import checkpoint_tensors, load_blocks
-from secateur.options import width
-from secateur.output import BLOCK, output
+from secateur.models.load import checkpoint_tensors, load_blocks, width
+from secateur.models.mapped_tensors import hidden_bytes
+from secateur.models.replay import working_copy
+from secateur.models.stream.blocks import Step, stream
+from secateur.models.stream.refine import refine
 from secateur.recovery.checks import refuse_blocks
 from secateur.recovery.job import Job, Recovery
-from secateur.recovery.write import block_masks, keep_masks, refuse_other_masks
-from secateur.refine import refine
-from secateur.replay import working_copy
-from secateur.stream import Step, stream
+from secateur.recovery.masks import block_masks, keep_masks, refuse_other_masks
+from secateur.system.interrupt import asked_to_stop
+from secateur.system.machine import available_bytes
 
 STREAMS = 3
 """Hidden states that are held: of the pruned model, of the dense one, and what its block at hand makes of them."""

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from secateur.checkpoint import RECORD, Checkpoint
-from secateur.data import load_tokenizer
+from secateur.checkpoints.folder import RECORD, Checkpoint
+from secateur.checkpoints.record import record_of
+from secateur.data.windows import load_tokenizer
 from secateur.errors import BadCheckpoint, NonFinite, UnknownName, UnsupportedModel
-from secateur.files import fits
-from secateur.inspection import record_of
-from secateur.options import find_dtype
-from secateur.replay import LanguageModel
-from secateur.sites import sites
-from secateur.stats import count_zeros, is_finite
+from secateur.models.matrices import sites
+from secateur.models.replay import LanguageModel
+from secateur.system.devices import find_dtype
+from secateur.system.files import fits
+from secateur.system.tensors import count_zeros, is_finite
 
 WAYS = {
     "lora": "adapters on every linear layer, merged under the mask",

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from secateur.checkpoint import Checkpoint, open_checkpoint
-from secateur.data import Windows
-from secateur.machine import versions
-from secateur.output import Output, stamps
-from secateur.progress import Progress
-from secateur.ranks import Ranks
+from secateur.checkpoints.folder import Checkpoint, open_checkpoint
+from secateur.checkpoints.result import Output, stamps
+from secateur.data.windows import Windows
+from secateur.models.replay import LanguageModel
+from secateur.models.stream.distributed import Ranks
 from secateur.recovery.checks import aims_at_dense
-from secateur.replay import LanguageModel
+from secateur.system.machine import versions
+from secateur.system.progress import Progress
 
 BATCH_SIZE, SAVE_EVERY, RANK = 8, 100, 16
 """Windows of a forward pass, steps between checkpoints, and the rank of adapters, where nothing is asked for."""

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.checkpoint import open_checkpoint, resolve, stored_dtype
-from secateur.data import Windows, calibration_windows, evaluation_windows, load_tokenizer
+from secateur.checkpoints.folder import open_checkpoint, stored_dtype
+from secateur.checkpoints.result import refuse_place
+from secateur.data.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 from secateur.errors import SecateurError
-from secateur.model import load
-from secateur.options import check_windows, default_length, find_devices, training_dtype, width
-from secateur.place import refuse_place
-from secateur.progress import Progress
-from secateur.ranks import joined
+from secateur.models.load import check_windows, default_length, load, resolve, width
+from secateur.models.replay import LanguageModel
+from secateur.models.stream.distributed import joined
+from secateur.models.stream.refine import RATE
 from secateur.recovery.blocks import recover_blocks
 from secateur.recovery.checks import (
     check_numbers,
@@ -38,8 +38,8 @@ from secateur.recovery.checks import (
 )
 from secateur.recovery.job import BATCH_SIZE, RANK, SAVE_EVERY, Job, Recovery, Schedule
 from secateur.recovery.text import RUN, recovery_windows
-from secateur.refine import RATE
-from secateur.replay import LanguageModel
+from secateur.system.devices import find_devices, training_dtype
+from secateur.system.progress import Progress
 
 RATES = {"lora": 0.2, "masked": 0.02, "distill": 0.14}
 """Of the ways, to be divided by the width of the model: Adam's rate for matrices falls as their inputs grow (Yang et
@@ -136,7 +136,7 @@ def carry_out(job: Job) -> Recovery:
     """Train and write; for a job whose model is loaded and whose text is drawn already."""
     if job.way == "blocks":
         return recover_blocks(job)
-    from secateur.recovery.whole import recover_whole  # needs packages that not everybody has
+    from secateur.recovery.finetune import recover_whole  # needs packages that not everybody has
 
     return recover_whole(job)
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.corpora import corpus_texts
-from secateur.data import Windows, border_of, encode
+from secateur.data.corpora import corpus_texts
+from secateur.data.windows import Windows, border_of, encode
 from secateur.errors import NotEnoughText
 
 RUN, LEAST = 32, 8

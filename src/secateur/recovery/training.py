@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from secateur.checkpoint import disk_errors
 from secateur.errors import DiskFull, NonFinite, in_one_line
-from secateur.progress import Progress
-from secateur.recovery.halfway import Halfway
 from secateur.recovery.job import Schedule
+from secateur.recovery.training_state import Halfway
+from secateur.system.files import disk_errors
+from secateur.system.progress import Progress
 
 WARM = 0.05
 """The share of the steps in which the rate rises."""

@@ -1,0 +1,1 @@
+"""Safetensors folders: read, and written beside their final place and renamed."""

@@ -1,0 +1,128 @@
+"""What a pruning run says of itself: one report a site, one for the run; `pruning.json` holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from secateur.checkpoints.folder import RECORD
+from secateur.errors import BadCheckpoint, in_one_line
+from secateur.system.files import fits, read_json
+
+_RECORD = {"method": str, "pattern": str, "sites": list[dict[str, Any]], "parameters": tuple[int, int],
+           "removed": dict[str, str]}  # fmt: skip
+"""What is read of pruning.json."""
+
+LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go through it"
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What became of one site. `pattern` is None where it was left dense, and `note` says why.
+
+    `output_error` is ‖(W − W') X‖² / ‖W X‖² on inputs X of about `PROBE_TOKENS` calibration tokens, those that
+    the pruned blocks before give; None where the site saw none of them.
+    """
+
+    site: str
+    shape: tuple[int, int]
+    pattern: str | None
+    sparsity: float
+    output_error: float | None
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """What a run did."""
+
+    method: str
+    pattern: str
+    kind: str
+    sparsity: float
+    coverage: float
+    sites: list[SiteReport]
+    seconds: Seconds
+    peak_bytes: int | None
+    calibration: dict[str, Any]
+    allocation: str = "uniform"
+    refined: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """With `+refine`: the relative output error of each block before and after."""
+    parameters: tuple[int, int] | None = None
+    """Of a smaller model: how many parameters it had and has."""
+    removed: dict[str, str] = field(default_factory=dict)
+    """Of a smaller model: what was taken out of which part of a block, in words, and which blocks."""
+    out: Path | None = None
+    note: str = ""
+    """What the reader must know of the run as a whole, in a sentence."""
+
+    def take(self, block: dict[str, Any]) -> None:
+        """Add a finished block: {"block": its name, "sites": [fields of a SiteReport, …], "refined": pair or None}."""
+        self.sites += [SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in block["sites"]]
+        if block["refined"]:
+            before, after = block["refined"]
+            self.refined[block["block"]] = (before, after)
+
+    def record(self) -> dict[str, Any]:
+        """What a repeated run gives again, as JSON can hold it: no times, no memory, no place."""
+        values = asdict(self)
+        left_out = {"seconds", "peak_bytes", "out"} | ({"note"} if not self.note else set())
+        return {key: values[key] for key in values if key not in left_out}
+
+
+def total_sparsity(reports: Sequence[SiteReport]) -> float:
+    """The share of zeros over all sites, by weights."""
+    sizes = [rows * columns for rows, columns in (report.shape for report in reports)]
+    zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
+    return zeros / max(sum(sizes), 1)
+
+
+def output_error(inputs: Tensor, change: Tensor, weight: Tensor) -> float:
+    """‖change X‖² / ‖weight X‖² for inputs X `[tokens, in]` and matrices `[out, in]`, all float32.
+
+    Weights near the end of the range overflow there; they are multiplied once more in float64.
+    """
+    lost, whole = ((inputs @ part.T).square().sum() for part in (change, weight))
+    if not (lost + whole).isfinite():
+        lost, whole = ((inputs.double() @ part.double().T).square().sum() for part in (change, weight))
+    return (lost / whole.clamp_min(1e-30)).item()
+
+
+@dataclass
+class Seconds:
+    """Where the time of a run goes, in seconds; concurrent devices add up."""
+
+    forward: float = 0.0
+    statistics: float = 0.0
+    solve: float = 0.0
+    refine: float = 0.0
+    plan: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(asdict(self).values())
+
+
+def record_of(folder: Path) -> dict[str, Any] | None:
+    """The folder's own pruning.json, or None. Raises BadCheckpoint where it is none, or says what nobody can read."""
+    file = folder / RECORD
+    if not file.exists():
+        return None
+    try:
+        held = read_json(file, finite=True)
+    except ValueError as error:
+        raise BadCheckpoint(f"{file} is no JSON ({in_one_line(error)}). Delete it, or prune again.") from error
+    if not isinstance(held, dict):
+        raise BadCheckpoint(f"{file} holds a {type(held).__name__}; an object was wanted. Delete it, or prune again.")
+    odd = [(field, held[field]) for field, wanted in _RECORD.items() if not fits(held.get(field), wanted | None)]
+    sites = held.get("sites") or [] if not odd else []
+    odd += [("a site", site) for site in sites if not fits(site.get("site"), str)]
+    odd += [("a site", site) for site in sites if not fits(site.get("pattern"), str | None)]
+    for what, value in odd[:1]:
+        said = f"{file} is no record of a pruning run: {what} is {str(value)[:80]!r}."
+        raise BadCheckpoint(f"{said} Delete it, or prune again.")
+    return held

@@ -1,0 +1,1 @@
+"""Text: corpora, token windows, the demo model and its text."""

@@ -1,0 +1,122 @@
+"""The documents of a corpus, by its name or from files, and the rows of a file, whoever wrote it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from secateur.data import demo
+from secateur.errors import BadText, NotEnoughText, SecateurError, UnknownName, in_one_line
+
+CORPORA = ("demo", "c4", "wikitext2")
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+
+
+def corpus_texts(source: str, split: str, data_dir: Path | None) -> Sequence[str]:
+    """The documents of a corpus, or of files. Raises UnknownName where `source` is neither."""
+    if source == "demo":
+        return demo.documents(split)
+    if source in CORPORA:
+        if data_dir is None:
+            return _from_hub(source, split)
+        files = list(_local_files(data_dir / source, split))
+        if not files:
+            raise NotEnoughText(
+                f"{data_dir / source} holds no {split} split ({split}.jsonl, .json.gz, .parquet or .txt). "
+                "Put it there, or leave --data-dir out to fetch the corpus."
+            )
+        return _from_files(files)
+    files = [Path(part) for part in source.split(",")]
+    for file in files:
+        if not file.name.endswith(SUFFIXES):
+            if file.exists() or file.suffix or len(file.parts) > 1:
+                raise BadText(f"{file} is no text file that can be read; {', '.join(SUFFIXES)} can.")
+            raise UnknownName("corpus", source, CORPORA)
+        if not file.is_file():
+            raise BadText(f"There is no text file {file}.")
+    return _from_files(files)
+
+
+def _local_files(folder: Path, split: str) -> Iterator[Path]:
+    """The files of a split; all files where the names tell no split apart."""
+    files = [file for file in sorted(folder.glob("*")) if file.name.endswith(SUFFIXES)]
+    named = [file for file in files if any(word in file.name for word in ("train", "validation", "test"))]
+    yield from [file for file in named if split in file.name] if named else files
+
+
+def _from_files(files: Sequence[Path]) -> list[str]:
+    """The documents of files: the whole of a .txt, the `text` of each row elsewhere. Raises BadText."""
+    texts: list[str] = []
+    for file in files:
+        try:
+            if file.name.endswith(".txt"):
+                texts.append(file.read_text(encoding="utf-8"))
+                continue
+            for number, row in enumerate(rows(file, "text"), 1):
+                texts.append(_text(row, f"row {number} of {file}"))
+        except UnicodeDecodeError as error:
+            raise BadText(f"{file} is not text in UTF-8 ({in_one_line(error)}). Convert it first.") from error
+        except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
+            raise BadText(f"{file} cannot be read: {in_one_line(error)}.") from error
+    return texts
+
+
+def rows(file: Path, column: str | None = None) -> Iterator[Any]:
+    """The rows of a .parquet, of a JSON array, or of a file with one JSON value a line; .gz and .xz are unpacked.
+
+    Of a .parquet one `column` is read alone. Raises BadText for a line that is no JSON, else what the reader raises.
+    """
+    if file.name.endswith(".parquet"):
+        from pyarrow import parquet  # takes long to import
+
+        with parquet.ParquetFile(file) as table:
+            for batch in table.iter_batches(columns=column and [n for n in table.schema_arrow.names if n == column]):
+                yield from batch.to_pylist()
+        return
+    unpacked: Any = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
+    with unpacked(file, "rt", encoding="utf-8") as stream:
+        array = stream.read(1) == "["
+        stream.seek(0)
+        if array:
+            yield from json.load(stream)
+            return
+        for number, line in enumerate(stream, 1):
+            if line.strip():
+                try:
+                    yield json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise BadText(f"Line {number} of {file} is no JSON: {in_one_line(error)}.") from error
+
+
+def _text(row: Any, where: str) -> str:
+    if not isinstance(row, dict) or "text" not in row:
+        raise BadText(f"Every row needs a field 'text'; {where} has none.")
+    text = row["text"]
+    if not isinstance(text, str):
+        held = "null" if text is None else f"a {type(text).__name__}"
+        raise BadText(f"The field 'text' must hold a string; in {where} it holds {held}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadText(f"The text of {where} cannot be encoded: {in_one_line(error)}.") from error
+    return text
+
+
+def _from_hub(source: str, split: str) -> Sequence[str]:
+    from datasets import load_dataset
+
+    try:
+        if source == "wikitext2":
+            return load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"]
+        part = {"train": "train.00000-of-01024", "validation": "validation.00000-of-00008"}[split]
+        return load_dataset("allenai/c4", data_files=f"en/c4-{part}.json.gz", split="train")["text"]
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SecateurError(
+            f"{source} could not be fetched ({in_one_line(error)}). "
+            "Give a local copy with --data-dir, or use 'demo' or files."
+        ) from error

@@ -1,0 +1,1 @@
+"""What comes after pruning: formats, runtimes, which uses which zeros, benchmarks."""

@@ -1,0 +1,31 @@
+"""How a checkpoint can be written for others to load. A new format is a file here and its line in `FORMATS`."""
+
+from pathlib import Path
+
+from secateur.deployment.formats import compressed_tensors, gguf, onnx, packed, tensorrt_llm
+from secateur.deployment.formats.base import Format
+from secateur.errors import UnknownName
+
+FORMATS: dict[str, Format] = {
+    "packed": packed.packed,
+    "gguf": gguf.gguf,
+    "onnx": onnx.onnx,
+    "tensorrt-llm": tensorrt_llm.tensorrt_llm,
+    "sparse-24-bitmask": compressed_tensors.sparse_24_bitmask,
+    "sparse-bitmask": compressed_tensors.sparse_bitmask,
+}
+
+
+def find_format(name: str) -> Format:
+    """The format of that name. Raises UnknownName."""
+    if name not in FORMATS:
+        raise UnknownName("format", name, ["dense", *FORMATS])
+    return FORMATS[name]
+
+
+def format_of(folder: Path) -> str | None:
+    """The format that a folder is in, None for dense checkpoints and all else."""
+    return next((name for name, known in FORMATS.items() if known.holds is not None and known.holds(folder)), None)
+
+
+__all__ = ["FORMATS", "Format", "find_format", "format_of"]

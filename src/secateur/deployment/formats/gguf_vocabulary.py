@@ -1,0 +1,202 @@
+"""What a GGUF file says of a tokenizer: byte-level BPE, or SentencePiece's kind with byte fallback (Llama 2).
+
+llama.cpp splits text by rules that it knows by name (`tokenizer.ggml.pre`). Its own converter finds the name by a hash
+of what a whole tokenizer makes of a text; here it is found from the rule itself in tokenizer.json, so that a tokenizer
+trained anew by a known rule is known as well. A rule that is not in the table is refused, since a wrong one would give
+other tokens without a word. Unicode normalisation (NFC, in Qwen's tokenizers) is left to the user's text.
+
+llama.cpp has no merges for SentencePiece's kind: it joins neighbours whose union is a token, the highest score first.
+The merges in tokenizer.json say the same thing where they hold every such pair and the pairs of one token follow each
+other; both are checked, and a score is then minus the place of a token's first merge.
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from secateur.data.windows import encode, load_tokenizer
+from secateur.errors import UnsupportedModel, in_one_line
+from secateur.system.files import read_json
+
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_GPT2 = "as GPT-2"
+SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
+    ((_GPT2,), False): "gpt-2",
+    ((r"\p{N}", _GPT2), False): "smollm",
+    ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}",), False): "qwen2",
+    ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}",), True): "llama-bpe",
+    ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}",), False): "dbrx",
+    ((_TEKKEN,), True): "tekken",
+}
+"""llama.cpp's name for (expressions that split a text, one after the other; whether whole words skip the merges)."""
+
+
+class Vocabulary(NamedTuple):
+    """Tokens in order and the names of their `gguf.TokenType`.
+
+    Byte-level BPE has `pre` and `merges`; SentencePiece's kind has neither, but `scores`.
+    """
+
+    tokens: list[str]
+    types: list[str]
+    pre: str | None = None
+    merges: list[str] | None = None
+    scores: list[float] | None = None
+    space_prefix: bool = False
+
+
+def add_vocabulary(gguf: Any, writer: Any, folder: Path, size: int) -> None:
+    """Add the vocabulary, filled up to `size`, and what its tokens mean. Raises UnsupportedModel, BadCheckpoint."""
+    tokenizer: Any = load_tokenizer(folder)
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise UnsupportedModel(f"{folder} has no tokenizer.json. Load its tokenizer and call save_pretrained.")
+    try:
+        found = read_vocabulary(read_json(file), size)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UnsupportedModel(f"{file} is of a form that is not known here: {in_one_line(error)}.") from error
+    writer.add_tokenizer_model("llama" if found.pre is None else "gpt2")
+    writer.add_tokenizer_pre(found.pre or "default")
+    writer.add_token_list(found.tokens)
+    writer.add_token_types([gguf.TokenType[kind] for kind in found.types])
+    if found.scores is not None:
+        writer.add_token_scores(found.scores)
+        writer.add_add_space_prefix(found.space_prefix)
+    else:
+        writer.add_token_merges(found.merges)
+    first, last = _ends(tokenizer, folder)
+    writer.add_add_bos_token(first)
+    writer.add_add_eos_token(last)
+    for name in ("bos", "eos", "unk", "pad"):
+        if (number := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(number)
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+def _ends(tokenizer: Any, folder: Path) -> tuple[bool, bool]:
+    """Whether the tokenizer puts its first and its last token around a text. Raises UnsupportedModel."""
+    plain, whole = encode(tokenizer, ["a"], add_special_tokens=False)[0], encode(tokenizer, ["a"])[0]
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    for first in (False, True):
+        for last in (False, True):
+            if eos != [None] and whole == bos * first + plain + eos * last:
+                return first, last
+    raise UnsupportedModel(
+        f"The tokenizer of {folder} makes {whole} of 'a', with {eos[0]} for the end; llama.cpp knows one token before "
+        "a text, one after it, and wants the end named."
+    )
+
+
+def read_vocabulary(held: dict[str, Any], size: int) -> Vocabulary:
+    """The vocabulary in a tokenizer.json, filled up to `size` tokens. Raises UnsupportedModel for a kind not known."""
+    model, added = held["model"], {token["id"]: token for token in held["added_tokens"]}
+    if model["type"] != "BPE":
+        raise UnsupportedModel(f"The tokenizer is a {model['type']}; for GGUF a BPE was wanted.")
+    text = {number: token for token, number in model["vocab"].items()}
+    text |= {number: token["content"] for number, token in added.items()}
+    if max(text) >= size:
+        raise UnsupportedModel(
+            f"The tokenizer gives token {max(text)}, the model has {size}: they do not belong together."
+        )
+    fallback = bool(model.get("byte_fallback"))
+
+    def kind(number: int) -> str:
+        if number not in text:
+            return "UNUSED"
+        if fallback and text[number] == model.get("unk_token"):
+            return "UNKNOWN"
+        if number in added:
+            return "CONTROL" if added[number]["special"] else "USER_DEFINED"
+        return "BYTE" if fallback and len(text[number]) == 6 and text[number].startswith("<0x") else "NORMAL"
+
+    tokens = [text.get(number, f"[unused {number}]") for number in range(size)]
+    types = [kind(number) for number in range(size)]
+    if not fallback:
+        return Vocabulary(tokens, types, _split_name(held), [" ".join(_pair(merge)) for merge in model["merges"]])
+    normal = {token for token, kind in zip(tokens, types, strict=True) if kind == "NORMAL"}
+    prefix = _space_prefix(held, normal)
+    scores = _scores([_pair(merge) for merge in model["merges"]], normal)
+    lowest = -1.0 - len(model["merges"])
+    return Vocabulary(tokens, types, None, None, [scores.get(token, lowest) for token in tokens], prefix)
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _steps(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
+    """The steps of a normaliser or pre-tokenizer, a sequence taken apart."""
+    if step is None:
+        return []
+    return step[parts] if step["type"] == "Sequence" else [step]
+
+
+def _rule(step: dict[str, Any]) -> str:
+    """The expression that a pre-tokenizer splits by, or its name where it is no known kind."""
+    if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+        return _GPT2 if step.get("use_regex", True) else ""
+    if step["type"] == "Digits" and step["individual_digits"]:
+        return r"\p{N}"
+    if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+        return step["pattern"].get("Regex", "a fixed text")
+    return f"{step['type']} {step}"
+
+
+def _split_name(held: dict[str, Any]) -> str:
+    """llama.cpp's name for the way a byte-level tokenizer splits a text."""
+    steps = _steps(held.get("pre_tokenizer"), "pretokenizers")
+    rules = tuple(rule for step in steps if (rule := _rule(step)))
+    others = [step["type"] for step in _steps(held.get("normalizer"), "normalizers") if step["type"] != "NFC"]
+    name = SPLITS.get((rules, bool(held["model"].get("ignore_merges"))))
+    if name is None or others or steps[-1]["type"] != "ByteLevel":
+        said = ", ".join([*others, *rules]) or "not at all"
+        raise UnsupportedModel(
+            f"llama.cpp is not known to split text as this tokenizer does: {said}. "
+            f"Known: {', '.join(SPLITS.values())}. Try llama.cpp's own convert_hf_to_gguf.py."
+        )
+    return name
+
+
+def _space_prefix(held: dict[str, Any], normal: set[str]) -> bool:
+    """Whether a space is put before a text; UnsupportedModel where spaces are treated as llama.cpp does not."""
+    prefix, inner = False, False
+    steps = _steps(held.get("normalizer"), "normalizers") + _steps(held.get("pre_tokenizer"), "pretokenizers")
+    for step in steps:
+        kind = step["type"]
+        if kind == "Prepend" and step["prepend"] == "▁":
+            prefix = True
+        elif kind == "Metaspace" and step["replacement"] == "▁":
+            prefix = step.get("prepend_scheme", "always") != "never"
+            inner |= step.get("split", True) and any("▁" in token[1:] for token in normal)
+        elif kind == "Split" and step["pattern"] == {"Regex": "▁+"} and step["behavior"] == "MergedWithNext":
+            inner |= any("▁" in token.lstrip("▁") for token in normal)
+        elif kind != "Replace" or (step["pattern"], step["content"]) != ({"String": " "}, "▁"):
+            raise UnsupportedModel(f"The tokenizer has a step {kind}, which llama.cpp's SentencePiece lacks.")
+    if inner:
+        raise UnsupportedModel("The tokenizer splits text at spaces, but has tokens that reach across one.")
+    return prefix
+
+
+def _scores(merges: list[tuple[str, str]], normal: set[str]) -> dict[str, float]:
+    """Minus the place of the first merge of every token that has one. Raises UnsupportedModel."""
+    made = [token for token, _ in groupby(left + right for left, right in merges)]
+    known = set(merges)
+    for token in sorted(normal):
+        for cut in range(1, len(token)):
+            pair = token[:cut], token[cut:]
+            if pair not in known and normal.issuperset(pair):
+                raise UnsupportedModel(f"The tokenizer never merges {pair}, but llama.cpp would: {token!r} is a token.")
+    if len(made) != len(set(made)):
+        raise UnsupportedModel("The tokenizer's merges of one token do not follow each other, as llama.cpp's would.")
+    return {token: -float(place) for place, token in enumerate(made)}

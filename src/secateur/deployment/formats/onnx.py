@@ -1,0 +1,218 @@
+"""ONNX: one graph for ONNX Runtime and TensorRT that serves prefill and decoding alike.
+
+Inputs are `ids` int64 [batch, length] and, for every block, `past_key_i` and `past_value_i` [batch, heads, past, size],
+where `past` may be 0; outputs are `logits` [batch, vocabulary] after the last token, and `key_i` and `value_i` of all
+tokens so far, to be fed back. Weights are float32 in `model.onnx.data`; a runtime rounds them to what it computes in.
+
+Zeros are the point: TensorRT looks for 2:4 in the constants that a MatMul or Gemm contracts with (`trtexec
+--sparsity=enable`), so after the export every matrix with zeros is looked up in the graph, by its values and along the
+contracted axis, and one that is not there is an error. The logits are compared with transformers' as well. Both checks
+are written to `onnx.json`, with what they found.
+
+Models whose cache is more than keys and values (state spaces, linear attention) are refused, and so are those with
+fused experts, whose slices are no constants of their own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+from secateur.checkpoints.folder import Checkpoint
+from secateur.deployment.formats.base import Format, refuse_odd_values
+from secateur.errors import BadPattern, UnsupportedModel, in_one_line
+from secateur.methods.patterns import TWO_OF_FOUR
+from secateur.models.load import find_stack, load_config
+from secateur.models.matrices import Site, sites
+from secateur.system.files import disk_errors
+
+FILE, NOTE = "model.onnx", "onnx.json"
+PACKAGES = ("onnx", "onnxscript")
+MOST = 1e-4
+"""The largest relative difference of logits from transformers', ‖a − b‖ / ‖b‖."""
+MOST_BY_REFERENCE = 50_000_000
+"""Parameters up to which onnx's own evaluator, slow and in Python, stands in for ONNX Runtime."""
+
+Run = Callable[[list[np.ndarray]], list[np.ndarray]]
+
+
+class Steps(nn.Module):
+    """A causal LM with the keys and values of earlier tokens as plain inputs and outputs."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, ids: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        cache = DynamicCache()
+        for index, (key, value) in enumerate(zip(keys, values, strict=True)):
+            cache.update(key, value, index)
+        logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        layers: Any = cache.layers
+        return logits, [layer.keys for layer in layers], [layer.values for layer in layers]
+
+
+def write(source: Checkpoint, folder: Path) -> None:
+    """Write `model.onnx`, its data and `onnx.json`. Raises UnsupportedModel; BadPattern where zeros were lost."""
+    if absent := [name for name in PACKAGES if find_spec(name) is None]:
+        raise UnsupportedModel(
+            f"ONNX needs the package {' and '.join(absent)}. Install it: pip install 'secateur[onnx]'."
+        )
+    load_config(source.folder)
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, local_files_only=True).eval()
+    found = named_sites(model)
+    if any(site.expert for site in found.values()):
+        raise UnsupportedModel(f"{source.folder} has fused experts, whose matrices are no constants of an ONNX graph.")
+    pruned = {name: site.weight for name, site in found.items() if (site.weight == 0).any()}
+    for name, weight in pruned.items():
+        refuse_odd_values(name, weight, "TensorRT")
+    with disk_errors(folder):
+        export(model, folder / FILE)
+        refuse_lost_zeros(pruned, folder / FILE)
+        note = {
+            "versions": {name: version(name) for name in ("torch", *PACKAGES)},
+            "matrices_with_zeros": len(pruned),
+            "matrices_in_2:4": sum(TWO_OF_FOUR.holds(weight) for weight in pruned.values()),
+            **compare(model, folder / FILE),
+        }
+        (folder / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+
+def named_sites(model: PreTrainedModel) -> dict[str, Site]:
+    """Every prunable matrix by its full name."""
+    stack = find_stack(model)
+    blocks: Any = model.get_submodule(stack)
+    return {
+        f"{stack}.{index}.{name}": site for index, block in enumerate(blocks) for name, site in sites(block).items()
+    }
+
+
+@torch.no_grad()
+def empty_cache(model: PreTrainedModel, batch: int, past: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of zeros, `[batch, heads, past, size]` a layer. UnsupportedModel where it keeps others."""
+    cache: Any = DynamicCache()
+    try:
+        model(torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
+        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        sides = [[t.new_zeros(batch, t.shape[1], past, t.shape[3]) for t in side] for side in zip(*layers, strict=True)]
+        keys, values = sides
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps other things than keys and values of every block."
+        ) from error
+    return keys, values
+
+
+def export(model: PreTrainedModel, file: Path) -> None:
+    """Write the graph of a float32 model. Raises UnsupportedModel where torch cannot export it."""
+    keys, values = empty_cache(model, 2, 7)  # sizes that no constant of a model has: a size of 1 would become fixed
+    sizes = [{0: torch.export.Dim("batch"), 2: torch.export.Dim("past")} for _ in keys]
+    shapes = {"ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}, "keys": sizes, "values": sizes}
+    numbers = range(len(keys))
+    try:
+        with _quiet():
+            torch.onnx.export(
+                Steps(model).eval(),
+                (torch.zeros(2, 5, dtype=torch.long), keys, values),
+                file,
+                input_names=["ids", *(f"past_key_{i}" for i in numbers), *(f"past_value_{i}" for i in numbers)],
+                output_names=["logits", *(f"key_{i}" for i in numbers), *(f"value_{i}" for i in numbers)],
+                dynamic_shapes=shapes,
+                external_data=True,
+                dynamo=True,
+                verbose=False,
+            )
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise UnsupportedModel(f"torch cannot export {type(model).__name__} as ONNX: {in_one_line(error)}.") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on names of axes and on packages that are not needed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def refuse_lost_zeros(weights: dict[str, Tensor], file: Path) -> None:
+    """Raise BadPattern unless the graph multiplies by each of these matrices `[out, in]`, contracting `in`."""
+    held = {sha256(matrix.tobytes()).digest() for matrix in multiplied(file)}
+    for name, weight in weights.items():
+        if sha256(weight.float().numpy().tobytes()).digest() not in held:
+            raise BadPattern(
+                f"{name} has zeros along its {weight.shape[1]} inputs, but no MatMul or Gemm of {file.name} contracts "
+                "with that matrix: the export changed it. Try another version of torch."
+            )
+
+
+def multiplied(file: Path) -> Iterator[np.ndarray]:
+    """Every constant matrix that a MatMul or Gemm multiplies by, as `[out, in]`: the contracted axis last."""
+    onnx = import_module("onnx")
+    graph = onnx.load(str(file), load_external_data=False).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
+    turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
+    for node in graph.node:
+        if node.op_type not in ("MatMul", "Gemm"):
+            continue
+        contracted_last = any(a.name == "transB" and a.i for a in node.attribute)
+        name = node.input[1]
+        if turned.get(name) in constants:
+            name, contracted_last = turned[name], not contracted_last
+        if name in constants:
+            matrix = onnx.numpy_helper.to_array(constants[name], base_dir=str(file.parent))
+            yield matrix if contracted_last else matrix.T
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, file: Path) -> dict[str, Any]:
+    """How far the graph's logits are from the model's, and by what they were computed. Raises UnsupportedModel."""
+    name, run = _evaluator(model, file)
+    if run is None:
+        return {"logits_checked_by": None}
+    draw = torch.Generator().manual_seed(0)
+    worst, (keys, values) = 0.0, empty_cache(model, 2)
+    for length in (12, 1, 3):  # from an empty cache, then one token more, then several
+        ids = torch.randint(model.config.get_text_config().vocab_size, (2, length), generator=draw)
+        got = torch.from_numpy(run([tensor.numpy() for tensor in (ids, *keys, *values)])[0])
+        wanted, keys, values = Steps(model)(ids, keys, values)
+        worst = max(worst, ((got - wanted).norm() / wanted.norm().clamp_min(1e-30)).item())
+    if not worst <= MOST:
+        raise UnsupportedModel(f"{name} computes logits from {file.name} that differ by {worst:.1e} of their norm.")
+    return {"logits_checked_by": name, "largest_relative_difference": worst}
+
+
+def _evaluator(model: PreTrainedModel, file: Path) -> tuple[str, Run | None]:
+    """What runs the graph here, by name; None where only onnx's own evaluator is here and the model is too large."""
+    if find_spec("onnxruntime") is not None:
+        session = import_module("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        names = [held.name for held in session.get_inputs()]
+        return f"onnxruntime {version('onnxruntime')}", lambda x: session.run(None, dict(zip(names, x, strict=True)))
+    if model.num_parameters() > MOST_BY_REFERENCE:
+        return "nothing", None
+    reference = import_module("onnx.reference").ReferenceEvaluator(str(file))
+    return f"onnx {version('onnx')}", lambda x: reference.run(None, dict(zip(reference.input_names, x, strict=True)))
+
+
+onnx = Format(write, "ONNX Runtime (tried: 1.32); TensorRT by trtexec --sparsity=enable (not tried)")

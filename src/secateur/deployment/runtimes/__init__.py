@@ -1,0 +1,44 @@
+"""What can run a model, a file each. A new runtime is a file here and its line in `RUNTIMES`.
+
+A runtime says why it is not available on this machine, loads a checkpoint folder, and gives something that can prefill
+and decode; the clock, the rounds and the comparison of outputs are in `bench`.
+"""
+
+from secateur.deployment.runtimes import (
+    compiled,
+    eager,
+    llamacpp,
+    onnxruntime,
+    packed,
+    packed_cuda,
+    semi_structured,
+    vllm,
+)
+from secateur.deployment.runtimes.base import Running, Runtime
+from secateur.errors import UnknownName
+
+RUNTIMES: dict[str, Runtime] = {
+    "eager": eager.eager,
+    "compiled": compiled.compiled,
+    "packed": packed.packed,
+    "packed-int8": packed.packed_int8,
+    "own-dense": packed.own_dense,
+    "own-int8": packed.own_int8,
+    "onnxruntime": onnxruntime.onnxruntime,
+    "llamacpp": llamacpp.llamacpp,
+    "llamacpp-q8": llamacpp.llamacpp_q8,
+    "eager-cuda": semi_structured.eager_cuda,
+    "packed-cuda": packed_cuda.packed_cuda,
+    "semi-structured": semi_structured.semi_structured,
+    "vllm": vllm.vllm,
+}
+
+
+def find_runtime(name: str) -> Runtime:
+    """The runtime of that name. Raises UnknownName for one that does not exist, or is not available here."""
+    if name not in RUNTIMES:
+        raise UnknownName("runtime", name, RUNTIMES)
+    return RUNTIMES[name]
+
+
+__all__ = ["RUNTIMES", "Running", "Runtime", "find_runtime"]

@@ -1,0 +1,205 @@
+"""Will a runtime use the zeros of a checkpoint? Asked of every site before anything is deployed.
+
+Zeros alone make nothing faster: most runtimes multiply by them, and those that skip some want a pattern, a dtype,
+multiples of something and enough rows of x, and fall back to dense products without a word. The rules are in
+sparsity_support.py; here the checkpoint is read, and what it promises (`pruning.json`, else the zeros that are there)
+is held against them. Nothing is run: a yes is no speed, `bench` measures that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from secateur.checkpoints.folder import Checkpoint, open_checkpoint
+from secateur.checkpoints.record import record_of
+from secateur.deployment.sparsity_support import CONV1D, EXPERTS, LINEAR, PRUNED, RULES, Matrix, Rule, Verdict
+from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line, printable
+from secateur.methods.patterns import TWO_OF_FOUR
+from secateur.models.load import resolve
+from secateur.models.stored import Stored, stored_sites, unknown_sites
+
+
+@dataclass(frozen=True)
+class SiteVerdict:
+    """Whether the runtime uses the zeros of one tensor of the checkpoint, and why.
+
+    `shape` is as stored, `promised` the pattern that pruning.json names for the site, or the share of zeros found;
+    empty where nothing was promised.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    sparsity: float
+    promised: str
+    used: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What `validate` returns.
+
+    `kept` is False where the promised gain will not happen: a site that was pruned and whose zeros the runtime does
+    not use, or no pruned site at all. Where the runtime chooses its kernels by timing them, True means that nothing
+    stands in the way, and `certain` is False. `source` and `date` say where the rule is known from; `notes` hold the
+    command that builds an engine, what makes it dense in silence, and figures that others have published.
+    """
+
+    folder: str
+    runtime: str
+    batch: int
+    ranks: int
+    promised: str
+    sites: tuple[SiteVerdict, ...]
+    kept: bool
+    certain: bool
+    notes: tuple[str, ...]
+    source: str
+    date: str
+
+
+def find_rule(name: str) -> Rule:
+    """The rule of a runtime. Raises UnknownName."""
+    if name not in RULES:
+        raise UnknownName("runtime", name, RULES)
+    return RULES[name]
+
+
+@torch.no_grad()
+def validate(
+    model: str | Path | None = None, *, runtime: str, batch: int = 1, ranks: int = 1, trust_remote_code: bool = False
+) -> Validation:
+    """For every site of a checkpoint folder, whether `runtime` will use its zeros, and why.
+
+    `batch` is how many rows of x a product has: the batch in decoding, times the tokens in prefill. `ranks` matters to
+    tensorrt-llm alone, whose checkpoint is split by them. Raises UnknownName and BadCheckpoint.
+    """
+    rule = find_rule(runtime)
+    folder = resolve(model)
+    checkpoint = open_checkpoint(folder)
+    record = record_of(folder) or {}
+    smaller = record.get("parameters")
+    notes = [] if smaller else [note.format(folder=folder) for note in rule.notes]
+    try:
+        stored, _ = stored_sites(checkpoint, trust_remote_code=trust_remote_code)
+    except UnsupportedModel:
+        stored = unknown_sites(checkpoint)
+        notes.append("transformers does not know this architecture, so every matrix was judged as a linear layer.")
+    lacking = {} if smaller else _lacking(rule, checkpoint, stored, ranks)
+    patterns = _patterns(record)
+    verdicts = []
+    for name, held in stored.items():
+        matrix = _matrix(checkpoint, name, held)
+        promised = patterns.get(held.parameter) or (f"{matrix.sparsity:.1%}" if matrix.sparsity >= PRUNED else "")
+        used, reason = _verdict(rule, matrix, batch, lacking.get(name), promised, smaller=bool(smaller))
+        place = checkpoint.places[name]
+        verdicts.append(SiteVerdict(name, place.shape, place.dtype, matrix.sparsity, promised, used, reason))
+        if matrix.negative_zeros:
+            notes.append(f"{name} holds {matrix.negative_zeros} zeros that are -0.0; add 0 to make them +0.0.")
+    if smaller:
+        notes.insert(0, f"{smaller[0]:,} parameters became {smaller[1]:,}, and every runtime has less to read and add.")
+    counted = [site for site in verdicts if site.promised or smaller]
+    return Validation(
+        str(folder), runtime, batch, ranks, _promise(record, counted), tuple(verdicts),
+        bool(counted) and all(site.used for site in counted), bool(smaller) or rule.certain,
+        tuple(notes), rule.source, rule.date,
+    )  # fmt: skip
+
+
+def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
+    """What the rules want to know of a tensor, read from its shard."""
+    held = checkpoint.tensor(name)
+    tensor = held.float() if held.is_floating_point() and held.dtype.itemsize < 2 else held
+    weight = tensor.transpose(-1, -2) if stored.transposed else tensor
+    zero = weight == 0
+    return Matrix(
+        name=name,
+        kind=EXPERTS if stored.expert else CONV1D if stored.transposed else LINEAR,
+        dtype=checkpoint.places[name].dtype,
+        rows=weight.shape[-2],
+        columns=weight.shape[-1],
+        sparsity=zero.float().mean(dtype=torch.float64).item() if zero.numel() else 0.0,
+        crowded=_crowded(weight),
+        crowded_outputs=_crowded(weight.transpose(-1, -2)),
+        negative_zeros=int((zero & weight.signbit()).sum()),
+        not_finite=int((~weight.isfinite()).sum()),
+    )
+
+
+def _crowded(weight: Tensor) -> float:
+    """The share of groups of four along the last axis that keep more than two weights; 1 where there are none."""
+    if weight.shape[-1] % TWO_OF_FOUR.m or not weight.numel():
+        return 1.0
+    return TWO_OF_FOUR.crowded(weight).float().mean(dtype=torch.float64).item()
+
+
+def _lacking(rule: Rule, checkpoint: Checkpoint, stored: Mapping[str, Stored], ranks: int) -> Mapping[str, str]:
+    """By tensor, why not, of what one matrix does not show."""
+    if rule.whole is None:
+        return {}
+    try:
+        return rule.whole(checkpoint, ranks)
+    except (BadCheckpoint, UnsupportedModel) as error:
+        return dict.fromkeys(stored, in_one_line(error))
+
+
+def _verdict(rule: Rule, matrix: Matrix, batch: int, lacking: str | None, promised: str, *, smaller: bool) -> Verdict:
+    if matrix.not_finite:
+        return Verdict(False, f"{matrix.not_finite} of its weights are NaN or Inf, so the model has no output")
+    if smaller:
+        return Verdict(True, "what was pruned is gone, so there is nothing to skip")
+    if not promised:
+        return Verdict(False, "dense: nothing was pruned here")
+    if matrix.sparsity < PRUNED:
+        return Verdict(False, f"pruning.json promises {promised}; {matrix.sparsity:.2%} zeros were found")
+    verdict = rule.judge(matrix, batch)
+    return Verdict(False, lacking) if verdict.used and lacking else verdict
+
+
+def _patterns(record: Mapping[str, Any]) -> dict[str, str]:
+    """By parameter, the pattern that pruning.json names. It counts experts one by one, a parameter holds them all."""
+    found: dict[str, str] = {}
+    for site in record.get("sites") or []:
+        if site.get("pattern"):
+            found[f"{site['site']}.weight"] = site["pattern"]
+            found[re.sub(r"\.\d+\.(?=[^.]+$)", ".", site["site"])] = site["pattern"]
+    return found
+
+
+def _promise(record: Mapping[str, Any], counted: list[SiteVerdict]) -> str:
+    """What the checkpoint promises, in words."""
+    if record.get("pattern"):
+        return f"{record.get('method')} {record['pattern']}, as its pruning.json says"
+    if counted:
+        return f"zeros in {len(counted)} tensors; there is no pruning.json"
+    return "nothing: no site has zeros, and there is no pruning.json"
+
+
+def rows(validation: Validation) -> Iterator[tuple[str, ...]]:
+    """The lines of the table that the command prints: tensor, shape, dtype, sparsity, promised, used, reason."""
+    for site in validation.sites:
+        shape = "×".join(map(str, site.shape))
+        used = "yes" if site.used else "no" if site.promised else "-"
+        yield site.name, shape, site.dtype, f"{site.sparsity:.2%}", site.promised, used, site.reason
+
+
+def summary(validation: Validation) -> list[str]:
+    """What it comes to: how many sites keep their promise, the notes, and where the rule is known from."""
+    counted = [site for site in validation.sites if site.promised or site.used]
+    used = sum(site.used for site in counted)
+    lines = [
+        f"{validation.folder} promises {validation.promised}.",
+        f"{validation.runtime} {'will' if validation.certain else 'may'} use it in {used} of {len(counted)} tensors "
+        f"with {validation.batch} rows of x: {'kept' if validation.kept else 'not kept'}.",
+        *validation.notes,
+        f"Known from: {validation.source} ({validation.date}).",
+    ]
+    return [printable(line) for line in lines]

@@ -1,0 +1,107 @@
+"""The commands that measure what a comparison lacks.
+
+The same comparison again keeps its rows and adds what is missing, so its own command with more in it is enough.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from secateur.deployment.runtimes import RUNTIMES
+from secateur.deployment.sparsity_support import RULES
+from secateur.evaluation.advice.hardware import find_hardware, is_measured
+from secateur.evaluation.results.schema import Results, Row
+
+START = ("--methods", "default", "--patterns", "50%,2:4,25% of channels")
+"""A comparison of one row of each kind, where there is none yet."""
+USUAL = {True: ("eager-cuda", "semi-structured"), False: ("eager", "packed")}
+"""Runtimes to time in where none was asked for: on an accelerator, on a processor."""
+BUILD = "Build: "
+FORMS = {"tensorrt": "onnx", "tensorrt-llm": "tensorrt-llm"}
+"""What runtimes that this package does not drive are given: a format of `export`."""
+_CALIBRATION = {"source": "--calibration", "samples": "--samples", "length": "--seq-len", "seed": "--seed"}
+_EVALUATION = {"source": "--evaluation", "samples": "--windows"}
+
+
+def measuring(
+    results: Results | None, runtimes: Sequence[str], hardware: str | None, *, timed: bool = True
+) -> list[str]:
+    """What to type, quoted for a shell: a comparison that times its rows in runtimes (none: the usual ones).
+
+    `timed`: whether times are wanted where no runtime was asked for. For hardware other than that of the comparison
+    another folder is named, since rows of two machines do not go into one. A runtime that this package cannot drive is
+    asked what it would do, and built by its own command.
+    """
+    if foreign := [name for name in runtimes if name not in RUNTIMES]:
+        return [command for name in foreign for command in _foreign(name)]
+    accelerated = hardware is not None and find_hardware(hardware).maker in ("nvidia", "amd")
+    wanted = list(runtimes) or (list(USUAL[accelerated]) if timed else [])
+    if results is None:
+        return [shlex.join(["secateur", "compare", "MODEL", *START, *_listed("--bench", wanted), "--out", "OUT"])]
+    typed = list(results.command) if results.command[:2] == ["secateur", "compare"] else _from_rows(results)
+    typed, before = _without(typed, "--bench")
+    typed, out = _without(typed, "--out")
+    there = hardware is None or any(is_measured(hardware, results.machine, name) for name in wanted)
+    benched = [*(before.split(",") if before and there else []), *wanted]
+    folder = (out or "OUT") + ("" if there else f"-{hardware}")
+    return [shlex.join([*typed, *_listed("--bench", benched), "--out", folder])]
+
+
+def tasks_of(results: Results, row: Row) -> str:
+    """The command that measures accuracy of a row on tasks beside the dense model."""
+    name = str(results.model["name"])
+    _, out = _without(results.command, "--out")
+    model = [] if name == "demo" else ["--dense", name]
+    return shlex.join(["secateur", "evaluate", f"{out or 'OUT'}/{row.checkpoint}", *model, "--tasks", "papers"])
+
+
+def _foreign(runtime: str) -> list[str]:
+    """What to type for a runtime that has a rule and is not driven by this package."""
+    build = next(note.removeprefix(BUILD) for note in RULES[runtime].notes if note.startswith(BUILD))
+    return [
+        f"secateur validate CHECKPOINT --for {runtime}",
+        f"secateur export CHECKPOINT --to {FORMS[runtime]} --out EXPORTED",
+        build.split(", ")[0].replace("{folder}", "EXPORTED").replace("MODEL.onnx", "EXPORTED/model.onnx"),
+    ]
+
+
+def _from_rows(results: Results) -> list[str]:
+    """The command of a comparison that was not typed: its rows, texts and windows; all else by default."""
+    pruned = [row for row in results.table if row.kind != "dense"]
+    name = str(results.model["name"])
+    shared = any(row.allocation != "uniform" for row in pruned)
+    rounded = any(row.values != "as stored" for row in pruned)
+    options = [
+        *_listed("--methods", [row.method for row in pruned]),
+        *_listed("--patterns", [row.pattern for row in pruned]),
+        *_listed("--allocate", [row.allocation for row in pruned if shared]),
+        *_listed("--values", [row.values for row in pruned if rounded]),
+        *_listed("--recover", [row.recovered.way for row in pruned if row.recovered]),
+        *_listed("--recover-steps", [str(row.recovered.steps) for row in pruned if row.recovered]),
+    ]  # fmt: skip
+    text = results.calibrations[0] if results.calibrations else {}
+    for held, names in ((text, _CALIBRATION), (results.evaluation, _EVALUATION)):
+        for field, option in names.items():
+            if held.get(field) is not None:
+                options += [option, str(held[field])]
+    return ["secateur", "compare", *([] if name == "demo" else [name]), *options]
+
+
+def _listed(option: str, values: Sequence[str]) -> list[str]:
+    """An option with its values, each once; nothing where there are none."""
+    return [option, ",".join(dict.fromkeys(values))] if values else []
+
+
+def _without(typed: Sequence[str], option: str) -> tuple[list[str], str | None]:
+    """A command without an option, and the value that it had last."""
+    kept, value = list[str](), None
+    parts = iter(typed)
+    for part in parts:
+        if part == option:
+            value = next(parts, None)
+        elif part.startswith(f"{option}="):
+            value = part.removeprefix(f"{option}=")
+        else:
+            kept.append(part)
+    return kept, value

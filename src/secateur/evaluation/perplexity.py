@@ -1,0 +1,254 @@
+"""How good a model is: perplexity by the papers' protocol, and its distance from the dense model.
+
+Perplexity is exp of the mean next-token loss over windows that do not overlap, every predicted token weighing
+the same. Against a dense model, on the same windows: the difference in perplexity with a 95 % interval from a
+paired bootstrap over windows, the mean KL divergence of the next-token distributions (dense ‖ pruned, nats),
+and how often both models predict the same token. With `tasks`, also what it answers on zero-shot tasks (`tasks`).
+
+The model runs block by block over a group of windows at a time, so neither it nor the logits need to fit in
+memory at once. Nothing is rounded to the dtype of the checkpoint: on the CPU the arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.data.windows import evaluation_windows, load_tokenizer
+from secateur.errors import NonFinite, UnsupportedModel
+from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, summarise
+from secateur.models.load import check_windows, default_corpus, default_length, load, resolve
+from secateur.models.replay import LanguageModel, Shell, divergence
+from secateur.models.stream.blocks import final_hidden
+from secateur.system.devices import find_devices, find_dtype, forward_dtype
+from secateur.system.files import disk_errors, reserve
+from secateur.system.progress import Progress
+
+Floats = NDArray[np.float64]
+LOGITS_AT_ONCE = 2**22  # small enough for the allocator to use the same memory again
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model on the evaluation windows: mean loss per window, nats; against a dense model also KL and agreement."""
+
+    loss: Floats
+    kl: Floats | None = None
+    top1_agreement: Floats | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(self.loss.mean()))
+
+    @property
+    def mean_kl(self) -> float | None:
+        return None if self.kl is None else float(self.kl.mean())
+
+    @property
+    def mean_agreement(self) -> float | None:
+        return None if self.top1_agreement is None else float(self.top1_agreement.mean())
+
+
+@dataclass
+class Forward:
+    """A model and how it is run over windows `[windows, length]`, in groups that fit in memory.
+
+    With `spill`, the last hidden states are kept in that file after the first pass and read from then on.
+    """
+
+    language_model: LanguageModel
+    tokens: Tensor
+    device: torch.device
+    dtype: torch.dtype | None
+    batch_size: int
+    spill: Path | None = None
+    group: int = field(init=False)
+    shell: Shell = field(init=False)
+    spilled: np.memmap | None = field(init=False, default=None)
+    done: set[int] = field(init=False, default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.group = max(self.batch_size, 65536 // self.tokens.shape[1])
+        self.shell = Shell(self.language_model, self.device, self.dtype)
+
+    def of(self, other: LanguageModel) -> Forward:
+        """Another model, run over the same windows in the same way."""
+        return Forward(other, self.tokens, self.device, self.dtype, self.batch_size)
+
+    def groups(self) -> Iterator[slice]:
+        for start in range(0, len(self.tokens), self.group):
+            yield slice(start, min(start + self.group, len(self.tokens)))
+
+    def hidden(self, windows: slice) -> Tensor:
+        """What the last block returns, `[…, windows, length, hidden]`."""
+        if windows.start in self.done and self.spilled is not None:
+            return torch.from_numpy(self.spilled[..., windows, :, :].copy())
+        found = final_hidden(self.language_model, self.shell, self.tokens[windows], self.dtype, self.batch_size)
+        if self.spill and found.dtype == torch.float32:
+            if self.spilled is None:
+                self.spilled = self._reserve(self.spill, (*found.shape[:-3], len(self.tokens), *found.shape[-2:]))
+            self.spilled[..., windows, :, :] = found.numpy()
+            self.done.add(windows.start)
+        return found
+
+    def _reserve(self, file: Path, shape: tuple[int, ...]) -> np.memmap:
+        """A file of that many float32, its space taken at once: a mapped file that meets a full disk is a crash."""
+        with disk_errors(file), file.open("wb") as stream:
+            reserve(stream.fileno(), 0, 4 * int(np.prod(shape)))
+        return np.memmap(file, np.float32, "r+", shape=shape)
+
+    def logits(self, windows: slice, hidden: Tensor) -> Tensor:
+        """Next-token logits `[windows, length - 1, vocabulary]` float32."""
+        return self.shell.leave(self.tokens[windows], hidden.to(self.device))[:, :-1].float()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns; `tasks` is None where none was asked for, the rest without a dense model."""
+
+    perplexity: float
+    evaluation: dict[str, Any]
+    dense_perplexity: float | None = None
+    delta: float | None = None
+    delta_interval: tuple[float, float] | None = None
+    kl: float | None = None
+    top1_agreement: float | None = None
+    tasks: dict[str, dict[str, Any]] | None = None
+
+
+def evaluate(
+    model: str | Path | None = None,
+    *,
+    dense: str | Path | None = None,
+    evaluation: str | None = None,
+    windows: int | None = None,
+    seq_len: int | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    batch_size: int = 8,
+    data_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """The perplexity of a model, and its distance from `dense` where that is given.
+
+    `model` and `dense` are checkpoint folders or hub names, None the embedded demo model (as `dense`: none).
+    `evaluation` names a corpus or files (default: wikitext2, the demo's own text for the demo model); all of its
+    windows of `seq_len` tokens count, or the first `windows`. `tasks` names zero-shot tasks, `papers` seven of them, to
+    be answered in the dtype that is stored, all of their items or the first `limit`. Raises SecateurError.
+    """
+    progress = progress or Progress()
+    chosen, dtype, local = find_devices(device)[0], find_dtype(dtype), Path(data_dir) if data_dir else None
+    names = check_tasks(tasks, local, limit)
+    folder = resolve(model)
+    open_checkpoint(folder)
+    progress.begin(f"loading {model or 'the demo model'}")
+    language_model = load(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    found = evaluation_windows(
+        tokenizer,
+        default_corpus(model, evaluation, "wikitext2"),
+        length=seq_len or default_length(language_model),
+        windows=windows,
+        data_dir=local,
+    )
+    check_windows(language_model, found, batch_size)
+    run = (found.ids, chosen, forward_dtype(dtype, chosen), batch_size)
+    reference, models = None, [(language_model, tokenizer)]
+    if dense is not None:
+        other = resolve(dense)
+        open_checkpoint(other)
+        reference = Forward(load(other, trust_remote_code=trust_remote_code), *run)
+        if names:
+            models.append((reference.language_model, load_tokenizer(other, trust_remote_code=trust_remote_code)))
+        sizes = [m.model.config.get_text_config().vocab_size for m in (reference.language_model, language_model)]
+        if sizes[0] != sizes[1]:
+            raise UnsupportedModel(
+                f"{dense} has a vocabulary of {sizes[0]} tokens, {model or 'the demo model'} one of {sizes[1]}. Name "
+                "the dense model that the other was made from."
+            )
+    progress.begin("evaluating")
+    measured = measure(Forward(language_model, *run), reference, progress)
+    expected = None
+    if reference is not None:
+        progress.begin("evaluating the dense model")
+        expected = measure(reference, None, progress)
+    answered = None
+    if names:
+        progress.begin("answering tasks")
+        how: Any = dict(data_dir=local, limit=limit, batch_size=batch_size, device=chosen, progress=progress)
+        answered = summarise(*(answer_tasks(*one, names, **how) for one in models))
+    progress.end()
+    if expected is None:
+        return Evaluation(measured.perplexity, found.fingerprint(), tasks=answered)
+    delta, interval = perplexity_difference(measured.loss, expected.loss)
+    return Evaluation(
+        measured.perplexity, found.fingerprint(), expected.perplexity, delta, interval,
+        measured.mean_kl, measured.mean_agreement, answered,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measured:
+    """The loss of every window, and KL and agreement where a dense model is given. Raises NonFinite.
+
+    Raises UnsupportedModel where the vocabularies differ.
+    """
+    loss, kl, agreement = [], [], []
+    vocabulary = model.language_model.model.config.get_text_config().vocab_size
+    step = max(1, LOGITS_AT_ONCE // (model.tokens.shape[1] * vocabulary))
+    for windows in model.groups():
+        hidden = model.hidden(windows)
+        reference = dense.hidden(windows) if dense else None
+        for start in range(windows.start, windows.stop, step):
+            part = slice(start, min(start + step, windows.stop))
+            inside = slice(part.start - windows.start, part.stop - windows.start)
+            logits = model.logits(part, hidden[..., inside, :, :])
+            log_q = logits.log_softmax(-1)
+            target = model.tokens[part, 1:].to(log_q.device)
+            loss.append(-log_q.gather(-1, target[..., None])[..., 0].double().mean(1).cpu())
+            if dense is not None and reference is not None:
+                expected = dense.logits(part, reference[..., inside, :, :])
+                if expected.shape != logits.shape:
+                    raise UnsupportedModel(
+                        f"The dense model has a vocabulary of {expected.shape[-1]}, the other {logits.shape[-1]}."
+                    )
+                log_p = expected.log_softmax(-1)
+                kl.append(divergence(log_p, log_q).double().mean(1).cpu())
+                agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).cpu())
+        progress.advance("evaluating", windows.stop, len(model.tokens))
+    losses = torch.cat(loss).numpy()
+    if not np.isfinite(losses).all():
+        raise NonFinite(
+            f"{int((~np.isfinite(losses)).sum())} of {len(losses)} evaluation windows have a loss of NaN or Inf. "
+            "Check the checkpoint with 'secateur inspect', or evaluate with --dtype float32."
+        )
+    if dense is None:
+        return Measured(losses)
+    return Measured(losses, torch.cat(kl).numpy(), torch.cat(agreement).numpy())
+
+
+def perplexity_difference(loss: Floats, reference: Floats) -> tuple[float, tuple[float, float]]:
+    """Perplexity minus the reference's, and its 95 % interval by a paired bootstrap over windows.
+
+    10,000 resamples with a fixed seed; both models are resampled with the same windows, so what makes a window
+    hard for both cancels. Percentile interval (Efron & Tibshirani 1993, ch. 13).
+    """
+    draw = np.random.default_rng(0)
+    count = len(loss)
+    differences = []
+    for _ in range(100):
+        chosen = draw.integers(count, size=(100, count))
+        differences.append(np.exp(loss[chosen].mean(1)) - np.exp(reference[chosen].mean(1)))
+    low, high = np.percentile(np.concatenate(differences), [2.5, 97.5])
+    return float(np.exp(loss.mean()) - np.exp(reference.mean())), (float(low), float(high))

@@ -1,0 +1,1 @@
+"""The results of a comparison: their schema, their checks, their ranks."""

@@ -1,0 +1,1 @@
+"""Zero-shot tasks, answered through lm-evaluation-harness."""

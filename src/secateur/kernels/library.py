@@ -1,0 +1,57 @@
+"""The C library that is compiled with the package where there is a compiler, and which instructions it may use.
+
+A plain C library in the clothes of an extension: no Python and no torch in it, so one build serves every version of
+both. Everything in it has a slower equal in torch, for where there is no compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from importlib.util import find_spec
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+PACKED_KINDS = ("f32", "bf16", "i8")
+"""The values of packed matrices, as packed.c calls them."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled library, None where the package was installed without a compiler."""
+    found = find_spec("secateur.kernels._native")
+    if found is None or found.origin is None:
+        return None
+    return declared(ctypes.CDLL(found.origin))
+
+
+def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """A compiled library whose functions know their arguments."""
+    whole, size, place = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    for kind in PACKED_KINDS:
+        scales = [place] if kind == "i8" else []
+        multiply = getattr(loaded, f"secateur_multiply_{kind}")
+        multiply.argtypes = [whole, *[place] * 3, *scales, *[place] * 2, size, size, whole, whole]
+    for name in ("unpack_f32", "unpack_bf16", "widen_bf16", "widen_i8"):
+        unpack = getattr(loaded, f"secateur_{name}")
+        unpack.argtypes, unpack.restype = [whole, *[place] * 5, size, size, whole], None
+    loaded.secateur_dense_bf16.argtypes = [whole, *[place] * 3, size, size, whole]
+    loaded.secateur_dense_i8.argtypes = [whole, *[place] * 4, size, size, whole]
+    loaded.secateur_without_lowest.argtypes = [*[place] * 2, size, size, whole]
+    loaded.secateur_without_lowest_rows.argtypes = [*[place] * 2, size, size, size, whole]
+    loaded.secateur_best_of_groups.argtypes = [*[place] * 2, size, size, whole, whole]
+    loaded.secateur_add_products.argtypes = [whole, whole, *[place] * 3, size, size, whole]
+    squares = loaded.secateur_add_squares
+    squares.argtypes, squares.restype = [whole, whole, *[place] * 2, size, size, whole], None
+    loaded.secateur_sweep_block.argtypes = [whole, *[place] * 4, size, size, size, whole, whole]
+    return loaded
+
+
+@cache
+def best() -> int:
+    """The place in `ISAS` of the instruction set that this machine uses; -1 without the library."""
+    return -1 if (found := library()) is None else found.secateur_isa()
+
+
+def isa() -> str | None:
+    """The instruction set that this machine uses, one of `ISAS`; None without the library."""
+    return None if best() < 0 else ISAS[best()]

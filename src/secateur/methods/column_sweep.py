@@ -1,0 +1,138 @@
+"""SparseGPT's sweep over the columns: which weights go, and how the later ones make up for them, block by block.
+
+With H the damped Gram matrix of the inputs and H⁻¹ = Uᵀ U, U upper triangular, a weight that goes leaves the error
+w / U_jj, and the later columns take it up along row U_j (Frantar & Alistarh 2023, alg. 1, arXiv:2301.00774). U is
+wanted only inside of a block of columns. With H = A Aᵀ, A upper triangular, U is A⁻¹, and what the errors of all
+earlier columns do to block b can be said by what was taken off them, δ = dense weights − weights now:
+
+    w_b  =  dense w_b  +  δ A_·b A_bb⁻¹        (A_·b: the rows of A of earlier columns)
+
+the least-squares answer of this and all later columns to δ, as far as the block goes. So blocks on the diagonal of A
+are inverted instead of all of it, which is a third of n³ operations at best (`responses`). It is the difference between
+GPTQ, SparseGPT's sister for rounding, and Babai's nearest plane, which are the same (Chen et al. 2025,
+arXiv:2507.18553).
+
+Inside of a block rows are independent, and every column is a few operations: sweep.c takes some rows at a time through
+all columns (float32, CPU), kernels/sweep.py does it on a GPU, and torch elsewhere, one column of all rows at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from secateur.kernels import sweep as on_gpu
+from secateur.kernels.library import best, library
+from secateur.methods.patterns import NM, Pattern, Stacked
+
+AT_ONCE = 4
+"""How many columns of a given mask sweep.c takes up errors for together; any number is right."""
+
+
+def block_width(pattern: Pattern, width: int) -> int:
+    """The columns of a block, about `width`: groups never straddle its edge."""
+    chunk = pattern.chunk or 1
+    return max(width // chunk, 1) * chunk
+
+
+def responses(gram: Tensor, width: int) -> Tensor:
+    """How weights answer to each other, `[in, in]`, from H `[in, in]` positive definite, in blocks of `width` columns.
+
+    On its diagonal the blocks A_bb⁻¹, upper triangular; above them A_·b A_bb⁻¹: what was taken off the earlier weights
+    times this is added to the block's. Zero below. Raises torch.linalg.LinAlgError where H is not positive definite.
+    """
+    # With J the reversal of order, J H J = L Lᵀ gives A = J L J.
+    factor = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
+    for start in range(0, len(factor), width):
+        block = factor[start : start + width, start : start + width]
+        identity = torch.eye(len(block), dtype=gram.dtype, device=gram.device)
+        inverse = torch.linalg.solve_triangular(block, identity, upper=True)
+        factor[:start, start : start + width] = factor[:start, start : start + width] @ inverse
+        block.copy_(inverse)
+    return factor
+
+
+def sweep(weight: Tensor, answers: Tensor, alive: Tensor, pattern: Pattern, width: int) -> tuple[Tensor, Tensor]:
+    """(kept bool, updated weight), both `[out, in]`: the columns in order, each leaving its error to the later ones.
+
+    `answers` are the `responses` in blocks of this `width`; inputs that are not `alive` `[in]` go first. Unstructured
+    masks are chosen a block at a time over all rows, others group by group.
+    """
+    rows, columns = weight.shape
+    swept = weight.clone(memory_format=torch.contiguous_format)
+    kept = torch.empty_like(swept, dtype=torch.bool)
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        here, inverse = slice(start, stop), answers[start:stop, start:stop]
+        part = pattern.columns(rows, start, stop)
+        values = swept[:, here].clone(memory_format=torch.contiguous_format)
+        given = None
+        if pattern.chunk is None:
+            given = part.mask((values / inverse.diagonal()).square_() * alive[here])
+        kept[:, here] = sweep_block(values, inverse, alive[here], part, given)
+        swept[:, here] = values
+        swept[:, stop:].addmm_(weight[:, here] - values, answers[here, stop:])
+    return kept, swept
+
+
+def sweep_block(values: Tensor, inverse: Tensor, alive: Tensor, pattern: Pattern, given: Tensor | None) -> Tensor:
+    """Sweep the columns of a block: kept bool `[out, width]`; its weights, `values` of the same shape, are overwritten.
+
+    `inverse` is U of the block. The mask is `given`, or chosen by the pattern when the sweep reaches a group.
+    """
+    groups = _groups(pattern, len(values)) if given is None else [(len(values), 0)]
+    width = values.shape[1]
+    if groups is None or values.dtype != torch.float32:
+        return sweep_block_in_torch(values, inverse, alive, pattern, given)
+    kept = torch.empty_like(values, dtype=torch.bool) if given is None else given.contiguous()
+    if values.is_cuda and on_gpu.usable(width):
+        for part, of, n in zip(*_split(groups, values, kept), strict=True):
+            on_gpu.sweep_block(part, of, inverse, alive, pattern.chunk or width, n)
+        return kept
+    if values.device.type != "cpu" or (compiled := library()) is None:
+        return sweep_block_in_torch(values, inverse, alive, pattern, given)
+    columns, usable = inverse.T.contiguous(), alive.float().contiguous()
+    for part, of, n in zip(*_split(groups, values, kept), strict=True):
+        failed = compiled.secateur_sweep_block(
+            best(), part.data_ptr(), of.data_ptr(), columns.data_ptr(), usable.data_ptr(), *part.shape,
+            pattern.chunk or AT_ONCE, n, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"There is no memory to sweep {width} columns at a time.")
+    return kept
+
+
+def _groups(pattern: Pattern, rows: int) -> list[tuple[int, int]] | None:
+    """How many rows keep how many of every `pattern.chunk`, from the top; None for what is not N:M."""
+    stack = pattern if isinstance(pattern, Stacked) else Stacked((rows,), (pattern,))
+    groups = []
+    for count, part in zip(stack.rows, stack.parts, strict=True):
+        if type(part) is not NM or part.m != pattern.chunk:
+            return None
+        groups.append((count, part.n))
+    return groups
+
+
+def _split(groups: list[tuple[int, int]], values: Tensor, kept: Tensor) -> tuple:
+    rows, counts = zip(*groups, strict=True)
+    return values.split(rows), kept.split(rows), counts
+
+
+def sweep_block_in_torch(
+    values: Tensor, inverse: Tensor, alive: Tensor, pattern: Pattern, given: Tensor | None
+) -> Tensor:
+    """What `sweep_block` says, on the transpose, so that a column is contiguous."""
+    rows, width = values.shape
+    chunk = pattern.chunk or width
+    columns, diagonal = values.T.contiguous(), inverse.diagonal()  # [width, out]
+    kept = torch.empty_like(columns, dtype=torch.bool) if given is None else given.T.contiguous()
+    for first in range(0, width, chunk):
+        last = min(first + chunk, width)
+        if given is None:
+            scores = (columns[first:last] / diagonal[first:last, None]).square() * alive[first:last, None]
+            kept[first:last] = pattern.columns(rows, first, last).mask(scores.T).T
+        for j in range(first, last):
+            error = columns[j].where(~kept[j], 0.0) / diagonal[j]
+            columns[j + 1 :].addr_(inverse[j, j + 1 :], error, alpha=-1)
+    values.copy_(columns.where(kept, 0.0).T)
+    return kept.T

@@ -1,0 +1,78 @@
+"""What is remembered of a site's inputs: sums over tokens, so that parts of the work merge exactly.
+
+Batches, devices, ranks and resumed runs each see some tokens; adding what they saw gives what one run
+over all tokens would have seen. Every token weighs the same, whatever sequence it came from. Products are float32,
+sums float64: then the order of adding does not show in the float32 mean, and two devices choose the masks of one.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from secateur.kernels.gram import add_products, add_squares, summed
+
+Value = TypeVar("Value")
+
+STATS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+    "square": lambda total, x, dense: add_squares(total, x),  # [in]
+    "gram": lambda total, x, dense: add_products(total, x, x),  # [in, in]
+    "cross": lambda total, x, dense: add_products(total, dense, x),  # [in, in]
+    "sum": lambda total, x, dense: total.add_(summed(x.float())),  # [in]
+    "dense sum": lambda total, x, dense: total.add_(summed(dense.float())),  # [in]
+}
+"""Each statistic of inputs x `[tokens, in]`: what adds those of some tokens to a total in float64.
+
+`dense` are the inputs of the same tokens in the dense model, in the same dtype; those in `OF_DENSE` alone read them.
+"""
+MATRICES = frozenset({"gram", "cross"})
+"""The statistics that are `[in, in]`."""
+OF_DENSE = frozenset({"cross", "dense sum"})
+
+
+@dataclass(frozen=True, eq=False)
+class Stats:
+    """Sums over the tokens that a site saw. `derived` keeps what was computed from them once."""
+
+    tokens: int
+    sums: Mapping[str, Tensor]
+    derived: dict[object, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
+        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE` only with it."""
+        empty = {
+            name: torch.zeros(x.shape[1:] * (2 if name in MATRICES else 1), dtype=torch.float64, device=x.device)
+            for name in need
+            if name not in OF_DENSE or dense is not None
+        }
+        return cls(0, empty).add(x, empty, dense)
+
+    def add(self, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
+        """These and those of inputs x `[tokens, in]`, in the same memory: the ones before are no more."""
+        for name in need:
+            if name not in OF_DENSE or dense is not None:
+                STATS[name](self.sums[name], x, x if dense is None else dense)
+        return Stats(self.tokens + len(x), self.sums)
+
+    def __add__(self, other: "Stats") -> "Stats":
+        return Stats(
+            self.tokens + other.tokens,
+            {name: total + other.sums[name].to(total.device) for name, total in self.sums.items()},
+        )
+
+    def mean(self, name: str) -> Tensor:
+        """A statistic divided by the number of tokens, float32."""
+        return (self.sums[name] / self.tokens).float()
+
+    def power(self) -> Tensor:
+        """The mean square of every input, `[in]` float32, from whichever statistic has it."""
+        return self.mean("square") if "square" in self.sums else self.mean("gram").diagonal()
+
+    def once(self, key: object, compute: Callable[[], Value]) -> Value:
+        """`compute()`, evaluated once for these statistics and shared by all sites that have them."""
+        if key not in self.derived:
+            self.derived[key] = compute()
+        return self.derived[key]

@@ -1,0 +1,1 @@
+"""A transformers model as weight matrices and blocks that run one by one."""

@@ -1,0 +1,1 @@
+"""Which channels of a block belong together, found by tracing."""

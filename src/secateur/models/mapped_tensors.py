@@ -1,0 +1,77 @@
+"""The hidden states of the calibration windows, batch by batch: in memory, or in a file where there are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryFile
+from weakref import finalize
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from secateur.system.files import disk_errors, reserve
+
+ALIGNED = 64
+"""Every tensor begins at a multiple of this."""
+MOST_ROOM = 2**30
+"""What is reserved at a time, at most, for tensors that are smaller: as much as is there, so that mappings stay few."""
+
+
+def hidden_bytes(shape: Sequence[int], width: int, dtype: torch.dtype) -> int:
+    """What the hidden states of windows `[samples, length]` take, `width` numbers a token."""
+    return prod(shape) * width * dtype.itemsize
+
+
+class HiddenStates:
+    """What enters the block at hand, a tensor for each batch; setting one forgets the one before.
+
+    With `folder`, they lie in a mapped file there, which has no name and goes with the process: the system writes out
+    what memory cannot hold. A batch keeps its shape and dtype from block to block. Raises DiskFull, OutputRefused.
+    """
+
+    def __init__(self, folder: Path | None, tensors: Iterable[Tensor] = ()) -> None:
+        self.folder, self._file = folder, None
+        if folder:
+            with disk_errors(folder):
+                self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as this
+            finalize(self, self._file.close)
+        self._end, self._room = 0, torch.empty(0, dtype=torch.uint8)
+        self._held: list[Tensor] = []
+        for tensor in tensors:
+            self.append(tensor)
+
+    def append(self, tensor: Tensor) -> None:
+        self._held.append(self._mapped(tensor) if self._file else tensor)
+
+    def _mapped(self, tensor: Tensor) -> Tensor:
+        """A copy in the file. A mapping costs a file descriptor, so it is made for more than one tensor."""
+        assert self._file is not None
+        size = -(-tensor.nbytes // ALIGNED) * ALIGNED
+        if size > len(self._room):
+            room = max(size, min(self._end, MOST_ROOM))
+            with disk_errors(self.folder or Path()):
+                reserve(self._file.fileno(), self._end, room)
+                self._room = torch.from_numpy(np.memmap(self._file, np.uint8, "r+", self._end, (room,)))
+            self._end += room
+        place, self._room = self._room[: tensor.nbytes], self._room[size:]
+        mapped = place.view(tensor.dtype).view(tensor.shape)
+        mapped.copy_(tensor)
+        return mapped
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._held[number]
+
+    def __setitem__(self, number: int, tensor: Tensor) -> None:
+        if self._file:
+            self._held[number].copy_(tensor)
+        else:
+            self._held[number] = tensor
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._held)

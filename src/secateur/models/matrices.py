@@ -1,0 +1,144 @@
+"""The prunable matrices of a block, and the inputs that each of them sees.
+
+A site is a matrix view `[out, in]`: a linear layer, a Conv1D (GPT-2 stores `[in, out]`), or one expert's slice of a
+3-D parameter. Routers, and whatever else is no such matrix, are not sites; `coverage` says how much that leaves out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from secateur.models import experts
+from secateur.models.replay import LanguageModel
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One prunable matrix of a block: a view `[out, in]` of a parameter, whatever way the layer stores it."""
+
+    name: str
+    parameter: str
+    stored: Tensor
+    transposed: bool
+    expert: bool = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix `[out, in]`, sharing memory with the parameter."""
+        return self.stored.T if self.transposed else self.stored
+
+    def put(self, weight: Tensor) -> None:
+        """Write `[out, in]` back, cast to the stored dtype; zeros become +0.0."""
+        self.weight.copy_(weight.to(self.stored.dtype) + 0)
+
+
+def sites(block: nn.Module) -> dict[str, Site]:
+    """The prunable matrices of a block by name: linear layers and single experts, routers left out."""
+    found: dict[str, Site] = {}
+    left_out = experts.routers(block)
+    for name, module in block.named_modules():
+        if module in left_out:
+            continue
+        if isinstance(module, (nn.Linear, Conv1D)):
+            found[name] = Site(name, f"{name}.weight", module.weight.data, isinstance(module, Conv1D))
+        elif experts.is_experts(module):
+            for matrix in experts.matrices(module):
+                for expert, weight in enumerate(getattr(module, matrix).data):
+                    site = f"{name}.{expert}.{matrix}"
+                    found[site] = Site(site, f"{name}.{matrix}", weight, experts.is_transposed(module), expert=True)
+    return found
+
+
+def bias(block: nn.Module, site: Site) -> tuple[str, Tensor] | None:
+    """(name, values `[out]`) of a site's bias, a view; None where it has none."""
+    if site.expert:
+        owner, expert, matrix = site.name.rsplit(".", 2)
+        if not getattr(block.get_submodule(owner), "has_bias", False):
+            return None
+        return f"{owner}.{matrix}_bias", block.get_parameter(f"{owner}.{matrix}_bias").data[int(expert)]
+    held = block.get_submodule(site.name).bias
+    return None if held is None else (f"{site.name}.bias", held.data)  # type: ignore[return-value]
+
+
+def signature(block: nn.Module) -> tuple[Any, ...]:
+    """What blocks of one kind have in common; one trace serves them all.
+
+    Module types, shapes of parameters, and flags and factors (a block may reuse the keys of another, or gate sparsely).
+    """
+    modules = [
+        (name, type(module), *((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (bool, float))))
+        for name, module in block.named_modules()
+    ]
+    return (*modules, *((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()))
+
+
+def coverage(block: nn.Module) -> tuple[int, int]:
+    """(weights that are sites, weights of all matrices) of a block; vectors are not counted."""
+    covered = sum(site.stored.numel() for site in sites(block).values())
+    return covered, sum(p.numel() for p in block.parameters() if p.dim() > 1)
+
+
+Visit = Callable[[list[tuple[str, Tensor]]], None]
+
+
+@contextmanager
+def visited(block: nn.Module, visit: Visit) -> Iterator[None]:
+    """While open, `visit([(site name, x [tokens, in]), …])` is called wherever a forward of the block reaches sites.
+
+    A linear layer comes alone; the first matrices of fused experts come together, and after them the second ones,
+    whose inputs are computed when the first call has returned.
+    """
+
+    def linear(name: str) -> Callable[..., None]:
+        return lambda module, args: visit([(name, args[0])])
+
+    def fused(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, chosen, *_ = *args, *kwargs.values()
+            first, second = experts.matrices(module)
+            visit([(f"{name}.{e}.{first}", x) for e, x in experts.routed(module, hidden, chosen)])
+            inner = ((e, experts.inner(module, e, x)) for e, x in experts.routed(module, hidden, chosen))
+            visit([(f"{name}.{e}.{second}", x) for e, x in inner])
+
+        return hook
+
+    known, handles = sites(block), []
+    for name, module in block.named_modules():
+        if experts.is_experts(module):
+            handles.append(module.register_forward_pre_hook(fused(name), with_kwargs=True))
+        elif name in known:
+            handles.append(module.register_forward_pre_hook(linear(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `record(site name, x [tokens, in])` is called for every site a forward of the block reaches."""
+
+    def visit(reached: list[tuple[str, Tensor]]) -> None:
+        for name, x in reached:
+            record(name, x)
+
+    with visited(block, visit):
+        yield
+
+
+def site_shapes(language_model: LanguageModel) -> Shapes:
+    """`[out, in]` of every site by full name."""
+    return {
+        f"{language_model.block_name(index)}.{name}": (site.weight.shape[0], site.weight.shape[1])
+        for index, block in enumerate(language_model.blocks)
+        for name, site in sites(block).items()
+    }

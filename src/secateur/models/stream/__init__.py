@@ -1,0 +1,1 @@
+"""The blocks of a model in order, each with its calibration inputs."""

@@ -1,0 +1,149 @@
+"""Forwards that stop inside a block: one pass over the calibration tokens instead of two.
+
+The sites of a block are reached in stages, each the sites that read one input. The forward of every batch runs as far
+as a stage and is left there with all it holds; when all have come, the sites of the stage are pruned from the inputs
+that wait for them, and the forwards go on through the pruned weights. Nothing runs twice, and every site is pruned on
+the inputs it will really see.
+
+What is left standing is the call stack of an ordinary forward, in a greenlet, so that no family's code is changed.
+Which sites make a stage is asked of one whole forward; a block where that has no plain answer is left to two passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from contextvars import copy_context
+from typing import NamedTuple
+from weakref import ref
+
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from secateur.errors import UnsupportedModel
+from secateur.models import experts
+from secateur.models.matrices import sites, visited
+from secateur.models.replay import Call, run_block
+
+
+class Stages(NamedTuple):
+    """The sites of a block in the `order` in which a forward reaches them, those with one input together; the rest.
+
+    All experts' matrices of one kind are one stage. Forwards can be stopped at each in turn if `plain`: not where a
+    site is called twice, or where experts are modules of their own, of which every batch takes others.
+    """
+
+    order: list[list[str]]
+    unreached: list[str]
+    plain: bool
+
+
+def find_stages(block: nn.Module, hidden: Tensor, call: Call) -> Stages:
+    """The stages of a block, asked of one forward."""
+    known = sites(block)
+    reached: list[tuple[str, Tensor]] = []
+    with visited(block, reached.extend):
+        run_block(block, hidden, call)
+    first = dict(reversed(reached))  # the first input of a site that is called twice
+    found: dict[object, list[str]] = {}
+    for name in dict(reached):
+        parameter, x = known[name].parameter, first[name]
+        if known[name].expert:
+            found[parameter] = [other for other, site in known.items() if site.parameter == parameter]
+        else:
+            found.setdefault((id(x), x._version), []).append(name)
+    order = list(found.values())
+    inside = {name for stage in order for name in stage}
+    plain = len(first) == len(reached) and not experts.has_list(block)
+    return Stages(order, [name for name in known if name not in inside], plain)
+
+
+class _Forward:
+    """One batch on its way through the block: the last stage it has reached, and the inputs that wait there."""
+
+    def __init__(self, run: Callable[[], Tensor]) -> None:
+        self.stage, self.waiting = -1, list[tuple[str, Tensor]]()
+        self.seen: dict[int, ref[Tensor]] = {}  # the input of every stage passed
+        self.output: Tensor | None = None
+        self._stack = greenlet(run)
+        self._stack.gr_context = copy_context()
+
+    def go_on(self) -> None:
+        """Run to the next stage, or to the end."""
+        self._stack.parent = getcurrent()
+        found = self._stack.switch()
+        self.output = found if self._stack.dead else None
+
+    def wait(self, stage: int, reached: list[tuple[str, Tensor]]) -> None:
+        """Inside the forward: stop here until `go_on`."""
+        self.stage, self.waiting = stage, reached
+        self.seen[stage] = ref(reached[0][1])
+        assert self._stack.parent is not None
+        self._stack.parent.switch()
+
+    def drop(self) -> None:
+        """Give up what is left of the forward."""
+        self._stack.throw(GreenletExit)
+
+
+class Suspended:
+    """The forwards of some batches through one block, all stopped at the same stage; of one thread, until `close`.
+
+    `starts` holds what runs the block, by the number of the batch. Raises UnsupportedModel where a batch takes another
+    way through the block than the one that the stages were found on.
+    """
+
+    def __init__(
+        self, block: nn.Module, stages: Sequence[Sequence[str]], starts: Mapping[int, Callable[[], Tensor]]
+    ) -> None:
+        self.stages = stages
+        self.forwards = {number: _Forward(start) for number, start in starts.items()}
+        self._stage_of = {name: number for number, stage in enumerate(stages) for name in stage}
+        self._running: _Forward | None = None
+        self._hooks = ExitStack()  # as long as a call of a module stands, its hooks must not change
+        self._hooks.enter_context(visited(block, self._visit))
+
+    def inputs(self, stage: int) -> Iterator[tuple[int, list[tuple[str, Tensor]]]]:
+        """(batch, [(site, input [tokens, in]), …]) of every forward once it has come to `stage`.
+
+        The first site of a shared input stands for all. A forward that never comes to the stage has none.
+        """
+        for number, forward in self.forwards.items():
+            while forward.stage < stage and forward.output is None:
+                self._go_on(forward)
+            yield number, forward.waiting if forward.stage == stage else []
+
+    def outputs(self) -> Iterator[tuple[int, Tensor]]:
+        """(batch, what the block returns), each forward run to its end and forgotten."""
+        while self.forwards:
+            number = next(iter(self.forwards))
+            forward = self.forwards.pop(number)
+            while forward.output is None:
+                self._go_on(forward)
+            yield number, forward.output
+
+    def close(self) -> None:
+        """Give up what has not ended."""
+        for forward in self.forwards.values():
+            forward.drop()
+        self.forwards.clear()
+        self._hooks.close()
+
+    def _go_on(self, forward: _Forward) -> None:
+        self._running = forward
+        forward.go_on()
+
+    def _visit(self, reached: list[tuple[str, Tensor]]) -> None:
+        forward = self._running
+        reached = [(name, x) for name, x in reached if name in self._stage_of]
+        if not reached or forward is None:
+            return
+        name, x = reached[0]
+        stage = self._stage_of[name]
+        if stage > forward.stage:
+            forward.wait(stage, reached)
+        elif stage not in forward.seen or forward.seen[stage]() is not x:
+            raise UnsupportedModel(
+                f"{name} is reached in another order, or with another input, by some batches than by the first. "
+                "Use --passes two."
+            )

@@ -1,0 +1,1 @@
+"""The program: read `prune` first."""

@@ -1,0 +1,1 @@
+"""How much is removed from where, and what a run will take."""

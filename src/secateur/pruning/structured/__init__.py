@@ -1,0 +1,1 @@
+"""Structured pruning: a smaller dense model. Read `program` first."""

@@ -1,0 +1,230 @@
+"""Which blocks go, and what the block before them can do in their place.
+
+`influence`   the blocks that change the hidden state least: 1 − cos(entering, leaving), mean over tokens
+              (ShortGPT, Men et al. 2024, arXiv:2403.03853)
+`angular`     the span of that many blocks with the least angle between entering and leaving at the last token
+              (Gromov et al. 2024, arXiv:2403.17887)
+`kl`          one at a time, the block without which the model's predictions stay nearest to the dense model's:
+              KL(dense ‖ pruned) on 32 windows. Costs about blocks² / 2 block passes for each block that goes.
+
+The fold: removing blocks i+1 … j after block i with output h_i loses δ = h_j − h_i. If the last matrix W of block i
+adds W x to h_i, the best linear stand-in is W + E[δ xᵀ] (C + λ)⁻¹, which `reconstruct` computes. ReplaceMe (Shopkhoev
+et al. 2025, arXiv:2505.02819) estimates a linear map of the block's output instead; that is contained in this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateur.models.matrices import Site, recorded_inputs, sites
+from secateur.models.replay import Call, LanguageModel, Shell, divergence, in_float32, run_block, working_copy
+from secateur.models.stream.blocks import stream
+from secateur.system.progress import Progress
+
+KL_WINDOWS = 32
+
+
+@dataclass(frozen=True)
+class Looking:
+    """A dense model and the windows `[samples, length]` on which its blocks are judged."""
+
+    language_model: LanguageModel
+    tokens: Tensor
+    device: torch.device
+    dtype: torch.dtype | None
+    batch_size: int
+    progress: Progress
+
+
+Blocks = Callable[[Looking, int, Callable[[Sequence[int]], bool]], list[int]]
+"""(model, how many go, whether a stock configuration holds the model without these) → the blocks that go, ascending."""
+
+
+@torch.no_grad()
+def influence(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
+    """The blocks with the least block influence."""
+    score = [1.0 - value for value in _cosines(looking, 1, last=False)]
+    gone: list[int] = []
+    for index in sorted(range(len(score)), key=lambda i: (score[i], i)):
+        if len(gone) < count and holds(sorted([*gone, index])):
+            gone = sorted([*gone, index])
+    return gone
+
+
+@torch.no_grad()
+def angular(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
+    """The span of `count` blocks with the least angle."""
+    cosine = _cosines(looking, count, last=True)
+    for start in sorted(range(len(cosine)), key=lambda i: (-cosine[i], i)):
+        if holds(span := list(range(start, start + count))):
+            return span
+    return []
+
+
+def _cosines(looking: Looking, span: int, *, last: bool) -> list[float]:
+    """The mean cosine of what enters block i and what leaves block i + span − 1; at the last token, or at all."""
+    entering: list[list[Tensor]] = []
+    found: list[float] = []
+    count = len(looking.language_model.blocks)
+    for step in stream(
+        looking.language_model, looking.tokens, devices=[looking.device], dtype=looking.dtype,
+        batch_size=looking.batch_size,
+    ):  # fmt: skip
+        looking.progress.advance(f"influence of {step.name}", step.index, count)
+        hidden = [h[..., -1:, :] if last else h for h, _ in step.windows()]
+        entering.append([h.to("cpu", copy=True) for h in hidden])
+        if len(entering) > span:
+            found.append(_cosine(entering.pop(0), entering[-1]))
+        if step.index == count - 1:
+            leaving = [run_block(step.block, h, calls[step.index]) for h, calls in step.windows()]
+            found.append(_cosine(entering.pop(0), [(h[..., -1:, :] if last else h).cpu() for h in leaving]))
+    return found
+
+
+def _cosine(before: list[Tensor], after: list[Tensor]) -> float:
+    pairs = [
+        torch.cosine_similarity(a.float(), b.float(), dim=-1).flatten() for a, b in zip(before, after, strict=True)
+    ]
+    return torch.cat(pairs).double().mean().item()
+
+
+@torch.no_grad()
+def kl(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
+    """Greedily, the blocks without which the predictions stay nearest to the dense model's."""
+    model, total = looking.language_model, len(looking.language_model.blocks)
+    shell = Shell(model, looking.device, looking.dtype)
+    batches = [_Windows(shell, part) for part in looking.tokens[:KL_WINDOWS].split(looking.batch_size)]
+    left, gone, done = list(range(total)), list[int](), 0
+    for block in left:
+        _run(batches, model.blocks[block], block, looking)
+    for batch in batches:
+        batch.expected = batch.hidden
+    work = sum((total - n) for n in range(count))
+    for _ in range(count):
+        best: tuple[float, int] | None = None
+        states = [batch.entering for batch in batches]  # before the block that is left out
+        for position, out in enumerate(left):
+            looking.progress.advance(f"the model without block {out}", done, work)
+            done += 1
+            if holds(sorted([*gone, out])):
+                for batch, state in zip(batches, states, strict=True):
+                    batch.hidden = state
+                for block in left[position + 1 :]:
+                    _run(batches, model.blocks[block], block, looking)
+                distance = sum(batch.distance(shell) for batch in batches) / len(looking.tokens[:KL_WINDOWS])
+                best = min(best or (torch.inf, -1), (distance, out))
+            for batch, state in zip(batches, states, strict=True):
+                batch.hidden = state
+            _run(batches, model.blocks[out], out, looking)
+            states = [batch.hidden for batch in batches]
+        if best is None:
+            return gone
+        gone, left = sorted([*gone, best[1]]), [block for block in left if block != best[1]]
+    return gone
+
+
+class _Windows:
+    """A batch of windows on its way through the blocks, and what the dense model predicts for it."""
+
+    def __init__(self, shell: Shell, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self.entering, self.calls = shell.enter(tokens)
+        self.hidden = self.entering
+        self.expected: Tensor | None = None
+
+    def distance(self, shell: Shell) -> float:
+        """The sum over windows of the mean KL(dense ‖ pruned), one window's logits at a time."""
+        assert self.expected is not None
+        total = 0.0
+        for i in range(len(self.tokens)):
+            pair = []
+            for hidden in (self.expected, self.hidden):
+                logits = shell.leave(self.tokens[i : i + 1], hidden[..., i : i + 1, :, :])
+                pair.append(logits.float().log_softmax(-1))
+            total += divergence(*pair).mean().item()
+        return total
+
+
+def _run(batches: list[_Windows], original: nn.Module, index: int, looking: Looking) -> None:
+    block = working_copy(original, looking.device, looking.dtype)
+    for batch in batches:
+        batch.hidden = run_block(block, batch.hidden, batch.calls[index])
+
+
+BLOCKS: dict[str, Blocks] = {"influence": influence, "angular": angular, "kl": kl}
+
+
+@torch.no_grad()
+def last_matrix(block: nn.Module, hidden: Tensor, call: Call, first: Collection[str] = ()) -> Site | None:
+    """A site whose output is simply added to the block's, the one with most inputs; None where no site is such.
+
+    Those in `first` are asked before the others. Asked of the block itself: its weight is changed a little, and the
+    output must change by that times the input.
+    """
+    block = working_copy(block, hidden.device, torch.float32)
+    hidden, call = hidden.float(), in_float32(call)
+    before = run_block(block, hidden, call)
+    added = [s for s in sites(block).values() if not s.expert and s.weight.shape[0] == before.shape[-1]]
+    for site in sorted(added, key=lambda s: (s.name not in first, -s.weight.shape[1])):
+        seen: list[Tensor] = []
+        with recorded_inputs(
+            block, lambda name, x, site=site, seen=seen: seen.append(x) if name == site.name else None
+        ):
+            run_block(block, hidden, call)
+        if len(seen) != 1 or seen[0].shape[:-1].numel() != before.shape[:-1].numel():
+            continue
+        old = site.weight.clone()
+        change = torch.randn(old.shape, generator=torch.Generator().manual_seed(0)).to(old.device) * old.std()
+        site.weight.add_(change)
+        moved = run_block(block, hidden, call) - before
+        site.weight.copy_(old)
+        wanted = (seen[0] @ change.T).view(before.shape)  # OPT flattens the tokens
+        if (moved - wanted).norm() <= 1e-3 * wanted.norm():
+            return site
+    return None
+
+
+class Missing(NamedTuple):
+    """What should be added to a block's output, δ, as a repair needs it.
+
+    `product` is E[δ xᵀ] `[hidden, in]` float32 with E[δ] as one more column, `power` E‖δ‖².
+    """
+
+    product: Tensor
+    power: float
+
+
+def missing(
+    block: nn.Module,
+    span: Sequence[tuple[int, nn.Module]],
+    site: str,
+    windows: Sequence[tuple[Tensor, list[Call]]],
+    index: int,
+    dense: Sequence[Tensor] | None = None,
+) -> Missing:
+    """What should be added to what a block gives, on all batches.
+
+    That is the effect of a span of blocks that are gone; with `dense`, what the dense block gives on dense inputs by
+    batch, also all that the stream has lost up to here. `block`, its number `index`, and the blocks of the span are
+    working copies on the device of the hidden states; x are the inputs of `site` in the block.
+    """
+    total, power, tokens = torch.zeros(()), 0.0, 0
+    for number, (hidden, calls) in enumerate(windows):
+        seen: list[Tensor] = []
+        with recorded_inputs(block, lambda name, x, seen=seen: seen.append(x) if name == site else None):
+            before = run_block(block, hidden, calls[index])
+        after = before if dense is None else dense[number]
+        for removed, module in span:
+            after = run_block(module, after, calls[removed])
+        delta = (after - before).float().flatten(0, -2)
+        x = seen[0].float().flatten(0, -2)
+        x = torch.cat([x, torch.ones(len(x), 1, device=x.device)], 1)
+        total = total.to(x.device) + (delta.T @ x).double()
+        power += delta.double().square().sum().item()
+        tokens += len(x)
+    return Missing((total / tokens).float(), power / tokens)

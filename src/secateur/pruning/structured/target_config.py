@@ -1,0 +1,153 @@
+"""The stock configuration that holds a smaller model, or the reason why there is none.
+
+No table of families: the fields of a configuration that hold the old number get the new one, the family builds its
+model from that without memory (torch's meta device), and its shapes say whether it is the model that is wanted. A
+wrong guess has other shapes, and what shapes do not show is compared in numbers (`program`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from secateur.models.load import find_stack
+from secateur.models.replay import LanguageModel
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+CARRIERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("mistral", {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}),
+}
+"""Other families that compute the same from the same tensors, where a family's own configuration refuses the numbers.
+
+Llama wants the hidden size to be a multiple of its heads, although it has a `head_dim`; Mistral does not.
+"""
+LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
+"""Fields that say something of the first so many blocks."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that changes, and what the name of its field in a configuration contains."""
+
+    old: int
+    new: int
+    names: tuple[str, ...]
+
+    def of(self, value: int | None) -> int:
+        """What a field becomes that held the old number, or twice that (gate and up together), or nothing."""
+        return self.new * (value or self.old) // self.old
+
+
+CHANNELS = ("inter", "inner", "ffn", "ff", "mlp", "expansion")
+HEADS = ("head",)
+EXPERTS = ("expert",)
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A smaller model without weights, and what is to be changed in the source's `config.json` to get it."""
+
+    language_model: LanguageModel
+    changes: Mapping[str, Any]
+
+
+def find_stock(
+    language_model: LanguageModel, shapes: Shapes, numbers: Sequence[Number], kept: Sequence[int]
+) -> Stock | None:
+    """The model with tensors of exactly these `shapes` (by name in the model); None where no configuration has them.
+
+    `numbers` are those that change, `kept` the blocks that stay.
+    """
+    config = language_model.model.config
+    bases: list[tuple[Any, dict[str, Any]]] = [(type(config), {})]
+    if config.model_type in CARRIERS:
+        family, fields = CARRIERS[config.model_type]
+        bases.append((type(AutoConfig.for_model(family)), fields))
+    for kind, fields in bases:
+        for changes in _candidates(config, numbers, kept):
+            model = _built(kind, {**config.to_dict(), **changes, **fields}, language_model)
+            if model is not None and _shapes(model) == shapes:
+                stack = find_stack(model)
+                tuples = tuple(language_model.tuples[i] for i in kept)
+                return Stock(LanguageModel(model, stack, tuples), {**changes, **fields})
+    return None
+
+
+def tensor_shapes(language_model: LanguageModel) -> Shapes:
+    """The shapes of all stored tensors by their name in the model."""
+    return _shapes(language_model.model)
+
+
+def empty(language_model: LanguageModel) -> LanguageModel:
+    """The same model on the meta device: modules and shapes, no numbers."""
+    config = language_model.model.config
+    model = _built(type(config), config.to_dict(), language_model)
+    return LanguageModel(model, language_model.stack, language_model.tuples)
+
+
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _built(kind: Any, fields: dict[str, Any], language_model: LanguageModel) -> Any:
+    """The model of a configuration, on the meta device, or None where it refuses the fields."""
+    try:
+        config = kind.from_dict(fields)
+        config._attn_implementation = language_model.model.config._attn_implementation
+        with torch.device("meta"):
+            own = type(language_model.model) if kind is type(language_model.model.config) else None
+            model = own(config) if own else AutoModelForCausalLM.from_config(config)
+    except Exception:  # whatever a configuration or a constructor raises for numbers that it cannot hold
+        return None
+    return model.eval()
+
+
+def _candidates(config: Any, numbers: Sequence[Number], kept: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Changes to the fields of a configuration that may give the numbers, those with few fields first."""
+    held = config.to_dict()
+    depth = _fewer_blocks(config, held, kept)
+    choices = []
+    for number in numbers:
+        fields = [name for name, value in held.items() if _may_hold(name, value, number)]
+        sets = [chosen for size in (1, 2, 3) for chosen in combinations(fields, size)]
+        choices.append([{name: number.of(held[name]) for name in chosen} for chosen in sets])
+    said: list[dict[str, Any]] = [{}]  # the width of a head, which many derive from their number unless it is said
+    if any(number.names == HEADS for number in numbers):
+        width = held.get("head_dim") or config.hidden_size // config.num_attention_heads
+        said.insert(0, {"head_dim": width})
+    for explicit, *chosen in product(said, *choices):
+        changes = depth | explicit
+        for part in chosen:
+            changes |= part
+        yield changes
+
+
+def _may_hold(name: str, value: Any, number: Number) -> bool:
+    if not any(part in name for part in number.names) or isinstance(value, bool):
+        return False
+    if number.names == CHANNELS:  # GPT-2's n_inner is 4 x hidden where it is not said
+        return value in (number.old, 2 * number.old, None)
+    return value == number.old
+
+
+def _fewer_blocks(config: Any, held: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The fields that count blocks or list something for each of them, for the blocks that stay."""
+    total = config.num_hidden_layers
+    if len(kept) == total:
+        return {}
+    changes: dict[str, Any] = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
+    for name, value in held.items():
+        listed = isinstance(value, (list, tuple)) and not name.endswith(("_id", "_ids", "_classes"))
+        if listed and len(value) == total:
+            changes[name] = [deepcopy(value[i]) for i in kept]
+        if name in LEADING and isinstance(value, int):
+            changes[name] = sum(i < value for i in kept)
+    return changes

@@ -1,0 +1,97 @@
+"""What is kept of a training, so that the same command goes on where a killed one stopped.
+
+A folder beside the result: the Trainer's checkpoints, of which those that were written to their end are marked, and a
+journal with the conditions and the seconds so far, which is locked while a run is going on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+from secateur.checkpoints.journal import Journal, differences
+from secateur.errors import ConditionsDiffer
+from secateur.models.stream.distributed import Ranks
+from secateur.system.files import disk_errors, sync
+
+WHOLE = "whole"
+"""The file that says that a checkpoint is on disk with all it has."""
+SECONDS = "seconds"
+
+
+class Halfway:
+    """A training in `folder` that is going on; use it with `with`. Of several processes, the first alone writes.
+
+    Where it ends without a checkpoint, nothing is kept. Raises OutputRefused where another run is going on there,
+    ConditionsDiffer where a run that died had others; `restart` discards that.
+    """
+
+    def __init__(
+        self, folder: Path, conditions: Mapping[str, Any], *, restart: bool, ranks: Ranks, started: float
+    ) -> None:
+        self.folder, self.ranks, self._started, self._before = folder, ranks, started, 0.0
+        self._journal: Journal | None = None
+        ranks.same(lambda: self._begin(conditions, restart))
+
+    @property
+    def seconds(self) -> float:
+        """What it has taken so far, over all runs."""
+        return self._before + perf_counter() - self._started
+
+    def last(self) -> str | None:
+        """The newest checkpoint that is whole."""
+        found = [place for place in self.folder.glob("checkpoint-*") if (place / WHOLE).is_file()]
+        return str(max(found, key=lambda place: int(place.name.rpartition("-")[2]))) if found else None
+
+    def mark(self, step: int) -> None:
+        """The checkpoint of a step is written; it is on disk, and says so, when this returns."""
+        self.ranks.together(lambda: None)  # every process has written its part
+        if self._journal is None:
+            return
+        checkpoint = self.folder / f"checkpoint-{step}"
+        with disk_errors(self.folder):
+            for file in checkpoint.rglob("*"):
+                if file.is_file():
+                    sync(file)
+            self._journal.add(SECONDS, self.seconds)
+            (checkpoint / WHOLE).touch()
+            sync(checkpoint)
+
+    def remove(self) -> None:
+        """The result has its name: nothing is left to go on from."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def __enter__(self) -> Halfway:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._journal is None:
+            return
+        if self.last() is None:
+            self.remove()
+        elif self._journal.file.exists():
+            self._journal.add(SECONDS, self.seconds)
+        self._journal.close()
+
+    def _begin(self, conditions: Mapping[str, Any], restart: bool) -> None:
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._journal = journal = Journal(self.folder / "journal")
+        for place in self.folder.glob("checkpoint-*"):
+            if restart or not (place / WHOLE).is_file():
+                shutil.rmtree(place)
+        if self.last() is None or journal.conditions is None:
+            journal.begin(conditions)
+        elif differing := differences(journal.conditions, conditions):
+            journal.close()
+            raise ConditionsDiffer(
+                f"A half-finished recovery in {self.folder} has other conditions: {'; '.join(differing)}. Give the "
+                "same to go on, choose another --out, or discard it with --restart."
+            )
+        self._before = float(max(journal.of(SECONDS), default=0.0))

@@ -1,0 +1,76 @@
+"""Devices, dtypes and sizes as they are named in options."""
+
+import torch
+
+from secateur.errors import UnknownName
+from secateur.system.machine import multiplies_bfloat16
+from secateur.system.sizes import parse_size
+
+
+def find_devices(text: str) -> list[torch.device]:
+    """The devices that `text` names, separated by commas; `auto` is all GPUs, else the CPU. Raises UnknownName."""
+    if text == "auto":
+        count = torch.cuda.device_count()
+        return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
+    devices = []
+    for part in text.split(","):
+        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if part not in known and not (part == "cuda" and torch.cuda.is_available()):
+            raise UnknownName("device here", part, [*known, "auto"])
+        devices.append(torch.device(part))
+    return devices
+
+
+def find_dtype(name: str) -> str:
+    """The name of a dtype for forward passes, checked. Raises UnknownName."""
+    names = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    names |= {full: full for full in ("float32", "bfloat16", "float16")}
+    if name not in names:
+        raise UnknownName("dtype", name, names)
+    return names[name]
+
+
+def find_size(text: str | int | None) -> int | None:
+    """Bytes for "6GB", "512MiB" or a plain number; None for none. Raises UnknownName."""
+    if text is None or isinstance(text, int):
+        return text
+    found = int(text) if text.isdecimal() else parse_size(text.strip())
+    if found is None or found < 0:
+        raise UnknownName("size", text, ["6GB", "512MiB", "6000000000"])
+    return found
+
+
+def timed_dtype(name: str) -> torch.dtype:
+    """The dtype of models that are timed on the CPU. Raises UnknownName for one without fast products there."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if (found := find_dtype(name)) not in kinds:
+        raise UnknownName("dtype that can be timed", name, kinds)
+    return kinds[found]
+
+
+def forward_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of forward passes; None is as stored. `auto`: as stored, but float32 on the CPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    return getattr(torch, name)
+
+
+def calibration_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype | None:
+    """The same for passes that only collect statistics: `auto` takes bfloat16 as stored where the CPU multiplies it."""
+    if name == "auto" and stored == torch.bfloat16 and multiplies_bfloat16():
+        return None
+    return forward_dtype(name, device)
+
+
+def training_dtype(name: str, device: torch.device, stored: torch.dtype) -> str:
+    """What is multiplied while weights in float32 are trained: "float32" or "bfloat16", the latter under autocast.
+
+    `auto` takes bfloat16 for what is stored in 16 bits where the device multiplies it. Raises UnknownName for float16,
+    in which gradients vanish.
+    """
+    if (found := find_dtype(name)) == "float16":
+        raise UnknownName("dtype to train in", name, ["auto", "float32", "bfloat16"])
+    multiplies = torch.cuda.is_bf16_supported if device.type == "cuda" else multiplies_bfloat16
+    if found == "auto":
+        return "bfloat16" if stored.itemsize == 2 and multiplies() else "float32"
+    return found
