@@ -6,7 +6,7 @@ r"""What runs on large models will take, from their configurations alone, and ho
 
 The configurations are written by hand from what is public; parameters must come out as published. `--measure` prunes
 a random Llama of hidden size 2048 (`memory.py`) in a process of its own and compares the peak of anonymous memory,
-from the first import to the end, with what was forecast; operations are compared in tests/test_forecast.py.
+from the first import to the end, with what was forecast; operations are compared in tests/pruning/test_forecast.py.
 """
 
 import json

@@ -249,7 +249,7 @@ def test_the_example_passes_what_every_method_passes(name, pattern):
 
 
 def test_the_example_equals_its_reference(surgeon):
-    titles = ("tests/reference/surgeon.py", "in tests/test_methods.py")
+    titles = ("tests/reference/surgeon.py", "in tests/methods/test_methods.py")
     names = {"surgeon": surgeon, "layer": layer, "Stats": Stats, "normalise": normalise, "np": np}
     executed(*titles, **names)["test_surgeon_costs_what_leaving_out_one_weight_costs"]()
 

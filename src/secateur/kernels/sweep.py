@@ -3,7 +3,7 @@
 In torch every column is some launches that each read and write all later columns of the block. Here a block is read and
 written once.
 
-Run on an H200, where its masks are those of the processor's sweep (tests/test_kernels.py).
+Run on an H200, where its masks are those of the processor's sweep (tests/kernels/test_kernels.py).
 """
 
 from __future__ import annotations
