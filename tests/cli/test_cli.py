@@ -4,18 +4,19 @@ import inspect as introspection
 import json
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import typer
 from safetensors import safe_open
 from support.command_line import run, runner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.cli import app as cli
-from secateur.cli import compare as study
-from secateur.cli import deployment as deploy
-from secateur.cli import recover
+from secateur.cli import compare, deployment, recover
+from secateur.system import settings
 
 
 @pytest.fixture
@@ -140,7 +141,7 @@ def test_inspect_reads_an_architecture_that_is_not_known(tiny_llama, tmp_path):
 @pytest.mark.parametrize("name", ["prune", "plan", "evaluate", "compare", "inspect", "bench", "validate", "recover"])
 def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
     function = introspection.signature(getattr(secateur, name)).parameters
-    where = next(module for module in (recover, study, deploy, cli) if callable(getattr(module, name, None)))
+    where = next(module for module in (recover, compare, deployment, cli) if callable(getattr(module, name, None)))
     command = introspection.signature(getattr(where, name)).parameters
     spelled = {"quiet", "as_json", "layers"} | ({"passes", "memory"} if name == "plan" else set())  # of forecast
     assert command.keys() - spelled == function.keys() - {"command", "progress", "avoid"}
@@ -168,6 +169,41 @@ def test_plan_without_out_says_what_a_run_will_take(tiny_llama, tmp_path):
     held = json.loads(run("plan", tmp_path, "--passes", "two", "--json"))
     assert (held["passes"], held["exact"], held["memory_limit"]) == ("two", False, None)
     assert held["seconds"]["one"] < held["seconds"]["two"]
+
+
+@pytest.mark.parametrize("arguments", ["--version", "--help", "prune --help", "compare --help"])
+def test_what_needs_no_model_loads_neither_torch_nor_transformers(arguments):
+    program = (
+        "import sys, runpy; sys.argv = ['secateur', *sys.argv[1:]]\n"
+        "try: runpy.run_module('secateur', run_name='__main__')\n"
+        "except SystemExit as left: assert not left.code, left.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'datasets', 'jinja2'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments.split()], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    program = "import secateur, sys; assert 'torch' not in sys.modules; secateur.METHODS; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+
+
+def test_every_option_is_declared_once():
+    """The options of a command are the fields of the classes in `settings`, with their defaults and words of help."""
+    classes = [value for value in vars(settings).values() if isinstance(value, type) and is_dataclass(value)]
+    declared = [one for cls in classes for one in fields(cls) if "option" in one.metadata]
+    helped = {one.metadata["option"].help for one in declared}
+    for command in typer.main.get_command(cli.app).commands.values():  # type: ignore[attr-defined]
+        given = [
+            p for p in command.params if p.param_type_name == "option" and p.name not in ("quiet", "as_json", "help")
+        ]
+        assert sum(option.help in helped for option in given) >= len(given) - 4, (
+            command.name
+        )  # a few are of one command alone
 
 
 def test_version_and_help():

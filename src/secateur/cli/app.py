@@ -1,4 +1,7 @@
-"""The command line: the public functions with the same names and defaults. Parsing and printing only."""
+"""The command line: the public functions with the same names and defaults. Parsing and printing only.
+
+Options come from `system.settings`; nothing that needs torch is imported before a command runs.
+"""
 
 from __future__ import annotations
 
@@ -12,37 +15,20 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from secateur.cli import compare as study
-from secateur.cli import deployment as deploy
-from secateur.cli import recommend as advice
-from secateur.cli import recover
-from secateur.cli.arguments import (
-    Align,
-    AsJson,
-    BatchSize,
-    Calibration,
-    DataDir,
-    Device,
-    Dtype,
-    EvaluationText,
-    Limit,
-    LowCoverage,
-    Memory,
-    Model,
-    Out,
-    Passes,
-    Quiet,
-    RemoteCode,
-    Restart,
-    Samples,
-    Seed,
-    SeqLen,
-    Skip,
-    Tasks,
-    WindowCount,
-)
-from secateur.cli.terminal import command, console, display, first_process, print_json, progress, split
+import secateur
+from secateur.cli import compare, deployment, recommend, recover
+from secateur.cli.options import AsJson, Model, Quiet, options
+from secateur.cli.terminal import command, display, first_process, progress, show
 from secateur.errors import Interrupted, RankLost, SecateurError, in_one_line, printable
+from secateur.system.settings import (
+    CalibrationText,
+    Compute,
+    Destination,
+    EvaluationText,
+    Recipe,
+    Trust,
+    ZeroShot,
+)
 
 app = typer.Typer(
     name="secateur",
@@ -63,202 +49,92 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 @app.command()
-def prune(
-    model: Model = None,
-    out: Out = ...,  # type: ignore[assignment]
-    method: Annotated[
-        str, typer.Option(help="A method of the table in the README, or a preset: fast, default, best.")
-    ] = "default",
-    pattern: Annotated[
-        str, typer.Option(help="50%, '50% of row', 2:4, '25% of channels', '4 blocks', 'to 75% of parameters' …")
-    ] = "50%",
-    allocate: Annotated[
-        str, typer.Option(help="How sparsity is shared out: uniform, owl, error, search, or a plan's .json file.")
-    ] = "uniform",
-    align: Align = None,
-    calibration: Calibration = None,
-    samples: Samples = 128,
-    seq_len: SeqLen = None,
-    seed: Seed = 0,
-    skip: Skip = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch_size: BatchSize = 8,
-    passes: Passes = "auto",
-    memory: Memory = None,
-    data_dir: DataDir = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at --out.")] = False,
-    restart: Restart = False,
-    allow_low_coverage: LowCoverage = False,
-    trust_remote_code: RemoteCode = False,
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
+@options(Recipe, CalibrationText, Compute, Destination, Trust)
+def prune(given: dict[str, Any], model: Model = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """Prune a model; write a checkpoint that every loader reads, and what was done to it."""
-    import secateur
+    with display(quiet) as shows:
+        report = secateur.prune(model, **given, command=command(), progress=shows)
+
     from secateur.cli.tables import summary
 
-    with display(quiet) as shows:
-        report = secateur.prune(
-            model, out=out, method=method, pattern=pattern, allocate=allocate, align=align,
-            calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, skip=skip or (), device=device,
-            dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, data_dir=data_dir,
-            overwrite=overwrite, restart=restart,
-            allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code, command=command(),
-            progress=shows,
-        )  # fmt: skip
-    if as_json:
-        return print_json(report)
-    shown = console()
-    for line in summary(report):
-        shown.print(escape(line))
-    return None
+    show(report, as_json, lambda: map(escape, summary(report)))
 
 
 @app.command()
+@options(
+    Recipe, CalibrationText, Compute, Destination, Trust,
+    without=("align", "out", "restart", "allow_low_coverage"), allocate="error",
+)  # fmt: skip
 def plan(
+    given: dict[str, Any],
     model: Model = None,
     out: Annotated[
         Path | None, typer.Option(help="The .json file to write a measured plan to. Without it: a forecast.")
     ] = None,
-    allocate: Annotated[
-        str, typer.Option(help="The rule that shares sparsity out: owl, error, search, uniform.")
-    ] = "error",
-    method: Annotated[str, typer.Option(help="The method whose errors are measured.")] = "default",
-    pattern: Annotated[str, typer.Option(help="The mean sparsity, such as 70%.")] = "70%",
-    calibration: Calibration = None,
-    samples: Samples = 128,
-    seq_len: SeqLen = None,
-    seed: Seed = 0,
-    skip: Skip = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch_size: BatchSize = 8,
-    data_dir: DataDir = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --out.")] = False,
-    passes: Annotated[
-        str, typer.Option(help="Forecast only. How often a block runs: one, two, or auto: one where it fits.")
-    ] = "auto",
-    memory: Annotated[
-        str | None, typer.Option(help="Forecast only. The memory that a run may take, such as 16GB.")
-    ] = None,
-    trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run will take, from config.json alone; with --out, measure how much each site can lose.
+    """Say what a run will take, from config.json alone; with --out, measure how much each matrix can lose.
 
-    What is measured is a plan to edit or to prune by (--allocate FILE).
+    What is measured is a plan to edit or to prune by (--allocate FILE). --passes and --memory are for the forecast,
+    --allocate and the calibration text for the plan.
     """
-    import secateur
-
     if out is None:
         from secateur.pruning.planning.forecast import lines
 
         progress(quiet=True)
-        foreseen = secateur.forecast(
-            model, method=method, pattern=pattern, samples=samples, seq_len=seq_len, skip=skip or (), device=device,
-            dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        if as_json:
-            return print_json(foreseen)
-        shown = console()
-        for line in lines(foreseen):
-            shown.print(escape(line), highlight=False, soft_wrap=True)
-        return None
+        foreseen = secateur.forecast(model, **_but(given, "allocate", "calibration", "seed", "data_dir", "overwrite"))
+        return show(foreseen, as_json, lambda: map(escape, lines(foreseen)))
     with display(quiet) as shows:
-        found = secateur.plan(
-            model, out=out, allocate=allocate, method=method, pattern=pattern, calibration=calibration,
-            samples=samples, seq_len=seq_len, seed=seed, skip=skip or (), device=device, dtype=dtype,
-            batch_size=batch_size, data_dir=data_dir, overwrite=overwrite, trust_remote_code=trust_remote_code,
-            command=command(), progress=shows,
-        )  # fmt: skip
-    sites = {name: str(pattern) for name, pattern in found.items()}
-    if as_json:
-        return print_json(sites)
-    shown = console()
-    for name, removed in sites.items():
-        shown.print(f"{removed:>8}  {escape(name)}")
-    shown.print(f"Written to {escape(str(out))}.")
-    return None
+        found = secateur.plan(model, out=out, **_but(given, "passes", "memory"), command=command(), progress=shows)
+    removed = {name: str(pattern) for name, pattern in found.items()}
+    lines = [f"{share:>8}  {escape(name)}" for name, share in removed.items()]
+    return show(removed, as_json, lambda: [*lines, f"Written to {escape(str(out))}."])
+
+
+def _but(given: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in names}
 
 
 @app.command()
+@options(EvaluationText, ZeroShot, Compute, Trust, without=("passes", "memory", "allow_low_coverage"))
 def evaluate(
+    given: dict[str, Any],
     model: Model = None,
     dense: Annotated[str | None, typer.Option(help="The dense model to measure the distance from.")] = None,
-    evaluation: EvaluationText = None,
-    windows: WindowCount = None,
-    seq_len: SeqLen = None,
-    tasks: Tasks = "",
-    limit: Limit = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch_size: BatchSize = 8,
-    data_dir: DataDir = None,
-    trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure the perplexity of a model, and with --dense its distance from the dense model; also on tasks."""
-    import secateur
-    from secateur.evaluation.tasks.answer import lines
-
     with display(quiet) as shows:
-        found = secateur.evaluate(
-            model, dense=dense, evaluation=evaluation, windows=windows, seq_len=seq_len, tasks=split(tasks),
-            limit=limit, device=device, dtype=dtype, batch_size=batch_size, data_dir=data_dir,
-            trust_remote_code=trust_remote_code, progress=shows,
-        )  # fmt: skip
-    if as_json:
-        return print_json(found)
-    shown = console()
-    text = found.evaluation
-    shown.print(
-        f"Perplexity {found.perplexity:.4f} on {escape(text['source'])} ({text['split']}), {text['samples']} windows "
-        f"of {text['length']} tokens."
-    )
-    if found.delta is not None and found.delta_interval is not None:
-        low, high = found.delta_interval
-        shown.print(
-            f"Dense {found.dense_perplexity:.4f}, difference {found.delta:+.4f} "
-            f"(95 % interval {low:+.4f} to {high:+.4f}), KL {found.kl:.4f} nats, "
-            f"the same top token {found.top1_agreement:.1%} of the time."
-        )
-    for line in lines(found.tasks or {}):
-        shown.print(escape(line), highlight=False)
-    return None
+        found = secateur.evaluate(model, dense=dense, **given, progress=shows)
+
+    from secateur.cli.tables import evaluation_lines
+
+    show(found, as_json, lambda: map(escape, evaluation_lines(found)))
 
 
 @app.command()
+@options(Trust, without=("allow_low_coverage",))
 def inspect(
+    given: dict[str, Any],
     model: Annotated[str | None, typer.Argument(metavar="DIR", help="A checkpoint folder.")] = None,
-    trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint really holds: sparsity, N:M patterns, -0.0 and NaN, site by site."""
-    import secateur
+    """Say what a checkpoint really holds: sparsity, N:M patterns, -0.0 and NaN, matrix by matrix."""
+    progress(quiet=True)
+    found = secateur.inspect(model, **given)
+
     from secateur.cli.tables import inspection_summary, inspection_table
 
-    progress(quiet=True)
-    found = secateur.inspect(model, trust_remote_code=trust_remote_code)
-    if as_json:
-        return print_json(found)
-    shown = console()
-    shown.print(inspection_table(found))
-    for line in inspection_summary(found):
-        shown.print(escape(line))
-    return None
+    show(found, as_json, lambda: [inspection_table(found), *map(escape, inspection_summary(found))])
 
 
-app.command()(recover.recover)
-app.command()(study.compare)
-app.command()(study.report)
-app.command()(deploy.bench)
-app.command()(deploy.export)
-app.command()(deploy.validate)
-app.command()(deploy.doctor)
-app.command()(advice.recommend)
+for one in (
+    recover.recover, compare.compare, compare.report, deployment.bench, deployment.export, deployment.validate,
+    deployment.doctor, recommend.recommend,
+):  # fmt: skip
+    app.command()(one)
 
 
 def guarded(run: Callable[[], Any]) -> int:

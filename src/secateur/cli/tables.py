@@ -1,20 +1,29 @@
 """What a run did, what checkpoints hold, what was timed, what runtimes and machines do: for a terminal."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from secateur.checkpoints.record import LEFT_OUT, Report
-from secateur.deployment.bench import BenchResults
-from secateur.deployment.bench_matrices import LayerTiming
-from secateur.deployment.doctor import Examination
-from secateur.deployment.inspect import Inspection, rows
-from secateur.deployment.validate import Validation
+from secateur.checkpoints.record import LEFT_OUT
+from secateur.deployment.inspect import rows
 from secateur.deployment.validate import rows as validation_rows
 from secateur.errors import printable
 from secateur.evaluation.report.tables import ratio
+from secateur.evaluation.tasks.answer import lines as task_lines
+
+if TYPE_CHECKING:
+    from secateur.checkpoints.record import Report
+    from secateur.deployment.bench import BenchResults
+    from secateur.deployment.bench_matrices import LayerTiming
+    from secateur.deployment.doctor import Examination
+    from secateur.deployment.inspect import Inspection
+    from secateur.deployment.validate import Validation
+    from secateur.evaluation.perplexity import Evaluation
 
 
 def summary(report: Report) -> list[str]:
@@ -47,6 +56,23 @@ def summary(report: Report) -> list[str]:
         f"Written to {report.out}."
     )
     return lines
+
+
+def evaluation_lines(found: Evaluation) -> Iterator[str]:
+    """What was measured of a model, and its distance from the dense one where that was asked for."""
+    text = found.evaluation
+    yield (
+        f"Perplexity {found.perplexity:.4f} on {text['source']} ({text['split']}), {text['samples']} windows "
+        f"of {text['length']} tokens."
+    )
+    if found.delta is not None and found.delta_interval is not None:
+        low, high = found.delta_interval
+        yield (
+            f"Dense {found.dense_perplexity:.4f}, difference {found.delta:+.4f} "
+            f"(95 % interval {low:+.4f} to {high:+.4f}), KL {found.kl:.4f} nats, "
+            f"the same top token {found.top1_agreement:.1%} of the time."
+        )
+    yield from task_lines(found.tasks or {})
 
 
 def inspection_table(found: Inspection) -> Table:

@@ -1,4 +1,4 @@
-"""What the commands share: the progress display, the console, lists in options, JSON."""
+"""What the commands share: the progress display, the console, lines and tables, JSON."""
 
 from __future__ import annotations
 
@@ -6,24 +6,27 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
+
+if TYPE_CHECKING:
+    from secateur.system.progress import Progress
 
 
-def progress(quiet: bool) -> Any:
+def progress(quiet: bool) -> Progress:
     """The progress display, with the loading bars of the libraries turned off."""
     import datasets
     import transformers
 
-    from secateur.system.progress import show
+    from secateur.system import progress
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity(logging.CRITICAL)  # what is an error to us is raised as well, and told once
     datasets.disable_progress_bars()
-    return show(quiet)
+    return progress.show(quiet)
 
 
 class display:  # noqa: N801 — used as a function
@@ -32,7 +35,7 @@ class display:  # noqa: N801 — used as a function
     def __init__(self, quiet: bool) -> None:
         self.progress = progress(quiet)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Progress:
         return self.progress
 
     def __exit__(self, *error: object) -> None:
@@ -49,22 +52,19 @@ def console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 180, quiet=not first_process())
 
 
-def split(text: str) -> list[str]:
-    """The parts of an option that is a list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def numbers(text: str) -> list[int]:
-    """The same where every part is a whole number."""
-    try:
-        return [int(part) for part in split(text)]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers") from None
-
-
 def command() -> list[str]:
     """What was typed."""
     return ["secateur", *sys.argv[1:]]
+
+
+def show(value: Any, as_json: bool, shown: Callable[[], Iterable[RenderableType]]) -> None:
+    """Print a result: one JSON document, or the lines and tables that `shown` makes of it."""
+    if as_json:
+        return print_json(value)
+    screen = console()
+    for line in shown():
+        screen.print(line, highlight=False, soft_wrap=isinstance(line, str))
+    return None
 
 
 def print_json(value: Any) -> None:

@@ -28,6 +28,7 @@ from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
 from secateur.system.machine import machine, matrix_rate, versions
 from secateur.system.progress import PeakMemory, Progress, resident_bytes
+from secateur.system.settings import TimedRuns
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """How far the logits of a runtime may be from those of plain transformers, ‖a − b‖ / ‖b‖."""
@@ -89,12 +90,12 @@ def bench(
     models: Sequence[str | Path],
     *,
     dense: str | Path | None = None,
-    runtimes: Sequence[str] = ("eager", "packed"),
-    batch: Sequence[int] = (1,),
-    prompt: Sequence[int] = (128,),
-    new: int = 32,
-    rounds: int = 8,
-    dtype: str = "bfloat16",
+    runtimes: Sequence[str] = TimedRuns.runtimes,
+    batch: Sequence[int] = TimedRuns.batch,
+    prompt: Sequence[int] = TimedRuns.prompt,
+    new: int = TimedRuns.new,
+    rounds: int = TimedRuns.rounds,
+    dtype: str = TimedRuns.dtype,
     out: str | Path | None = None,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,

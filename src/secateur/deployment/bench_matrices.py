@@ -8,8 +8,9 @@ memory can gain.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from secateur.kernels.packed import dense_product, multiply, pack, pack_int8, qu
 from secateur.models.load import resolve
 from secateur.models.stored import stored_sites
 from secateur.system.devices import timed_dtype
+from secateur.system.files import disk_errors
+from secateur.system.machine import machine, versions
 from secateur.system.progress import Progress
 from secateur.system.tensors import count_zeros
 
@@ -170,3 +173,11 @@ def time_layers(
     found = time_matrices(matrices, batch=batch, rounds=rounds, progress=progress)
     progress.end()
     return found
+
+
+def write_timings(timings: Sequence[LayerTiming], file: Path, command: Sequence[str]) -> None:
+    """Write what was timed to a JSON file, with the machine and the versions. Raises OutputRefused or DiskFull."""
+    layers = [asdict(timing) for timing in timings]
+    held = {"command": list(command), "machine": machine(), "versions": versions(), "layers": layers}
+    with disk_errors(file):
+        file.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

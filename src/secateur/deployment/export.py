@@ -21,6 +21,7 @@ from secateur.models.load import load_config, resolve
 from secateur.system.files import disk_errors, read_json
 from secateur.system.machine import versions
 from secateur.system.progress import Progress
+from secateur.system.settings import Destination
 
 SHARD_BYTES = 5 * 10**9
 
@@ -30,7 +31,7 @@ def export(
     *,
     out: str | Path,
     to: str,
-    overwrite: bool = False,
+    overwrite: bool = Destination.overwrite,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
     **options: Any,

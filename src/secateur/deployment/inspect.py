@@ -20,6 +20,7 @@ from secateur.errors import UnsupportedModel
 from secateur.methods.patterns import NM
 from secateur.models.load import resolve
 from secateur.models.stored import stored_sites, unknown_sites
+from secateur.system.settings import Trust
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
 """The N:M patterns that are looked for, with those that `pruning.json` names."""
@@ -50,7 +51,7 @@ class Inspection:
     record: dict[str, Any] | None
 
 
-def inspect(model: str | Path | None = None, *, trust_remote_code: bool = False) -> Inspection:
+def inspect(model: str | Path | None = None, *, trust_remote_code: bool = Trust.trust_remote_code) -> Inspection:
     """The realised sparsity and patterns of every site of a checkpoint folder. Raises BadCheckpoint."""
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)

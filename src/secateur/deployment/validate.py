@@ -24,6 +24,7 @@ from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import resolve
 from secateur.models.stored import Stored, stored_sites, unknown_sites
+from secateur.system.settings import Serving, Trust
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,12 @@ def find_rule(name: str) -> Rule:
 
 @torch.no_grad()
 def validate(
-    model: str | Path | None = None, *, runtime: str, batch: int = 1, ranks: int = 1, trust_remote_code: bool = False
+    model: str | Path | None = None,
+    *,
+    runtime: str,
+    batch: int = Serving.batch,
+    ranks: int = Serving.ranks,
+    trust_remote_code: bool = Trust.trust_remote_code,
 ) -> Validation:
     """For every site of a checkpoint folder, whether `runtime` will use its zeros, and why.
 

@@ -31,6 +31,7 @@ from secateur.models.stream.blocks import final_hidden
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors, reserve
 from secateur.system.progress import Progress
+from secateur.system.settings import Compute, EvaluationText, Trust, ZeroShot
 
 Floats = NDArray[np.float64]
 LOGITS_AT_ONCE = 2**22  # small enough for the allocator to use the same memory again
@@ -128,16 +129,16 @@ def evaluate(
     model: str | Path | None = None,
     *,
     dense: str | Path | None = None,
-    evaluation: str | None = None,
-    windows: int | None = None,
-    seq_len: int | None = None,
-    tasks: Sequence[str] = (),
-    limit: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_size: int = 8,
-    data_dir: str | Path | None = None,
-    trust_remote_code: bool = False,
+    evaluation: str | None = EvaluationText.evaluation,
+    windows: int | None = EvaluationText.windows,
+    seq_len: int | None = EvaluationText.seq_len,
+    tasks: Sequence[str] = ZeroShot.tasks,
+    limit: int | None = ZeroShot.limit,
+    device: str = Compute.device,
+    dtype: str = Compute.dtype,
+    batch_size: int = Compute.batch_size,
+    data_dir: str | Path | None = EvaluationText.data_dir,
+    trust_remote_code: bool = Trust.trust_remote_code,
     progress: Progress | None = None,
 ) -> Evaluation:
     """The perplexity of a model, and its distance from `dense` where that is given.

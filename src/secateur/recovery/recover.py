@@ -36,10 +36,11 @@ from secateur.recovery.checks import (
     refuse_other_weights,
     refuse_stranger,
 )
-from secateur.recovery.job import BATCH_SIZE, RANK, SAVE_EVERY, Job, Recovery, Schedule
+from secateur.recovery.job import Job, Recovery, Schedule
 from secateur.recovery.text import RUN, recovery_windows
 from secateur.system.devices import find_devices, training_dtype
 from secateur.system.progress import Progress
+from secateur.system.settings import Destination, Training, TrainingText, Trust
 
 RATES = {"lora": 0.2, "masked": 0.02, "distill": 0.14}
 """Of the ways, to be divided by the width of the model: Adam's rate for matrices falls as their inputs grow (Yang et
@@ -51,25 +52,25 @@ def recover(
     *,
     out: str | Path,
     dense: str | Path | None = None,
-    way: str = "lora",
-    text: str | None = None,
-    evaluation: str | None = None,
-    steps: int = 500,
-    seq_len: int | None = None,
-    batch_size: int = BATCH_SIZE,
-    accumulate: int = 1,
-    rate: float | None = None,
-    rank: int = RANK,
-    save_every: int = SAVE_EVERY,
-    gradient_checkpointing: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    data_dir: str | Path | None = None,
+    way: str = Training.way,
+    text: str | None = TrainingText.text,
+    evaluation: str | None = TrainingText.evaluation,
+    steps: int = Training.steps,
+    seq_len: int | None = TrainingText.seq_len,
+    batch_size: int = Training.batch_size,
+    accumulate: int = Training.accumulate,
+    rate: float | None = Training.rate,
+    rank: int = Training.rank,
+    save_every: int = Training.save_every,
+    gradient_checkpointing: bool = Training.gradient_checkpointing,
+    seed: int = Training.seed,
+    device: str = Training.device,
+    dtype: str = Training.dtype,
+    data_dir: str | Path | None = TrainingText.data_dir,
     avoid: Sequence[Tensor] = (),
-    overwrite: bool = False,
-    restart: bool = False,
-    trust_remote_code: bool = False,
+    overwrite: bool = Destination.overwrite,
+    restart: bool = Destination.restart,
+    trust_remote_code: bool = Trust.trust_remote_code,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Recovery:

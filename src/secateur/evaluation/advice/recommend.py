@@ -24,6 +24,7 @@ from secateur.evaluation.advice.next_commands import measuring, tasks_of
 from secateur.evaluation.advice.priors import STRUCTURED, known_of, known_of_hardware, priors
 from secateur.evaluation.results.schema import Results, Row, find_tolerance, read_results
 from secateur.evaluation.results.validate import check
+from secateur.system.settings import Goal
 
 DEFAULT_INCREASE = 0.05
 """Of the dense perplexity, for every goal but quality, which has the least anyway."""
@@ -63,9 +64,9 @@ def recommend(
     results: Results | str | Path | None = None,
     *,
     goal: str,
-    max_perplexity_increase: float | str | None = None,
-    hardware: str | None = None,
-    runtime: str | None = None,
+    max_perplexity_increase: float | str | None = Goal.max_perplexity_increase,
+    hardware: str | None = Goal.hardware,
+    runtime: str | None = Goal.runtime,
 ) -> Recommendation:
     """The row of a comparison to take for `goal`: quality, latency, memory or portability.
 

@@ -40,6 +40,7 @@ from secateur.pruning.planning.passes import MODES, Mode
 from secateur.pruning.planning.passes import passes as passes_of
 from secateur.system.devices import calibration_dtype, find_devices, find_dtype, find_size
 from secateur.system.machine import best_seconds, matrix_rate, square_side
+from secateur.system.settings import CalibrationText, Compute, Recipe, Trust
 
 GRAM = "Gram matrices"
 """What their rate is called: two operations for each product of two inputs, though half of them are not computed."""
@@ -112,17 +113,17 @@ class Forecast:
 def forecast(
     model: str | Path | None = None,
     *,
-    method: str = "default",
-    pattern: str = "50%",
-    samples: int = 128,
-    seq_len: int | None = None,
-    skip: Sequence[str] = (),
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_size: int = 8,
-    passes: str = "auto",
-    memory: int | str | None = None,
-    trust_remote_code: bool = False,
+    method: str = Recipe.method,
+    pattern: str = Recipe.pattern,
+    samples: int = CalibrationText.samples,
+    seq_len: int | None = CalibrationText.seq_len,
+    skip: Sequence[str] = Recipe.skip,
+    device: str = Compute.device,
+    dtype: str = Compute.dtype,
+    batch_size: int = Compute.batch_size,
+    passes: str = Compute.passes,
+    memory: int | str | None = Compute.memory,
+    trust_remote_code: bool = Trust.trust_remote_code,
     measure: bool = True,
 ) -> Forecast:
     """What pruning a model will take, from its config.json; weights are never loaded. Arguments as for `prune`.

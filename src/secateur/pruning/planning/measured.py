@@ -40,6 +40,7 @@ from secateur.pruning.planning.sensitivity import Measuring, levels_around, prun
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors
 from secateur.system.progress import Progress
+from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust
 
 OUTLIER, SPREAD = 5.0, 0.08
 """OWL's M, from how many times the mean a score is an outlier, and λ, how far a block may go from the mean."""
@@ -50,19 +51,19 @@ def plan(
     *,
     out: str | Path,
     allocate: str = "error",
-    method: str = "default",
-    pattern: str = "70%",
-    calibration: str | None = None,
-    samples: int = 128,
-    seq_len: int | None = None,
-    seed: int = 0,
-    skip: Sequence[str] = (),
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_size: int = 8,
-    data_dir: str | Path | None = None,
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
+    method: str = Recipe.method,
+    pattern: str = Recipe.pattern,
+    calibration: str | None = CalibrationText.calibration,
+    samples: int = CalibrationText.samples,
+    seq_len: int | None = CalibrationText.seq_len,
+    seed: int = CalibrationText.seed,
+    skip: Sequence[str] = Recipe.skip,
+    device: str = Compute.device,
+    dtype: str = Compute.dtype,
+    batch_size: int = Compute.batch_size,
+    data_dir: str | Path | None = CalibrationText.data_dir,
+    overwrite: bool = Destination.overwrite,
+    trust_remote_code: bool = Trust.trust_remote_code,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
