@@ -18,7 +18,7 @@ from secateur.methods.patterns import parse_pattern
 from secateur.methods.statistics import Stats
 from secateur.models.load import load, replayable
 from secateur.models.matrices import site_shapes, sites
-from secateur.models.stream import forward as ahead
+from secateur.models.stream import prefetch
 from secateur.models.stream.blocks import stream
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.prepare import Pruning
@@ -317,8 +317,8 @@ def test_blocks_that_are_moved_ahead_change_nothing(devices, monkeypatch):
         return {n: t for b in pruned_blocks(language_model, TOKENS, pruning) for n, t in b.tensors.items()}
 
     expected, made = run(), []
-    monkeypatch.setattr(ahead, "wanted", lambda devices: True)
-    real = ahead.working_copy
+    monkeypatch.setattr(prefetch, "wanted", lambda devices: True)
+    real = prefetch.working_copy
 
     def copied(block, device, dtype):
         made.append(threading.current_thread() is threading.main_thread())
@@ -326,7 +326,7 @@ def test_blocks_that_are_moved_ahead_change_nothing(devices, monkeypatch):
             raise torch.OutOfMemoryError("no room for the next block")
         return real(block, device, dtype)
 
-    monkeypatch.setattr(ahead, "working_copy", copied)
+    monkeypatch.setattr(prefetch, "working_copy", copied)
     found = run()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -358,17 +358,17 @@ def test_blocks_that_are_finished_are_kept(models, options, tmp_path, monkeypatc
 
 DIES = """
 import os, sys
-from secateur.cli import cli
-from secateur.recovery import halfway
-real, count = halfway.Halfway.mark, 0
+from secateur.cli import app
+from secateur.recovery import training_state
+real, count = training_state.Halfway.mark, 0
 def mark(self, step):
     global count
     real(self, step)
     count += 1
     if count == 2:
         os._exit(9)
-halfway.Halfway.mark = mark
-cli.main()
+training_state.Halfway.mark = mark
+app.main()
 """
 
 

@@ -2,15 +2,12 @@
 
 The work is split over `devices` by batches: every device has a replica of the current block and its share of
 the batches. Statistics are sums, so the shares merge exactly; they are added in the order of the devices.
-
-`Ahead`: the block after the one at hand, read and moved to the GPUs while that computes. On a CPU a second block would
-only take memory, and the processor from the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -24,6 +21,7 @@ from secateur.models.matrices import signature
 from secateur.models.replay import Call, LanguageModel, Shell, own, run_block, same, working_copy
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.models.stream.paused import Stages, find_stages
+from secateur.models.stream.prefetch import Prefetch
 from secateur.system.machine import release_memory, will_need
 
 
@@ -58,7 +56,7 @@ class Flow:
     ) -> None:
         self.ranks = ranks
         self.language_model, self.devices, self.dtype = language_model, devices, dtype
-        self.seconds, self.ahead = seconds, Ahead(devices, dtype)
+        self.seconds, self.prefetch = seconds, Prefetch(devices, dtype)
         self.hidden = HiddenStates(spill)
         self.calls: list[list[Call]] = []
         self.replicas: list[nn.Module] = []
@@ -90,7 +88,7 @@ class Flow:
         self.replicas.clear()
         self.originals.clear()
         release_memory()
-        moved = self.ahead.take(index) if block is None else None
+        moved = self.prefetch.take(index) if block is None else None
         self.replicas = moved or [working_copy(block or original, device, self.dtype) for device in self.devices]
         if self.dense is not None:
             self.originals = [working_copy(original, device, self.dtype) for device in self.devices]
@@ -98,7 +96,7 @@ class Flow:
         if index + 1 < len(blocks):
             will_need(blocks[index + 1].parameters())
             if block is None:
-                self.ahead.begin(index + 1, blocks[index + 1])
+                self.prefetch.begin(index + 1, blocks[index + 1])
 
     def replace(self, block: nn.Module) -> None:
         """Go on with this block instead of the replicas; it may have other shapes."""
@@ -187,44 +185,3 @@ class Flow:
                 lambda: find_stages(self.replicas[0], self.hidden[0].to(self.devices[0]), self.calls[0][index])
             )
         return self._stages[kind]
-
-
-def wanted(devices: Sequence[torch.device]) -> bool:
-    """Whether blocks are moved ahead to these devices."""
-    return all(device.type == "cuda" for device in devices)
-
-
-class Ahead:
-    """Working copies of one block, a device each, that a thread of its own makes."""
-
-    def __init__(self, devices: Sequence[torch.device], dtype: torch.dtype | None) -> None:
-        self.devices, self.dtype = devices, dtype
-        self._thread = ThreadPoolExecutor(1) if wanted(devices) else None
-        self._held: tuple[int, Future[list[nn.Module]]] | None = None
-
-    def begin(self, index: int, block: nn.Module) -> None:
-        """Make copies of the block of that number."""
-        if self._thread:
-            self._held = index, self._thread.submit(self._copies, block)
-
-    def take(self, index: int) -> list[nn.Module] | None:
-        """The copies of that block; None where there are none, or a device had no room for them."""
-        held, self._held = self._held, None
-        try:
-            return held[1].result() if held and held[0] == index else None
-        except torch.OutOfMemoryError:
-            return None
-
-    def _copies(self, block: nn.Module) -> list[nn.Module]:
-        return [_moved(block, device, self.dtype) for device in self.devices]
-
-
-def _moved(block: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A working copy that is there when this returns; on a GPU it does not wait for what that computes."""
-    if device.type != "cuda":
-        return working_copy(block, device, dtype)
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        copy = working_copy(block, device, dtype)
-    stream.synchronize()
-    return copy

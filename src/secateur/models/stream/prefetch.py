@@ -1,0 +1,55 @@
+"""The block after the one at hand, read and moved to the GPUs while that computes.
+
+On a CPU a second block would only take memory, and the processor from the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from secateur.models.replay import working_copy
+
+
+def wanted(devices: Sequence[torch.device]) -> bool:
+    """Whether blocks are moved ahead to these devices."""
+    return all(device.type == "cuda" for device in devices)
+
+
+class Prefetch:
+    """Working copies of one block, a device each, that a thread of its own makes."""
+
+    def __init__(self, devices: Sequence[torch.device], dtype: torch.dtype | None) -> None:
+        self.devices, self.dtype = devices, dtype
+        self._thread = ThreadPoolExecutor(1) if wanted(devices) else None
+        self._held: tuple[int, Future[list[nn.Module]]] | None = None
+
+    def begin(self, index: int, block: nn.Module) -> None:
+        """Make copies of the block of that number."""
+        if self._thread:
+            self._held = index, self._thread.submit(self._copies, block)
+
+    def take(self, index: int) -> list[nn.Module] | None:
+        """The copies of that block; None where there are none, or a device had no room for them."""
+        held, self._held = self._held, None
+        try:
+            return held[1].result() if held and held[0] == index else None
+        except torch.OutOfMemoryError:
+            return None
+
+    def _copies(self, block: nn.Module) -> list[nn.Module]:
+        return [_moved(block, device, self.dtype) for device in self.devices]
+
+
+def _moved(block: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """A working copy that is there when this returns; on a GPU it does not wait for what that computes."""
+    if device.type != "cuda":
+        return working_copy(block, device, dtype)
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        copy = working_copy(block, device, dtype)
+    stream.synchronize()
+    return copy
