@@ -50,7 +50,9 @@ _ROOMS = {
     "scored": "methods",
     "validate": "deployment.validate",
 }
-"""Every public name and the module that it comes from; imported when it is asked for, since most need torch."""
+"""Every public name and the module that it comes from; imported when it is asked for, since most
+need torch.
+"""
 
 __all__ = [
     "METHODS",

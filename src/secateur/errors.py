@@ -1,4 +1,5 @@
-"""What can go wrong through no fault of ours. Each message says what was found, what was wanted, what to do.
+"""What can go wrong through no fault of ours. Each message says what was found, what was wanted,
+what to do.
 
 SecateurError               the command line prints the message alone and exits with 2
 ├── UnknownName             a method, pattern, corpus or option value that does not exist ("did you mean")
@@ -23,14 +24,17 @@ from difflib import get_close_matches
 
 
 def in_one_line(error: BaseException, most: int = 240) -> str:
-    """What another library says went wrong, in one line of at most `most` characters, without the last full stop."""
+    """What another library says went wrong, in one line of at most `most` characters, without the
+    last full stop.
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= most else f"{text[: most - 2]} …").rstrip(".")
 
 
 def printable(text: str, most: int = 2000) -> str:
-    """Text from outside as a terminal may show it: control characters and line breaks escaped, the middle of much left
-    out. Names in a checkpoint can hold anything, and an escape sequence can rewrite what was printed before.
+    """Text from outside as a terminal may show it: control characters and line breaks escaped, the
+    middle of much left out. Names in a checkpoint can hold anything, and an escape sequence can
+    rewrite what was printed before.
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return shown if len(shown) <= most else f"{shown[: most // 2]} … {shown[-most // 4 :]}"

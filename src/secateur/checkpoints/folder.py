@@ -19,17 +19,21 @@ from secateur.system.files import file_sha256, json_object
 MOST_NAME = 1000
 """Characters in the name of a tensor. Real ones have less than 200."""
 SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _DTYPES = FLOATS | {
-    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,14 @@ class Checkpoint:
         return {shard: file_sha256(self.folder / shard) for shard in self.shards}
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, mapped from its shard. Raises UnsupportedModel for a dtype that torch does not have."""
+        """One tensor, mapped from its shard. Raises UnsupportedModel for a dtype that torch does
+        not have.
+        """
         place = self.places[name]
         if place.dtype not in _DTYPES:
-            raise UnsupportedModel(f"{name} in {self.folder} is stored as {place.dtype}, which cannot be read here.")
+            raise UnsupportedModel(
+                f"{name} in {self.folder} is stored as {place.dtype}, which cannot be read here."
+            )
         if not place.bytes:
             return torch.empty(place.shape, dtype=_DTYPES[place.dtype])
         held = np.memmap(self.folder / place.shard, np.uint8, "c", place.offset, (place.bytes,))
@@ -87,31 +95,47 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for shard in shards:
         for name, place in _read_header(folder / shard):
             if name in places:
-                raise BadCheckpoint(f"{name} is in two shards of {folder}: {places[name].shard} and {shard}.")
+                raise BadCheckpoint(
+                    f"{name} is in two shards of {folder}: {places[name].shard} and {shard}."
+                )
             places[name] = place
     for name, shard in indexed.items():
         if name not in places or places[name].shard != shard:
-            raise BadCheckpoint(f"The index of {folder} says that {name} is in {shard}, which does not hold it.")
+            raise BadCheckpoint(
+                f"The index of {folder} says that {name} is in {shard}, which does not hold it."
+            )
     return Checkpoint(folder, shards, places)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether the weights lie in the folder, and not the configuration alone. Raises BadCheckpoint for a bad index."""
+    """Whether the weights lie in the folder, and not the configuration alone. Raises BadCheckpoint
+    for a bad index.
+    """
     shards = set(_weight_map(folder).values()) or {SINGLE}
     return all((folder / shard).is_file() for shard in shards)
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The shard of every tensor, as the index says; empty where there is no index. Shards may be missing."""
+    """The shard of every tensor, as the index says; empty where there is no index. Shards may be
+    missing.
+    """
     file = folder / INDEX
     if not file.is_file():
         return {}
     weight_map = json_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise BadCheckpoint(f"{file} is no index of safetensors shards: it has no 'weight_map' of names.")
+        raise BadCheckpoint(
+            f"{file} is no index of safetensors shards: it has no 'weight_map' of names."
+        )
     for shard in weight_map.values():
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise BadCheckpoint(f"{file} names {shard!r}; a .safetensors file in the same folder was wanted.")
+        if (
+            not isinstance(shard, str)
+            or Path(shard).name != shard
+            or not shard.endswith(".safetensors")
+        ):
+            raise BadCheckpoint(
+                f"{file} names {shard!r}; a .safetensors file in the same folder was wanted."
+            )
     return weight_map
 
 
@@ -120,14 +144,18 @@ def _index(folder: Path) -> dict[str, str]:
     weight_map = _weight_map(folder)
     for shard in weight_map.values():
         if not (folder / shard).is_file():
-            raise BadCheckpoint(f"The index of {folder} names {shard}, which is missing. Fetch it again.")
+            raise BadCheckpoint(
+                f"The index of {folder} names {shard}, which is missing. Fetch it again."
+            )
     return weight_map
 
 
 def _single_shard(folder: Path) -> tuple[str, ...]:
     if (folder / SINGLE).is_file():
         return (SINGLE,)
-    pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickles = sorted(
+        f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
     if pickles:
         raise BadCheckpoint(
             f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded. "
@@ -141,14 +169,21 @@ def _single_shard(folder: Path) -> tuple[str, ...]:
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, Place]]:
-    """Name and place of every tensor of a shard. The library checks that header and file size agree."""
+    """Name and place of every tensor of a shard. The library checks that header and file size
+    agree.
+    """
     try:
         with safe_open(file, framework="pt"):
             pass
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
-    except (SafetensorError, OSError, ValueError, MemoryError) as error:  # memory: a file of terabytes is mapped
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        MemoryError,
+    ) as error:  # memory: a file of terabytes is mapped
         raise BadCheckpoint(
             f"{file} is no sound safetensors file ({in_one_line(error)}). It may be cut short; fetch it again."
         ) from error
@@ -161,12 +196,20 @@ def _read_header(file: Path) -> Iterator[tuple[str, Place]]:
             start, stop = entry["data_offsets"]
             yield (
                 name,
-                Place(file.name, 8 + length + start, stop - start, tuple(entry["shape"]), entry["dtype"]),
+                Place(
+                    file.name,
+                    8 + length + start,
+                    stop - start,
+                    tuple(entry["shape"]),
+                    entry["dtype"],
+                ),
             )
 
 
 def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating dtype in which most of a checkpoint's bytes are stored, whatever its config.json says."""
+    """The floating dtype in which most of a checkpoint's bytes are stored, whatever its config.json
+    says.
+    """
     bytes_of: Counter[str] = Counter()
     for place in checkpoint.places.values():
         if place.dtype in FLOATS:

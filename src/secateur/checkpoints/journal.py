@@ -1,8 +1,9 @@
-"""What a run has finished, a line each on disk, so that the same command goes on where a killed one stopped.
+"""What a run has finished, a line each on disk, so that the same command goes on where a killed one
+stopped.
 
-The first line holds the conditions of the run, each later one something that is done and safe on disk. Every line has a
-checksum in front: a line that was cut short, and all behind it, never happened. While a run is going on, it holds the
-lock of its journal.
+The first line holds the conditions of the run, each later one something that is done and safe on
+disk. Every line has a checksum in front: a line that was cut short, and all behind it, never
+happened. While a run is going on, it holds the lock of its journal.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ SCHEMA = "secateur.run/2"
 
 
 class Journal:
-    """The journal in `file`, which is made where there is none. Raises OutputRefused where another run holds it.
+    """The journal in `file`, which is made where there is none. Raises OutputRefused where another
+    run holds it.
 
-    `conditions` are None, and `entries` empty, unless a run has begun. An entry is a pair (kind, value).
+    `conditions` are None, and `entries` empty, unless a run has begun. An entry is a pair (kind,
+    value).
     """
 
     def __init__(self, file: Path) -> None:
@@ -33,7 +36,9 @@ class Journal:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._stream.close()
-            raise OutputRefused(f"Another run is writing there: it holds {file}. Wait for it.") from error
+            raise OutputRefused(
+                f"Another run is writing there: it holds {file}. Wait for it."
+            ) from error
         lines, end = _lines(self._stream)
         self._stream.truncate(end)
         self.conditions: dict[str, Any] | None = None

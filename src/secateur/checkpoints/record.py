@@ -1,4 +1,6 @@
-"""What a pruning run says of itself: one report a site, one for the run; `pruning.json` holds them."""
+"""What a pruning run says of itself: one report a site, one for the run; `pruning.json` holds
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,13 @@ from secateur.checkpoints.folder import RECORD
 from secateur.errors import BadCheckpoint, in_one_line
 from secateur.system.files import fits, read_json
 
-_RECORD = {"method": str, "pattern": str, "sites": list[dict[str, Any]], "parameters": tuple[int, int],
-           "removed": dict[str, str]}  # fmt: skip
+_RECORD = {
+    "method": str,
+    "pattern": str,
+    "sites": list[dict[str, Any]],
+    "parameters": tuple[int, int],
+    "removed": dict[str, str],
+}
 """What is read of pruning.json."""
 
 LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go through it"
@@ -24,8 +31,8 @@ LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go thro
 class SiteReport:
     """What became of one site. `pattern` is None where it was left dense, and `note` says why.
 
-    `output_error` is ‖(W − W') X‖² / ‖W X‖² on inputs X of about `PROBE_TOKENS` calibration tokens, those that
-    the pruned blocks before give; None where the site saw none of them.
+    `output_error` is ‖(W − W') X‖² / ‖W X‖² on inputs X of about `PROBE_TOKENS` calibration tokens,
+    those that the pruned blocks before give; None where the site saw none of them.
     """
 
     site: str
@@ -55,14 +62,20 @@ class Report:
     parameters: tuple[int, int] | None = None
     """Of a smaller model: how many parameters it had and has."""
     removed: dict[str, str] = field(default_factory=dict)
-    """Of a smaller model: what was taken out of which part of a block, in words, and which blocks."""
+    """Of a smaller model: what was taken out of which part of a block, in words, and which
+    blocks.
+    """
     out: Path | None = None
     note: str = ""
     """What the reader must know of the run as a whole, in a sentence."""
 
     def take(self, block: dict[str, Any]) -> None:
-        """Add a finished block: {"block": its name, "sites": [fields of a SiteReport, …], "refined": pair or None}."""
-        self.sites += [SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in block["sites"]]
+        """Add a finished block: {"block": its name, "sites": [fields of a SiteReport, …],
+        "refined": pair or None}.
+        """
+        self.sites += [
+            SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in block["sites"]
+        ]
         if block["refined"]:
             before, after = block["refined"]
             self.refined[block["block"]] = (before, after)
@@ -88,7 +101,9 @@ def output_error(inputs: Tensor, change: Tensor, weight: Tensor) -> float:
     """
     lost, whole = ((inputs @ part.T).square().sum() for part in (change, weight))
     if not (lost + whole).isfinite():
-        lost, whole = ((inputs.double() @ part.double().T).square().sum() for part in (change, weight))
+        lost, whole = (
+            (inputs.double() @ part.double().T).square().sum() for part in (change, weight)
+        )
     return (lost / whole.clamp_min(1e-30)).item()
 
 
@@ -108,17 +123,27 @@ class Seconds:
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:
-    """The folder's own pruning.json, or None. Raises BadCheckpoint where it is none, or says what nobody can read."""
+    """The folder's own pruning.json, or None. Raises BadCheckpoint where it is none, or says what
+    nobody can read.
+    """
     file = folder / RECORD
     if not file.exists():
         return None
     try:
         held = read_json(file, finite=True)
     except ValueError as error:
-        raise BadCheckpoint(f"{file} is no JSON ({in_one_line(error)}). Delete it, or prune again.") from error
+        raise BadCheckpoint(
+            f"{file} is no JSON ({in_one_line(error)}). Delete it, or prune again."
+        ) from error
     if not isinstance(held, dict):
-        raise BadCheckpoint(f"{file} holds a {type(held).__name__}; an object was wanted. Delete it, or prune again.")
-    odd = [(field, held[field]) for field, wanted in _RECORD.items() if not fits(held.get(field), wanted | None)]
+        raise BadCheckpoint(
+            f"{file} holds a {type(held).__name__}; an object was wanted. Delete it, or prune again."
+        )
+    odd = [
+        (field, held[field])
+        for field, wanted in _RECORD.items()
+        if not fits(held.get(field), wanted | None)
+    ]
     sites = held.get("sites") or [] if not odd else []
     odd += [("a site", site) for site in sites if not fits(site.get("site"), str)]
     odd += [("a site", site) for site in sites if not fits(site.get("pattern"), str | None)]

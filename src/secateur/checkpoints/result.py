@@ -1,14 +1,17 @@
 """Result folders: written beside, resumed where a run died, and given their name last.
 
-A result is the source folder again, shard for shard: each shard is copied and the bytes of the pruned tensors
-are overwritten in place, which their unchanged shape and dtype allow. So headers, tensor order, sharding and
-every tensor that was not pruned stay byte for byte as they were, and memory never holds more than a block.
+A result is the source folder again, shard for shard: each shard is copied and the bytes of the
+pruned tensors are overwritten in place, which their unchanged shape and dtype allow. So headers,
+tensor order, sharding and every tensor that was not pruned stay byte for byte as they were, and
+memory never holds more than a block.
 
-`Output` works in a hidden folder beside the result and renames it at the end; until then nothing has the final name.
-A finished block is on disk before the journal (`journal`) says so, and the journal is what a later run believes: after
-`kill -9` or a power cut the same command takes up the blocks that it names and does the others again.
+`Output` works in a hidden folder beside the result and renames it at the end; until then nothing
+has the final name. A finished block is on disk before the journal (`journal`) says so, and the
+journal is what a later run believes: after `kill -9` or a power cut the same command takes up the
+blocks that it names and does the others again.
 
-A result may lie in a folder of its own, or over a checkpoint that may be replaced (`refuse_output`).
+A result may lie in a folder of its own, or over a checkpoint that may be replaced
+(`refuse_output`).
 """
 
 from __future__ import annotations
@@ -38,15 +41,32 @@ from secateur.errors import (
 )
 from secateur.system.files import disk_errors, file_sha256, json_object, refuse_links_out, sync
 
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_OTHER_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+)
 BLOCK, DONE = "block", "done"
 
 
 class Output:
-    """A result folder being written. Use `with output(...) as result:`; `finish` gives it its name."""
+    """A result folder being written. Use `with output(...) as result:`; `finish` gives it its
+    name.
+    """
 
     def __init__(
-        self, source: Checkpoint, out: Path, partial: Path, overwrite: bool, journal: Journal | None = None
+        self,
+        source: Checkpoint,
+        out: Path,
+        partial: Path,
+        overwrite: bool,
+        journal: Journal | None = None,
     ) -> None:
         self.source, self.out, self.partial, self.overwrite = source, out, partial, overwrite
         self.places = source.places
@@ -66,35 +86,48 @@ class Output:
                 self.journal.add(kind, value)
 
     def configure(self, changes: Mapping[str, Any], model_type: str) -> None:
-        """Change fields of `config.json`, in the part that describes a model of that type. Raises BadCheckpoint."""
+        """Change fields of `config.json`, in the part that describes a model of that type. Raises
+        BadCheckpoint.
+        """
         file = self.partial / "config.json"
         held = json_object(file)
         parts = [
-            part for part in (held, *held.values()) if isinstance(part, dict) and part.get("model_type") == model_type
+            part
+            for part in (held, *held.values())
+            if isinstance(part, dict) and part.get("model_type") == model_type
         ]
         if not parts:
-            raise BadCheckpoint(f"{self.source.folder / 'config.json'} has no part for a {model_type!r} model.")
+            raise BadCheckpoint(
+                f"{self.source.folder / 'config.json'} has no part for a {model_type!r} model."
+            )
         parts[0].update(changes)
         with disk_errors(self.out):
             file.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite tensors by checkpoint name; shapes as in `places`, cast to the dtype stored there, zeros +0.0.
+        """Overwrite tensors by checkpoint name; shapes as in `places`, cast to the dtype stored
+        there, zeros +0.0.
 
         Raises DiskFull or OutputRefused.
         """
         with disk_errors(self.out):
             for name, tensor in tensors.items():
                 place = self.places[name]
-                stored = tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous() + 0.0  # -0.0 becomes +0.0
+                stored = (
+                    tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous() + 0.0
+                )  # -0.0 becomes +0.0
                 if tuple(stored.shape) != place.shape:
-                    raise AssertionError(f"{name} has shape {tuple(stored.shape)}, stored {place.shape}")
+                    raise AssertionError(
+                        f"{name} has shape {tuple(stored.shape)}, stored {place.shape}"
+                    )
                 with (self.partial / place.shard).open("r+b") as stream:
                     stream.seek(place.offset)
                     stream.write(stored.flatten().view(torch.uint8).numpy().data)
 
     def commit(self, tensors: Mapping[str, Tensor], block: Any) -> None:
-        """`write` and then record a finished block, while the caller goes on; errors come with the next call."""
+        """`write` and then record a finished block, while the caller goes on; errors come with the
+        next call.
+        """
         self.settle()
         self._writing = self._writer.submit(self._commit, dict(tensors), block)
 
@@ -167,7 +200,9 @@ class Output:
             self.partial.rename(kept)
             if self.journal:
                 self.journal.remove()
-            raise OutputRefused(f"{error} That came about during the run, so the result is in {kept}.") from error
+            raise OutputRefused(
+                f"{error} That came about during the run, so the result is in {kept}."
+            ) from error
         if not self.out.exists():
             self.partial.rename(self.out)
             return
@@ -195,12 +230,14 @@ def output(
     run: Mapping[str, Any] | None = None,
     restart: bool = False,
 ) -> Iterator[Output]:
-    """A result folder beside `out`, holding a copy of the source; removed again unless it is finished.
+    """A result folder beside `out`, holding a copy of the source; removed again unless it is
+    finished.
 
-    With `other_weights` the shards are left to whoever makes others of so many bytes (`shards.resized`). With the
-    conditions of a `run`, it is kept when the run dies with blocks finished, and taken up by the next with the same
-    conditions; `restart` discards it. Raises OutputRefused where `out` holds something already, DiskFull where the
-    result cannot fit, ConditionsDiffer where a half-finished run has other conditions.
+    With `other_weights` the shards are left to whoever makes others of so many bytes
+    (`shards.resized`). With the conditions of a `run`, it is kept when the run dies with blocks
+    finished, and taken up by the next with the same conditions; `restart` discards it. Raises
+    OutputRefused where `out` holds something already, DiskFull where the result cannot fit,
+    ConditionsDiffer where a half-finished run has other conditions.
     """
     out = out.resolve()  # a link is followed, so that the result lies where it points
     refuse_place(source, out, overwrite=overwrite)
@@ -250,26 +287,35 @@ def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | Non
     copied = [
         file
         for file in sorted(source.folder.iterdir())
-        if file.is_file() and file.name not in (RECORD, *source.shards) and not file.name.endswith(_OTHER_WEIGHTS)
+        if file.is_file()
+        and file.name not in (RECORD, *source.shards)
+        and not file.name.endswith(_OTHER_WEIGHTS)
     ]
     free = shutil.disk_usage(out.parent).free
     size = source.bytes if other_weights is None else other_weights
     if free < (size := size + sum(file.stat().st_size for file in copied)):
         raise DiskFull(f"{out} needs {_size(size)}, the disk has {_size(free)} free.")
     partial.mkdir()
-    for file in [*copied, *(source.folder / shard for shard in source.shards if other_weights is None)]:
+    for file in [
+        *copied,
+        *(source.folder / shard for shard in source.shards if other_weights is None),
+    ]:
         shutil.copyfile(file, partial / file.name)
         sync(partial / file.name)
     sync(partial)
 
 
 def _ended(error: BaseException, result: Output | None, made: list[Path]) -> BaseException:
-    """What to raise for an error that ended a run: finished blocks are kept, unless they would only fail again."""
+    """What to raise for an error that ended a run: finished blocks are kept, unless they would only
+    fail again.
+    """
     with suppress(Exception):
         if result:
             result.settle()
     finished = len(result.recorded(BLOCK)) if result else 0
-    mended = not isinstance(error, SecateurError) or isinstance(error, (DiskFull, OutputRefused, Interrupted, RankLost))
+    mended = not isinstance(error, SecateurError) or isinstance(
+        error, (DiskFull, OutputRefused, Interrupted, RankLost)
+    )
     other = isinstance(error, ConditionsDiffer)  # what lies there is not ours
     if result and result.journal and not other and not (finished and mended):
         result.journal.remove()
@@ -289,7 +335,9 @@ def _ended(error: BaseException, result: Output | None, made: list[Path]) -> Bas
 
 
 def stamps(source: Checkpoint) -> dict[str, list[int]]:
-    """Size and time of change of the files that a run reads: what tells whether they are still the same."""
+    """Size and time of change of the files that a run reads: what tells whether they are still the
+    same.
+    """
     files = {name: (source.folder / name).stat() for name in ("config.json", *source.shards)}
     return {name: [found.st_size, found.st_mtime_ns] for name, found in files.items()}
 
@@ -304,7 +352,9 @@ def journal_of(out: Path) -> Path:
 
 
 def refuse_place(source: Checkpoint, out: Path, *, overwrite: bool) -> None:
-    """Raise OutputRefused where `out` cannot hold a result made of `source`, BadCheckpoint for links out of that."""
+    """Raise OutputRefused where `out` cannot hold a result made of `source`, BadCheckpoint for
+    links out of that.
+    """
     out, model = out.resolve(), source.folder.resolve()
     if out == model:
         raise OutputRefused(f"{out} is the model itself. Choose another folder.")
@@ -319,21 +369,32 @@ def refuse_place(source: Checkpoint, out: Path, *, overwrite: bool) -> None:
 def refuse_output(out: Path, *, overwrite: bool, strict: bool = False) -> None:
     """Raise OutputRefused where `out` holds something that may not be replaced.
 
-    Unless `strict`, what a run may have left that died when it had renamed its result is let through.
+    Unless `strict`, what a run may have left that died when it had renamed its result is let
+    through.
     """
-    if not strict and journal_of(out).is_file() and not out.with_name(f".{out.name}.partial").exists():
+    if (
+        not strict
+        and journal_of(out).is_file()
+        and not out.with_name(f".{out.name}.partial").exists()
+    ):
         return
     if out.exists() and not out.is_dir():
         raise OutputRefused(f"{out} is a file; a folder was wanted.")
     if out.resolve() == Path.cwd():
         raise OutputRefused(f"{out} is the current folder. Name a folder inside it.")
     if out.is_mount():
-        raise OutputRefused(f"{out} is a mount point, which cannot be replaced at once. Name a folder inside it.")
+        raise OutputRefused(
+            f"{out} is a mount point, which cannot be replaced at once. Name a folder inside it."
+        )
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
-            raise OutputRefused(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
+            raise OutputRefused(
+                f"{out} exists already. Choose another --out, or replace it with --overwrite."
+            )
         if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
-            raise OutputRefused(f"{out} is no checkpoint folder, so --overwrite does not replace it.")
+            raise OutputRefused(
+                f"{out} is no checkpoint folder, so --overwrite does not replace it."
+            )
         if folders := sorted(path.name for path in out.iterdir() if path.is_dir()):
             raise OutputRefused(
                 f"{out} holds other folders ({folders[0]}), so --overwrite does not replace it. Delete it yourself."

@@ -1,1 +1,3 @@
-"""The command line: the public functions with the same names and defaults. Parsing and printing only."""
+"""The command line: the public functions with the same names and defaults. Parsing and printing
+only.
+"""

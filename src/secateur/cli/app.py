@@ -1,4 +1,5 @@
-"""The command line: the public functions with the same names and defaults. Parsing and printing only.
+"""The command line: the public functions with the same names and defaults. Parsing and printing
+only.
 
 Options come from `system.settings`; nothing that needs torch is imported before a command runs.
 """
@@ -40,7 +41,9 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _options(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         from importlib.metadata import version as installed
 
@@ -50,7 +53,9 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 @options(Recipe, CalibrationText, Compute, Destination, Trust)
-def prune(given: dict[str, Any], model: Model = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
+def prune(
+    given: dict[str, Any], model: Model = None, quiet: Quiet = False, as_json: AsJson = False
+) -> None:
     """Prune a model; write a checkpoint that every loader reads, and what was done to it."""
     with display(quiet) as shows:
         report = secateur.prune(model, **given, command=command(), progress=shows)
@@ -62,31 +67,42 @@ def prune(given: dict[str, Any], model: Model = None, quiet: Quiet = False, as_j
 
 @app.command()
 @options(
-    Recipe, CalibrationText, Compute, Destination, Trust,
-    without=("align", "out", "restart", "allow_low_coverage"), allocate="error",
-)  # fmt: skip
+    Recipe,
+    CalibrationText,
+    Compute,
+    Destination,
+    Trust,
+    without=("align", "out", "restart", "allow_low_coverage"),
+    allocate="error",
+)
 def plan(
     given: dict[str, Any],
     model: Model = None,
     out: Annotated[
-        Path | None, typer.Option(help="The .json file to write a measured plan to. Without it: a forecast.")
+        Path | None,
+        typer.Option(help="The .json file to write a measured plan to. Without it: a forecast."),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a run will take, from config.json alone; with --out, measure how much each matrix can lose.
+    """Say what a run will take, from config.json alone; with --out, measure how much each matrix
+    can lose.
 
-    What is measured is a plan to edit or to prune by (--allocate FILE). --passes and --memory are for the forecast,
-    --allocate and the calibration text for the plan.
+    What is measured is a plan to edit or to prune by (--allocate FILE). --passes and --memory are
+    for the forecast, --allocate and the calibration text for the plan.
     """
     if out is None:
         from secateur.pruning.planning.forecast import lines
 
         progress(quiet=True)
-        foreseen = secateur.forecast(model, **_but(given, "allocate", "calibration", "seed", "data_dir", "overwrite"))
+        foreseen = secateur.forecast(
+            model, **_but(given, "allocate", "calibration", "seed", "data_dir", "overwrite")
+        )
         return show(foreseen, as_json, lambda: map(escape, lines(foreseen)))
     with display(quiet) as shows:
-        found = secateur.plan(model, out=out, **_but(given, "passes", "memory"), command=command(), progress=shows)
+        found = secateur.plan(
+            model, out=out, **_but(given, "passes", "memory"), command=command(), progress=shows
+        )
     removed = {name: str(pattern) for name, pattern in found.items()}
     lines = [f"{share:>8}  {escape(name)}" for name, share in removed.items()]
     return show(removed, as_json, lambda: [*lines, f"Written to {escape(str(out))}."])
@@ -97,15 +113,21 @@ def _but(given: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 @app.command()
-@options(EvaluationText, ZeroShot, Compute, Trust, without=("passes", "memory", "allow_low_coverage"))
+@options(
+    EvaluationText, ZeroShot, Compute, Trust, without=("passes", "memory", "allow_low_coverage")
+)
 def evaluate(
     given: dict[str, Any],
     model: Model = None,
-    dense: Annotated[str | None, typer.Option(help="The dense model to measure the distance from.")] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model to measure the distance from.")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the perplexity of a model, and with --dense its distance from the dense model; also on tasks."""
+    """Measure the perplexity of a model, and with --dense its distance from the dense model; also
+    on tasks.
+    """
     with display(quiet) as shows:
         found = secateur.evaluate(model, dense=dense, **given, progress=shows)
 
@@ -121,7 +143,9 @@ def inspect(
     model: Annotated[str | None, typer.Argument(metavar="DIR", help="A checkpoint folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint really holds: sparsity, N:M patterns, -0.0 and NaN, matrix by matrix."""
+    """Say what a checkpoint really holds: sparsity, N:M patterns, -0.0 and NaN, matrix by
+    matrix.
+    """
     progress(quiet=True)
     found = secateur.inspect(model, **given)
 
@@ -131,14 +155,22 @@ def inspect(
 
 
 for one in (
-    recover.recover, compare.compare, compare.report, deployment.bench, deployment.export, deployment.validate,
-    deployment.doctor, recommend.recommend,
-):  # fmt: skip
+    recover.recover,
+    compare.compare,
+    compare.report,
+    deployment.bench,
+    deployment.export,
+    deployment.validate,
+    deployment.doctor,
+    recommend.recommend,
+):
     app.command()(one)
 
 
 def guarded(run: Callable[[], Any]) -> int:
-    """Run the command line; the exit code. The user's mistakes are one sentence and 2, an interruption 130."""
+    """Run the command line; the exit code. The user's mistakes are one sentence and 2, an
+    interruption 130.
+    """
     try:
         run()
     except SecateurError as error:
@@ -163,7 +195,9 @@ def _interrupted() -> int:
 
 
 def main() -> None:
-    """The entry point of the `secateur` command. What libraries warn programmers of is not shown, unless asked for."""
+    """The entry point of the `secateur` command. What libraries warn programmers of is not shown,
+    unless asked for.
+    """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
     sys.exit(guarded(functools.partial(app, standalone_mode=True)))

@@ -1,4 +1,6 @@
-"""The commands of a comparison: `compare` makes one, `report` writes its pages again and joins several."""
+"""The commands of a comparison: `compare` makes one, `report` writes its pages again and joins
+several.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,23 @@ from secateur.system.settings import (
 
 
 @options(
-    Destination, Grid, RecoveredRows, ZeroShot, TimedRows, CalibrationDraws, EvaluationText, Compute, Trust,
+    Destination,
+    Grid,
+    RecoveredRows,
+    ZeroShot,
+    TimedRows,
+    CalibrationDraws,
+    EvaluationText,
+    Compute,
+    Trust,
     without=("overwrite",),
-)  # fmt: skip
-def compare(given: dict[str, Any], model: Model = None, quiet: Quiet = False, as_json: AsJson = False) -> None:
-    """Prune with every method and pattern on the same tokens, and say which is better by how much."""
+)
+def compare(
+    given: dict[str, Any], model: Model = None, quiet: Quiet = False, as_json: AsJson = False
+) -> None:
+    """Prune with every method and pattern on the same tokens, and say which is better by how
+    much.
+    """
     with display(quiet) as shows:
         results = secateur.compare(model, **given, command=command(), progress=shows)
 
@@ -42,9 +56,13 @@ def compare(given: dict[str, Any], model: Model = None, quiet: Quiet = False, as
 @options(Destination, without=("overwrite", "restart"))
 def report(
     given: dict[str, Any],
-    results: Annotated[list[Path], typer.Argument(help="results.json files, or the folders of comparisons.")],
+    results: Annotated[
+        list[Path], typer.Argument(help="results.json files, or the folders of comparisons.")
+    ],
 ) -> None:
-    """Write report.html and report.md of a comparison, or of several under the same conditions as one."""
+    """Write report.html and report.md of a comparison, or of several under the same conditions as
+    one.
+    """
     joined = secateur.report(results, **given)
 
     from secateur.evaluation.report.write import table

@@ -1,4 +1,5 @@
-"""The commands that come after pruning: measure, write for a runtime, ask what it will do, ask what is here.
+"""The commands that come after pruning: measure, write for a runtime, ask what it will do, ask what
+is here.
 
 As in `app`, parsing and printing only.
 """
@@ -22,13 +23,19 @@ from secateur.system.settings import Destination, Serving, TimedRuns, Trust
 def bench(
     given: dict[str, Any],
     models: Annotated[list[str], typer.Argument(help="Checkpoint folders to time.")],
-    dense: Annotated[str | None, typer.Option(help="The dense model. Default: the embedded demo.")] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="The dense model. Default: the embedded demo.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A .json file to write.")] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Time single matrices of the models instead.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Time single matrices of the models instead.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Time models beside the dense one on this machine's processor, each in every runtime that has it."""
+    """Time models beside the dense one on this machine's processor, each in every runtime that has
+    it.
+    """
     from secateur.cli.tables import layer_table, speed_table
     from secateur.deployment.bench_matrices import time_layers, write_timings
 
@@ -40,7 +47,9 @@ def bench(
             write_timings(timings, out, command())
         return show([asdict(timing) for timing in timings], as_json, lambda: [layer_table(timings)])
     with display(quiet) as shows:
-        results = secateur.bench(models, dense=dense, **given, out=out, command=command(), progress=shows)
+        results = secateur.bench(
+            models, dense=dense, **given, out=out, command=command(), progress=shows
+        )
     skipped = (escape(f"Not timed: {what}: {reason}") for what, reason in results.skipped.items())
     return show(results, as_json, lambda: [speed_table(results), *skipped])
 
@@ -50,26 +59,38 @@ def export(
     given: dict[str, Any],
     model: Model = None,
     to: Annotated[
-        str, typer.Option(help="The format; `secateur doctor` lists them. dense: back to a dense checkpoint.")
+        str,
+        typer.Option(
+            help="The format; `secateur doctor` lists them. dense: back to a dense checkpoint."
+        ),
     ] = ...,  # type: ignore[assignment]
     values: Annotated[
-        str | None, typer.Option(help="Of packed: int8. Of gguf: f32, f16, bf16, q8_0. Default: as stored.")
+        str | None,
+        typer.Option(help="Of packed: int8. Of gguf: f32, f16, bf16, q8_0. Default: as stored."),
     ] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Of tensorrt-llm: how many devices share the model.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Of tensorrt-llm: how many devices share the model.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Write a checkpoint in the format of another runtime, or a packed one as a dense checkpoint again."""
+    """Write a checkpoint in the format of another runtime, or a packed one as a dense checkpoint
+    again.
+    """
     of_format: dict[str, Any] = {
         name: value for name, value in (("values", values), ("ranks", ranks)) if value is not None
     }
     with display(quiet) as shows:
-        loaded_by = secateur.export(model, to=to, **given, command=command(), progress=shows, **of_format)
+        loaded_by = secateur.export(
+            model, to=to, **given, command=command(), progress=shows, **of_format
+        )
     show(None, False, lambda: [escape(f"Written to {given['out']}. Loaded by: {loaded_by}.")])
 
 
 @options(Serving, Trust, without=("allow_low_coverage",))
 def validate(given: dict[str, Any], model: Model = None, as_json: AsJson = False) -> None:
-    """Say for every matrix whether a runtime will use its zeros, and why; exit code 1 where a promise is not kept."""
+    """Say for every matrix whether a runtime will use its zeros, and why; exit code 1 where a
+    promise is not kept.
+    """
     from secateur.cli.tables import validation_table
     from secateur.deployment.validate import summary
 

@@ -1,4 +1,6 @@
-"""Commands whose options are made from the fields of `system.settings`, so that none is written down twice."""
+"""Commands whose options are made from the fields of `system.settings`, so that none is written
+down twice.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +16,27 @@ import typer
 
 from secateur.system.settings import Option
 
-Model = Annotated[str | None, typer.Argument(help="A checkpoint folder or hub name. Default: the embedded demo.")]
+Model = Annotated[
+    str | None, typer.Argument(help="A checkpoint folder or hub name. Default: the embedded demo.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document last.")]
 
 
-def options(*classes: type, without: Sequence[str] = (), **defaults: Any) -> Callable[[Callable[..., None]], Any]:
+def options(
+    *classes: type, without: Sequence[str] = (), **defaults: Any
+) -> Callable[[Callable[..., None]], Any]:
     """Give a command the options of these classes, but those `without`, some with other `defaults`.
 
-    The command takes them as its first argument, a dictionary by name of field; its other parameters are typer's.
+    The command takes them as its first argument, a dictionary by name of field; its other
+    parameters are typer's.
     """
     made = {
         one.name: (one, typing.get_type_hints(cls)[one.name])
         for cls in classes
-        for one in sorted(fields(cls), key=lambda one, cls=cls: one.name not in cls.__annotations__)  # inherited last
+        for one in sorted(
+            fields(cls), key=lambda one, cls=cls: one.name not in cls.__annotations__
+        )  # inherited last
         if "option" in one.metadata and one.name not in without
     }
 
@@ -37,7 +46,10 @@ def options(*classes: type, without: Sequence[str] = (), **defaults: Any) -> Cal
         flags = [parameter for parameter in own if parameter not in arguments]
         parameters = [
             *arguments,
-            *(_parameter(one, hint, defaults.get(name, one.default)) for name, (one, hint) in made.items()),
+            *(
+                _parameter(one, hint, defaults.get(name, one.default))
+                for name, (one, hint) in made.items()
+            ),
             *flags,
         ]
 
@@ -46,7 +58,9 @@ def options(*classes: type, without: Sequence[str] = (), **defaults: Any) -> Cal
             command(given, **values)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters
+        ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return run
@@ -63,14 +77,18 @@ def _parameter(one: Field[Any], hint: Any, default: Any) -> inspect.Parameter:
         if any(typing.get_origin(member) is not None for member in kinds):
             kind, default = list[str] | None, None
         else:
-            kind = next((member for member in (Path, str, bool, int, float) if member in kinds), str)
+            kind = next(
+                (member for member in (Path, str, bool, int, float) if member in kinds), str
+            )
             if types.NoneType in kinds:
                 kind = kind | None
     elif isinstance(default, Sequence) and not isinstance(default, str):
         default = ",".join(map(str, default))
     else:
         default = str(default)
-    flags = option.flags or ((f"--{one.name.replace('_', '-')}",) if kind is bool or one.name == "windows" else ())
+    flags = option.flags or (
+        (f"--{one.name.replace('_', '-')}",) if kind is bool or one.name == "windows" else ()
+    )
     told = typer.Option(*flags, help=option.help, min=option.least)
     return inspect.Parameter(
         one.name,

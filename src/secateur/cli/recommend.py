@@ -1,4 +1,6 @@
-"""The command that says which row of a comparison to take. As in `app`, parsing and printing only."""
+"""The command that says which row of a comparison to take. As in `app`, parsing and printing
+only.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ def recommend(
     results: Annotated[
         Path | None,
         typer.Argument(
-            metavar="RESULTS", help="results.json of a comparison, or its folder. Without it: priors alone."
+            metavar="RESULTS",
+            help="results.json of a comparison, or its folder. Without it: priors alone.",
         ),
     ] = None,
     as_json: AsJson = False,

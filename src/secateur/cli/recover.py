@@ -21,12 +21,18 @@ if TYPE_CHECKING:
 @options(Destination, Training, TrainingText, Trust, without=("allow_low_coverage",))
 def recover(
     given: dict[str, Any],
-    model: Annotated[str, typer.Argument(metavar="PRUNED", help="A folder that prune, or recover, has written.")],
-    dense: Annotated[str | None, typer.Option(help="The model that was pruned; what distills aims at it.")] = None,
+    model: Annotated[
+        str, typer.Argument(metavar="PRUNED", help="A folder that prune, or recover, has written.")
+    ],
+    dense: Annotated[
+        str | None, typer.Option(help="The model that was pruned; what distills aims at it.")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a pruned model so that its zeros stay; the mask at the end is the mask at the beginning."""
+    """Fine-tune a pruned model so that its zeros stay; the mask at the end is the mask at the
+    beginning.
+    """
     with display(quiet) as shows:
         done = secateur.recover(model, dense=dense, **given, command=command(), progress=shows)
     show(done, as_json, lambda: map(escape, _lines(done)))

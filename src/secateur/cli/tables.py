@@ -1,4 +1,6 @@
-"""What a run did, what checkpoints hold, what was timed, what runtimes and machines do: for a terminal."""
+"""What a run did, what checkpoints hold, what was timed, what runtimes and machines do: for a
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def summary(report: Report) -> list[str]:
     if report.parameters:
         before, after = report.parameters
         gone = "; ".join(
-            f"blocks {what}" if where == "blocks" else f"{what} of {where}" for where, what in report.removed.items()
+            f"blocks {what}" if where == "blocks" else f"{what} of {where}"
+            for where, what in report.removed.items()
         )
         lines = [
             f"{report.method}, {report.pattern}: {before:,} parameters became {after:,} ({after / before:.1%}).",
@@ -42,13 +45,19 @@ def summary(report: Report) -> list[str]:
             f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of {len(report.sites)} sites are "
             f"zero (coverage {report.coverage:.1%} of the block weights)."
         ]
-    errors = {site.site: site.output_error for site in report.sites if site.output_error is not None}
+    errors = {
+        site.site: site.output_error for site in report.sites if site.output_error is not None
+    }
     if errors:
         worst = max(errors, key=lambda site: errors[site])
         mean = sum(errors.values()) / len(errors)
-        lines.append(f"Relative output error: mean {mean:.4f}, most at {worst} ({errors[worst]:.4f}).")
+        lines.append(
+            f"Relative output error: mean {mean:.4f}, most at {worst} ({errors[worst]:.4f})."
+        )
     lines += [report.note] if report.note else []
-    lines += [f"{site.site}: {site.note}" for site in report.sites if site.note and site.note != LEFT_OUT]
+    lines += [
+        f"{site.site}: {site.note}" for site in report.sites if site.note and site.note != LEFT_OUT
+    ]
     seconds = report.seconds
     lines.append(
         f"{seconds.total:.1f} s: {seconds.plan:.1f} planning, {seconds.forward:.1f} forward, "
@@ -59,7 +68,9 @@ def summary(report: Report) -> list[str]:
 
 
 def evaluation_lines(found: Evaluation) -> Iterator[str]:
-    """What was measured of a model, and its distance from the dense one where that was asked for."""
+    """What was measured of a model, and its distance from the dense one where that was asked
+    for.
+    """
     text = found.evaluation
     yield (
         f"Perplexity {found.perplexity:.4f} on {text['source']} ({text['split']}), {text['samples']} windows "
@@ -87,13 +98,21 @@ def inspection_table(found: Inspection) -> Table:
 
 def inspection_summary(found: Inspection) -> list[str]:
     """What a checkpoint holds as a whole, and what it says of itself."""
-    coverage = "unknown (architecture not known here)" if found.coverage is None else f"{found.coverage:.1%}"
-    lines = [f"Sparsity {found.sparsity:.2%} over {len(found.tensors)} tensors; coverage {coverage}."]
+    coverage = (
+        "unknown (architecture not known here)"
+        if found.coverage is None
+        else f"{found.coverage:.1%}"
+    )
+    lines = [
+        f"Sparsity {found.sparsity:.2%} over {len(found.tensors)} tensors; coverage {coverage}."
+    ]
     if record := found.record:
         lines.append(f"Pruned with {record.get('method')} to {record.get('pattern')}.")
         if record.get("parameters"):
             before, after = record["parameters"]
-            gone = "; ".join(f"{where}: {what}" for where, what in (record.get("removed") or {}).items())
+            gone = "; ".join(
+                f"{where}: {what}" for where, what in (record.get("removed") or {}).items()
+            )
             lines.append(f"A smaller model: {before:,} parameters became {after:,}. Gone: {gone}.")
     return [printable(line) for line in lines]
 
@@ -108,22 +127,48 @@ def speed_table(results: BenchResults) -> Table:
         "growth while loading and running once. Read: share of what this machine reads at best "
         f"({results.read_bandwidth / 1e9:.0f} GB/s) that decoding reads of the weights. Products: share of its matrix "
         f"rate ({results.matrix_rate / 1e9:.0f} Gflop/s) in prefill.",
-        box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     columns = (
-        "model", "runtime", "batch", "prompt", "first token", "ratio", "a token", "tokens/s", "ratio", "dense in",
-        "over eager", "memory", "weights", "read", "products",
-    )  # fmt: skip
+        "model",
+        "runtime",
+        "batch",
+        "prompt",
+        "first token",
+        "ratio",
+        "a token",
+        "tokens/s",
+        "ratio",
+        "dense in",
+        "over eager",
+        "memory",
+        "weights",
+        "read",
+        "products",
+    )
     for column in columns:
         shown.add_column(column, justify="left" if column in columns[:2] else "right")
     for row in results.timings:
         memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:.0f} MiB"
         shown.add_row(
-            escape(row.model), row.runtime, str(row.batch), str(row.prompt), f"{1e3 * row.prefill[1]:.1f} ms",
-            _interval(row.prefill_ratio), f"{1e3 * row.decode[1]:.2f} ms", f"{row.tokens_per_second:.1f}",
-            _interval(row.decode_ratio), row.against, _interval(row.over_eager), memory,
-            f"{row.weight_bytes / 2**20:.0f} MiB", f"{row.share_of_bandwidth:.0%}", f"{row.share_of_matrix_rate:.0%}",
-        )  # fmt: skip
+            escape(row.model),
+            row.runtime,
+            str(row.batch),
+            str(row.prompt),
+            f"{1e3 * row.prefill[1]:.1f} ms",
+            _interval(row.prefill_ratio),
+            f"{1e3 * row.decode[1]:.2f} ms",
+            f"{row.tokens_per_second:.1f}",
+            _interval(row.decode_ratio),
+            row.against,
+            _interval(row.over_eager),
+            memory,
+            f"{row.weight_bytes / 2**20:.0f} MiB",
+            f"{row.share_of_bandwidth:.0%}",
+            f"{row.share_of_matrix_rate:.0%}",
+        )
     return shown
 
 
@@ -132,24 +177,44 @@ def layer_table(timings: Sequence[LayerTiming]) -> Table:
     shown = Table(
         caption="Times: median over rounds. Ratios: how many times faster than torch and our own dense kernel with "
         "the same values. Bytes: how many times less is read than by torch.",
-        box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
-    columns = ("matrix", "shape", "zeros", "batch", "kernel", "time", "bytes", "over torch", "over own dense")
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    columns = (
+        "matrix",
+        "shape",
+        "zeros",
+        "batch",
+        "kernel",
+        "time",
+        "bytes",
+        "over torch",
+        "over own dense",
+    )
     for column in columns:
         shown.add_column(column, justify="left" if column in ("matrix", "kernel") else "right")
     for row in timings:
         own = next((ratio for name, ratio in row.over.items() if name != "torch"), None)
         shown.add_row(
-            escape(row.site), "×".join(map(str, row.shape)), f"{row.sparsity:.0%}", str(row.batch), row.kernel,
-            f"{1e3 * row.seconds[1]:.3f} ms", f"{row.bytes:.2f}", f"{row.over['torch']:.2f}",
+            escape(row.site),
+            "×".join(map(str, row.shape)),
+            f"{row.sparsity:.0%}",
+            str(row.batch),
+            row.kernel,
+            f"{1e3 * row.seconds[1]:.3f} ms",
+            f"{row.bytes:.2f}",
+            f"{row.over['torch']:.2f}",
             "-" if own is None else f"{own:.2f}",
-        )  # fmt: skip
+        )
     return shown
 
 
 def validation_table(found: Validation) -> Table:
     """What a runtime does with each tensor."""
-    shown = Table(title=escape(f"{found.folder} in {found.runtime}"), box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(
+        title=escape(f"{found.folder} in {found.runtime}"), box=SIMPLE_HEAD, pad_edge=False
+    )
     for column in ("tensor", "shape", "dtype", "sparsity", "promised", "used", "why"):
         shown.add_column(column, overflow="fold")
     for row in validation_rows(found):
@@ -169,11 +234,17 @@ def doctor_lines(found: Examination) -> list[str]:
     ]
     if found.cuda:
         lines.append(f"cuSPARSELt: {found.cusparselt or 'not in this build of torch'}")
-    lines += [f"runtime {name}: {'yes' if why is None else f'no, {why}'}" for name, why in found.runtimes.items()]
+    lines += [
+        f"runtime {name}: {'yes' if why is None else f'no, {why}'}"
+        for name, why in found.runtimes.items()
+    ]
     lines += [f"format {name}: loaded by {what}" for name, what in found.formats.items()]
     missing = [name for name, version in found.packages.items() if version is None]
     there = [f"{name} {version}" for name, version in found.packages.items() if version is not None]
-    return [*lines, f"optional packages: {', '.join(there) or 'none'}; not installed: {', '.join(missing) or 'none'}"]
+    return [
+        *lines,
+        f"optional packages: {', '.join(there) or 'none'}; not installed: {', '.join(missing) or 'none'}",
+    ]
 
 
 def _interval(found: tuple[float, float, float]) -> str:

@@ -24,7 +24,9 @@ def progress(quiet: bool) -> Progress:
     from secateur.system import progress
 
     transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity(logging.CRITICAL)  # what is an error to us is raised as well, and told once
+    transformers.logging.set_verbosity(
+        logging.CRITICAL
+    )  # what is an error to us is raised as well, and told once
     datasets.disable_progress_bars()
     return progress.show(quiet)
 
@@ -48,7 +50,9 @@ def first_process() -> bool:
 
 
 def console() -> Console:
-    """Standard output; where it is no terminal, wide enough for whole tables. Of several processes the first speaks."""
+    """Standard output; where it is no terminal, wide enough for whole tables. Of several processes
+    the first speaks.
+    """
     return Console(width=None if sys.stdout.isatty() else 180, quiet=not first_process())
 
 
@@ -68,7 +72,9 @@ def show(value: Any, as_json: bool, shown: Callable[[], Iterable[RenderableType]
 
 
 def print_json(value: Any) -> None:
-    """Print one document; dataclasses by their fields, characters that a terminal would obey as escapes."""
+    """Print one document; dataclasses by their fields, characters that a terminal would obey as
+    escapes.
+    """
     if not first_process():
         return
     plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value

@@ -1,4 +1,6 @@
-"""The documents of a corpus, by its name or from files, and the rows of a file, whoever wrote it."""
+"""The documents of a corpus, by its name or from files, and the rows of a file, whoever wrote
+it.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def corpus_texts(source: str, split: str, data_dir: Path | None) -> Sequence[str
     for file in files:
         if not file.name.endswith(SUFFIXES):
             if file.exists() or file.suffix or len(file.parts) > 1:
-                raise BadText(f"{file} is no text file that can be read; {', '.join(SUFFIXES)} can.")
+                raise BadText(
+                    f"{file} is no text file that can be read; {', '.join(SUFFIXES)} can."
+                )
             raise UnknownName("corpus", source, CORPORA)
         if not file.is_file():
             raise BadText(f"There is no text file {file}.")
@@ -45,12 +49,16 @@ def corpus_texts(source: str, split: str, data_dir: Path | None) -> Sequence[str
 def _local_files(folder: Path, split: str) -> Iterator[Path]:
     """The files of a split; all files where the names tell no split apart."""
     files = [file for file in sorted(folder.glob("*")) if file.name.endswith(SUFFIXES)]
-    named = [file for file in files if any(word in file.name for word in ("train", "validation", "test"))]
+    named = [
+        file for file in files if any(word in file.name for word in ("train", "validation", "test"))
+    ]
     yield from [file for file in named if split in file.name] if named else files
 
 
 def _from_files(files: Sequence[Path]) -> list[str]:
-    """The documents of files: the whole of a .txt, the `text` of each row elsewhere. Raises BadText."""
+    """The documents of files: the whole of a .txt, the `text` of each row elsewhere. Raises
+    BadText.
+    """
     texts: list[str] = []
     for file in files:
         try:
@@ -60,22 +68,28 @@ def _from_files(files: Sequence[Path]) -> list[str]:
             for number, row in enumerate(rows(file, "text"), 1):
                 texts.append(_text(row, f"row {number} of {file}"))
         except UnicodeDecodeError as error:
-            raise BadText(f"{file} is not text in UTF-8 ({in_one_line(error)}). Convert it first.") from error
+            raise BadText(
+                f"{file} is not text in UTF-8 ({in_one_line(error)}). Convert it first."
+            ) from error
         except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
             raise BadText(f"{file} cannot be read: {in_one_line(error)}.") from error
     return texts
 
 
 def rows(file: Path, column: str | None = None) -> Iterator[Any]:
-    """The rows of a .parquet, of a JSON array, or of a file with one JSON value a line; .gz and .xz are unpacked.
+    """The rows of a .parquet, of a JSON array, or of a file with one JSON value a line; .gz and .xz
+    are unpacked.
 
-    Of a .parquet one `column` is read alone. Raises BadText for a line that is no JSON, else what the reader raises.
+    Of a .parquet one `column` is read alone. Raises BadText for a line that is no JSON, else what
+    the reader raises.
     """
     if file.name.endswith(".parquet"):
         from pyarrow import parquet  # takes long to import
 
         with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(columns=column and [n for n in table.schema_arrow.names if n == column]):
+            for batch in table.iter_batches(
+                columns=column and [n for n in table.schema_arrow.names if n == column]
+            ):
                 yield from batch.to_pylist()
         return
     unpacked: Any = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
@@ -90,7 +104,9 @@ def rows(file: Path, column: str | None = None) -> Iterator[Any]:
                 try:
                     yield json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise BadText(f"Line {number} of {file} is no JSON: {in_one_line(error)}.") from error
+                    raise BadText(
+                        f"Line {number} of {file} is no JSON: {in_one_line(error)}."
+                    ) from error
 
 
 def _text(row: Any, where: str) -> str:

@@ -1,16 +1,17 @@
 """Text to tokens: windows `[samples, length]` with a fingerprint, from a corpus name or from files.
 
-Corpora: `demo` (the standard library's text), `wikitext2` and `c4` (through `datasets`, or from a local copy
-under a data folder: `DIR/wikitext2/test.jsonl`, `DIR/c4/*.jsonl`, …), and files (.txt, .jsonl, .json.gz,
-.parquet; rows have a `text` field; several are separated by commas).
+Corpora: `demo` (the standard library's text), `wikitext2` and `c4` (through `datasets`, or from a
+local copy under a data folder: `DIR/wikitext2/test.jsonl`, `DIR/c4/*.jsonl`, …), and files (.txt,
+.jsonl, .json.gz, .parquet; rows have a `text` field; several are separated by commas).
 
-c4 and wikitext2 are sampled as the SparseGPT and Wanda code does (random documents longer than the window,
-one random window each; random windows of the joined text). Other corpora are cut into windows that do not
-overlap, at a random shift, and a random choice of them is taken. Their documents keep the borders that the
-tokenizer puts in by itself; where it puts in none, its end-of-text token follows each document.
+c4 and wikitext2 are sampled as the SparseGPT and Wanda code does (random documents longer than the
+window, one random window each; random windows of the joined text). Other corpora are cut into
+windows that do not overlap, at a random shift, and a random choice of them is taken. Their
+documents keep the borders that the tokenizer puts in by itself; where it puts in none, its
+end-of-text token follows each document.
 
-Perplexity is measured on the evaluation split cut into windows that do not overlap, the remainder dropped;
-WikiText-2 is joined with two line feeds first, as the papers do.
+Perplexity is measured on the evaluation split cut into windows that do not overlap, the remainder
+dropped; WikiText-2 is joined with two line feeds first, as the papers do.
 """
 
 import hashlib
@@ -33,9 +34,17 @@ from secateur.errors import BadCheckpoint, NotEnoughText, in_one_line
 
 # What transformers raises for the files of a tokenizer, whatever it is that is wrong with them.
 TOKENIZER_ERRORS = (
-    ValueError, OSError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError,
-    AssertionError, MemoryError,
-)  # fmt: skip
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+)
 _TOKENIZER_FILES = ("tokenizer", "vocab", "tekken")
 
 
@@ -65,9 +74,12 @@ class Windows:
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder. Raises BadCheckpoint where there is none."""
     if not any(
-        file.name.startswith(_TOKENIZER_FILES) or file.suffix in (".model", ".tiktoken") for file in folder.iterdir()
+        file.name.startswith(_TOKENIZER_FILES) or file.suffix in (".model", ".tiktoken")
+        for file in folder.iterdir()
     ):
-        raise BadCheckpoint(f"{folder} has no tokenizer (tokenizer.json or the like). Copy it there.")
+        raise BadCheckpoint(
+            f"{folder} has no tokenizer (tokenizer.json or the like). Copy it there."
+        )
     try:
         with _rust_errors(folder), _silent():
             tokenizer = AutoTokenizer.from_pretrained(
@@ -79,10 +91,15 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
                 f"The tokenizer of {folder} needs code of its own, which is not run unless asked for. "
                 "Read that code, then add --trust-remote-code."
             ) from error
-        raise BadCheckpoint(f"{folder} has no tokenizer that transformers can load: {in_one_line(error)}.") from error
-    # Where only the settings are there, transformers makes a tokenizer of nothing but special tokens.
+        raise BadCheckpoint(
+            f"{folder} has no tokenizer that transformers can load: {in_one_line(error)}."
+        ) from error
+    # Where only the settings are there, transformers makes a tokenizer of nothing but special
+    # tokens.
     if len(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)) < 2:
-        raise BadCheckpoint(f"{folder} has no tokenizer with a vocabulary. Copy tokenizer.json or the like there.")
+        raise BadCheckpoint(
+            f"{folder} has no tokenizer with a vocabulary. Copy tokenizer.json or the like there."
+        )
     with _silent():
         encode(tokenizer, ["a few words"])
     return tokenizer
@@ -90,7 +107,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hide what the process writes: Rust prints pages about a panic, and words on odd fields; we say it ourselves."""
+    """Hide what the process writes: Rust prints pages about a panic, and words on odd fields; we
+    say it ourselves.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     kept = {number: os.dup(number) for number in (1, 2)}
@@ -106,7 +125,9 @@ def _silent() -> Iterator[None]:
 
 
 class _rust_errors:  # noqa: N801 — used as a function
-    """Turns what the tokenizers library raises for a broken file, a bare `Exception` or a panic, into BadCheckpoint."""
+    """Turns what the tokenizers library raises for a broken file, a bare `Exception` or a panic,
+    into BadCheckpoint.
+    """
 
     def __init__(self, folder: object) -> None:
         self.folder = folder
@@ -114,12 +135,22 @@ class _rust_errors:  # noqa: N801 — used as a function
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and kind is not None and (kind is Exception or kind.__name__ == "PanicException"):
-            raise BadCheckpoint(f"The tokenizer of {self.folder} is broken: {in_one_line(error)}.") from error
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if (
+            error is not None
+            and kind is not None
+            and (kind is Exception or kind.__name__ == "PanicException")
+        ):
+            raise BadCheckpoint(
+                f"The tokenizer of {self.folder} is broken: {in_one_line(error)}."
+            ) from error
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> list[list[int]]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any
+) -> list[list[int]]:
     """The token ids of every text. Raises BadCheckpoint where the tokenizer cannot take them."""
     try:
         with _rust_errors(tokenizer.name_or_path):
@@ -142,10 +173,14 @@ def calibration_windows(
 ) -> Windows:
     """`samples` windows of `length` tokens to calibrate on. Raises NotEnoughText, UnknownName."""
     if samples < 1 or length < 2:
-        raise NotEnoughText(f"Calibration needs at least 1 sample of 2 tokens; found {samples} of {length}.")
+        raise NotEnoughText(
+            f"Calibration needs at least 1 sample of 2 tokens; found {samples} of {length}."
+        )
     draw = random.Random(seed)
     if source == "c4":
-        ids = _windows_of_documents(tokenizer, corpus_texts("c4", "train", data_dir), samples, length, draw)
+        ids = _windows_of_documents(
+            tokenizer, corpus_texts("c4", "train", data_dir), samples, length, draw
+        )
         return Windows(ids, source, "train", seed, None)
     split = "calibration" if source == "demo" else "train"
     stream = _encoded(tokenizer, source, split, data_dir)
@@ -173,9 +208,13 @@ def evaluation_windows(
     windows: int | None = None,
     data_dir: Path | None = None,
 ) -> Windows:
-    """All windows of `length` tokens of the evaluation split, or the first `windows`. Raises NotEnoughText."""
+    """All windows of `length` tokens of the evaluation split, or the first `windows`. Raises
+    NotEnoughText.
+    """
     if length < 2 or (windows is not None and windows < 2):
-        raise NotEnoughText(f"Evaluation needs at least 2 windows of 2 tokens; found {windows or 'all'} of {length}.")
+        raise NotEnoughText(
+            f"Evaluation needs at least 2 windows of 2 tokens; found {windows or 'all'} of {length}."
+        )
     split = {"demo": "evaluation", "c4": "validation"}.get(source, "test")
     stream = _encoded(tokenizer, source, split, data_dir)
     count = len(stream) // length
@@ -189,10 +228,16 @@ def evaluation_windows(
 
 
 def _fewer(option: str, most: int) -> str:
-    return f"Use {option} {most} or a smaller --seq-len." if most else "Use more text or a smaller --seq-len."
+    return (
+        f"Use {option} {most} or a smaller --seq-len."
+        if most
+        else "Use more text or a smaller --seq-len."
+    )
 
 
-def _encoded(tokenizer: PreTrainedTokenizerBase, source: str, split: str, data_dir: Path | None) -> Tensor:
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, source: str, split: str, data_dir: Path | None
+) -> Tensor:
     """A corpus as one stream of token ids, int64."""
     texts = corpus_texts(source, split, data_dir)
     if not texts:
@@ -206,13 +251,19 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, source: str, split: str, data_d
 
 
 def border_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands between two documents of a stream: the end of a text, unless the tokenizer marks texts itself."""
+    """What stands between two documents of a stream: the end of a text, unless the tokenizer marks
+    texts itself.
+    """
     marked = tokenizer.num_special_tokens_to_add() > 0 or tokenizer.eos_token_id is None
     return [] if marked else [int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
 
 
 def _windows_of_documents(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], samples: int, length: int, draw: random.Random
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    samples: int,
+    length: int,
+    draw: random.Random,
 ) -> Tensor:
     """One random window from each of `samples` random documents that are longer than the window."""
     windows: list[Tensor] = []
@@ -231,7 +282,9 @@ def _windows_of_documents(
             start = draw.randint(0, len(ids) - length - 1)
             windows.append(torch.tensor(ids[start : start + length]))
     distinct = sum(n for n in lengths.values() if n > length)
-    for number in range(len(texts)):  # repeated draws may have left out documents that are long enough
+    for number in range(
+        len(texts)
+    ):  # repeated draws may have left out documents that are long enough
         if distinct >= samples * length or len(lengths) > 2000 + 500 * samples:
             break
         if number not in lengths:

@@ -1,8 +1,10 @@
-"""One clock for every runtime: prefill and decode apart, dense and pruned in turn, and how near to the machine's limit.
+"""One clock for every runtime: prefill and decode apart, dense and pruned in turn, and how near to
+the machine's limit.
 
-The dense model and the pruned ones take turns in every round, so that whatever else the machine does falls on all of
-them; a ratio is the median over rounds of paired times, with a 95 % interval by bootstrap. Before anything is timed, a
-fast runtime must give the logits that plain transformers gives for the same folder; otherwise there is no figure.
+The dense model and the pruned ones take turns in every round, so that whatever else the machine
+does falls on all of them; a ratio is the median over rounds of paired times, with a 95 % interval
+by bootstrap. Before anything is timed, a fast runtime must give the logits that plain transformers
+gives for the same folder; otherwise there is no figure.
 """
 
 from __future__ import annotations
@@ -39,14 +41,17 @@ SCHEMA = "secateur.bench/2"
 
 @dataclass
 class Timing:
-    """One model in one runtime at one batch and prompt length. Seconds are [10 %, median, 90 %] over rounds.
+    """One model in one runtime at one batch and prompt length. Seconds are [10 %, median, 90 %]
+    over rounds.
 
-    `prefill` is the time to the first token, `decode` that of one step of the whole batch. The ratios say how many
-    times faster than the dense model in `against`: the same runtime where the dense model has one, else the runtime's
-    twin, else `eager`; `over_eager` is that of decoding to the dense model in `eager`. Each is the median over rounds
-    and its 95 % interval. `memory_bytes` is by how much the process's memory, mapped files included, grew at most while
-    the model was loaded and ran once; `weight_bytes` are read for a token. Shares are of what the machine was measured
-    to read (decoding: weights alone) and to multiply (prefill: the weights of the same model in `eager`).
+    `prefill` is the time to the first token, `decode` that of one step of the whole batch. The
+    ratios say how many times faster than the dense model in `against`: the same runtime where the
+    dense model has one, else the runtime's twin, else `eager`; `over_eager` is that of decoding to
+    the dense model in `eager`. Each is the median over rounds and its 95 % interval. `memory_bytes`
+    is by how much the process's memory, mapped files included, grew at most while the model was
+    loaded and ran once; `weight_bytes` are read for a token. Shares are of what the machine was
+    measured to read (decoding: weights alone) and to multiply (prefill: the weights of the same
+    model in `eager`).
     """
 
     model: str
@@ -100,24 +105,39 @@ def bench(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> BenchResults:
-    """Time `models` (checkpoint folders) beside the model `dense` (None: the embedded demo) on this machine's CPU.
+    """Time `models` (checkpoint folders) beside the model `dense` (None: the embedded demo) on this
+    machine's CPU.
 
-    Raises UnknownName, BadCheckpoint; UnsupportedModel where a runtime gives other outputs than plain transformers.
+    Raises UnknownName, BadCheckpoint; UnsupportedModel where a runtime gives other outputs than
+    plain transformers.
     """
     progress = progress or Progress()
     found = {name: find_runtime(name) for name in dict.fromkeys(["eager", *runtimes])}
     kind = timed_dtype(dtype)
     names = [Path(model).name for model in models]
     alone = [
-        name if names.count(name) == 1 and name != "dense" else str(m) for name, m in zip(names, models, strict=True)
+        name if names.count(name) == 1 and name != "dense" else str(m)
+        for name, m in zip(names, models, strict=True)
     ]
-    folders = {"dense": resolve(dense), **{name: resolve(m) for name, m in zip(alone, models, strict=True)}}
+    folders = {
+        "dense": resolve(dense),
+        **{name: resolve(m) for name, m in zip(alone, models, strict=True)},
+    }
     for folder in folders.values():
         open_checkpoint(folder)
     results = BenchResults(
-        SCHEMA, list(command or sys.argv), machine(), versions(), str(kind).removeprefix("torch."), new, rounds,
-        read_bandwidth(), max(matrix_rate(kind), matrix_rate(torch.float32)), [], {},
-    )  # fmt: skip
+        SCHEMA,
+        list(command or sys.argv),
+        machine(),
+        versions(),
+        str(kind).removeprefix("torch."),
+        new,
+        rounds,
+        read_bandwidth(),
+        max(matrix_rate(kind), matrix_rate(torch.float32)),
+        [],
+        {},
+    )
     twins = [runtime.twin for runtime in found.values() if runtime.twin]
     wanted = [("dense", name) for name in dict.fromkeys([*found, *twins])]
     wanted += [(name, runtime) for name in alone for runtime in found]
@@ -131,8 +151,12 @@ def bench(
             continue
         if runtime != "eager":
             allowed = ROUNDED if RUNTIMES[runtime].rounded else TOLERANCE[kind]
-            _same_outputs(loaded[name, "eager"].running, held.running, f"{name} in {runtime}", allowed)
-    asked = [key for key in loaded if key[0] == "dense" or key[1] in runtimes]  # eager may be there to compare with
+            _same_outputs(
+                loaded[name, "eager"].running, held.running, f"{name} in {runtime}", allowed
+            )
+    asked = [
+        key for key in loaded if key[0] == "dense" or key[1] in runtimes
+    ]  # eager may be there to compare with
     for size in batch:
         for length in prompt:
             progress.begin(f"timing batch {size}, prompt {length}")
@@ -164,18 +188,25 @@ def _load(runtime: str, folder: Path, dtype: torch.dtype) -> Loaded:
 
 
 def _ids(running: Running, batch: int, length: int, seed: int) -> Tensor:
-    return torch.randint(running.vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        running.vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def _same_outputs(plain: Running, fast: Running, what: str, tolerance: float) -> None:
-    """Raise UnsupportedModel unless prefill and three decoded tokens give the same logits and greedy tokens.
+    """Raise UnsupportedModel unless prefill and three decoded tokens give the same logits and
+    greedy tokens.
 
-    A token that the plain model ranks as high as its own first, within the tolerance, counts as the same.
+    A token that the plain model ranks as high as its own first, within the tolerance, counts as the
+    same.
     """
     for wanted, got in _logits(plain, fast):
         difference = ((got - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
         behind = wanted.amax(1) - wanted.gather(1, got.argmax(1, keepdim=True)).squeeze(1)
-        if not difference <= tolerance or (behind > tolerance * (wanted.amax(1) - wanted.mean(1))).any():
+        if (
+            not difference <= tolerance
+            or (behind > tolerance * (wanted.amax(1) - wanted.mean(1))).any()
+        ):
             raise UnsupportedModel(
                 f"{what} gives logits that differ by {difference:.1e} of their norm from plain transformers'; "
                 f"{tolerance:g} and the same greedy tokens are wanted. Nothing was timed."
@@ -183,7 +214,9 @@ def _same_outputs(plain: Running, fast: Running, what: str, tolerance: float) ->
 
 
 def _logits(plain: Running, fast: Running) -> Iterator[tuple[Tensor, Tensor]]:
-    """The logits of both after a prompt and after three more tokens. One that samples by itself is asked apart."""
+    """The logits of both after a prompt and after three more tokens. One that samples by itself is
+    asked apart.
+    """
     ids = _ids(plain, 2, 8, 0)
     ask = getattr(fast, "logits", None)
     try:
@@ -198,9 +231,14 @@ def _logits(plain: Running, fast: Running) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _timed(
-    loaded: dict[tuple[str, str], Loaded], asked: Sequence[tuple[str, str]], batch: int, length: int,
-    kind: torch.dtype, results: BenchResults, progress: Progress,
-) -> list[Timing]:  # fmt: skip
+    loaded: dict[tuple[str, str], Loaded],
+    asked: Sequence[tuple[str, str]],
+    batch: int,
+    length: int,
+    kind: torch.dtype,
+    results: BenchResults,
+    progress: Progress,
+) -> list[Timing]:
     prefill: dict[tuple[str, str], list[float]] = {key: [] for key in asked}
     decode: dict[tuple[str, str], list[float]] = {key: [] for key in asked}
     for number in range(-1, results.rounds):
@@ -265,7 +303,9 @@ def _ratio(dense: Sequence[float], mine: Sequence[float]) -> tuple[float, float,
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that a product reads of 256 MiB, more than the cache: the best of ten, ours or torch's sum."""
+    """Bytes a second that a product reads of 256 MiB, more than the cache: the best of ten, ours or
+    torch's sum.
+    """
     held = torch.ones(2**14, 2**13, dtype=torch.bfloat16)
     x = held[0].clone()
     best = min(_seconds(lambda: held.view(torch.float32).sum()) for _ in range(5))

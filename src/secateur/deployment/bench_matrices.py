@@ -1,9 +1,10 @@
-"""Single matrices of a model, dense and with their zeros used, at several batches: the table that says where zeros pay.
+"""Single matrices of a model, dense and with their zeros used, at several batches: the table that
+says where zeros pay.
 
-Every kernel takes its turn in every round, multiplies by a few copies one after the other, as a model does by its
-layers, and walks over copies that together exceed the last-level cache, so that weights come from memory. Ratios are
-medians over rounds of paired times; `bytes` is the ratio of what is read, which is what a product that only waits for
-memory can gain.
+Every kernel takes its turn in every round, multiplies by a few copies one after the other, as a
+model does by its layers, and walks over copies that together exceed the last-level cache, so that
+weights come from memory. Ratios are medians over rounds of paired times; `bytes` is the ratio of
+what is read, which is what a product that only waits for memory can gain.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ from secateur.system.progress import Progress
 from secateur.system.tensors import count_zeros
 
 BEYOND_CACHE, IN_A_ROW = 400e6, 4
-"""Bytes of the copies of one matrix, together, and how many a kernel multiplies by before the next takes its turn."""
+"""Bytes of the copies of one matrix, together, and how many a kernel multiplies by before the next
+takes its turn.
+"""
 
 
 class Held(NamedTuple):
-    """A matrix as a kernel wants it: its product with x `[batch, columns]`, and the bytes that one reads."""
+    """A matrix as a kernel wants it: its product with x `[batch, columns]`, and the bytes that one
+    reads.
+    """
 
     product: Callable[[Tensor], object]
     bytes: int
@@ -76,14 +81,16 @@ KERNELS: dict[str, Callable[[Tensor], Held | None]] = {
     "packed": _packed,
     "packed int8": _packed_int8,
 }
-"""By name, what makes it from a matrix; None where this machine or the dtype has none. The own ones are for batch 1."""
+"""By name, what makes it from a matrix; None where this machine or the dtype has none. The own ones
+are for batch 1.
+"""
 
 
 @dataclass
 class LayerTiming:
-    """One kernel on one matrix at one batch. `seconds` are [10 %, median, 90 %] over rounds; `over` says how many times
-    faster than `torch`, and than our own dense kernel with the same values where there is one; `bytes` how many times
-    less is read than by `torch`.
+    """One kernel on one matrix at one batch. `seconds` are [10 %, median, 90 %] over rounds; `over`
+    says how many times faster than `torch`, and than our own dense kernel with the same values
+    where there is one; `bytes` how many times less is read than by `torch`.
     """
 
     site: str
@@ -117,12 +124,20 @@ def time_matrices(
             rolled = (make(weight.roll(place, 0)) for place in range(1, count))
             copies[name] = [first, *(held for held in rolled if held is not None)]
         for size in batch:
-            x = torch.randn(size, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
-            usable = {name: held for name, held in copies.items() if size == 1 or not name.startswith("own")}
+            x = torch.randn(size, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(
+                weight.dtype
+            )
+            usable = {
+                name: held
+                for name, held in copies.items()
+                if size == 1 or not name.startswith("own")
+            }
             seconds: dict[str, list[float]] = {name: [] for name in usable}
             for turn in range(-3, rounds):
                 for name, held in usable.items():
-                    products = [held[(IN_A_ROW * turn + i) % len(held)].product for i in range(IN_A_ROW)]
+                    products = [
+                        held[(IN_A_ROW * turn + i) % len(held)].product for i in range(IN_A_ROW)
+                    ]
                     started = perf_counter()
                     for product in products:
                         product(x)
@@ -153,10 +168,16 @@ def time_matrices(
 
 
 def time_layers(
-    models: Sequence[str | Path], *, dtype: str = "bfloat16", batch: Sequence[int] = (1, 4, 8), rounds: int = 30,
+    models: Sequence[str | Path],
+    *,
+    dtype: str = "bfloat16",
+    batch: Sequence[int] = (1, 4, 8),
+    rounds: int = 30,
     progress: Progress | None = None,
-) -> list[LayerTiming]:  # fmt: skip
-    """Time a matrix of each shape of every model, dense and with its zeros used. Raises UnknownName, BadCheckpoint."""
+) -> list[LayerTiming]:
+    """Time a matrix of each shape of every model, dense and with its zeros used. Raises
+    UnknownName, BadCheckpoint.
+    """
     kind = timed_dtype(dtype)
     progress = progress or Progress()
     matrices: dict[str, Tensor] = {}
@@ -168,7 +189,9 @@ def time_layers(
             if len(shape) == 2 and (shape, held.transposed) not in shapes:
                 shapes.add((shape, held.transposed))
                 tensor = checkpoint.tensor(name).to(kind)
-                matrices[f"{Path(model).name} {name}"] = (tensor.T if held.transposed else tensor).contiguous()
+                matrices[f"{Path(model).name} {name}"] = (
+                    tensor.T if held.transposed else tensor
+                ).contiguous()
     progress.begin("timing single matrices")
     found = time_matrices(matrices, batch=batch, rounds=rounds, progress=progress)
     progress.end()
@@ -176,8 +199,15 @@ def time_layers(
 
 
 def write_timings(timings: Sequence[LayerTiming], file: Path, command: Sequence[str]) -> None:
-    """Write what was timed to a JSON file, with the machine and the versions. Raises OutputRefused or DiskFull."""
+    """Write what was timed to a JSON file, with the machine and the versions. Raises OutputRefused
+    or DiskFull.
+    """
     layers = [asdict(timing) for timing in timings]
-    held = {"command": list(command), "machine": machine(), "versions": versions(), "layers": layers}
+    held = {
+        "command": list(command),
+        "machine": machine(),
+        "versions": versions(),
+        "layers": layers,
+    }
     with disk_errors(file):
         file.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,6 @@
-"""What this machine can run: each runtime and format with the reason where it cannot, and what would help."""
+"""What this machine can run: each runtime and format with the reason where it cannot, and what
+would help.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ OPTIONAL = (
 
 @dataclass(frozen=True)
 class Examination:
-    """What `doctor` found. `packed` is the instruction set of the packed products, None where they were not compiled;
-    `runtimes` gives for each the reason why it cannot be used here, None where it can; `packages` the versions.
+    """What `doctor` found. `packed` is the instruction set of the packed products, None where they
+    were not compiled; `runtimes` gives for each the reason why it cannot be used here, None where
+    it can; `packages` the versions.
     """
 
     machine: dict[str, Any]

@@ -1,4 +1,6 @@
-"""A checkpoint in another form: for a runtime that wants one, or back to the dense folder that every loader reads."""
+"""A checkpoint in another form: for a runtime that wants one, or back to the dense folder that
+every loader reads.
+"""
 
 from __future__ import annotations
 
@@ -36,10 +38,12 @@ def export(
     progress: Progress | None = None,
     **options: Any,
 ) -> str:
-    """Write a checkpoint in the format `to`, or with `dense` one of those formats as a dense checkpoint again.
+    """Write a checkpoint in the format `to`, or with `dense` one of those formats as a dense
+    checkpoint again.
 
-    `options` are those of the format: `values` for `packed` and `gguf`, `ranks` for `tensorrt-llm`. Returns what loads
-    the result. Raises UnknownName, BadCheckpoint, BadPattern, NonFinite, UnsupportedModel, OutputRefused, DiskFull.
+    `options` are those of the format: `values` for `packed` and `gguf`, `ranks` for `tensorrt-llm`.
+    Returns what loads the result. Raises UnknownName, BadCheckpoint, BadPattern, NonFinite,
+    UnsupportedModel, OutputRefused, DiskFull.
     """
     progress = progress or Progress()
     folder, out = resolve(model), Path(out)
@@ -53,15 +57,22 @@ def export(
         open_checkpoint(folder)  # says what is wrong, where something is
         raise BadCheckpoint(f"{folder} is a dense checkpoint already.")
     if wanted is not None and stored_as is not None:
-        raise BadCheckpoint(f"{folder} is stored as {stored_as}. Export it to 'dense' first, then to {to}.")
+        raise BadCheckpoint(
+            f"{folder} is stored as {stored_as}. Export it to 'dense' first, then to {to}."
+        )
     progress.begin(f"writing {to}")
     source = Checkpoint(folder, (), {}) if wanted is None else open_checkpoint(folder)
     record = record_of(folder) or {}
     said = "every loader of safetensors checkpoints" if wanted is None else wanted.loaded_by
     record["exported"] = {
-        "to": to, "from": stored_as or "dense", "options": options, "loaded_by": said, "versions": versions(),
-        "command": list(command or sys.argv), "source_shards": source.sha256(),
-    }  # fmt: skip
+        "to": to,
+        "from": stored_as or "dense",
+        "options": options,
+        "loaded_by": said,
+        "versions": versions(),
+        "command": list(command or sys.argv),
+        "source_shards": source.sha256(),
+    }
     if wanted is not None:
         _refuse_other_shapes(source, options.get("trust_remote_code", False))
     with output(source, out, overwrite=overwrite, other_weights=source.bytes) as result:
@@ -76,7 +87,9 @@ def export(
 
 
 def _refuse_other_shapes(source: Checkpoint, trusted: bool) -> None:
-    """Raise BadCheckpoint or UnsupportedModel unless config.json, which formats go by, says what the weights are."""
+    """Raise BadCheckpoint or UnsupportedModel unless config.json, which formats go by, says what
+    the weights are.
+    """
     config = load_config(source.folder, trust_remote_code=trusted)
     try:
         model = without_weights(source, config, trust_remote_code=trusted)
@@ -87,7 +100,9 @@ def _refuse_other_shapes(source: Checkpoint, trusted: bool) -> None:
 
 
 def _densify(folder: Path, target: Path, stored_as: str) -> None:
-    """Write the dense shards of a folder in another format, and what its config.json says without that format."""
+    """Write the dense shards of a folder in another format, and what its config.json says without
+    that format.
+    """
     held = FORMATS[stored_as]
     with disk_errors(target):
         if held.restore is not None:
@@ -104,7 +119,9 @@ def _densify(folder: Path, target: Path, stored_as: str) -> None:
 
 
 def _save_in_shards(tensors: Iterator[tuple[str, Tensor]], target: Path) -> None:
-    """Write tensors one after the other, a new shard where one is full; no more than a shard is in memory."""
+    """Write tensors one after the other, a new shard where one is full; no more than a shard is in
+    memory.
+    """
     where: list[list[str]] = []
     shard: dict[str, Tensor] = {}
     size = total = 0
@@ -129,6 +146,10 @@ def _save_in_shards(tensors: Iterator[tuple[str, Tensor]], target: Path) -> None
     for index, name in enumerate(names):
         (target / f"part-{index}.safetensors").rename(target / name)
     if len(names) > 1:
-        weight_map = {tensor: name for name, held in zip(names, where, strict=True) for tensor in held}
-        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        weight_map = {
+            tensor: name for name, held in zip(names, where, strict=True) for tensor in held
+        }
+        index_text = json.dumps(
+            {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2
+        )
         (target / INDEX).write_text(index_text + "\n", encoding="utf-8")

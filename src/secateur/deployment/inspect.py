@@ -1,8 +1,8 @@
 """What a checkpoint folder really holds: read from its tensors, one at a time, whoever wrote it.
 
-The model is built without memory for its weights, to learn which parameters are sites and which way they lie;
-the numbers come from the shards. A folder whose architecture transformers does not know is read as well: then
-every matrix counts, and coverage is unknown.
+The model is built without memory for its weights, to learn which parameters are sites and which way
+they lie; the numbers come from the shards. A folder whose architecture transformers does not know
+is read as well: then every matrix counts, and coverage is unknown.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One tensor of the checkpoint that is a site, or several. `patterns` are the N:M patterns it satisfies."""
+    """One tensor of the checkpoint that is a site, or several. `patterns` are the N:M patterns it
+    satisfies.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -42,7 +44,9 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` returns. `coverage` is the share of block weights that are sites, None where unknown."""
+    """What `inspect` returns. `coverage` is the share of block weights that are sites, None where
+    unknown.
+    """
 
     folder: str
     sparsity: float
@@ -51,8 +55,12 @@ class Inspection:
     record: dict[str, Any] | None
 
 
-def inspect(model: str | Path | None = None, *, trust_remote_code: bool = Trust.trust_remote_code) -> Inspection:
-    """The realised sparsity and patterns of every site of a checkpoint folder. Raises BadCheckpoint."""
+def inspect(
+    model: str | Path | None = None, *, trust_remote_code: bool = Trust.trust_remote_code
+) -> Inspection:
+    """The realised sparsity and patterns of every site of a checkpoint folder. Raises
+    BadCheckpoint.
+    """
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
     try:
@@ -62,7 +70,9 @@ def inspect(model: str | Path | None = None, *, trust_remote_code: bool = Trust.
     reports = [_read(checkpoint, name, held.transposed) for name, held in stored.items()]
     sizes = [torch.Size(report.shape).numel() for report in reports]
     zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
-    return Inspection(str(folder), zeros / max(sum(sizes), 1), coverage, tuple(reports), record_of(folder))
+    return Inspection(
+        str(folder), zeros / max(sum(sizes), 1), coverage, tuple(reports), record_of(folder)
+    )
 
 
 def _read(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
@@ -87,9 +97,15 @@ def _read(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
 def rows(found: Inspection) -> Iterator[tuple[str, ...]]:
     """The lines of the table that the command prints."""
     for tensor in found.tensors:
-        odd = [f"{count} {what}" for count, what in (
-            (tensor.negative_zeros, "-0.0"), (tensor.nans, "NaN"), (tensor.infs, "Inf"),
-        ) if count]  # fmt: skip
+        odd = [
+            f"{count} {what}"
+            for count, what in (
+                (tensor.negative_zeros, "-0.0"),
+                (tensor.nans, "NaN"),
+                (tensor.infs, "Inf"),
+            )
+            if count
+        ]
         shape = "×".join(map(str, tensor.shape))
         yield (
             tensor.name,

@@ -1,8 +1,10 @@
-"""Models with packed matrices: which layers are packed, and how each multiplies at which batch, measured when it is.
+"""Models with packed matrices: which layers are packed, and how each multiplies at which batch,
+measured when it is.
 
-A packed product reads little, which is what counts at batch 1; a large batch is better served by unpacking some rows at
-a time for a dense product, in bfloat16 or in float32, whichever this machine is better at. Where the borders lie
-depends on processor, shape and sparsity, so they are measured here, once for each kind of matrix.
+A packed product reads little, which is what counts at batch 1; a large batch is better served by
+unpacking some rows at a time for a dense product, in bfloat16 or in float32, whichever this machine
+is better at. Where the borders lie depends on processor, shape and sparsity, so they are measured
+here, once for each kind of matrix.
 """
 
 from __future__ import annotations
@@ -32,11 +34,17 @@ from secateur.kernels.packed import (
 from secateur.system.tensors import count_zeros
 
 LEAST = 0.4
-"""The share of zeros from which a layer is packed: under it a bfloat16 matrix is not smaller enough to be faster."""
+"""The share of zeros from which a layer is packed: under it a bfloat16 matrix is not smaller enough
+to be faster.
+"""
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-"""Where the ways to multiply are compared; in between, the largest of these that is not above counts."""
+"""Where the ways to multiply are compared; in between, the largest of these that is not above
+counts.
+"""
 REPEATS, ENOUGH, HOPELESS = 5, 0.05, 3.0
-"""Calls of each way, seconds after which no more are made, and how many times slower than the best is not tried on."""
+"""Calls of each way, seconds after which no more are made, and how many times slower than the best
+is not tried on.
+"""
 
 WAYS: dict[str, Callable[[Packed, Tensor], Tensor]] = {
     "packed": multiply,
@@ -47,10 +55,11 @@ WAYS: dict[str, Callable[[Packed, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Crossover:
-    """Which of `WAYS`, or `dense` where the dense matrix is kept, is used from which batch on, and what it gains.
+    """Which of `WAYS`, or `dense` where the dense matrix is kept, is used from which batch on, and
+    what it gains.
 
-    `gains` says for each of `BATCHES` how many times faster than torch's own dense product it is, as far as that one
-    was tried.
+    `gains` says for each of `BATCHES` how many times faster than torch's own dense product it is,
+    as far as that one was tried.
     """
 
     ways: dict[int, str]
@@ -66,7 +75,8 @@ DEFAULT = Crossover({1: "packed", MOST + 1: "unpacked"}, {})
 
 
 def measure_crossover(packed: Packed, dtype: torch.dtype, *, keep_dense: bool) -> Crossover:
-    """The fastest way for each of `BATCHES`, activations in `dtype`, the best of a few calls each, in turn.
+    """The fastest way for each of `BATCHES`, activations in `dtype`, the best of a few calls each,
+    in turn.
 
     `dense` may win only with `keep_dense`; a gain under 1 says where it would have.
     """
@@ -77,7 +87,9 @@ def measure_crossover(packed: Packed, dtype: torch.dtype, *, keep_dense: bool) -
     ways: dict[int, str] = {}
     gains: dict[int, float] = {}
     for batch in BATCHES:
-        x = torch.randn(batch, packed.columns, generator=torch.Generator().manual_seed(batch)).to(dtype)
+        x = torch.randn(batch, packed.columns, generator=torch.Generator().manual_seed(batch)).to(
+            dtype
+        )
         seconds = dict.fromkeys(tried, float("inf"))
         started = perf_counter()
         for repeat in range(REPEATS):
@@ -98,10 +110,16 @@ def measure_crossover(packed: Packed, dtype: torch.dtype, *, keep_dense: bool) -
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight is packed; for inference on the CPU. `kept` is the dense weight, where it is kept."""
+    """A linear layer whose weight is packed; for inference on the CPU. `kept` is the dense weight,
+    where it is kept.
+    """
 
     def __init__(
-        self, packed: Packed, bias: Tensor | None, crossover: Crossover = DEFAULT, kept: Tensor | None = None
+        self,
+        packed: Packed,
+        bias: Tensor | None,
+        crossover: Crossover = DEFAULT,
+        kept: Tensor | None = None,
     ) -> None:
         super().__init__()
         for name in ("bitmap", "values", "starts", "scales"):
@@ -113,13 +131,19 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         way = self.way(x.numel() // self.in_features)
-        y = linear(x, self.kept) if way == "dense" and self.kept is not None else WAYS[way](self.packed, x)
+        y = (
+            linear(x, self.kept)
+            if way == "dense" and self.kept is not None
+            else WAYS[way](self.packed, x)
+        )
         bias: Tensor | None = self.bias  # type: ignore[assignment]
         return y if bias is None else y + bias
 
 
 class OwnLinear(nn.Module):
-    """A dense linear layer with our own product at batch 1, torch's else: what kernels give without zeros."""
+    """A dense linear layer with our own product at batch 1, torch's else: what kernels give without
+    zeros.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, int8: bool = False) -> None:
         super().__init__()
@@ -142,12 +166,17 @@ class OwnLinear(nn.Module):
 
 
 def packable(model: nn.Module, least: float = LEAST) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers on the CPU, float32 or bfloat16, of which at least a share `least` is zero."""
+    """The linear layers on the CPU, float32 or bfloat16, of which at least a share `least` is
+    zero.
+    """
     for name, module in model.named_modules():
         if type(module) is not nn.Linear or module.weight.device.type != "cpu":
             continue
         weight = module.weight
-        if weight.dtype in (torch.float32, torch.bfloat16) and count_zeros(weight) >= least * weight.numel():
+        if (
+            weight.dtype in (torch.float32, torch.bfloat16)
+            and count_zeros(weight) >= least * weight.numel()
+        ):
             yield name, module
 
 
@@ -158,7 +187,9 @@ def put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 class Crossovers:
-    """Crossovers by kind of matrix, each measured once. `measured` holds them by (rows, columns, sparsity, values)."""
+    """Crossovers by kind of matrix, each measured once. `measured` holds them by (rows, columns,
+    sparsity, values).
+    """
 
     def __init__(self, dtype: torch.dtype, *, keep_dense: bool = False) -> None:
         self.dtype, self.keep_dense = dtype, keep_dense
@@ -180,12 +211,14 @@ def pack_model(
     keep_dense: bool = False,
     measure: bool = True,
 ) -> list[str]:
-    """Replace the linear layers that have enough zeros by packed ones, in place; returns their names.
+    """Replace the linear layers that have enough zeros by packed ones, in place; returns their
+    names.
 
-    `least` is the share of zeros that is enough. `values` is `as stored` or `int8`, which rounds the weights. Each kind
-    of matrix is timed for a second or so to find which way to multiply is the fastest at which batch (`measure`); with
-    `keep_dense` the dense weights stay in memory too and are used where they are faster, so that no batch is slower
-    than before. Other bfloat16 layers get our own product for batch 1. For inference on the CPU.
+    `least` is the share of zeros that is enough. `values` is `as stored` or `int8`, which rounds
+    the weights. Each kind of matrix is timed for a second or so to find which way to multiply is
+    the fastest at which batch (`measure`); with `keep_dense` the dense weights stay in memory too
+    and are used where they are faster, so that no batch is slower than before. Other bfloat16
+    layers get our own product for batch 1. For inference on the CPU.
     """
     names = []
     crossovers: dict[torch.dtype, Crossovers] = {}
@@ -201,15 +234,23 @@ def pack_model(
 
 
 def put_packed(model: nn.Module, name: str, packed: Packed, crossovers: Crossovers | None) -> None:
-    """Replace a linear layer by a packed one; its dense weight is kept where the crossover asks for it."""
+    """Replace a linear layer by a packed one; its dense weight is kept where the crossover asks for
+    it.
+    """
     layer: Any = model.get_submodule(name)
     crossover = crossovers.of(packed) if crossovers else DEFAULT
     kept = layer.weight.data if "dense" in crossover.ways.values() else None
-    put(model, name, PackedLinear(packed, None if layer.bias is None else layer.bias.data, crossover, kept))
+    put(
+        model,
+        name,
+        PackedLinear(packed, None if layer.bias is None else layer.bias.data, crossover, kept),
+    )
 
 
 def own_products(model: nn.Module, *, int8: bool = False) -> None:
-    """Give every dense linear layer in bfloat16, or with `int8` any, our own product at batch 1, in place."""
+    """Give every dense linear layer in bfloat16, or with `int8` any, our own product at batch 1, in
+    place.
+    """
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and (int8 or module.weight.dtype == torch.bfloat16):
             bias = None if module.bias is None else module.bias.data

@@ -1,9 +1,10 @@
 """Will a runtime use the zeros of a checkpoint? Asked of every site before anything is deployed.
 
-Zeros alone make nothing faster: most runtimes multiply by them, and those that skip some want a pattern, a dtype,
-multiples of something and enough rows of x, and fall back to dense products without a word. The rules are in
-sparsity_support.py; here the checkpoint is read, and what it promises (`pruning.json`, else the zeros that are there)
-is held against them. Nothing is run: a yes is no speed, `bench` measures that.
+Zeros alone make nothing faster: most runtimes multiply by them, and those that skip some want a
+pattern, a dtype, multiples of something and enough rows of x, and fall back to dense products
+without a word. The rules are in sparsity_support.py; here the checkpoint is read, and what it
+promises (`pruning.json`, else the zeros that are there) is held against them. Nothing is run: a yes
+is no speed, `bench` measures that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,16 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.checkpoints.record import record_of
-from secateur.deployment.sparsity_support import CONV1D, EXPERTS, LINEAR, PRUNED, RULES, Matrix, Rule, Verdict
+from secateur.deployment.sparsity_support import (
+    CONV1D,
+    EXPERTS,
+    LINEAR,
+    PRUNED,
+    RULES,
+    Matrix,
+    Rule,
+    Verdict,
+)
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line, printable
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import resolve
@@ -31,8 +41,8 @@ from secateur.system.settings import Serving, Trust
 class SiteVerdict:
     """Whether the runtime uses the zeros of one tensor of the checkpoint, and why.
 
-    `shape` is as stored, `promised` the pattern that pruning.json names for the site, or the share of zeros found;
-    empty where nothing was promised.
+    `shape` is as stored, `promised` the pattern that pruning.json names for the site, or the share
+    of zeros found; empty where nothing was promised.
     """
 
     name: str
@@ -48,10 +58,11 @@ class SiteVerdict:
 class Validation:
     """What `validate` returns.
 
-    `kept` is False where the promised gain will not happen: a site that was pruned and whose zeros the runtime does
-    not use, or no pruned site at all. Where the runtime chooses its kernels by timing them, True means that nothing
-    stands in the way, and `certain` is False. `source` and `date` say where the rule is known from; `notes` hold the
-    command that builds an engine, what makes it dense in silence, and figures that others have published.
+    `kept` is False where the promised gain will not happen: a site that was pruned and whose zeros
+    the runtime does not use, or no pruned site at all. Where the runtime chooses its kernels by
+    timing them, True means that nothing stands in the way, and `certain` is False. `source` and
+    `date` say where the rule is known from; `notes` hold the command that builds an engine, what
+    makes it dense in silence, and figures that others have published.
     """
 
     folder: str
@@ -85,8 +96,9 @@ def validate(
 ) -> Validation:
     """For every site of a checkpoint folder, whether `runtime` will use its zeros, and why.
 
-    `batch` is how many rows of x a product has: the batch in decoding, times the tokens in prefill. `ranks` matters to
-    tensorrt-llm alone, whose checkpoint is split by them. Raises UnknownName and BadCheckpoint.
+    `batch` is how many rows of x a product has: the batch in decoding, times the tokens in prefill.
+    `ranks` matters to tensorrt-llm alone, whose checkpoint is split by them. Raises UnknownName and
+    BadCheckpoint.
     """
     rule = find_rule(runtime)
     folder = resolve(model)
@@ -98,26 +110,47 @@ def validate(
         stored, _ = stored_sites(checkpoint, trust_remote_code=trust_remote_code)
     except UnsupportedModel:
         stored = unknown_sites(checkpoint)
-        notes.append("transformers does not know this architecture, so every matrix was judged as a linear layer.")
+        notes.append(
+            "transformers does not know this architecture, so every matrix was judged as a linear layer."
+        )
     lacking = {} if smaller else _lacking(rule, checkpoint, stored, ranks)
     patterns = _patterns(record)
     verdicts = []
     for name, held in stored.items():
         matrix = _matrix(checkpoint, name, held)
-        promised = patterns.get(held.parameter) or (f"{matrix.sparsity:.1%}" if matrix.sparsity >= PRUNED else "")
-        used, reason = _verdict(rule, matrix, batch, lacking.get(name), promised, smaller=bool(smaller))
+        promised = patterns.get(held.parameter) or (
+            f"{matrix.sparsity:.1%}" if matrix.sparsity >= PRUNED else ""
+        )
+        used, reason = _verdict(
+            rule, matrix, batch, lacking.get(name), promised, smaller=bool(smaller)
+        )
         place = checkpoint.places[name]
-        verdicts.append(SiteVerdict(name, place.shape, place.dtype, matrix.sparsity, promised, used, reason))
+        verdicts.append(
+            SiteVerdict(name, place.shape, place.dtype, matrix.sparsity, promised, used, reason)
+        )
         if matrix.negative_zeros:
-            notes.append(f"{name} holds {matrix.negative_zeros} zeros that are -0.0; add 0 to make them +0.0.")
+            notes.append(
+                f"{name} holds {matrix.negative_zeros} zeros that are -0.0; add 0 to make them +0.0."
+            )
     if smaller:
-        notes.insert(0, f"{smaller[0]:,} parameters became {smaller[1]:,}, and every runtime has less to read and add.")
+        notes.insert(
+            0,
+            f"{smaller[0]:,} parameters became {smaller[1]:,}, and every runtime has less to read and add.",
+        )
     counted = [site for site in verdicts if site.promised or smaller]
     return Validation(
-        str(folder), runtime, batch, ranks, _promise(record, counted), tuple(verdicts),
-        bool(counted) and all(site.used for site in counted), bool(smaller) or rule.certain,
-        tuple(notes), rule.source, rule.date,
-    )  # fmt: skip
+        str(folder),
+        runtime,
+        batch,
+        ranks,
+        _promise(record, counted),
+        tuple(verdicts),
+        bool(counted) and all(site.used for site in counted),
+        bool(smaller) or rule.certain,
+        tuple(notes),
+        rule.source,
+        rule.date,
+    )
 
 
 def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
@@ -141,13 +174,17 @@ def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
 
 
 def _crowded(weight: Tensor) -> float:
-    """The share of groups of four along the last axis that keep more than two weights; 1 where there are none."""
+    """The share of groups of four along the last axis that keep more than two weights; 1 where
+    there are none.
+    """
     if weight.shape[-1] % TWO_OF_FOUR.m or not weight.numel():
         return 1.0
     return TWO_OF_FOUR.crowded(weight).float().mean(dtype=torch.float64).item()
 
 
-def _lacking(rule: Rule, checkpoint: Checkpoint, stored: Mapping[str, Stored], ranks: int) -> Mapping[str, str]:
+def _lacking(
+    rule: Rule, checkpoint: Checkpoint, stored: Mapping[str, Stored], ranks: int
+) -> Mapping[str, str]:
     """By tensor, why not, of what one matrix does not show."""
     if rule.whole is None:
         return {}
@@ -157,21 +194,29 @@ def _lacking(rule: Rule, checkpoint: Checkpoint, stored: Mapping[str, Stored], r
         return dict.fromkeys(stored, in_one_line(error))
 
 
-def _verdict(rule: Rule, matrix: Matrix, batch: int, lacking: str | None, promised: str, *, smaller: bool) -> Verdict:
+def _verdict(
+    rule: Rule, matrix: Matrix, batch: int, lacking: str | None, promised: str, *, smaller: bool
+) -> Verdict:
     if matrix.not_finite:
-        return Verdict(False, f"{matrix.not_finite} of its weights are NaN or Inf, so the model has no output")
+        return Verdict(
+            False, f"{matrix.not_finite} of its weights are NaN or Inf, so the model has no output"
+        )
     if smaller:
         return Verdict(True, "what was pruned is gone, so there is nothing to skip")
     if not promised:
         return Verdict(False, "dense: nothing was pruned here")
     if matrix.sparsity < PRUNED:
-        return Verdict(False, f"pruning.json promises {promised}; {matrix.sparsity:.2%} zeros were found")
+        return Verdict(
+            False, f"pruning.json promises {promised}; {matrix.sparsity:.2%} zeros were found"
+        )
     verdict = rule.judge(matrix, batch)
     return Verdict(False, lacking) if verdict.used and lacking else verdict
 
 
 def _patterns(record: Mapping[str, Any]) -> dict[str, str]:
-    """By parameter, the pattern that pruning.json names. It counts experts one by one, a parameter holds them all."""
+    """By parameter, the pattern that pruning.json names. It counts experts one by one, a parameter
+    holds them all.
+    """
     found: dict[str, str] = {}
     for site in record.get("sites") or []:
         if site.get("pattern"):
@@ -190,7 +235,9 @@ def _promise(record: Mapping[str, Any], counted: list[SiteVerdict]) -> str:
 
 
 def rows(validation: Validation) -> Iterator[tuple[str, ...]]:
-    """The lines of the table that the command prints: tensor, shape, dtype, sparsity, promised, used, reason."""
+    """The lines of the table that the command prints: tensor, shape, dtype, sparsity, promised,
+    used, reason.
+    """
     for site in validation.sites:
         shape = "×".join(map(str, site.shape))
         used = "yes" if site.used else "no" if site.promised else "-"
@@ -198,7 +245,9 @@ def rows(validation: Validation) -> Iterator[tuple[str, ...]]:
 
 
 def summary(validation: Validation) -> list[str]:
-    """What it comes to: how many sites keep their promise, the notes, and where the rule is known from."""
+    """What it comes to: how many sites keep their promise, the notes, and where the rule is known
+    from.
+    """
     counted = [site for site in validation.sites if site.promised or site.used]
     used = sum(site.used for site in counted)
     lines = [

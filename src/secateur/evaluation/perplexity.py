@@ -1,12 +1,14 @@
 """How good a model is: perplexity by the papers' protocol, and its distance from the dense model.
 
-Perplexity is exp of the mean next-token loss over windows that do not overlap, every predicted token weighing
-the same. Against a dense model, on the same windows: the difference in perplexity with a 95 % interval from a
-paired bootstrap over windows, the mean KL divergence of the next-token distributions (dense ‖ pruned, nats),
-and how often both models predict the same token. With `tasks`, also what it answers on zero-shot tasks (`tasks`).
+Perplexity is exp of the mean next-token loss over windows that do not overlap, every predicted
+token weighing the same. Against a dense model, on the same windows: the difference in perplexity
+with a 95 % interval from a paired bootstrap over windows, the mean KL divergence of the next-token
+distributions (dense ‖ pruned, nats), and how often both models predict the same token. With
+`tasks`, also what it answers on zero-shot tasks (`tasks`).
 
-The model runs block by block over a group of windows at a time, so neither it nor the logits need to fit in
-memory at once. Nothing is rounded to the dtype of the checkpoint: on the CPU the arithmetic is float32.
+The model runs block by block over a group of windows at a time, so neither it nor the logits need
+to fit in memory at once. Nothing is rounded to the dtype of the checkpoint: on the CPU the
+arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ LOGITS_AT_ONCE = 2**22  # small enough for the allocator to use the same memory 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on the evaluation windows: mean loss per window, nats; against a dense model also KL and agreement."""
+    """One model on the evaluation windows: mean loss per window, nats; against a dense model also
+    KL and agreement.
+    """
 
     loss: Floats
     kl: Floats | None = None
@@ -62,7 +66,8 @@ class Measured:
 class Forward:
     """A model and how it is run over windows `[windows, length]`, in groups that fit in memory.
 
-    With `spill`, the last hidden states are kept in that file after the first pass and read from then on.
+    With `spill`, the last hidden states are kept in that file after the first pass and read from
+    then on.
     """
 
     language_model: LanguageModel
@@ -92,16 +97,22 @@ class Forward:
         """What the last block returns, `[…, windows, length, hidden]`."""
         if windows.start in self.done and self.spilled is not None:
             return torch.from_numpy(self.spilled[..., windows, :, :].copy())
-        found = final_hidden(self.language_model, self.shell, self.tokens[windows], self.dtype, self.batch_size)
+        found = final_hidden(
+            self.language_model, self.shell, self.tokens[windows], self.dtype, self.batch_size
+        )
         if self.spill and found.dtype == torch.float32:
             if self.spilled is None:
-                self.spilled = self._reserve(self.spill, (*found.shape[:-3], len(self.tokens), *found.shape[-2:]))
+                self.spilled = self._reserve(
+                    self.spill, (*found.shape[:-3], len(self.tokens), *found.shape[-2:])
+                )
             self.spilled[..., windows, :, :] = found.numpy()
             self.done.add(windows.start)
         return found
 
     def _reserve(self, file: Path, shape: tuple[int, ...]) -> np.memmap:
-        """A file of that many float32, its space taken at once: a mapped file that meets a full disk is a crash."""
+        """A file of that many float32, its space taken at once: a mapped file that meets a full
+        disk is a crash.
+        """
         with disk_errors(file), file.open("wb") as stream:
             reserve(stream.fileno(), 0, 4 * int(np.prod(shape)))
         return np.memmap(file, np.float32, "r+", shape=shape)
@@ -113,7 +124,9 @@ class Forward:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` returns; `tasks` is None where none was asked for, the rest without a dense model."""
+    """What `evaluate` returns; `tasks` is None where none was asked for, the rest without a dense
+    model.
+    """
 
     perplexity: float
     evaluation: dict[str, Any]
@@ -143,13 +156,18 @@ def evaluate(
 ) -> Evaluation:
     """The perplexity of a model, and its distance from `dense` where that is given.
 
-    `model` and `dense` are checkpoint folders or hub names, None the embedded demo model (as `dense`: none).
-    `evaluation` names a corpus or files (default: wikitext2, the demo's own text for the demo model); all of its
-    windows of `seq_len` tokens count, or the first `windows`. `tasks` names zero-shot tasks, `papers` seven of them, to
-    be answered in the dtype that is stored, all of their items or the first `limit`. Raises SecateurError.
+    `model` and `dense` are checkpoint folders or hub names, None the embedded demo model (as
+    `dense`: none). `evaluation` names a corpus or files (default: wikitext2, the demo's own text
+    for the demo model); all of its windows of `seq_len` tokens count, or the first `windows`.
+    `tasks` names zero-shot tasks, `papers` seven of them, to be answered in the dtype that is
+    stored, all of their items or the first `limit`. Raises SecateurError.
     """
     progress = progress or Progress()
-    chosen, dtype, local = find_devices(device)[0], find_dtype(dtype), Path(data_dir) if data_dir else None
+    chosen, dtype, local = (
+        find_devices(device)[0],
+        find_dtype(dtype),
+        Path(data_dir) if data_dir else None,
+    )
     names = check_tasks(tasks, local, limit)
     folder = resolve(model)
     open_checkpoint(folder)
@@ -171,8 +189,16 @@ def evaluate(
         open_checkpoint(other)
         reference = Forward(load(other, trust_remote_code=trust_remote_code), *run)
         if names:
-            models.append((reference.language_model, load_tokenizer(other, trust_remote_code=trust_remote_code)))
-        sizes = [m.model.config.get_text_config().vocab_size for m in (reference.language_model, language_model)]
+            models.append(
+                (
+                    reference.language_model,
+                    load_tokenizer(other, trust_remote_code=trust_remote_code),
+                )
+            )
+        sizes = [
+            m.model.config.get_text_config().vocab_size
+            for m in (reference.language_model, language_model)
+        ]
         if sizes[0] != sizes[1]:
             raise UnsupportedModel(
                 f"{dense} has a vocabulary of {sizes[0]} tokens, {model or 'the demo model'} one of {sizes[1]}. Name "
@@ -187,21 +213,30 @@ def evaluate(
     answered = None
     if names:
         progress.begin("answering tasks")
-        how: Any = dict(data_dir=local, limit=limit, batch_size=batch_size, device=chosen, progress=progress)
+        how: Any = dict(
+            data_dir=local, limit=limit, batch_size=batch_size, device=chosen, progress=progress
+        )
         answered = summarise(*(answer_tasks(*one, names, **how) for one in models))
     progress.end()
     if expected is None:
         return Evaluation(measured.perplexity, found.fingerprint(), tasks=answered)
     delta, interval = perplexity_difference(measured.loss, expected.loss)
     return Evaluation(
-        measured.perplexity, found.fingerprint(), expected.perplexity, delta, interval,
-        measured.mean_kl, measured.mean_agreement, answered,
-    )  # fmt: skip
+        measured.perplexity,
+        found.fingerprint(),
+        expected.perplexity,
+        delta,
+        interval,
+        measured.mean_kl,
+        measured.mean_agreement,
+        answered,
+    )
 
 
 @torch.no_grad()
 def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measured:
-    """The loss of every window, and KL and agreement where a dense model is given. Raises NonFinite.
+    """The loss of every window, and KL and agreement where a dense model is given. Raises
+    NonFinite.
 
     Raises UnsupportedModel where the vocabularies differ.
     """
@@ -242,8 +277,8 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
 def perplexity_difference(loss: Floats, reference: Floats) -> tuple[float, tuple[float, float]]:
     """Perplexity minus the reference's, and its 95 % interval by a paired bootstrap over windows.
 
-    10,000 resamples with a fixed seed; both models are resampled with the same windows, so what makes a window
-    hard for both cancels. Percentile interval (Efron & Tibshirani 1993, ch. 13).
+    10,000 resamples with a fixed seed; both models are resampled with the same windows, so what
+    makes a window hard for both cancels. Percentile interval (Efron & Tibshirani 1993, ch. 13).
     """
     draw = np.random.default_rng(0)
     count = len(loss)

@@ -1,9 +1,11 @@
-"""Products with packed matrices (packed.py) on a CUDA device, for one to eight rows of x; the kernel is bitmap.cu.
+"""Products with packed matrices (packed.py) on a CUDA device, for one to eight rows of x; the
+kernel is bitmap.cu.
 
-It is compiled at run time by NVRTC, which comes with torch for CUDA, so that neither a toolkit nor a C++ compiler is
-wanted on the machine. On an H200 it reads six tenths of what memory gives at best (bench/gpu.py): 1.0 to 1.3 times as
-fast as the dense product for one row of x, slower from two or four rows on. Matrices for large batches are better kept
-dense: this reads fewer bytes, it does not compute less.
+It is compiled at run time by NVRTC, which comes with torch for CUDA, so that neither a toolkit nor
+a C++ compiler is wanted on the machine. On an H200 it reads six tenths of what memory gives at best
+(bench/gpu.py): 1.0 to 1.3 times as fast as the dense product for one row of x, slower from two or
+four rows on. Matrices for large batches are better kept dense: this reads fewer bytes, it does not
+compute less.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from secateur.kernels.packed import MOST, Packed
 SOURCE = Path(__file__).with_name("bitmap.cu")
 DTYPES = (torch.float16, torch.bfloat16)
 ROWS, THREADS, STEP = 4, 128, 128
-"""Of the kernel: rows of W and threads of a block, and columns that x is padded to a multiple of."""
+"""Of the kernel: rows of W and threads of a block, and columns that x is padded to a multiple
+of.
+"""
 
 
 def missing() -> str | None:
@@ -48,7 +52,9 @@ def pack(weight: Tensor, *, site: str, device: torch.device | str = "cuda") -> P
             "Load the model with --dtype bfloat16."
         )
     if weight.isnan().any():
-        raise NonFinite(f"{site} holds NaN, so there is nothing to multiply with. Prune the model again.")
+        raise NonFinite(
+            f"{site} holds NaN, so there is nothing to multiply with. Prune the model again."
+        )
     return _moved(on_cpu.pack(weight.detach().cpu()), device)
 
 
@@ -58,14 +64,18 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def _moved(packed: Packed, device: torch.device | str) -> Packed:
-    bitmap, values, starts = (tensor.to(device) for tensor in (packed.bitmap, packed.values, packed.starts))
+    bitmap, values, starts = (
+        tensor.to(device) for tensor in (packed.bitmap, packed.values, packed.starts)
+    )
     return replace(packed, bitmap=bitmap, values=values, starts=starts)
 
 
 def multiply(packed: Packed, x: Tensor) -> Tensor:
-    """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x, summed in float32.
+    """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x, summed in
+    float32.
 
-    The activations are rounded to the dtype of the values. More rows of x than `MOST` take several turns.
+    The activations are rounded to the dtype of the values. More rows of x than `MOST` take several
+    turns.
     """
     flat = x.reshape(-1, packed.columns).to(packed.values.dtype)
     dtype = x.dtype if x.dtype == packed.values.dtype else torch.float32
@@ -76,7 +86,9 @@ def multiply(packed: Packed, x: Tensor) -> Tensor:
 
 
 def _launch(packed: Packed, x: Tensor, y: Tensor) -> None:
-    """Write x `[batch, columns]` Wᵀ to y `[batch, rows]`, float32 or as the values, on the device's current stream."""
+    """Write x `[batch, columns]` Wᵀ to y `[batch, rows]`, float32 or as the values, on the device's
+    current stream.
+    """
     values, width = packed.values, -(-packed.columns // STEP) * STEP
     if width > packed.columns:
         x = nn.functional.pad(x, (0, width - packed.columns))
@@ -91,10 +103,17 @@ def _launch(packed: Packed, x: Tensor, y: Tensor) -> None:
             grid=(-(-packed.rows // ROWS), 1, 1),
             block=(THREADS, 1, 1),
             args=[
-                packed.bitmap, values, packed.starts, x, y, packed.rows, 2 * packed.bitmap.shape[1], width,
+                packed.bitmap,
+                values,
+                packed.starts,
+                x,
+                y,
+                packed.rows,
+                2 * packed.bitmap.shape[1],
+                width,
                 int(y.dtype == values.dtype),
             ],
-        )  # fmt: skip
+        )
 
 
 @cache
@@ -104,8 +123,11 @@ def _compiled(batch: int, bfloat: bool, device: int) -> Callable[..., Any]:
 
     toolkit = cpp_extension.CUDA_HOME
     try:
-        # torch asks for the headers of a toolkit before it compiles, though this source includes none.
+        # torch asks for the headers of a toolkit before it compiles, though this source includes
+        # none.
         cpp_extension.CUDA_HOME = toolkit or "/usr"
-        return torch.cuda._compile_kernel(SOURCE.read_text("utf-8"), f"multiply<{batch}, {str(bfloat).lower()}>")
+        return torch.cuda._compile_kernel(
+            SOURCE.read_text("utf-8"), f"multiply<{batch}, {str(bfloat).lower()}>"
+        )
     finally:
         cpp_extension.CUDA_HOME = toolkit

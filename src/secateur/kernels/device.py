@@ -1,4 +1,6 @@
-"""What the kernels and runtimes for GPUs share: whether there is a device, and what a product takes on it."""
+"""What the kernels and runtimes for GPUs share: whether there is a device, and what a product takes
+on it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ import torch
 from torch import Tensor
 
 LEAST_CAPABILITY = (8, 0)
-"""The first devices that multiply bfloat16 and 2:4 matrices, and copy to shared memory without registers."""
+"""The first devices that multiply bfloat16 and 2:4 matrices, and copy to shared memory without
+registers.
+"""
 
 
 def no_device() -> str | None:
@@ -34,7 +38,8 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def cold_milliseconds(call: Callable[[], object], flush: Tensor) -> float:
-    """The median of seven calls that find nothing of theirs in the cache, after one that may compile.
+    """The median of seven calls that find nothing of theirs in the cache, after one that may
+    compile.
 
     `flush` is written before each call; it is larger than the device's cache.
     """

@@ -1,7 +1,8 @@
 """Sums over tokens of products of what enters a layer: products float32, sums float64.
 
-A Gram matrix XᵀX is symmetric, so half of it is computed; and of bfloat16 inputs the products are exact in float32,
-so nothing is lost by multiplying them as they are. gram.c does both on a CPU, and torch does neither there.
+A Gram matrix XᵀX is symmetric, so half of it is computed; and of bfloat16 inputs the products are
+exact in float32, so nothing is lost by multiplying them as they are. gram.c does both on a CPU, and
+torch does neither there.
 """
 
 from __future__ import annotations
@@ -22,15 +23,22 @@ SHORT = 512
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += leftᵀ right: inputs `[tokens, in]` of one dtype, total `[in, in]` float64, all on one device."""
+    """total += leftᵀ right: inputs `[tokens, in]` of one dtype, total `[in, in]` float64, all on
+    one device.
+    """
     compiled, failed = _compiled(total, left, right), True
     if compiled:
         same, left = left is right, left.contiguous()
         right = left if same else right.contiguous()
         failed = compiled.secateur_add_products(
-            best(), KINDS[left.dtype], left.data_ptr(), right.data_ptr(), total.data_ptr(), *left.shape,
+            best(),
+            KINDS[left.dtype],
+            left.data_ptr(),
+            right.data_ptr(),
+            total.data_ptr(),
+            *left.shape,
             torch.get_num_threads(),
-        )  # fmt: skip
+        )
     if failed:
         total.add_(products_in_torch(left, right))
 
@@ -40,7 +48,12 @@ def add_squares(total: Tensor, x: Tensor) -> None:
     if compiled := _compiled(total, x):
         x = x.contiguous()
         compiled.secateur_add_squares(
-            best(), KINDS[x.dtype], x.data_ptr(), total.data_ptr(), *x.shape, torch.get_num_threads()
+            best(),
+            KINDS[x.dtype],
+            x.data_ptr(),
+            total.data_ptr(),
+            *x.shape,
+            torch.get_num_threads(),
         )
     else:
         total.add_(summed(x.float().square()))
@@ -62,11 +75,15 @@ def panel_width(dtype: torch.dtype) -> int | None:
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum of float32 x `[tokens, in]` over tokens: float32 for some at a time, float64 over these."""
+    """The sum of float32 x `[tokens, in]` over tokens: float32 for some at a time, float64 over
+    these.
+    """
     return torch.stack([part.sum(0) for part in x.split(SHORT)]).double().sum(0)
 
 
 def _compiled(total: Tensor, *inputs: Tensor) -> CDLL | None:
     """The library where there is one and gram.c takes these."""
-    plain = all(x.device.type == "cpu" and x.dtype in KINDS and x.dtype == inputs[0].dtype for x in inputs)
+    plain = all(
+        x.device.type == "cpu" and x.dtype in KINDS and x.dtype == inputs[0].dtype for x in inputs
+    )
     return library() if plain and total.is_contiguous() else None

@@ -1,7 +1,8 @@
-"""The C library that is compiled with the package where there is a compiler, and which instructions it may use.
+"""The C library that is compiled with the package where there is a compiler, and which instructions
+it may use.
 
-A plain C library in the clothes of an extension: no Python and no torch in it, so one build serves every version of
-both. Everything in it has a slower equal in torch, for where there is no compiler.
+A plain C library in the clothes of an extension: no Python and no torch in it, so one build serves
+every version of both. Everything in it has a slower equal in torch, for where there is no compiler.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Which of some scores are kept, exactly: of two equal scores the one at the lower position goes first.
+"""Which of some scores are kept, exactly: of two equal scores the one at the lower position goes
+first.
 
-NaN is above every number where the lowest are removed, and where fewer than the lowest asked for are numbers, nothing
-is. Within groups a comparison with NaN fails, whichever side it is on. Float32 scores on a CPU go to masks.c, which
-does no more than read them three times; everything else, and everything without a compiler, to the same in torch.
+NaN is above every number where the lowest are removed, and where fewer than the lowest asked for
+are numbers, nothing is. Within groups a comparison with NaN fails, whichever side it is on. Float32
+scores on a CPU go to masks.c, which does no more than read them three times; everything else, and
+everything without a compiler, to the same in torch.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ SORTED = 2**24
 
 
 def without_lowest(scores: Tensor, removed: int) -> Tensor:
-    """Each row of scores `[groups, n]` without its `removed` lowest: bool `[groups, n]`, True is kept."""
+    """Each row of scores `[groups, n]` without its `removed` lowest: bool `[groups, n]`, True is
+    kept.
+    """
     if removed == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     if (compiled := library()) is None or not _plain_memory(scores):
@@ -28,7 +32,9 @@ def without_lowest(scores: Tensor, removed: int) -> Tensor:
     kept = torch.empty(scores.shape, dtype=torch.bool)
     threads, (groups, size) = torch.get_num_threads(), scores.shape
     if groups == 1:
-        failed = compiled.secateur_without_lowest(scores.data_ptr(), kept.data_ptr(), size, removed, threads)
+        failed = compiled.secateur_without_lowest(
+            scores.data_ptr(), kept.data_ptr(), size, removed, threads
+        )
     else:
         failed = compiled.secateur_without_lowest_rows(
             scores.data_ptr(), kept.data_ptr(), groups, size, removed, threads
@@ -44,21 +50,32 @@ def best_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
     kept = torch.empty(scores.shape, dtype=torch.bool)
     groups = scores.numel() // m
     failed = compiled.secateur_best_of_groups(
-        scores.data_ptr(), kept.data_ptr(), groups, m, n, min(torch.get_num_threads(), max(groups // 4096, 1))
+        scores.data_ptr(),
+        kept.data_ptr(),
+        groups,
+        m,
+        n,
+        min(torch.get_num_threads(), max(groups // 4096, 1)),
     )
     return best_of_groups_in_torch(scores, n, m) if failed else kept
 
 
 def _plain_memory(scores: Tensor) -> bool:
-    return scores.device.type == "cpu" and scores.dtype == torch.float32 and 0 < scores.numel() < MOST
+    return (
+        scores.device.type == "cpu" and scores.dtype == torch.float32 and 0 < scores.numel() < MOST
+    )
 
 
 def without_lowest_in_torch(scores: Tensor, removed: int) -> Tensor:
     """What `without_lowest` says, for 0 < removed."""
     alone = len(scores) == 1
-    threshold = _lowest(scores[0], removed) if alone else scores.kthvalue(removed, 1, keepdim=True).values
+    threshold = (
+        _lowest(scores[0], removed) if alone else scores.kthvalue(removed, 1, keepdim=True).values
+    )
     above = ~(scores <= threshold)
-    spare = (scores.shape[1] - removed) - above.sum(1, keepdim=True)  # of those tied at the threshold, how many stay
+    spare = (scores.shape[1] - removed) - above.sum(
+        1, keepdim=True
+    )  # of those tied at the threshold, how many stay
     if not spare.any():
         return above
     equal = scores == threshold
@@ -66,17 +83,22 @@ def without_lowest_in_torch(scores: Tensor, removed: int) -> Tensor:
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """The `count`-th lowest of scores `[n]`, exactly; three times as fast as `kthvalue` where there are millions.
+    """The `count`-th lowest of scores `[n]`, exactly; three times as fast as `kthvalue` where there
+    are millions.
 
-    A sample brackets it, so that only a few per cent of the scores are ordered. Where the bracket misses, all are, as
-    they are on a device, which would wait for each answer; millions there, as ordering takes 24 bytes a score.
+    A sample brackets it, so that only a few per cent of the scores are ordered. Where the bracket
+    misses, all are, as they are on a device, which would wait for each answer; millions there, as
+    ordering takes 24 bytes a score.
     """
     size = len(scores)
     if scores.is_cuda and size <= SORTED:
         return scores.sort().values[count - 1]
     if size >= 2**17:
         sample = scores[:: size // 2**15 | 1]  # an odd step, so that it meets every column
-        place, margin = round(count * len(sample) / size), round(2 * len(sample) ** 0.5)  # four standard deviations
+        place, margin = (
+            round(count * len(sample) / size),
+            round(2 * len(sample) ** 0.5),
+        )  # four standard deviations
         low = sample.kthvalue(max(place - margin, 1)).values
         high = sample.kthvalue(min(place + margin, len(sample))).values
         below = int((scores < low).sum())
@@ -92,14 +114,17 @@ def best_of_groups_in_torch(scores: Tensor, n: int, m: int) -> Tensor:
     small = torch.int8 if m < 128 else torch.int32
     ahead = torch.zeros_like(groups, dtype=small)  # how many of its group a weight gives way to
     for j in range(1, m):
-        wins = (groups[j] >= groups[:j]).view(torch.int8)  # [j, out, in / m]; the later of two equal stays
+        wins = (groups[j] >= groups[:j]).view(
+            torch.int8
+        )  # [j, out, in / m]; the later of two equal stays
         ahead[:j] += wins
         ahead[j] += j - wins.sum(0, dtype=small)
     return (ahead < n).permute(1, 2, 0).reshape(scores.shape)  # [out, in]
 
 
 def crowded(weight: Tensor, n: int, m: int) -> Tensor:
-    """Which groups of m inputs of a matrix `[…, in]` hold more than n weights that are not zero: bool `[…, in / m]`.
+    """Which groups of m inputs of a matrix `[…, in]` hold more than n weights that are not zero:
+    bool `[…, in / m]`.
 
     The inputs must be whole groups.
     """

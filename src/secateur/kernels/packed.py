@@ -1,9 +1,10 @@
-"""Sparse matrices that stay packed while they are multiplied: a bit for each weight, and the kept values.
+"""Sparse matrices that stay packed while they are multiplied: a bit for each weight, and the kept
+values.
 
-At batch 1 a matrix product reads every weight once and does little with it, so what counts is bytes: with half of the
-weights gone, bfloat16 takes 1.125 bytes a weight instead of 2, and int8 values 0.625. The products are in packed.c,
-which is compiled with the package where there is a compiler; without it matrices are unpacked, row by row, and
-multiplied by torch.
+At batch 1 a matrix product reads every weight once and does little with it, so what counts is
+bytes: with half of the weights gone, bfloat16 takes 1.125 bytes a weight instead of 2, and int8
+values 0.625. The products are in packed.c, which is compiled with the package where there is a
+compiler; without it matrices are unpacked, row by row, and multiplied by torch.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from secateur.errors import BadCheckpoint
 from secateur.kernels.library import ISAS, PACKED_KINDS, best, library
 
 WORD, SLACK, MOST = 64, 64, 8
-"""Columns of a word of the bitmap, bytes that must follow the last value, rows of x that one product takes."""
+"""Columns of a word of the bitmap, bytes that must follow the last value, rows of x that one
+product takes.
+"""
 ROWS_AT_ONCE = 1024
 """How many rows are unpacked at a time for a larger batch."""
 KINDS = dict(zip((torch.float32, torch.bfloat16, torch.int8), PACKED_KINDS, strict=True))
@@ -29,9 +32,10 @@ KINDS = dict(zip((torch.float32, torch.bfloat16, torch.int8), PACKED_KINDS, stri
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix `[rows, columns]`: `bitmap` int64 `[rows, words]`, `values` `[kept + slack]` float32, bfloat16, float16
-    or int8, and `starts` int64 `[rows + 1]`, the place of the first value of every row. Bit j of word k is column
-    64 k + j. int8 values have `scales` float32 `[rows]`: the weight is the value times the scale of its row.
+    """A matrix `[rows, columns]`: `bitmap` int64 `[rows, words]`, `values` `[kept + slack]`
+    float32, bfloat16, float16 or int8, and `starts` int64 `[rows + 1]`, the place of the first
+    value of every row. Bit j of word k is column 64 k + j. int8 values have `scales` float32
+    `[rows]`: the weight is the value times the scale of its row.
     """
 
     bitmap: Tensor
@@ -46,7 +50,9 @@ class Packed:
 
     @cached_property
     def places(self) -> list[int]:
-        """Where its tensors lie, as products take them; looked up once, since small products take microseconds."""
+        """Where its tensors lie, as products take them; looked up once, since small products take
+        microseconds.
+        """
         held = (self.bitmap, self.values, self.starts, self.scales)
         return [t.data_ptr() for t in held if t is not None]
 
@@ -56,7 +62,9 @@ class Packed:
         held = (self.bitmap, self.values, self.starts, self.scales)
         return sum(t.numel() * t.element_size() for t in held if t is not None)
 
-    def dense(self, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    def dense(
+        self, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Some rows as a dense matrix, zeros +0.0; a view of a wider one where a word is not full.
 
         As they are stored, int8 as float32; `dtype` float32 is given as fast.
@@ -70,10 +78,16 @@ class Packed:
             out = torch.empty(stop - start, words * WORD, dtype=out_dtype)
             unpack = getattr(compiled, f"secateur_{'widen' if wide else 'unpack'}_{KINDS[given]}")
             unpack(
-                best(), self.bitmap[start:].data_ptr(), self.values.data_ptr(), self.starts[start:].data_ptr(),
-                None if self.scales is None else self.scales[start:].data_ptr(), out.data_ptr(), stop - start, words,
+                best(),
+                self.bitmap[start:].data_ptr(),
+                self.values.data_ptr(),
+                self.starts[start:].data_ptr(),
+                None if self.scales is None else self.scales[start:].data_ptr(),
+                out.data_ptr(),
+                stop - start,
+                words,
                 torch.get_num_threads(),
-            )  # fmt: skip
+            )
             return out[:, : self.columns].to(dtype)
         mask = _bits(self.bitmap[start:stop])[:, : self.columns]
         weight = torch.zeros(stop - start, self.columns, dtype=out_dtype)
@@ -82,9 +96,13 @@ class Packed:
 
 
 def pack(weight: Tensor) -> Packed:
-    """Pack a matrix `[rows, columns]` on the CPU. Raises BadCheckpoint for a dtype that is none of `Packed`'s."""
+    """Pack a matrix `[rows, columns]` on the CPU. Raises BadCheckpoint for a dtype that is none of
+    `Packed`'s.
+    """
     if weight.dtype not in (*KINDS, torch.float16):
-        raise BadCheckpoint(f"Matrices of float32, bfloat16 and float16 can be packed; found {weight.dtype}.")
+        raise BadCheckpoint(
+            f"Matrices of float32, bfloat16 and float16 can be packed; found {weight.dtype}."
+        )
     kept = weight != 0
     words = -(-weight.shape[1] // WORD)
     bits = np.zeros((len(weight), words * WORD), dtype=bool)
@@ -98,7 +116,8 @@ def pack(weight: Tensor) -> Packed:
 
 
 def pack_int8(weight: Tensor) -> Packed:
-    """Pack a matrix `[rows, columns]` with values of 8 bits: symmetric, one scale a row, the largest weight is 127.
+    """Pack a matrix `[rows, columns]` with values of 8 bits: symmetric, one scale a row, the
+    largest weight is 127.
 
     A kept weight under half a step becomes zero, and is not stored.
     """
@@ -107,7 +126,9 @@ def pack_int8(weight: Tensor) -> Packed:
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix `[rows, columns]` as int8 of the same shape and a scale float32 for each row, the largest weight 127."""
+    """A matrix `[rows, columns]` as int8 of the same shape and a scale float32 for each row, the
+    largest weight 127.
+    """
     wide = weight.float()
     scales = wide.abs().amax(1) / 127
     steps = wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
@@ -121,13 +142,17 @@ def _bits(bitmap: Tensor) -> Tensor:
 
 
 def row_starts(bitmap: Tensor) -> Tensor:
-    """The place of the first value of every row, and how many there are: int64 `[rows + 1]`, from the bitmap."""
+    """The place of the first value of every row, and how many there are: int64 `[rows + 1]`, from
+    the bitmap.
+    """
     counts = np.bitwise_count(bitmap.numpy().view(np.uint64)).sum(1, dtype=np.int64)
     return torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(counts)]).cumsum(0)
 
 
 def check(packed: Packed, name: str = "A packed matrix") -> None:
-    """Raise BadCheckpoint unless no product can read beyond the tensors: what comes from a file is checked first."""
+    """Raise BadCheckpoint unless no product can read beyond the tensors: what comes from a file is
+    checked first.
+    """
     bitmap, values, starts, columns = packed.bitmap, packed.values, packed.starts, packed.columns
     held = [t for t in (bitmap, values, starts, packed.scales) if t is not None]
     sound = (
@@ -139,29 +164,39 @@ def check(packed: Packed, name: str = "A packed matrix") -> None:
         and 0 < columns <= bitmap.shape[1] * WORD < columns + WORD
         and len(starts) == len(bitmap) + 1
         and (values.dtype == torch.int8) == (packed.scales is not None)
-        and (packed.scales is None or (packed.scales.dtype, packed.scales.shape) == (torch.float32, bitmap.shape[:1]))
+        and (
+            packed.scales is None
+            or (packed.scales.dtype, packed.scales.shape) == (torch.float32, bitmap.shape[:1])
+        )
     )
     if not sound:
         raise BadCheckpoint(f"{name} has tensors of the wrong type or shape. Pack the model again.")
     beyond = bitmap.shape[1] * WORD > columns and (bitmap[:, -1] >> (columns % WORD)).any()
     if not torch.equal(starts, row_starts(bitmap)) or beyond:
-        raise BadCheckpoint(f"{name} has a bitmap that does not agree with where its rows start. Pack it again.")
+        raise BadCheckpoint(
+            f"{name} has a bitmap that does not agree with where its rows start. Pack it again."
+        )
     if len(values) * values.element_size() < int(starts[-1]) * values.element_size() + SLACK:
-        raise BadCheckpoint(f"{name} has {len(values)} values; {int(starts[-1])} and slack were wanted.")
+        raise BadCheckpoint(
+            f"{name} has {len(values)} values; {int(starts[-1])} and slack were wanted."
+        )
 
 
 def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x.
 
-    bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8 ones take them as float32, or
-    as integers of 16 bits. Larger batches than `MOST` are taken by and by. Without the library the matrix is unpacked.
-    `use` forces an instruction set of `ISAS` that this machine has, for tests.
+    bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8 ones take
+    them as float32, or as integers of 16 bits. Larger batches than `MOST` are taken by and by.
+    Without the library the matrix is unpacked. `use` forces an instruction set of `ISAS` that this
+    machine has, for tests.
     """
     product = _product(packed.values.dtype)
     if product is None or not x.numel():
         return multiply_unpacked(packed, x)
     count, words = len(packed.bitmap), packed.bitmap.shape[1]
-    flat = x.reshape(-1, packed.columns).to(packed.values.dtype if packed.scales is None else torch.float32)
+    flat = x.reshape(-1, packed.columns).to(
+        packed.values.dtype if packed.scales is None else torch.float32
+    )
     if packed.columns < words * WORD:
         flat = nn.functional.pad(flat, (0, words * WORD - packed.columns))
     flat = flat.contiguous()
@@ -170,9 +205,15 @@ def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     read, written, step = flat.data_ptr(), y.data_ptr(), words * WORD * flat.element_size()
     for start in range(0, len(flat), MOST):
         failed = product(
-            instructions, *packed.places, read + start * step, written + start * count * 4, count, words,
-            min(MOST, len(flat) - start), threads,
-        )  # fmt: skip
+            instructions,
+            *packed.places,
+            read + start * step,
+            written + start * count * 4,
+            count,
+            words,
+            min(MOST, len(flat) - start),
+            threads,
+        )
         assert not failed, f"the packed product failed with {failed}"
     return y.to(x.dtype).view(*x.shape[:-1], count)
 
@@ -186,7 +227,9 @@ def _product(dtype: torch.dtype) -> Callable[..., int] | None:
 
 
 def multiply_unpacked(packed: Packed, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The same by unpacking some rows after the other and multiplying them with torch, in `dtype` (None: as stored)."""
+    """The same by unpacking some rows after the other and multiplying them with torch, in `dtype`
+    (None: as stored).
+    """
     flat = x.reshape(-1, x.shape[-1])
     parts = []
     for start in range(0, packed.rows, ROWS_AT_ONCE):
@@ -196,20 +239,25 @@ def multiply_unpacked(packed: Packed, x: Tensor, dtype: torch.dtype | None = Non
 
 
 def dense_product(weight: Tensor, x: Tensor, scales: Tensor | None = None) -> Tensor | None:
-    """x `[columns]` times a dense matrix transposed, float32 `[rows]`: our own, to compare packed ones with.
+    """x `[columns]` times a dense matrix transposed, float32 `[rows]`: our own, to compare packed
+    ones with.
 
-    bfloat16 with bfloat16 x, or int8 with `scales` `[rows]` and float32 x; None where this machine or the shape has no
-    such product.
+    bfloat16 with bfloat16 x, or int8 with `scales` `[rows]` and float32 x; None where this machine
+    or the shape has no such product.
     """
     if (compiled := library()) is None:
         return None
     y = torch.empty(len(weight))
     if scales is not None:
         places = (weight.data_ptr(), scales.data_ptr(), x.data_ptr(), y.data_ptr())
-        missing = compiled.secateur_dense_i8(best(), *places, *weight.shape, torch.get_num_threads())
+        missing = compiled.secateur_dense_i8(
+            best(), *places, *weight.shape, torch.get_num_threads()
+        )
     elif weight.dtype == x.dtype == torch.bfloat16:
         places = (weight.data_ptr(), x.data_ptr(), y.data_ptr())
-        missing = compiled.secateur_dense_bf16(best(), *places, *weight.shape, torch.get_num_threads())
+        missing = compiled.secateur_dense_bf16(
+            best(), *places, *weight.shape, torch.get_num_threads()
+        )
     else:
         return None
     return None if missing else y

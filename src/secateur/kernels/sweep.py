@@ -1,7 +1,8 @@
-"""SparseGPT's sweep over a block of columns on a GPU, in one launch; the Triton kernel is sweep_triton.py.
+"""SparseGPT's sweep over a block of columns on a GPU, in one launch; the Triton kernel is
+sweep_triton.py.
 
-In torch every column is some launches that each read and write all later columns of the block. Here a block is read and
-written once.
+In torch every column is some launches that each read and write all later columns of the block. Here
+a block is read and written once.
 
 Run on an H200, where its masks are those of the processor's sweep (tests/kernels/test_kernels.py).
 """
@@ -30,11 +31,14 @@ def usable(width: int) -> bool:
     return width <= WIDEST and _installed()
 
 
-def sweep_block(values: Tensor, kept: Tensor, inverse: Tensor, alive: Tensor, m: int, n: int) -> None:
-    """Sweep values `[rows, width]` float32, contiguous, in place, with U of the block, `[width, width]` float32.
+def sweep_block(
+    values: Tensor, kept: Tensor, inverse: Tensor, alive: Tensor, m: int, n: int
+) -> None:
+    """Sweep values `[rows, width]` float32, contiguous, in place, with U of the block, `[width,
+    width]` float32.
 
-    n = 0: kept bool `[rows, width]`, contiguous, is given; otherwise the best n of every m are chosen, inputs that are
-    not `alive` `[width]` last, and written.
+    n = 0: kept bool `[rows, width]`, contiguous, is given; otherwise the best n of every m are
+    chosen, inputs that are not `alive` `[width]` last, and written.
     """
     from secateur.kernels import sweep_triton
 
@@ -42,6 +46,17 @@ def sweep_block(values: Tensor, kept: Tensor, inverse: Tensor, alive: Tensor, m:
     rows, width = values.shape
     with torch.cuda.device(values.device) if values.is_cuda else nullcontext():
         kernel[(-(-rows // ROWS_AT_ONCE),)](
-            values, kept.view(torch.uint8), inverse, alive.float().contiguous(), rows, width, *inverse.stride(), m, n,
-            choose=n > 0, rows_at_once=ROWS_AT_ONCE, columns=1 << (width - 1).bit_length(), num_warps=WARPS,
-        )  # fmt: skip
+            values,
+            kept.view(torch.uint8),
+            inverse,
+            alive.float().contiguous(),
+            rows,
+            width,
+            *inverse.stride(),
+            m,
+            n,
+            choose=n > 0,
+            rows_at_once=ROWS_AT_ONCE,
+            columns=1 << (width - 1).bit_length(),
+            num_warps=WARPS,
+        )

@@ -1,12 +1,14 @@
-"""Products with 2:4 matrices on a GPU, for one to eight rows of x; the Triton kernel is two_of_four_triton.py.
+"""Products with 2:4 matrices on a GPU, for one to eight rows of x; the Triton kernel is
+two_of_four_triton.py.
 
-Tensor cores have 2:4 products, but what is to be had of them at these batches pads x and is slower than a dense
-product. Here only the bytes count: of every four weights two are stored, with two bits each for where they were, 1.125
-bytes a weight at 16 bits. Nothing is looked up, so a row costs about five instructions for 32 weights at batch 1; each
-further row of x adds one and a half, and at batch 8 the instructions, not the bytes, set the time.
+Tensor cores have 2:4 products, but what is to be had of them at these batches pads x and is slower
+than a dense product. Here only the bytes count: of every four weights two are stored, with two bits
+each for where they were, 1.125 bytes a weight at 16 bits. Nothing is looked up, so a row costs
+about five instructions for 32 weights at batch 1; each further row of x adds one and a half, and at
+batch 8 the instructions, not the bytes, set the time.
 
-On an H200 1.5 to 1.8 times as fast as the dense product for one row of x, 1.2 to 1.4 for two, and slower from four rows
-on (bench/gpu.py).
+On an H200 1.5 to 1.8 times as fast as the dense product for one row of x, 1.2 to 1.4 for two, and
+slower from four rows on (bench/gpu.py).
 """
 
 from __future__ import annotations
@@ -30,16 +32,26 @@ GROUP, UNIT, MOST = 4, 8, 8
 ROWS_AT_ONCE = 1024
 """How many rows are packed at a time, which bounds the memory that it takes."""
 PLACES = {
-    0b0000: (0, 1), 0b0001: (0, 1), 0b0010: (0, 1), 0b0011: (0, 1), 0b0100: (0, 2), 0b0101: (0, 2),
-    0b0110: (1, 2), 0b1000: (0, 3), 0b1001: (0, 3), 0b1010: (1, 3), 0b1100: (2, 3),
-}  # fmt: skip
+    0b0000: (0, 1),
+    0b0001: (0, 1),
+    0b0010: (0, 1),
+    0b0011: (0, 1),
+    0b0100: (0, 2),
+    0b0101: (0, 2),
+    0b0110: (1, 2),
+    0b1000: (0, 3),
+    0b1001: (0, 3),
+    0b1010: (1, 3),
+    0b1100: (2, 3),
+}
 """Which two columns of a group are stored, by what is not zero in it: bit j for column j."""
 
 
 @dataclass(frozen=True)
 class TwoOfFour:
     """A 2:4 matrix: `values` `[rows, columns / 2]` float16 or bfloat16, in order, and `meta` uint8
-    `[rows, columns / 8]`, the place of each value in its group, two bits a value from the lowest up.
+    `[rows, columns / 8]`, the place of each value in its group, two bits a value from the lowest
+    up.
     """
 
     values: Tensor
@@ -60,7 +72,9 @@ class TwoOfFour:
 
 
 class Configuration(NamedTuple):
-    """How the kernel is launched: rows of W that a program takes, which share what it reads of x, and its warps."""
+    """How the kernel is launched: rows of W that a program takes, which share what it reads of x,
+    and its warps.
+    """
 
     rows_at_once: int
     warps: int
@@ -83,10 +97,11 @@ def missing() -> str | None:
 
 
 def pack(weight: Tensor, *, site: str, device: torch.device | str = "cuda") -> TwoOfFour:
-    """Pack a 2:4 matrix `[rows, columns]`, float16 or bfloat16, and put it on the device; -0.0 is zero.
+    """Pack a 2:4 matrix `[rows, columns]`, float16 or bfloat16, and put it on the device; -0.0 is
+    zero.
 
-    Raises BadCheckpoint for another dtype, NonFinite where a weight is NaN, BadPattern where the matrix is not 2:4 or
-    its columns are no multiple of eight.
+    Raises BadCheckpoint for another dtype, NonFinite where a weight is NaN, BadPattern where the
+    matrix is not 2:4 or its columns are no multiple of eight.
     """
     if weight.dtype not in DTYPES or weight.dim() != 2:
         raise BadCheckpoint(
@@ -104,13 +119,19 @@ def pack(weight: Tensor, *, site: str, device: torch.device | str = "cuda") -> T
 
 
 def check_two_of_four(weight: Tensor, *, site: str) -> None:
-    """Raise NonFinite where a weight `[out, in]` is NaN, BadPattern unless every four inputs keep two or fewer."""
+    """Raise NonFinite where a weight `[out, in]` is NaN, BadPattern unless every four inputs keep
+    two or fewer.
+    """
     if weight.shape[1] % GROUP:
-        raise BadPattern(f"2:4 needs inputs in fours; {site} has {weight.shape[1]}. Leave it dense.")
+        raise BadPattern(
+            f"2:4 needs inputs in fours; {site} has {weight.shape[1]}. Leave it dense."
+        )
     for start in range(0, len(weight), ROWS_AT_ONCE):
         part = weight[start : start + ROWS_AT_ONCE]
         if part.isnan().any():
-            raise NonFinite(f"{site} holds NaN, so there is nothing to multiply with. Prune the model again.")
+            raise NonFinite(
+                f"{site} holds NaN, so there is nothing to multiply with. Prune the model again."
+            )
         if (full := crowded(part, 2, 4).nonzero()).numel():
             row, group = full[0].tolist()
             kept = int(part[row, GROUP * group : GROUP * group + GROUP].count_nonzero())
@@ -144,10 +165,12 @@ def unpack(packed: TwoOfFour) -> Tensor:
 
 
 def multiply(packed: TwoOfFour, x: Tensor, *, configuration: Configuration | None = None) -> Tensor:
-    """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x, summed in float32.
+    """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x, summed in
+    float32.
 
-    The activations are rounded to the dtype of the values. More rows of x than `MOST` take several turns. Without a
-    `configuration` the best one is measured at the first product of a shape, which must not be in a CUDA graph.
+    The activations are rounded to the dtype of the values. More rows of x than `MOST` take several
+    turns. Without a `configuration` the best one is measured at the first product of a shape, which
+    must not be in a CUDA graph.
     """
     flat = x.reshape(-1, packed.columns).to(packed.values.dtype).contiguous()
     if flat.storage_offset() % GROUP:  # four activations are read as one number
@@ -155,13 +178,17 @@ def multiply(packed: TwoOfFour, x: Tensor, *, configuration: Configuration | Non
     y = torch.empty(len(flat), packed.rows, dtype=x.dtype, device=x.device)
     for start in range(0, len(flat), MOST):
         part = flat[start : start + MOST]
-        chosen = configuration or best_configuration(packed.rows, packed.columns, len(part), part.dtype, x.device)
+        chosen = configuration or best_configuration(
+            packed.rows, packed.columns, len(part), part.dtype, x.device
+        )
         launch(packed, part, y[start : start + MOST], chosen)
     return y.view(*x.shape[:-1], packed.rows)
 
 
 def launch(packed: TwoOfFour, x: Tensor, y: Tensor, configuration: Configuration) -> None:
-    """Write x `[batch, columns]` Wᵀ, summed in float32, to y `[batch, rows]` of any dtype, on the current stream."""
+    """Write x `[batch, columns]` Wᵀ, summed in float32, to y `[batch, rows]` of any dtype, on the
+    current stream.
+    """
     import triton.language as tl  # pyright: ignore[reportMissingImports]
 
     from secateur.kernels import two_of_four_triton as nm_triton
@@ -169,16 +196,28 @@ def launch(packed: TwoOfFour, x: Tensor, y: Tensor, configuration: Configuration
     kernel: Any = nm_triton.multiply
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         kernel[(-(-packed.rows // configuration.rows_at_once),)](
-            packed.values.view(torch.uint64), packed.meta, x.view(torch.uint64), y, packed.rows, packed.columns // UNIT,
-            rows_at_once=configuration.rows_at_once, batch=len(x), lanes=32 * configuration.warps,
+            packed.values.view(torch.uint64),
+            packed.meta,
+            x.view(torch.uint64),
+            y,
+            packed.rows,
+            packed.columns // UNIT,
+            rows_at_once=configuration.rows_at_once,
+            batch=len(x),
+            lanes=32 * configuration.warps,
             dtype=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
-            num_warps=configuration.warps, enable_fp_fusion=True,
-        )  # fmt: skip
+            num_warps=configuration.warps,
+            enable_fp_fusion=True,
+        )
 
 
 @cache
-def best_configuration(rows: int, columns: int, batch: int, dtype: torch.dtype, device: torch.device) -> Configuration:
-    """The fastest of `CONFIGURATIONS` for a shape, measured once on the device; `FIXED` on a CPU."""
+def best_configuration(
+    rows: int, columns: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> Configuration:
+    """The fastest of `CONFIGURATIONS` for a shape, measured once on the device; `FIXED` on a
+    CPU.
+    """
     if device.type != "cuda":
         return FIXED
     values = torch.zeros(rows, columns // 2, dtype=dtype, device=device)
@@ -186,5 +225,9 @@ def best_configuration(rows: int, columns: int, batch: int, dtype: torch.dtype, 
     x, y = (torch.zeros(batch, size, dtype=dtype, device=device) for size in (columns, rows))
     packed = TwoOfFour(values, meta)
     flush = beyond_cache(device)
-    tried = [configuration for configuration in CONFIGURATIONS if configuration.rows_at_once * batch <= MOST_SUMS]
+    tried = [
+        configuration
+        for configuration in CONFIGURATIONS
+        if configuration.rows_at_once * batch <= MOST_SUMS
+    ]
     return min(tried, key=lambda one: cold_milliseconds(lambda: launch(packed, x, y, one), flush))

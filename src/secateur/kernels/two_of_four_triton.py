@@ -1,9 +1,11 @@
-"""The Triton kernel of two_of_four.py, apart from it because Triton is imported here at once and may be missing.
+"""The Triton kernel of two_of_four.py, apart from it because Triton is imported here at once and
+may be missing.
 
-A lane takes eight columns at a time: one byte of metadata, four values as one number of 64 bits, and for each row of x
-their activations as two such numbers. A position in a group, times 16, is how far these have to be shifted for the
-activation that belongs to a value to be at the lower end, so nothing is gathered from memory. The activations stay in
-registers for the `rows_at_once` rows of W that a program takes.
+A lane takes eight columns at a time: one byte of metadata, four values as one number of 64 bits,
+and for each row of x their activations as two such numbers. A position in a group, times 16, is how
+far these have to be shifted for the activation that belongs to a value to be at the lower end, so
+nothing is gathered from memory. The activations stay in registers for the `rows_at_once` rows of W
+that a program takes.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -20,8 +22,12 @@ def number(bits, amount, dtype: tl.constexpr):
 
 
 @triton.jit
-def add_products(sums, x, values, meta, rows_at_once: tl.constexpr, batch: tl.constexpr, dtype: tl.constexpr):
-    """`sums` and the products of the lane's eight columns; all arguments are tuples over rows of W, x or both."""
+def add_products(
+    sums, x, values, meta, rows_at_once: tl.constexpr, batch: tl.constexpr, dtype: tl.constexpr
+):
+    """`sums` and the products of the lane's eight columns; all arguments are tuples over rows of W,
+    x or both.
+    """
     added = ()
     for r in tl.static_range(rows_at_once):
         place = meta[r].to(tl.uint32)
@@ -30,7 +36,9 @@ def add_products(sums, x, values, meta, rows_at_once: tl.constexpr, batch: tl.co
         third, fourth = number(high, 0, dtype), number(high, 16, dtype)
         for b in tl.static_range(batch):
             left, right = x[2 * b], x[2 * b + 1]
-            total = sums[r * batch + b] + first * number(left, ((place << 4) & 48).to(tl.uint64), dtype)
+            total = sums[r * batch + b] + first * number(
+                left, ((place << 4) & 48).to(tl.uint64), dtype
+            )
             total += second * number(left, ((place << 2) & 48).to(tl.uint64), dtype)
             total += third * number(right, (place & 48).to(tl.uint64), dtype)
             total += fourth * number(right, ((place >> 2) & 48).to(tl.uint64), dtype)
@@ -40,10 +48,20 @@ def add_products(sums, x, values, meta, rows_at_once: tl.constexpr, batch: tl.co
 
 @triton.jit
 def multiply(
-    values, meta, x, y, rows, units,
-    rows_at_once: tl.constexpr, batch: tl.constexpr, lanes: tl.constexpr, dtype: tl.constexpr,
-):  # fmt: skip
-    """y [batch, rows]: values [rows, units] uint64, meta [rows, units] uint8, x [batch, 2 * units] uint64."""
+    values,
+    meta,
+    x,
+    y,
+    rows,
+    units,
+    rows_at_once: tl.constexpr,
+    batch: tl.constexpr,
+    lanes: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """y [batch, rows]: values [rows, units] uint64, meta [rows, units] uint8, x [batch, 2 * units]
+    uint64.
+    """
     first_row = tl.program_id(0) * rows_at_once
     lane = tl.arange(0, lanes)
     sums = ()

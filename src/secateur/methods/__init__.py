@@ -1,9 +1,9 @@
 """The pruning methods, one paper a file. A new method is a file here and its line in `METHODS`.
 
-A name may end in refinements, applied in order: `wanda+refit` is Wanda's mask with the best weights for it, and
-`sweep+refit+dense-target` aims at what the dense model computes. Three lines are presets, by what they cost: `fast`
-factorises nothing, `default` is about as fast as SparseGPT, `best` takes the time it takes. Figures for all of them:
-docs/quality.md.
+A name may end in refinements, applied in order: `wanda+refit` is Wanda's mask with the best weights
+for it, and `sweep+refit+dense-target` aims at what the dense model computes. Three lines are
+presets, by what they cost: `fast` factorises nothing, `default` is about as fast as SparseGPT,
+`best` takes the time it takes. Figures for all of them: docs/quality.md.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,10 @@ METHODS: dict[str, Method] = {
     "default": _alps_fast,
     "best": dense_target(alps(iterations=20))._replace(refine=REFINE_EPOCHS),
 }
-"""Every method by its name, presets last. `find_method` reads names with refinements, such as `wanda+refit`."""
-REFINEMENTS: dict[str, Callable[[Method], Method]] = {
-    "refit": refit,
-    "swap": swap,
-}
+"""Every method by its name, presets last. `find_method` reads names with refinements, such as
+`wanda+refit`.
+"""
+REFINEMENTS: dict[str, Callable[[Method], Method]] = {"refit": refit, "swap": swap}
 """What is done to a method's result, site by site."""
 SWITCHES: dict[str, Callable[[Method], Method]] = {
     "sequential": lambda method: method._replace(sequential=True),
@@ -61,4 +60,13 @@ def find_method(name: str) -> Method:
     return method
 
 
-__all__ = ["METHODS", "REFINEMENTS", "SWITCHES", "Method", "Pruned", "find_method", "prune_together", "scored"]
+__all__ = [
+    "METHODS",
+    "REFINEMENTS",
+    "SWITCHES",
+    "Method",
+    "Pruned",
+    "find_method",
+    "prune_together",
+    "scored",
+]

@@ -1,11 +1,11 @@
 """ALPS: the mask and the weights together, by ADMM on the l0 or N:M constraint (Meng et al. 2024,
 arXiv:2406.07831), then refit on the mask found.
 
-ADMM alternates a ridge solution X, which ignores the mask, with a projection D of X + V/ρ onto the pattern; the
-multiplier V and a growing penalty ρ pull the two together until the support stands still. Departures: ρ runs
-through a fixed geometric series, a few updates at each, with one Cholesky factorisation a stage in float32; the
-paper adapts ρ to the change of support and uses one float64 eigendecomposition. Coordinates are normalised before
-damping, not after.
+ADMM alternates a ridge solution X, which ignores the mask, with a projection D of X + V/ρ onto the
+pattern; the multiplier V and a growing penalty ρ pull the two together until the support stands
+still. Departures: ρ runs through a fixed geometric series, a few updates at each, with one Cholesky
+factorisation a stage in float32; the paper adapts ρ to the change of support and uses one float64
+eigendecomposition. Coordinates are normalised before damping, not after.
 """
 
 import torch
@@ -18,12 +18,18 @@ from secateur.methods.patterns import Pattern
 from secateur.methods.statistics import Stats
 
 
-def alps(stages: int = 16, updates: int = 2, first: float = 0.05, last: float = 5.0, iterations: int = 10) -> Method:
-    """ADMM with `stages` penalties from `first` to `last`, `updates` at each, and `iterations` of refit."""
+def alps(
+    stages: int = 16, updates: int = 2, first: float = 0.05, last: float = 5.0, iterations: int = 10
+) -> Method:
+    """ADMM with `stages` penalties from `first` to `last`, `updates` at each, and `iterations` of
+    refit.
+    """
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)
-        kept, found = _admm(problem, pattern, torch.logspace(0, 1, stages, last / first) * first, updates)
+        kept, found = _admm(
+            problem, pattern, torch.logspace(0, 1, stages, last / first) * first, updates
+        )
         solution = masked_least_squares(problem, kept, found, iterations)
         return Pruned(problem.restore(solution, kept, weight), kept)
 
@@ -32,7 +38,9 @@ def alps(stages: int = 16, updates: int = 2, first: float = 0.05, last: float = 
     return Method(frozenset({"gram"}), "matrix", prune, updates=True, cost=cost)
 
 
-def _admm(problem: Problem, pattern: Pattern, penalties: Tensor, updates: int) -> tuple[Tensor, Tensor]:
+def _admm(
+    problem: Problem, pattern: Pattern, penalties: Tensor, updates: int
+) -> tuple[Tensor, Tensor]:
     """(kept, weights in normalised coordinates, not yet zero off the mask)."""
     kept = pattern.mask(problem.weight.abs())
     sparse = problem.weight.where(kept, 0.0)

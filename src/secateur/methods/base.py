@@ -1,7 +1,7 @@
 """What a pruning method is: one pure function, and what it needs to know.
 
-SparseGPT picks its mask while it updates the weights, so score, mask and update cannot be three hooks; one
-function does it all, and `scored` lifts the easy case of a score alone.
+SparseGPT picks its mask while it updates the weights, so score, mask and update cannot be three
+hooks; one function does it all, and `scored` lifts the easy case of a score alone.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -34,15 +34,17 @@ def importance(weight: Tensor, stats: Stats) -> Tensor:
 class Method(NamedTuple):
     """A pruning method.
 
-    `need` names the statistics it reads (keys of `STATS`); `group` is the comparison group it was published
-    with, used where an unstructured pattern leaves it open. `prune(weight, stats, pattern)` is pure: weight
-    `[out, in]` float32 is not changed. `updates`: it changes the weights that it keeps. `row_wise`: rows touch each
-    other through the pattern alone, so matrices that read the same input can be solved as one. `cost`: its operations
-    and working memory; None where they are not known, and then a run's memory and time are not forecast.
+    `need` names the statistics it reads (keys of `STATS`); `group` is the comparison group it was
+    published with, used where an unstructured pattern leaves it open. `prune(weight, stats,
+    pattern)` is pure: weight `[out, in]` float32 is not changed. `updates`: it changes the weights
+    that it keeps. `row_wise`: rows touch each other through the pattern alone, so matrices that
+    read the same input can be solved as one. `cost`: its operations and working memory; None where
+    they are not known, and then a run's memory and time are not forecast.
 
-    The rest says what the stream of blocks does for it. `sequential`: inside a block too, a site's inputs come from
-    the sites pruned before it. `permute`: inputs change places before an N:M mask is chosen, so that it keeps most of
-    `score`. `refine`: how many times the finished block is tuned on all calibration tokens.
+    The rest says what the stream of blocks does for it. `sequential`: inside a block too, a site's
+    inputs come from the sites pruned before it. `permute`: inputs change places before an N:M mask
+    is chosen, so that it keeps most of `score`. `refine`: how many times the finished block is
+    tuned on all calibration tokens.
     """
 
     need: frozenset[str]
@@ -65,9 +67,11 @@ def scored(
     row_wise: bool = True,
     cost: Cost | None = None,
 ) -> Method:
-    """The method that removes the lowest `score(weight, stats)` `[out, in]` and changes no other weight.
+    """The method that removes the lowest `score(weight, stats)` `[out, in]` and changes no other
+    weight.
 
-    The pruned weights take the place of the scores: asking the system for new memory would cost more than all the rest.
+    The pruned weights take the place of the scores: asking the system for new memory would cost
+    more than all the rest.
     """
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
@@ -75,7 +79,9 @@ def scored(
         scores = score(weight, stats)
         kept = pattern.mask(scores)
         own = scores.dtype == weight.dtype and scores.data_ptr() != weight.data_ptr()
-        return Pruned(torch.where(kept, weight, weight.new_zeros(()), out=scores if own else None), kept)
+        return Pruned(
+            torch.where(kept, weight, weight.new_zeros(()), out=scores if own else None), kept
+        )
 
     return Method(frozenset(need), group, prune, row_wise=row_wise, score=score, cost=cost)
 
@@ -83,13 +89,18 @@ def scored(
 def prune_together(
     method: Method, weights: Sequence[Tensor], stats: Stats, patterns: Sequence[Pattern]
 ) -> list[Pruned]:
-    """`method.prune` of several weights `[out, in]` that read the same input, each to its own pattern.
+    """`method.prune` of several weights `[out, in]` that read the same input, each to its own
+    pattern.
 
-    Where rows are independent they are solved as one matrix, so that what is factorised is factorised once.
+    Where rows are independent they are solved as one matrix, so that what is factorised is
+    factorised once.
     """
     patterns = [pattern.within(method.group) for pattern in patterns]
     if not method.row_wise or len(weights) == 1 or len({pattern.chunk for pattern in patterns}) > 1:
-        return [method.prune(weight, stats, pattern) for weight, pattern in zip(weights, patterns, strict=True)]
+        return [
+            method.prune(weight, stats, pattern)
+            for weight, pattern in zip(weights, patterns, strict=True)
+        ]
     rows = tuple(len(weight) for weight in weights)
     pruned = method.prune(torch.cat(list(weights)), stats, Stacked(rows, tuple(patterns)))
     parts = zip(pruned.weight.split(rows), pruned.kept.split(rows), strict=True)

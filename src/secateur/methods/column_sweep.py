@@ -1,19 +1,22 @@
-"""SparseGPT's sweep over the columns: which weights go, and how the later ones make up for them, block by block.
+"""SparseGPT's sweep over the columns: which weights go, and how the later ones make up for them,
+block by block.
 
-With H the damped Gram matrix of the inputs and H⁻¹ = Uᵀ U, U upper triangular, a weight that goes leaves the error
-w / U_jj, and the later columns take it up along row U_j (Frantar & Alistarh 2023, alg. 1, arXiv:2301.00774). U is
-wanted only inside of a block of columns. With H = A Aᵀ, A upper triangular, U is A⁻¹, and what the errors of all
-earlier columns do to block b can be said by what was taken off them, δ = dense weights − weights now:
+With H the damped Gram matrix of the inputs and H⁻¹ = Uᵀ U, U upper triangular, a weight that goes
+leaves the error w / U_jj, and the later columns take it up along row U_j (Frantar & Alistarh 2023,
+alg. 1, arXiv:2301.00774). U is wanted only inside of a block of columns. With H = A Aᵀ, A upper
+triangular, U is A⁻¹, and what the errors of all earlier columns do to block b can be said by what
+was taken off them, δ = dense weights − weights now:
 
     w_b  =  dense w_b  +  δ A_·b A_bb⁻¹        (A_·b: the rows of A of earlier columns)
 
-the least-squares answer of this and all later columns to δ, as far as the block goes. So blocks on the diagonal of A
-are inverted instead of all of it, which is a third of n³ operations at best (`responses`). It is the difference between
-GPTQ, SparseGPT's sister for rounding, and Babai's nearest plane, which are the same (Chen et al. 2025,
-arXiv:2507.18553).
+the least-squares answer of this and all later columns to δ, as far as the block goes. So blocks on
+the diagonal of A are inverted instead of all of it, which is a third of n³ operations at best
+(`responses`). It is the difference between GPTQ, SparseGPT's sister for rounding, and Babai's
+nearest plane, which are the same (Chen et al. 2025, arXiv:2507.18553).
 
-Inside of a block rows are independent, and every column is a few operations: sweep.c takes some rows at a time through
-all columns (float32, CPU), kernels/sweep.py does it on a GPU, and torch elsewhere, one column of all rows at a time.
+Inside of a block rows are independent, and every column is a few operations: sweep.c takes some
+rows at a time through all columns (float32, CPU), kernels/sweep.py does it on a GPU, and torch
+elsewhere, one column of all rows at a time.
 """
 
 from __future__ import annotations
@@ -36,10 +39,12 @@ def block_width(pattern: Pattern, width: int) -> int:
 
 
 def responses(gram: Tensor, width: int) -> Tensor:
-    """How weights answer to each other, `[in, in]`, from H `[in, in]` positive definite, in blocks of `width` columns.
+    """How weights answer to each other, `[in, in]`, from H `[in, in]` positive definite, in blocks
+    of `width` columns.
 
-    On its diagonal the blocks A_bb⁻¹, upper triangular; above them A_·b A_bb⁻¹: what was taken off the earlier weights
-    times this is added to the block's. Zero below. Raises torch.linalg.LinAlgError where H is not positive definite.
+    On its diagonal the blocks A_bb⁻¹, upper triangular; above them A_·b A_bb⁻¹: what was taken off
+    the earlier weights times this is added to the block's. Zero below. Raises
+    torch.linalg.LinAlgError where H is not positive definite.
     """
     # With J the reversal of order, J H J = L Lᵀ gives A = J L J.
     factor = torch.linalg.cholesky(gram.flip(0, 1)).flip(0, 1)
@@ -52,11 +57,14 @@ def responses(gram: Tensor, width: int) -> Tensor:
     return factor
 
 
-def sweep(weight: Tensor, answers: Tensor, alive: Tensor, pattern: Pattern, width: int) -> tuple[Tensor, Tensor]:
-    """(kept bool, updated weight), both `[out, in]`: the columns in order, each leaving its error to the later ones.
+def sweep(
+    weight: Tensor, answers: Tensor, alive: Tensor, pattern: Pattern, width: int
+) -> tuple[Tensor, Tensor]:
+    """(kept bool, updated weight), both `[out, in]`: the columns in order, each leaving its error
+    to the later ones.
 
-    `answers` are the `responses` in blocks of this `width`; inputs that are not `alive` `[in]` go first. Unstructured
-    masks are chosen a block at a time over all rows, others group by group.
+    `answers` are the `responses` in blocks of this `width`; inputs that are not `alive` `[in]` go
+    first. Unstructured masks are chosen a block at a time over all rows, others group by group.
     """
     rows, columns = weight.shape
     swept = weight.clone(memory_format=torch.contiguous_format)
@@ -75,10 +83,14 @@ def sweep(weight: Tensor, answers: Tensor, alive: Tensor, pattern: Pattern, widt
     return kept, swept
 
 
-def sweep_block(values: Tensor, inverse: Tensor, alive: Tensor, pattern: Pattern, given: Tensor | None) -> Tensor:
-    """Sweep the columns of a block: kept bool `[out, width]`; its weights, `values` of the same shape, are overwritten.
+def sweep_block(
+    values: Tensor, inverse: Tensor, alive: Tensor, pattern: Pattern, given: Tensor | None
+) -> Tensor:
+    """Sweep the columns of a block: kept bool `[out, width]`; its weights, `values` of the same
+    shape, are overwritten.
 
-    `inverse` is U of the block. The mask is `given`, or chosen by the pattern when the sweep reaches a group.
+    `inverse` is U of the block. The mask is `given`, or chosen by the pattern when the sweep
+    reaches a group.
     """
     groups = _groups(pattern, len(values)) if given is None else [(len(values), 0)]
     width = values.shape[1]
@@ -94,16 +106,25 @@ def sweep_block(values: Tensor, inverse: Tensor, alive: Tensor, pattern: Pattern
     columns, usable = inverse.T.contiguous(), alive.float().contiguous()
     for part, of, n in zip(*_split(groups, values, kept), strict=True):
         failed = compiled.secateur_sweep_block(
-            best(), part.data_ptr(), of.data_ptr(), columns.data_ptr(), usable.data_ptr(), *part.shape,
-            pattern.chunk or AT_ONCE, n, torch.get_num_threads(),
-        )  # fmt: skip
+            best(),
+            part.data_ptr(),
+            of.data_ptr(),
+            columns.data_ptr(),
+            usable.data_ptr(),
+            *part.shape,
+            pattern.chunk or AT_ONCE,
+            n,
+            torch.get_num_threads(),
+        )
         if failed:
             raise MemoryError(f"There is no memory to sweep {width} columns at a time.")
     return kept
 
 
 def _groups(pattern: Pattern, rows: int) -> list[tuple[int, int]] | None:
-    """How many rows keep how many of every `pattern.chunk`, from the top; None for what is not N:M."""
+    """How many rows keep how many of every `pattern.chunk`, from the top; None for what is not
+    N:M.
+    """
     stack = pattern if isinstance(pattern, Stacked) else Stacked((rows,), (pattern,))
     groups = []
     for count, part in zip(stack.rows, stack.parts, strict=True):
@@ -129,7 +150,9 @@ def sweep_block_in_torch(
     for first in range(0, width, chunk):
         last = min(first + chunk, width)
         if given is None:
-            scores = (columns[first:last] / diagonal[first:last, None]).square() * alive[first:last, None]
+            scores = (columns[first:last] / diagonal[first:last, None]).square() * alive[
+                first:last, None
+            ]
             kept[first:last] = pattern.columns(rows, first, last).mask(scores.T).T
         for j in range(first, last):
             error = columns[j].where(~kept[j], 0.0) / diagonal[j]

@@ -1,10 +1,12 @@
 """What a method costs: matrix operations and working memory as closed formulas in a matrix's shape.
 
-Each method states its own beside its code (`Method.cost`), and refinements carry it along. `bench/cost.py` and the
-tests count the operations of every method while it runs and fail where the formula says otherwise.
+Each method states its own beside its code (`Method.cost`), and refinements carry it along.
+`bench/cost.py` and the tests count the operations of every method while it runs and fail where the
+formula says otherwise.
 
-A multiplication and an addition count as two operations; triangular solves and inverses as executed, with no use
-made of zeros. Not counted: passes over the elements of a matrix, such as scores, thresholds and masks.
+A multiplication and an addition count as two operations; triangular solves and inverses as
+executed, with no use made of zeros. Not counted: passes over the elements of a matrix, such as
+scores, thresholds and masks.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ WIDTH = 128
 
 
 class Cost(NamedTuple):
-    """What a method does to one site `[out, in]`, or to several that read the same input, on top of each other.
+    """What a method does to one site `[out, in]`, or to several that read the same input, on top of
+    each other.
 
-    `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the columns; `factors`,
-    Cholesky and what sweeps need of it, made once for all that read the same input; `targets`, how many of the products
-    are made a second time where the method aims at what the dense model computes (`dense_target`).
+    `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the
+    columns; `factors`, Cholesky and what sweeps need of it, made once for all that read the same
+    input; `targets`, how many of the products are made a second time where the method aims at what
+    the dense model computes (`dense_target`).
 
-    Memory at the worst moment: `matrices` of `[out, in]` and `squares` of `[in, in]` float32, the result and `kept`
-    included, but not the weights that came in; `kept` squares stay until the statistics go. Measured (anonymous
-    memory with MALLOC_MMAP_THRESHOLD_=65536, shapes from 704 × 2048 to 2816 × 1024, patterns 50% and 2:4; a plane
-    through it leaves at most 19 %), rounded up.
+    Memory at the worst moment: `matrices` of `[out, in]` and `squares` of `[in, in]` float32, the
+    result and `kept` included, but not the weights that came in; `kept` squares stay until the
+    statistics go. Measured (anonymous memory with MALLOC_MMAP_THRESHOLD_=65536, shapes from 704 ×
+    2048 to 2816 × 1024, patterns 50% and 2:4; a plane through it leaves at most 19 %), rounded up.
     """
 
     products: int = 0
@@ -54,7 +58,9 @@ class Cost(NamedTuple):
     def shared(self, columns: int) -> float:
         """Operations for all matrices with the same inputs."""
         blocks = [(start, min(WIDTH, columns - start)) for start in range(0, columns, WIDTH)]
-        responses = sum(width**3 + 2 * start * width**2 for start, width in blocks)  # a triangular solve, a product
+        responses = sum(
+            width**3 + 2 * start * width**2 for start, width in blocks
+        )  # a triangular solve, a product
         return self.factors * (columns**3 / 3 + responses)
 
     def workspace_bytes(self, rows: int, columns: int) -> int:
@@ -66,13 +72,20 @@ class Cost(NamedTuple):
         return 4 * self.kept * columns**2
 
     def followed_by(self, products: int) -> Cost:
-        """The cost of this method and then a solver of so many products, which works in coordinates of its own."""
+        """The cost of this method and then a solver of so many products, which works in coordinates
+        of its own.
+        """
         return self._replace(
-            products=self.products + products, targets=self.targets + 1, matrices=max(self.matrices + 1, 12),
-            squares=max(self.squares, 3), kept=max(self.kept, 1),
-        )  # fmt: skip
+            products=self.products + products,
+            targets=self.targets + 1,
+            matrices=max(self.matrices + 1, 12),
+            squares=max(self.squares, 3),
+            kept=max(self.kept, 1),
+        )
 
 
 def refit_products(iterations: int) -> int:
-    """Products of a refit: the target, the first residual, one an iteration, the objective at the end."""
+    """Products of a refit: the target, the first residual, one an iteration, the objective at the
+    end.
+    """
     return iterations + 3

@@ -1,13 +1,15 @@
-"""The best weights on a fixed mask: ridge least squares on the inputs a site saw, in coordinates that behave.
+"""The best weights on a fixed mask: ridge least squares on the inputs a site saw, in coordinates
+that behave.
 
-A site's output error is ‖(W − V) X‖² = tr (W − V) H (W − V)ᵀ with H the Gram matrix of its inputs. Channels of
-language models differ in scale by orders of magnitude, so everything is done in normalised coordinates: with
-d_j = √H_jj the weights are T = W·d, and H becomes a matrix with unit diagonal. There the Wanda score is |T|, the
-Jacobi preconditioner is the identity, and damping is relative: λ added to the unit diagonal is λ·diag H in the
-original coordinates. The published damping, λ·mean(diag H), swamps ordinary channels when a few are massive.
+A site's output error is ‖(W − V) X‖² = tr (W − V) H (W − V)ᵀ with H the Gram matrix of its inputs.
+Channels of language models differ in scale by orders of magnitude, so everything is done in
+normalised coordinates: with d_j = √H_jj the weights are T = W·d, and H becomes a matrix with unit
+diagonal. There the Wanda score is |T|, the Jacobi preconditioner is the identity, and damping is
+relative: λ added to the unit diagonal is λ·diag H in the original coordinates. The published
+damping, λ·mean(diag H), swamps ordinary channels when a few are massive.
 
-The ridge pulls to the dense weights, never to zero: it stands in the target too. Solvers take the target
-B = T·H, not T, so that a target made of dense inputs, B = W·E[x_dense xᵀ], is the same code.
+The ridge pulls to the dense weights, never to zero: it stands in the target too. Solvers take the
+target B = T·H, not T, so that a target made of dense inputs, B = W·E[x_dense xᵀ], is the same code.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from secateur.methods.statistics import Stats
 class Problem(NamedTuple):
     """Least squares for one site in normalised coordinates.
 
-    `weight` T `[out, in]`, `gram` `[in, in]` with diagonal 1 + λ, `target` B `[out, in]` (its solution without a
-    mask is what `weight` would become), `scale` d `[in]`, `alive` `[in]`: which inputs any token used. All float32.
+    `weight` T `[out, in]`, `gram` `[in, in]` with diagonal 1 + λ, `target` B `[out, in]` (its
+    solution without a mask is what `weight` would become), `scale` d `[in]`, `alive` `[in]`: which
+    inputs any token used. All float32.
     """
 
     weight: Tensor
@@ -34,12 +37,16 @@ class Problem(NamedTuple):
     alive: Tensor
 
     def restore(self, solution: Tensor, kept: Tensor, dense: Tensor) -> Tensor:
-        """A solution in the original coordinates, zero off the mask; kept weights of dead inputs stay dense."""
+        """A solution in the original coordinates, zero off the mask; kept weights of dead inputs
+        stay dense.
+        """
         return torch.where(self.alive, solution / self.scale, dense).where(kept, 0.0)
 
 
 def ridge(stats: Stats) -> float:
-    """The relative damping λ: 0.01, growing to 0.1 as the tokens fall below 32 for each input channel."""
+    """The relative damping λ: 0.01, growing to 0.1 as the tokens fall below 32 for each input
+    channel.
+    """
     tokens_per_channel = stats.tokens / len(stats.sums["gram"])
     return min(max(0.01 * 32 / max(tokens_per_channel, 1e-9), 0.01), 0.1)
 
@@ -51,7 +58,9 @@ def normalise(weight: Tensor, stats: Stats) -> Problem:
     gram, scale, alive = gram.to(weight.device), scale.to(weight.device), alive.to(weight.device)
     scaled = weight * scale * alive
     target = scaled @ gram
-    if "cross" in stats.sums:  # what the dense model gives: W E[x_dense xᵀ], with the ridge to W as before
+    if (
+        "cross" in stats.sums
+    ):  # what the dense model gives: W E[x_dense xᵀ], with the ridge to W as before
         cross = stats.mean("cross").to(weight.device)
         target = (weight @ cross / scale + damping * scaled) * alive
     return Problem(scaled, gram, target, scale, alive)
@@ -67,11 +76,13 @@ def _normalised(stats: Stats, damping: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def masked_least_squares(problem: Problem, kept: Tensor, start: Tensor, iterations: int) -> Tensor:
-    """The solution on the mask `kept` after some steps of conjugate gradients from `start`, `[out, in]`.
+    """The solution on the mask `kept` after some steps of conjugate gradients from `start`, `[out,
+    in]`.
 
-    All rows at once: each has its own step lengths, and one product `[out, in] × [in, in]` an iteration serves
-    them all (Meng et al. 2024, sec. 3.3, arXiv:2406.07831). The row objective falls with every step in exact
-    arithmetic, so a row whose objective did not fall keeps its start: never worse than what came in.
+    All rows at once: each has its own step lengths, and one product `[out, in] × [in, in]` an
+    iteration serves them all (Meng et al. 2024, sec. 3.3, arXiv:2406.07831). The row objective
+    falls with every step in exact arithmetic, so a row whose objective did not fall keeps its
+    start: never worse than what came in.
     """
     start = start.where(kept, 0.0)
     solution = start.clone()
@@ -83,7 +94,9 @@ def masked_least_squares(problem: Problem, kept: Tensor, start: Tensor, iteratio
     enough = 1e-12 * size
     for _ in range(iterations):
         image = direction @ problem.gram
-        step = size / (direction * image).sum(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
+        step = size / (direction * image).sum(1, keepdim=True).clamp_min(
+            torch.finfo(size.dtype).tiny
+        )
         step = step.where(size > enough, 0.0)
         solution += step * direction
         residual -= step * (image * kept)

@@ -1,15 +1,16 @@
 """Which weights of a matrix may be removed together: sparsity patterns, and the masks they choose.
 
-A pattern turns scores `[out, in]` into a mask `[out, in]`, True where the weight is kept. Counts are exact,
-and among equal scores the weight at the lower position goes first, so a mask never depends on how a sort
-treats ties. `parse` reads what `str` writes.
+A pattern turns scores `[out, in]` into a mask `[out, in]`, True where the weight is kept. Counts
+are exact, and among equal scores the weight at the lower position goes first, so a mask never
+depends on how a sort treats ties. `parse` reads what `str` writes.
 
     50%              unstructured; the method chooses the comparison group it was published with
     50% of row       unstructured, the same count in every output row
     50% of matrix    unstructured, compared over the whole matrix
     2:4              keep 2 of every 4 consecutive inputs (NVIDIA's meaning)
 
-What takes out whole channels, heads, experts or blocks has no mask and is in structures.py; `parse` reads it as well.
+What takes out whole channels, heads, experts or blocks has no mask and is in structures.py; `parse`
+reads it as well.
 """
 
 import re
@@ -50,7 +51,9 @@ class Pattern(Protocol):
         ...
 
     def columns(self, rows: int, start: int, stop: int) -> Self:
-        """The pattern that columns `start:stop` must hold so that the whole matrix holds this one exactly."""
+        """The pattern that columns `start:stop` must hold so that the whole matrix holds this one
+        exactly.
+        """
         ...
 
     def check(self, shape: tuple[int, int], site: str) -> None:
@@ -66,8 +69,9 @@ class Pattern(Protocol):
 class Unstructured:
     """Remove the `ratio` lowest-scored weights of each row, or of the whole matrix.
 
-    `round(ratio * n)` weights are removed from each group of n. A whole matrix keeps something (`check`); a few of
-    its columns (`columns`) may lose everything. Raises BadPattern unless 0 <= ratio <= 1.
+    `round(ratio * n)` weights are removed from each group of n. A whole matrix keeps something
+    (`check`); a few of its columns (`columns`) may lose everything. Raises BadPattern unless 0 <=
+    ratio <= 1.
     """
 
     ratio: float
@@ -78,7 +82,9 @@ class Unstructured:
             raise self._out_of_range()
 
     def _out_of_range(self) -> BadPattern:
-        return BadPattern(f"Sparsity is the share removed, at least 0% and under 100%; found {100 * self.ratio:g}%.")
+        return BadPattern(
+            f"Sparsity is the share removed, at least 0% and under 100%; found {100 * self.ratio:g}%."
+        )
 
     def __str__(self) -> str:
         return f"{100 * self.ratio:.10g}%" + (f" of {self.over}" if self.over else "")
@@ -150,7 +156,8 @@ class NM:
             )
 
     def crowded(self, weight: Tensor) -> Tensor:
-        """Which groups of a matrix `[…, in]` hold more than n weights that are not zero: bool `[…, in / m]`.
+        """Which groups of a matrix `[…, in]` hold more than n weights that are not zero: bool `[…,
+        in / m]`.
 
         The inputs must be whole groups.
         """
@@ -170,7 +177,9 @@ TWO_OF_FOUR = NM(2, 4)
 
 @dataclass(frozen=True)
 class Stacked:
-    """Several matrices on top of each other, `rows` of each, every one to its own pattern; chunks must agree."""
+    """Several matrices on top of each other, `rows` of each, every one to its own pattern; chunks
+    must agree.
+    """
 
     rows: tuple[int, ...]
     parts: tuple[Pattern, ...]
@@ -181,7 +190,9 @@ class Stacked:
 
     @property
     def sparsity(self) -> float:
-        return sum(r * p.sparsity for r, p in zip(self.rows, self.parts, strict=True)) / sum(self.rows)
+        return sum(r * p.sparsity for r, p in zip(self.rows, self.parts, strict=True)) / sum(
+            self.rows
+        )
 
     @property
     def chunk(self) -> int | None:
@@ -214,7 +225,9 @@ def parse(text: str) -> Pattern | Structure:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """The pattern of zeros that `text` names. Raises BadPattern for anything else, structures too."""
+    """The pattern of zeros that `text` names. Raises BadPattern for anything else, structures
+    too.
+    """
     if found := re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip()):
         return NM(int(found[1]), int(found[2]))
     if found := re.fullmatch(r"(-?\d+(?:\.\d+)?)%(?: of (row|matrix))?", text.strip()):
@@ -234,9 +247,11 @@ def parse_pattern(text: str) -> Pattern:
 
 
 def share_of(text: str) -> tuple[float, str] | None:
-    """The share in percent that a pattern takes out and of what: "" for single weights, " of channels" …
+    """The share in percent that a pattern takes out and of what: "" for single weights, " of
+    channels" …
 
-    None for a pattern that is no share. Patterns with the same end are one family, whose members have an order.
+    None for a pattern that is no share. Patterns with the same end are one family, whose members
+    have an order.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)%((?: of [a-z]+)?)", text)
     return (float(found[1]), found[2]) if found else None

@@ -1,7 +1,8 @@
 """`+refit`: keep a method's mask, and make the kept weights the best ones for it.
 
-Masked conjugate gradients from the method's own weights (`least_squares.masked_least_squares`): ten iterations where
-the method has updated its weights already, twenty where it only chose a mask. Composes with every method.
+Masked conjugate gradients from the method's own weights (`least_squares.masked_least_squares`): ten
+iterations where the method has updated its weights already, twenty where it only chose a mask.
+Composes with every method.
 """
 
 from torch import Tensor
@@ -14,7 +15,9 @@ from secateur.methods.statistics import Stats
 
 
 def refit(method: Method, iterations: int | None = None) -> Method:
-    """The method followed by `iterations` of masked conjugate gradients (default: 10 or 20, see above)."""
+    """The method followed by `iterations` of masked conjugate gradients (default: 10 or 20, see
+    above).
+    """
     steps = iterations or (10 if method.updates else 20)
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:

@@ -1,7 +1,8 @@
 """RIA: relative importance and activations (Zhang et al., Plug-and-Play, ICLR 2024, sec. 3).
 
-A weight's share of its row plus its share of its column, times the root mean square of its input to the power
-`exponent`: whole channels are protected from being pruned away. Compared over the whole matrix, as published.
+A weight's share of its row plus its share of its column, times the root mean square of its input to
+the power `exponent`: whole channels are protected from being pruned away. Compared over the whole
+matrix, as published.
 """
 
 from torch import Tensor
@@ -12,12 +13,16 @@ from secateur.methods.statistics import Stats
 
 
 def ria(exponent: float = 0.5) -> Method:
-    """Relative importance and activations; `exponent` 0 leaves the inputs out, 1 takes them as Wanda does."""
+    """Relative importance and activations; `exponent` 0 leaves the inputs out, 1 takes them as
+    Wanda does.
+    """
 
     def score(weight: Tensor, stats: Stats) -> Tensor:
         size = weight.abs()
         tiny = 1e-30
-        relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+        relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(
+            tiny
+        )
         return relative * stats.mean("square").sqrt().pow(exponent).to(weight.device)
 
     return scored({"square"}, "matrix", score, row_wise=False, cost=Cost(matrices=5))

@@ -1,17 +1,21 @@
-"""SparseGPT: prune column by column and let the later columns make up for it (Frantar & Alistarh 2023,
-alg. 1, arXiv:2301.00774).
+"""SparseGPT: prune column by column and let the later columns make up for it (Frantar & Alistarh
+2023, alg. 1, arXiv:2301.00774).
 
-With H = E[x xᵀ] damped by `damping · mean(diag H)` and U the upper Cholesky factor of H⁻¹ = Uᵀ U, a weight's
-score is w² / U_jj², its removal leaves the error w / U_jj, and the later columns absorb it along row U_j.
+With H = E[x xᵀ] damped by `damping · mean(diag H)` and U the upper Cholesky factor of H⁻¹ = Uᵀ U, a
+weight's score is w² / U_jj², its removal leaves the error w / U_jj, and the later columns absorb it
+along row U_j.
 
-Unstructured masks are chosen for `width` columns at a time over all rows, N:M masks when the sweep reaches a
-group, both from the weights as updated so far. Departures from the reference code:
+Unstructured masks are chosen for `width` columns at a time over all rows, N:M masks when the sweep
+reaches a group, both from the weights as updated so far. Departures from the reference code:
 
-* groups of M never straddle the edge of a column block (the block is the largest multiple of M that fits);
+* groups of M never straddle the edge of a column block (the block is the largest multiple of M that
+  fits);
 * counts are exact over the matrix;
-* weights on inputs that were always zero are removed first, but not zeroed beyond the pattern, and such inputs do
-  not enter the mean of the damping (a constant 1 for them makes the code's result depend on the scale of H);
-* where the factorisation fails, the damping is raised tenfold, at most three times, and the note says so.
+* weights on inputs that were always zero are removed first, but not zeroed beyond the pattern, and
+  such inputs do not enter the mean of the damping (a constant 1 for them makes the code's result
+  depend on the scale of H);
+* where the factorisation fails, the damping is raised tenfold, at most three times, and the note
+  says so.
 """
 
 from torch import Tensor
@@ -27,13 +31,19 @@ from secateur.methods.statistics import Stats
 
 
 def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
-    """SparseGPT with relative `damping` of the mean diagonal, masks chosen for `width` columns at a time."""
+    """SparseGPT with relative `damping` of the mean diagonal, masks chosen for `width` columns at a
+    time.
+    """
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         block = block_width(pattern, width)
-        answers, used = stats.once(("responses", damping, block), lambda: _answers(stats, damping, block))
+        answers, used = stats.once(
+            ("responses", damping, block), lambda: _answers(stats, damping, block)
+        )
         alive = stats.sums["gram"].diagonal() > 0
-        kept, swept = sweep_columns(weight, answers.to(weight.device), alive.to(weight.device), pattern, block)
+        kept, swept = sweep_columns(
+            weight, answers.to(weight.device), alive.to(weight.device), pattern, block
+        )
         note = "" if used == damping else f"damping raised from {damping:g} to {used:g}"
         return Pruned(swept, kept, note)
 
@@ -42,15 +52,19 @@ def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
 
 
 def sweep(width: int = 128) -> Method:
-    """SparseGPT's sweep in normalised coordinates: the same but for its damping, which is relative (see
-    least_squares.py).
+    """SparseGPT's sweep in normalised coordinates: the same but for its damping, which is relative
+    (see least_squares.py).
     """
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)
         block = block_width(pattern, width)
-        answers = stats.once(("normalised responses", block), lambda: responses(problem.gram, block))
-        kept, swept = sweep_columns(problem.weight, answers.to(weight.device), problem.alive, pattern, block)
+        answers = stats.once(
+            ("normalised responses", block), lambda: responses(problem.gram, block)
+        )
+        kept, swept = sweep_columns(
+            problem.weight, answers.to(weight.device), problem.alive, pattern, block
+        )
         return Pruned(problem.restore(swept, kept, weight), kept)
 
     cost = Cost(products=1, sweeps=1, factors=1, targets=1, matrices=5.5, squares=3, kept=2)
@@ -74,8 +88,8 @@ def _answers(stats: Stats, damping: float, block: int) -> tuple[Tensor, float]:
 def damped(gram: Tensor, damping: float) -> Tensor:
     """H + damping · mean(diag H) · I, `[in, in]`.
 
-    The mean is over inputs that were not always zero, and the others get it for their diagonal, so the scale of
-    H does not matter.
+    The mean is over inputs that were not always zero, and the others get it for their diagonal, so
+    the scale of H does not matter.
     """
     gram = gram.clone()
     diagonal = gram.diagonal()

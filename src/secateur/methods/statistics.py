@@ -1,8 +1,9 @@
 """What is remembered of a site's inputs: sums over tokens, so that parts of the work merge exactly.
 
-Batches, devices, ranks and resumed runs each see some tokens; adding what they saw gives what one run
-over all tokens would have seen. Every token weighs the same, whatever sequence it came from. Products are float32,
-sums float64: then the order of adding does not show in the float32 mean, and two devices choose the masks of one.
+Batches, devices, ranks and resumed runs each see some tokens; adding what they saw gives what one
+run over all tokens would have seen. Every token weighs the same, whatever sequence it came from.
+Products are float32, sums float64: then the order of adding does not show in the float32 mean, and
+two devices choose the masks of one.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,7 +26,8 @@ STATS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
 }
 """Each statistic of inputs x `[tokens, in]`: what adds those of some tokens to a total in float64.
 
-`dense` are the inputs of the same tokens in the dense model, in the same dtype; those in `OF_DENSE` alone read them.
+`dense` are the inputs of the same tokens in the dense model, in the same dtype; those in `OF_DENSE`
+alone read them.
 """
 MATRICES = frozenset({"gram", "cross"})
 """The statistics that are `[in, in]`."""
@@ -42,16 +44,22 @@ class Stats:
 
     @classmethod
     def of(cls, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
-        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE` only with it."""
+        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE`
+        only with it.
+        """
         empty = {
-            name: torch.zeros(x.shape[1:] * (2 if name in MATRICES else 1), dtype=torch.float64, device=x.device)
+            name: torch.zeros(
+                x.shape[1:] * (2 if name in MATRICES else 1), dtype=torch.float64, device=x.device
+            )
             for name in need
             if name not in OF_DENSE or dense is not None
         }
         return cls(0, empty).add(x, empty, dense)
 
     def add(self, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
-        """These and those of inputs x `[tokens, in]`, in the same memory: the ones before are no more."""
+        """These and those of inputs x `[tokens, in]`, in the same memory: the ones before are no
+        more.
+        """
         for name in need:
             if name not in OF_DENSE or dense is not None:
                 STATS[name](self.sums[name], x, x if dense is None else dense)
@@ -72,7 +80,9 @@ class Stats:
         return self.mean("square") if "square" in self.sums else self.mean("gram").diagonal()
 
     def once(self, key: object, compute: Callable[[], Value]) -> Value:
-        """`compute()`, evaluated once for these statistics and shared by all sites that have them."""
+        """`compute()`, evaluated once for these statistics and shared by all sites that have
+        them.
+        """
         if key not in self.derived:
             self.derived[key] = compute()
         return self.derived[key]

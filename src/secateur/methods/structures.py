@@ -1,4 +1,5 @@
-"""What structured pruning takes out whole: channels, heads, experts, blocks. `parse` reads what `str` writes.
+"""What structured pruning takes out whole: channels, heads, experts, blocks. `parse` reads what
+`str` writes.
 
     25% of channels    of the feed-forward channels of every block (of every expert, where there are experts)
     25% of heads       of the key-value heads of every block, each with the query heads that read it
@@ -7,7 +8,8 @@
     A + B              several of these, one after the other
     to 75% of parameters, to 6GB    whatever reaches that size (`size_budget`)
 
-What is left is a smaller dense model. Every block keeps the same number, since stock configurations hold nothing else.
+What is left is a smaller dense model. Every block keeps the same number, since stock configurations
+hold nothing else.
 """
 
 import re
@@ -20,12 +22,16 @@ from secateur.system.sizes import NUMBER, SIZES, parse_size
 
 Kind = Literal["channels", "heads", "experts"]
 NAMES = {"channels": "channels", "heads": "key-value heads", "experts": "experts"}
-"""What is counted: of heads, those with keys and values of their own; the query heads that read them go along."""
+"""What is counted: of heads, those with keys and values of their own; the query heads that read
+them go along.
+"""
 
 
 @dataclass(frozen=True)
 class Units:
-    """Remove the share `ratio` of the channels, heads or experts of every block. Raises BadPattern outside 0 to 1."""
+    """Remove the share `ratio` of the channels, heads or experts of every block. Raises BadPattern
+    outside 0 to 1.
+    """
 
     ratio: float
     of: Kind
@@ -39,7 +45,8 @@ class Units:
     kind = "structured"
 
     def kept(self, total: int, align: int | None, where: str) -> int:
-        """How many of `total` units stay: the multiple of `align` that is nearest to what was asked.
+        """How many of `total` units stay: the multiple of `align` that is nearest to what was
+        asked.
 
         Raises BadPattern where that is none or all of them.
         """
@@ -63,7 +70,8 @@ class Units:
 def default_alignment(total: int) -> int:
     """The largest power of two up to 128 that divides a width and is at most a 32nd of it.
 
-    Kernels lose speed on widths that are no multiple of 16 or 128; small models have no width to give away for it.
+    Kernels lose speed on widths that are no multiple of 16 or 128; small models have no width to
+    give away for it.
     """
     align = gcd(total, 128)
     while align > 1 and align > total // 32:
@@ -73,7 +81,9 @@ def default_alignment(total: int) -> int:
 
 @dataclass(frozen=True)
 class Depth:
-    """Remove whole blocks: `count` of them, or the share `ratio`. Raises BadPattern for neither or both."""
+    """Remove whole blocks: `count` of them, or the share `ratio`. Raises BadPattern for neither or
+    both.
+    """
 
     count: int | None = None
     ratio: float | None = None
@@ -104,7 +114,9 @@ class Depth:
 
 @dataclass(frozen=True)
 class Several:
-    """Several structures removed together, at most one of each kind. Raises BadPattern otherwise."""
+    """Several structures removed together, at most one of each kind. Raises BadPattern
+    otherwise.
+    """
 
     parts: tuple[Units | Depth, ...]
 
@@ -162,7 +174,9 @@ def parts(structure: Structure) -> tuple[Units | Depth, ...]:
 
 
 def parse_structure(text: str) -> Structure | None:
-    """The structure that `text` names, None where it names none. Raises BadPattern for an impossible one."""
+    """The structure that `text` names, None where it names none. Raises BadPattern for an
+    impossible one.
+    """
     text = re.sub(r"\s*%", "%", text.strip())
     if found := re.fullmatch(rf"to ({NUMBER})% of parameters", text):
         return Budget(share=float(found[1]) / 100)

@@ -1,7 +1,9 @@
-"""What is refused while a checkpoint is loaded, and in which words; where nothing is raised, `load` goes on.
+"""What is refused while a checkpoint is loaded, and in which words; where nothing is raised, `load`
+goes on.
 
-transformers loads much that is no causal language model, or not the one that its folder describes: weights that
-are missing are made up, those it has no use for are dropped, encoders predict tokens that they have seen.
+transformers loads much that is no causal language model, or not the one that its folder describes:
+weights that are missing are made up, those it has no use for are dropped, encoders predict tokens
+that they have seen.
 """
 
 from __future__ import annotations
@@ -23,15 +25,34 @@ from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.errors import BadCheckpoint, NonFinite, SecateurError, UnsupportedModel, in_one_line
 from secateur.system.files import read_json
 
-# What transformers raises for a configuration or weights that it cannot take, whatever it is that is wrong.
+# What transformers raises for a configuration or weights that it cannot take, whatever it is that
+# is wrong.
 LOAD_ERRORS = (
-    ValueError, LookupError, RuntimeError, OSError, TypeError, AttributeError, ArithmeticError, AssertionError,
-    ImportError, StrictDataclassError,
-)  # fmt: skip
-STORED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL")  # the last four hold positions and masks
+    ValueError,
+    LookupError,
+    RuntimeError,
+    OSError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+    StrictDataclassError,
+)
+STORED = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "U8",
+    "BOOL",
+)  # the last four hold positions and masks
 MOST_PARTS, SPARE_TENSORS, SPARE_BYTES = 2**16, 2**10, 2**28
-"""Layers, heads or experts that no model has; how many parameters, and bytes of tables (masks, rotary), a model
-may have beyond what its checkpoint holds."""
+"""Layers, heads or experts that no model has; how many parameters, and bytes of tables (masks,
+rotary), a model may have beyond what its checkpoint holds.
+"""
 Shapes = Mapping[str, tuple[int, ...]]
 _COUNTS = re.compile(r"(layers?|blocks?|experts?|heads?|depths?|labels)$")
 
@@ -43,18 +64,23 @@ def bad_config(folder: Path, error: BaseException) -> SecateurError:
             f"{folder} needs code of its own (auto_map in config.json), which is not run unless asked for. "
             "Read that code, then add --trust-remote-code."
         )
-    return UnsupportedModel(f"{folder / 'config.json'} describes no model that transformers knows: {_said(error)}")
+    return UnsupportedModel(
+        f"{folder / 'config.json'} describes no model that transformers knows: {_said(error)}"
+    )
 
 
 def bad_weights(
     folder: Path, shapes: Shapes, config: Any, built: nn.Module | None, error: BaseException
 ) -> SecateurError:
-    """What to raise where transformers takes the configuration but cannot load the weights, which have `shapes`.
+    """What to raise where transformers takes the configuration but cannot load the weights, which
+    have `shapes`.
 
     `built` is the model without its weights, None where not even that can be had.
     """
     if "Unrecognized configuration class" in str(error):
-        return UnsupportedModel(f"{folder} holds a {config.model_type} model, which is no causal language model.")
+        return UnsupportedModel(
+            f"{folder} holds a {config.model_type} model, which is no causal language model."
+        )
     if "ignore_mismatched_sizes" in str(error):
         return foreign(folder, (built and other_shape(shapes, built)) or "some have another shape")
     return BadCheckpoint(f"transformers cannot load {folder}: {_said(error)}")
@@ -72,7 +98,9 @@ def foreign(folder: Path, what: str) -> BadCheckpoint:
 
 
 def other_shape(shapes: Shapes, model: nn.Module) -> str:
-    """Which parameter of a model has another shape in the checkpoint, in words; empty where none has."""
+    """Which parameter of a model has another shape in the checkpoint, in words; empty where none
+    has.
+    """
     for name, parameter in model.named_parameters():
         if shapes.get(name, parameter.shape) != tuple(parameter.shape):
             return f"{name} is {list(shapes[name])}, not {list(parameter.shape)}"
@@ -80,9 +108,11 @@ def other_shape(shapes: Shapes, model: nn.Module) -> str:
 
 
 def refuse_counts(folder: Path) -> None:
-    """Raise BadCheckpoint where config.json counts more layers, heads or experts than any model has.
+    """Raise BadCheckpoint where config.json counts more layers, heads or experts than any model
+    has.
 
-    transformers makes lists of that length before anything is built, so 10^9 would take hours and all memory.
+    transformers makes lists of that length before anything is built, so 10^9 would take hours and
+    all memory.
     """
     file = folder / "config.json"
     try:
@@ -94,7 +124,9 @@ def refuse_counts(folder: Path) -> None:
         for name, value in part.items() if isinstance(part, dict) else enumerate(part):
             if isinstance(value, (dict, list)):
                 waiting.append(value)
-            elif isinstance(value, (int, float)) and value > MOST_PARTS and _COUNTS.search(str(name)):
+            elif (
+                isinstance(value, (int, float)) and value > MOST_PARTS and _COUNTS.search(str(name))
+            ):
                 raise BadCheckpoint(
                     f"{file} says that {name} is {str(value)[:40]}; no model has so many. Fetch it again."
                 )
@@ -102,7 +134,9 @@ def refuse_counts(folder: Path) -> None:
 
 @contextmanager
 def refusing_more(folder: Path, known: int) -> Iterator[None]:
-    """While open, raise BadCheckpoint as soon as a model has many more parameters than a folder has tensors."""
+    """While open, raise BadCheckpoint as soon as a model has many more parameters than a folder has
+    tensors.
+    """
     registered = 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -119,20 +153,28 @@ def refusing_more(folder: Path, known: int) -> Iterator[None]:
 
 
 def refuse_larger(folder: Path, shapes: Shapes, model: nn.Module) -> None:
-    """Raise BadCheckpoint where a model, built without memory, would take far more of it than the checkpoint has.
+    """Raise BadCheckpoint where a model, built without memory, would take far more of it than the
+    checkpoint has.
 
-    What a checkpoint lacks is made up while it is loaded, and refused afterwards; that must not fill the memory first.
+    What a checkpoint lacks is made up while it is loaded, and refused afterwards; that must not
+    fill the memory first.
     """
     stored, wanted = sum(map(prod, shapes.values())), sum(p.numel() for p in model.parameters())
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     if wanted > 2 * stored + MOST_PARTS or buffers > stored + SPARE_BYTES:
-        raise foreign(folder, other_shape(shapes, model) or f"it has {stored:,} weights, the model {wanted:,}")
+        raise foreign(
+            folder, other_shape(shapes, model) or f"it has {stored:,} weights, the model {wanted:,}"
+        )
 
 
-def without_weights(checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The causal LM that a configuration describes, on the meta device; nothing but its shapes can be had of it.
+def without_weights(
+    checkpoint: Checkpoint, config: Any, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The causal LM that a configuration describes, on the meta device; nothing but its shapes can
+    be had of it.
 
-    Raises BadCheckpoint where it is far larger than the checkpoint, one of `LOAD_ERRORS` where there is none.
+    Raises BadCheckpoint where it is far larger than the checkpoint, one of `LOAD_ERRORS` where
+    there is none.
     """
     with torch.device("meta"), refusing_more(checkpoint.folder, len(checkpoint.places)):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -140,15 +182,21 @@ def without_weights(checkpoint: Checkpoint, config: Any, *, trust_remote_code: b
     return model
 
 
-def refuse_foreign_weights(folder: Path, model: nn.Module, stack: str, report: dict[str, Any]) -> None:
-    """Raise BadCheckpoint where weights were missing or there are more blocks; UnsupportedModel for odd dtypes.
+def refuse_foreign_weights(
+    folder: Path, model: nn.Module, stack: str, report: dict[str, Any]
+) -> None:
+    """Raise BadCheckpoint where weights were missing or there are more blocks; UnsupportedModel for
+    odd dtypes.
 
-    `report` is the loading info of `from_pretrained`. Other weights that went unused are let pass: old checkpoints
-    hold rotary tables and masks.
+    `report` is the loading info of `from_pretrained`. Other weights that went unused are let pass:
+    old checkpoints hold rotary tables and masks.
     """
     blocks = len(list(model.get_submodule(stack).children()))
     beyond = [name for name in report["unexpected_keys"] if _block(name, stack) >= blocks]
-    for what, names in (("it lacks", sorted(map(str, report["missing_keys"]))), ("it has besides", sorted(beyond))):
+    for what, names in (
+        ("it lacks", sorted(map(str, report["missing_keys"]))),
+        ("it has besides", sorted(beyond)),
+    ):
         if names:
             raise foreign(folder, f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
     for name, place in open_checkpoint(folder).places.items():
@@ -168,8 +216,9 @@ def _block(name: str, stack: str) -> int:
 def refuse_encoder(model: nn.Module, logits: Tensor) -> None:
     """Raise UnsupportedModel where the last token changes the logits before it.
 
-    `logits` `[2, length, vocabulary]` are those of two rows that differ in their last token. Kernels may round
-    otherwise for other rows, and experts be chosen otherwise, so a hundredth of the largest logit is let pass.
+    `logits` `[2, length, vocabulary]` are those of two rows that differ in their last token.
+    Kernels may round otherwise for other rows, and experts be chosen otherwise, so a hundredth of
+    the largest logit is let pass.
     """
     one, other = logits[:, :-1].float().nan_to_num()
     if (one - other).abs().max() > 0.01 * one.abs().max():

@@ -1,10 +1,11 @@
 """Mixture-of-experts weights as sites, and the inputs that each expert's matrices see.
 
-transformers 5 stores the experts of a block as 3-D parameters of one module, `[experts, out, in]`, so a walk
-over `nn.Linear` would miss most of the model. That module is called with the hidden states and, for every
-token, the indices of its experts; its own flags say how the weights lie (`is_transposed`: `[experts, in,
-out]`), whether there are biases (`has_bias`) and whether the first matrix holds gate and up together
-(`has_gate`, applied by `_apply_gate`). From these the inputs of both matrices are recomputed per expert.
+transformers 5 stores the experts of a block as 3-D parameters of one module, `[experts, out, in]`,
+so a walk over `nn.Linear` would miss most of the model. That module is called with the hidden
+states and, for every token, the indices of its experts; its own flags say how the weights lie
+(`is_transposed`: `[experts, in, out]`), whether there are biases (`has_bias`) and whether the first
+matrix holds gate and up together (`has_gate`, applied by `_apply_gate`). From these the inputs of
+both matrices are recomputed per expert.
 """
 
 from collections.abc import Iterator
@@ -13,14 +14,22 @@ from torch import Tensor, nn
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds fused experts: both matrices 3-D, and the flags that say how they are applied."""
+    """Whether a module holds fused experts: both matrices 3-D, and the flags that say how they are
+    applied.
+    """
     flags = all(hasattr(module, flag) for flag in ("is_transposed", "has_bias", "has_gate"))
-    return flags and all(isinstance(w := getattr(module, n, None), Tensor) and w.dim() == 3 for n in matrices(module))
+    return flags and all(
+        isinstance(w := getattr(module, n, None), Tensor) and w.dim() == 3 for n in matrices(module)
+    )
 
 
 def matrices(module: nn.Module) -> tuple[str, str]:
     """The names of an experts module's two matrices, in the order in which they are applied."""
-    first = "gate_up_proj" if getattr(module, "has_gate", hasattr(module, "gate_up_proj")) else "up_proj"
+    first = (
+        "gate_up_proj"
+        if getattr(module, "has_gate", hasattr(module, "gate_up_proj"))
+        else "up_proj"
+    )
     return first, "down_proj"
 
 
@@ -57,7 +66,9 @@ def inner(module: nn.Module, expert: int, x: Tensor) -> Tensor:
 
 
 def activated(module: nn.Module, z: Tensor) -> Tensor:
-    """The inputs of the second matrix, `[tokens, in]`, for what the first one returned, `[tokens, out]`."""
+    """The inputs of the second matrix, `[tokens, in]`, for what the first one returned, `[tokens,
+    out]`.
+    """
     if matrices(module)[0] == "gate_up_proj":
         return module._apply_gate(z)  # type: ignore[operator]
     return module.act_fn(z)  # type: ignore[operator]
@@ -66,8 +77,9 @@ def activated(module: nn.Module, z: Tensor) -> Tensor:
 def routers(block: nn.Module) -> set[nn.Module]:
     """The modules that choose experts or weigh them: never pruned.
 
-    Beside an experts module, whatever has one output per expert or a single output (the gate of a shared expert).
-    Only the parent of the experts is searched: elsewhere in a block a width may equal the number of experts.
+    Beside an experts module, whatever has one output per expert or a single output (the gate of a
+    shared expert). Only the parent of the experts is searched: elsewhere in a block a width may
+    equal the number of experts.
     """
     found: set[nn.Module] = set()
     for parent in block.modules():
@@ -76,20 +88,30 @@ def routers(block: nn.Module) -> set[nn.Module]:
                 continue
             for sibling in parent.children():
                 if sibling is not child:
-                    found |= {module for module in sibling.modules() if _outputs(module) in (1, held)}
+                    found |= {
+                        module for module in sibling.modules() if _outputs(module) in (1, held)
+                    }
     return found
 
 
 def has_list(block: nn.Module) -> bool:
     """Whether a block holds experts that are modules of their own, a list of them."""
-    return any(isinstance(module, nn.ModuleList) and _experts_in(module) for module in block.modules())
+    return any(
+        isinstance(module, nn.ModuleList) and _experts_in(module) for module in block.modules()
+    )
 
 
 def _experts_in(module: nn.Module) -> int | None:
-    """How many experts a module holds, fused or as a list of modules that are alike; None where it is neither."""
+    """How many experts a module holds, fused or as a list of modules that are alike; None where it
+    is neither.
+    """
     if is_experts(module):
         return count(module)
-    if isinstance(module, nn.ModuleList) and len(module) > 1 and len({type(expert) for expert in module}) == 1:
+    if (
+        isinstance(module, nn.ModuleList)
+        and len(module) > 1
+        and len({type(expert) for expert in module}) == 1
+    ):
         return len(module)
     return None
 

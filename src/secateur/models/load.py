@@ -1,8 +1,8 @@
 """Loading a causal LM: the only file that knows how transformers does it.
 
-The `nn.ModuleList` that holds most parameters is the stack of decoder blocks. A model whose blocks, run one by one
-(`replay`), do not give its own logits bit for bit is refused rather than pruned wrongly. Weights stay where
-`from_pretrained` mapped them.
+The `nn.ModuleList` that holds most parameters is the stack of decoder blocks. A model whose blocks,
+run one by one (`replay`), do not give its own logits bit for bit is refused rather than pruned
+wrongly. Weights stay where `from_pretrained` mapped them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint, stored_dtype
 from secateur.data import demo
 from secateur.data.windows import Windows
-from secateur.errors import (
-    BadCheckpoint,
-    NotEnoughText,
-    UnsupportedModel,
-    in_one_line,
-)
+from secateur.errors import BadCheckpoint, NotEnoughText, UnsupportedModel, in_one_line
 from secateur.models.checks import (
     LOAD_ERRORS,
     bad_config,
@@ -47,7 +42,9 @@ WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 def find_stack(model: nn.Module) -> str:
-    """The name of the `nn.ModuleList` that holds most parameters. Raises UnsupportedModel where there is none."""
+    """The name of the `nn.ModuleList` that holds most parameters. Raises UnsupportedModel where
+    there is none.
+    """
     lists = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()
@@ -60,7 +57,8 @@ def find_stack(model: nn.Module) -> str:
 
 @torch.no_grad()
 def replayable(model: PreTrainedModel) -> LanguageModel:
-    """The model with its blocks found, after checking that replaying them gives its own logits bit for bit.
+    """The model with its blocks found, after checking that replaying them gives its own logits bit
+    for bit.
 
     Raises UnsupportedModel with the largest difference where it does not.
     """
@@ -68,7 +66,9 @@ def replayable(model: PreTrainedModel) -> LanguageModel:
     blocks = list(model.get_submodule(stack).children())
     shared = [id(p) for block in blocks for p in block.parameters()]
     if len(shared) != len(set(shared)):
-        raise UnsupportedModel(f"{type(model).__name__} shares weights between its blocks; that is not supported.")
+        raise UnsupportedModel(
+            f"{type(model).__name__} shares weights between its blocks; that is not supported."
+        )
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     tokens = torch.randint(int(vocabulary), (3, 16), generator=torch.Generator().manual_seed(0))
     tokens[2, :-1] = tokens[1, :-1]  # for the check that no token sees a later one
@@ -83,9 +83,13 @@ def replayable(model: PreTrainedModel) -> LanguageModel:
     for block, call in zip(found.blocks, calls, strict=True):
         hidden = run_block(block, hidden, call)
     got = shell.leave(tokens, hidden)
-    if hidden.isfinite().all() and not (got < torch.inf).all():  # NaN, or an infinity that is no mask
+    if (
+        hidden.isfinite().all() and not (got < torch.inf).all()
+    ):  # NaN, or an infinity that is no mask
         refuse_non_finite_ends(model, stack)
-    if not torch.allclose(got, wanted, rtol=0, atol=0, equal_nan=True):  # NaN in a block is found and named later
+    if not torch.allclose(
+        got, wanted, rtol=0, atol=0, equal_nan=True
+    ):  # NaN in a block is found and named later
         difference = (got.float() - wanted.float()).abs().max().item()
         raise UnsupportedModel(
             f"{type(model).__name__} cannot be replayed block by block: its logits differ by up to {difference:g}. "
@@ -95,12 +99,16 @@ def replayable(model: PreTrainedModel) -> LanguageModel:
     return found
 
 
-def _with_tuples(model: PreTrainedModel, stack: str, tokens: Tensor) -> tuple[LanguageModel, Tensor]:
+def _with_tuples(
+    model: PreTrainedModel, stack: str, tokens: Tensor
+) -> tuple[LanguageModel, Tensor]:
     """Which blocks return a tuple, asked of the real blocks in one forward, and its logits."""
     tuples: list[bool] = []
     blocks = list(model.get_submodule(stack).children())
     hooks = [
-        block.register_forward_hook(lambda module, args, output: tuples.append(isinstance(output, tuple)))
+        block.register_forward_hook(
+            lambda module, args, output: tuples.append(isinstance(output, tuple))
+        )
         for block in blocks
     ]
     try:
@@ -115,24 +123,34 @@ def _with_tuples(model: PreTrainedModel, stack: str, tokens: Tensor) -> tuple[La
     return LanguageModel(model, stack, tuple(tuples)), logits
 
 
-def load(folder: Path, *, trust_remote_code: bool = False, spill: Path | None = None) -> LanguageModel:
-    """The causal LM in a checkpoint folder, weights mapped in the dtype they are stored in, ready to replay.
+def load(
+    folder: Path, *, trust_remote_code: bool = False, spill: Path | None = None
+) -> LanguageModel:
+    """The causal LM in a checkpoint folder, weights mapped in the dtype they are stored in, ready
+    to replay.
 
-    `spill`: a folder for weights that the loader puts together; without one they lie in memory, or where temporary
-    files go if that is short. Raises BadCheckpoint where configuration and weights do not belong together,
-    UnsupportedModel where the architecture is unknown, quantised, or cannot be replayed.
+    `spill`: a folder for weights that the loader puts together; without one they lie in memory, or
+    where temporary files go if that is short. Raises BadCheckpoint where configuration and weights
+    do not belong together, UnsupportedModel where the architecture is unknown, quantised, or cannot
+    be replayed.
     """
     model, spill = _mapped(folder, trust_remote_code, spill)
     return replace(replayable(model), spilled=spill is not None)
 
 
-def load_blocks(folder: Path, *, trust_remote_code: bool = False, spill: Path | None = None) -> list[nn.Module]:
-    """The blocks of a checkpoint of our own making, mapped; some may hold nothing yet, so nothing is run."""
+def load_blocks(
+    folder: Path, *, trust_remote_code: bool = False, spill: Path | None = None
+) -> list[nn.Module]:
+    """The blocks of a checkpoint of our own making, mapped; some may hold nothing yet, so nothing
+    is run.
+    """
     model, _ = _mapped(folder, trust_remote_code, spill)
     return list(model.get_submodule(find_stack(model)).children())
 
 
-def _mapped(folder: Path, trust_remote_code: bool, spill: Path | None) -> tuple[PreTrainedModel, Path | None]:
+def _mapped(
+    folder: Path, trust_remote_code: bool, spill: Path | None
+) -> tuple[PreTrainedModel, Path | None]:
     config, built = load_config(folder, trust_remote_code=trust_remote_code), None
     checkpoint = open_checkpoint(folder)
     shapes, spill = checkpoint.shapes, spill or spill_folder(None, checkpoint.bytes)
@@ -140,9 +158,14 @@ def _mapped(folder: Path, trust_remote_code: bool, spill: Path | None) -> tuple[
         built = without_weights(checkpoint, config, trust_remote_code=trust_remote_code)
         with stacked_on_disk(spill):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=stored_dtype(checkpoint), trust_remote_code=trust_remote_code,
-                local_files_only=True, use_safetensors=True, output_loading_info=True,
-            )  # fmt: skip
+                folder,
+                config=config,
+                dtype=stored_dtype(checkpoint),
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except LOAD_ERRORS as error:
         raise bad_weights(folder, shapes, config, built, error) from error
     model, report = loaded
@@ -151,13 +174,17 @@ def _mapped(folder: Path, trust_remote_code: bool, spill: Path | None) -> tuple[
 
 
 def checkpoint_tensors(
-    language_model: LanguageModel, tensors: Mapping[str, Tensor], known: Container[str], optional: Container[str] = ()
+    language_model: LanguageModel,
+    tensors: Mapping[str, Tensor],
+    known: Container[str],
+    optional: Container[str] = (),
 ) -> dict[str, Tensor]:
-    """Parameters by their name in the model, turned into the tensors by their name in the checkpoint.
+    """Parameters by their name in the model, turned into the tensors by their name in the
+    checkpoint.
 
-    transformers renames and re-stacks weights when it loads them (experts above all) and knows the way back;
-    `known` holds the names of the checkpoint. Raises UnsupportedModel for a name that it does not hold, unless that
-    is `optional`.
+    transformers renames and re-stacks weights when it loads them (experts above all) and knows the
+    way back; `known` holds the names of the checkpoint. Raises UnsupportedModel for a name that it
+    does not hold, unless that is `optional`.
     """
     prefix = f"{language_model.model.base_model_prefix}."
     stored: dict[str, Tensor] = {}
@@ -168,7 +195,9 @@ def checkpoint_tensors(
                 break
         else:
             if name not in optional:
-                raise UnsupportedModel(f"The checkpoint has no tensor {name!r}, which the model was loaded from.")
+                raise UnsupportedModel(
+                    f"The checkpoint has no tensor {name!r}, which the model was loaded from."
+                )
     return stored
 
 
@@ -176,14 +205,18 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a checkpoint folder. Raises UnsupportedModel or BadCheckpoint."""
     refuse_counts(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except LOAD_ERRORS as error:
         raise bad_config(folder, error) from error
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(
             f"{folder} is quantised (quantization_config in config.json). Prune the unquantised model instead."
         )
-    config._attn_implementation = None  # ours to choose, not the folder's: flex_attention compiles for a minute
+    config._attn_implementation = (
+        None  # ours to choose, not the folder's: flex_attention compiles for a minute
+    )
     return config
 
 
@@ -213,12 +246,15 @@ def default_corpus(model: str | Path | None, corpus: str | None, otherwise: str)
 
 
 def width(language_model: LanguageModel) -> int:
-    """Numbers of a token between the blocks of a model, at least: some families have several streams of them."""
+    """Numbers of a token between the blocks of a model, at least: some families have several
+    streams of them.
+    """
     return language_model.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
 
 
 def check_windows(language_model: LanguageModel, windows: Windows, batch_size: int) -> None:
-    """Raise UnsupportedModel where the windows have tokens that the model lacks, or are longer than its context.
+    """Raise UnsupportedModel where the windows have tokens that the model lacks, or are longer than
+    its context.
 
     Raises NotEnoughText for batches of nothing.
     """
@@ -233,7 +269,8 @@ def check_windows(language_model: LanguageModel, windows: Windows, batch_size: i
 
 
 def resolve(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
-    """The folder of a model: the embedded demo for None, a folder as it is, else a download of `wanted` from the hub.
+    """The folder of a model: the embedded demo for None, a folder as it is, else a download of
+    `wanted` from the hub.
 
     Raises BadCheckpoint where it is none of these.
     """
@@ -256,15 +293,19 @@ def resolve(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
 
 
 def check_source(source: Checkpoint, language_model: LanguageModel, names: Iterable[str]) -> None:
-    """Raise UnsupportedModel unless the tensors, by their name in the model, are the bytes that the source holds.
+    """Raise UnsupportedModel unless the tensors, by their name in the model, are the bytes that the
+    source holds.
 
-    transformers turns some into others when it loads them; turned back, they must be what they were.
+    transformers turns some into others when it loads them; turned back, they must be what they
+    were.
     """
     loaded = {name: _tensor(language_model.model, name) for name in names}
     for name, tensor in checkpoint_tensors(language_model, loaded, source.places).items():
         held = source.tensor(name)
         if held.dtype != tensor.dtype or not torch.equal(held, tensor):
-            raise UnsupportedModel(f"{name} in {source.folder} is not what the model was loaded with.")
+            raise UnsupportedModel(
+                f"{name} in {source.folder} is not what the model was loaded with."
+            )
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -1,8 +1,10 @@
-"""Weights that transformers puts together anew when it loads a checkpoint, in a file instead of in memory.
+"""Weights that transformers puts together anew when it loads a checkpoint, in a file instead of in
+memory.
 
-Most weights of a loaded model are the mapped checkpoint itself. But many mixtures are stored expert by expert, and
-transformers stacks the experts of a block into one tensor: a copy of nearly the whole model. Where that would be too
-much for memory, each such tensor is moved to a mapped file as soon as it is made.
+Most weights of a loaded model are the mapped checkpoint itself. But many mixtures are stored expert
+by expert, and transformers stacks the experts of a block into one tensor: a copy of nearly the
+whole model. Where that would be too much for memory, each such tensor is moved to a mapped file as
+soon as it is made.
 """
 
 from __future__ import annotations
@@ -26,22 +28,32 @@ SMALL = 2**20
 
 
 def too_large(checkpoint_bytes: int, limit: int | None = None) -> bool:
-    """Whether a copy of the weights in every process here is more than half of `limit` bytes, or of what is free."""
-    processes = 1 if limit is not None else int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as torchrun says
+    """Whether a copy of the weights in every process here is more than half of `limit` bytes, or of
+    what is free.
+    """
+    processes = (
+        1 if limit is not None else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    )  # as torchrun says
     return 2 * checkpoint_bytes * processes > (available_bytes(CPU) if limit is None else limit)
 
 
 def spill_folder(out: Path | None, checkpoint_bytes: int, limit: int | None = None) -> Path | None:
-    """Where it goes if it is `too_large`, else None: the folder that `out` will lie in, or the nearest above that is
-    there; without a result, where temporary files go."""
+    """Where it goes if it is `too_large`, else None: the folder that `out` will lie in, or the
+    nearest above that is there; without a result, where temporary files go.
+    """
     if not too_large(checkpoint_bytes, limit):
         return None
-    return next(folder for folder in out.resolve().parents if folder.is_dir()) if out else Path(gettempdir())
+    return (
+        next(folder for folder in out.resolve().parents if folder.is_dir())
+        if out
+        else Path(gettempdir())
+    )
 
 
 @contextmanager
 def stacked_on_disk(folder: Path | None) -> Iterator[None]:
-    """While open, what `from_pretrained` makes of several tensors is moved to a file without a name in `folder`.
+    """While open, what `from_pretrained` makes of several tensors is moved to a file without a name
+    in `folder`.
 
     Without a folder it stays in memory. Raises DiskFull, OutputRefused.
     """
@@ -53,14 +65,20 @@ def stacked_on_disk(folder: Path | None) -> Iterator[None]:
     def moved(found: Any) -> Any:
         if isinstance(found, list):
             return [moved(part) for part in found]
-        if not isinstance(found, Tensor) or found.nbytes < SMALL or found.untyped_storage().nbytes() != found.nbytes:
+        if (
+            not isinstance(found, Tensor)
+            or found.nbytes < SMALL
+            or found.untyped_storage().nbytes() != found.nbytes
+        ):
             return found  # a view of what is mapped, for one
         file.append(found)
         return file[len(file) - 1]
 
     def converted(self: WeightConverter, *args: Any, **options: Any) -> Any:
         found: Any = convert(self, *args, **options)
-        if isinstance(found, tuple):  # with errors beside it, in the first releases of transformers 5
+        if isinstance(
+            found, tuple
+        ):  # with errors beside it, in the first releases of transformers 5
             return ({name: moved(part) for name, part in found[0].items()}, *found[1:])
         return {name: moved(part) for name, part in found.items()}
 

@@ -1,4 +1,6 @@
-"""The hidden states of the calibration windows, batch by batch: in memory, or in a file where there are too many."""
+"""The hidden states of the calibration windows, batch by batch: in memory, or in a file where there
+are too many.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from secateur.system.files import disk_errors, reserve
 ALIGNED = 64
 """Every tensor begins at a multiple of this."""
 MOST_ROOM = 2**30
-"""What is reserved at a time, at most, for tensors that are smaller: as much as is there, so that mappings stay few."""
+"""What is reserved at a time, at most, for tensors that are smaller: as much as is there, so that
+mappings stay few.
+"""
 
 
 def hidden_bytes(shape: Sequence[int], width: int, dtype: torch.dtype) -> int:
@@ -28,8 +32,9 @@ def hidden_bytes(shape: Sequence[int], width: int, dtype: torch.dtype) -> int:
 class HiddenStates:
     """What enters the block at hand, a tensor for each batch; setting one forgets the one before.
 
-    With `folder`, they lie in a mapped file there, which has no name and goes with the process: the system writes out
-    what memory cannot hold. A batch keeps its shape and dtype from block to block. Raises DiskFull, OutputRefused.
+    With `folder`, they lie in a mapped file there, which has no name and goes with the process: the
+    system writes out what memory cannot hold. A batch keeps its shape and dtype from block to
+    block. Raises DiskFull, OutputRefused.
     """
 
     def __init__(self, folder: Path | None, tensors: Iterable[Tensor] = ()) -> None:
@@ -47,14 +52,18 @@ class HiddenStates:
         self._held.append(self._mapped(tensor) if self._file else tensor)
 
     def _mapped(self, tensor: Tensor) -> Tensor:
-        """A copy in the file. A mapping costs a file descriptor, so it is made for more than one tensor."""
+        """A copy in the file. A mapping costs a file descriptor, so it is made for more than one
+        tensor.
+        """
         assert self._file is not None
         size = -(-tensor.nbytes // ALIGNED) * ALIGNED
         if size > len(self._room):
             room = max(size, min(self._end, MOST_ROOM))
             with disk_errors(self.folder or Path()):
                 reserve(self._file.fileno(), self._end, room)
-                self._room = torch.from_numpy(np.memmap(self._file, np.uint8, "r+", self._end, (room,)))
+                self._room = torch.from_numpy(
+                    np.memmap(self._file, np.uint8, "r+", self._end, (room,))
+                )
             self._end += room
         place, self._room = self._room[: tensor.nbytes], self._room[size:]
         mapped = place.view(tensor.dtype).view(tensor.shape)

@@ -1,7 +1,8 @@
 """The prunable matrices of a block, and the inputs that each of them sees.
 
-A site is a matrix view `[out, in]`: a linear layer, a Conv1D (GPT-2 stores `[in, out]`), or one expert's slice of a
-3-D parameter. Routers, and whatever else is no such matrix, are not sites; `coverage` says how much that leaves out.
+A site is a matrix view `[out, in]`: a linear layer, a Conv1D (GPT-2 stores `[in, out]`), or one
+expert's slice of a 3-D parameter. Routers, and whatever else is no such matrix, are not sites;
+`coverage` says how much that leaves out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ Shapes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Site:
-    """One prunable matrix of a block: a view `[out, in]` of a parameter, whatever way the layer stores it."""
+    """One prunable matrix of a block: a view `[out, in]` of a parameter, whatever way the layer
+    stores it.
+    """
 
     name: str
     parameter: str
@@ -41,19 +44,25 @@ class Site:
 
 
 def sites(block: nn.Module) -> dict[str, Site]:
-    """The prunable matrices of a block by name: linear layers and single experts, routers left out."""
+    """The prunable matrices of a block by name: linear layers and single experts, routers left
+    out.
+    """
     found: dict[str, Site] = {}
     left_out = experts.routers(block)
     for name, module in block.named_modules():
         if module in left_out:
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
-            found[name] = Site(name, f"{name}.weight", module.weight.data, isinstance(module, Conv1D))
+            found[name] = Site(
+                name, f"{name}.weight", module.weight.data, isinstance(module, Conv1D)
+            )
         elif experts.is_experts(module):
             for matrix in experts.matrices(module):
                 for expert, weight in enumerate(getattr(module, matrix).data):
                     site = f"{name}.{expert}.{matrix}"
-                    found[site] = Site(site, f"{name}.{matrix}", weight, experts.is_transposed(module), expert=True)
+                    found[site] = Site(
+                        site, f"{name}.{matrix}", weight, experts.is_transposed(module), expert=True
+                    )
     return found
 
 
@@ -63,7 +72,9 @@ def bias(block: nn.Module, site: Site) -> tuple[str, Tensor] | None:
         owner, expert, matrix = site.name.rsplit(".", 2)
         if not getattr(block.get_submodule(owner), "has_bias", False):
             return None
-        return f"{owner}.{matrix}_bias", block.get_parameter(f"{owner}.{matrix}_bias").data[int(expert)]
+        return f"{owner}.{matrix}_bias", block.get_parameter(f"{owner}.{matrix}_bias").data[
+            int(expert)
+        ]
     held = block.get_submodule(site.name).bias
     return None if held is None else (f"{site.name}.bias", held.data)  # type: ignore[return-value]
 
@@ -71,13 +82,21 @@ def bias(block: nn.Module, site: Site) -> tuple[str, Tensor] | None:
 def signature(block: nn.Module) -> tuple[Any, ...]:
     """What blocks of one kind have in common; one trace serves them all.
 
-    Module types, shapes of parameters, and flags and factors (a block may reuse the keys of another, or gate sparsely).
+    Module types, shapes of parameters, and flags and factors (a block may reuse the keys of
+    another, or gate sparsely).
     """
     modules = [
-        (name, type(module), *((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (bool, float))))
+        (
+            name,
+            type(module),
+            *((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (bool, float))),
+        )
         for name, module in block.named_modules()
     ]
-    return (*modules, *((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()))
+    return (
+        *modules,
+        *((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()),
+    )
 
 
 def coverage(block: nn.Module) -> tuple[int, int]:
@@ -91,10 +110,11 @@ Visit = Callable[[list[tuple[str, Tensor]]], None]
 
 @contextmanager
 def visited(block: nn.Module, visit: Visit) -> Iterator[None]:
-    """While open, `visit([(site name, x [tokens, in]), …])` is called wherever a forward of the block reaches sites.
+    """While open, `visit([(site name, x [tokens, in]), …])` is called wherever a forward of the
+    block reaches sites.
 
-    A linear layer comes alone; the first matrices of fused experts come together, and after them the second ones,
-    whose inputs are computed when the first call has returned.
+    A linear layer comes alone; the first matrices of fused experts come together, and after them
+    the second ones, whose inputs are computed when the first call has returned.
     """
 
     def linear(name: str) -> Callable[..., None]:
@@ -105,7 +125,9 @@ def visited(block: nn.Module, visit: Visit) -> Iterator[None]:
             hidden, chosen, *_ = *args, *kwargs.values()
             first, second = experts.matrices(module)
             visit([(f"{name}.{e}.{first}", x) for e, x in experts.routed(module, hidden, chosen)])
-            inner = ((e, experts.inner(module, e, x)) for e, x in experts.routed(module, hidden, chosen))
+            inner = (
+                (e, experts.inner(module, e, x)) for e, x in experts.routed(module, hidden, chosen)
+            )
             visit([(f"{name}.{e}.{second}", x) for e, x in inner])
 
         return hook
@@ -125,7 +147,9 @@ def visited(block: nn.Module, visit: Visit) -> Iterator[None]:
 
 @contextmanager
 def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `record(site name, x [tokens, in])` is called for every site a forward of the block reaches."""
+    """While open, `record(site name, x [tokens, in])` is called for every site a forward of the
+    block reaches.
+    """
 
     def visit(reached: list[tuple[str, Tensor]]) -> None:
         for name, x in reached:

@@ -1,12 +1,12 @@
 """A causal LM as a stack of blocks that are run one at a time.
 
-No adapter class per family. A `Shell` is the model with every block replaced by a tap: one forward through it records
-what enters the first block and the arguments of each block's own call (masks, rotary tables), and one more turns the
-last block's output into logits. Running the blocks with those calls must equal `model(...)` bit for bit, which
-`load.replayable` checks.
+No adapter class per family. A `Shell` is the model with every block replaced by a tap: one forward
+through it records what enters the first block and the arguments of each block's own call (masks,
+rotary tables), and one more turns the last block's output into logits. Running the blocks with
+those calls must equal `model(...)` bit for bit, which `load.replayable` checks.
 
-Weights stay where they were mapped. `working_copy` converts one block at a time to the device and dtype of the
-computation; the model itself is never converted.
+Weights stay where they were mapped. `working_copy` converts one block at a time to the device and
+dtype of the computation; the model itself is never converted.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal LM and where its blocks are. `tuples` says which blocks return a tuple; `spilled`, whether weights that
-    the loader put together lie in a file rather than in memory."""
+    """A causal LM and where its blocks are. `tuples` says which blocks return a tuple; `spilled`,
+    whether weights that the loader put together lie in a file rather than in memory.
+    """
 
     model: PreTrainedModel
     stack: str
@@ -50,12 +51,18 @@ class LanguageModel:
 
 
 def working_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of a block on `device`, in `dtype` (None: as stored). The original keeps its mapped weights."""
+    """A copy of a block on `device`, in `dtype` (None: as stored). The original keeps its mapped
+    weights.
+    """
     return _cast(deepcopy(module), device, dtype)
 
 
-def _cast(module: nn.Module, device: torch.device, dtype: torch.dtype | None, *, recurse: bool = True) -> nn.Module:
-    """Move a module; parameters take the dtype, buffers (rotary tables, masks) only where it is wider."""
+def _cast(
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None, *, recurse: bool = True
+) -> nn.Module:
+    """Move a module; parameters take the dtype, buffers (rotary tables, masks) only where it is
+    wider.
+    """
     for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
         target = None
         if dtype and tensor.is_floating_point():
@@ -92,7 +99,9 @@ class _Reached(Exception):
 
 
 class _Tap(nn.Module):
-    """Stands in for a block: hands each call to the shell, and looks like the block to whoever asks."""
+    """Stands in for a block: hands each call to the shell, and looks like the block to whoever
+    asks.
+    """
 
     def __init__(self, block: nn.Module, index: int) -> None:
         super().__init__()
@@ -122,9 +131,9 @@ class _Tap(nn.Module):
 class Shell:
     """A language model without its blocks: what happens before the first and after the last.
 
-    It runs on `device` with parameters in `dtype` (None: as stored). On the CPU the input embedding is never
-    copied: the few rows that are looked up are converted. Without `head`, only `enter` works, and the output
-    embedding stays mapped as well.
+    It runs on `device` with parameters in `dtype` (None: as stored). On the CPU the input embedding
+    is never copied: the few rows that are looked up are converted. Without `head`, only `enter`
+    works, and the output embedding stays mapped as well.
     """
 
     def __init__(
@@ -138,7 +147,9 @@ class Shell:
         self.tuples = language_model.tuples
         blocks = language_model.blocks
         self.taps = [_Tap(block, index) for index, block in enumerate(blocks)]
-        memo: dict[int, Any] = {id(block): tap for block, tap in zip(blocks, self.taps, strict=True)}
+        memo: dict[int, Any] = {
+            id(block): tap for block, tap in zip(blocks, self.taps, strict=True)
+        }
         embedding = language_model.model.get_input_embeddings()
         kept = [embedding] if device.type == "cpu" else []
         if not head and (output := language_model.model.get_output_embeddings()) is not None:
@@ -174,13 +185,17 @@ class Shell:
                 tap.called = None
 
     def enter(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """The hidden state that enters block 0 for tokens `[batch, length]`, and every block's call."""
+        """The hidden state that enters block 0 for tokens `[batch, length]`, and every block's
+        call.
+        """
         calls: list[Call] = []
         entering: list[Tensor] = []
 
         def note(index: int, hidden: Tensor, call: Call) -> Tensor:
             if index != len(calls):
-                raise UnsupportedModel(f"Block {index} is called out of turn, after {len(calls)} others.")
+                raise UnsupportedModel(
+                    f"Block {index} is called out of turn, after {len(calls)} others."
+                )
             calls.append(call)
             entering.append(hidden)
             if len(calls) == len(self.taps):
@@ -192,10 +207,14 @@ class Shell:
                 self.model(tokens.to(self.device), use_cache=False)
             except _Reached:
                 return entering[0], calls
-        raise UnsupportedModel(f"{type(self.model).__name__} called {len(calls)} of its {len(self.taps)} blocks.")
+        raise UnsupportedModel(
+            f"{type(self.model).__name__} called {len(calls)} of its {len(self.taps)} blocks."
+        )
 
     def leave(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """The logits `[batch, length, vocabulary]` when `hidden` is what the last block returned."""
+        """The logits `[batch, length, vocabulary]` when `hidden` is what the last block
+        returned.
+        """
         with self._answering(lambda index, entering, call: hidden.to(entering.device)):
             return self.model(tokens.to(self.device), use_cache=False).logits
 
@@ -214,7 +233,9 @@ def _looked_up(embedding: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tens
 
 
 def own(value: Any, memo: dict[int, Any]) -> Any:
-    """Recorded calls once more, with one `memo` for a batch: tensors are shared, what blocks leave for later is not."""
+    """Recorded calls once more, with one `memo` for a batch: tensors are shared, what blocks leave
+    for later is not.
+    """
     if isinstance(value, Call):
         return Call(*(own(part, memo) for part in value))
     if isinstance(value, (tuple, list)):
@@ -236,7 +257,8 @@ def same(a: Any, b: Any) -> bool:
 
 
 def close(wanted: Tensor, got: Tensor) -> bool:
-    """Whether each channel (last dimension) differs by little of its norm, or of 1 % of the typical norm.
+    """Whether each channel (last dimension) differs by little of its norm, or of 1 % of the typical
+    norm.
 
     Little is 0.1 %, or a few roundings of a 16-bit dtype: a wrong order is far off.
     """
@@ -247,5 +269,7 @@ def close(wanted: Tensor, got: Tensor) -> bool:
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; what p cannot say costs nothing."""
+    """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; what p cannot say costs
+    nothing.
+    """
     return (log_p.exp() * (log_p - log_q)).where(log_p > -torch.inf, 0.0).sum(-1)

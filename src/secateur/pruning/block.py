@@ -1,7 +1,9 @@
-"""One block: the statistics of its inputs, then the method, site by site; what comes out is ready to be written.
+"""One block: the statistics of its inputs, then the method, site by site; what comes out is ready
+to be written.
 
-Two copies of the block are changed alike: the one in the dtype of the forward passes, on which the stream goes on,
-and one as it is stored, which is the result. What is pruned is the stored weight, whatever dtype the forward has.
+Two copies of the block are changed alike: the one in the dtype of the forward passes, on which the
+stream goes on, and one as it is stored, which is the result. What is pruned is the stored weight,
+whatever dtype the forward has.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ Classes = list[list[Unit]]
 
 @dataclass
 class PrunedBlock:
-    """A finished block: the parameters that changed, by their name in the model, in the dtype they are stored in."""
+    """A finished block: the parameters that changed, by their name in the model, in the dtype they
+    are stored in.
+    """
 
     index: int
     tensors: dict[str, Tensor]
@@ -45,7 +49,11 @@ class PrunedBlock:
 
     def entry(self, name: str) -> dict[str, Any]:
         """What `Report.take` takes, as JSON can hold it."""
-        return {"block": name, "sites": [asdict(site) for site in self.reports], "refined": self.tuned}
+        return {
+            "block": name,
+            "sites": [asdict(site) for site in self.reports],
+            "refined": self.tuned,
+        }
 
 
 @torch.no_grad()
@@ -60,10 +68,12 @@ def prune_block(
     one_pass: bool,
     ranks: Ranks = ALONE,
 ) -> PrunedBlock:
-    """Prune the sites of one block after `plan`; `at_hand` is told the name of each. Raises NonFinite.
+    """Prune the sites of one block after `plan`; `at_hand` is told the name of each. Raises
+    NonFinite.
 
-    `units` are those that may change places, by the site that reads them; only for a method that permutes. `one_pass`:
-    see `Step.stages`. Every one of several `ranks` solves its share of the sites.
+    `units` are those that may change places, by the site that reads them; only for a method that
+    permutes. `one_pass`: see `Step.stages`. Every one of several `ranks` solves its share of the
+    sites.
     """
     result = working_copy(original, torch.device("cpu"), None)
     if units:
@@ -76,7 +86,12 @@ def prune_block(
     probes: dict[str, Tensor] = {}
     wanted = {name for name in step.sites if f"{step.name}.{name}" in plan}
     stages = step.stages(
-        method.need, PROBE_TOKENS, wanted, one_pass=one_pass, sequential=method.sequential, again=method.refine > 0
+        method.need,
+        PROBE_TOKENS,
+        wanted,
+        one_pass=one_pass,
+        sequential=method.sequential,
+        again=method.refine > 0,
     )
 
     def solve(group: Sequence[str], observed: Observed) -> dict[str, str]:
@@ -89,14 +104,20 @@ def prune_block(
                 continue
             at_hand(f"{step.name}.{names[0]}")
             name = names[0]
-            order = _order(dense[name], method, stats, chosen[name], units.get(name)) if len(names) == 1 else None
+            order = (
+                _order(dense[name], method, stats, chosen[name], units.get(name))
+                if len(names) == 1
+                else None
+            )
             if order is not None:
                 stats, said[name] = permuted(stats, order), "inputs permuted"
                 if name in probes:  # the first batch may have missed an expert
                     probes[name] = probes[name][:, order]
                 for copy in (step.block, result, original):
                     moved.update(reorder(copy, name, units[name], order))
-            weights = [dense[name].weight.to(step.device).to(torch.float32, copy=True) for name in chosen]
+            weights = [
+                dense[name].weight.to(step.device).to(torch.float32, copy=True) for name in chosen
+            ]
             found = prune_together(method, weights, stats, list(chosen.values()))
             for name, pruned in zip(chosen, found, strict=True):
                 put(step, name, pruned.weight, targets)
@@ -122,21 +143,37 @@ def prune_block(
         at_hand(f"{step.name} as a whole")
         tuned = _refine(step, result, changed, notes, method.refine)
     reports = [
-        _report(f"{step.name}.{name}", dense[name], targets[name], plan, notes.get(name), probes.get(name))
+        _report(
+            f"{step.name}.{name}",
+            dense[name],
+            targets[name],
+            plan,
+            notes.get(name),
+            probes.get(name),
+        )
         for name in step.sites
     ]
-    tensors = {f"{step.name}.{name}": result.get_parameter(name).data for name in sorted(moved.union(changed))}
+    tensors = {
+        f"{step.name}.{name}": result.get_parameter(name).data
+        for name in sorted(moved.union(changed))
+    }
     return PrunedBlock(step.index, tensors, reports, tuned)
 
 
-def _order(site: Site, method: Method, stats: Stats, pattern: Pattern, classes: Classes | None) -> Tensor | None:
-    """The order in which a site's inputs should come, or None to leave them; only N:M has anything to gain."""
+def _order(
+    site: Site, method: Method, stats: Stats, pattern: Pattern, classes: Classes | None
+) -> Tensor | None:
+    """The order in which a site's inputs should come, or None to leave them; only N:M has anything
+    to gain.
+    """
     if classes is None or not isinstance(pattern, NM):
         return None
     return input_order(method.score(site.weight.float(), stats), classes, pattern)
 
 
-def _solved_together(group: Sequence[str], observed: Observed, method: Method) -> Iterator[list[str]]:
+def _solved_together(
+    group: Sequence[str], observed: Observed, method: Method
+) -> Iterator[list[str]]:
     """The sites of a group in order; those that share the statistics of a solver together."""
     together: dict[int, list[str]] = {}
     for position, name in enumerate(group):
@@ -145,7 +182,9 @@ def _solved_together(group: Sequence[str], observed: Observed, method: Method) -
     yield from together.values()
 
 
-def _refine(step: Step, result: nn.Module, changed: Sequence[str], pruned: Container[str], epochs: int) -> Tuned:
+def _refine(
+    step: Step, result: nn.Module, changed: Sequence[str], pruned: Container[str], epochs: int
+) -> Tuned:
     """Tune the pruned sites of the block, in float32, and round what came out into both copies."""
     batches = step.batches()
     started = perf_counter()
@@ -164,12 +203,16 @@ def _refine(step: Step, result: nn.Module, changed: Sequence[str], pruned: Conta
     return tuned
 
 
-def _report(name: str, dense: Site, target: Site, plan: Plan, note: str | None, probe: Tensor | None) -> SiteReport:
+def _report(
+    name: str, dense: Site, target: Site, plan: Plan, note: str | None, probe: Tensor | None
+) -> SiteReport:
     """What became of a site; `note` is None where it was not pruned."""
     rows, columns = target.weight.shape
     share = count_zeros(target.weight) / (rows * columns)
     if note is None:
-        return SiteReport(name, (rows, columns), None, share, None, UNSEEN if name in plan else LEFT_OUT)
+        return SiteReport(
+            name, (rows, columns), None, share, None, UNSEEN if name in plan else LEFT_OUT
+        )
     error = None
     if probe is not None:
         before, after = (site.weight.to(probe.device).float() for site in (dense, target))

@@ -16,9 +16,15 @@ from secateur.pruning.structured.method import PRESETS, check_structure
 
 
 def check_method(
-    method: str, pattern: str, allocate: str = "uniform", skip: Sequence[str] = (), align: int | None = None
+    method: str,
+    pattern: str,
+    allocate: str = "uniform",
+    skip: Sequence[str] = (),
+    align: int | None = None,
 ) -> None:
-    """Raise UnknownName, BadPattern or BadPlan for a method, a pattern and options that do not go together."""
+    """Raise UnknownName, BadPattern or BadPlan for a method, a pattern and options that do not go
+    together.
+    """
     structure, name = parse(pattern), method.split("+")[0]
     if isinstance(structure, Structure):
         if name in METHODS and name not in PRESETS:

@@ -23,7 +23,8 @@ def draw_calibration(
     data_dir: str | Path | None,
     trust_remote_code: bool,
 ) -> Windows:
-    """The calibration windows of a run: `corpus` (default: c4, or the demo's own text) through the model's tokenizer.
+    """The calibration windows of a run: `corpus` (default: c4, or the demo's own text) through the
+    model's tokenizer.
 
     Raises NotEnoughText, UnknownName, BadText, BadCheckpoint.
     """
@@ -50,7 +51,8 @@ def opened(
     out: Path,
     memory: str | int | None = None,
 ) -> tuple[Checkpoint, LanguageModel, Windows]:
-    """A model's checkpoint, the model, and the calibration windows of a run on it that writes `out`.
+    """A model's checkpoint, the model, and the calibration windows of a run on it that writes
+    `out`.
 
     Raises SecateurError.
     """
@@ -60,7 +62,14 @@ def opened(
     spill = spill_folder(out, source.bytes, find_size(memory))
     language_model = load(folder, trust_remote_code=trust_remote_code, spill=spill)
     windows = draw_calibration(
-        language_model, folder, model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
+        language_model,
+        folder,
+        model,
+        calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        data_dir=data_dir,
         trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+    )
     return source, language_model, windows

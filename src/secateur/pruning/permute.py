@@ -1,12 +1,15 @@
-"""Channel permutation for N:M: an order of a site's inputs in which the pattern can keep more of what matters.
+"""Channel permutation for N:M: an order of a site's inputs in which the pattern can keep more of
+what matters.
 
-N:M removes from every group of M neighbours, also where all of them matter. Which inputs are neighbours is free
-wherever whoever makes them can be reordered too (`groups`): the sum over the inputs does not change, and neither does
-the file, so the permutation costs nothing when the model runs.
+N:M removes from every group of M neighbours, also where all of them matter. Which inputs are
+neighbours is free wherever whoever makes them can be reordered too (`groups`): the sum over the
+inputs does not change, and neither does the file, so the permutation costs nothing when the model
+runs.
 
-The order is found as in Plug-and-Play (Zhang et al., ICLR 2024, sec. 4): deal out the columns by total score, then
-improve by linear sum assignment. Columns move for all rows at once, so the best order is a hard problem; this finds a
-good one. What no trace can see is compared in numbers (`same_output`, `verified`).
+The order is found as in Plug-and-Play (Zhang et al., ICLR 2024, sec. 4): deal out the columns by
+total score, then improve by linear sum assignment. Columns move for all rows at once, so the best
+order is a hard problem; this finds a good one. What no trace can see is compared in numbers
+(`same_output`, `verified`).
 """
 
 from __future__ import annotations
@@ -25,16 +28,20 @@ from secateur.models.matrices import Site, bias, recorded_inputs, sites
 from secateur.models.replay import Call, close, run_block
 
 ROUNDS = 4
-"""How often every position is reassigned, at most; it stops sooner where a round gains less than 0.05 %."""
+"""How often every position is reassigned, at most; it stops sooner where a round gains less than
+0.05 %.
+"""
 GROUPS = 256
 """How many groups are assigned together, at most: assignment costs their number cubed."""
 
 
 def best_order(score: Tensor, pattern: NM) -> Tensor:
-    """The order of columns, int64 `[columns]`, in which N:M keeps most of a score `[rows, columns]`, or nearly.
+    """The order of columns, int64 `[columns]`, in which N:M keeps most of a score `[rows,
+    columns]`, or nearly.
 
-    Never worse than the order as it is, which is returned where no better one is found. Deterministic. A matrix of
-    4096 x 11008 takes about half a minute on one core, and the memory of one more score in float32.
+    Never worse than the order as it is, which is returned where no better one is found.
+    Deterministic. A matrix of 4096 x 11008 takes about half a minute on one core, and the memory of
+    one more score in float32.
     """
     columns = score.shape[1]
     pattern.check((len(score), columns), "score")
@@ -57,54 +64,74 @@ def best_order(score: Tensor, pattern: NM) -> Tensor:
 
 
 def kept_score(by_column: Tensor, groups: Tensor, n: int) -> float:
-    """The score that remains where each row keeps n columns of every group: scores `[columns, rows]`, `[groups, m]`."""
+    """The score that remains where each row keeps n columns of every group: scores `[columns,
+    rows]`, `[groups, m]`.
+    """
     groups = groups.to(by_column.device)
-    kept = [sum(x.sum(dtype=torch.float64) for x in _largest(by_column[part], n)) for part in groups.split(GROUPS)]
+    kept = [
+        sum(x.sum(dtype=torch.float64) for x in _largest(by_column[part], n))
+        for part in groups.split(GROUPS)
+    ]
     return float(sum(kept))
 
 
 def _largest(values: Tensor, n: int) -> list[Tensor]:
-    """The n largest along dimension 1 of `[groups, columns, rows]`, largest first: each `[groups, rows]`.
+    """The n largest along dimension 1 of `[groups, columns, rows]`, largest first: each `[groups,
+    rows]`.
 
     So few are compared here that passing the larger one on is several times faster than topk.
     """
     columns = list(values.unbind(1))
     for done in range(n):
         for i in range(len(columns) - 1, done, -1):
-            low, high = torch.minimum(columns[i - 1], columns[i]), torch.maximum(columns[i - 1], columns[i])
+            low, high = (
+                torch.minimum(columns[i - 1], columns[i]),
+                torch.maximum(columns[i - 1], columns[i]),
+            )
             columns[i - 1], columns[i] = high, low
     return columns[:n]
 
 
 def _dealt(total: Tensor, m: int) -> Tensor:
-    """Groups `[columns / m, m]`: columns in falling order of their total, dealt to the groups forth and back."""
+    """Groups `[columns / m, m]`: columns in falling order of their total, dealt to the groups forth
+    and back.
+    """
     rounds = total.argsort(descending=True, stable=True).view(m, -1).clone()
     rounds[1::2] = rounds[1::2].flip(1)
     return rounds.T.contiguous()
 
 
 def _reassigned(by_column: Tensor, groups: Tensor, n: int) -> Tensor:
-    """Groups `[groups, m]` after taking one column out of each and putting them back at their best, m times.
+    """Groups `[groups, m]` after taking one column out of each and putting them back at their best,
+    m times.
 
-    Where the n-th largest of the others is t, a column of value v adds max(v - t, 0) to what a row keeps.
+    Where the n-th largest of the others is t, a column of value v adds max(v - t, 0) to what a row
+    keeps.
     """
     groups = groups.clone()
     for position in range(groups.shape[1]):
-        out, rest = groups[:, position], groups[:, [i for i in range(groups.shape[1]) if i != position]]
+        out, rest = (
+            groups[:, position],
+            groups[:, [i for i in range(groups.shape[1]) if i != position]],
+        )
         threshold = _largest(by_column[rest.to(by_column.device)], n)[-1]  # [groups, rows]
         values = by_column[out.to(by_column.device)]  # [columns taken out, rows]
-        gain = torch.stack([(values - t).clamp_min_(0).sum(1) for t in threshold])  # [groups, columns taken out]
+        gain = torch.stack(
+            [(values - t).clamp_min_(0).sum(1) for t in threshold]
+        )  # [groups, columns taken out]
         _, chosen = linear_sum_assignment(gain.cpu().numpy(), maximize=True)
         groups[:, position] = out[torch.from_numpy(chosen)]
     return groups
 
 
 def input_order(score: Tensor, classes: list[list[Unit]], pattern: NM) -> Tensor | None:
-    """The order of a consumer's inputs, int64 `[in]`, that keeps most score `[out, in]`, or None to leave it.
+    """The order of a consumer's inputs, int64 `[in]`, that keeps most score `[out, in]`, or None to
+    leave it.
 
-    Columns move within a class of units only. A unit with several inputs (one per query head) moves in all places at
-    once: their scores are stacked as further rows. A class is permuted only where the i-th inputs of its units, for
-    each i, fill whole groups of M neighbours; otherwise a group would mix them with what stays.
+    Columns move within a class of units only. A unit with several inputs (one per query head) moves
+    in all places at once: their scores are stacked as further rows. A class is permuted only where
+    the i-th inputs of its units, for each i, fill whole groups of M neighbours; otherwise a group
+    would mix them with what stays.
     """
     order = torch.arange(score.shape[1])
     for units in classes:
@@ -120,10 +147,12 @@ def input_order(score: Tensor, classes: list[list[Unit]], pattern: NM) -> Tensor
 
 @torch.no_grad()
 def reorder(block: nn.Module, consumer: str, classes: list[list[Unit]], order: Tensor) -> list[str]:
-    """Give a consumer's inputs another order, and whatever feeds them; returns the parameters that changed, by name.
+    """Give a consumer's inputs another order, and whatever feeds them; returns the parameters that
+    changed, by name.
 
-    Input i becomes what was input `order[i]`, for int64 `[in]`. Parameters are written in place, so the sites of the
-    block stay views of them. An order that does not move whole units within their classes is an AssertionError.
+    Input i becomes what was input `order[i]`, for int64 `[in]`. Parameters are written in place, so
+    the sites of the block stay views of them. An order that does not move whole units within their
+    classes is an AssertionError.
     """
     known = sites(block)
     changed = [known[consumer].parameter]
@@ -141,7 +170,9 @@ def reorder(block: nn.Module, consumer: str, classes: list[list[Unit]], order: T
     return list(dict.fromkeys(changed))
 
 
-def _output_orders(known: Mapping[str, Site], classes: list[list[Unit]], order: Tensor) -> dict[str, Tensor]:
+def _output_orders(
+    known: Mapping[str, Site], classes: list[list[Unit]], order: Tensor
+) -> dict[str, Tensor]:
     """For every site that feeds what moves, the order of its outputs, int64 `[out]`."""
     rows: dict[str, Tensor] = {}
     left = order.tolist()
@@ -170,16 +201,21 @@ def permuted(stats: Stats, order: Tensor) -> Stats:
 
 
 @torch.no_grad()
-def same_output(before: nn.Module, after: nn.Module, consumer: str, order: Tensor, hidden: Tensor, call: Call) -> bool:
-    """Whether a reordered block does what it did: its output is the same, and the consumer's inputs but their order.
+def same_output(
+    before: nn.Module, after: nn.Module, consumer: str, order: Tensor, hidden: Tensor, call: Call
+) -> bool:
+    """Whether a reordered block does what it did: its output is the same, and the consumer's inputs
+    but their order.
 
-    The inputs are compared channel by channel, since a small part of a block vanishes beside the residual stream. An
-    expert that no token of `hidden` reaches is not compared.
+    The inputs are compared channel by channel, since a small part of a block vanishes beside the
+    residual stream. An expert that no token of `hidden` reaches is not compared.
     """
     outputs, inputs = [], []
     for block in (before, after):
         seen: list[Tensor] = []
-        with recorded_inputs(block, lambda name, x, seen=seen: seen.append(x) if name == consumer else None):
+        with recorded_inputs(
+            block, lambda name, x, seen=seen: seen.append(x) if name == consumer else None
+        ):
             outputs.append(run_block(block, hidden, call))
         inputs.append(seen)
     if len(inputs[0]) != len(inputs[1]) or not close(outputs[0], outputs[1]):
@@ -192,11 +228,13 @@ def same_output(before: nn.Module, after: nn.Module, consumer: str, order: Tenso
 def verified(
     block: nn.Module, hidden: Tensor, call: Call, classes: Mapping[str, list[list[Unit]]]
 ) -> dict[str, list[list[Unit]]]:
-    """Those consumers of a block whose units may really change places: moving each by one changes nothing.
+    """Those consumers of a block whose units may really change places: moving each by one changes
+    nothing.
 
-    On the hidden state that enters the block (`entering`, a few tokens are enough) and its call, one consumer at a
-    time, on a copy. Best in float32. What one block of a kind may do another may not, where a scale differs. No random
-    order is tried: of few units it may happen to move only those that are alike.
+    On the hidden state that enters the block (`entering`, a few tokens are enough) and its call,
+    one consumer at a time, on a copy. Best in float32. What one block of a kind may do another may
+    not, where a scale differs. No random order is tried: of few units it may happen to move only
+    those that are alike.
     """
     found = {}
     for consumer, units in classes.items():

@@ -1,4 +1,6 @@
-"""What is settled before the first block of a run: whether it can be done, the plan, and the way through the blocks."""
+"""What is settled before the first block of a run: whether it can be done, the plan, and the way
+through the blocks.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,12 @@ MINIMUM_COVERAGE = 0.95
 class Pruning:
     """A run as it has been decided: what `prune.pruned_blocks` needs to know.
 
-    `passes`: with "one" a block runs once, and every site sees what the pruned sites before it give. With "two" it runs
-    once for the statistics of all sites and once for what enters the next block; a `sequential` method then costs a
-    forward for each group of sites that share an input. A method that refines runs the finished block once more; one
-    that reads "cross" or refines costs a second stream, through the dense model. `finished`: what the first blocks
-    have become already; they are gone through and not given again. `ranks` share the work.
+    `passes`: with "one" a block runs once, and every site sees what the pruned sites before it
+    give. With "two" it runs once for the statistics of all sites and once for what enters the next
+    block; a `sequential` method then costs a forward for each group of sites that share an input. A
+    method that refines runs the finished block once more; one that reads "cross" or refines costs a
+    second stream, through the dense model. `finished`: what the first blocks have become already;
+    they are gone through and not given again. `ranks` share the work.
     """
 
     method: Method
@@ -84,8 +87,9 @@ def decide(
 ) -> tuple[Report, Pruning]:
     """The plan and everything else of a run that is about to start, and its report, still empty.
 
-    `spill` is the folder for what does not fit into memory. `decided`: what `Pruning.decisions` of a run that goes on
-    were. Raises UnsupportedModel for too low a coverage, or for what several ranks cannot share.
+    `spill` is the folder for what does not fit into memory. `decided`: what `Pruning.decisions` of
+    a run that goes on were. Raises UnsupportedModel for too low a coverage, or for what several
+    ranks cannot share.
     """
     check_windows(language_model, windows, batch_size)
     counts = [coverage(block) for block in language_model.blocks]
@@ -103,17 +107,35 @@ def decide(
             f"{method} looks at whole blocks with all windows, which several processes do not share; found "
             f"{ranks.size}. Run it in one, or leave +refine and +permute out."
         )
-    forward = ranks.same(lambda: calibration_dtype(find_dtype(dtype), devices[0], language_model.model.dtype))
+    forward = ranks.same(
+        lambda: calibration_dtype(find_dtype(dtype), devices[0], language_model.model.dtype)
+    )
 
     def made() -> dict[str, Any]:
         plan = make_plan(
-            language_model, windows, allocate, method=method, pattern=pattern, skip=skip, device=device, dtype=dtype,
-            batch_size=batch_size, progress=progress,
-        )  # fmt: skip
+            language_model,
+            windows,
+            allocate,
+            method=method,
+            pattern=pattern,
+            skip=skip,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            progress=progress,
+        )
         way = way_through(
-            language_model, windows.ids.shape, found, plan, passes=passes, limit=find_size(memory),
-            dtype=forward, device=devices[0], devices=len(devices) * ranks.size, batch_size=batch_size,
-        )  # fmt: skip
+            language_model,
+            windows.ids.shape,
+            found,
+            plan,
+            passes=passes,
+            limit=find_size(memory),
+            dtype=forward,
+            device=devices[0],
+            devices=len(devices) * ranks.size,
+            batch_size=batch_size,
+        )
         return {**way, "plan": {name: str(part) for name, part in plan.items()}}
 
     decided = decided or ranks.same(made)
@@ -123,10 +145,27 @@ def decide(
     shown = label(plan, site_shapes(language_model)) if is_file(allocate) else str(parse(pattern))
     progress.begin(f"pruning with {method} to {shown}")
     report = Report(
-        method, shown, kind_of(plan.values()), 0.0, share, [], seconds, None, windows.fingerprint(), allocate
+        method,
+        shown,
+        kind_of(plan.values()),
+        0.0,
+        share,
+        [],
+        seconds,
+        None,
+        windows.fingerprint(),
+        allocate,
     )
     report.note = UNKNOWN_COST.format(method) if found.cost is None else ""
     return report, Pruning(
-        found, plan, devices, forward, decided["batch_size"], progress, seconds, decided["passes"],
-        spill if decided["spill"] else None, ranks=ranks,
-    )  # fmt: skip
+        found,
+        plan,
+        devices,
+        forward,
+        decided["batch_size"],
+        progress,
+        seconds,
+        decided["passes"],
+        spill if decided["spill"] else None,
+        ranks=ranks,
+    )

@@ -3,8 +3,8 @@
     tokens → hidden states entering block i → statistics per site → (weight, kept) per site
            → the block's bytes in the result → hidden states entering block i+1 → …
 
-`prune` is the whole of it on disk; `prune_model` does the same to a model in memory; both are the loop
-`pruned_blocks` with something different done to each finished block.
+`prune` is the whole of it on disk; `prune_model` does the same to a model in memory; both are the
+loop `pruned_blocks` with something different done to each finished block.
 """
 
 from __future__ import annotations
@@ -73,18 +73,21 @@ def prune(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Prune a model and write the result to the folder `out`; returns the report that `pruning.json` holds.
+    """Prune a model and write the result to the folder `out`; returns the report that
+    `pruning.json` holds.
 
-    `model` is a checkpoint folder, a hub name, or None for the embedded demo model. `pattern` is read by
-    `patterns.parse`; `method` is a key of `METHODS`, with refinements, or for structures what
-    `structured.method.find_shrinking` knows; `allocate` says how sparsity is shared out: `uniform`, a rule of
-    `measured.ALLOCATIONS`, or a plan's .json file, which decides instead of `pattern`. `align`: the channels that stay
-    are a multiple of it. `device` may list several, separated by commas. `dtype` is that of the forward passes (`auto`:
-    as stored; on a CPU float32, but for bfloat16 where it can multiply it); statistics and solving are float32, the
-    result has the dtype of the source. `passes`: how often blocks run, see `Pruning`; `auto` is one where that fits
-    into `memory` ("6GB"; default: what is free), in batches of `batch_size` windows or fewer. A run that was killed
-    goes on after its last finished block when it is started again with the same arguments; `restart` discards it.
-    Raises SecateurError in all its kinds; then `out` is untouched.
+    `model` is a checkpoint folder, a hub name, or None for the embedded demo model. `pattern` is
+    read by `patterns.parse`; `method` is a key of `METHODS`, with refinements, or for structures
+    what `structured.method.find_shrinking` knows; `allocate` says how sparsity is shared out:
+    `uniform`, a rule of `measured.ALLOCATIONS`, or a plan's .json file, which decides instead of
+    `pattern`. `align`: the channels that stay are a multiple of it. `device` may list several,
+    separated by commas. `dtype` is that of the forward passes (`auto`: as stored; on a CPU float32,
+    but for bfloat16 where it can multiply it); statistics and solving are float32, the result has
+    the dtype of the source. `passes`: how often blocks run, see `Pruning`; `auto` is one where that
+    fits into `memory` ("6GB"; default: what is free), in batches of `batch_size` windows or fewer.
+    A run that was killed goes on after its last finished block when it is started again with the
+    same arguments; `restart` discards it. Raises SecateurError in all its kinds; then `out` is
+    untouched.
     """
     # Whatever can be refused is refused before the model is touched.
     check_method(method, pattern, allocate, skip, align)
@@ -96,15 +99,40 @@ def prune(
         find_devices(device)
         progress = (progress if ranks.first else None) or Progress()
         source, language_model, windows = opened(
-            model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
-            trust_remote_code=trust_remote_code, progress=progress, out=Path(out), memory=memory,
-        )  # fmt: skip
+            model,
+            calibration,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            data_dir=data_dir,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+            out=Path(out),
+            memory=memory,
+        )
         report = prune_checkpoint(
-            source, language_model, windows, Path(out), method=method, pattern=pattern, allocate=allocate, align=align,
-            skip=skip, device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory,
-            overwrite=overwrite, restart=restart, allow_low_coverage=allow_low_coverage,
-            trust_remote_code=trust_remote_code, command=command, progress=progress, ranks=ranks,
-        )  # fmt: skip
+            source,
+            language_model,
+            windows,
+            Path(out),
+            method=method,
+            pattern=pattern,
+            allocate=allocate,
+            align=align,
+            skip=skip,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            passes=passes,
+            memory=memory,
+            overwrite=overwrite,
+            restart=restart,
+            allow_low_coverage=allow_low_coverage,
+            trust_remote_code=trust_remote_code,
+            command=command,
+            progress=progress,
+            ranks=ranks,
+        )
     progress.end()
     return report
 
@@ -133,9 +161,11 @@ def prune_checkpoint(
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Report:
-    """`prune` for a model that is loaded from `source` already and calibration windows that are drawn already.
+    """`prune` for a model that is loaded from `source` already and calibration windows that are
+    drawn already.
 
-    A structure makes a smaller model and is another program, `shrink_checkpoint`; from here on there are zeros only.
+    A structure makes a smaller model and is another program, `shrink_checkpoint`; from here on
+    there are zeros only.
     """
     progress = progress or Progress()
     check_method(method, pattern, allocate, skip, align)
@@ -143,36 +173,81 @@ def prune_checkpoint(
         if ranks.size > 1:
             raise UnsupportedModel(f"{structure} is taken out in one process; found {ranks.size}.")
         return shrink_checkpoint(
-            source, language_model, windows, out, method=method, structure=structure, align=align, device=device,
-            dtype=dtype, batch_size=batch_size, memory=memory, overwrite=overwrite, restart=restart,
-            trust_remote_code=trust_remote_code, command=command, progress=progress,
-        )  # fmt: skip
+            source,
+            language_model,
+            windows,
+            out,
+            method=method,
+            structure=structure,
+            align=align,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            memory=memory,
+            overwrite=overwrite,
+            restart=restart,
+            trust_remote_code=trust_remote_code,
+            command=command,
+            progress=progress,
+        )
     first, stored = find_devices(device)[0], language_model.model.dtype
     forward = calibration_dtype(find_dtype(dtype), first, stored) or stored
-    options = {"dtype": str(forward).removeprefix("torch."), "batch_size": batch_size, "skip": list(skip)}
+    options = {
+        "dtype": str(forward).removeprefix("torch."),
+        "batch_size": batch_size,
+        "skip": list(skip),
+    }
     run = {
-        "method": method, "pattern": str(structure), "allocate": allocate, "passes": passes, **options,
-        "plan": file_sha256(Path(allocate)) if is_file(allocate) else None, "calibration": windows.fingerprint(),
-        "device": first.type, "versions": versions(),
-    }  # fmt: skip
+        "method": method,
+        "pattern": str(structure),
+        "allocate": allocate,
+        "passes": passes,
+        **options,
+        "plan": file_sha256(Path(allocate)) if is_file(allocate) else None,
+        "calibration": windows.fingerprint(),
+        "device": first.type,
+        "versions": versions(),
+    }
     count = len(language_model.blocks)
     with ExitStack() as stack:
         entered: list[Output] = []
         ranks.same(  # rank 0 writes
             lambda: entered.append(
-                stack.enter_context(output(source, out, overwrite=overwrite, run=run, restart=restart))
+                stack.enter_context(
+                    output(source, out, overwrite=overwrite, run=run, restart=restart)
+                )
             )
         )
         result = entered[0] if entered else None
-        peak, stopping = stack.enter_context(PeakMemory()), stack.enter_context(asked_to_stop("after this block"))
+        peak, stopping = (
+            stack.enter_context(PeakMemory()),
+            stack.enter_context(asked_to_stop("after this block")),
+        )
         finished, decided, partial = ranks.same(
-            lambda: (result.recorded(BLOCK), result.recorded("decided"), result.partial) if result else ([], [], out)
+            lambda: (
+                (result.recorded(BLOCK), result.recorded("decided"), result.partial)
+                if result
+                else ([], [], out)
+            )
         )
         report, pruning = decide(
-            language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
-            dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, allow_low_coverage=allow_low_coverage,
-            progress=progress, spill=partial.parent, decided=decided[0] if decided else None, ranks=ranks,
-        )  # fmt: skip
+            language_model,
+            windows,
+            method=method,
+            pattern=pattern,
+            allocate=allocate,
+            skip=skip,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            passes=passes,
+            memory=memory,
+            allow_low_coverage=allow_low_coverage,
+            progress=progress,
+            spill=partial.parent,
+            decided=decided[0] if decided else None,
+            ranks=ranks,
+        )
         if result and not decided:
             result.record("decided", pruning.decisions())
         for entry in finished:
@@ -181,24 +256,38 @@ def prune_checkpoint(
             spill = partial.parent if language_model.spilled else None
             loaded = load_blocks(partial, trust_remote_code=trust_remote_code, spill=spill)
             pruning.finished = loaded[: len(finished)]
-        for block in pruned_blocks(language_model, windows.ids, pruning) if len(finished) < count else ():
+        for block in (
+            pruned_blocks(language_model, windows.ids, pruning) if len(finished) < count else ()
+        ):
             entry = block.entry(language_model.block_name(block.index))
             report.take(entry)
             if result:
                 check_source(source, language_model, list(block.tensors))
-                result.commit(checkpoint_tensors(language_model, block.tensors, source.places), entry)
+                result.commit(
+                    checkpoint_tensors(language_model, block.tensors, source.places), entry
+                )
             if ranks.same(stopping) and block.index < count - 1:
                 raise Interrupted("Stopped.")
-        report.sparsity, report.peak_bytes, report.out = total_sparsity(report.sites), peak.bytes, out
+        report.sparsity, report.peak_bytes, report.out = (
+            total_sparsity(report.sites),
+            peak.bytes,
+            out,
+        )
         if result:
             result.finish(
                 {
                     "schema": "secateur.pruning/1",
                     "model": str(source.folder),
-                    "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+                    "command": list(command)
+                    if command is not None
+                    else [Path(sys.argv[0]).name, *sys.argv[1:]],
                     "versions": versions(),
                     **report.record(),
-                    "options": {**options, "passes": pruning.passes, "batch_size": pruning.batch_size},
+                    "options": {
+                        **options,
+                        "passes": pruning.passes,
+                        "batch_size": pruning.batch_size,
+                    },
                 }
             )
         ranks.together(lambda: None)  # nobody leaves before the result has its name
@@ -228,10 +317,21 @@ def prune_model(
     parse_pattern(pattern)
     with PeakMemory() as peak:
         report, pruning = decide(
-            language_model, windows, method=method, pattern=pattern, allocate=allocate, skip=skip, device=device,
-            dtype=dtype, batch_size=batch_size, passes=passes, memory=memory, allow_low_coverage=allow_low_coverage,
-            progress=progress or Progress(), spill=Path(gettempdir()),
-        )  # fmt: skip
+            language_model,
+            windows,
+            method=method,
+            pattern=pattern,
+            allocate=allocate,
+            skip=skip,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+            passes=passes,
+            memory=memory,
+            allow_low_coverage=allow_low_coverage,
+            progress=progress or Progress(),
+            spill=Path(gettempdir()),
+        )
         for block in pruned_blocks(language_model, windows.ids, pruning):
             for name, tensor in block.tensors.items():
                 language_model.model.get_parameter(name).data.copy_(tensor)
@@ -240,17 +340,28 @@ def prune_model(
     return report
 
 
-def pruned_blocks(language_model: LanguageModel, tokens: Tensor, pruning: Pruning) -> Iterator[PrunedBlock]:
+def pruned_blocks(
+    language_model: LanguageModel, tokens: Tensor, pruning: Pruning
+) -> Iterator[PrunedBlock]:
     """Every block in order, pruned on calibration tokens `[samples, length]`."""
     method, progress, count = pruning.method, pruning.progress, len(language_model.blocks)
-    kinds: dict[Any, dict[str, list[list[Unit]]]] = {}  # units that may change places, by kind of block
+    kinds: dict[
+        Any, dict[str, list[list[Unit]]]
+    ] = {}  # units that may change places, by kind of block
     if not method.need and not method.refine:
         tokens = tokens[: pruning.batch_size]  # enough for the probe on which errors are measured
     steps = stream(
-        language_model, tokens, devices=pruning.devices, dtype=pruning.dtype, batch_size=pruning.batch_size,
-        seconds=pruning.seconds, dense=needs_dense(method), finished=pruning.finished, spill=pruning.spill,
+        language_model,
+        tokens,
+        devices=pruning.devices,
+        dtype=pruning.dtype,
+        batch_size=pruning.batch_size,
+        seconds=pruning.seconds,
+        dense=needs_dense(method),
+        finished=pruning.finished,
+        spill=pruning.spill,
         ranks=pruning.ranks,
-    )  # fmt: skip
+    )
     for step in steps:
         progress.advance(f"{step.name} inputs", step.index, count)
         original = language_model.blocks[step.index]
@@ -261,10 +372,15 @@ def pruned_blocks(language_model: LanguageModel, tokens: Tensor, pruning: Prunin
                 kinds[kind] = movable(language_model, step.index, pruning.devices[0])
             units = kinds[kind]
         block = prune_block(
-            step, original, method, pruning.plan,
-            lambda name, index=step.index: progress.advance(name, index, count), units,
-            one_pass=pruning.passes == "one" and not method.permute, ranks=pruning.ranks,
-        )  # fmt: skip
+            step,
+            original,
+            method,
+            pruning.plan,
+            lambda name, index=step.index: progress.advance(name, index, count),
+            units,
+            one_pass=pruning.passes == "one" and not method.permute,
+            ranks=pruning.ranks,
+        )
         del step  # with its copy of the block: the next is made before the name is used again
         yield block
         block.tensors.clear()

@@ -1,8 +1,10 @@
-"""Recovery block by block, one in memory: each is trained to do on the text what the dense block does.
+"""Recovery block by block, one in memory: each is trained to do on the text what the dense block
+does.
 
-Two streams go through the blocks, as when pruning with `+refine`: that of the pruned model, whose blocks are replaced
-as they are finished, and that of the dense one, which gives the targets. So a block also makes up for what earlier ones
-could not. Only the linear layers are trained, each batch of windows once.
+Two streams go through the blocks, as when pruning with `+refine`: that of the pruned model, whose
+blocks are replaced as they are finished, and that of the dense one, which gives the targets. So a
+block also makes up for what earlier ones could not. Only the linear layers are trained, each batch
+of windows once.
 """
 
 from __future__ import annotations
@@ -29,17 +31,23 @@ from secateur.system.interrupt import asked_to_stop
 from secateur.system.machine import available_bytes
 
 STREAMS = 3
-"""Hidden states that are held: of the pruned model, of the dense one, and what its block at hand makes of them."""
+"""Hidden states that are held: of the pruned model, of the dense one, and what its block at hand
+makes of them.
+"""
 
 
 def recover_blocks(job: Job) -> Recovery:
-    """Train every block in turn and write it as it is finished; a run that dies goes on after the last of them."""
+    """Train every block in turn and write it as it is finished; a run that dies goes on after the
+    last of them.
+    """
     assert job.dense is not None
     refuse_blocks(job.pruned, job.dense)
     count = len(job.pruned.blocks)
     held = STREAMS * hidden_bytes(job.windows.ids.shape, width(job.pruned), torch.float32)
     with (
-        output(job.source, job.out, overwrite=job.overwrite, run=job.conditions, restart=job.restart) as result,
+        output(
+            job.source, job.out, overwrite=job.overwrite, run=job.conditions, restart=job.restart
+        ) as result,
         asked_to_stop("after this block") as stopping,
     ):
         finished, since = result.recorded(BLOCK), job.started
@@ -47,19 +55,29 @@ def recover_blocks(job: Job) -> Recovery:
         again: list[nn.Module] = []
         if 0 < len(finished) < count:
             loaded = load_blocks(
-                result.partial, trust_remote_code=job.trust_remote_code, spill=folder if job.pruned.spilled else None
+                result.partial,
+                trust_remote_code=job.trust_remote_code,
+                spill=folder if job.pruned.spilled else None,
             )
             again = loaded[: len(finished)]
         steps = stream(
-            job.dense, job.windows.ids, devices=[job.device], dtype=torch.float32, batch_size=job.schedule.batch_size,
-            dense=True, finished=again, spill=folder if held > available_bytes(job.device) / 2 else None,
-        )  # fmt: skip
+            job.dense,
+            job.windows.ids,
+            devices=[job.device],
+            dtype=torch.float32,
+            batch_size=job.schedule.batch_size,
+            dense=True,
+            finished=again,
+            spill=folder if held > available_bytes(job.device) / 2 else None,
+        )
         for step in steps if len(finished) < count else ():
             job.progress.advance(step.name, step.index, count)
             block, entry = _recovered(step, job)
             now = perf_counter()
             entry["seconds"], since = now - since, now
-            tensors = {f"{step.name}.{name}": block.get_parameter(name).data for name in block_masks(block)}
+            tensors = {
+                f"{step.name}.{name}": block.get_parameter(name).data for name in block_masks(block)
+            }
             result.commit(checkpoint_tensors(job.pruned, tensors, job.source.places), entry)
             finished.append(entry)
             step.replace(block)
@@ -71,8 +89,9 @@ def recover_blocks(job: Job) -> Recovery:
             refuse_other_masks(job.source, open_checkpoint(result.partial), job.pruned)
         done = job.done(
             sum(entry["seconds"] for entry in finished),
-            loss=[], blocks=[(entry["block"], entry["before"], entry["after"]) for entry in finished],
-        )  # fmt: skip
+            loss=[],
+            blocks=[(entry["block"], entry["before"], entry["after"]) for entry in finished],
+        )
         job.finish(result, done)
     return done
 
@@ -84,6 +103,8 @@ def _recovered(step: Step, job: Job) -> tuple[nn.Module, dict[str, Any]]:
     kept = block_masks(block)
     tuned = refine(block, kept, step.batches(), 1, job.schedule.rate)
     if not isfinite(tuned.before):
-        raise NonFinite(f"{step.name} makes NaN or Inf of the text, or the dense block does. Nothing can aim at that.")
+        raise NonFinite(
+            f"{step.name} makes NaN or Inf of the text, or the dense block does. Nothing can aim at that."
+        )
     keep_masks(block, original, kept)
     return block, {"block": step.name, "before": tuned.before, "after": tuned.after}

@@ -1,4 +1,6 @@
-"""What a recovery refuses before it begins: another way, another model, a folder that is not what its record says."""
+"""What a recovery refuses before it begins: another way, another model, a folder that is not what
+its record says.
+"""
 
 from __future__ import annotations
 
@@ -38,21 +40,34 @@ def aims_at_dense(way: str) -> bool:
 
 
 def check_way(
-    way: str, dense: str | Path | None, *, accumulate: int = 1, checkpointing: bool = False, dtype: str = "auto"
+    way: str,
+    dense: str | Path | None,
+    *,
+    accumulate: int = 1,
+    checkpointing: bool = False,
+    dtype: str = "auto",
 ) -> None:
-    """Raise UnknownName or UnsupportedModel for a way that is not there, or that lacks what it needs."""
+    """Raise UnknownName or UnsupportedModel for a way that is not there, or that lacks what it
+    needs.
+    """
     if way not in WAYS:
         raise UnknownName("way to recover", way, WAYS)
     if aims_at_dense(way) and dense is None:
         raise UnsupportedModel(f"{way} aims at what the dense model says; name it with --dense.")
     if way == "blocks":
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UnsupportedModel("blocks recovers in one process; it was started in several. Start it alone.")
+            raise UnsupportedModel(
+                "blocks recovers in one process; it was started in several. Start it alone."
+            )
         if accumulate > 1 or checkpointing:
-            raise UnsupportedModel("blocks takes a step after each batch, one block at a time; it neither accumulates "
-                                   "nor checkpoints gradients.")  # fmt: skip
+            raise UnsupportedModel(
+                "blocks takes a step after each batch, one block at a time; it neither accumulates "
+                "nor checkpoints gradients."
+            )
         if find_dtype(dtype) not in ("auto", "float32"):
-            raise UnsupportedModel(f"blocks trains in float32; found --dtype {dtype}. Leave it out.")
+            raise UnsupportedModel(
+                f"blocks trains in float32; found --dtype {dtype}. Leave it out."
+            )
         return
     if absent := [name for name in PACKAGES if find_spec(name) is None]:
         raise UnsupportedModel(
@@ -61,7 +76,9 @@ def check_way(
 
 
 def check_numbers(rate: float | None, seed: int, device: torch.device) -> None:
-    """Raise UnsupportedModel for a rate or a seed that training cannot have, or a GPU that it would not use."""
+    """Raise UnsupportedModel for a rate or a seed that training cannot have, or a GPU that it would
+    not use.
+    """
     if rate is not None and not 0 < rate < float("inf"):
         raise UnsupportedModel(f"A rate is above 0; found {rate}.")
     if not 0 <= seed < 2**32:
@@ -77,9 +94,15 @@ def pruning_record(source: Checkpoint) -> dict[str, Any]:
     """What pruning.json says. Raises BadCheckpoint where there is none."""
     record = record_of(source.folder)
     if record is None:
-        raise BadCheckpoint(f"{source.folder} has no {RECORD}; a folder that 'secateur prune' wrote is wanted.")
+        raise BadCheckpoint(
+            f"{source.folder} has no {RECORD}; a folder that 'secateur prune' wrote is wanted."
+        )
     earlier = fits(record.get("recovery", []), list[dict[str, Any]])
-    if not earlier or not fits(record.get("sparsity"), float) or not fits(record.get("sites"), list[Any]):
+    if (
+        not earlier
+        or not fits(record.get("sparsity"), float)
+        or not fits(record.get("sites"), list[Any])
+    ):
         raise BadCheckpoint(f"{source.folder / RECORD} is no record of a pruning run. Prune again.")
     return record
 
@@ -89,22 +112,33 @@ def refuse_dropout(source: Checkpoint, language_model: LanguageModel) -> None:
     for name, value in language_model.model.config.get_text_config().to_dict().items():
         share = ("dropout" in name or "pdrop" in name) and type(value) in (int, float)
         if share and not 0 <= value < 1:
-            raise BadCheckpoint(f"{source.folder / 'config.json'} has {name} {value}; a share below 1 was wanted.")
+            raise BadCheckpoint(
+                f"{source.folder / 'config.json'} has {name} {value}; a share below 1 was wanted."
+            )
 
 
-def refuse_other_weights(source: Checkpoint, language_model: LanguageModel, record: Mapping[str, Any]) -> None:
-    """Raise BadCheckpoint where the zeros of a site are not as many as pruning.json says, NonFinite for NaN or Inf."""
+def refuse_other_weights(
+    source: Checkpoint, language_model: LanguageModel, record: Mapping[str, Any]
+) -> None:
+    """Raise BadCheckpoint where the zeros of a site are not as many as pruning.json says, NonFinite
+    for NaN or Inf.
+    """
     masked = record.get("kind") != "structured"
     said = {
-        site["site"]: site["sparsity"] for site in record["sites"] if fits(site, dict[str, Any])
-        and isinstance(site.get("site"), str) and fits(site.get("sparsity"), float)
-    }  # fmt: skip
+        site["site"]: site["sparsity"]
+        for site in record["sites"]
+        if fits(site, dict[str, Any])
+        and isinstance(site.get("site"), str)
+        and fits(site.get("sparsity"), float)
+    }
     zeros = total = 0
     for index, block in enumerate(language_model.blocks):
         for name, site in sites(block).items():
             full = f"{language_model.block_name(index)}.{name}"
             if not is_finite(site.weight):
-                raise NonFinite(f"The weights of {full} hold NaN or Inf. Mend the model, or prune it again.")
+                raise NonFinite(
+                    f"The weights of {full} hold NaN or Inf. Mend the model, or prune it again."
+                )
             found, size = count_zeros(site.weight), site.weight.numel()
             zeros, total = zeros + found, total + size
             if masked and (full not in said or abs(found - said[full] * size) > 0.5):
@@ -112,7 +146,9 @@ def refuse_other_weights(source: Checkpoint, language_model: LanguageModel, reco
                     f"{full} has {found / size:.2%} zeros, and {source.folder / RECORD} says {said.get(full)}. The "
                     "folder was changed after it was pruned; prune again."
                 )
-    if not (abs(zeros / total - record["sparsity"]) < 1e-6 if masked else 0 <= record["sparsity"] <= 1):
+    if not (
+        abs(zeros / total - record["sparsity"]) < 1e-6 if masked else 0 <= record["sparsity"] <= 1
+    ):
         raise BadCheckpoint(
             f"The sites of {source.folder} have {zeros / total:.2%} zeros, and its {RECORD} says {record['sparsity']}. "
             "The folder was changed after it was pruned; prune again."
@@ -120,11 +156,19 @@ def refuse_other_weights(source: Checkpoint, language_model: LanguageModel, reco
 
 
 def refuse_stranger(
-    model: LanguageModel, dense: LanguageModel, folder: Path, other: Path, *, smaller: bool, trust_remote_code: bool
+    model: LanguageModel,
+    dense: LanguageModel,
+    folder: Path,
+    other: Path,
+    *,
+    smaller: bool,
+    trust_remote_code: bool,
 ) -> None:
-    """Raise UnsupportedModel where the dense model has another architecture, vocabulary or tokenizer.
+    """Raise UnsupportedModel where the dense model has another architecture, vocabulary or
+    tokenizer.
 
-    A `smaller` model may be carried by another architecture than the dense one, as Llama by Mistral.
+    A `smaller` model may be carried by another architecture than the dense one, as Llama by
+    Mistral.
     """
     one, two = (language_model.model.config.get_text_config() for language_model in (model, dense))
     if type(model.model).__name__ != type(dense.model).__name__ and not smaller:
@@ -137,13 +181,19 @@ def refuse_stranger(
             f"{folder} has width {one.hidden_size} and {one.vocab_size} tokens, {other} {two.hidden_size} and "
             f"{two.vocab_size}. Name the dense model that was pruned."
         )
-    ours, theirs = (load_tokenizer(place, trust_remote_code=trust_remote_code) for place in (folder, other))
+    ours, theirs = (
+        load_tokenizer(place, trust_remote_code=trust_remote_code) for place in (folder, other)
+    )
     if ours.get_vocab() != theirs.get_vocab() or ours.encode(WORDS) != theirs.encode(WORDS):
-        raise UnsupportedModel(f"{folder} and {other} have different tokenizers. Name the dense model that was pruned.")
+        raise UnsupportedModel(
+            f"{folder} and {other} have different tokenizers. Name the dense model that was pruned."
+        )
 
 
 def refuse_blocks(model: LanguageModel, dense: LanguageModel) -> None:
-    """Raise UnsupportedModel where the blocks of two models do not stand for each other on the same hidden states."""
+    """Raise UnsupportedModel where the blocks of two models do not stand for each other on the same
+    hidden states.
+    """
     ours, theirs = len(model.blocks), len(dense.blocks)
     if ours != theirs:
         raise UnsupportedModel(
@@ -152,7 +202,9 @@ def refuse_blocks(model: LanguageModel, dense: LanguageModel) -> None:
         )
     blocks = {id(parameter) for block in dense.blocks for parameter in block.parameters()}
     for name, parameter in dense.model.named_parameters():
-        if id(parameter) not in blocks and not torch.equal(parameter, model.model.get_parameter(name)):
+        if id(parameter) not in blocks and not torch.equal(
+            parameter, model.model.get_parameter(name)
+        ):
             raise UnsupportedModel(
                 f"{name} is not that of the dense model, as after a recovery of all weights; block by block only what "
                 "is in the blocks is trained. Recover with --with distill."

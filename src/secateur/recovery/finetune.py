@@ -1,4 +1,5 @@
-"""Recovery of the whole model at once: adapters, or all weights, trained under the mask by transformers' Trainer.
+"""Recovery of the whole model at once: adapters, or all weights, trained under the mask by
+transformers' Trainer.
 
     adapters are put on, or gradients held off the zeros → trained, with checkpoints → merged, rounded as stored
     → the mask of what was written is compared with the first, weight by weight, before it gets its name
@@ -29,10 +30,14 @@ from secateur.system.machine import freed_memory_kept
 
 
 def recover_whole(job: Job) -> Recovery:
-    """Train under the mask and write the result. A run that dies goes on after its last checkpoint."""
+    """Train under the mask and write the result. A run that dies goes on after its last
+    checkpoint.
+    """
     pruned, ranks, adapting = job.pruned, job.ranks, job.way.startswith("lora")
     place = job.out.resolve().with_name(f".{job.out.name}.recovery")
-    with Halfway(place, job.conditions, restart=job.restart, ranks=ranks, started=job.started) as halfway:
+    with Halfway(
+        place, job.conditions, restart=job.restart, ranks=ranks, started=job.started
+    ) as halfway:
         kept = masks(pruned)
         adapted: Any = pruned.model.float()
         pruned.model.requires_grad_(True)
@@ -45,9 +50,15 @@ def recover_whole(job: Job) -> Recovery:
         job.progress.begin(f"recovering with {job.way}")
         with asked_to_stop("after this step") as stopping, freed_memory_kept():
             loss = train(
-                adapted, job.windows.ids, job.schedule, halfway, device=job.device, progress=job.progress,
-                stopping=stopping, dense=job.dense.model.float() if job.dense and job.aims else None,
-            )  # fmt: skip
+                adapted,
+                job.windows.ids,
+                job.schedule,
+                halfway,
+                device=job.device,
+                progress=job.progress,
+                stopping=stopping,
+                dense=job.dense.model.float() if job.dense and job.aims else None,
+            )
         reached = loss[-1][0] if loss else 0
         if reached < job.schedule.steps:
             raise Interrupted(f"Stopped after step {reached}. The same command goes on from there.")
@@ -65,14 +76,18 @@ def _write(job: Job, done: Recovery, kept: Mapping[str, Tensor]) -> None:
     job.progress.begin("writing")
     with output(job.source, job.out, overwrite=job.overwrite, run=job.conditions) as result:
         if not result.done:
-            for tensors in written(job.pruned, job.source, kept, only_sites=job.way.startswith("lora")):
+            for tensors in written(
+                job.pruned, job.source, kept, only_sites=job.way.startswith("lora")
+            ):
                 result.write(tensors)
             refuse_other_masks(job.source, open_checkpoint(result.partial), job.pruned)
         job.finish(result, done)
 
 
 def _linear(language_model: LanguageModel) -> list[str]:
-    """The full names of the linear layers that are sites; stacks of experts have no place for an adapter."""
+    """The full names of the linear layers that are sites; stacks of experts have no place for an
+    adapter.
+    """
     found = [
         f"{language_model.block_name(index)}.{name}"
         for index, block in enumerate(language_model.blocks)
@@ -80,7 +95,9 @@ def _linear(language_model: LanguageModel) -> list[str]:
         if not site.expert
     ]
     if not found:
-        raise UnsupportedModel("No linear layer here can have an adapter. Recover with --with masked.")
+        raise UnsupportedModel(
+            "No linear layer here can have an adapter. Recover with --with masked."
+        )
     return found
 
 

@@ -21,14 +21,18 @@ from secateur.system.machine import versions
 from secateur.system.progress import Progress
 
 BATCH_SIZE, SAVE_EVERY, RANK = 8, 100, 16
-"""Windows of a forward pass, steps between checkpoints, and the rank of adapters, where nothing is asked for."""
+"""Windows of a forward pass, steps between checkpoints, and the rank of adapters, where nothing is
+asked for.
+"""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: `steps` of `accumulate` × `batch_size` windows in each of the `processes`.
+    """How long and how fast: `steps` of `accumulate` × `batch_size` windows in each of the
+    `processes`.
 
-    A checkpoint is kept every `save_every` steps. `dtype` is what is multiplied; weights are trained in float32.
+    A checkpoint is kept every `save_every` steps. `dtype` is what is multiplied; weights are
+    trained in float32.
     """
 
     steps: int
@@ -48,10 +52,12 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a recovery did: by which way, on how much text, in how many seconds over all runs, and the loss by step.
+    """What a recovery did: by which way, on how much text, in how many seconds over all runs, and
+    the loss by step.
 
-    `apart`: whether none of the text is that of the calibration; False where that could not be drawn again. `blocks`:
-    what was trained block by block has no such loss, but the output error of every block before and after.
+    `apart`: whether none of the text is that of the calibration; False where that could not be
+    drawn again. `blocks`: what was trained block by block has no such loss, but the output error of
+    every block before and after.
     """
 
     way: str
@@ -73,7 +79,9 @@ class Recovery:
 
 @dataclass(frozen=True)
 class Job:
-    """A recovery that is about to begin: the pruned checkpoint with its record, the dense model, the text, the rest."""
+    """A recovery that is about to begin: the pruned checkpoint with its record, the dense model,
+    the text, the rest.
+    """
 
     way: str
     source: Checkpoint
@@ -104,20 +112,36 @@ class Job:
     def conditions(self) -> dict[str, Any]:
         """What must be the same for a run that died to be taken up, as JSON can hold it."""
         held = {
-            "way": self.way, **asdict(self.schedule), "rank": self.rank, "text": self.windows.fingerprint(),
-            "device": self.device.type, "versions": versions(), "files": stamps(self.source),
-            "dense": stamps(open_checkpoint(self.dense_folder)) if self.dense_folder and self.aims else None,
-        }  # fmt: skip
+            "way": self.way,
+            **asdict(self.schedule),
+            "rank": self.rank,
+            "text": self.windows.fingerprint(),
+            "device": self.device.type,
+            "versions": versions(),
+            "files": stamps(self.source),
+            "dense": stamps(open_checkpoint(self.dense_folder))
+            if self.dense_folder and self.aims
+            else None,
+        }
         return json.loads(json.dumps(held))
 
     def done(self, seconds: float, **found: Any) -> Recovery:
         """What this recovery did in `seconds`."""
         return Recovery(
-            self.way, self.schedule.steps, self.windows.ids.numel(), seconds, self.schedule.rate, self.schedule.dtype,
-            self.schedule.seed, self.windows.fingerprint(), float(self.record["sparsity"]), apart=self.apart,
+            self.way,
+            self.schedule.steps,
+            self.windows.ids.numel(),
+            seconds,
+            self.schedule.rate,
+            self.schedule.dtype,
+            self.schedule.seed,
+            self.windows.fingerprint(),
+            float(self.record["sparsity"]),
+            apart=self.apart,
             dense=str(self.dense_folder) if self.dense_folder else None,
-            out=self.out, **found,
-        )  # fmt: skip
+            out=self.out,
+            **found,
+        )
 
     def finish(self, result: Output, done: Recovery) -> None:
         """Give a result its name, with the record of the pruned checkpoint continued."""

@@ -1,8 +1,9 @@
 """LoRA whose product is masked, in training as in the merge: W' = W + mask ∘ (scale · B A).
 
-A plain adapter is dense: merged into a sparse matrix it fills the zeros, and masked only at the merge it was trained as
-something else than what is merged (SPP, Lu et al. 2024, arXiv:2405.16057, section 3). So the forward sees the masked
-sum. That costs a matrix of the weight's size for each layer at a time, beside the two narrow ones that are trained.
+A plain adapter is dense: merged into a sparse matrix it fills the zeros, and masked only at the
+merge it was trained as something else than what is merged (SPP, Lu et al. 2024, arXiv:2405.16057,
+section 3). So the forward sees the masked sum. That costs a matrix of the weight's size for each
+layer at a time, beside the two narrow ones that are trained.
 """
 
 from __future__ import annotations
@@ -19,9 +20,13 @@ from transformers.pytorch_utils import Conv1D
 
 
 class MaskedLora(Linear):
-    """A LoRA layer over a linear layer or a Conv1D; where the weight was zero when it was made, it stays so."""
+    """A LoRA layer over a linear layer or a Conv1D; where the weight was zero when it was made, it
+    stays so.
+    """
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any
+    ) -> None:
         super().__init__(base_layer, adapter_name, config=config, **options)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self.kept: Tensor
@@ -47,11 +52,15 @@ class MaskedLora(Linear):
 
 
 def with_adapters(model: PreTrainedModel, names: Sequence[str], rank: int, seed: int) -> PeftModel:
-    """The model with a masked adapter of that rank on each linear layer that is named; nothing else is trained.
+    """The model with a masked adapter of that rank on each linear layer that is named; nothing else
+    is trained.
 
-    Adapters begin at zero, with one of the two matrices random by `seed`, so that a run that is taken up is the same.
+    Adapters begin at zero, with one of the two matrices random by `seed`, so that a run that is
+    taken up is the same.
     """
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(names), bias="none")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=list(names), bias="none"
+    )
     config._register_custom_module({nn.Linear: MaskedLora, Conv1D: MaskedLora})
     with torch.random.fork_rng():
         torch.manual_seed(seed)

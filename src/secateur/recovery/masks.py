@@ -15,7 +15,9 @@ from secateur.models.replay import LanguageModel
 
 
 def masks(language_model: LanguageModel) -> dict[str, Tensor]:
-    """By the name of every site's parameter that has zeros where it is not zero, bool, of the parameter's shape."""
+    """By the name of every site's parameter that has zeros where it is not zero, bool, of the
+    parameter's shape.
+    """
     return {
         f"{language_model.block_name(index)}.{name}": kept
         for index, block in enumerate(language_model.blocks)
@@ -25,41 +27,61 @@ def masks(language_model: LanguageModel) -> dict[str, Tensor]:
 
 
 def block_masks(block: nn.Module) -> dict[str, Tensor]:
-    """By the name of every site's parameter in a block where it is not zero, bool, of the parameter's shape."""
-    return {name: block.get_parameter(name) != 0 for name in sorted({site.parameter for site in sites(block).values()})}
+    """By the name of every site's parameter in a block where it is not zero, bool, of the
+    parameter's shape.
+    """
+    return {
+        name: block.get_parameter(name) != 0
+        for name in sorted({site.parameter for site in sites(block).values()})
+    }
 
 
 @torch.no_grad()
 def keep_masks(block: nn.Module, before: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Round trained parameters to the dtype they had `before`; one that rounds to zero gets its value from before."""
+    """Round trained parameters to the dtype they had `before`; one that rounds to zero gets its
+    value from before.
+    """
     for name, mask in kept.items():
         parameter = block.get_parameter(name)
         parameter.copy_(_rounded(parameter, before.get_parameter(name).to(mask.device), mask))
 
 
 def _rounded(trained: Tensor, before: Tensor, kept: Tensor) -> Tensor:
-    """Trained weights in the dtype of those before; what is kept and would be zero is what it was."""
+    """Trained weights in the dtype of those before; what is kept and would be zero is what it
+    was.
+    """
     rounded = trained.to(before.dtype)
     return torch.where((rounded == 0) & kept, before, rounded)
 
 
 @torch.no_grad()
 def written(
-    language_model: LanguageModel, source: Checkpoint, kept: Mapping[str, Tensor], *, only_sites: bool
+    language_model: LanguageModel,
+    source: Checkpoint,
+    kept: Mapping[str, Tensor],
+    *,
+    only_sites: bool,
 ) -> Iterator[dict[str, Tensor]]:
-    """The trained tensors by checkpoint name, block by block and then the rest, in the dtype they are stored in.
+    """The trained tensors by checkpoint name, block by block and then the rest, in the dtype they
+    are stored in.
 
-    A weight that rounds to zero although it is kept gets its value from before: the mask is the mask.
+    A weight that rounds to zero although it is kept gets its value from before: the mask is the
+    mask.
     """
     model, seen = language_model.model, set[str]()
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
         names = (
-            {site.parameter for site in sites(block).values()} if only_sites else set(dict(block.named_parameters()))
+            {site.parameter for site in sites(block).values()}
+            if only_sites
+            else set(dict(block.named_parameters()))
         )
         seen |= {f"{start}.{name}" for name, _ in block.named_parameters()}
         yield _stored(
-            language_model, source, {f"{start}.{name}": block.get_parameter(name) for name in sorted(names)}, kept
+            language_model,
+            source,
+            {f"{start}.{name}": block.get_parameter(name) for name in sorted(names)},
+            kept,
         )
     if not only_sites:
         rest = {name: parameter for name, parameter in model.named_parameters() if name not in seen}
@@ -67,19 +89,30 @@ def written(
 
 
 def _stored(
-    language_model: LanguageModel, source: Checkpoint, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+    language_model: LanguageModel,
+    source: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    masked = {name: tensor * kept[name] if name in kept else tensor for name, tensor in tensors.items()}
+    masked = {
+        name: tensor * kept[name] if name in kept else tensor for name, tensor in tensors.items()
+    }
     whole = {name: kept[name] for name in tensors if name in kept}
     stored = checkpoint_tensors(language_model, masked, source.places)
-    bits = checkpoint_tensors(language_model, {name: mask.float() for name, mask in whole.items()}, source.places)
+    bits = checkpoint_tensors(
+        language_model, {name: mask.float() for name, mask in whole.items()}, source.places
+    )
     for name, mask in bits.items():
         stored[name] = _rounded(stored[name], source.tensor(name), mask != 0)
     return stored
 
 
-def refuse_other_masks(before: Checkpoint, after: Checkpoint, language_model: LanguageModel) -> None:
-    """Raise BadCheckpoint unless every site of two checkpoints is zero at the same places, weight by weight."""
+def refuse_other_masks(
+    before: Checkpoint, after: Checkpoint, language_model: LanguageModel
+) -> None:
+    """Raise BadCheckpoint unless every site of two checkpoints is zero at the same places, weight
+    by weight.
+    """
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
         parameters = {f"{start}.{site.parameter}" for site in sites(block).values()}

@@ -1,12 +1,13 @@
-"""The program for recovery: a pruned checkpoint and some text in, the same checkpoint with better weights out.
+"""The program for recovery: a pruned checkpoint and some text in, the same checkpoint with better
+weights out.
 
     the mask is read from the weights, and must be what pruning.json says → windows of text, none seen before
     → trained under the mask: all of the model at once (`whole`), or block by block (`blocks`)
     → rounded as stored, zeros where zeros were → the mask of what was written is compared with the first, weight by
     weight, before it gets its name
 
-Whatever the way, the mask at the end is the mask at the beginning. A structured result has no mask; it is trained as
-the dense model that it is.
+Whatever the way, the mask at the end is the mask at the beginning. A structured result has no mask;
+it is trained as the dense model that it is.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ from secateur.system.progress import Progress
 from secateur.system.settings import Destination, Training, TrainingText, Trust
 
 RATES = {"lora": 0.2, "masked": 0.02, "distill": 0.14}
-"""Of the ways, to be divided by the width of the model: Adam's rate for matrices falls as their inputs grow (Yang et
-al. 2022, arXiv:2203.03466, table 3). The demo model, 192 wide, was tried with several of each (docs/recovery.md)."""
+"""Of the ways, to be divided by the width of the model: Adam's rate for matrices falls as their
+inputs grow (Yang et al. 2022, arXiv:2203.03466, table 3). The demo model, 192 wide, was tried with
+several of each (docs/recovery.md).
+"""
 
 
 def recover(
@@ -74,17 +77,19 @@ def recover(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Recovery:
-    """Fine-tune a pruned checkpoint so that its zeros stay, and write it to `out`; returns what was done.
+    """Fine-tune a pruned checkpoint so that its zeros stay, and write it to `out`; returns what was
+    done.
 
-    `way`: a key of `WAYS`; those that distill, and blocks, want `dense`, the model that was pruned. `text` names a
-    corpus or files (default: c4, the demo's training text for the demo model); every step sees `accumulate` ×
-    `batch_size` windows of `seq_len` tokens in each process, none twice, none that was calibrated on, and none that
-    overlaps the corpus or files `evaluation` or windows in `avoid` `[windows, length]`; where the calibration text is
-    not to be had any more, the result says so (`apart`). `rank` is that of the adapters. Weights are trained in
-    float32; `dtype` bfloat16 multiplies under autocast, which `auto` does where they are stored in 16 bits and the
-    device multiplies bfloat16. A checkpoint of the training is kept every `save_every` steps, of `blocks` after each
-    block: the same call goes on after it. Raises SecateurError; NonFinite where the loss is NaN, and then the last
-    checkpoint is kept.
+    `way`: a key of `WAYS`; those that distill, and blocks, want `dense`, the model that was pruned.
+    `text` names a corpus or files (default: c4, the demo's training text for the demo model); every
+    step sees `accumulate` × `batch_size` windows of `seq_len` tokens in each process, none twice,
+    none that was calibrated on, and none that overlaps the corpus or files `evaluation` or windows
+    in `avoid` `[windows, length]`; where the calibration text is not to be had any more, the result
+    says so (`apart`). `rank` is that of the adapters. Weights are trained in float32; `dtype`
+    bfloat16 multiplies under autocast, which `auto` does where they are stored in 16 bits and the
+    device multiplies bfloat16. A checkpoint of the training is kept every `save_every` steps, of
+    `blocks` after each block: the same call goes on after it. Raises SecateurError; NonFinite where
+    the loss is NaN, and then the last checkpoint is kept.
     """
     check_way(way, dense, accumulate=accumulate, checkpointing=gradient_checkpointing, dtype=dtype)
     local = Path(data_dir) if data_dir else None
@@ -104,30 +109,66 @@ def recover(
         if other:
             reference = load(other, trust_remote_code=trust_remote_code)
             refuse_stranger(
-                pruned, reference, folder, other, smaller=record.get("kind") == "structured",
+                pruned,
+                reference,
+                folder,
+                other,
+                smaller=record.get("kind") == "structured",
                 trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+            )
         schedule = Schedule(
-            steps, batch_size, accumulate, rate or rate_of(way, pruned), save_every, seed, gradient_checkpointing,
-            ranks.size, ranks.same(lambda: dtype_of(way, dtype, chosen, stored_dtype(source))),
-        )  # fmt: skip
+            steps,
+            batch_size,
+            accumulate,
+            rate or rate_of(way, pruned),
+            save_every,
+            seed,
+            gradient_checkpointing,
+            ranks.size,
+            ranks.same(lambda: dtype_of(way, dtype, chosen, stored_dtype(source))),
+        )
         progress.begin("reading text")
-        tokenizer, length = load_tokenizer(folder, trust_remote_code=trust_remote_code), default_length(pruned)
+        tokenizer, length = (
+            load_tokenizer(folder, trust_remote_code=trust_remote_code),
+            default_length(pruned),
+        )
         seen = list(avoid)
         if calibrated := _calibrated(record, tokenizer, local):
             seen.append(calibrated.ids)
         if evaluation:
-            seen.append(evaluation_windows(tokenizer, evaluation, length=RUN, data_dir=local).ids)  # nearly all of it
+            seen.append(
+                evaluation_windows(tokenizer, evaluation, length=RUN, data_dir=local).ids
+            )  # nearly all of it
         windows = recovery_windows(
-            tokenizer, text or ("demo" if _is_demo(record) else "c4"), count=schedule.windows,
-            length=seq_len or length, seed=seed, avoid=seen, data_dir=local,
-        )  # fmt: skip
+            tokenizer,
+            text or ("demo" if _is_demo(record) else "c4"),
+            count=schedule.windows,
+            length=seq_len or length,
+            seed=seed,
+            avoid=seen,
+            data_dir=local,
+        )
         check_windows(pruned, windows, batch_size)
         job = Job(
-            way, source, record, pruned, reference, windows, schedule, rank, chosen, Path(out), overwrite, restart,
-            list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]], progress, ranks,
-            other, trust_remote_code, calibrated is not None or _is_demo(record),
-        )  # fmt: skip
+            way,
+            source,
+            record,
+            pruned,
+            reference,
+            windows,
+            schedule,
+            rank,
+            chosen,
+            Path(out),
+            overwrite,
+            restart,
+            list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+            progress,
+            ranks,
+            other,
+            trust_remote_code,
+            calibrated is not None or _is_demo(record),
+        )
         done = carry_out(job)
         progress.end()
     return done
@@ -143,7 +184,9 @@ def carry_out(job: Job) -> Recovery:
 
 
 def rate_of(way: str, pruned: LanguageModel) -> float:
-    """The highest rate of a way where none is asked for; that of blocks is relative, as `refine` says."""
+    """The highest rate of a way where none is asked for; that of blocks is relative, as `refine`
+    says.
+    """
     if way == "blocks":
         return RATE
     kind = "lora" if way.startswith("lora") else "distill" if way.endswith("distill") else "masked"
@@ -161,15 +204,21 @@ def _is_demo(record: Mapping[str, Any]) -> bool:
 
 
 def _calibrated(record: Mapping[str, Any], tokenizer: Any, data_dir: Path | None) -> Windows | None:
-    """The windows that the model was calibrated on, drawn again; None where their text is not to be had."""
+    """The windows that the model was calibrated on, drawn again; None where their text is not to be
+    had.
+    """
     said = record.get("calibration")
     if not isinstance(said, dict) or _is_demo(record):  # the demo's parts do not overlap
         return None
     try:
         windows = calibration_windows(
-            tokenizer, str(said["source"]), samples=int(said["samples"]), length=int(said["length"]),
-            seed=int(said["seed"]), data_dir=data_dir,
-        )  # fmt: skip
+            tokenizer,
+            str(said["source"]),
+            samples=int(said["samples"]),
+            length=int(said["length"]),
+            seed=int(said["seed"]),
+            data_dir=data_dir,
+        )
     except (SecateurError, KeyError, TypeError, ValueError):
         return None
     return windows if windows.fingerprint()["sha256"] == said.get("sha256") else None

@@ -1,4 +1,6 @@
-"""The text that a model recovers on: windows of a stream of documents, none of which was calibrated or judged on."""
+"""The text that a model recovers on: windows of a stream of documents, none of which was calibrated
+or judged on.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ from secateur.data.windows import Windows, border_of, encode
 from secateur.errors import NotEnoughText
 
 RUN, LEAST = 32, 8
-"""A window that shares so many consecutive tokens with text that it must not have is left out: `RUN`, or as many as
-the shortest pieces have, but not fewer than `LEAST`."""
+"""A window that shares so many consecutive tokens with text that it must not have is left out:
+`RUN`, or as many as the shortest pieces have, but not fewer than `LEAST`.
+"""
 AT_ONCE = 64
 
 
@@ -31,17 +34,21 @@ def recovery_windows(
     avoid: Sequence[Tensor] = (),
     data_dir: Path | None = None,
 ) -> Windows:
-    """`count` windows of `length` tokens, no token twice, from documents in an order that `seed` draws.
+    """`count` windows of `length` tokens, no token twice, from documents in an order that `seed`
+    draws.
 
-    None shares `RUN` consecutive tokens with the text in `avoid`, `[windows, length]` each, whose rows may follow one
-    another; no document that is shorter is part of it. Raises NotEnoughText, UnknownName, BadText.
+    None shares `RUN` consecutive tokens with the text in `avoid`, `[windows, length]` each, whose
+    rows may follow one another; no document that is shorter is part of it. Raises NotEnoughText,
+    UnknownName, BadText.
     """
     split = "training" if source == "demo" else "train"
     known = _Known(avoid)
     size = max(min([RUN, length, *(ids.shape[1] for ids in avoid)]), LEAST)
     found: list[Tensor] = []
     seen = 0
-    documents = _documents(tokenizer, source, split, seed, data_dir, lambda ids: len(ids) < size and known.has(ids))
+    documents = _documents(
+        tokenizer, source, split, seed, data_dir, lambda ids: len(ids) < size and known.has(ids)
+    )
     for window in _windows(documents, length):
         seen += 1
         if not known.has(window, size):
@@ -50,9 +57,10 @@ def recovery_windows(
             return Windows(torch.stack(found), source, split, seed, None)
     raise NotEnoughText(
         f"Recovery was asked to see {count * length:,} tokens; {source} ({split}) has {len(found) * length:,} in "
-        f"windows of {length}" + (f", after {seen - len(found)} that overlap other text" if seen > len(found) else "")
+        f"windows of {length}"
+        + (f", after {seen - len(found)} that overlap other text" if seen > len(found) else "")
         + ". Use fewer --steps, a smaller --batch-size, or more text."
-    )  # fmt: skip
+    )
 
 
 class _Known:
@@ -68,10 +76,14 @@ class _Known:
         if not self._streams or not 0 < size <= len(ids):
             return False
         if size not in self._tables:
-            self._tables[size] = np.unique(np.concatenate([_runs(stream, size) for stream in self._streams]))
+            self._tables[size] = np.unique(
+                np.concatenate([_runs(stream, size) for stream in self._streams])
+            )
         known, values = self._tables[size], _runs(ids, size)
         places = np.searchsorted(known, values)
-        return bool(len(known)) and bool((known[np.minimum(places, len(known) - 1)] == values).any())
+        return bool(len(known)) and bool(
+            (known[np.minimum(places, len(known) - 1)] == values).any()
+        )
 
 
 def _documents(
@@ -82,7 +94,9 @@ def _documents(
     data_dir: Path | None,
     left_out: Callable[[Tensor], bool],
 ) -> Iterator[Tensor]:
-    """The documents of a corpus as token ids, in a random order; a corpus of lines is one document."""
+    """The documents of a corpus as token ids, in a random order; a corpus of lines is one
+    document.
+    """
     held = corpus_texts(source, split, data_dir)
     if source == "wikitext2":
         held = ["\n\n".join(held)]

@@ -1,7 +1,8 @@
 """What is kept of a training, so that the same command goes on where a killed one stopped.
 
-A folder beside the result: the Trainer's checkpoints, of which those that were written to their end are marked, and a
-journal with the conditions and the seconds so far, which is locked while a run is going on.
+A folder beside the result: the Trainer's checkpoints, of which those that were written to their end
+are marked, and a journal with the conditions and the seconds so far, which is locked while a run is
+going on.
 """
 
 from __future__ import annotations
@@ -24,14 +25,21 @@ SECONDS = "seconds"
 
 
 class Halfway:
-    """A training in `folder` that is going on; use it with `with`. Of several processes, the first alone writes.
+    """A training in `folder` that is going on; use it with `with`. Of several processes, the first
+    alone writes.
 
-    Where it ends without a checkpoint, nothing is kept. Raises OutputRefused where another run is going on there,
-    ConditionsDiffer where a run that died had others; `restart` discards that.
+    Where it ends without a checkpoint, nothing is kept. Raises OutputRefused where another run is
+    going on there, ConditionsDiffer where a run that died had others; `restart` discards that.
     """
 
     def __init__(
-        self, folder: Path, conditions: Mapping[str, Any], *, restart: bool, ranks: Ranks, started: float
+        self,
+        folder: Path,
+        conditions: Mapping[str, Any],
+        *,
+        restart: bool,
+        ranks: Ranks,
+        started: float,
     ) -> None:
         self.folder, self.ranks, self._started, self._before = folder, ranks, started, 0.0
         self._journal: Journal | None = None
@@ -45,7 +53,9 @@ class Halfway:
     def last(self) -> str | None:
         """The newest checkpoint that is whole."""
         found = [place for place in self.folder.glob("checkpoint-*") if (place / WHOLE).is_file()]
-        return str(max(found, key=lambda place: int(place.name.rpartition("-")[2]))) if found else None
+        return (
+            str(max(found, key=lambda place: int(place.name.rpartition("-")[2]))) if found else None
+        )
 
     def mark(self, step: int) -> None:
         """The checkpoint of a step is written; it is on disk, and says so, when this returns."""
@@ -69,7 +79,10 @@ class Halfway:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._journal is None:
             return

@@ -8,7 +8,9 @@ from secateur.system.sizes import parse_size
 
 
 def find_devices(text: str) -> list[torch.device]:
-    """The devices that `text` names, separated by commas; `auto` is all GPUs, else the CPU. Raises UnknownName."""
+    """The devices that `text` names, separated by commas; `auto` is all GPUs, else the CPU. Raises
+    UnknownName.
+    """
     if text == "auto":
         count = torch.cuda.device_count()
         return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
@@ -41,7 +43,9 @@ def find_size(text: str | int | None) -> int | None:
 
 
 def timed_dtype(name: str) -> torch.dtype:
-    """The dtype of models that are timed on the CPU. Raises UnknownName for one without fast products there."""
+    """The dtype of models that are timed on the CPU. Raises UnknownName for one without fast
+    products there.
+    """
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if (found := find_dtype(name)) not in kinds:
         raise UnknownName("dtype that can be timed", name, kinds)
@@ -56,17 +60,20 @@ def forward_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def calibration_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype | None:
-    """The same for passes that only collect statistics: `auto` takes bfloat16 as stored where the CPU multiplies it."""
+    """The same for passes that only collect statistics: `auto` takes bfloat16 as stored where the
+    CPU multiplies it.
+    """
     if name == "auto" and stored == torch.bfloat16 and multiplies_bfloat16():
         return None
     return forward_dtype(name, device)
 
 
 def training_dtype(name: str, device: torch.device, stored: torch.dtype) -> str:
-    """What is multiplied while weights in float32 are trained: "float32" or "bfloat16", the latter under autocast.
+    """What is multiplied while weights in float32 are trained: "float32" or "bfloat16", the latter
+    under autocast.
 
-    `auto` takes bfloat16 for what is stored in 16 bits where the device multiplies it. Raises UnknownName for float16,
-    in which gradients vanish.
+    `auto` takes bfloat16 for what is stored in 16 bits where the device multiplies it. Raises
+    UnknownName for float16, in which gradients vanish.
     """
     if (found := find_dtype(name)) == "float16":
         raise UnknownName("dtype to train in", name, ["auto", "float32", "bfloat16"])

@@ -1,8 +1,10 @@
-"""Files that somebody else made: what they are is looked at before anything opens them, and JSON comes as it may.
+"""Files that somebody else made: what they are is looked at before anything opens them, and JSON
+comes as it may.
 
-A folder may hold pipes, which block whoever opens them, and files with terabytes of nothing; JSON may be nested until
-whoever walks it fails, hold text that cannot be printed, and numbers that no JSON has. So folders are looked over once
-(`refuse_odd_files`), everything of ours is read by `read_json`, and `fits` says whether a value has a type.
+A folder may hold pipes, which block whoever opens them, and files with terabytes of nothing; JSON
+may be nested until whoever walks it fails, hold text that cannot be printed, and numbers that no
+JSON has. So folders are looked over once (`refuse_odd_files`), everything of ours is read by
+`read_json`, and `fits` says whether a value has a type.
 """
 
 from __future__ import annotations
@@ -20,20 +22,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import (
-    BadCheckpoint,
-    DiskFull,
-    OutputRefused,
-    in_one_line,
-)
+from secateur.errors import BadCheckpoint, DiskFull, OutputRefused, in_one_line
 
 MOST_BYTES, MOST_DEPTH = 2**28, 64
-"""Of a file that is read as a whole, and of the objects and lists in a JSON file. The largest tokenizers have 2^25."""
+"""Of a file that is read as a whole, and of the objects and lists in a JSON file. The largest
+tokenizers have 2^25.
+"""
 READ_WHOLE = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")
 
 
 def reserve(descriptor: int, offset: int, size: int) -> None:
-    """Make room for bytes of an open file on the disk, where the system can: a mapped hole on a full one is a crash.
+    """Make room for bytes of an open file on the disk, where the system can: a mapped hole on a
+    full one is a crash.
 
     Raises OSError where there is none.
     """
@@ -44,10 +44,12 @@ def reserve(descriptor: int, offset: int, size: int) -> None:
 
 
 def refuse_odd_files(folder: Path) -> None:
-    """Raise BadCheckpoint for pipes, devices and sockets in a folder, links to such, and texts of absurd sizes.
+    """Raise BadCheckpoint for pipes, devices and sockets in a folder, links to such, and texts of
+    absurd sizes.
 
-    Libraries open what they find by its name, wait for a pipe forever, and read a text as a whole. Folders inside are
-    looked over as well, since chat templates may lie there, but not those inside them.
+    Libraries open what they find by its name, wait for a pipe forever, and read a text as a whole.
+    Folders inside are looked over as well, since chat templates may lie there, but not those inside
+    them.
     """
     for path in (*folder.iterdir(), *folder.glob("*/*")):
         try:
@@ -55,33 +57,45 @@ def refuse_odd_files(folder: Path) -> None:
         except OSError:
             continue  # a dangling link, a loop: nobody can open it
         if not stat.S_ISREG(held.st_mode) and not stat.S_ISDIR(held.st_mode):
-            raise BadCheckpoint(f"{path} is a pipe, a device or a socket; only plain files were wanted. Delete it.")
-        if path.name.endswith(READ_WHOLE) and stat.S_ISREG(held.st_mode) and held.st_size > MOST_BYTES:
+            raise BadCheckpoint(
+                f"{path} is a pipe, a device or a socket; only plain files were wanted. Delete it."
+            )
+        if (
+            path.name.endswith(READ_WHOLE)
+            and stat.S_ISREG(held.st_mode)
+            and held.st_size > MOST_BYTES
+        ):
             raise BadCheckpoint(
                 f"{path} has {held.st_size:,} bytes, too many for a {path.suffix} file. Fetch it again."
             )
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise BadCheckpoint for links to files outside of a folder whose files are about to be copied, shards excepted.
+    """Raise BadCheckpoint for links to files outside of a folder whose files are about to be
+    copied, shards excepted.
 
-    A link in a folder from elsewhere can name a private key; the copy would then be in a result that is given away.
-    The hub's own cache keeps its files in a folder beside the snapshots.
+    A link in a folder from elsewhere can name a private key; the copy would then be in a result
+    that is given away. The hub's own cache keeps its files in a folder beside the snapshots.
     """
     inside = folder.resolve()
-    own = (inside, inside.parent.parent / "blobs") if inside.parent.name == "snapshots" else (inside,)
+    own = (
+        (inside, inside.parent.parent / "blobs") if inside.parent.name == "snapshots" else (inside,)
+    )
     for path in folder.iterdir():
         if path.is_symlink() and path.is_file() and path.suffix != ".safetensors":
             target = path.resolve()
             if not any(place in target.parents for place in own):
-                raise BadCheckpoint(f"{path} is a link to {target}, outside of the folder. Put a copy in its place.")
+                raise BadCheckpoint(
+                    f"{path} is a link to {target}, outside of the folder. Put a copy in its place."
+                )
 
 
 def read_json(file: Path, *, finite: bool = False) -> Any:
-    """The value in a JSON file. `finite`: NaN and Infinity, which are no JSON but which Python writes, are refused.
+    """The value in a JSON file. `finite`: NaN and Infinity, which are no JSON but which Python
+    writes, are refused.
 
-    Raises ValueError for what is no JSON, not UTF-8, nested deeper than `MOST_DEPTH`, too large, no plain file, or
-    has text that cannot be encoded again; OSError where it cannot be opened.
+    Raises ValueError for what is no JSON, not UTF-8, nested deeper than `MOST_DEPTH`, too large, no
+    plain file, or has text that cannot be encoded again; OSError where it cannot be opened.
     """
     held = file.stat()
     if not stat.S_ISREG(held.st_mode):
@@ -115,9 +129,11 @@ def _parts(value: Any) -> Iterator[tuple[Any, int]]:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has a type as annotations say it: `list[str]`, `tuple[float, float]`, `int | None` …
+    """Whether a JSON value has a type as annotations say it: `list[str]`, `tuple[float, float]`,
+    `int | None` …
 
-    A whole number is a float too, a bool is no number, whole numbers have 64 bits, and floats are finite.
+    A whole number is a float too, a bool is no number, whole numbers have 64 bits, and floats are
+    finite.
     """
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -129,7 +145,11 @@ def fits(value: Any, hint: Any) -> bool:
     if origin is list:
         return isinstance(value, list) and all(fits(part, inside[0]) for part in value)
     if origin is tuple:
-        pairs = zip(value, inside, strict=True) if isinstance(value, list) and len(value) == len(inside) else None
+        pairs = (
+            zip(value, inside, strict=True)
+            if isinstance(value, list) and len(value) == len(inside)
+            else None
+        )
         return pairs is not None and all(fits(part, one) for part, one in pairs)
     if origin is dict:
         return isinstance(value, dict) and all(fits(part, inside[1]) for part in value.values())

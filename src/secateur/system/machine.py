@@ -53,7 +53,9 @@ def _clocks() -> list[float]:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device; of the processor, what the system and the process's group allow."""
+    """Memory that can still be had on a device; of the processor, what the system and the process's
+    group allow.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     memory = Path("/proc/meminfo")
@@ -69,12 +71,18 @@ def available_bytes(device: torch.device) -> int:
 def _cached(folder: Path, name: str) -> int:
     """Of what a control group uses, the cache that can be had back; 0 where it does not say."""
     with suppress(OSError, ValueError, KeyError):
-        return int(dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())[name])
+        return int(
+            dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())[
+                name
+            ]
+        )
     return 0
 
 
 def _memory_groups() -> set[Path]:
-    """The folders of the memory control group of this process and of those that it is in, all of which may limit it."""
+    """The folders of the memory control group of this process and of those that it is in, all of
+    which may limit it.
+    """
     found = {_CGROUP, _CGROUP / "memory"}
     with suppress(OSError):
         for kinds, name in re.findall(r"^\d+:(.*?):/?(.*)$", _OWN_CGROUP.read_text(), re.MULTILINE):
@@ -86,10 +94,11 @@ def _memory_groups() -> set[Path]:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float = 0.2) -> float:
-    """Operations a second of square products in `dtype`, the best of those that fit into `seconds`, at least two.
+    """Operations a second of square products in `dtype`, the best of those that fit into `seconds`,
+    at least two.
 
-    Wall time, on as many threads as torch uses now: other work on the machine shows. The numbers are random, since
-    GPUs multiply what is all the same faster.
+    Wall time, on as many threads as torch uses now: other work on the machine shows. The numbers
+    are random, since GPUs multiply what is all the same faster.
     """
     side = square_side(device)
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
@@ -97,17 +106,23 @@ def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float =
 
 
 def square_side(device: torch.device) -> int:
-    """Rows of a square matrix whose product takes long enough to be timed: a GPU has 1024 × 1024 in its launch."""
+    """Rows of a square matrix whose product takes long enough to be timed: a GPU has 1024 × 1024 in
+    its launch.
+    """
     return 8192 if device.type == "cuda" else 1024
 
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16; where it does not, torch does so more slowly than float32."""
+    """Whether this processor multiplies bfloat16; where it does not, torch does so more slowly than
+    float32.
+    """
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def best_seconds(work: Callable[[], object], device: torch.device = CPU, seconds: float = 0.2) -> float:
+def best_seconds(
+    work: Callable[[], object], device: torch.device = CPU, seconds: float = 0.2
+) -> float:
     """Wall time of `work` on a device, the best of those that fit into `seconds`, at least two."""
     best, count, started = float("inf"), 0, perf_counter()
     while count < 2 or perf_counter() - started < seconds:
@@ -120,17 +135,20 @@ def best_seconds(work: Callable[[], object], device: torch.device = CPU, seconds
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system. glibc keeps blocks between live tensors, about a block of the model."""
+    """Give freed memory back to the system. glibc keeps blocks between live tensors, about a block
+    of the model.
+    """
     if sys.platform == "linux" and hasattr(_C_LIBRARY, "malloc_trim"):
         _C_LIBRARY.malloc_trim(0)
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Let the process keep what it frees, for work that wants blocks of the same sizes again and again.
+    """Let the process keep what it frees, for work that wants blocks of the same sizes again and
+    again.
 
-    glibc gives blocks of more than 32 MiB back at once, and each page of the next is a fault: a tenth of the time of a
-    training step on the demo model.
+    glibc gives blocks of more than 32 MiB back at once, and each page of the next is a fault: a
+    tenth of the time of a training step on the demo model.
     """
     if sys.platform != "linux" or not hasattr(_C_LIBRARY, "mallopt"):
         yield
@@ -147,14 +165,20 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def will_need(tensors: Iterable[Tensor]) -> None:
-    """Ask the system to read the mapped files behind tensors ahead, while something else is computed."""
+    """Ask the system to read the mapped files behind tensors ahead, while something else is
+    computed.
+    """
     if sys.platform != "linux":
         return
     page = os.sysconf("SC_PAGE_SIZE")
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.nbytes:
             start = tensor.data_ptr() // page * page
-            _C_LIBRARY.madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), 3)
+            _C_LIBRARY.madvise(
+                ctypes.c_void_p(start),
+                ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start),
+                3,
+            )
 
 
 def _processor() -> str:

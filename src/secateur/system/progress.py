@@ -1,8 +1,8 @@
 """What a long run shows: a bar on a terminal, plain lines elsewhere, nothing when quiet.
 
-Each line has the block, the site, the elapsed and the remaining time and the peak of anonymous memory (what
-the process itself allocated; mapped checkpoint files are not counted). A thread looks at the memory every
-50 ms, so a peak shorter than that can be missed.
+Each line has the block, the site, the elapsed and the remaining time and the peak of anonymous
+memory (what the process itself allocated; mapped checkpoint files are not counted). A thread looks
+at the memory every 50 ms, so a peak shorter than that can be missed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def anonymous_bytes() -> int | None:
 
 
 def resident_bytes() -> int | None:
-    """All resident memory of this process, mapped files included, or None where the system does not tell."""
+    """All resident memory of this process, mapped files included, or None where the system does not
+    tell.
+    """
     return _held("VmRSS")
 
 
@@ -43,9 +45,11 @@ def _held(what: str) -> int | None:
 
 
 class PeakMemory:
-    """The largest `anonymous_bytes()` between entering and leaving; `bytes` is None where it is unknown.
+    """The largest `anonymous_bytes()` between entering and leaving; `bytes` is None where it is
+    unknown.
 
-    What was freed before is given back to the system first, so that it does not count. `of` asks for another kind.
+    What was freed before is given back to the system first, so that it does not count. `of` asks
+    for another kind.
     """
 
     def __init__(self, of: Callable[[], int | None] = anonymous_bytes) -> None:
@@ -68,7 +72,10 @@ class PeakMemory:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._look()
         self._stop.set()
@@ -142,7 +149,13 @@ class Terminal(Progress):
         self.peak = max(self.peak, anonymous_bytes() or 0)
         if self.task is None:
             self.task = self.bar.add_task(what, total=total, title=self.title, memory="")
-        self.bar.update(self.task, completed=done, total=total, description=what, memory=f"peak {_gib(self.peak)}")
+        self.bar.update(
+            self.task,
+            completed=done,
+            total=total,
+            description=what,
+            memory=f"peak {_gib(self.peak)}",
+        )
 
     def end(self) -> None:
         self.bar.stop()

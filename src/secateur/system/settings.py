@@ -1,7 +1,8 @@
 """Every option of Secateur, declared once: its default, its words of help and its bounds.
 
-The command line is made from these fields (`cli.options`). The public functions keep flat keywords, whose defaults
-are these, and build the objects in their first lines; everything below takes the objects. Nothing here needs torch.
+The command line is made from these fields (`cli.options`). The public functions keep flat keywords,
+whose defaults are these, and build the objects in their first lines; everything below takes the
+objects. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any, NamedTuple
 class Option(NamedTuple):
     """What the command line knows of a field besides its name, type and default.
 
-    `flags` are its spellings, where they are not made from the name; `least`, the smallest number that is let in;
-    `listed`, whether its values stand in one argument, separated by commas.
+    `flags` are its spellings, where they are not made from the name; `least`, the smallest number
+    that is let in; `listed`, whether its values stand in one argument, separated by commas.
     """
 
     help: str
@@ -35,19 +36,28 @@ class Exceptions:
     """What of a model is treated otherwise than the rest."""
 
     align: int | None = option(
-        None, "Channels that stay are a multiple of this; default 128, less for widths under 4096.", least=1
+        None,
+        "Channels that stay are a multiple of this; default 128, less for widths under 4096.",
+        least=1,
     )
-    skip: Sequence[str] = option((), "Leave weight matrices out: a glob on their names. May be repeated.")
+    skip: Sequence[str] = option(
+        (), "Leave weight matrices out: a glob on their names. May be repeated."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(Exceptions):
     """What is removed, by which method, and how it is shared out."""
 
-    method: str = option("default", "A method of the table in the README, or a preset: fast, default, best.")
-    pattern: str = option("50%", "50%, '50% of row', 2:4, '25% of channels', '4 blocks', 'to 75% of parameters' …")
+    method: str = option(
+        "default", "A method of the table in the README, or a preset: fast, default, best."
+    )
+    pattern: str = option(
+        "50%", "50%, '50% of row', 2:4, '25% of channels', '4 blocks', 'to 75% of parameters' …"
+    )
     allocate: str = option(
-        "uniform", "How sparsity is shared out: uniform, owl, error, search, or a plan's .json file."
+        "uniform",
+        "How sparsity is shared out: uniform, owl, error, search, or a plan's .json file.",
     )
 
 
@@ -55,9 +65,13 @@ class Recipe(Exceptions):
 class CalibrationText:
     """The text whose tokens go through the model while it is pruned."""
 
-    calibration: str | None = option(None, "Text to calibrate on: demo, c4, wikitext2, or files separated by commas.")
+    calibration: str | None = option(
+        None, "Text to calibrate on: demo, c4, wikitext2, or files separated by commas."
+    )
     samples: int = option(128, "Calibration windows.", least=1)
-    seq_len: int | None = option(None, "Tokens a window. Default: the smaller of 2048 and the context.", least=2)
+    seq_len: int | None = option(
+        None, "Tokens a window. Default: the smaller of 2048 and the context.", least=2
+    )
     seed: int = option(0, "Seed of the calibration windows.")
     data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
 
@@ -68,7 +82,9 @@ class EvaluationText:
 
     evaluation: str | None = option(None, "Text to measure perplexity on: as for --calibration.")
     windows: int | None = option(None, "Evaluation windows. Default: all.", least=2)
-    seq_len: int | None = option(None, "Tokens a window. Default: the smaller of 2048 and the context.", least=2)
+    seq_len: int | None = option(
+        None, "Tokens a window. Default: the smaller of 2048 and the context.", least=2
+    )
     data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
 
 
@@ -77,7 +93,9 @@ class ZeroShot:
     """Zero-shot tasks that a model answers."""
 
     tasks: Sequence[str] = option(
-        (), "Zero-shot tasks, separated by commas: boolq,piqa … or papers, which is seven. Default: none.", listed=True
+        (),
+        "Zero-shot tasks, separated by commas: boolq,piqa … or papers, which is seven. Default: none.",
+        listed=True,
     )
     limit: int | None = option(None, "Items of each task, the first ones. Default: all.", least=1)
 
@@ -92,16 +110,23 @@ class Compute:
         "dtype of forward passes: auto, float32, bfloat16, float16. auto: on a CPU float32, or in calibration "
         "bfloat16 as stored if the processor multiplies it.",
     )
-    batch_size: int = option(8, "Windows a forward pass; calibration takes fewer where memory is short.", least=1)
-    passes: str = option("auto", "How often blocks run: one, two (less memory), auto: one where that fits.")
+    batch_size: int = option(
+        8, "Windows a forward pass; calibration takes fewer where memory is short.", least=1
+    )
+    passes: str = option(
+        "auto", "How often blocks run: one, two (less memory), auto: one where that fits."
+    )
     memory: str | int | None = option(
-        None, "What the run may take, such as 6GB; hidden states go to a file if need be. Default: what is free."
+        None,
+        "What the run may take, such as 6GB; hidden states go to a file if need be. Default: what is free.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """The folder of a result, and what may be done to what lies there. `command` is what was typed, for the record."""
+    """The folder of a result, and what may be done to what lies there. `command` is what was typed,
+    for the record.
+    """
 
     out: str | Path = option(MISSING, "The folder to write.")
     overwrite: bool = option(False, "Replace a checkpoint at --out.")
@@ -113,7 +138,9 @@ class Destination:
 class Trust:
     """What a user lets pass that is refused otherwise."""
 
-    allow_low_coverage: bool = option(False, "Prune although most weights are no prunable matrices.")
+    allow_low_coverage: bool = option(
+        False, "Prune although most weights are no prunable matrices."
+    )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
 
 
@@ -121,33 +148,48 @@ class Trust:
 class Grid(Exceptions):
     """The rows of a comparison: every method with every pattern, rule and kind of values."""
 
-    methods: Sequence[str] = option(("magnitude", "wanda", "sparsegpt"), "Methods, separated by commas.", listed=True)
+    methods: Sequence[str] = option(
+        ("magnitude", "wanda", "sparsegpt"), "Methods, separated by commas.", listed=True
+    )
     patterns: Sequence[str] = option(
-        ("50%", "4:8", "2:4"), "Patterns, separated by commas; ranges such as 10%..80%, or 30%..60%/5%.", listed=True
+        ("50%", "4:8", "2:4"),
+        "Patterns, separated by commas; ranges such as 10%..80%, or 30%..60%/5%.",
+        listed=True,
     )
     allocate: Sequence[str] = option(
-        ("uniform",), "How sparsity is shared out, a row each: uniform, owl, error, search.", listed=True
+        ("uniform",),
+        "How sparsity is shared out, a row each: uniform, owl, error, search.",
+        listed=True,
     )
     values: Sequence[str] = option(
         ("as stored",),
         "As they are, and rounded to eight bits, a row each: 'as stored', 'as stored,int8'.",
         listed=True,
     )
-    tolerance: str | float | None = option(None, "Find how far each method goes within so much more perplexity: 5%.")
+    tolerance: str | float | None = option(
+        None, "Find how far each method goes within so much more perplexity: 5%."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationDraws:
-    """The calibration texts of a comparison: every row is made for every draw of them, the first is the table's."""
+    """The calibration texts of a comparison: every row is made for every draw of them, the first is
+    the table's.
+    """
 
     calibration: str | Sequence[str] | None = option(
-        None, "Text to calibrate on: demo, c4, wikitext2, or files separated by commas. May be repeated."
+        None,
+        "Text to calibrate on: demo, c4, wikitext2, or files separated by commas. May be repeated.",
     )
     samples: int | Sequence[int] = option(
         128, "Calibration windows; several, as in 1,16,128, for a row each.", listed=True
     )
     seed: int | Sequence[int] = option(
-        0, "Seeds of the calibration windows; several for a row each.", "--seeds", "--seed", listed=True
+        0,
+        "Seeds of the calibration windows; several for a row each.",
+        "--seeds",
+        "--seed",
+        listed=True,
     )
 
 
@@ -156,7 +198,9 @@ class RecoveredRows:
     """Rows of a comparison that are fine-tuned after they were pruned."""
 
     recover: Sequence[str] = option(
-        (), "Fine-tune pruned rows, zeros kept, a row each: lora, masked, distill, blocks.", listed=True
+        (),
+        "Fine-tune pruned rows, zeros kept, a row each: lora, masked, distill, blocks.",
+        listed=True,
     )
     recover_steps: int = option(500, "Steps of that, of 8 windows.", least=1)
     recover_text: str | None = option(
@@ -169,7 +213,9 @@ class TimedRows:
     """Rows of a comparison that are timed beside the dense model."""
 
     bench: Sequence[str] = option(
-        (), "Runtimes in which to time the rows: eager,packed,packed-int8 … Default: none.", listed=True
+        (),
+        "Runtimes in which to time the rows: eager,packed,packed-int8 … Default: none.",
+        listed=True,
     )
     bench_dtype: str = option("bfloat16", "dtype of the timed models: bfloat16, float32.")
 
@@ -203,9 +249,15 @@ class Training:
 class TrainingText:
     """The text that a pruned model is fine-tuned on."""
 
-    text: str | None = option(None, "Text to train on: c4, wikitext2, demo, or files separated by commas.")
-    evaluation: str | None = option(None, "Text that will judge the result, and is not trained on: as for --text.")
-    seq_len: int | None = option(None, "Tokens a window. Default: the smaller of 2048 and the context.", least=2)
+    text: str | None = option(
+        None, "Text to train on: c4, wikitext2, demo, or files separated by commas."
+    )
+    evaluation: str | None = option(
+        None, "Text that will judge the result, and is not trained on: as for --text."
+    )
+    seq_len: int | None = option(
+        None, "Tokens a window. Default: the smaller of 2048 and the context.", least=2
+    )
     data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
 
 
@@ -221,7 +273,9 @@ class TimedRuns:
         listed=True,
     )
     batch: Sequence[int] = option((1,), "Batch sizes, separated by commas.", listed=True)
-    prompt: Sequence[int] = option((128,), "Prompt lengths in tokens, separated by commas.", listed=True)
+    prompt: Sequence[int] = option(
+        (128,), "Prompt lengths in tokens, separated by commas.", listed=True
+    )
     new: int = option(32, "Tokens to decode.", least=1)
     rounds: int = option(8, "Rounds in which every model takes its turn.", least=3)
     dtype: str = option("bfloat16", "dtype of the models: bfloat16, float32.")
@@ -231,7 +285,9 @@ class TimedRuns:
 class Serving:
     """How a checkpoint will be run."""
 
-    runtime: str = option(MISSING, "The runtime: eager, packed, semi-structured, tensorrt-llm …", "--for")
+    runtime: str = option(
+        MISSING, "The runtime: eager, packed, semi-structured, tensorrt-llm …", "--for"
+    )
     batch: int = option(1, "Rows of activations: the batch, in prefill times the tokens.", least=1)
     ranks: int = option(1, "Devices that share the model (tensorrt-llm).", least=1)
 
@@ -244,5 +300,7 @@ class Goal:
     max_perplexity_increase: float | str | None = option(
         None, "At most so much more than dense, such as 5%. Default 5%, for quality none."
     )
-    hardware: str | None = option(None, "Timings count on this alone: cpu, apple, ampere, hopper, h100, rtx-3090 …")
+    hardware: str | None = option(
+        None, "Timings count on this alone: cpu, apple, ampere, hopper, h100, rtx-3090 …"
+    )
     runtime: str | None = option(None, "The runtime: eager, packed, llamacpp, vllm, tensorrt …")

@@ -2,13 +2,14 @@
 
 Every Python installation carries several megabytes of code and prose: the sources of the standard
 library, docstrings included, and the language reference in `pydoc_data.topics`. The embedded model
-(`model_folder()`) was trained on that text by `bench/train_demo.py`, and is calibrated and judged on
-parts of it that it never saw. No text is shipped: it is read from the running interpreter, so a
+(`model_folder()`) was trained on that text by `bench/train_demo.py`, and is calibrated and judged
+on parts of it that it never saw. No text is shipped: it is read from the running interpreter, so a
 different Python version gives slightly different parts, and the calibration fingerprint says so.
 
-A document belongs to exactly one part, chosen by a hash of its name (`part_of`), for good: a module that
-a later Python adds falls into its own place and moves no other one. Test packages are missing from many
-installations, so they serve for training only; `encodings` is left out (tables of numbers, not text).
+A document belongs to exactly one part, chosen by a hash of its name (`part_of`), for good: a module
+that a later Python adds falls into its own place and moves no other one. Test packages are missing
+from many installations, so they serve for training only; `encodings` is left out (tables of
+numbers, not text).
 """
 
 import hashlib
@@ -30,7 +31,9 @@ def model_folder() -> Path:
 
 
 def part_of(name: str) -> str:
-    """The part a document belongs to: by hash, 2/16 calibration, 2/16 evaluation, the rest training."""
+    """The part a document belongs to: by hash, 2/16 calibration, 2/16 evaluation, the rest
+    training.
+    """
     slot = hashlib.sha256(f"secateur demo 1 {name}".encode()).digest()[0] % 16
     return "evaluation" if slot < 2 else "calibration" if slot < 4 else "training"
 

@@ -1,4 +1,6 @@
-"""How a checkpoint can be written for others to load. A new format is a file here and its line in `FORMATS`."""
+"""How a checkpoint can be written for others to load. A new format is a file here and its line in
+`FORMATS`.
+"""
 
 from pathlib import Path
 
@@ -25,7 +27,14 @@ def find_format(name: str) -> Format:
 
 def format_of(folder: Path) -> str | None:
     """The format that a folder is in, None for dense checkpoints and all else."""
-    return next((name for name, known in FORMATS.items() if known.holds is not None and known.holds(folder)), None)
+    return next(
+        (
+            name
+            for name, known in FORMATS.items()
+            if known.holds is not None and known.holds(folder)
+        ),
+        None,
+    )
 
 
 __all__ = ["FORMATS", "Format", "find_format", "format_of"]

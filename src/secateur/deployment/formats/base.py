@@ -1,4 +1,6 @@
-"""What a format is: how a dense checkpoint is written in another form, and read back where that can be."""
+"""What a format is: how a dense checkpoint is written in another form, and read back where that can
+be.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,15 @@ from secateur.errors import BadCheckpoint, DiskFull, NonFinite, OutputRefused, i
 class Format(NamedTuple):
     """One form of a checkpoint on disk.
 
-    `write(source, folder, **options)` puts the weights of a dense checkpoint into `folder`, which holds the source's
-    other files (config.json, tokenizer) already and gets its final name afterwards; it may change those files. It
-    raises SecateurError, naming the site, where the weights do not fit the format. `loaded_by` says what loads the
-    result, by version. `options` are the keywords that `write` takes. `holds(folder)` tells whether a folder is in this
-    format; None where it is for other programs only. Where it is not, it can be made dense: `restore(folder, target)`
-    writes the dense shards where they can be had byte for byte, else `read(folder)` gives its tensors densely by their
-    names in the dense checkpoint. `foreign` are the keys of config.json that a dense checkpoint has none of.
+    `write(source, folder, **options)` puts the weights of a dense checkpoint into `folder`, which
+    holds the source's other files (config.json, tokenizer) already and gets its final name
+    afterwards; it may change those files. It raises SecateurError, naming the site, where the
+    weights do not fit the format. `loaded_by` says what loads the result, by version. `options` are
+    the keywords that `write` takes. `holds(folder)` tells whether a folder is in this format; None
+    where it is for other programs only. Where it is not, it can be made dense: `restore(folder,
+    target)` writes the dense shards where they can be had byte for byte, else `read(folder)` gives
+    its tensors densely by their names in the dense checkpoint. `foreign` are the keys of
+    config.json that a dense checkpoint has none of.
     """
 
     write: Callable[..., None]
@@ -37,23 +41,33 @@ class Format(NamedTuple):
 
 
 def architecture_of(config: Any) -> str:
-    """The causal LM that transformers makes of a configuration, whatever `architectures` in config.json says."""
+    """The causal LM that transformers makes of a configuration, whatever `architectures` in
+    config.json says.
+    """
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__))
 
 
 def save(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a shard beside a config.json, whose permissions it gets. Raises DiskFull or OutputRefused."""
+    """Write a shard beside a config.json, whose permissions it gets. Raises DiskFull or
+    OutputRefused.
+    """
     try:
         save_file(tensors, file, metadata=dict(metadata or {"format": "pt"}))
     except SafetensorError as error:  # which tells errors of the disk in words alone
         kind = DiskFull if f"os error {errno.ENOSPC}" in str(error) else OutputRefused
         raise kind(f"{file} cannot be written: {in_one_line(error)}.") from error
-    file.chmod((file.parent / "config.json").stat().st_mode)  # safetensors lets only the owner read its files
+    file.chmod(
+        (file.parent / "config.json").stat().st_mode
+    )  # safetensors lets only the owner read its files
 
 
 def refuse_odd_values(site: str, weight: Tensor, wanted_by: str) -> None:
-    """Raise NonFinite for NaN or Inf in a site, BadCheckpoint for -0.0, which sparse kernels and formats get wrong."""
+    """Raise NonFinite for NaN or Inf in a site, BadCheckpoint for -0.0, which sparse kernels and
+    formats get wrong.
+    """
     if not weight.isfinite().all():
         raise NonFinite(f"{site} holds NaN or Inf. Prune the dense model again, or mend it first.")
     if (weight.signbit() & (weight == 0)).any():
-        raise BadCheckpoint(f"{site} holds -0.0, which {wanted_by} loses. Prune again, which writes +0.0.")
+        raise BadCheckpoint(
+            f"{site} holds -0.0, which {wanted_by} loses. Prune again, which writes +0.0."
+        )

@@ -1,11 +1,12 @@
 """GGUF, what llama.cpp loads: one file with settings, vocabulary and weights, tensor by tensor.
 
-The names of tensors and settings are those of the `gguf` package. Llama and Mistral are one architecture to llama.cpp,
-whose rotation pairs neighbouring rows of query and key where transformers pairs row i with row i + half, so those rows
-change places. Vectors are always float32, as llama.cpp wants them. The vocabulary is in gguf_vocabulary.py.
+The names of tensors and settings are those of the `gguf` package. Llama and Mistral are one
+architecture to llama.cpp, whose rotation pairs neighbouring rows of query and key where
+transformers pairs row i with row i + half, so those rows change places. Vectors are always float32,
+as llama.cpp wants them. The vocabulary is in gguf_vocabulary.py.
 
-Zeros are stored like other numbers. What is not written: mixtures of experts, yarn and dynamic rotation, and windowed
-attention beyond its window, to which the context is limited.
+Zeros are stored like other numbers. What is not written: mixtures of experts, yarn and dynamic
+rotation, and windowed attention beyond its window, to which the context is limited.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def gguf_package() -> ModuleType:
 
 
 def write(source: Checkpoint, folder: Path, *, values: str = "as stored") -> None:
-    """Write `model.gguf`. Raises UnknownName, UnsupportedModel; BadPattern where rows do not fit q8_0; NonFinite."""
+    """Write `model.gguf`. Raises UnknownName, UnsupportedModel; BadPattern where rows do not fit
+    q8_0; NonFinite.
+    """
     write_gguf(source, folder / FILE, values=values)
 
 
@@ -84,8 +87,13 @@ def write_gguf(source: Checkpoint, file: Path, *, values: str, vocabulary: bool 
         for name, (_, heads) in names.items():
             value = source.tensor(name).float()
             value = (_neighbours(value, heads) if heads else value).numpy()
-            if types[name] is gguf.GGMLQuantizationType.F16 and np.abs(value).max() > np.finfo(np.float16).max:
-                raise NonFinite(f"{name} holds {np.abs(value).max():.0f}, more than f16 can hold. Write bf16 or f32.")
+            if (
+                types[name] is gguf.GGMLQuantizationType.F16
+                and np.abs(value).max() > np.finfo(np.float16).max
+            ):
+                raise NonFinite(
+                    f"{name} holds {np.abs(value).max():.0f}, more than f16 can hold. Write bf16 or f32."
+                )
             writer.write_tensor_data(gguf.quantize(np.ascontiguousarray(value), types[name]))
         if factors is not None:
             writer.write_tensor_data(factors)
@@ -95,9 +103,13 @@ def _architecture(folder: Path, config: Any) -> str:
     """llama.cpp's name of the architecture. Raises UnsupportedModel."""
     name = architecture_of(config)
     if name not in ARCHITECTURES:
-        raise UnsupportedModel(f"{folder} is a {name}; as GGUF are written: {', '.join(ARCHITECTURES)}.")
+        raise UnsupportedModel(
+            f"{folder} is a {name}; as GGUF are written: {', '.join(ARCHITECTURES)}."
+        )
     if config.hidden_act != "silu":
-        raise UnsupportedModel(f"{folder} computes with {config.hidden_act}; llama.cpp's {name} has silu only.")
+        raise UnsupportedModel(
+            f"{folder} computes with {config.hidden_act}; llama.cpp's {name} has silu only."
+        )
     rows = config.num_attention_heads * _head_size(config)
     if name == "Qwen2ForCausalLM" and rows != config.hidden_size:
         raise UnsupportedModel(
@@ -111,18 +123,28 @@ def _head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _tensor_names(gguf: Any, source: Checkpoint, config: Any, architecture: str) -> dict[str, tuple[str, int]]:
-    """(GGUF name, number of heads whose rows change places) of every tensor by its name in the checkpoint."""
+def _tensor_names(
+    gguf: Any, source: Checkpoint, config: Any, architecture: str
+) -> dict[str, tuple[str, int]]:
+    """(GGUF name, number of heads whose rows change places) of every tensor by its name in the
+    checkpoint.
+    """
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     found: dict[str, tuple[str, int]] = {}
     for name, place in source.places.items():
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+        if name.endswith("rotary_emb.inv_freq") or (
+            name == "lm_head.weight" and config.tie_word_embeddings
+        ):
             continue
         layer, _, kind = name.rpartition(".")
         called = known.get_name(name, try_suffixes=(".weight", ".bias"))
-        biased = kind != "bias" or architecture == "llama" or layer.endswith(("q_proj", "k_proj", "v_proj"))
+        biased = (
+            kind != "bias"
+            or architecture == "llama"
+            or layer.endswith(("q_proj", "k_proj", "v_proj"))
+        )
         if called is None or not biased:
             raise UnsupportedModel(f"{name} has no place in llama.cpp's {architecture}.")
         moved = heads.get(layer.rpartition(".")[2], 0) if architecture == "llama" else 0
@@ -132,7 +154,9 @@ def _tensor_names(gguf: Any, source: Checkpoint, config: Any, architecture: str)
             )
         found[name] = called, moved
     if "lm_head.weight" not in source.places and not config.tie_word_embeddings:
-        raise BadCheckpoint(f"{source.folder} has no lm_head.weight, and config.json does not tie it to the embedding.")
+        raise BadCheckpoint(
+            f"{source.folder} has no lm_head.weight, and config.json does not tie it to the embedding."
+        )
     return found
 
 
@@ -142,18 +166,26 @@ def _tensor_type(gguf: Any, source: Checkpoint, name: str, values: str) -> Any:
     if len(place.shape) == 1:
         return gguf.GGMLQuantizationType.F32
     if values == "as stored" and place.dtype not in ("F32", "F16", "BF16"):
-        raise UnsupportedModel(f"{name} is stored as {place.dtype}, which llama.cpp lacks. Choose values f32.")
+        raise UnsupportedModel(
+            f"{name} is stored as {place.dtype}, which llama.cpp lacks. Choose values f32."
+        )
     if place.dtype not in FLOATS:
-        raise UnsupportedModel(f"{name} is stored as {place.dtype}; a floating-point tensor was wanted.")
+        raise UnsupportedModel(
+            f"{name} is stored as {place.dtype}; a floating-point tensor was wanted."
+        )
     if values == "q8_0" and place.shape[-1] % 32:
-        raise BadPattern(f"q8_0 needs rows in 32s; {name} has rows of {place.shape[-1]}. Choose other values.")
+        raise BadPattern(
+            f"q8_0 needs rows in 32s; {name} has rows of {place.shape[-1]}. Choose other values."
+        )
     return gguf.GGMLQuantizationType[place.dtype if values == "as stored" else values.upper()]
 
 
 def _neighbours(tensor: Tensor, heads: int) -> Tensor:
     """The rows of each head in the order 0, half, 1, half + 1, …"""
     rows = tensor.shape[0] // heads // 2
-    return tensor.reshape(heads, 2, rows, -1).transpose(1, 2).reshape(tensor.shape)  # [heads, half, 2, in]
+    return (
+        tensor.reshape(heads, 2, rows, -1).transpose(1, 2).reshape(tensor.shape)
+    )  # [heads, half, 2, in]
 
 
 def _add_settings(gguf: Any, writer: Any, config: Any, values: str) -> None:
@@ -161,9 +193,13 @@ def _add_settings(gguf: Any, writer: Any, config: Any, values: str) -> None:
     if values in FILE_TYPES:
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[values]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    windowed = getattr(config, "layer_types", None) is None or "sliding_attention" in config.layer_types
+    windowed = (
+        getattr(config, "layer_types", None) is None or "sliding_attention" in config.layer_types
+    )
     window = getattr(config, "sliding_window", None) if windowed else None
-    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    writer.add_context_length(
+        min(config.max_position_embeddings, window or config.max_position_embeddings)
+    )
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -182,11 +218,15 @@ def _add_settings(gguf: Any, writer: Any, config: Any, values: str) -> None:
 
 
 def _rotary_factors(folder: Path, config: Any, architecture: str) -> np.ndarray | None:
-    """What the rotation's frequencies are divided by, `[half a head] float32`; None where they are the plain ones."""
+    """What the rotation's frequencies are divided by, `[half a head] float32`; None where they are
+    the plain ones.
+    """
     rope = config.rope_parameters
     kind = rope.get("rope_type", "of each layer")
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise UnsupportedModel(f"{folder} rotates a part of each head only, which is not written as GGUF.")
+        raise UnsupportedModel(
+            f"{folder} rotates a part of each head only, which is not written as GGUF."
+        )
     if kind in ("default", "linear"):
         return None
     if kind != "llama3" or architecture != "llama":

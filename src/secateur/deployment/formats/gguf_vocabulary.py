@@ -1,13 +1,16 @@
-"""What a GGUF file says of a tokenizer: byte-level BPE, or SentencePiece's kind with byte fallback (Llama 2).
+"""What a GGUF file says of a tokenizer: byte-level BPE, or SentencePiece's kind with byte fallback
+(Llama 2).
 
-llama.cpp splits text by rules that it knows by name (`tokenizer.ggml.pre`). Its own converter finds the name by a hash
-of what a whole tokenizer makes of a text; here it is found from the rule itself in tokenizer.json, so that a tokenizer
-trained anew by a known rule is known as well. A rule that is not in the table is refused, since a wrong one would give
-other tokens without a word. Unicode normalisation (NFC, in Qwen's tokenizers) is left to the user's text.
+llama.cpp splits text by rules that it knows by name (`tokenizer.ggml.pre`). Its own converter finds
+the name by a hash of what a whole tokenizer makes of a text; here it is found from the rule itself
+in tokenizer.json, so that a tokenizer trained anew by a known rule is known as well. A rule that is
+not in the table is refused, since a wrong one would give other tokens without a word. Unicode
+normalisation (NFC, in Qwen's tokenizers) is left to the user's text.
 
-llama.cpp has no merges for SentencePiece's kind: it joins neighbours whose union is a token, the highest score first.
-The merges in tokenizer.json say the same thing where they hold every such pair and the pairs of one token follow each
-other; both are checked, and a score is then minus the place of a token's first merge.
+llama.cpp has no merges for SentencePiece's kind: it joins neighbours whose union is a token, the
+highest score first. The merges in tokenizer.json say the same thing where they hold every such pair
+and the pairs of one token follow each other; both are checked, and a score is then minus the place
+of a token's first merge.
 """
 
 from __future__ import annotations
@@ -37,7 +40,9 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}",), False): "dbrx",
     ((_TEKKEN,), True): "tekken",
 }
-"""llama.cpp's name for (expressions that split a text, one after the other; whether whole words skip the merges)."""
+"""llama.cpp's name for (expressions that split a text, one after the other; whether whole words
+skip the merges).
+"""
 
 
 class Vocabulary(NamedTuple):
@@ -55,15 +60,21 @@ class Vocabulary(NamedTuple):
 
 
 def add_vocabulary(gguf: Any, writer: Any, folder: Path, size: int) -> None:
-    """Add the vocabulary, filled up to `size`, and what its tokens mean. Raises UnsupportedModel, BadCheckpoint."""
+    """Add the vocabulary, filled up to `size`, and what its tokens mean. Raises UnsupportedModel,
+    BadCheckpoint.
+    """
     tokenizer: Any = load_tokenizer(folder)
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise UnsupportedModel(f"{folder} has no tokenizer.json. Load its tokenizer and call save_pretrained.")
+        raise UnsupportedModel(
+            f"{folder} has no tokenizer.json. Load its tokenizer and call save_pretrained."
+        )
     try:
         found = read_vocabulary(read_json(file), size)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UnsupportedModel(f"{file} is of a form that is not known here: {in_one_line(error)}.") from error
+        raise UnsupportedModel(
+            f"{file} is of a form that is not known here: {in_one_line(error)}."
+        ) from error
     writer.add_tokenizer_model("llama" if found.pre is None else "gpt2")
     writer.add_tokenizer_pre(found.pre or "default")
     writer.add_token_list(found.tokens)
@@ -84,8 +95,13 @@ def add_vocabulary(gguf: Any, writer: Any, folder: Path, size: int) -> None:
 
 
 def _ends(tokenizer: Any, folder: Path) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its first and its last token around a text. Raises UnsupportedModel."""
-    plain, whole = encode(tokenizer, ["a"], add_special_tokens=False)[0], encode(tokenizer, ["a"])[0]
+    """Whether the tokenizer puts its first and its last token around a text. Raises
+    UnsupportedModel.
+    """
+    plain, whole = (
+        encode(tokenizer, ["a"], add_special_tokens=False)[0],
+        encode(tokenizer, ["a"])[0],
+    )
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     for first in (False, True):
         for last in (False, True):
@@ -98,7 +114,9 @@ def _ends(tokenizer: Any, folder: Path) -> tuple[bool, bool]:
 
 
 def read_vocabulary(held: dict[str, Any], size: int) -> Vocabulary:
-    """The vocabulary in a tokenizer.json, filled up to `size` tokens. Raises UnsupportedModel for a kind not known."""
+    """The vocabulary in a tokenizer.json, filled up to `size` tokens. Raises UnsupportedModel for a
+    kind not known.
+    """
     model, added = held["model"], {token["id"]: token for token in held["added_tokens"]}
     if model["type"] != "BPE":
         raise UnsupportedModel(f"The tokenizer is a {model['type']}; for GGUF a BPE was wanted.")
@@ -117,17 +135,25 @@ def read_vocabulary(held: dict[str, Any], size: int) -> Vocabulary:
             return "UNKNOWN"
         if number in added:
             return "CONTROL" if added[number]["special"] else "USER_DEFINED"
-        return "BYTE" if fallback and len(text[number]) == 6 and text[number].startswith("<0x") else "NORMAL"
+        return (
+            "BYTE"
+            if fallback and len(text[number]) == 6 and text[number].startswith("<0x")
+            else "NORMAL"
+        )
 
     tokens = [text.get(number, f"[unused {number}]") for number in range(size)]
     types = [kind(number) for number in range(size)]
     if not fallback:
-        return Vocabulary(tokens, types, _split_name(held), [" ".join(_pair(merge)) for merge in model["merges"]])
+        return Vocabulary(
+            tokens, types, _split_name(held), [" ".join(_pair(merge)) for merge in model["merges"]]
+        )
     normal = {token for token, kind in zip(tokens, types, strict=True) if kind == "NORMAL"}
     prefix = _space_prefix(held, normal)
     scores = _scores([_pair(merge) for merge in model["merges"]], normal)
     lowest = -1.0 - len(model["merges"])
-    return Vocabulary(tokens, types, None, None, [scores.get(token, lowest) for token in tokens], prefix)
+    return Vocabulary(
+        tokens, types, None, None, [scores.get(token, lowest) for token in tokens], prefix
+    )
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
@@ -157,7 +183,11 @@ def _split_name(held: dict[str, Any]) -> str:
     """llama.cpp's name for the way a byte-level tokenizer splits a text."""
     steps = _steps(held.get("pre_tokenizer"), "pretokenizers")
     rules = tuple(rule for step in steps if (rule := _rule(step)))
-    others = [step["type"] for step in _steps(held.get("normalizer"), "normalizers") if step["type"] != "NFC"]
+    others = [
+        step["type"]
+        for step in _steps(held.get("normalizer"), "normalizers")
+        if step["type"] != "NFC"
+    ]
     name = SPLITS.get((rules, bool(held["model"].get("ignore_merges"))))
     if name is None or others or steps[-1]["type"] != "ByteLevel":
         said = ", ".join([*others, *rules]) or "not at all"
@@ -169,9 +199,13 @@ def _split_name(held: dict[str, Any]) -> str:
 
 
 def _space_prefix(held: dict[str, Any], normal: set[str]) -> bool:
-    """Whether a space is put before a text; UnsupportedModel where spaces are treated as llama.cpp does not."""
+    """Whether a space is put before a text; UnsupportedModel where spaces are treated as llama.cpp
+    does not.
+    """
     prefix, inner = False, False
-    steps = _steps(held.get("normalizer"), "normalizers") + _steps(held.get("pre_tokenizer"), "pretokenizers")
+    steps = _steps(held.get("normalizer"), "normalizers") + _steps(
+        held.get("pre_tokenizer"), "pretokenizers"
+    )
     for step in steps:
         kind = step["type"]
         if kind == "Prepend" and step["prepend"] == "▁":
@@ -179,12 +213,20 @@ def _space_prefix(held: dict[str, Any], normal: set[str]) -> bool:
         elif kind == "Metaspace" and step["replacement"] == "▁":
             prefix = step.get("prepend_scheme", "always") != "never"
             inner |= step.get("split", True) and any("▁" in token[1:] for token in normal)
-        elif kind == "Split" and step["pattern"] == {"Regex": "▁+"} and step["behavior"] == "MergedWithNext":
+        elif (
+            kind == "Split"
+            and step["pattern"] == {"Regex": "▁+"}
+            and step["behavior"] == "MergedWithNext"
+        ):
             inner |= any("▁" in token.lstrip("▁") for token in normal)
         elif kind != "Replace" or (step["pattern"], step["content"]) != ({"String": " "}, "▁"):
-            raise UnsupportedModel(f"The tokenizer has a step {kind}, which llama.cpp's SentencePiece lacks.")
+            raise UnsupportedModel(
+                f"The tokenizer has a step {kind}, which llama.cpp's SentencePiece lacks."
+            )
     if inner:
-        raise UnsupportedModel("The tokenizer splits text at spaces, but has tokens that reach across one.")
+        raise UnsupportedModel(
+            "The tokenizer splits text at spaces, but has tokens that reach across one."
+        )
     return prefix
 
 
@@ -196,7 +238,11 @@ def _scores(merges: list[tuple[str, str]], normal: set[str]) -> dict[str, float]
         for cut in range(1, len(token)):
             pair = token[:cut], token[cut:]
             if pair not in known and normal.issuperset(pair):
-                raise UnsupportedModel(f"The tokenizer never merges {pair}, but llama.cpp would: {token!r} is a token.")
+                raise UnsupportedModel(
+                    f"The tokenizer never merges {pair}, but llama.cpp would: {token!r} is a token."
+                )
     if len(made) != len(set(made)):
-        raise UnsupportedModel("The tokenizer's merges of one token do not follow each other, as llama.cpp's would.")
+        raise UnsupportedModel(
+            "The tokenizer's merges of one token do not follow each other, as llama.cpp's would."
+        )
     return {token: -float(place) for place, token in enumerate(made)}

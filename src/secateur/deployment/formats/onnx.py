@@ -1,16 +1,18 @@
 """ONNX: one graph for ONNX Runtime and TensorRT that serves prefill and decoding alike.
 
-Inputs are `ids` int64 [batch, length] and, for every block, `past_key_i` and `past_value_i` [batch, heads, past, size],
-where `past` may be 0; outputs are `logits` [batch, vocabulary] after the last token, and `key_i` and `value_i` of all
-tokens so far, to be fed back. Weights are float32 in `model.onnx.data`; a runtime rounds them to what it computes in.
+Inputs are `ids` int64 [batch, length] and, for every block, `past_key_i` and `past_value_i` [batch,
+heads, past, size], where `past` may be 0; outputs are `logits` [batch, vocabulary] after the last
+token, and `key_i` and `value_i` of all tokens so far, to be fed back. Weights are float32 in
+`model.onnx.data`; a runtime rounds them to what it computes in.
 
-Zeros are the point: TensorRT looks for 2:4 in the constants that a MatMul or Gemm contracts with (`trtexec
---sparsity=enable`), so after the export every matrix with zeros is looked up in the graph, by its values and along the
-contracted axis, and one that is not there is an error. The logits are compared with transformers' as well. Both checks
-are written to `onnx.json`, with what they found.
+Zeros are the point: TensorRT looks for 2:4 in the constants that a MatMul or Gemm contracts with
+(`trtexec --sparsity=enable`), so after the export every matrix with zeros is looked up in the
+graph, by its values and along the contracted axis, and one that is not there is an error. The
+logits are compared with transformers' as well. Both checks are written to `onnx.json`, with what
+they found.
 
-Models whose cache is more than keys and values (state spaces, linear attention) are refused, and so are those with
-fused experts, whose slices are no constants of their own.
+Models whose cache is more than keys and values (state spaces, linear attention) are refused, and so
+are those with fused experts, whose slices are no constants of their own.
 """
 
 from __future__ import annotations
@@ -63,22 +65,30 @@ class Steps(nn.Module):
         cache = DynamicCache()
         for index, (key, value) in enumerate(zip(keys, values, strict=True)):
             cache.update(key, value, index)
-        logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
+            :, -1
+        ]
         layers: Any = cache.layers
         return logits, [layer.keys for layer in layers], [layer.values for layer in layers]
 
 
 def write(source: Checkpoint, folder: Path) -> None:
-    """Write `model.onnx`, its data and `onnx.json`. Raises UnsupportedModel; BadPattern where zeros were lost."""
+    """Write `model.onnx`, its data and `onnx.json`. Raises UnsupportedModel; BadPattern where zeros
+    were lost.
+    """
     if absent := [name for name in PACKAGES if find_spec(name) is None]:
         raise UnsupportedModel(
             f"ONNX needs the package {' and '.join(absent)}. Install it: pip install 'secateur[onnx]'."
         )
     load_config(source.folder)
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=torch.float32, local_files_only=True
+    ).eval()
     found = named_sites(model)
     if any(site.expert for site in found.values()):
-        raise UnsupportedModel(f"{source.folder} has fused experts, whose matrices are no constants of an ONNX graph.")
+        raise UnsupportedModel(
+            f"{source.folder} has fused experts, whose matrices are no constants of an ONNX graph."
+        )
     pruned = {name: site.weight for name, site in found.items() if (site.weight == 0).any()}
     for name, weight in pruned.items():
         refuse_odd_values(name, weight, "TensorRT")
@@ -99,18 +109,27 @@ def named_sites(model: PreTrainedModel) -> dict[str, Site]:
     stack = find_stack(model)
     blocks: Any = model.get_submodule(stack)
     return {
-        f"{stack}.{index}.{name}": site for index, block in enumerate(blocks) for name, site in sites(block).items()
+        f"{stack}.{index}.{name}": site
+        for index, block in enumerate(blocks)
+        for name, site in sites(block).items()
     }
 
 
 @torch.no_grad()
-def empty_cache(model: PreTrainedModel, batch: int, past: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of zeros, `[batch, heads, past, size]` a layer. UnsupportedModel where it keeps others."""
+def empty_cache(
+    model: PreTrainedModel, batch: int, past: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of zeros, `[batch, heads, past, size]` a layer. UnsupportedModel where it
+    keeps others.
+    """
     cache: Any = DynamicCache()
     try:
         model(torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
         layers = [(layer.keys, layer.values) for layer in cache.layers]
-        sides = [[t.new_zeros(batch, t.shape[1], past, t.shape[3]) for t in side] for side in zip(*layers, strict=True)]
+        sides = [
+            [t.new_zeros(batch, t.shape[1], past, t.shape[3]) for t in side]
+            for side in zip(*layers, strict=True)
+        ]
         keys, values = sides
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModel(
@@ -121,9 +140,15 @@ def empty_cache(model: PreTrainedModel, batch: int, past: int = 0) -> tuple[list
 
 def export(model: PreTrainedModel, file: Path) -> None:
     """Write the graph of a float32 model. Raises UnsupportedModel where torch cannot export it."""
-    keys, values = empty_cache(model, 2, 7)  # sizes that no constant of a model has: a size of 1 would become fixed
+    keys, values = empty_cache(
+        model, 2, 7
+    )  # sizes that no constant of a model has: a size of 1 would become fixed
     sizes = [{0: torch.export.Dim("batch"), 2: torch.export.Dim("past")} for _ in keys]
-    shapes = {"ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}, "keys": sizes, "values": sizes}
+    shapes = {
+        "ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},
+        "keys": sizes,
+        "values": sizes,
+    }
     numbers = range(len(keys))
     try:
         with _quiet():
@@ -131,15 +156,25 @@ def export(model: PreTrainedModel, file: Path) -> None:
                 Steps(model).eval(),
                 (torch.zeros(2, 5, dtype=torch.long), keys, values),
                 file,
-                input_names=["ids", *(f"past_key_{i}" for i in numbers), *(f"past_value_{i}" for i in numbers)],
-                output_names=["logits", *(f"key_{i}" for i in numbers), *(f"value_{i}" for i in numbers)],
+                input_names=[
+                    "ids",
+                    *(f"past_key_{i}" for i in numbers),
+                    *(f"past_value_{i}" for i in numbers),
+                ],
+                output_names=[
+                    "logits",
+                    *(f"key_{i}" for i in numbers),
+                    *(f"value_{i}" for i in numbers),
+                ],
                 dynamic_shapes=shapes,
                 external_data=True,
                 dynamo=True,
                 verbose=False,
             )
     except (RuntimeError, ValueError, TypeError) as error:
-        raise UnsupportedModel(f"torch cannot export {type(model).__name__} as ONNX: {in_one_line(error)}.") from error
+        raise UnsupportedModel(
+            f"torch cannot export {type(model).__name__} as ONNX: {in_one_line(error)}."
+        ) from error
 
 
 @contextmanager
@@ -157,7 +192,9 @@ def _quiet() -> Iterator[None]:
 
 
 def refuse_lost_zeros(weights: dict[str, Tensor], file: Path) -> None:
-    """Raise BadPattern unless the graph multiplies by each of these matrices `[out, in]`, contracting `in`."""
+    """Raise BadPattern unless the graph multiplies by each of these matrices `[out, in]`,
+    contracting `in`.
+    """
     held = {sha256(matrix.tobytes()).digest() for matrix in multiplied(file)}
     for name, weight in weights.items():
         if sha256(weight.float().numpy().tobytes()).digest() not in held:
@@ -168,7 +205,9 @@ def refuse_lost_zeros(weights: dict[str, Tensor], file: Path) -> None:
 
 
 def multiplied(file: Path) -> Iterator[np.ndarray]:
-    """Every constant matrix that a MatMul or Gemm multiplies by, as `[out, in]`: the contracted axis last."""
+    """Every constant matrix that a MatMul or Gemm multiplies by, as `[out, in]`: the contracted
+    axis last.
+    """
     onnx = import_module("onnx")
     graph = onnx.load(str(file), load_external_data=False).graph
     constants = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
@@ -187,7 +226,9 @@ def multiplied(file: Path) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, file: Path) -> dict[str, Any]:
-    """How far the graph's logits are from the model's, and by what they were computed. Raises UnsupportedModel."""
+    """How far the graph's logits are from the model's, and by what they were computed. Raises
+    UnsupportedModel.
+    """
     name, run = _evaluator(model, file)
     if run is None:
         return {"logits_checked_by": None}
@@ -199,20 +240,32 @@ def compare(model: PreTrainedModel, file: Path) -> dict[str, Any]:
         wanted, keys, values = Steps(model)(ids, keys, values)
         worst = max(worst, ((got - wanted).norm() / wanted.norm().clamp_min(1e-30)).item())
     if not worst <= MOST:
-        raise UnsupportedModel(f"{name} computes logits from {file.name} that differ by {worst:.1e} of their norm.")
+        raise UnsupportedModel(
+            f"{name} computes logits from {file.name} that differ by {worst:.1e} of their norm."
+        )
     return {"logits_checked_by": name, "largest_relative_difference": worst}
 
 
 def _evaluator(model: PreTrainedModel, file: Path) -> tuple[str, Run | None]:
-    """What runs the graph here, by name; None where only onnx's own evaluator is here and the model is too large."""
+    """What runs the graph here, by name; None where only onnx's own evaluator is here and the model
+    is too large.
+    """
     if find_spec("onnxruntime") is not None:
-        session = import_module("onnxruntime").InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        session = import_module("onnxruntime").InferenceSession(
+            str(file), providers=["CPUExecutionProvider"]
+        )
         names = [held.name for held in session.get_inputs()]
-        return f"onnxruntime {version('onnxruntime')}", lambda x: session.run(None, dict(zip(names, x, strict=True)))
+        return f"onnxruntime {version('onnxruntime')}", lambda x: session.run(
+            None, dict(zip(names, x, strict=True))
+        )
     if model.num_parameters() > MOST_BY_REFERENCE:
         return "nothing", None
     reference = import_module("onnx.reference").ReferenceEvaluator(str(file))
-    return f"onnx {version('onnx')}", lambda x: reference.run(None, dict(zip(reference.input_names, x, strict=True)))
+    return f"onnx {version('onnx')}", lambda x: reference.run(
+        None, dict(zip(reference.input_names, x, strict=True))
+    )
 
 
-onnx = Format(write, "ONNX Runtime (tried: 1.32); TensorRT by trtexec --sparsity=enable (not tried)")
+onnx = Format(
+    write, "ONNX Runtime (tried: 1.32); TensorRT by trtexec --sparsity=enable (not tried)"
+)

@@ -1,14 +1,17 @@
-"""Packed checkpoints: a bit for every weight and the kept values, as `packed` multiplies them, and back byte for byte.
+"""Packed checkpoints: a bit for every weight and the kept values, as `packed` multiplies them, and
+back byte for byte.
 
-For every shard of the dense checkpoint there is a safetensors file `packed-<shard>`. A site with enough zeros is in it
+For every shard of the dense checkpoint there is a safetensors file `packed-<shard>`. A site with
+enough zeros is in it
 
     <tensor>.bitmap   int64 [rows, words]   bit j of word k: is the weight in column 64 k + j kept?
     <tensor>.values   [kept + slack]        the kept weights, row by row, then 64 bytes of zeros
     <tensor>.scales   float32 [rows]        with int8 values alone: weight = value * scale of its row
 
-and everything else as it was. The file's metadata hold one entry, `secateur.packed`, a JSON object: `layout` 1,
-`values`, `columns` by tensor, and of the dense shard its `header` and `sha256`, from which it is restored as it was.
-With 16 bits half of the weights take 56 % of the bytes, 30 % of them 36 %. int8 values come back as float32.
+and everything else as it was. The file's metadata hold one entry, `secateur.packed`, a JSON object:
+`layout` 1, `values`, `columns` by tensor, and of the dense shard its `header` and `sha256`, from
+which it is restored as it was. With 16 bits half of the weights take 56 % of the bytes, 30 % of
+them 36 %. int8 values come back as float32.
 """
 
 from __future__ import annotations
@@ -38,16 +41,21 @@ KEY, PREFIX, PACKED_INDEX = "secateur.packed", "packed-", "packed.index.json"
 VALUES = ("as stored", "int8")
 
 
-def write(source: Checkpoint, folder: Path, *, values: str = "as stored", trust_remote_code: bool = False) -> None:
+def write(
+    source: Checkpoint, folder: Path, *, values: str = "as stored", trust_remote_code: bool = False
+) -> None:
     """Put the packed shards into `folder`, a shard at a time; `values` is one of `VALUES`.
 
-    Raises UnsupportedModel where no site has enough zeros, BadCheckpoint for -0.0, NonFinite for NaN and Inf.
+    Raises UnsupportedModel where no site has enough zeros, BadCheckpoint for -0.0, NonFinite for
+    NaN and Inf.
     """
     if values not in VALUES:
         raise UnknownName("kind of values", values, VALUES)
     stored, _ = stored_sites(source, trust_remote_code=trust_remote_code)
     places = source.places
-    sites = {name for name in stored if len(places[name].shape) == 2 and places[name].dtype in FLOATS}
+    sites = {
+        name for name in stored if len(places[name].shape) == 2 and places[name].dtype in FLOATS
+    }
     packed_any = False
     for shard in source.shards:
         tensors: dict[str, Tensor] = {}
@@ -67,7 +75,13 @@ def write(source: Checkpoint, folder: Path, *, values: str = "as stored", trust_
         file = source.folder / shard
         with file.open("rb") as stream:
             header = stream.read(int.from_bytes(stream.read(8), "little")).decode()
-        told = {"layout": 1, "values": values, "columns": columns, "header": header, "sha256": file_sha256(file)}
+        told = {
+            "layout": 1,
+            "values": values,
+            "columns": columns,
+            "header": header,
+            "sha256": file_sha256(file),
+        }
         save(tensors, folder / f"{PREFIX}{shard}", {KEY: json.dumps(told)})
     if not packed_any:
         raise UnsupportedModel(
@@ -79,7 +93,9 @@ def write(source: Checkpoint, folder: Path, *, values: str = "as stored", trust_
 
 @dataclass(frozen=True)
 class Shard:
-    """A packed shard: its file, what its metadata tell, and where each dense tensor is, packed or not."""
+    """A packed shard: its file, what its metadata tell, and where each dense tensor is, packed or
+    not.
+    """
 
     file: Path
     told: dict[str, Any]
@@ -97,13 +113,23 @@ class Shard:
                 if name not in self.told["columns"]:
                     return held.get_tensor(name)
                 parts = {part: held.get_tensor(f"{name}.{part}") for part in ("bitmap", "values")}
-                scales = held.get_tensor(f"{name}.scales") if f"{name}.scales" in held.keys() else None  # noqa: SIM118
-        except (SafetensorError, AttributeError) as error:  # a dtype that torch or the library lacks
-            raise BadCheckpoint(f"{name} in {self.file} cannot be read: {in_one_line(error)}.") from error
+                names = held.keys()
+                scales = held.get_tensor(f"{name}.scales") if f"{name}.scales" in names else None
+        except (
+            SafetensorError,
+            AttributeError,
+        ) as error:  # a dtype that torch or the library lacks
+            raise BadCheckpoint(
+                f"{name} in {self.file} cannot be read: {in_one_line(error)}."
+            ) from error
         bitmap = parts["bitmap"]
         if bitmap.dtype != torch.int64 or bitmap.dim() != 2:
-            raise BadCheckpoint(f"{name} in {self.file} has a bitmap of {bitmap.dtype} {list(bitmap.shape)}.")
-        packed = Packed(bitmap, parts["values"], row_starts(bitmap), self.told["columns"][name], scales)
+            raise BadCheckpoint(
+                f"{name} in {self.file} has a bitmap of {bitmap.dtype} {list(bitmap.shape)}."
+            )
+        packed = Packed(
+            bitmap, parts["values"], row_starts(bitmap), self.told["columns"][name], scales
+        )
         check(packed, f"{name} in {self.file}")
         return packed
 
@@ -119,12 +145,25 @@ def shards(folder: Path) -> list[Shard]:
             sound = told["layout"] == 1 and all(type(count) is int for count in columns.values())
             wanted = [f"{name}.{part}" for name in columns for part in ("bitmap", "values")]
             names = [name for name in header if name != "__metadata__"]
-            sound &= told["values"] in VALUES and isinstance(told["sha256"], str) and _adjoin(header, names)
+            sound &= (
+                told["values"] in VALUES
+                and isinstance(told["sha256"], str)
+                and _adjoin(header, names)
+            )
             wanted += [name for name in names if name not in columns]
             if not sound or not set(wanted) <= set(stored) or not set(columns) <= set(names):
                 raise ValueError("tensors are missing, or the layout is another")
-        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise BadCheckpoint(f"{file} is no packed shard ({in_one_line(error)}). Pack the model again.") from error
+        except (
+            SafetensorError,
+            LookupError,
+            ValueError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise BadCheckpoint(
+                f"{file} is no packed shard ({in_one_line(error)}). Pack the model again."
+            ) from error
         found.append(Shard(file, told, tuple(names)))
     if not found:
         raise BadCheckpoint(f"{folder} holds no packed shards ({PREFIX}*.safetensors).")
@@ -135,7 +174,10 @@ def _adjoin(header: dict[str, Any], names: list[str]) -> bool:
     """Whether the tensors of a header lie one after the other, as they must."""
     offsets = sorted(header[name]["data_offsets"] for name in names)
     starts, stops = [start for start, _ in offsets], [stop for _, stop in offsets]
-    return all(type(place) is int for place in (*starts, *stops)) and starts == [0, *stops][: len(starts)]
+    return (
+        all(type(place) is int for place in (*starts, *stops))
+        and starts == [0, *stops][: len(starts)]
+    )
 
 
 def holds(folder: Path) -> bool:
@@ -144,7 +186,8 @@ def holds(folder: Path) -> bool:
 
 
 def restore(folder: Path, target: Path) -> None:
-    """Write the dense shards into `target`, byte for byte what was packed; with int8 values, what they stand for.
+    """Write the dense shards into `target`, byte for byte what was packed; with int8 values, what
+    they stand for.
 
     Raises BadCheckpoint where a shard does not come out as it was.
     """
@@ -159,7 +202,9 @@ def restore(folder: Path, target: Path) -> None:
             for name in shard.names:
                 (start, stop), dense = places[name]["data_offsets"], shard.dense(name).contiguous()
                 if dense.nbytes != stop - start:
-                    raise BadCheckpoint(f"{name} in {shard.file} has another size than it had. Pack the model again.")
+                    raise BadCheckpoint(
+                        f"{name} in {shard.file} has another size than it had. Pack the model again."
+                    )
                 stream.seek(8 + len(header) + start)
                 stream.write(dense.flatten().view(torch.uint8).numpy().data)
         if file_sha256(out) != shard.told["sha256"]:
@@ -170,11 +215,14 @@ def restore(folder: Path, target: Path) -> None:
         (target / PACKED_INDEX).rename(target / INDEX)
 
 
-def load_packed(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, measure: bool = True) -> nn.Module:
-    """The transformers model of a packed folder, its packed matrices never made dense; for inference on the CPU.
+def load_packed(
+    folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, measure: bool = True
+) -> nn.Module:
+    """The transformers model of a packed folder, its packed matrices never made dense; for
+    inference on the CPU.
 
-    Values are cast to `dtype`, float32 or bfloat16, int8 ones stay. `measure` as for `pack_model`. Raises
-    BadCheckpoint and UnsupportedModel.
+    Values are cast to `dtype`, float32 or bfloat16, int8 ones stay. `measure` as for `pack_model`.
+    Raises BadCheckpoint and UnsupportedModel.
     """
     folder = Path(folder)
     refuse_odd_files(folder)
@@ -187,7 +235,10 @@ def load_packed(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, meas
         ) from error
     held_shards = shards(folder)
     try:
-        with torch.device("meta"), refusing_more(folder, sum(len(shard.names) for shard in held_shards)):
+        with (
+            torch.device("meta"),
+            refusing_more(folder, sum(len(shard.names) for shard in held_shards)),
+        ):
             skeleton = family(config)
     except LOAD_ERRORS as error:
         raise bad_weights(folder, {}, config, None, error) from error
@@ -199,10 +250,14 @@ def load_packed(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, meas
         for name in shard.names:
             held = shard.tensor(name)
             bare = name.removesuffix(".weight")
-            module = next((n for n in (bare, bare.removeprefix(prefix), prefix + bare) if n in linear), None)
+            module = next(
+                (n for n in (bare, bare.removeprefix(prefix), prefix + bare) if n in linear), None
+            )
             if isinstance(held, Packed) and module is not None:
                 packed[module] = _as(held, dtype)
-                held = torch.zeros((), dtype=dtype).expand(held.rows, held.columns)  # takes no memory
+                held = torch.zeros((), dtype=dtype).expand(
+                    held.rows, held.columns
+                )  # takes no memory
             state[name] = held.dense().contiguous() if isinstance(held, Packed) else held
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     refuse_larger(folder, shapes, skeleton)
@@ -213,7 +268,9 @@ def load_packed(folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, meas
     except LOAD_ERRORS as error:
         raise bad_weights(folder, shapes, config, skeleton, error) from error
     if missing := sorted(report["missing_keys"]):
-        raise foreign(folder, f"it lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}")
+        raise foreign(
+            folder, f"it lacks {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}"
+        )
     model.eval()
     crossovers = Crossovers(dtype) if measure else None
     for name, matrix in packed.items():
@@ -227,7 +284,9 @@ def _as(packed: Packed, dtype: torch.dtype) -> Packed:
     if packed.scales is not None or packed.values.dtype == dtype:
         return packed
     kept = packed.values[: int(packed.starts[-1])].to(dtype)
-    return replace(packed, values=torch.cat([kept, torch.zeros(SLACK // dtype.itemsize, dtype=dtype)]))
+    return replace(
+        packed, values=torch.cat([kept, torch.zeros(SLACK // dtype.itemsize, dtype=dtype)])
+    )
 
 
 packed = Format(

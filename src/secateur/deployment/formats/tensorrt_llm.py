@@ -1,19 +1,21 @@
 """A TensorRT-LLM checkpoint: what `trtllm-build` of TensorRT-LLM up to 1.2.1 turns into an engine.
 
-`trtllm-build --weight_sparsity` sets one flag, `SPARSE_WEIGHTS`, and checks nothing. TensorRT then looks at every
-matrix that is a constant of the network, times sparse against dense where it is 2:4 along its inputs, and takes the
-faster. So all that can be done without a GPU is done here: every rank's part of every pruned matrix must be 2:4, free
-of -0.0 and of NaN, or nothing is written; `eligible` says which layers may get a sparse kernel, the log of the build
-which got one (`sparsity_support.parse_build_log`). Nothing in the files says that they are sparse: their loader has no
-such word.
+`trtllm-build --weight_sparsity` sets one flag, `SPARSE_WEIGHTS`, and checks nothing. TensorRT then
+looks at every matrix that is a constant of the network, times sparse against dense where it is 2:4
+along its inputs, and takes the faster. So all that can be done without a GPU is done here: every
+rank's part of every pruned matrix must be 2:4, free of -0.0 and of NaN, or nothing is written;
+`eligible` says which layers may get a sparse kernel, the log of the build which got one
+(`sparsity_support.parse_build_log`). Nothing in the files says that they are sparse: their loader
+has no such word.
 
-Names and order are those of TensorRT-LLM's own converters: q, k and v are one matrix, `mlp.fc` is the gate and
-`mlp.gate` the up projection. Only models that this is true of are written (`ARCHITECTURES`). A sliding window is not
-part of such a checkpoint: there it is an option of the runtime, `--max_attention_window_size`.
+Names and order are those of TensorRT-LLM's own converters: q, k and v are one matrix, `mlp.fc` is
+the gate and `mlp.gate` the up projection. Only models that this is true of are written
+(`ARCHITECTURES`). A sliding window is not part of such a checkpoint: there it is an option of the
+runtime, `--max_attention_window_size`.
 
-safetensors' own `save_file` wants all tensors of a file in memory, and cannot append. The header needs only shapes, so
-it is written first and the tensors follow one by one: never more than one of them, and what it is put together from,
-is in memory.
+safetensors' own `save_file` wants all tensors of a file in memory, and cannot append. The header
+needs only shapes, so it is written first and the tensors follow one by one: never more than one of
+them, and what it is put together from, is in memory.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ HF_CONFIG = "hf_config.json"
 """Where the config.json of the source goes: TensorRT-LLM's own has that name."""
 
 PRUNED = 0.01
-"""The share of zeros from which on a matrix counts as pruned: a few weights are zero in dense models, too."""
+"""The share of zeros from which on a matrix counts as pruned: a few weights are zero in dense
+models, too.
+"""
 
 NOT_FINITE, NEGATIVE_ZERO = "holds NaN or Inf", "holds zeros that are -0.0"
 NOT_TWO_OF_FOUR = "is not 2:4 along its inputs"
@@ -67,7 +71,10 @@ FAULTS: dict[str, tuple[type[SecateurError], str]] = {
         BadPattern,
         "TensorRT would ignore its zeros: prune it with --pattern 2:4, or serve the Hugging Face folder.",
     ),
-    NEGATIVE_ZERO: (BadCheckpoint, "Not every kernel takes those for zero: add 0 to the matrix and save it again."),
+    NEGATIVE_ZERO: (
+        BadCheckpoint,
+        "Not every kernel takes those for zero: add 0 to the matrix and save it again.",
+    ),
 }
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ROPES = ("linear", "dynamic", "llama3")
@@ -76,7 +83,9 @@ OUT_MULTIPLE, IN_MULTIPLE = 16, 32
 
 
 class Part(NamedTuple):
-    """A tensor there, the tensors here that it is made of, and the axis along which ranks share it (None: not)."""
+    """A tensor there, the tensors here that it is made of, and the axis along which ranks share it
+    (None: not).
+    """
 
     name: str
     sources: tuple[str, ...]
@@ -98,9 +107,11 @@ LAYER = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One product of an engine, on one rank: whether TensorRT may take a sparse kernel for it, and why not.
+    """One product of an engine, on one rank: whether TensorRT may take a sparse kernel for it, and
+    why not.
 
-    `sites` are the matrices of the checkpoint that it is made of, `shape` is `[out, in]` of the rank's part.
+    `sites` are the matrices of the checkpoint that it is made of, `shape` is `[out, in]` of the
+    rank's part.
     """
 
     rank: int
@@ -112,11 +123,13 @@ class Layer:
 
 
 def write(source: Checkpoint, folder: Path, *, ranks: int = 1) -> None:
-    """Write config.json and one rank{r}.safetensors a rank into `folder`, with the source's config.json kept aside.
+    """Write config.json and one rank{r}.safetensors a rank into `folder`, with the source's
+    config.json kept aside.
 
-    Raises UnsupportedModel for a model that TensorRT-LLM does not read in this way or that cannot be split over so
-    many ranks; BadPattern for a site that has zeros but is not 2:4 along its inputs on every rank; BadCheckpoint for
-    -0.0 in such a site, or for tensors that are missing or of several dtypes; NonFinite for NaN or Inf.
+    Raises UnsupportedModel for a model that TensorRT-LLM does not read in this way or that cannot
+    be split over so many ranks; BadPattern for a site that has zeros but is not 2:4 along its
+    inputs on every rank; BadCheckpoint for -0.0 in such a site, or for tensors that are missing or
+    of several dtypes; NonFinite for NaN or Inf.
     """
     config = _config(source, ranks)
     parts = _parts(source, config)
@@ -158,7 +171,9 @@ def _config(source: Checkpoint, ranks: int) -> Any:
 
 
 def _parts(source: Checkpoint, config: Any) -> list[Part]:
-    """All tensors of the checkpoint in order. Raises UnsupportedModel where the source has others, BadCheckpoint."""
+    """All tensors of the checkpoint in order. Raises UnsupportedModel where the source has others,
+    BadCheckpoint.
+    """
     parts = [Part("transformer.vocab_embedding.weight", ("model.embed_tokens.weight",), 0)]
     biases = ARCHITECTURES[architecture_of(config)]
     for index in range(config.num_hidden_layers):
@@ -167,16 +182,25 @@ def _parts(source: Checkpoint, config: Any) -> list[Part]:
                 sources = tuple(f"model.layers.{index}.{name}" for name in part.sources)
                 parts.append(Part(f"transformer.layers.{index}.{part.name}", sources, part.axis))
     parts.append(Part("transformer.ln_f.weight", ("model.norm.weight",), None))
-    if not config.tie_word_embeddings:  # a tied head is not written: the loader takes the embedding, split alike
+    if (
+        not config.tie_word_embeddings
+    ):  # a tied head is not written: the loader takes the embedding, split alike
         parts.append(Part("lm_head.weight", ("lm_head.weight",), 0))
     wanted = {name for part in parts for name in part.sources}
     if missing := sorted(wanted - source.places.keys()):
-        raise BadCheckpoint(f"{source.folder} has no tensor {missing[0]}, which its config.json asks for.")
+        raise BadCheckpoint(
+            f"{source.folder} has no tensor {missing[0]}, which its config.json asks for."
+        )
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     for name in sorted(source.places.keys() - wanted - ignored):
         if not name.endswith("rotary_emb.inv_freq"):  # computed again; old checkpoints hold it
-            raise UnsupportedModel(f"{source.folder} holds {name}, which TensorRT-LLM has no place for.")
-    if len(dtypes := sorted({source.places[name].dtype for name in wanted})) > 1 or dtypes[0] not in DTYPES:
+            raise UnsupportedModel(
+                f"{source.folder} holds {name}, which TensorRT-LLM has no place for."
+            )
+    if (
+        len(dtypes := sorted({source.places[name].dtype for name in wanted})) > 1
+        or dtypes[0] not in DTYPES
+    ):
         raise BadCheckpoint(
             f"{source.folder} holds tensors of {', '.join(dtypes)}; one dtype of {', '.join(DTYPES)} was wanted. "
             "Cast the model first."
@@ -185,7 +209,9 @@ def _parts(source: Checkpoint, config: Any) -> list[Part]:
 
 
 def _their_config(source: Checkpoint, config: Any, parts: list[Part], ranks: int) -> dict[str, Any]:
-    """TensorRT-LLM's config.json. transformers 5 keeps what rotary embeddings need in `rope_parameters`."""
+    """TensorRT-LLM's config.json. transformers 5 keeps what rotary embeddings need in
+    `rope_parameters`.
+    """
     rope = dict(config.rope_parameters)
     base, kind = rope.pop("rope_theta"), rope["rope_type"]
     name = architecture_of(config)
@@ -199,7 +225,8 @@ def _their_config(source: Checkpoint, config: Any, parts: list[Part], ranks: int
         "num_key_value_heads": config.num_key_value_heads,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
-        "head_size": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "head_size": getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "hidden_act": config.hidden_act,
@@ -228,7 +255,11 @@ def _rank_files(source: Checkpoint, folder: Path, parts: list[Part], ranks: int)
             shape = _shape(source, part, ranks)
             place = source.places[part.sources[0]]
             start, stop = stop, stop + torch.Size(shape).numel() * FLOATS[place.dtype].itemsize
-            header[part.name] = {"dtype": place.dtype, "shape": shape, "data_offsets": [start, stop]}
+            header[part.name] = {
+                "dtype": place.dtype,
+                "shape": shape,
+                "data_offsets": [start, stop],
+            }
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         with (folder / f"rank{rank}.safetensors").open("wb") as stream:
@@ -239,7 +270,9 @@ def _rank_files(source: Checkpoint, folder: Path, parts: list[Part], ranks: int)
                     _refuse(name.removesuffix(".weight"), piece, rank, site=".layers." in part.name)
                 tensor = torch.cat(list(pieces.values()))
                 if list(tensor.shape) != header[part.name]["shape"]:
-                    raise AssertionError(f"{part.name} has shape {tuple(tensor.shape)}, {header[part.name]} was said")
+                    raise AssertionError(
+                        f"{part.name} has shape {tuple(tensor.shape)}, {header[part.name]} was said"
+                    )
                 stream.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
@@ -260,7 +293,9 @@ def _pieces(source: Checkpoint, part: Part, rank: int, ranks: int) -> dict[str, 
 
 
 def fault(weight: Tensor) -> str | None:
-    """Why no sparse kernel takes a matrix `[out, in]`, one of `FAULTS`; None where it is 2:4 along its inputs."""
+    """Why no sparse kernel takes a matrix `[out, in]`, one of `FAULTS`; None where it is 2:4 along
+    its inputs.
+    """
     if not weight.isfinite().all():
         return NOT_FINITE
     if not TWO_OF_FOUR.holds(weight):
@@ -269,7 +304,9 @@ def fault(weight: Tensor) -> str | None:
 
 
 def _refuse(name: str, weight: Tensor, rank: int, *, site: bool) -> None:
-    """Raise what `FAULTS` says of a rank's part of a tensor; what is no pruned site is asked for NaN and Inf alone."""
+    """Raise what `FAULTS` says of a rank's part of a tensor; what is no pruned site is asked for
+    NaN and Inf alone.
+    """
     pruned = site and weight.dim() == 2 and count_zeros(weight) >= PRUNED * weight.numel()
     found = fault(weight) if pruned else None if weight.isfinite().all() else NOT_FINITE
     if found:
@@ -278,8 +315,9 @@ def _refuse(name: str, weight: Tensor, rank: int, *, site: bool) -> None:
 
 
 def eligible(source: Checkpoint, *, ranks: int = 1) -> tuple[Layer, ...]:
-    """For every rank and product of the blocks, whether TensorRT may take a sparse kernel. Raises as `write` does for
-    a model that cannot be written; what a single matrix lacks is a `reason`."""
+    """For every rank and product of the blocks, whether TensorRT may take a sparse kernel. Raises
+    as `write` does for a model that cannot be written; what a single matrix lacks is a `reason`.
+    """
     parts = _parts(source, _config(source, ranks))
     return tuple(_layers(source, [part for part in parts if ".layers." in part.name], ranks))
 
@@ -288,11 +326,16 @@ def _layers(source: Checkpoint, parts: list[Part], ranks: int) -> Iterator[Layer
     for rank in range(ranks):
         for part in parts:
             if part.axis is not None and part.name.endswith(".weight"):
-                pieces = {n.removesuffix(".weight"): p for n, p in _pieces(source, part, rank, ranks).items()}
+                pieces = {
+                    n.removesuffix(".weight"): p
+                    for n, p in _pieces(source, part, rank, ranks).items()
+                }
                 rows, columns = _shape(source, part, ranks)
                 reasons = _objections(pieces, rows, columns, ranks if part.axis == 1 else 1)
                 name = part.name.removesuffix(".weight")
-                yield Layer(rank, name, tuple(pieces), (rows, columns), not reasons, "; ".join(reasons))
+                yield Layer(
+                    rank, name, tuple(pieces), (rows, columns), not reasons, "; ".join(reasons)
+                )
 
 
 def _objections(pieces: dict[str, Tensor], rows: int, columns: int, ranks: int) -> list[str]:
@@ -300,7 +343,9 @@ def _objections(pieces: dict[str, Tensor], rows: int, columns: int, ranks: int) 
     found = []
     dtype = next(iter(pieces.values())).dtype
     if dtype not in (torch.float16, torch.bfloat16):
-        found.append(f"{str(dtype).removeprefix('torch.')}: float16 or bfloat16 was wanted (int8, fp8 are not written)")
+        found.append(
+            f"{str(dtype).removeprefix('torch.')}: float16 or bfloat16 was wanted (int8, fp8 are not written)"
+        )
     if rows % OUT_MULTIPLE:
         found.append(f"{rows} outputs a rank are no multiple of {OUT_MULTIPLE}")
     if columns % 4:

@@ -1,7 +1,8 @@
 """What can run a model, a file each. A new runtime is a file here and its line in `RUNTIMES`.
 
-A runtime says why it is not available on this machine, loads a checkpoint folder, and gives something that can prefill
-and decode; the clock, the rounds and the comparison of outputs are in `bench`.
+A runtime says why it is not available on this machine, loads a checkpoint folder, and gives
+something that can prefill and decode; the clock, the rounds and the comparison of outputs are in
+`bench`.
 """
 
 from secateur.deployment.runtimes import (
@@ -35,7 +36,9 @@ RUNTIMES: dict[str, Runtime] = {
 
 
 def find_runtime(name: str) -> Runtime:
-    """The runtime of that name. Raises UnknownName for one that does not exist, or is not available here."""
+    """The runtime of that name. Raises UnknownName for one that does not exist, or is not available
+    here.
+    """
     if name not in RUNTIMES:
         raise UnknownName("runtime", name, RUNTIMES)
     return RUNTIMES[name]

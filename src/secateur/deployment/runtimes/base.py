@@ -14,9 +14,9 @@ from transformers import DynamicCache, PreTrainedModel
 class Running(Protocol):
     """A loaded model that is run token by token, with its keys and values kept.
 
-    `weight_bytes` are read for one token: all weights but the input embedding, of which a row is looked up. Logits
-    are float32 `[batch, vocabulary]`, those after the last token. `room` is set to the number of tokens that will be
-    decoded after a prompt, for those that have to know.
+    `weight_bytes` are read for one token: all weights but the input embedding, of which a row is
+    looked up. Logits are float32 `[batch, vocabulary]`, those after the last token. `room` is set
+    to the number of tokens that will be decoded after a prompt, for those that have to know.
     """
 
     vocabulary: int
@@ -24,7 +24,9 @@ class Running(Protocol):
     room: int
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """The logits after tokens int64 `[batch, length]`, from an empty cache. UnsupportedModel: not this batch."""
+        """The logits after tokens int64 `[batch, length]`, from an empty cache. UnsupportedModel:
+        not this batch.
+        """
         ...
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -52,11 +54,13 @@ class Stepped:
 
 
 class Runtime(NamedTuple):
-    """`missing()` says why the runtime cannot be used here, None where it can. `load(folder, dtype)` raises
-    SecateurError; UnsupportedModel where this runtime cannot run that folder in that dtype.
+    """`missing()` says why the runtime cannot be used here, None where it can. `load(folder,
+    dtype)` raises SecateurError; UnsupportedModel where this runtime cannot run that folder in that
+    dtype.
 
-    `twin` is the runtime that shows what its kernels give without zeros: there the dense model is its baseline.
-    `rounded` says that it rounds the folder's weights to few bits, so that its outputs are compared loosely.
+    `twin` is the runtime that shows what its kernels give without zeros: there the dense model is
+    its baseline. `rounded` says that it rounds the folder's weights to few bits, so that its
+    outputs are compared loosely.
     """
 
     missing: Callable[[], str | None]

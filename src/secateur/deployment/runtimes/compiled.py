@@ -1,7 +1,8 @@
 """transformers with a static cache and torch.compile: what is gained by fusing, zeros or not.
 
-The keys and values have their full length from the beginning, so that shapes stay the same and one step is compiled
-once; prefill is compiled for each length of prompt. The first call of each shape takes long, warm-up is not timed.
+The keys and values have their full length from the beginning, so that shapes stay the same and one
+step is compiled once; prefill is compiled for each length of prompt. The first call of each shape
+takes long, warm-up is not timed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ ERRORS = (RuntimeError, ValueError, TypeError)
 
 
 class Compiled:
-    """A transformers model as `Running`, each step compiled, keys and values in a cache of fixed length."""
+    """A transformers model as `Running`, each step compiled, keys and values in a cache of fixed
+    length.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model, self.vocabulary = model, model.config.get_text_config().vocab_size
@@ -34,9 +37,12 @@ class Compiled:
 
     def _forward(self, ids: Tensor, places: Tensor) -> Tensor:
         output = self.model(
-            ids, position_ids=places[None].expand(len(ids), -1), past_key_values=self.cache, use_cache=True,
+            ids,
+            position_ids=places[None].expand(len(ids), -1),
+            past_key_values=self.cache,
+            use_cache=True,
             logits_to_keep=1,
-        )  # fmt: skip
+        )
         return output.logits[:, -1].float()
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -56,7 +62,9 @@ class Compiled:
         try:
             return self._step(ids, places)
         except ERRORS as error:
-            raise UnsupportedModel(f"torch.compile cannot run this model: {in_one_line(error)}.") from error
+            raise UnsupportedModel(
+                f"torch.compile cannot run this model: {in_one_line(error)}."
+            ) from error
 
 
 def missing() -> str | None:

@@ -1,4 +1,6 @@
-"""Plain transformers: zeros are multiplied like all other numbers; only a smaller model is faster."""
+"""Plain transformers: zeros are multiplied like all other numbers; only a smaller model is
+faster.
+"""
 
 from pathlib import Path
 
@@ -15,7 +17,9 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def bytes_read(model: nn.Module) -> int:
-    """What one decoded token reads of the weights: all but embeddings, each once; a tied head is read as a whole."""
+    """What one decoded token reads of the weights: all but embeddings, each once; a tied head is
+    read as a whole.
+    """
     held = {}
     for module in model.modules():
         if not isinstance(module, nn.Embedding):

@@ -1,8 +1,9 @@
 """llama.cpp on the CPU, through llama-cpp-python: what most people run a model with at home.
 
-A folder is written as GGUF first (formats/gguf.py), float32 as f32 and bfloat16 as bf16. `llamacpp_q8` writes Q8_0,
-eight bits and a scale for 32 weights, so that its logits are those of rounded weights. With f32, attention is exact and
-keys and values are float32; else it is as llama.cpp's default, in float16.
+A folder is written as GGUF first (formats/gguf.py), float32 as f32 and bfloat16 as bf16.
+`llamacpp_q8` writes Q8_0, eight bits and a scale for 32 weights, so that its logits are those of
+rounded weights. With f32, attention is exact and keys and values are float32; else it is as
+llama.cpp's default, in float16.
 
 Each row of a batch is a sequence of its own. Zeros are multiplied like all other numbers.
 """
@@ -35,13 +36,19 @@ MOST_ROWS = 256
 
 def missing() -> str | None:
     absent = [name for name in ("gguf", "llama_cpp") if find_spec(name) is None]
-    return f"{' and '.join(absent)} not installed: pip install 'secateur[llamacpp]'" if absent else None
+    return (
+        f"{' and '.join(absent)} not installed: pip install 'secateur[llamacpp]'"
+        if absent
+        else None
+    )
 
 
 def load(folder: Path, dtype: torch.dtype, *, eight_bits: bool = False) -> Running:
     """Raises UnsupportedModel for what cannot be written as GGUF, or llama.cpp does not load."""
     llama_cpp = import_module("llama_cpp")
-    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it would print a page a model
+    logging.getLogger("llama-cpp-python").setLevel(
+        logging.CRITICAL
+    )  # it would print a page a model
     with TemporaryDirectory() as temporary:  # the mapped file stays readable after its name is gone
         file = Path(temporary) / FILE
         values = "q8_0" if eight_bits else VALUES[dtype]
@@ -60,15 +67,26 @@ def load(folder: Path, dtype: torch.dtype, *, eight_bits: bool = False) -> Runni
     looked_up = "token_embd.weight" if "output.weight" in tensors else None
     read = sum(int(tensor.n_bytes) for name, tensor in tensors.items() if name != looked_up)
     vocabulary = int(tensors["token_embd.weight"].shape[1])
-    return Sequences(llama_cpp, model, vocabulary, read, exact=dtype == torch.float32 and not eight_bits)
+    return Sequences(
+        llama_cpp, model, vocabulary, read, exact=dtype == torch.float32 and not eight_bits
+    )
 
 
 class Sequences:
-    """A llama.cpp model as `Running`; a context is made for the first prompt that needs one of its size."""
+    """A llama.cpp model as `Running`; a context is made for the first prompt that needs one of its
+    size.
+    """
 
-    def __init__(self, library: Any, model: Any, vocabulary: int, weight_bytes: int, *, exact: bool) -> None:
+    def __init__(
+        self, library: Any, model: Any, vocabulary: int, weight_bytes: int, *, exact: bool
+    ) -> None:
         self.library, self.model = library, model
-        self.vocabulary, self.weight_bytes, self.exact, self.room = vocabulary, weight_bytes, exact, 64
+        self.vocabulary, self.weight_bytes, self.exact, self.room = (
+            vocabulary,
+            weight_bytes,
+            exact,
+            64,
+        )
         self.context: Any = None
         self.rows = self.capacity = self.length = 0
 
@@ -101,7 +119,9 @@ class Sequences:
                 f"llama.cpp could not compute {length} tokens of {rows} sequences (status {status})."
             )
         self.length += length
-        logits = np.ctypeslib.as_array(self.library.llama_get_logits(self.context), (rows, self.vocabulary))
+        logits = np.ctypeslib.as_array(
+            self.library.llama_get_logits(self.context), (rows, self.vocabulary)
+        )
         return torch.from_numpy(logits.copy())
 
     def _fill(self, batch: Any, ids: Tensor) -> None:
@@ -110,7 +130,9 @@ class Sequences:
         count = rows * length
         batch.n_tokens = count
         np.ctypeslib.as_array(batch.token, (count,))[:] = ids.flatten().numpy()
-        np.ctypeslib.as_array(batch.pos, (count,))[:] = np.tile(np.arange(self.length, self.length + length), rows)
+        np.ctypeslib.as_array(batch.pos, (count,))[:] = np.tile(
+            np.arange(self.length, self.length + length), rows
+        )
         np.ctypeslib.as_array(batch.n_seq_id, (count,))[:] = 1
         np.ctypeslib.as_array(batch.logits, (count,))[:] = np.arange(count) % length == length - 1
         for index in range(count):
@@ -125,11 +147,14 @@ class Sequences:
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         if self.exact:
             settings.type_k = settings.type_v = self.library.GGML_TYPE_F32
-            # Its flash attention rounds to half precision whatever the cache holds: 1e-3 of the logits' norm.
+            # Its flash attention rounds to half precision whatever the cache holds: 1e-3 of the
+            # logits' norm.
             settings.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = self.library.llama_init_from_model(self.model, settings)
         if not self.context:
-            raise UnsupportedModel(f"llama.cpp makes no context for {rows} sequences of {capacity} tokens.")
+            raise UnsupportedModel(
+                f"llama.cpp makes no context for {rows} sequences of {capacity} tokens."
+            )
         self.rows, self.capacity = rows, capacity
 
     def __del__(self) -> None:

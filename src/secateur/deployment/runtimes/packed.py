@@ -1,7 +1,8 @@
-"""transformers with packed matrices: what is zero is neither stored nor read (packed.py). For decoding on the CPU.
+"""transformers with packed matrices: what is zero is neither stored nor read (packed.py). For
+decoding on the CPU.
 
-Beside them the same with dense matrices, so that one sees what the kernels give without zeros: the ratio of `packed`
-to `own-dense` is the gain by zeros alone. Both exist with int8 values too.
+Beside them the same with dense matrices, so that one sees what the kernels give without zeros: the
+ratio of `packed` to `own-dense` is the gain by zeros alone. Both exist with int8 values too.
 """
 
 from functools import partial
@@ -31,14 +32,18 @@ def load_packed(folder: Path, dtype: torch.dtype, *, values: str) -> Running:
     """Raises UnsupportedModel where no matrix has enough zeros to be packed."""
     model = load_model(folder, dtype)
     if not pack_model(model, values=values):
-        raise UnsupportedModel(f"{folder} has no matrix with {LEAST:.0%} zeros or more, so there is nothing to pack.")
+        raise UnsupportedModel(
+            f"{folder} has no matrix with {LEAST:.0%} zeros or more, so there is nothing to pack."
+        )
     return Stepped(model, bytes_read(model))
 
 
 def load_dense(folder: Path, dtype: torch.dtype, *, int8: bool) -> Running:
     """Raises UnsupportedModel for a dtype that our dense product does not take."""
     if not int8 and dtype != torch.bfloat16:
-        raise UnsupportedModel(f"Our own dense product is for bfloat16, not for {str(dtype).removeprefix('torch.')}.")
+        raise UnsupportedModel(
+            f"Our own dense product is for bfloat16, not for {str(dtype).removeprefix('torch.')}."
+        )
     model = load_model(folder, dtype)
     own_products(model, int8=int8)
     return Stepped(model, bytes_read(model))

@@ -1,8 +1,10 @@
-"""transformers on a CUDA device with packed matrices for decoding: 2:4 by Triton, other zeros by a bitmap.
+"""transformers on a CUDA device with packed matrices for decoding: 2:4 by Triton, other zeros by a
+bitmap.
 
-Up to eight rows of x a product is bound by what is read of the weights, and the packed ones read less (kernels/). More
-rows, prefill above all, are multiplied densely, so the dense matrix stays on the device as well: this runtime saves
-time, not memory. Each shape is timed once at 1, 2, 4 and 8 rows, and dense products are used where they are not slower.
+Up to eight rows of x a product is bound by what is read of the weights, and the packed ones read
+less (kernels/). More rows, prefill above all, are multiplied densely, so the dense matrix stays on
+the device as well: this runtime saves time, not memory. Each shape is timed once at 1, 2, 4 and 8
+rows, and dense products are used where they are not slower.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ Measure = Callable[[Product, Tensor], tuple[bool, ...]]
 
 
 def packed_product(weight: Tensor, site: str) -> tuple[Product, int]:
-    """The product with a packed matrix `[rows, columns]`, and the bytes that it reads: 2:4 where it is 2:4."""
+    """The product with a packed matrix `[rows, columns]`, and the bytes that it reads: 2:4 where it
+    is 2:4.
+    """
     if nm.missing() is None and weight.shape[1] % 8 == 0:
         try:
             two_of_four = nm.pack(weight, site=site, device=weight.device)
@@ -46,7 +50,9 @@ def packed_product(weight: Tensor, site: str) -> tuple[Product, int]:
 
 
 def faster(product: Product, weight: Tensor) -> tuple[bool, ...]:
-    """For each of `CLASSES` whether the packed product is faster than the dense one, timed out of the cache."""
+    """For each of `CLASSES` whether the packed product is faster than the dense one, timed out of
+    the cache.
+    """
     flush, found = beyond_cache(weight.device), []
     for rows in CLASSES:
         x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -56,7 +62,9 @@ def faster(product: Product, weight: Tensor) -> tuple[bool, ...]:
 
 
 class DeviceLinear(nn.Module):
-    """A linear layer that multiplies few rows of x by its packed weight where that is faster, more by the dense one."""
+    """A linear layer that multiplies few rows of x by its packed weight where that is faster, more
+    by the dense one.
+    """
 
     def __init__(self, dense: nn.Linear, product: Product, chosen: tuple[bool, ...]) -> None:
         super().__init__()
@@ -71,11 +79,16 @@ class DeviceLinear(nn.Module):
 
 
 def use_packed(model: nn.Module, measure: Measure) -> int:
-    """Replace the layers with enough zeros in place; how many bytes less batch 1 reads. Each kind is timed once."""
+    """Replace the layers with enough zeros in place; how many bytes less batch 1 reads. Each kind
+    is timed once.
+    """
     known: dict[tuple[torch.Size, int], tuple[bool, ...]] = {}
     saved = 0
     for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or count_zeros(module.weight) < LEAST * module.weight.numel():
+        if (
+            type(module) is not nn.Linear
+            or count_zeros(module.weight) < LEAST * module.weight.numel()
+        ):
             continue
         weight = module.weight.detach()
         product, size = packed_product(weight, name)
@@ -90,9 +103,13 @@ def use_packed(model: nn.Module, measure: Measure) -> int:
 
 @torch.no_grad()
 def load(folder: Path, dtype: torch.dtype) -> Running:
-    """Raises UnsupportedModel for float32, and where no packed product is faster than the dense one."""
+    """Raises UnsupportedModel for float32, and where no packed product is faster than the dense
+    one.
+    """
     if dtype not in (torch.bfloat16, torch.float16):
-        raise UnsupportedModel("The packed products for GPUs take bfloat16 and float16; use --dtype bfloat16.")
+        raise UnsupportedModel(
+            "The packed products for GPUs take bfloat16 and float16; use --dtype bfloat16."
+        )
     model: Any = load_model(folder, dtype)
     model.to("cuda")
     read = bytes_read(model)

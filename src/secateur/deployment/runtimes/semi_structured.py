@@ -1,13 +1,15 @@
-"""transformers on a CUDA device, with torch's 2:4 products where they were measured to be faster. Not run on one yet.
+"""transformers on a CUDA device, with torch's 2:4 products where they were measured to be faster.
+Not run on one yet.
 
-torch has two backends: CUTLASS, with kernels written for Ampere, and cuSPARSELt, whose default algorithm is often a bad
-one, so the library's own search is asked. Published figures for an H100 in bfloat16 begin to gain at 256 rows of x and
-reach 1.4 to 1.7 times at 512 to 16384; one row is slower than dense, as x is padded to eight. So each shape is timed
-once, for several numbers of rows, and each layer uses what was fastest for the rows it gets, dense included: such a
-layer holds its weight in all forms that it uses.
+torch has two backends: CUTLASS, with kernels written for Ampere, and cuSPARSELt, whose default
+algorithm is often a bad one, so the library's own search is asked. Published figures for an H100 in
+bfloat16 begin to gain at 256 rows of x and reach 1.4 to 1.7 times at 512 to 16384; one row is
+slower than dense, as x is padded to eight. So each shape is timed once, for several numbers of
+rows, and each layer uses what was fastest for the rows it gets, dense included: such a layer holds
+its weight in all forms that it uses.
 
-torch converts a matrix that is not 2:4 without a word and drops what does not fit. So it is checked here first, and
-what the folder's own record says is 2:4 must be.
+torch converts a matrix that is not 2:4 without a word and drops what does not fit. So it is checked
+here first, and what the folder's own record says is 2:4 must be.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from secateur.kernels.device import beyond_cache, cold_milliseconds, no_device
 from secateur.kernels.two_of_four import check_two_of_four
 
 CLASSES = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
-"""Rows of x that are timed; other numbers use what was fastest for the next larger one, or for the last."""
+"""Rows of x that are timed; other numbers use what was fastest for the next larger one, or for the
+last.
+"""
 CUTLASS_MULTIPLES, CUSPARSELT_MULTIPLES = (
     {torch.float16: MULTIPLES[backend]["F16"], torch.bfloat16: MULTIPLES[backend]["BF16"]}
     for backend in ("CUTLASS", "cuSPARSELt")
@@ -54,8 +58,9 @@ class Algorithm(NamedTuple):
 class Product(NamedTuple):
     """A way to multiply x `[tokens, in]` with a matrix `[out, in]` transposed.
 
-    `prepare(weight, site)` gives what `multiply(prepared, x, bias, algorithm)` wants, and `search(prepared, x, bias)`
-    the fastest algorithm. `multiples` None takes all. `share` of the bytes of the dense matrix is read.
+    `prepare(weight, site)` gives what `multiply(prepared, x, bias, algorithm)` wants, and
+    `search(prepared, x, bias)` the fastest algorithm. `multiples` None takes all. `share` of the
+    bytes of the dense matrix is read.
     """
 
     prepare: Callable[[Tensor, str], Any]
@@ -73,7 +78,9 @@ class Choice(NamedTuple):
 
 
 def checked(weight: Tensor, site: str) -> Tensor:
-    """The matrix with -0.0 made +0.0. Raises BadPattern where it is not 2:4, NonFinite where it holds NaN."""
+    """The matrix with -0.0 made +0.0. Raises BadPattern where it is not 2:4, NonFinite where it
+    holds NaN.
+    """
     check_two_of_four(weight, site=site)
     return weight.detach().contiguous() + 0
 
@@ -86,9 +93,11 @@ def fits(weight: Tensor, multiples: Mapping[torch.dtype, tuple[int, int]] | None
 
 
 def compress_cutlass(weight: Tensor, site: str) -> tuple[Tensor, Tensor]:
-    """(values `[out, in / 2]`, metadata `[out, in / 16]` int16 in the order of CUTLASS) of a 2:4 matrix, on any device.
+    """(values `[out, in / 2]`, metadata `[out, in / 16]` int16 in the order of CUTLASS) of a 2:4
+    matrix, on any device.
 
-    Raises BadPattern where it is not 2:4 or its shape or dtype does not fit, NonFinite where it holds NaN.
+    Raises BadPattern where it is not 2:4 or its shape or dtype does not fit, NonFinite where it
+    holds NaN.
     """
     if not fits(weight, CUTLASS_MULTIPLES):
         raise BadPattern(
@@ -103,7 +112,9 @@ def _padded(x: Tensor) -> Tensor:
     return (nn.functional.pad(x, (0, 0, 0, beyond)) if beyond else x).t()
 
 
-def _multiply_cutlass(held: tuple[Tensor, Tensor], x: Tensor, bias: Tensor | None, _: Algorithm) -> Tensor:
+def _multiply_cutlass(
+    held: tuple[Tensor, Tensor], x: Tensor, bias: Tensor | None, _: Algorithm
+) -> Tensor:
     values, meta = held
     if bias is None:
         y = _TORCH._sparse_semi_structured_mm(values, meta, _padded(x))
@@ -112,39 +123,58 @@ def _multiply_cutlass(held: tuple[Tensor, Tensor], x: Tensor, bias: Tensor | Non
     return y[:, : len(x)].t().contiguous()  # [out, padded tokens] → [tokens, out]
 
 
-def _multiply_cusparselt(held: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorithm) -> Tensor:
+def _multiply_cusparselt(
+    held: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorithm
+) -> Tensor:
     y = _TORCH._cslt_sparse_mm(
-        held, _padded(x), bias=bias, transpose_result=True,
-        alg_id=algorithm.number, split_k=algorithm.split, split_k_mode=algorithm.split_mode,
-    )  # fmt: skip
+        held,
+        _padded(x),
+        bias=bias,
+        transpose_result=True,
+        alg_id=algorithm.number,
+        split_k=algorithm.split,
+        split_k_mode=algorithm.split_mode,
+    )
     return y[: len(x)]
 
 
 def _search_cusparselt(held: Tensor, x: Tensor, bias: Tensor | None) -> Algorithm:
     library = _TORCH._C._cusparselt
     if not hasattr(library, "mm_search"):  # an older torch gives the number alone
-        return Algorithm(int(_TORCH._cslt_sparse_mm_search(held, _padded(x), bias, None, None, True)))
+        return Algorithm(
+            int(_TORCH._cslt_sparse_mm_search(held, _padded(x), bias, None, None, True))
+        )
     return Algorithm(*library.mm_search(held, _padded(x), bias, None, None, True)[:3])
 
 
 PRODUCTS = {
-    "dense": Product(lambda weight, _: weight.detach(), lambda w, x, b, _: nn.functional.linear(x, w, b), share=1.0),
+    "dense": Product(
+        lambda weight, _: weight.detach(),
+        lambda w, x, b, _: nn.functional.linear(x, w, b),
+        share=1.0,
+    ),
     "CUTLASS": Product(compress_cutlass, _multiply_cutlass, CUTLASS_MULTIPLES),
     "cuSPARSELt": Product(
-        lambda weight, site: _TORCH._cslt_compress(checked(weight, site)), _multiply_cusparselt, CUSPARSELT_MULTIPLES,
+        lambda weight, site: _TORCH._cslt_compress(checked(weight, site)),
+        _multiply_cusparselt,
+        CUSPARSELT_MULTIPLES,
         _search_cusparselt,
     ),
-}  # fmt: skip
+}
 
 
 def promised(folder: Path) -> frozenset[str]:
-    """The sites that the folder's pruning.json says are 2:4; none without one. Raises BadCheckpoint."""
+    """The sites that the folder's pruning.json says are 2:4; none without one. Raises
+    BadCheckpoint.
+    """
     sites = (record_of(folder) or {}).get("sites") or ()
     return frozenset(site["site"] for site in sites if site.get("pattern") == "2:4")
 
 
 def sparse_linears(model: nn.Module, promised: Set[str]) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers that are 2:4 and fit a backend. Raises BadPattern where a promised one is not 2:4."""
+    """The linear layers that are 2:4 and fit a backend. Raises BadPattern where a promised one is
+    not 2:4.
+    """
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             continue
@@ -154,7 +184,10 @@ def sparse_linears(model: nn.Module, promised: Set[str]) -> Iterator[tuple[str, 
             if name in promised:
                 raise
             continue
-        if any(product.multiples and fits(module.weight, product.multiples) for product in PRODUCTS.values()):
+        if any(
+            product.multiples and fits(module.weight, product.multiples)
+            for product in PRODUCTS.values()
+        ):
             yield name, module
 
 
@@ -168,20 +201,30 @@ def usable(dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
             y = product.multiply(product.prepare(weight, "a trial"), weight[:8], None, Algorithm())
             right = bool((y == weight[:8] @ weight.T).all())
             reasons[name] = None if right else "a small product gave wrong numbers"
-        except (RuntimeError, AttributeError) as error:  # torch built without a backend has no functions for it
+        except (
+            RuntimeError,
+            AttributeError,
+        ) as error:  # torch built without a backend has no functions for it
             reasons[name] = in_one_line(error)
     return reasons
 
 
-def measured(weight: Tensor, bias: Tensor | None, site: str, names: list[str]) -> tuple[Choice, ...]:
-    """The fastest product for each of `CLASSES`, timed on the device with nothing of the matrix in the cache.
+def measured(
+    weight: Tensor, bias: Tensor | None, site: str, names: list[str]
+) -> tuple[Choice, ...]:
+    """The fastest product for each of `CLASSES`, timed on the device with nothing of the matrix in
+    the cache.
 
     Raises UnsupportedModel where a product fails on this shape.
     """
     flush = beyond_cache(weight.device)
     choices = []
     try:
-        held = {name: PRODUCTS[name].prepare(weight, site) for name in names if fits(weight, PRODUCTS[name].multiples)}
+        held = {
+            name: PRODUCTS[name].prepare(weight, site)
+            for name in names
+            if fits(weight, PRODUCTS[name].multiples)
+        }
         for tokens in CLASSES:
             x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
             times = {}
@@ -199,16 +242,24 @@ def measured(weight: Tensor, bias: Tensor | None, site: str, names: list[str]) -
 
 
 class SemiStructuredLinear(nn.Module):
-    """A linear layer that keeps its weight in each form it uses; `choices` has one for each of `CLASSES`.
+    """A linear layer that keeps its weight in each form it uses; `choices` has one for each of
+    `CLASSES`.
 
     For inference where it was made: it is not moved, converted or saved.
     """
 
     def __init__(self, linear: nn.Linear, site: str, choices: tuple[Choice, ...]) -> None:
         super().__init__()
-        self.choices, self.in_features, self.out_features = choices, linear.in_features, linear.out_features
+        self.choices, self.in_features, self.out_features = (
+            choices,
+            linear.in_features,
+            linear.out_features,
+        )
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self.held = {name: PRODUCTS[name].prepare(linear.weight, site) for name in {c.product for c in choices}}
+        self.held = {
+            name: PRODUCTS[name].prepare(linear.weight, site)
+            for name in {c.product for c in choices}
+        }
         self.bytes = int(linear.weight.nbytes * PRODUCTS[choices[0].product].share)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -221,8 +272,12 @@ class SemiStructuredLinear(nn.Module):
 Measure = Callable[[Tensor, Tensor | None, str], tuple[Choice, ...]]
 
 
-def use_products(model: nn.Module, promised: Set[str], measure: Measure) -> dict[str, tuple[Choice, ...]]:
-    """Replace the 2:4 layers in place; what each uses, by name. Layers of one shape are measured once."""
+def use_products(
+    model: nn.Module, promised: Set[str], measure: Measure
+) -> dict[str, tuple[Choice, ...]]:
+    """Replace the 2:4 layers in place; what each uses, by name. Layers of one shape are measured
+    once.
+    """
     known: dict[tuple[int, int, bool], tuple[Choice, ...]] = {}
     used = {}
     for name, linear in list(sparse_linears(model, promised)):
@@ -235,7 +290,9 @@ def use_products(model: nn.Module, promised: Set[str], measure: Measure) -> dict
 
 
 class OnDevice(Stepped):
-    """A transformers model on a device; tokens come from the CPU and logits go back, so a clock waits for them."""
+    """A transformers model on a device; tokens come from the CPU and logits go back, so a clock
+    waits for them.
+    """
 
     def decode(self, ids: Tensor) -> Tensor:
         return super().decode(ids.to(self.model.device)).cpu()
@@ -243,7 +300,9 @@ class OnDevice(Stepped):
 
 @torch.no_grad()
 def load(folder: Path, dtype: torch.dtype) -> Running:
-    """Raises UnsupportedModel where no layer is 2:4 and has a kernel, BadPattern where one should be 2:4 and is not."""
+    """Raises UnsupportedModel where no layer is 2:4 and has a kernel, BadPattern where one should
+    be 2:4 and is not.
+    """
     device = torch.device("cuda")
     model: Any = load_model(folder, dtype)
     model.to(device)
@@ -256,7 +315,11 @@ def load(folder: Path, dtype: torch.dtype) -> Running:
             + ". Use --dtype bfloat16, or install a torch that has them."
         )
     read = bytes_read(model)
-    sizes = {name: linear.weight.nbytes for name, linear in model.named_modules() if isinstance(linear, nn.Linear)}
+    sizes = {
+        name: linear.weight.nbytes
+        for name, linear in model.named_modules()
+        if isinstance(linear, nn.Linear)
+    }
     used = use_products(model, promised(folder), partial(measured, names=names))
     if not used:
         raise UnsupportedModel(
@@ -274,5 +337,7 @@ def load_dense(folder: Path, dtype: torch.dtype) -> Running:
     return OnDevice(model, bytes_read(model))
 
 
-eager_cuda = Runtime(lambda: None if torch.cuda.is_available() else "there is no CUDA device", load_dense)
+eager_cuda = Runtime(
+    lambda: None if torch.cuda.is_available() else "there is no CUDA device", load_dense
+)
 semi_structured = Runtime(no_device, load, twin="eager-cuda")

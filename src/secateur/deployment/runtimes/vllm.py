@@ -1,13 +1,15 @@
-"""vLLM on an accelerator, driven step by step through its engine: `add_request`, then one `step` a token.
+"""vLLM on an accelerator, driven step by step through its engine: `add_request`, then one `step` a
+token.
 
-vLLM samples by itself and goes on with its own greedy token, so what `prefill` and `decode` return holds a one at that
-token and zeros elsewhere: its largest value is where the logits' is, which is all that a clock needs, and nothing is
-timed that a user would not wait for. `decode` takes that token back and refuses any other. The logits themselves are
-asked for by `logits`, which computes a whole prompt anew and hands every value through Python, far too slowly to time;
-it is there for the comparison with plain transformers.
+vLLM samples by itself and goes on with its own greedy token, so what `prefill` and `decode` return
+holds a one at that token and zeros elsewhere: its largest value is where the logits' is, which is
+all that a clock needs, and nothing is timed that a user would not wait for. `decode` takes that
+token back and refuses any other. The logits themselves are asked for by `logits`, which computes a
+whole prompt anew and hands every value through Python, far too slowly to time; it is there for the
+comparison with plain transformers.
 
-Prefix caching is off, so that a prompt seen before is computed again. Each model takes `SHARE` of the accelerator's
-memory, so that the dense model and a few pruned ones take turns in one process.
+Prefix caching is off, so that a prompt seen before is computed again. Each model takes `SHARE` of
+the accelerator's memory, so that the dense model and a few pruned ones take turns in one process.
 """
 
 from importlib import import_module
@@ -30,7 +32,11 @@ SHARE = 0.25
 def missing() -> str | None:
     if find_spec("vllm") is None:
         return "vllm not installed: pip install vllm, on a machine with an accelerator"
-    return None if torch.cuda.is_available() else "vllm is installed, but there is no accelerator that torch sees"
+    return (
+        None
+        if torch.cuda.is_available()
+        else "vllm is installed, but there is no accelerator that torch sees"
+    )
 
 
 def load(folder: Path, dtype: torch.dtype) -> Running:
@@ -54,7 +60,9 @@ def load(folder: Path, dtype: torch.dtype) -> Running:
 
 
 class Engine:
-    """A vLLM engine as `Running`, but for what the returned values mean: see the top of this file."""
+    """A vLLM engine as `Running`, but for what the returned values mean: see the top of this
+    file.
+    """
 
     def __init__(self, engine: Any, settings: Any, vocabulary: int, weight_bytes: int) -> None:
         self.engine, self.settings = engine, settings
@@ -70,14 +78,18 @@ class Engine:
     def decode(self, ids: Tensor) -> Tensor:
         own = [tokens[-1] for tokens in self.tokens.values()]
         if ids[:, 0].tolist() != own:
-            raise UnsupportedModel(f"vLLM goes on with its own greedy tokens {own}; {ids[:, 0].tolist()} were given.")
+            raise UnsupportedModel(
+                f"vLLM goes on with its own greedy tokens {own}; {ids[:, 0].tolist()} were given."
+            )
         return self._next()
 
     def logits(self, ids: Tensor) -> Tensor:
         """The logits after tokens int64 `[batch, length]`, float32 `[batch, vocabulary]`. Slow."""
         self._ask(ids, max_tokens=1, logprobs=-1)
         self._next()
-        found = torch.full((len(ids), self.vocabulary), float("nan"))  # a value that is not given fails a comparison
+        found = torch.full(
+            (len(ids), self.vocabulary), float("nan")
+        )  # a value that is not given fails a comparison
         for row, given in enumerate(self.logprobs.values()):
             numbers = torch.tensor([number for number in given if number < self.vocabulary])
             found[row, numbers] = torch.tensor([given[int(number)].logprob for number in numbers])
@@ -94,16 +106,23 @@ class Engine:
                 name,
                 {"prompt_token_ids": row},
                 self.settings(
-                    temperature=0.0, ignore_eos=True, detokenize=False, **({"max_tokens": self.room + 1} | settings)
+                    temperature=0.0,
+                    ignore_eos=True,
+                    detokenize=False,
+                    **({"max_tokens": self.room + 1} | settings),
                 ),
             )
 
     def _next(self) -> Tensor:
-        """Step until every row has one token more; a one at that token, float32 `[batch, vocabulary]`."""
+        """Step until every row has one token more; a one at that token, float32 `[batch,
+        vocabulary]`.
+        """
         wanted = {name: len(tokens) + 1 for name, tokens in self.tokens.items()}
         while any(len(self.tokens[name]) < count for name, count in wanted.items()):
             if not self.engine.has_unfinished_requests():
-                raise UnsupportedModel("vLLM ended a sequence before all tokens were there: ask for fewer.")
+                raise UnsupportedModel(
+                    "vLLM ended a sequence before all tokens were there: ask for fewer."
+                )
             for output in self.engine.step():
                 if output.request_id in self.tokens:
                     self.tokens[output.request_id] = list(output.outputs[0].token_ids)

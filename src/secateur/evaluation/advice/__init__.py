@@ -1,1 +1,3 @@
-"""Which row to deploy: read `recommend` first. `goals` choose among what was measured, `priors` are the rest."""
+"""Which row to deploy: read `recommend` first. `goals` choose among what was measured, `priors` are
+the rest.
+"""

@@ -1,4 +1,6 @@
-"""What a comparison says of its rows that an advice can rest on: increases with their intervals, speeds, ties."""
+"""What a comparison says of its rows that an advice can rest on: increases with their intervals,
+speeds, ties.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,13 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Speed:
-    """A row in a runtime. `ratio` is how many times as fast as the dense model in `against`, median and 95 % interval.
+    """A row in a runtime. `ratio` is how many times as fast as the dense model in `against`, median
+    and 95 % interval.
 
-    `rate` compares rows across runtimes, more is faster: of decoding how many times as fast as the dense model in plain
-    transformers, from the same rounds, median and 95 % interval; of prefill, which has no such figure, prompts a
-    second, median and what 80 % of the rounds lie between. `seconds` is the median. `conditions`: dtype, batch, prompt.
+    `rate` compares rows across runtimes, more is faster: of decoding how many times as fast as the
+    dense model in plain transformers, from the same rounds, median and 95 % interval; of prefill,
+    which has no such figure, prompts a second, median and what 80 % of the rounds lie between.
+    `seconds` is the median. `conditions`: dtype, batch, prompt.
     """
 
     row: Row
@@ -36,7 +40,9 @@ class Speed:
 
     @property
     def faster(self) -> bool:
-        """Whether it is faster than the dense model in `against`: the interval of the ratio lies above 1."""
+        """Whether it is faster than the dense model in `against`: the interval of the ratio lies
+        above 1.
+        """
         return self.ratio[1] > 1
 
     @property
@@ -54,21 +60,29 @@ def increase(row: Row, dense: Row) -> Triple:
 def told_apart(one: Row, other: Row) -> tuple[bool, str]:
     """Whether the perplexities of two rows differ, and what says so.
 
-    The paired interval where both hold their loss per window; else the ties of the table, for rows that are ranked
-    against each other; else whether the intervals of their differences to the dense model are apart, which is strict.
+    The paired interval where both hold their loss per window; else the ties of the table, for rows
+    that are ranked against each other; else whether the intervals of their differences to the dense
+    model are apart, which is strict.
     """
     if one.loss and len(one.loss) == len(other.loss):
         _, (low, high) = perplexity_difference(np.asarray(other.loss), np.asarray(one.loss))
         return not low <= 0 <= high, f"paired difference 95% interval {low:+.3g} to {high:+.3g}"
     if one.peers == other.peers and (one.rank or other.rank):
         tie = other.name in one.ties or one.name in other.ties
-        return not tie, "the paired difference may be zero" if tie else "the paired difference is apart from zero"
+        return (
+            not tie,
+            "the paired difference may be zero"
+            if tie
+            else "the paired difference is apart from zero",
+        )
     (low, high), (from_, to) = one.delta_interval, other.delta_interval
     apart = high < from_ or to < low
     return apart, "their intervals are apart" if apart else "their intervals overlap"
 
 
-def speeds(results: Results, rows: Iterable[Row], hardware: str | None, runtime: str | None) -> list[Speed]:
+def speeds(
+    results: Results, rows: Iterable[Row], hardware: str | None, runtime: str | None
+) -> list[Speed]:
     """What was timed of rows on that hardware, in that runtime; None: in all.
 
     Decoding, or where no entry has it prefill. All under the conditions under which most was timed.
@@ -86,12 +100,15 @@ def conditions(
     return {speed.conditions for speed in _timings(results, rows, hardware, runtime)}
 
 
-def _timings(results: Results, rows: Iterable[Row], hardware: str | None, runtime: str | None) -> list[Speed]:
+def _timings(
+    results: Results, rows: Iterable[Row], hardware: str | None, runtime: str | None
+) -> list[Speed]:
     entries = [
         (row, entry)
         for row in rows
         for entry in row.latency
-        if runtime in (None, entry["runtime"]) and is_measured(hardware, results.machine, entry["runtime"])
+        if runtime in (None, entry["runtime"])
+        and is_measured(hardware, results.machine, entry["runtime"])
     ]
     phase = "decode" if any("decode" in entry for _, entry in entries) else "prefill"
     return [_speed(row, entry, phase) for row, entry in entries if phase in entry]
@@ -101,9 +118,15 @@ def _speed(row: Row, entry: dict[str, Any], phase: str) -> Speed:
     low, middle, high = entry[phase]
     rate = tuple(entry["over_eager"]) if phase == "decode" else (1 / middle, 1 / high, 1 / low)
     return Speed(
-        row, entry["runtime"], phase, entry["against"], tuple(entry[f"{phase}_ratio"]), rate, middle,
+        row,
+        entry["runtime"],
+        phase,
+        entry["against"],
+        tuple(entry[f"{phase}_ratio"]),
+        rate,
+        middle,
         (entry["dtype"], entry["batch"], entry["prompt"]),
-    )  # fmt: skip
+    )
 
 
 def timed_runtimes(results: Results) -> set[str]:

@@ -1,7 +1,8 @@
-"""Names of hardware as people say them: what has sparse tensor cores, and whether a machine that was measured is it.
+"""Names of hardware as people say them: what has sparse tensor cores, and whether a machine that
+was measured is it.
 
-A name is a line in `HARDWARE`. It is matched with what torch calls an accelerator, by whole words, so that a card that
-is not in the table counts as not measured, never as another one.
+A name is a line in `HARDWARE`. It is matched with what torch calls an accelerator, by whole words,
+so that a card that is not in the table counts as not measured, never as another one.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ ACCELERATED = ("eager-cuda", "packed-cuda", "semi-structured", "vllm")
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a name means. `maker` is processor, apple, nvidia or amd; `words` are what the names of such devices hold.
+    """What a name means. `maker` is processor, apple, nvidia or amd; `words` are what the names of
+    such devices hold.
 
-    `two_of_four` says that it multiplies 2:4 matrices by hardware of its own, `says` in words what it has for them.
+    `two_of_four` says that it multiplies 2:4 matrices by hardware of its own, `says` in words what
+    it has for them.
     """
 
     maker: str
@@ -37,11 +40,22 @@ _READ = "2026-11-27"
 
 
 def _nvidia(capability: str, words: str) -> Hardware:
-    """A generation of NVIDIA's, or a card of it. Sparse tensor cores come with compute capability 8.0."""
+    """A generation of NVIDIA's, or a card of it. Sparse tensor cores come with compute capability
+    8.0.
+    """
     has = float(capability) >= 8.0
-    cores = "and with it sparse tensor cores" if has else "no sparse tensor cores: those came with 8.0, Ampere"
+    cores = (
+        "and with it sparse tensor cores"
+        if has
+        else "no sparse tensor cores: those came with 8.0, Ampere"
+    )
     return Hardware(
-        "nvidia", frozenset(words.split()), has, f"has compute capability {capability}, {cores}", _CUSPARSELT, _READ
+        "nvidia",
+        frozenset(words.split()),
+        has,
+        f"has compute capability {capability}, {cores}",
+        _CUSPARSELT,
+        _READ,
     )
 
 
@@ -50,7 +64,9 @@ _AMPERE, _ADA = (
     "4060 4070 4080 4090 L4 L40 L40S Ada",
 )
 _HOPPER, _BLACKWELL = "H100 H200 H800 GH200", "B100 B200 GB200 5090"
-_NO_UNIT = "has no unit for 2:4 that anything here uses; zeros give there what kernels that skip them give"
+_NO_UNIT = (
+    "has no unit for 2:4 that anything here uses; zeros give there what kernels that skip them give"
+)
 
 HARDWARE: Mapping[str, Hardware] = {
     "cpu": Hardware("processor", frozenset(), False, _NO_UNIT, "docs/speed.md", "2026-11-26"),
@@ -76,10 +92,14 @@ HARDWARE: Mapping[str, Hardware] = {
     "blackwell": _nvidia("10.0", _BLACKWELL),
     "b200": _nvidia("10.0", "B200"),
     "mi300": Hardware(
-        "amd", frozenset({"MI300A", "MI300X"}), True,
-        "has 2:4 through hipSPARSELt of ROCm, torch 2.9 and later", "pytorch#150578", "2026-11-22",
+        "amd",
+        frozenset({"MI300A", "MI300X"}),
+        True,
+        "has 2:4 through hipSPARSELt of ROCm, torch 2.9 and later",
+        "pytorch#150578",
+        "2026-11-22",
     ),
-}  # fmt: skip
+}
 """What `--hardware` can name: a kind of processor, a generation, a card."""
 
 
@@ -91,7 +111,9 @@ def find_hardware(name: str) -> Hardware:
 
 
 def is_measured(hardware: str | None, machine: Mapping[str, Any], runtime: str) -> bool:
-    """Whether what was timed in a runtime on a machine (`machine.machine()`) was timed on that hardware; None: any."""
+    """Whether what was timed in a runtime on a machine (`machine.machine()`) was timed on that
+    hardware; None: any.
+    """
     if hardware is None:
         return True
     wanted, accelerated = find_hardware(hardware), runtime in ACCELERATED
@@ -99,7 +121,9 @@ def is_measured(hardware: str | None, machine: Mapping[str, Any], runtime: str) 
         return not accelerated
     if wanted.maker == "apple":
         return not accelerated and str(machine["system"]).startswith("Darwin")
-    return accelerated and any(wanted.words & set(re.split(r"\W+", name)) for name in machine["accelerators"])
+    return accelerated and any(
+        wanted.words & set(re.split(r"\W+", name)) for name in machine["accelerators"]
+    )
 
 
 def place(machine: Mapping[str, Any], runtime: str) -> str:

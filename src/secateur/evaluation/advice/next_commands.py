@@ -1,6 +1,7 @@
 """The commands that measure what a comparison lacks.
 
-The same comparison again keeps its rows and adds what is missing, so its own command with more in it is enough.
+The same comparison again keeps its rows and adds what is missing, so its own command with more in
+it is enough.
 """
 
 from __future__ import annotations
@@ -20,26 +21,48 @@ USUAL = {True: ("eager-cuda", "semi-structured"), False: ("eager", "packed")}
 BUILD = "Build: "
 FORMS = {"tensorrt": "onnx", "tensorrt-llm": "tensorrt-llm"}
 """What runtimes that this package does not drive are given: a format of `export`."""
-_CALIBRATION = {"source": "--calibration", "samples": "--samples", "length": "--seq-len", "seed": "--seed"}
+_CALIBRATION = {
+    "source": "--calibration",
+    "samples": "--samples",
+    "length": "--seq-len",
+    "seed": "--seed",
+}
 _EVALUATION = {"source": "--evaluation", "samples": "--windows"}
 
 
 def measuring(
     results: Results | None, runtimes: Sequence[str], hardware: str | None, *, timed: bool = True
 ) -> list[str]:
-    """What to type, quoted for a shell: a comparison that times its rows in runtimes (none: the usual ones).
+    """What to type, quoted for a shell: a comparison that times its rows in runtimes (none: the
+    usual ones).
 
-    `timed`: whether times are wanted where no runtime was asked for. For hardware other than that of the comparison
-    another folder is named, since rows of two machines do not go into one. A runtime that this package cannot drive is
-    asked what it would do, and built by its own command.
+    `timed`: whether times are wanted where no runtime was asked for. For hardware other than that
+    of the comparison another folder is named, since rows of two machines do not go into one. A
+    runtime that this package cannot drive is asked what it would do, and built by its own command.
     """
     if foreign := [name for name in runtimes if name not in RUNTIMES]:
         return [command for name in foreign for command in _foreign(name)]
     accelerated = hardware is not None and find_hardware(hardware).maker in ("nvidia", "amd")
     wanted = list(runtimes) or (list(USUAL[accelerated]) if timed else [])
     if results is None:
-        return [shlex.join(["secateur", "compare", "MODEL", *START, *_listed("--bench", wanted), "--out", "OUT"])]
-    typed = list(results.command) if results.command[:2] == ["secateur", "compare"] else _from_rows(results)
+        return [
+            shlex.join(
+                [
+                    "secateur",
+                    "compare",
+                    "MODEL",
+                    *START,
+                    *_listed("--bench", wanted),
+                    "--out",
+                    "OUT",
+                ]
+            )
+        ]
+    typed = (
+        list(results.command)
+        if results.command[:2] == ["secateur", "compare"]
+        else _from_rows(results)
+    )
     typed, before = _without(typed, "--bench")
     typed, out = _without(typed, "--out")
     there = hardware is None or any(is_measured(hardware, results.machine, name) for name in wanted)
@@ -53,21 +76,29 @@ def tasks_of(results: Results, row: Row) -> str:
     name = str(results.model["name"])
     _, out = _without(results.command, "--out")
     model = [] if name == "demo" else ["--dense", name]
-    return shlex.join(["secateur", "evaluate", f"{out or 'OUT'}/{row.checkpoint}", *model, "--tasks", "papers"])
+    return shlex.join(
+        ["secateur", "evaluate", f"{out or 'OUT'}/{row.checkpoint}", *model, "--tasks", "papers"]
+    )
 
 
 def _foreign(runtime: str) -> list[str]:
     """What to type for a runtime that has a rule and is not driven by this package."""
-    build = next(note.removeprefix(BUILD) for note in RULES[runtime].notes if note.startswith(BUILD))
+    build = next(
+        note.removeprefix(BUILD) for note in RULES[runtime].notes if note.startswith(BUILD)
+    )
     return [
         f"secateur validate CHECKPOINT --for {runtime}",
         f"secateur export CHECKPOINT --to {FORMS[runtime]} --out EXPORTED",
-        build.split(", ")[0].replace("{folder}", "EXPORTED").replace("MODEL.onnx", "EXPORTED/model.onnx"),
+        build.split(", ")[0]
+        .replace("{folder}", "EXPORTED")
+        .replace("MODEL.onnx", "EXPORTED/model.onnx"),
     ]
 
 
 def _from_rows(results: Results) -> list[str]:
-    """The command of a comparison that was not typed: its rows, texts and windows; all else by default."""
+    """The command of a comparison that was not typed: its rows, texts and windows; all else by
+    default.
+    """
     pruned = [row for row in results.table if row.kind != "dense"]
     name = str(results.model["name"])
     shared = any(row.allocation != "uniform" for row in pruned)
@@ -79,7 +110,7 @@ def _from_rows(results: Results) -> list[str]:
         *_listed("--values", [row.values for row in pruned if rounded]),
         *_listed("--recover", [row.recovered.way for row in pruned if row.recovered]),
         *_listed("--recover-steps", [str(row.recovered.steps) for row in pruned if row.recovered]),
-    ]  # fmt: skip
+    ]
     text = results.calibrations[0] if results.calibrations else {}
     for held, names in ((text, _CALIBRATION), (results.evaluation, _EVALUATION)):
         for field, option in names.items():

@@ -1,1 +1,3 @@
-"""The comparison: read `compare` first. `grid` says which rows, `rows` makes them, `report` and `page` show them."""
+"""The comparison: read `compare` first. `grid` says which rows, `rows` makes them, `report` and
+`page` show them.
+"""

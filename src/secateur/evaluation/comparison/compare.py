@@ -1,11 +1,14 @@
-"""The grid: every method with every pattern on the same model, the same calibration tokens, the same metric.
+"""The grid: every method with every pattern on the same model, the same calibration tokens, the
+same metric.
 
-Each row is pruned, evaluated and kept in `OUT/rows/` as soon as it is finished, with the conditions it was
-measured under; the same command again computes only what is missing. A folder whose rows were measured under
-other conditions is refused, and so is nothing else: there is no way to put two conditions into one table.
+Each row is pruned, evaluated and kept in `OUT/rows/` as soon as it is finished, with the conditions
+it was measured under; the same command again computes only what is missing. A folder whose rows
+were measured under other conditions is refused, and so is nothing else: there is no way to put two
+conditions into one table.
 
-Rows are ranked by perplexity within one pattern only, so that kinds of sparsity are never ranked against each
-other, and two rows whose paired difference has a 95 % interval that contains zero are a tie.
+Rows are ranked by perplexity within one pattern only, so that kinds of sparsity are never ranked
+against each other, and two rows whose paired difference has a 95 % interval that contains zero are
+a tie.
 """
 
 from __future__ import annotations
@@ -47,7 +50,13 @@ from secateur.pruning.structured.program import refuse_structure
 from secateur.recovery.checks import check_way
 from secateur.recovery.job import BATCH_SIZE
 from secateur.recovery.text import recovery_windows
-from secateur.system.devices import calibration_dtype, find_devices, find_dtype, find_size, forward_dtype
+from secateur.system.devices import (
+    calibration_dtype,
+    find_devices,
+    find_dtype,
+    find_size,
+    forward_dtype,
+)
 from secateur.system.files import file_sha256, write_whole
 from secateur.system.machine import machine, versions
 from secateur.system.progress import Progress
@@ -100,20 +109,23 @@ def compare(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Results:
-    """Prune and evaluate `model` with every method and pattern; write `results.json`, `report.html` and `report.md`.
+    """Prune and evaluate `model` with every method and pattern; write `results.json`, `report.html`
+    and `report.md`.
 
-    `patterns` may hold ranges (`10%..80%`). `allocate` lists rules as `prune` knows them; each makes a row of its own.
-    So does each of `values` for a pattern of zeros: `as stored`, or `int8`, what is kept rounded to eight bits and
-    packed. With several `samples`, seeds or texts, every row is made for every draw of them: the table has the first
-    text, most samples and first seed, the others say how much hangs on the draw. `recover`: ways of `recover`, by each
-    of which every pruned row of the table is fine-tuned for `recover_steps` steps on `recover_text` (default: as
-    there), of which no window overlaps calibration or evaluation text; a row each, that says what it took.
-    `tolerance`: for every method, the largest share whose perplexity is no more above the dense one than that.
-    `tasks`: zero-shot tasks that the rows of the table answer, all of their items or the first `limit`. `bench` lists
-    runtimes in which the finished rows are timed beside the dense model, in `bench_dtype`. The other arguments are as
-    for `prune` and `evaluate`. The pruned checkpoints of the table stay in `out/checkpoints`. Raises SecateurError;
-    ConditionsDiffer where `out` holds rows of another model, text or metric. After a killed run the same call computes
-    only what is missing.
+    `patterns` may hold ranges (`10%..80%`). `allocate` lists rules as `prune` knows them; each
+    makes a row of its own. So does each of `values` for a pattern of zeros: `as stored`, or `int8`,
+    what is kept rounded to eight bits and packed. With several `samples`, seeds or texts, every row
+    is made for every draw of them: the table has the first text, most samples and first seed, the
+    others say how much hangs on the draw. `recover`: ways of `recover`, by each of which every
+    pruned row of the table is fine-tuned for `recover_steps` steps on `recover_text` (default: as
+    there), of which no window overlaps calibration or evaluation text; a row each, that says what
+    it took. `tolerance`: for every method, the largest share whose perplexity is no more above the
+    dense one than that. `tasks`: zero-shot tasks that the rows of the table answer, all of their
+    items or the first `limit`. `bench` lists runtimes in which the finished rows are timed beside
+    the dense model, in `bench_dtype`. The other arguments are as for `prune` and `evaluate`. The
+    pruned checkpoints of the table stay in `out/checkpoints`. Raises SecateurError;
+    ConditionsDiffer where `out` holds rows of another model, text or metric. After a killed run the
+    same call computes only what is missing.
     """
     progress, out = progress or Progress(), Path(out)
     for name in values:
@@ -124,9 +136,15 @@ def compare(
     for way in recover:
         check_way(way, "the dense model")
     check_passes(passes)
-    room, share, local = find_size(memory), find_tolerance(tolerance), Path(data_dir) if data_dir else None
+    room, share, local = (
+        find_size(memory),
+        find_tolerance(tolerance),
+        Path(data_dir) if data_dir else None,
+    )
     check_tasks(tasks, local, limit)
-    texts: list[str | None] = [calibration] if calibration is None or isinstance(calibration, str) else [*calibration]
+    texts: list[str | None] = (
+        [calibration] if calibration is None or isinstance(calibration, str) else [*calibration]
+    )
     wanted = _draws(texts, samples, seed)
     grid = cells(methods, patterns, allocate, skip, align)
     if share is not None:
@@ -136,30 +154,53 @@ def compare(
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
     language_model = load(
-        folder, trust_remote_code=trust_remote_code, spill=spill_folder(out / "dense.hidden", source.bytes, room)
-    )  # fmt: skip
+        folder,
+        trust_remote_code=trust_remote_code,
+        spill=spill_folder(out / "dense.hidden", source.bytes, room),
+    )
     for structure in {cell.pattern: parse(cell.pattern) for cell in grid}.values():
         if isinstance(structure, Structure):
             refuse_structure(language_model, structure, source.bytes, align, chosen)
     length = seq_len or default_length(language_model)
     draws = [
-        Draw(number, draw_calibration(
-            language_model, folder, model, text, samples=count, seq_len=length, seed=start, data_dir=data_dir,
-            trust_remote_code=trust_remote_code,
-        ), texts.index(text))
+        Draw(
+            number,
+            draw_calibration(
+                language_model,
+                folder,
+                model,
+                text,
+                samples=count,
+                seq_len=length,
+                seed=start,
+                data_dir=data_dir,
+                trust_remote_code=trust_remote_code,
+            ),
+            texts.index(text),
+        )
         for number, (text, count, start) in enumerate(wanted)
-    ]  # fmt: skip
+    ]
     judged = evaluation_windows(
-        load_tokenizer(folder, trust_remote_code=trust_remote_code), default_corpus(model, evaluation, "wikitext2"),
-        length=length, windows=windows, data_dir=local,
-    )  # fmt: skip
+        load_tokenizer(folder, trust_remote_code=trust_remote_code),
+        default_corpus(model, evaluation, "wikitext2"),
+        length=length,
+        windows=windows,
+        data_dir=local,
+    )
     check_windows(language_model, judged, batch_size)
     calibrating = calibration_dtype(dtype, chosen, language_model.model.dtype)
     passes = _passes(
-        passes, RowStore(out / "rows", {}, []).recorded("passes"), language_model, draws[0].windows, grid,
-        limit=room, dtype=calibrating, device=chosen,
-        devices=len(find_devices(device)), batch_size=batch_size,
-    )  # fmt: skip
+        passes,
+        RowStore(out / "rows", {}, []).recorded("passes"),
+        language_model,
+        draws[0].windows,
+        grid,
+        limit=room,
+        dtype=calibrating,
+        device=chosen,
+        devices=len(find_devices(device)),
+        batch_size=batch_size,
+    )
     results = Results(
         SCHEMA,
         {
@@ -168,7 +209,8 @@ def compare(
             "shards": source.sha256(),
             "config": file_sha256(folder / "config.json"),
         },
-        [draw.windows.fingerprint() for draw in draws], judged.fingerprint(),
+        [draw.windows.fingerprint() for draw in draws],
+        judged.fingerprint(),
         {
             "passes": passes,
             "dtype": str(forward_dtype(dtype, chosen)),
@@ -178,23 +220,47 @@ def compare(
             **({"align": align} if align else {}),
             "batch_size": batch_size,
         },
-        machine(), versions(), list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]], [],
-    )  # fmt: skip
+        machine(),
+        versions(),
+        list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+        [],
+    )
     recovering = _recovering(
-        recover, recover_steps, recover_text, model, folder, language_model,
+        recover,
+        recover_steps,
+        recover_text,
+        model,
+        folder,
+        language_model,
         [judged, *(draw.windows for draw in draws)],
-        data_dir=local, device=chosen, restart=restart, command=results.command, trust_remote_code=trust_remote_code,
+        data_dir=local,
+        device=chosen,
+        restart=restart,
+        command=results.command,
+        trust_remote_code=trust_remote_code,
         progress=progress,
-    )  # fmt: skip
+    )
     store = _store(out, results)
     dense = Forward(
-        language_model, judged.ids, chosen, forward_dtype(dtype, chosen), batch_size, spill=out / "dense.hidden"
-    )  # fmt: skip
+        language_model,
+        judged.ids,
+        chosen,
+        forward_dtype(dtype, chosen),
+        batch_size,
+        spill=out / "dense.hidden",
+    )
     pruning = {
-        "skip": skip, "device": device, "dtype": dtype, "batch_size": batch_size, "passes": passes, "memory": room,
-        "restart": restart, "allow_low_coverage": allow_low_coverage, "trust_remote_code": trust_remote_code,
+        "skip": skip,
+        "device": device,
+        "dtype": dtype,
+        "batch_size": batch_size,
+        "passes": passes,
+        "memory": room,
+        "restart": restart,
+        "allow_low_coverage": allow_low_coverage,
+        "trust_remote_code": trust_remote_code,
         "command": results.command,
-    }  # fmt: skip
+    }
     ground = Ground(source, dense, out, store, draws, pruning, align, trust_remote_code, progress)
     try:
         results.rows = [ground.dense_row()]
@@ -219,9 +285,17 @@ def compare(
     write_whole(out / "results.json", results.json())
     if tasks:
         answer_rows(
-            results.table, folder, out, tasks, limit=limit, data_dir=local, batch_size=batch_size, device=chosen,
-            trust_remote_code=trust_remote_code, progress=progress,
-        )  # fmt: skip
+            results.table,
+            folder,
+            out,
+            tasks,
+            limit=limit,
+            data_dir=local,
+            batch_size=batch_size,
+            device=chosen,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
     if bench:
         results.not_timed |= time_rows(results.table, folder, out, bench, bench_dtype, progress)
     write_whole(out / "results.json", results.json())
@@ -242,14 +316,20 @@ def _recovering(
     data_dir: Path | None,
     **options: Any,
 ) -> Recovering | None:
-    """How rows are recovered, with the text for it; None where they are not. Raises NotEnoughText."""
+    """How rows are recovered, with the text for it; None where they are not. Raises
+    NotEnoughText.
+    """
     if not ways:
         return None
     windows = recovery_windows(
-        load_tokenizer(folder, trust_remote_code=options["trust_remote_code"]), default_corpus(model, text, "c4"),
-        count=steps * BATCH_SIZE, length=avoid[0].ids.shape[1], seed=avoid[1].seed or 0,
-        avoid=[one.ids for one in avoid], data_dir=data_dir,
-    )  # fmt: skip
+        load_tokenizer(folder, trust_remote_code=options["trust_remote_code"]),
+        default_corpus(model, text, "c4"),
+        count=steps * BATCH_SIZE,
+        length=avoid[0].ids.shape[1],
+        seed=avoid[1].seed or 0,
+        avoid=[one.ids for one in avoid],
+        data_dir=data_dir,
+    )
     check_windows(language_model, windows, BATCH_SIZE)
     return Recovering(list(dict.fromkeys(ways)), steps, windows, language_model, folder, **options)
 
@@ -257,11 +337,15 @@ def _recovering(
 def _draws(
     texts: Sequence[str | None], samples: int | Sequence[int], seed: int | Sequence[int]
 ) -> list[tuple[str | None, int, int]]:
-    """(text, samples, seed) of every draw, the one of the table first: of the first text, most samples, first seed."""
+    """(text, samples, seed) of every draw, the one of the table first: of the first text, most
+    samples, first seed.
+    """
     counts = [samples] if isinstance(samples, int) else list(dict.fromkeys(samples))
     seeds = [seed] if isinstance(seed, int) else list(dict.fromkeys(seed))
     if not texts or not counts or not seeds:
-        raise BadPattern("A comparison wants at least one calibration text, one number of samples and one seed.")
+        raise BadPattern(
+            "A comparison wants at least one calibration text, one number of samples and one seed."
+        )
     return list(product(dict.fromkeys(texts), sorted(counts, reverse=True), seeds))
 
 
@@ -276,20 +360,28 @@ def _passes(
     """How often blocks run, the same for all rows: once where that fits for each."""
     if passes != "auto":
         return passes
-    if kept is not None:  # what is free changes from run to run, and rows that are there must go on as they are
+    if (
+        kept is not None
+    ):  # what is free changes from run to run, and rows that are there must go on as they are
         return kept
     ways = (
         way_through(
-            language_model, calibrated.ids.shape, find_method(method), site_shapes(language_model),
-            passes=passes, **options,
+            language_model,
+            calibrated.ids.shape,
+            find_method(method),
+            site_shapes(language_model),
+            passes=passes,
+            **options,
         )["passes"]
         for method in dict.fromkeys(cell.method for cell in grid if not cell.structured)
-    )  # fmt: skip
+    )
     return "two" if "two" in ways else "one"
 
 
 def _store(out: Path, results: Results) -> RowStore:
-    """The rows that are there already. Raises ConditionsDiffer where they were measured under other conditions."""
+    """The rows that are there already. Raises ConditionsDiffer where they were measured under other
+    conditions.
+    """
     conditions = {
         "schema": results.schema,
         "model": results.model["shards"],

@@ -1,4 +1,6 @@
-"""Which rows a comparison has: methods × patterns × rules, ranges of patterns, and draws of calibration text."""
+"""Which rows a comparison has: methods × patterns × rules, ranges of patterns, and draws of
+calibration text.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Draw:
-    """One draw of calibration text. The first is that of the table; the others tell how much hangs on it."""
+    """One draw of calibration text. The first is that of the table; the others tell how much hangs
+    on it.
+    """
 
     number: int
     windows: Windows
@@ -61,7 +65,9 @@ class Draw:
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The patterns with ranges written out: `10%..30%` is 10%, 20% and 30%. Raises BadPattern for an odd range."""
+    """The patterns with ranges written out: `10%..30%` is 10%, 20% and 30%. Raises BadPattern for
+    an odd range.
+    """
     found: list[str] = []
     for pattern in patterns:
         if ".." not in pattern:
@@ -78,15 +84,21 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
 
 def cells(
-    methods: Sequence[str], patterns: Sequence[str], allocate: Sequence[str], skip: Sequence[str], align: int | None
+    methods: Sequence[str],
+    patterns: Sequence[str],
+    allocate: Sequence[str],
+    skip: Sequence[str],
+    align: int | None,
 ) -> list[Cell]:
     """Every row: each method with the patterns of its kind, zeros or structures.
 
-    Raises UnknownName or BadPattern for a method that goes with none of the patterns, or a pattern with none of the
-    methods; and whatever `check_method` raises for the options.
+    Raises UnknownName or BadPattern for a method that goes with none of the patterns, or a pattern
+    with none of the methods; and whatever `check_method` raises for the options.
     """
     if not methods or not patterns or not allocate:
-        raise BadPattern("A comparison wants at least one method and one pattern, and a rule of allocation.")
+        raise BadPattern(
+            "A comparison wants at least one method and one pattern, and a rule of allocation."
+        )
     found: list[Cell] = []
     refused: dict[str, SecateurError] = {}
     patterns = expand(patterns)
@@ -99,7 +111,11 @@ def cells(
                 refused[method] = refused[pattern] = error
                 continue
             structure = isinstance(wanted, Structure)
-            rules = [rule for rule in allocate if rule == "uniform"] or allocate if structure else allocate
+            rules = (
+                [rule for rule in allocate if rule == "uniform"] or allocate
+                if structure
+                else allocate
+            )
             for rule in rules:
                 check_method(method, pattern, rule, skip, align if structure else None)
                 if rule not in ("uniform", *ALLOCATIONS):

@@ -1,4 +1,6 @@
-"""Several comparisons as one, where they were made under the same conditions; else the difference is named."""
+"""Several comparisons as one, where they were made under the same conditions; else the difference
+is named.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ from secateur.evaluation.results.validate import check
 from secateur.system.files import disk_errors, write_whole
 
 SAME = ("evaluation", "options", "versions")
-"""What must be equal, besides the model's files and the first calibration text, which is that of the table."""
+"""What must be equal, besides the model's files and the first calibration text, which is that of
+the table.
+"""
 
 
 def report(results: Sequence[str | Path], *, out: str | Path) -> Results:
-    """Write `report.html`, `report.md` and `results.json` of comparisons joined to `out`; returns the whole.
+    """Write `report.html`, `report.md` and `results.json` of comparisons joined to `out`; returns
+    the whole.
 
-    `results` are files or the folders that hold them. Raises BadResults; ConditionsDiffer where two were made with
-    another model, text, metric, options or versions, or timed on another machine.
+    `results` are files or the folders that hold them. Raises BadResults; ConditionsDiffer where two
+    were made with another model, text, metric, options or versions, or timed on another machine.
     """
     if not results:
         raise BadResults("At least one results.json was wanted; found none.")
@@ -32,7 +37,9 @@ def report(results: Sequence[str | Path], *, out: str | Path) -> Results:
     for file, one in zip(files, found, strict=True):
         check(one, str(file))
         if len(found) > 1 and (bare := [row.name for row in one.rows if not row.loss]):
-            raise BadResults(f"{file} has no loss of {bare[0]!r}, so it cannot be ranked anew. Run it again.")
+            raise BadResults(
+                f"{file} has no loss of {bare[0]!r}, so it cannot be ranked anew. Run it again."
+            )
     out = Path(out)
     for file, one in zip(files, found, strict=True):
         folder = file if file.is_dir() else file.parent
@@ -49,7 +56,9 @@ def report(results: Sequence[str | Path], *, out: str | Path) -> Results:
 
 
 def join(one: Results, other: Results, name: str, other_name: str) -> Results:
-    """The rows of both, ranked anew. Raises ConditionsDiffer, which names what differs between the two files."""
+    """The rows of both, ranked anew. Raises ConditionsDiffer, which names what differs between the
+    two files.
+    """
     _same("model", {**one.model, "name": ""}, {**other.model, "name": ""}, name, other_name)
     for key in SAME:
         _same(key, getattr(one, key), getattr(other, key), name, other_name)
@@ -57,15 +66,26 @@ def join(one: Results, other: Results, name: str, other_name: str) -> Results:
     if any(row.latency for row in one.rows) and any(row.latency for row in other.rows):
         _same("machine", one.machine, other.machine, name, other_name)
     if one.dense.tasks and other.dense.tasks:
-        _same("tasks", ", ".join(sorted(one.dense.tasks)), ", ".join(sorted(other.dense.tasks)), name, other_name)
+        _same(
+            "tasks",
+            ", ".join(sorted(one.dense.tasks)),
+            ", ".join(sorted(other.dense.tasks)),
+            name,
+            other_name,
+        )
     for task in one.dense.tasks.keys() & other.dense.tasks.keys() - {"mean"}:
         items, others = (found.dense.tasks[task]["items"] for found in (one, other))
         _same(f"the items of {task}", items, others, name, other_name)
-    calibrations = [*one.calibrations, *(draw for draw in other.calibrations if draw not in one.calibrations)]
+    calibrations = [
+        *one.calibrations,
+        *(draw for draw in other.calibrations if draw not in one.calibrations),
+    ]
     places = [calibrations.index(draw) for draw in other.calibrations]
     rows = {(row.name, row.calibration): row for row in one.rows}
     for row in other.rows:
-        moved = replace(row, calibration=None if row.calibration is None else places[row.calibration])
+        moved = replace(
+            row, calibration=None if row.calibration is None else places[row.calibration]
+        )
         held = rows.setdefault((moved.name, moved.calibration), moved)
         if held is not moved:
             _same(f"the row {row.name}", held.loss, row.loss, name, other_name)
@@ -84,11 +104,15 @@ def join(one: Results, other: Results, name: str, other_name: str) -> Results:
 
 
 def _fuller(one: Row, other: Row) -> Row:
-    """The same row in two comparisons: with what either has measured besides, and in the table if it is in one."""
+    """The same row in two comparisons: with what either has measured besides, and in the table if
+    it is in one.
+    """
     return replace(
-        one, latency=one.latency or other.latency, tasks=one.tasks or other.tasks,
+        one,
+        latency=one.latency or other.latency,
+        tasks=one.tasks or other.tasks,
         searched=one.searched and other.searched,
-    )  # fmt: skip
+    )
 
 
 def _tolerance(one: Results, other: Results, name: str, other_name: str) -> dict[str, Any]:

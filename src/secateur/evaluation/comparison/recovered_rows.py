@@ -1,4 +1,6 @@
-"""Rows that are fine-tuned after they were pruned: all with the same steps, on the same text, seen nowhere else."""
+"""Rows that are fine-tuned after they were pruned: all with the same steps, on the same text, seen
+nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from secateur.system.progress import Progress
 
 @dataclass(frozen=True)
 class Recovering:
-    """How every pruned row is recovered: by which `ways`, on `windows`, towards `model`, which is in `dense`."""
+    """How every pruned row is recovered: by which `ways`, on `windows`, towards `model`, which is
+    in `dense`.
+    """
 
     ways: Sequence[str]
     steps: int
@@ -43,12 +47,19 @@ class Recovering:
         """What a row says of a way, apart from the seconds that it took."""
         schedule = self._schedule(way)
         return Recovered(
-            way, schedule.steps, self.windows.ids.numel(), schedule.rate, schedule.dtype, schedule.seed,
+            way,
+            schedule.steps,
+            self.windows.ids.numel(),
+            schedule.rate,
+            schedule.dtype,
+            schedule.seed,
             self.windows.fingerprint(),
-        )  # fmt: skip
+        )
 
     def refuse_other(self, row: Row) -> None:
-        """Raise ConditionsDiffer where a row that is there already was recovered on other text, or otherwise."""
+        """Raise ConditionsDiffer where a row that is there already was recovered on other text, or
+        otherwise.
+        """
         assert row.recovered is not None
         for key, value in _conditions(self.told(row.recovered.way)).items():
             if (before := getattr(row.recovered, key)) != value:
@@ -58,19 +69,35 @@ class Recovering:
                 )
 
     def run(self, pruned: Path, place: Path, way: str) -> float:
-        """Recover a checkpoint to `place`, where that is not done already; the seconds that it took, over all runs."""
+        """Recover a checkpoint to `place`, where that is not done already; the seconds that it
+        took, over all runs.
+        """
         source = open_checkpoint(pruned)
         if (seconds := self._done(pruned, place, way)) is not None:
             return seconds
         self.progress.begin(f"loading {pruned.name}")
         return carry_out(
             Job(
-                way, source, pruning_record(source), load(pruned, trust_remote_code=self.trust_remote_code),
-                load(self.dense, trust_remote_code=self.trust_remote_code), self.windows, self._schedule(way), RANK,
-                self.device, place, True, self.restart, self.command, self.progress, ALONE, self.dense,
-                self.trust_remote_code, True,
+                way,
+                source,
+                pruning_record(source),
+                load(pruned, trust_remote_code=self.trust_remote_code),
+                load(self.dense, trust_remote_code=self.trust_remote_code),
+                self.windows,
+                self._schedule(way),
+                RANK,
+                self.device,
+                place,
+                True,
+                self.restart,
+                self.command,
+                self.progress,
+                ALONE,
+                self.dense,
+                self.trust_remote_code,
+                True,
             )
-        ).seconds  # fmt: skip
+        ).seconds
 
     @cached_property
     def _stored(self) -> torch.dtype:
@@ -78,12 +105,19 @@ class Recovering:
 
     def _schedule(self, way: str) -> Schedule:
         return Schedule(
-            self.steps, BATCH_SIZE, 1, rate_of(way, self.model), SAVE_EVERY, self.windows.seed or 0,
+            self.steps,
+            BATCH_SIZE,
+            1,
+            rate_of(way, self.model),
+            SAVE_EVERY,
+            self.windows.seed or 0,
             dtype=dtype_of(way, "auto", self.device, self._stored),
-        )  # fmt: skip
+        )
 
     def _done(self, pruned: Path, place: Path, way: str) -> float | None:
-        """The seconds of a recovery of these very weights that had ended when a run died, before its row was kept."""
+        """The seconds of a recovery of these very weights that had ended when a run died, before
+        its row was kept.
+        """
         try:
             before, after = record_of(pruned), record_of(place)
             if not before or not after:
@@ -92,7 +126,9 @@ class Recovering:
             same = {shard: held["source_sha256"] for shard, held in after["shards"].items()} == {
                 shard: held["sha256"] for shard, held in before["shards"].items()
             }
-            if same and all(told[key] == value for key, value in _conditions(self.told(way)).items()):
+            if same and all(
+                told[key] == value for key, value in _conditions(self.told(way)).items()
+            ):
                 return float(told["seconds"])
         except (BadCheckpoint, KeyError, TypeError, ValueError, IndexError, AttributeError):
             pass

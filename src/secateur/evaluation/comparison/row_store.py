@@ -1,4 +1,6 @@
-"""Finished rows of a comparison on disk, so that the same command again computes only what is missing."""
+"""Finished rows of a comparison on disk, so that the same command again computes only what is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -25,22 +27,33 @@ class _Held(NamedTuple):
 
 
 class RowStore:
-    """Finished rows on disk, a file each, with the conditions and the calibration text they were measured under.
+    """Finished rows on disk, a file each, with the conditions and the calibration text they were
+    measured under.
 
     `draws` are the calibration texts that rows may have here, as `Windows.fingerprint` gives them.
     """
 
-    def __init__(self, folder: Path, conditions: dict[str, Any], draws: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, conditions: dict[str, Any], draws: Sequence[dict[str, Any]]
+    ) -> None:
         self.folder = folder
         self.conditions: dict[str, Any] = json.loads(json.dumps(conditions))
         self.draws: list[dict[str, Any]] = json.loads(json.dumps(draws))
 
     def recorded(self, condition: str) -> Any:
         """What the rows here were measured with, where there are any; None otherwise."""
-        return next((self._read(file).conditions.get(condition) for file in sorted(self.folder.glob("*.json"))), None)
+        return next(
+            (
+                self._read(file).conditions.get(condition)
+                for file in sorted(self.folder.glob("*.json"))
+            ),
+            None,
+        )
 
     def check(self) -> None:
-        """Raise ConditionsDiffer where a row here was measured under other conditions, naming the difference."""
+        """Raise ConditionsDiffer where a row here was measured under other conditions, naming the
+        difference.
+        """
         for file in sorted(self.folder.glob("*.json")):
             held = self._read(file)
             for key in sorted(held.conditions.keys() | self.conditions.keys()):
@@ -55,9 +68,16 @@ class RowStore:
             return None
         held = self._read(file)
         if held.row.name != name or len(held.row.loss) != self.conditions["evaluation"]["samples"]:
-            raise ConditionsDiffer(f"{file} is no row {name!r} over the windows at hand. Delete it and run again.")
-        self._same(file, "calibration", held.calibration, None if draw is None else self.draws[draw])
-        if held.row.checkpoint and not (self.folder.parent / held.row.checkpoint / "config.json").is_file():
+            raise ConditionsDiffer(
+                f"{file} is no row {name!r} over the windows at hand. Delete it and run again."
+            )
+        self._same(
+            file, "calibration", held.calibration, None if draw is None else self.draws[draw]
+        )
+        if (
+            held.row.checkpoint
+            and not (self.folder.parent / held.row.checkpoint / "config.json").is_file()
+        ):
             return None
         held.row.calibration = draw
         return held.row
@@ -79,12 +99,20 @@ class RowStore:
             )
 
     def _read(self, file: Path) -> _Held:
-        """The row in a file. Whoever wrote it, it names no checkpoint but its own: that folder may be replaced."""
+        """The row in a file. Whoever wrote it, it names no checkpoint but its own: that folder may
+        be replaced.
+        """
         try:
             held = read_json(file, finite=True)
-            if not fits(held, dict[str, Any]) or not held.keys() >= {"conditions", "calibration", "row"}:
+            if not fits(held, dict[str, Any]) or not held.keys() >= {
+                "conditions",
+                "calibration",
+                "row",
+            }:
                 raise ValueError("fields are missing")
-            if not fits(held["conditions"], dict[str, Any]) or not fits(held["calibration"], dict[str, Any] | None):
+            if not fits(held["conditions"], dict[str, Any]) or not fits(
+                held["calibration"], dict[str, Any] | None
+            ):
                 raise ValueError("its conditions or its calibration are of another type")
             row = read_row(held["row"], "its row")
             if row.checkpoint not in (None, f"{CHECKPOINTS}/{file.stem}"):
@@ -92,7 +120,9 @@ class RowStore:
             if not all(0 <= loss < MOST_LOSS for loss in row.loss):
                 raise ValueError("it has losses that no model has")
         except (ValueError, OSError) as error:
-            raise ConditionsDiffer(f"{file} is no finished row ({error}). Delete it and run again.") from error
+            raise ConditionsDiffer(
+                f"{file} is no finished row ({error}). Delete it and run again."
+            ) from error
         row.rank, row.ties, row.latency, row.tasks = "", [], [], {}
         return _Held(held["conditions"], held["calibration"], row)
 

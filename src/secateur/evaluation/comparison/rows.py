@@ -1,4 +1,6 @@
-"""How a row of a comparison is made: a model is pruned, and evaluated beside the dense one, window by window."""
+"""How a row of a comparison is made: a model is pruned, and evaluated beside the dense one, window
+by window.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ from secateur.system.tensors import count_zeros
 
 @dataclass
 class Ground:
-    """What all rows of a comparison have in common: the model, the text that it is judged on, how it is pruned.
+    """What all rows of a comparison have in common: the model, the text that it is judged on, how
+    it is pruned.
 
     `pruning` are the arguments of `prune_checkpoint` that no row has for itself.
     """
@@ -58,18 +61,31 @@ class Ground:
         model = self.dense.language_model
         measured = measure(self.dense, None, self.progress)
         row = Row(
-            "dense", "-", "dense", _zeros(model), measured.perplexity, 0.0, (0.0, 0.0), 0.0, 1.0,
-            asdict(Seconds()), None, self.source.bytes, parameters=model.model.num_parameters(),
+            "dense",
+            "-",
+            "dense",
+            _zeros(model),
+            measured.perplexity,
+            0.0,
+            (0.0, 0.0),
+            0.0,
+            1.0,
+            asdict(Seconds()),
+            None,
+            self.source.bytes,
+            parameters=model.model.num_parameters(),
             loss=measured.loss.tolist(),
-        )  # fmt: skip
+        )
         self.store.put(row)
         return row
 
     def row(self, cell: Cell, draw: Draw, *, searching: bool = False) -> Row:
-        """A pruned row, made or taken from the store; the checkpoint stays for the first draw alone.
+        """A pruned row, made or taken from the store; the checkpoint stays for the first draw
+        alone.
 
-        A row that a search makes is marked as `searched` until it is known to be the one; a row that it has passed by
-        has no checkpoint any more, and does for another search, but not for the table.
+        A row that a search makes is marked as `searched` until it is known to be the one; a row
+        that it has passed by has no checkpoint any more, and does for another search, but not for
+        the table.
         """
         number = draw.number if cell.calibrated else None
         label = draw.label if number else ""
@@ -81,12 +97,24 @@ class Ground:
             return kept
         place = self.out / CHECKPOINTS / file_name(cell.name() + label)
         report = prune_checkpoint(
-            self.source, self.dense.language_model, draw.windows, place, method=cell.method, pattern=cell.pattern,
-            allocate=cell.rule, align=self.align if cell.structured else None, overwrite=True, progress=self.progress,
+            self.source,
+            self.dense.language_model,
+            draw.windows,
+            place,
+            method=cell.method,
+            pattern=cell.pattern,
+            allocate=cell.rule,
+            align=self.align if cell.structured else None,
+            overwrite=True,
+            progress=self.progress,
             **self.pruning,
-        )  # fmt: skip
+        )
         row = self._judged(report, place)
-        row.calibration, row.checkpoint, row.searched = number, str(place.relative_to(self.out)), searching
+        row.calibration, row.checkpoint, row.searched = (
+            number,
+            str(place.relative_to(self.out)),
+            searching,
+        )
         if number:
             self.forget(row, label)
         else:
@@ -107,14 +135,23 @@ class Ground:
         self.progress.begin(f"evaluating {report.method} {report.pattern}")
         pruned = self._loaded(place)
         return Row(
-            report.method, report.pattern, report.kind, report.sparsity, seconds=asdict(report.seconds),
-            peak_bytes=report.peak_bytes, disk_bytes=open_checkpoint(place).bytes, allocation=report.allocation,
+            report.method,
+            report.pattern,
+            report.kind,
+            report.sparsity,
+            seconds=asdict(report.seconds),
+            peak_bytes=report.peak_bytes,
+            disk_bytes=open_checkpoint(place).bytes,
+            allocation=report.allocation,
             parameters=pruned.model.num_parameters(),
-            sites=[(site.site, site.sparsity, site.output_error) for site in report.sites], **self._evaluated(pruned),
-        )  # fmt: skip
+            sites=[(site.site, site.sparsity, site.output_error) for site in report.sites],
+            **self._evaluated(pruned),
+        )
 
     def rounded(self, kept: Row) -> Row:
-        """The row of a pruned checkpoint whose kept weights are rounded to int8: evaluated as they come back."""
+        """The row of a pruned checkpoint whose kept weights are rounded to int8: evaluated as they
+        come back.
+        """
         assert kept.checkpoint is not None
         name = row_name(kept.method, kept.pattern, kept.allocation, "int8")
         if held := self.store.get(name, kept.calibration):
@@ -122,27 +159,45 @@ class Ground:
         place = Path(f"{kept.checkpoint}-int8")
         self.progress.begin(f"evaluating {kept.name} int8")
         export(
-            self.out / kept.checkpoint, out=self.out / place, to="packed", values="int8", overwrite=True,
+            self.out / kept.checkpoint,
+            out=self.out / place,
+            to="packed",
+            values="int8",
+            overwrite=True,
             trust_remote_code=self.trust_remote_code,
-        )  # fmt: skip
+        )
         back = self.out / CHECKPOINTS / ".unpacked"
-        export(self.out / place, out=back, to="dense", overwrite=True)  # one is there where a run died
+        export(
+            self.out / place, out=back, to="dense", overwrite=True
+        )  # one is there where a run died
         found = self._evaluated(self._loaded(back))
         shutil.rmtree(back)
         size = sum(file.stat().st_size for file in (self.out / place).glob("*.safetensors"))
         row = replace(
-            kept, disk_bytes=size, checkpoint=str(place), values="int8", rank="", ties=[], latency=[], **found
+            kept,
+            disk_bytes=size,
+            checkpoint=str(place),
+            values="int8",
+            rank="",
+            ties=[],
+            latency=[],
+            **found,
         )
         self.store.put(row)
         return row
 
     def recovered(self, kept: Row, recovering: Recovering, refused: dict[str, str]) -> list[Row]:
-        """The rows of a pruned checkpoint after it was fine-tuned by each way; `refused` is told what cannot be."""
+        """The rows of a pruned checkpoint after it was fine-tuned by each way; `refused` is told
+        what cannot be.
+        """
         found: list[Row] = []
         for way in recovering.ways:
             try:
                 found.append(self._recovered(kept, way, recovering))
-            except (UnsupportedModel, NonFinite) as error:  # adapters for experts, blocks that are gone, a loss of NaN
+            except (
+                UnsupportedModel,
+                NonFinite,
+            ) as error:  # adapters for experts, blocks that are gone, a loss of NaN
                 refused[replace(kept, recovered=recovering.told(way)).name] = str(error)
         return found
 
@@ -156,9 +211,12 @@ class Ground:
         seconds = recovering.run(self.out / kept.checkpoint, place, way)
         self.progress.begin(f"evaluating {row.name}")
         row = replace(
-            row, recovered=replace(recovering.told(way), seconds=seconds), seconds={**kept.seconds, "recover": seconds},
-            checkpoint=str(place.relative_to(self.out)), **self._evaluated(self._loaded(place)),
-        )  # fmt: skip
+            row,
+            recovered=replace(recovering.told(way), seconds=seconds),
+            seconds={**kept.seconds, "recover": seconds},
+            checkpoint=str(place.relative_to(self.out)),
+            **self._evaluated(self._loaded(place)),
+        )
         self.store.put(row)
         return row
 
@@ -171,13 +229,18 @@ class Ground:
         measured = measure(self.dense.of(model), self.dense, self.progress)
         delta, interval = perplexity_difference(measured.loss, self.expected.loss)
         return {
-            "perplexity": measured.perplexity, "delta": delta, "delta_interval": interval,
-            "kl": measured.mean_kl or 0.0, "top1_agreement": measured.mean_agreement or 0.0,
+            "perplexity": measured.perplexity,
+            "delta": delta,
+            "delta_interval": interval,
+            "kl": measured.mean_kl or 0.0,
+            "top1_agreement": measured.mean_agreement or 0.0,
             "loss": measured.loss.tolist(),
-        }  # fmt: skip
+        }
 
 
 def _zeros(language_model: LanguageModel) -> float:
     """The share of zeros in the sites of a model, which may have been pruned before."""
     held = [site.stored for block in language_model.blocks for site in sites(block).values()]
-    return sum(count_zeros(weight) for weight in held) / max(sum(weight.numel() for weight in held), 1)
+    return sum(count_zeros(weight) for weight in held) / max(
+        sum(weight.numel() for weight in held), 1
+    )

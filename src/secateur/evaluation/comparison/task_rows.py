@@ -1,4 +1,6 @@
-"""The rows of a comparison on zero-shot tasks: each checkpoint answers the same items as the dense model."""
+"""The rows of a comparison on zero-shot tasks: each checkpoint answers the same items as the dense
+model.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,11 @@ def answer_rows(
     trust_remote_code: bool,
     progress: Progress,
 ) -> None:
-    """Fill in `tasks` of the dense row and of every row with a checkpoint that loads as it is, so not of packed ones.
+    """Fill in `tasks` of the dense row and of every row with a checkpoint that loads as it is, so
+    not of packed ones.
 
-    What a row has answered is kept in `out/tasks`, so that the same command again asks only what is missing. Raises
-    what `check_tasks` and `answer_tasks` raise.
+    What a row has answered is kept in `out/tasks`, so that the same command again asks only what is
+    missing. Raises what `check_tasks` and `answer_tasks` raise.
     """
     names = check_tasks(names, data_dir, limit)
     (out / FOLDER).mkdir(exist_ok=True)
@@ -58,9 +61,14 @@ def answer_rows(
         for name in names:
             items = None if data_dir is None else file_sha256(find_items(name, data_dir))
             conditions = {
-                "limit": limit, "batch_size": batch_size, "items": items, "lm_eval": version("lm_eval"),
-                "loss": sha256(json.dumps(row.loss).encode()).hexdigest(),  # what tells these weights from others
-            }  # fmt: skip
+                "limit": limit,
+                "batch_size": batch_size,
+                "items": items,
+                "lm_eval": version("lm_eval"),
+                "loss": sha256(
+                    json.dumps(row.loss).encode()
+                ).hexdigest(),  # what tells these weights from others
+            }
             file = out / FOLDER / f"{file_name(row.name)}-{name}.json"
             held = _kept(file, conditions)
             if held is None:
@@ -68,10 +76,21 @@ def answer_rows(
                 model = model or load(folder, trust_remote_code=trust_remote_code)
                 tokenizer = load_tokenizer(dense, trust_remote_code=trust_remote_code)
                 (held,) = answer_tasks(
-                    model, tokenizer, [name], data_dir=data_dir, limit=limit, batch_size=batch_size, device=device,
+                    model,
+                    tokenizer,
+                    [name],
+                    data_dir=data_dir,
+                    limit=limit,
+                    batch_size=batch_size,
+                    device=device,
                     progress=progress,
-                ).values()  # fmt: skip
-                write_whole(file, json.dumps({"conditions": conditions, "answers": _plain(held)}, allow_nan=False))
+                ).values()
+                write_whole(
+                    file,
+                    json.dumps(
+                        {"conditions": conditions, "answers": _plain(held)}, allow_nan=False
+                    ),
+                )
             found[name] = held
         reference = reference or found
         row.tasks = summarise(found, reference)
@@ -79,7 +98,10 @@ def answer_rows(
 
 def _plain(answers: Answers) -> dict[str, Any]:
     values = {one.name: getattr(answers, one.name) for one in fields(answers)}
-    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in values.items()}
+    return {
+        name: value.tolist() if isinstance(value, np.ndarray) else value
+        for name, value in values.items()
+    }
 
 
 def _kept(file: Path, conditions: dict[str, Any]) -> Answers | None:
@@ -88,11 +110,19 @@ def _kept(file: Path, conditions: dict[str, Any]) -> Answers | None:
         held = read_json(file, finite=True)
     except (OSError, ValueError):
         return None
-    if not isinstance(held, dict) or held.get("conditions") != conditions or not isinstance(held.get("answers"), dict):
+    if (
+        not isinstance(held, dict)
+        or held.get("conditions") != conditions
+        or not isinstance(held.get("answers"), dict)
+    ):
         return None
     answers, hints = held["answers"], get_type_hints(Answers)
     hints |= {"right": list[float], "right_norm": list[float] | None}
-    if answers.keys() != hints.keys() or not all(fits(answers[name], hint) for name, hint in hints.items()):
+    if answers.keys() != hints.keys() or not all(
+        fits(answers[name], hint) for name, hint in hints.items()
+    ):
         return None
-    lists = {name: None if answers[name] is None else np.asarray(answers[name], float) for name in _LISTS}
+    lists = {
+        name: None if answers[name] is None else np.asarray(answers[name], float) for name in _LISTS
+    }
     return Answers(**{**answers, **lists})

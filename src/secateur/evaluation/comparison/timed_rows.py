@@ -1,4 +1,6 @@
-"""The rows of a comparison, timed: each pruned checkpoint beside the dense model, in every runtime that has it."""
+"""The rows of a comparison, timed: each pruned checkpoint beside the dense model, in every runtime
+that has it.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +17,40 @@ from secateur.system.progress import Progress
 
 
 def time_rows(
-    rows: Sequence[Row], dense: Path, out: Path, runtimes: Sequence[str], dtype: str, progress: Progress
+    rows: Sequence[Row],
+    dense: Path,
+    out: Path,
+    runtimes: Sequence[str],
+    dtype: str,
+    progress: Progress,
 ) -> dict[str, str]:
     """Fill in `latency` of the rows; returns what could not be timed, with the reasons.
 
-    A pruned folder is timed with the dense model in turn, one after the other, so that no more than two models are in
-    memory for each runtime. A row with rounded values gets what runtimes that round took, others the rest.
+    A pruned folder is timed with the dense model in turn, one after the other, so that no more than
+    two models are in memory for each runtime. A row with rounded values gets what runtimes that
+    round took, others the rest.
     """
     skipped: dict[str, str] = {}
     stored = {row.name: row for row in rows if row.checkpoint and row.values == "as stored"}
     for row in stored.values():
         assert row.checkpoint is not None
         try:
-            found = bench([out / row.checkpoint], dense=dense, runtimes=runtimes, dtype=dtype, progress=progress)
-        except UnsupportedModel as error:  # other outputs than plain transformers': no figure, but the row stands
+            found = bench(
+                [out / row.checkpoint],
+                dense=dense,
+                runtimes=runtimes,
+                dtype=dtype,
+                progress=progress,
+            )
+        except (
+            UnsupportedModel
+        ) as error:  # other outputs than plain transformers': no figure, but the row stands
             skipped[row.name] = str(error)
             continue
         skipped |= {
-            f"{row.name}: {what}": why for what, why in found.skipped.items() if not what.startswith("dense in")
+            f"{row.name}: {what}": why
+            for what, why in found.skipped.items()
+            if not what.startswith("dense in")
         }
         dense_rows = [other for other in rows if other.kind == "dense" and not other.latency]
         bare = replace(row, values="as stored").name
@@ -41,7 +59,9 @@ def time_rows(
             rounded = RUNTIMES[timing.runtime].rounded
             alike = [other for other in pruned_rows if (other.values == "int8") == rounded]
             if timing.model != "dense" and not alike:
-                skipped[f"{row.name} in {timing.runtime}"] = "no row has int8 values; add --values 'as stored,int8'"
+                skipped[f"{row.name} in {timing.runtime}"] = (
+                    "no row has int8 values; add --values 'as stored,int8'"
+                )
             for target in dense_rows if timing.model == "dense" else alike:
                 target.latency.append(_entry(timing, found))
     return skipped

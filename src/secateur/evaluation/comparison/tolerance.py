@@ -1,4 +1,6 @@
-"""How far each method goes: the largest share at which perplexity stays within a tolerance, found by bisection."""
+"""How far each method goes: the largest share at which perplexity stays within a tolerance, found
+by bisection.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +20,23 @@ SEARCHED = ("", " of row", " of matrix", " of channels")
 
 
 def check_searched(cells: Sequence[Cell]) -> None:
-    """Raise BadPattern where no pattern of a grid is a share that can be searched for a tolerance."""
+    """Raise BadPattern where no pattern of a grid is a share that can be searched for a
+    tolerance.
+    """
     if not any((share := share_of(cell.pattern)) and share[1] in SEARCHED for cell in cells):
-        raise BadPattern("A tolerance is searched over shares of weights or channels; add a pattern such as '50%'.")
+        raise BadPattern(
+            "A tolerance is searched over shares of weights or channels; add a pattern such as '50%'."
+        )
 
 
 @dataclass(frozen=True)
 class Reach:
     """How far a method goes in a family of patterns.
 
-    `pattern` is the largest whole percent before the first whose perplexity is above `most`, taken by the estimate;
-    None where the least that can go is too much. `certain`: whether the upper end of its 95 % interval is within too.
-    `beyond` is that first percent; None where the search ended at `MOST`. `note`: why `beyond` cannot be had at all.
+    `pattern` is the largest whole percent before the first whose perplexity is above `most`, taken
+    by the estimate; None where the least that can go is too much. `certain`: whether the upper end
+    of its 95 % interval is within too. `beyond` is that first percent; None where the search ended
+    at `MOST`. `note`: why `beyond` cannot be had at all.
     """
 
     method: str
@@ -45,19 +52,24 @@ class Reach:
 def reaches(
     ground: Ground, cells: Sequence[Cell], rows: Sequence[Row], tolerance: float
 ) -> tuple[list[Reach], list[Row]]:
-    """For every method, rule and family of shares in `cells` how far it goes, and the rows that were made to find out.
+    """For every method, rule and family of shares in `cells` how far it goes, and the rows that
+    were made to find out.
 
-    Between two percents the perplexity is taken to rise. Rows at hand are used; what a search passed by keeps its
-    figures and loses its checkpoint.
+    Between two percents the perplexity is taken to rise. Rows at hand are used; what a search
+    passed by keeps its figures and loses its checkpoint.
     """
     dense = ground.dense_row()
     most = dense.perplexity * (1 + tolerance)
     found, made = [], list[Row]()
     shares = ((cell, share_of(cell.pattern)) for cell in cells)
-    for method, rule, of in dict.fromkeys((cell.method, cell.rule, share[1]) for cell, share in shares if share):
+    for method, rule, of in dict.fromkeys(
+        (cell.method, cell.rule, share[1]) for cell, share in shares if share
+    ):
         if of not in SEARCHED:
             continue
-        known = {percent: row for row in rows if (percent := _percent(row, method, rule, of)) is not None}
+        known = {
+            percent: row for row in rows if (percent := _percent(row, method, rule, of)) is not None
+        }
         at_hand, cell = set(known), Cell(method, of, rule)
         low, high, note = _bisect(ground, cell, known, most)
         best = max((percent for percent in known if percent <= low), default=None)
@@ -66,20 +78,26 @@ def reaches(
                 known[percent] = ground.row(_at(cell, percent), ground.draws[0])
             elif known[percent].searched:
                 ground.forget(known[percent])
-            made.append(known[percent] if percent == best else replace(known[percent], searched=True))
+            made.append(
+                known[percent] if percent == best else replace(known[percent], searched=True)
+            )
         found.append(_reach(cell, None if best is None else known[best], high, dense, most, note))
     return found, made
 
 
 def _at(cell: Cell, percent: int) -> Cell:
-    """The member of a family at a percent; the pattern of `cell` is the family's end: "" or " of channels"."""
+    """The member of a family at a percent; the pattern of `cell` is the family's end: "" or " of
+    channels".
+    """
     return replace(cell, pattern=str(parse(f"{percent}%{cell.pattern}")))
 
 
 def _bisect(ground: Ground, cell: Cell, known: dict[int, Row], most: float) -> tuple[int, int, str]:
-    """The last percent within `most` (0: the dense model), the next, which is beyond, and why there is no next.
+    """The last percent within `most` (0: the dense model), the next, which is beyond, and why there
+    is no next.
 
-    Adds to `known` what it makes. A percent that is refused is within below those that can be had, else beyond.
+    Adds to `known` what it makes. A percent that is refused is within below those that can be had,
+    else beyond.
     """
     low, high, note = 0, MOST + 1, ""
     for percent in sorted(known):
@@ -106,13 +124,22 @@ def _reach(cell: Cell, best: Row | None, beyond: int, dense: Row, most: float, n
     if best is None:
         return Reach(cell.method, cell.rule, None, None, False, following, most, note)
     certain = dense.perplexity + best.delta_interval[1] <= most
-    return Reach(cell.method, cell.rule, best.pattern, best.perplexity, certain, following, most, note)
+    return Reach(
+        cell.method, cell.rule, best.pattern, best.perplexity, certain, following, most, note
+    )
 
 
 def _percent(row: Row, method: str, rule: str, of: str) -> int | None:
-    """The whole percent of a row of a method, rule and family, with values as stored; None for any other row."""
+    """The whole percent of a row of a method, rule and family, with values as stored; None for any
+    other row.
+    """
     found = share_of(row.pattern)
-    same = (row.method, row.allocation, row.values, row.recovered) == (method, rule, "as stored", None)
+    same = (row.method, row.allocation, row.values, row.recovered) == (
+        method,
+        rule,
+        "as stored",
+        None,
+    )
     if found is None or not same or found[1] != of:
         return None
     return int(found[0]) if found[0].is_integer() else None

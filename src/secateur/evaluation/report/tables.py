@@ -1,7 +1,8 @@
-"""What a comparison says, as sheets of text: the same for a terminal, a Markdown page and the page for a browser.
+"""What a comparison says, as sheets of text: the same for a terminal, a Markdown page and the page
+for a browser.
 
-Columns for speed appear where it was measured, each figure with its runtime, and there is none otherwise; so do those
-for tasks. No sheet stands without its calibration size.
+Columns for speed appear where it was measured, each figure with its runtime, and there is none
+otherwise; so do those for tasks. No sheet stands without its calibration size.
 """
 
 from __future__ import annotations
@@ -20,9 +21,18 @@ FIRST = ("method", "pattern", "kind")
 NARROW = (*FIRST, "perplexity", "difference [95 % interval]", "rank")
 """The columns that fit a terminal of 80 characters."""
 COLUMNS = (
-    *FIRST, "sparsity", "perplexity", "difference [95 % interval]", "rank", "KL", "top-1", "parameters", "seconds",
-    "peak memory", "on disk",
-)  # fmt: skip
+    *FIRST,
+    "sparsity",
+    "perplexity",
+    "difference [95 % interval]",
+    "rank",
+    "KL",
+    "top-1",
+    "parameters",
+    "seconds",
+    "peak memory",
+    "on disk",
+)
 SPEED = ("tokens/s", "runtime", "over eager", "over its dense", "first token")
 TASKS = ("tasks", "difference on tasks")
 Figure = tuple[str, float | str]
@@ -41,7 +51,9 @@ class Sheet:
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """Everything that a comparison says in figures: the rows, and tasks, draws and tolerances where there are any."""
+    """Everything that a comparison says in figures: the rows, and tasks, draws and tolerances where
+    there are any.
+    """
     found = [comparison(results)]
     found += [sheet(results) for sheet in (tasks, draws, reaches)]
     return [sheet for sheet in found if sheet.lines]
@@ -57,15 +69,26 @@ def comparison(results: Results) -> Sheet:
     columns += SPEED if any(row.latency for row in rows) else ()
     patterns = list(dict.fromkeys(row.pattern for row in rows))
     return Sheet(
-        _title(results), tuple(columns), [_cells(row) | _task_cells(row) | _speed_cells(row) for row in rows],
-        _caption(results), [patterns.index(row.pattern) for row in rows],
-    )  # fmt: skip
+        _title(results),
+        tuple(columns),
+        [_cells(row) | _task_cells(row) | _speed_cells(row) for row in rows],
+        _caption(results),
+        [patterns.index(row.pattern) for row in rows],
+    )
 
 
 def _order(pattern: str) -> tuple[int, str, float]:
-    """Where a pattern stands: the dense model, then shares family by family, then the rest as it came."""
+    """Where a pattern stands: the dense model, then shares family by family, then the rest as it
+    came.
+    """
     found = share_of(pattern)
-    return (0, "", 0.0) if pattern == "-" else (2, "", 0.0) if found is None else (1, found[1], found[0])
+    return (
+        (0, "", 0.0)
+        if pattern == "-"
+        else (2, "", 0.0)
+        if found is None
+        else (1, found[1], found[0])
+    )
 
 
 def _cells(row: Row) -> dict[str, Figure]:
@@ -78,11 +101,13 @@ def _cells(row: Row) -> dict[str, Figure]:
         "kind": _same(row.kind),
         "sparsity": (f"{row.sparsity:.2%}", row.sparsity),
         "perplexity": (number(row.perplexity), row.perplexity),
-        "difference [95 % interval]": _missing(dense) or (f"{row.delta:+.3g} [{low:.3g}, {high:.3g}]", row.delta),
+        "difference [95 % interval]": _missing(dense)
+        or (f"{row.delta:+.3g} [{low:.3g}, {high:.3g}]", row.delta),
         "rank": _missing(not row.rank) or (row.rank, float(row.rank.split(" ")[0].split("-")[0])),
         "KL": (f"{row.kl:.4f}", row.kl),
         "top-1": (f"{row.top1_agreement:.1%}", row.top1_agreement),
-        "parameters": _missing(row.parameters is None) or (_parameters(row.parameters or 0), row.parameters or 0),
+        "parameters": _missing(row.parameters is None)
+        or (_parameters(row.parameters or 0), row.parameters or 0),
         "seconds": _missing(dense) or (f"{seconds:.1f}", seconds),
         "peak memory": _missing(row.peak_bytes is None) or _mebibytes(row.peak_bytes or 0, 0),
         "on disk": _mebibytes(row.disk_bytes, 1),
@@ -90,7 +115,9 @@ def _cells(row: Row) -> dict[str, Figure]:
 
 
 def _speed_cells(row: Row) -> dict[str, Figure]:
-    """The speed of one row in the runtime where it decodes fastest; nothing where it was not measured."""
+    """The speed of one row in the runtime where it decodes fastest; nothing where it was not
+    measured.
+    """
     best = fastest(row)
     if best is None:
         return dict.fromkeys(SPEED, ("-", ""))
@@ -125,7 +152,10 @@ def tasks(results: Results) -> Sheet:
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     lines: list[dict[str, Figure]] = []
     for row in rows:
-        line = {column: _same(text) for column, text in zip(FIRST, (method(row), row.pattern, row.kind), strict=True)}
+        line = {
+            column: _same(text)
+            for column, text in zip(FIRST, (method(row), row.pattern, row.kind), strict=True)
+        }
         for name in names:
             found = row.tasks.get(name)
             if found is None:
@@ -133,9 +163,17 @@ def tasks(results: Results) -> Sheet:
             elif row.kind == "dense" or found["delta"] is None:
                 line[name] = (accuracy(found), found["accuracy"])
             else:
-                line[name] = (f"{accuracy(found)}, {points(found['delta'], found['delta_interval'])}", found["delta"])
+                line[name] = (
+                    f"{accuracy(found)}, {points(found['delta'], found['delta_interval'])}",
+                    found["delta"],
+                )
         lines.append(line)
-    count = {name: found["items"] for row in rows for name, found in row.tasks.items() if "items" in found}
+    count = {
+        name: found["items"]
+        for row in rows
+        for name, found in row.tasks.items()
+        if "items" in found
+    }
     caption = (
         "Zero-shot accuracy ± standard error by lm-eval, and the difference to dense in points [95 % interval, paired "
         f"bootstrap over items]. Items: {', '.join(f'{name} {items}' for name, items in count.items())}. In the mean "
@@ -145,7 +183,9 @@ def tasks(results: Results) -> Sheet:
 
 
 def draws(results: Results) -> Sheet:
-    """How much perplexity hangs on the draw of calibration text: for each method, text and size over the seeds."""
+    """How much perplexity hangs on the draw of calibration text: for each method, text and size
+    over the seeds.
+    """
     found: dict[tuple[str, str, str, str, int], list[Row]] = defaultdict(list)
     for row in results.rows:
         if row.calibration is not None and not row.searched and row.values == "as stored":
@@ -158,22 +198,30 @@ def draws(results: Results) -> Sheet:
     for key in order:
         values = [row.perplexity for row in found[key]]
         mean = sum(values) / len(values)
-        lines.append({
-            **{column: _same(text) for column, text in zip(FIRST, key[:3], strict=True)},
-            "text": _same(Path(key[3]).name),
-            "samples": (str(key[4]), key[4]),
-            "seeds": (str(len(values)), len(values)),
-            "perplexity": (number(mean), mean),
-            "lowest to highest": (f"{number(min(values))} to {number(max(values))}", max(values) - min(values)),
-        })  # fmt: skip
+        lines.append(
+            {
+                **{column: _same(text) for column, text in zip(FIRST, key[:3], strict=True)},
+                "text": _same(Path(key[3]).name),
+                "samples": (str(key[4]), key[4]),
+                "seeds": (str(len(values)), len(values)),
+                "perplexity": (number(mean), mean),
+                "lowest to highest": (
+                    f"{number(min(values))} to {number(max(values))}",
+                    max(values) - min(values),
+                ),
+            }
+        )
     caption = (
-        "The same method on other draws of calibration text: mean over the seeds, and the lowest and highest of them."
+        "The same method on other draws of calibration text: mean over the seeds, and the lowest "
+        "and highest of them."
     )
     return Sheet(
         "How much hangs on the calibration text",
         (*FIRST, "text", "samples", "seeds", "perplexity", "lowest to highest"),
-        lines, caption, [rows.index(key[:3]) for key in order],
-    )  # fmt: skip
+        lines,
+        caption,
+        [rows.index(key[:3]) for key in order],
+    )
 
 
 def reaches(results: Results) -> Sheet:
@@ -181,15 +229,23 @@ def reaches(results: Results) -> Sheet:
     lines: list[dict[str, Figure]] = []
     share = results.tolerance.get("share", 0.0)
     for reach in results.tolerance.get("found", ()):
-        name = reach["method"] if reach["allocation"] == "uniform" else f"{reach['method']} by {reach['allocation']}"
+        name = (
+            reach["method"]
+            if reach["allocation"] == "uniform"
+            else f"{reach['method']} by {reach['allocation']}"
+        )
         pattern, perplexity = reach["pattern"], reach["perplexity"]
-        lines.append({
-            "method": _same(name),
-            "up to": _missing(pattern is None) or (pattern, (share_of(pattern) or (0.0,))[0]),
-            "perplexity": _missing(perplexity is None) or (number(perplexity), perplexity),
-            "interval within": _same("yes" if reach["certain"] else "no"),
-            "too much": _same((reach["beyond"] or "-") + (", refused" if reach["note"] else "")),
-        })  # fmt: skip
+        lines.append(
+            {
+                "method": _same(name),
+                "up to": _missing(pattern is None) or (pattern, (share_of(pattern) or (0.0,))[0]),
+                "perplexity": _missing(perplexity is None) or (number(perplexity), perplexity),
+                "interval within": _same("yes" if reach["certain"] else "no"),
+                "too much": _same(
+                    (reach["beyond"] or "-") + (", refused" if reach["note"] else "")
+                ),
+            }
+        )
     most = next((reach["most"] for reach in results.tolerance.get("found", ())), 0.0)
     caption = (
         f"The largest whole percent before the first whose perplexity is above {number(most)}, found by bisection; "
@@ -197,32 +253,49 @@ def reaches(results: Results) -> Sheet:
     )
     return Sheet(
         f"How far each method goes at {100 * share:.3g} % more perplexity",
-        ("method", "up to", "perplexity", "interval within", "too much"), lines, caption, [0] * len(lines),
-    )  # fmt: skip
+        ("method", "up to", "perplexity", "interval within", "too much"),
+        lines,
+        caption,
+        [0] * len(lines),
+    )
 
 
 def conditions(results: Results) -> list[tuple[str, str]]:
     """Under what all of it was measured: what, and how."""
     judged = results.evaluation
-    trained = {row.recovered.text["sha256"]: row.recovered.text for row in results.table if row.recovered}
+    trained = {
+        row.recovered.text["sha256"]: row.recovered.text for row in results.table if row.recovered
+    }
     return [
         ("model", f"{results.model['name']}, {results.model['parameters']:,} parameters"),
-        *(("calibration", f"{_text(draw)}, seed {draw['seed']}, sha256 {draw['sha256'][:16]}…")
-          for draw in results.calibrations),
-        *(("recovery", f"{_text(text)}, seed {text['seed']}, sha256 {text['sha256'][:16]}…")
-          for text in trained.values()),
-        ("evaluation", f"{judged['source']} ({judged['split']}), {judged['samples']} windows of {judged['length']} "
-                       f"tokens, sha256 {judged['sha256'][:16]}…"),
-        ("run", ", ".join(f"{key} {value}" for key, value in results.options.items() if value != [])),
+        *(
+            ("calibration", f"{_text(draw)}, seed {draw['seed']}, sha256 {draw['sha256'][:16]}…")
+            for draw in results.calibrations
+        ),
+        *(
+            ("recovery", f"{_text(text)}, seed {text['seed']}, sha256 {text['sha256'][:16]}…")
+            for text in trained.values()
+        ),
+        (
+            "evaluation",
+            f"{judged['source']} ({judged['split']}), {judged['samples']} windows of {judged['length']} "
+            f"tokens, sha256 {judged['sha256'][:16]}…",
+        ),
+        (
+            "run",
+            ", ".join(f"{key} {value}" for key, value in results.options.items() if value != []),
+        ),
         ("machine", ", ".join(f"{key} {value}" for key, value in results.machine.items())),
         ("versions", ", ".join(f"{key} {value}" for key, value in results.versions.items())),
         ("command", " ".join(results.command)),
         *(("left out", f"{what}: {why}") for what, why in results.not_timed.items()),
-    ]  # fmt: skip
+    ]
 
 
 def _text(draw: dict[str, Any]) -> str:
-    return f"{draw['source']} ({draw['split']}), {draw['samples']} samples of {draw['length']} tokens"
+    return (
+        f"{draw['source']} ({draw['split']}), {draw['samples']} samples of {draw['length']} tokens"
+    )
 
 
 def _title(results: Results) -> str:
@@ -236,8 +309,13 @@ def _title(results: Results) -> str:
 
 
 def _caption(results: Results) -> str:
-    free = sorted({method(row) for row in results.table if row.calibration is None and row.kind != "dense"
-                   and not row.recovered})  # fmt: skip
+    free = sorted(
+        {
+            method(row)
+            for row in results.table
+            if row.calibration is None and row.kind != "dense" and not row.recovered
+        }
+    )
     alone = f" {', '.join(free)}: needs no calibration text." if free else ""
     if any(row.recovered for row in results.table):
         alone += (
@@ -275,7 +353,9 @@ def method(row: Row) -> str:
 
 
 def _spent(recovered: Recovered) -> str:
-    """By which way a row was recovered, and what that took: a row that was trained is never shown without."""
+    """By which way a row was recovered, and what that took: a row that was trained is never shown
+    without.
+    """
     tokens = recovered.tokens
     count = f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else f"{tokens / 1e3:.0f} k"
     return f"{recovered.way} {count} tokens {recovered.seconds:.0f} s"

@@ -1,4 +1,5 @@
-"""A comparison as people read it: on the terminal, as a Markdown page, and as the page for a browser.
+"""A comparison as people read it: on the terminal, as a Markdown page, and as the page for a
+browser.
 
 `report.html` is one file that needs nothing from outside.
 """
@@ -25,11 +26,15 @@ from secateur.system.files import write_whole
 
 WIDE_CHARACTERS = 150
 WHOLE = ("pattern", "kind", "rank", "runtime", "perplexity", "tokens/s")
-"""Columns that keep their words whole where it is narrow; intervals and long names of methods break."""
+"""Columns that keep their words whole where it is narrow; intervals and long names of methods
+break.
+"""
 
 
 def table(results: Results, characters: int) -> Group:
-    """The comparison as tables for a terminal that wide; on a narrow one the first has the most important columns."""
+    """The comparison as tables for a terminal that wide; on a narrow one the first has the most
+    important columns.
+    """
     first, *others = sheets(results)
     more = [column for column in first.columns if column in (*SPEED, *TASKS)]
     if characters < WIDE_CHARACTERS:
@@ -40,7 +45,9 @@ def table(results: Results, characters: int) -> Group:
                 part = replace(first, title=title, caption="", lines=lines, groups=[0] * len(lines))
                 shown.append(_table(part, (*FIRST, *group)))
     else:
-        rest = [column for column in first.columns if column in (*NARROW, "sparsity", "on disk", *more)]
+        rest = [
+            column for column in first.columns if column in (*NARROW, "sparsity", "on disk", *more)
+        ]
         shown = [_table(first, rest if more else first.columns)]
     return Group(*shown, *(_table(sheet, sheet.columns) for sheet in others))
 
@@ -55,7 +62,9 @@ def _table(sheet: Sheet, columns: Sequence[str]) -> Table:
     )
     for column in columns:
         left = column in (*FIRST, "text")
-        shown.add_column(escape(column), justify="left" if left else "right", no_wrap=column in WHOLE)
+        shown.add_column(
+            escape(column), justify="left" if left else "right", no_wrap=column in WHOLE
+        )
     for before, group, line in zip([0, *sheet.groups], sheet.groups, sheet.lines, strict=False):
         if before != group:
             shown.add_section()
@@ -72,7 +81,10 @@ def markdown(results: Results) -> str:
             "",
             "| " + " | ".join(map(_escape, sheet.columns)) + " |",
             "|" + "---|" * len(sheet.columns),
-            *("| " + " | ".join(_escape(line[column][0]) for column in sheet.columns) + " |" for line in sheet.lines),
+            *(
+                "| " + " | ".join(_escape(line[column][0]) for column in sheet.columns) + " |"
+                for line in sheet.lines
+            ),
             "",
             _escape(sheet.caption),
             "",
@@ -94,17 +106,27 @@ def _escape(text: str) -> str:
 
 
 def page(results: Results) -> str:
-    """The page. What comes from a checkpoint is escaped by the template; the pictures escape it themselves."""
+    """The page. What comes from a checkpoint is escaped by the template; the pictures escape it
+    themselves.
+    """
     environment = Environment(
-        loader=PackageLoader("secateur.evaluation.report", "templates"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+        loader=PackageLoader("secateur.evaluation.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     first, *others = sheets(results)
     try:
         pictures, missing = charts(results), ""
     except NotDrawn as error:
         pictures, missing = [], str(error)
     return environment.get_template("page.html").render(
-        results=results, first=first, others=others, named=FIRST, conditions=conditions(results),
-        charts=[(chart, Markup(chart.svg)) for chart in pictures], missing=missing,
-    )  # fmt: skip
+        results=results,
+        first=first,
+        others=others,
+        named=FIRST,
+        conditions=conditions(results),
+        charts=[(chart, Markup(chart.svg)) for chart in pictures],
+        missing=missing,
+    )

@@ -13,8 +13,8 @@ from secateur.evaluation.results.schema import Row
 def rank(rows: Sequence[Row]) -> None:
     """Fill in `rank` and `ties` of every row but the dense one, among the rows that are `alike`.
 
-    A rank is a range: a row is at best behind those that are better with an interval apart from zero, and at worst
-    before those that are worse so.
+    A rank is a range: a row is at best behind those that are better with an interval apart from
+    zero, and at worst before those that are worse so.
     """
     for row in rows:
         rivals = [rival for rival in rows if rival is not row and alike(rival, row)]
@@ -35,9 +35,10 @@ def rank(rows: Sequence[Row]) -> None:
 
 
 def alike(one: Row, other: Row) -> bool:
-    """Whether two rows are ranked against each other: the same pattern, values as exact, the same calibration text.
+    """Whether two rows are ranked against each other: the same pattern, values as exact, the same
+    calibration text.
 
-    A row that needs no calibration stands with those of the first draw; one that was recovered, with those that were
-    recovered on the same text.
+    A row that needs no calibration stands with those of the first draw; one that was recovered,
+    with those that were recovered on the same text.
     """
     return (one.peers, one.calibration or 0) == (other.peers, other.calibration or 0)

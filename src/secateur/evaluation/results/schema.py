@@ -1,4 +1,6 @@
-"""The schema of a comparison: what `results.json` holds. docs/results.md says what each field means."""
+"""The schema of a comparison: what `results.json` holds. docs/results.md says what each field
+means.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ MOST_LOSS = 700.0
 
 @dataclass(frozen=True)
 class Recovered:
-    """How a row was fine-tuned after it was pruned, in how many `seconds`; `text` as in `Results.calibrations`."""
+    """How a row was fine-tuned after it was pruned, in how many `seconds`; `text` as in
+    `Results.calibrations`.
+    """
 
     way: str
     steps: int
@@ -67,7 +71,9 @@ class Row:
 
     @property
     def peers(self) -> tuple[Any, ...]:
-        """What rows that are ranked against each other have in common: pattern, exactness, text of recovery."""
+        """What rows that are ranked against each other have in common: pattern, exactness, text of
+        recovery.
+        """
         return self.pattern, self.values, self.recovered and self.recovered.text["sha256"]
 
 
@@ -89,7 +95,8 @@ def row_name(
 class Results:
     """A whole comparison, as `results.json` holds it.
 
-    `calibrations` are the draws of calibration text, the one of the table first; a row names its own by its number.
+    `calibrations` are the draws of calibration text, the one of the table first; a row names its
+    own by its number.
     """
 
     schema: str
@@ -111,7 +118,9 @@ class Results:
 
     @property
     def table(self) -> list[Row]:
-        """The rows that stand beside each other: of one draw of calibration text or none, and no steps of a search."""
+        """The rows that stand beside each other: of one draw of calibration text or none, and no
+        steps of a search.
+        """
         return [row for row in self.rows if not row.calibration and not row.searched]
 
     def json(self) -> str:
@@ -125,18 +134,24 @@ def read_results(file: Path) -> Results:
         held = read_json(file, finite=True)
         schema = held.get("schema") if isinstance(held, dict) else None
         if schema != SCHEMA:
-            raise ValueError(f"its schema is {schema!r}, {SCHEMA} was wanted; run the comparison again")
+            raise ValueError(
+                f"its schema is {schema!r}, {SCHEMA} was wanted; run the comparison again"
+            )
         _check(held, Results, "it", {"rows"})
         if not isinstance(held["rows"], list) or not held["rows"]:
             raise ValueError("it has no rows")
         rows = [read_row(row, f"row {number}") for number, row in enumerate(held["rows"])]
         for number, row in enumerate(rows):
             if row.calibration is not None and not 0 <= row.calibration < len(held["calibrations"]):
-                raise ValueError(f"row {number} names calibration {row.calibration}, which is not there")
+                raise ValueError(
+                    f"row {number} names calibration {row.calibration}, which is not there"
+                )
         if rows[0].kind != "dense":
             raise ValueError("its first row is not the dense model")
     except OSError as error:
-        raise BadResults(f"{file} cannot be read: {error.strerror}. Name the results.json of a comparison.") from error
+        raise BadResults(
+            f"{file} cannot be read: {error.strerror}. Name the results.json of a comparison."
+        ) from error
     except ValueError as error:
         raise BadResults(f"{file} is no comparison: {error}.") from error
     return Results(**{**held, "rows": rows})
@@ -150,10 +165,14 @@ def read_row(held: Any, what: str) -> Row:
         if not fits(recovered["text"].get("sha256"), str):
             raise ValueError(f"the recovery of {what} names no text")
         recovered = Recovered(**recovered)
-    return Row(**{
-        **held, "delta_interval": tuple(held["delta_interval"]), "sites": [tuple(site) for site in held["sites"]],
-        "recovered": recovered,
-    })  # fmt: skip
+    return Row(
+        **{
+            **held,
+            "delta_interval": tuple(held["delta_interval"]),
+            "sites": [tuple(site) for site in held["sites"]],
+            "recovered": recovered,
+        }
+    )
 
 
 def _check(held: Any, kind: type, what: str, apart: Iterable[str]) -> None:
@@ -163,7 +182,9 @@ def _check(held: Any, kind: type, what: str, apart: Iterable[str]) -> None:
     hints, known = get_type_hints(kind), {one.name for one in fields(kind)}
     if held.keys() != known:
         odd = sorted(held.keys() ^ known)
-        raise ValueError(f"{what} {'lacks' if odd[0] in known else 'has an unknown'} field {odd[0]!r}")
+        raise ValueError(
+            f"{what} {'lacks' if odd[0] in known else 'has an unknown'} field {odd[0]!r}"
+        )
     for name in known - set(apart):
         if not fits(held[name], hints[name]):
             raise ValueError(f"field {name!r} of {what} is of another type")
@@ -174,9 +195,13 @@ def find_tolerance(text: str | float | None) -> float | None:
     if text is None:
         return None
     try:
-        share = float(str(text).strip().removesuffix("%")) / (100 if str(text).strip().endswith("%") else 1)
+        share = float(str(text).strip().removesuffix("%")) / (
+            100 if str(text).strip().endswith("%") else 1
+        )
     except ValueError:
         share = -1.0
     if not 0 < share < 1:
-        raise BadPattern(f"A tolerance is a share of the dense perplexity such as '5%'; found {text!r}.")
+        raise BadPattern(
+            f"A tolerance is a share of the dense perplexity such as '5%'; found {text!r}."
+        )
     return share

@@ -1,4 +1,6 @@
-"""What a comparison from elsewhere must hold beyond its schema, so that pages and advice can be made of it."""
+"""What a comparison from elsewhere must hold beyond its schema, so that pages and advice can be
+made of it.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,21 @@ from secateur.system.files import fits
 
 MACHINE = {"processor": str, "system": str, "threads": int, "accelerators": list}
 TEXT = {"source": str, "split": str, "samples": int, "length": int, "sha256": str}
-ENTRY = {"runtime": str, "dtype": str, "against": str, "batch": int, "prompt": int, "weight_bytes": int}
+ENTRY = {
+    "runtime": str,
+    "dtype": str,
+    "against": str,
+    "batch": int,
+    "prompt": int,
+    "weight_bytes": int,
+}
 REACH = {"method": str, "allocation": str, "most": float, "certain": bool, "note": str}
 
 
 def check(results: Results, name: str = "The comparison") -> None:
-    """Raise BadResults unless all that is read beyond the schema is there and of its type; `name` is what it is of."""
+    """Raise BadResults unless all that is read beyond the schema is there and of its type; `name`
+    is what it is of.
+    """
     try:
         _has(results.machine, MACHINE, "its machine")
         if not all(isinstance(name, str) for name in results.machine["accelerators"]):
@@ -29,7 +40,9 @@ def check(results: Results, name: str = "The comparison") -> None:
         for row in results.rows:
             _row(row)
             if row.loss and len(row.loss) != results.evaluation["samples"]:
-                raise ValueError(f"{row.name} has {len(row.loss)} losses of {results.evaluation['samples']} windows")
+                raise ValueError(
+                    f"{row.name} has {len(row.loss)} losses of {results.evaluation['samples']} windows"
+                )
         _tolerance(results.tolerance)
     except ValueError as error:
         raise BadResults(f"{name} cannot be used: {error}. Run the comparison again.") from error
@@ -47,7 +60,9 @@ def _row(row: Row) -> None:
     if row.kind not in KINDS:
         raise ValueError(f"{row.name} has kind {row.kind!r}; {', '.join(KINDS)} are known")
     if not row.perplexity > 0 or not row.delta_interval[0] <= row.delta_interval[1]:
-        raise ValueError(f"{row.name} has perplexity {row.perplexity} and interval {row.delta_interval}")
+        raise ValueError(
+            f"{row.name} has perplexity {row.perplexity} and interval {row.delta_interval}"
+        )
     if row.disk_bytes <= 0 or not all(0 <= loss < MOST_LOSS for loss in row.loss):
         raise ValueError(f"{row.name} has {row.disk_bytes} bytes, or losses that no model has")
     if row.recovered is not None:
@@ -61,8 +76,13 @@ def _row(row: Row) -> None:
             raise ValueError(f"{row.name} has no {min(lacking)} on {task}")
         numbers = [found["accuracy"], *([] if found["stderr"] is None else [found["stderr"]])]
         numbers += [] if found["delta"] is None else [found["delta"], *_pair(found)]
-        if not all(map(_number, numbers)) or type(found.get("items" if task != "mean" else "tasks")) is not int:
-            raise ValueError(f"{row.name} has no accuracy on {task} with a difference and its interval")
+        if (
+            not all(map(_number, numbers))
+            or type(found.get("items" if task != "mean" else "tasks")) is not int
+        ):
+            raise ValueError(
+                f"{row.name} has no accuracy on {task} with a difference and its interval"
+            )
 
 
 def _tolerance(held: dict[str, Any]) -> None:
@@ -75,9 +95,9 @@ def _tolerance(held: dict[str, Any]) -> None:
     for reach in found:
         _has(reach if isinstance(reach, dict) else {}, REACH, "what was found for the tolerance")
         texts = [reach.get("pattern"), reach.get("beyond")]
-        if not all(type(text) in (str, type(None)) for text in texts) or (reach.get("perplexity") is not None) != (
-            reach.get("pattern") is not None and _number(reach["perplexity"])
-        ):
+        if not all(type(text) in (str, type(None)) for text in texts) or (
+            reach.get("perplexity") is not None
+        ) != (reach.get("pattern") is not None and _number(reach["perplexity"])):
             raise ValueError("what was found for the tolerance has no pattern with its perplexity")
 
 
@@ -90,7 +110,12 @@ def _timed(entry: dict[str, Any], what: str) -> None:
     _has(entry, ENTRY, what)
     if "decode" not in entry and "prefill" not in entry:
         raise ValueError(f"{what} has neither decode nor prefill")
-    names = [name for phase in ("decode", "prefill") if phase in entry for name in (phase, f"{phase}_ratio")]
+    names = [
+        name
+        for phase in ("decode", "prefill")
+        if phase in entry
+        for name in (phase, f"{phase}_ratio")
+    ]
     for name in names + (["over_eager"] if "decode" in entry else []):
         held = entry.get(name)
         if (
@@ -99,7 +124,9 @@ def _timed(entry: dict[str, Any], what: str) -> None:
             or not all(_number(part) and part > 0 for part in held)
         ):
             raise ValueError(f"{what} has {name} {held!r}; three positive numbers were wanted")
-    if "decode" in entry and not (_number(entry.get("tokens_per_second")) and type(entry.get("new_tokens")) is int):
+    if "decode" in entry and not (
+        _number(entry.get("tokens_per_second")) and type(entry.get("new_tokens")) is int
+    ):
         raise ValueError(f"{what} has no tokens_per_second or new_tokens")
     if "decode" in entry and "prefill_ratio" not in entry:
         raise ValueError(f"{what} has decode without a prefill_ratio")

@@ -1,9 +1,10 @@
 """What a model answers on zero-shot tasks, and how far that is from the dense model.
 
-Prompts, scoring and standard errors are those of EleutherAI's lm-eval (`lm_eval`), so that the numbers can stand beside
-published ones. What is added is what a comparison needs: which items were right, and from that the difference from
-the dense model with a 95 % interval by a paired bootstrap over items. One task runs at a time, so that a result does
-not depend on which others were asked for. Models run in the dtype that is stored, as in lm-eval's own command.
+Prompts, scoring and standard errors are those of EleutherAI's lm-eval (`lm_eval`), so that the
+numbers can stand beside published ones. What is added is what a comparison needs: which items were
+right, and from that the difference from the dense model with a 95 % interval by a paired bootstrap
+over items. One task runs at a time, so that a result does not depend on which others were asked
+for. Models run in the dtype that is stored, as in lm-eval's own command.
 """
 
 from __future__ import annotations
@@ -28,18 +29,26 @@ PACKAGES = {"lm_eval": "lm-eval", "accelerate": "accelerate"}
 RESAMPLES = 10_000
 
 
-def check_tasks(names: Sequence[str], data_dir: Path | None = None, limit: int | None = None) -> list[str]:
-    """The tasks that are named, each once, after looking at all that can be wrong before a model runs.
+def check_tasks(
+    names: Sequence[str], data_dir: Path | None = None, limit: int | None = None
+) -> list[str]:
+    """The tasks that are named, each once, after looking at all that can be wrong before a model
+    runs.
 
-    Raises UnknownName, UnsupportedModel where lm-eval is not installed, NotEnoughText, BadText for local files.
+    Raises UnknownName, UnsupportedModel where lm-eval is not installed, NotEnoughText, BadText for
+    local files.
     """
-    found = list(dict.fromkeys(one for name in names for one in (PAPERS if name == "papers" else [name])))
+    found = list(
+        dict.fromkeys(one for name in names for one in (PAPERS if name == "papers" else [name]))
+    )
     for name in found:
         if name not in TASKS:
             raise UnknownName("task", name, [*TASKS, "papers"])
     if limit is not None and limit < 1:
         raise NotEnoughText(f"A task needs at least one item; found --limit {limit}.")
-    if found and (absent := [name for module, name in PACKAGES.items() if find_spec(module) is None]):
+    if found and (
+        absent := [name for module, name in PACKAGES.items() if find_spec(module) is None]
+    ):
         raise UnsupportedModel(
             f"Tasks need the package {' and '.join(absent)}. Install it: pip install 'secateur[tasks]'."
         )
@@ -60,24 +69,32 @@ def answer_tasks(
     device: torch.device = torch.device("cpu"),  # noqa: B008 — immutable
     progress: Progress | None = None,
 ) -> dict[str, Answers]:
-    """What a model answers on tasks, on all items or the first `limit` of each, by the names of `TASKS`.
+    """What a model answers on tasks, on all items or the first `limit` of each, by the names of
+    `TASKS`.
 
-    Items come from `data_dir`, or from the hub. The model runs in the dtype in which it is stored. Raises what
-    `check_tasks` raises; NonFinite; UnsupportedModel where model, tokenizer and items do not fit together.
+    Items come from `data_dir`, or from the hub. The model runs in the dtype in which it is stored.
+    Raises what `check_tasks` raises; NonFinite; UnsupportedModel where model, tokenizer and items
+    do not fit together.
     """
     names = check_tasks(names, data_dir, limit)
     with quiet():
-        model = wrapped(on_device(language_model.model, device), tokenizer, batch_size, progress or Progress())
+        model = wrapped(
+            on_device(language_model.model, device), tokenizer, batch_size, progress or Progress()
+        )
         return {name: answer(model, name, data_dir, limit) for name in names}
 
 
-def summarise(found: dict[str, Answers], dense: dict[str, Answers] | None = None) -> dict[str, dict[str, Any]]:
-    """A row's `tasks`: for every task its items, accuracy and standard error, and where `dense` is given the
-    difference from it with its 95 % interval; under `mean` the same of the plain mean over tasks.
+def summarise(
+    found: dict[str, Answers], dense: dict[str, Answers] | None = None
+) -> dict[str, dict[str, Any]]:
+    """A row's `tasks`: for every task its items, accuracy and standard error, and where `dense` is
+    given the difference from it with its 95 % interval; under `mean` the same of the plain mean
+    over tasks.
 
-    The differences of an item, 1, 0 or -1, are resampled with replacement, 10,000 times: pairs stay together, so what
-    makes an item hard for both models cancels. Percentile interval (Efron & Tibshirani 1993, ch. 13). The mean
-    resamples the items within each task; its standard error is sqrt(Σ se²) / tasks.
+    The differences of an item, 1, 0 or -1, are resampled with replacement, 10,000 times: pairs stay
+    together, so what makes an item hard for both models cancels. Percentile interval (Efron &
+    Tibshirani 1993, ch. 13). The mean resamples the items within each task; its standard error is
+    sqrt(Σ se²) / tasks.
     """
     summary: dict[str, dict[str, Any]] = {}
     deltas, resampled = [], []
@@ -108,9 +125,11 @@ def summarise(found: dict[str, Answers], dense: dict[str, Answers] | None = None
 
 
 def resampled_means(values: Floats, name: str) -> Floats:
-    """The mean of each of 10,000 resamples of few different values: resampling them is a multinomial draw of counts.
+    """The mean of each of 10,000 resamples of few different values: resampling them is a
+    multinomial draw of counts.
 
-    The seed is the name: tasks are resampled apart from each other, and alike whatever others stand beside them.
+    The seed is the name: tasks are resampled apart from each other, and alike whatever others stand
+    beside them.
     """
     different, counts = np.unique(values, return_counts=True)
     draw = np.random.default_rng(list(name.encode()))

@@ -1,9 +1,11 @@
-"""The zero-shot tasks, what an item of each holds, and items from a file of rows instead of from the hub.
+"""The zero-shot tasks, what an item of each holds, and items from a file of rows instead of from
+the hub.
 
-A file is for whom the hub is out of reach, or whose copy is not to change. A row is the columns of the hub's data set,
-or holds them under the key `doc`; of ARC and OpenBookQA the plain form with `choices` as a list and `answer_index` is
-taken as well. What a task needs is checked row by row before a model sees any, so that a wrong file is one sentence and
-no odd accuracy: an answer that is none of the choices would silently count as wrong.
+A file is for whom the hub is out of reach, or whose copy is not to change. A row is the columns of
+the hub's data set, or holds them under the key `doc`; of ARC and OpenBookQA the plain form with
+`choices` as a list and `answer_index` is taken as well. What a task needs is checked row by row
+before a model sees any, so that a wrong file is one sentence and no odd accuracy: an answer that is
+none of the choices would silently count as wrong.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ WORDS = {str: "a text", int: "a whole number", list[str]: "a list of texts"}
 
 @dataclass(frozen=True)
 class Form:
-    """What the rows of a data set hold: the type of each column, `choices.text` for one inside of another; what is
-    true of a row that can be scored, also in words."""
+    """What the rows of a data set hold: the type of each column, `choices.text` for one inside of
+    another; what is true of a row that can be scored, also in words.
+    """
 
     columns: dict[str, Any]
     sound: Callable[[Row], bool]
@@ -37,7 +40,9 @@ class Form:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its name in lm-eval, the folder of its configuration there, and what its rows hold."""
+    """A task: its name in lm-eval, the folder of its configuration there, and what its rows
+    hold.
+    """
 
     known_as: str
     folder: str
@@ -67,7 +72,8 @@ def _either(*columns: str, choices: Sequence[str] = ()) -> Form:
 HELLASWAG = Form(
     {"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list[str], "label": str},
     lambda row: (
-        row["label"] in [str(number) for number in range(len(row["endings"]))] and all(map(str.strip, row["endings"]))
+        row["label"] in [str(number) for number in range(len(row["endings"]))]
+        and all(map(str.strip, row["endings"]))
     ),
     "'label' must be the number of one of 'endings', from \"0\", and every ending a text",
 )
@@ -101,7 +107,9 @@ PAPERS = tuple(TASKS)[:7]
 
 
 def find_items(name: str, folder: Path) -> Path:
-    """The file with the items of a task: in a folder, or in its `tasks`. Raises BadText where there is none."""
+    """The file with the items of a task: in a folder, or in its `tasks`. Raises BadText where there
+    is none.
+    """
     for place in (folder, folder / "tasks"):
         for suffix in SUFFIXES:
             if (file := place / f"{name}{suffix}").is_file():
@@ -119,7 +127,9 @@ def read_items(file: Path, form: Form) -> list[Row]:
         for number, row in enumerate(rows(file), 1):
             found.append(_checked(row, form, f"row {number} of {file}"))
     except UnicodeError as error:
-        raise BadText(f"{file} is not text in UTF-8 ({in_one_line(error)}). Convert it first.") from error
+        raise BadText(
+            f"{file} is not text in UTF-8 ({in_one_line(error)}). Convert it first."
+        ) from error
     except RecursionError as error:  # of an array, which begins there
         raise BadText(f"Line 1 of {file} is no JSON: {in_one_line(error)}.") from error
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError) as error:
@@ -141,9 +151,13 @@ def _checked(row: Any, form: Form, where: str) -> Row:
         value = row.get(outer) if isinstance(row, dict) else None
         value = value.get(inner) if inner and isinstance(value, dict) else None if inner else value
         if value is None:
-            raise BadText(f"The column '{path}' is missing in {where}; {', '.join(form.columns)} are wanted.")
+            raise BadText(
+                f"The column '{path}' is missing in {where}; {', '.join(form.columns)} are wanted."
+            )
         if not fits(value, kind):
-            raise BadText(f"The column '{path}' of {where} holds a {type(value).__name__}, not {WORDS[kind]}.")
+            raise BadText(
+                f"The column '{path}' of {where} holds a {type(value).__name__}, not {WORDS[kind]}."
+            )
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is a UnicodeError
         if inner:
             found.setdefault(outer, {})[inner] = value
@@ -155,7 +169,9 @@ def _checked(row: Any, form: Form, where: str) -> Row:
 
 
 def _with_letters(row: Row, form: Form) -> Row:
-    """A row with `choices` as a list and `answer_index`, in the hub's columns; any other as it is."""
+    """A row with `choices` as a list and `answer_index`, in the hub's columns; any other as it
+    is.
+    """
     choices: Any = row.get("choices")
     index: Any = row.get("answer_index")
     if not fits(choices, list[str]) or not fits(index, int):
@@ -163,4 +179,8 @@ def _with_letters(row: Row, form: Form) -> Row:
     letters = [chr(ord("A") + number) for number in range(len(choices))]
     answer = letters[index] if 0 <= index < len(letters) else "none"
     stem = next(iter(form.columns))  # what the hub calls the question
-    return {stem: row.get("question"), "choices": {"text": choices, "label": letters}, "answerKey": answer}
+    return {
+        stem: row.get("question"),
+        "choices": {"text": choices, "label": letters},
+        "answerKey": answer,
+    }

@@ -1,9 +1,11 @@
-"""One task of EleutherAI's lm-eval on one loaded model: the only file that knows how lm-eval does it.
+"""One task of EleutherAI's lm-eval on one loaded model: the only file that knows how lm-eval does
+it.
 
-lm-eval is an extra and is imported inside functions. Its task configurations are used as they are, through its public
-interface: the items may come from a file, and LAMBADA goes without its perplexity. Its wrapper around a model is used
-as well, so that what this gives equals what its own command gives on the same checkpoint and batch size. It logs, warns
-and shows bars; `quiet` keeps that away and puts everything back.
+lm-eval is an extra and is imported inside functions. Its task configurations are used as they are,
+through its public interface: the items may come from a file, and LAMBADA goes without its
+perplexity. Its wrapper around a model is used as well, so that what this gives equals what its own
+command gives on the same checkpoint and batch size. It logs, warns and shows bars; `quiet` keeps
+that away and puts everything back.
 """
 
 from __future__ import annotations
@@ -25,22 +27,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from secateur.errors import BadText, NonFinite, SecateurError, UnsupportedModel, in_one_line
 from secateur.evaluation.tasks.items import TASKS, Row, find_items, read_items
 from secateur.system.progress import Progress
 
 Floats = NDArray[np.float64]
-# What lm-eval and datasets raise where the hub cannot be reached, and for rows that they cannot make prompts of.
+# What lm-eval and datasets raise where the hub cannot be reached, and for rows that they cannot
+# make prompts of.
 HUB_ERRORS = (OSError, ValueError, RuntimeError)
 ROW_ERRORS = (*HUB_ERRORS, LookupError, TypeError, AttributeError, SyntaxError, AssertionError)
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What one model answered on one task: 1 for every item it got right, else 0; lm-eval's accuracy and its standard
-    error (None of a single item). `norm` is by log-likelihood per byte, None where lm-eval does not give it."""
+    """What one model answered on one task: 1 for every item it got right, else 0; lm-eval's
+    accuracy and its standard error (None of a single item). `norm` is by log-likelihood per byte,
+    None where lm-eval does not give it.
+    """
 
     right: Floats
     accuracy: float
@@ -67,8 +77,10 @@ def answer(model: Any, name: str, data_dir: Path | None, limit: int | None) -> A
 
 
 def load_task(name: str, data_dir: Path | None) -> Any:
-    """lm-eval's task as its own command loads it, with items from `data_dir` where that is given. Raises BadText for
-    rows that lm-eval cannot read, SecateurError where the hub cannot be reached."""
+    """lm-eval's task as its own command loads it, with items from `data_dir` where that is given.
+    Raises BadText for rows that lm-eval cannot read, SecateurError where the hub cannot be
+    reached.
+    """
     task, module = TASKS[name], import_module("lm_eval.tasks")
     change: Row = {"task": task.known_as}
     if name == "lambada":  # without perplexity, whose standard error takes 100,000 resamples
@@ -76,13 +88,17 @@ def load_task(name: str, data_dir: Path | None) -> Any:
     file = find_items(name, data_dir) if data_dir else None
     if file is not None:
         change["custom_dataset"] = _in_memory(read_items(file, task.form))
-    place = Path(str(module.__file__)).parent / task.folder  # its one folder: the index of all takes seconds
+    place = (
+        Path(str(module.__file__)).parent / task.folder
+    )  # its one folder: the index of all takes seconds
     manager = module.TaskManager(include_defaults=False, include_path=str(place))
     try:
         loaded: Any = manager.load({"group": "secateur", "task": [change]})["tasks"][task.known_as]
     except ROW_ERRORS as error:
         if file is not None:
-            raise BadText(f"lm-eval cannot take the rows of {file}: {in_one_line(error)}.") from error
+            raise BadText(
+                f"lm-eval cannot take the rows of {file}: {in_one_line(error)}."
+            ) from error
         if not isinstance(error, HUB_ERRORS):
             raise
         raise SecateurError(
@@ -94,7 +110,9 @@ def load_task(name: str, data_dir: Path | None) -> Any:
 
 
 def _in_memory(rows: list[Row]) -> Callable[..., Any]:
-    """What lm-eval calls for a data set of one's own; nothing is written to the cache of `datasets`."""
+    """What lm-eval calls for a data set of one's own; nothing is written to the cache of
+    `datasets`.
+    """
 
     def splits(**_: Any) -> dict[str, Any]:
         from datasets import Dataset
@@ -105,28 +123,39 @@ def _in_memory(rows: list[Row]) -> Callable[..., Any]:
 
 
 def on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The model itself where it is on that device, else a copy there; its mapped weights are not copied before."""
+    """The model itself where it is on that device, else a copy there; its mapped weights are not
+    copied before.
+    """
     tensors = [*model.parameters(), *model.buffers()]
     if all(tensor.device == device for tensor in tensors):
         return model
     memo: dict[int, Any] = {}
     for tensor in tensors:
         moved = tensor.detach().to(device)
-        memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+        memo[id(tensor)] = (
+            nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
+        )
     return deepcopy(model, memo)
 
 
-def wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Progress) -> Any:
-    """lm-eval's own wrapper around a loaded model, which shows how far it is and refuses what cannot be scored.
+def wrapped(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Progress
+) -> Any:
+    """lm-eval's own wrapper around a loaded model, which shows how far it is and refuses what
+    cannot be scored.
 
     Raises UnsupportedModel for a tokenizer that lm-eval cannot use.
     """
     base: Any = import_module("lm_eval.models.huggingface").HFLM
     where = tokenizer.name_or_path
     if not isinstance(tokenizer, (PreTrainedTokenizer, PreTrainedTokenizerFast)):
-        raise UnsupportedModel(f"The tokenizer of {where} is a {type(tokenizer).__name__}, which lm-eval cannot use.")
+        raise UnsupportedModel(
+            f"The tokenizer of {where} is a {type(tokenizer).__name__}, which lm-eval cannot use."
+        )
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise UnsupportedModel(f"The tokenizer of {where} has no token that begins or ends a text; lm-eval needs one.")
+        raise UnsupportedModel(
+            f"The tokenizer of {where} has no token that begins or ends a text; lm-eval needs one."
+        )
     vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
 
     class Wrapper(base):
@@ -163,7 +192,9 @@ def wrapped(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_si
             return super()._model_call(inps, *args, **options)
 
     # the wrapper gives the tokenizer a padding token where it has none
-    return Wrapper(pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size)
+    return Wrapper(
+        pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size
+    )
 
 
 @contextmanager
@@ -172,7 +203,11 @@ def quiet() -> Iterator[None]:
     import datasets
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
-    levels, environment, bars = [one.level for one in loggers], set(os.environ), datasets.are_progress_bars_disabled()
+    levels, environment, bars = (
+        [one.level for one in loggers],
+        set(os.environ),
+        datasets.are_progress_bars_disabled(),
+    )
     drawn = random.getstate()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,9 +1,10 @@
 """Which channels of a block belong together, and which of those may change places.
 
-What feeds the same inputs of a site and nothing else is a unit: a feed-forward channel is one row of the gate, one
-row of the up matrix and one column of the down matrix. Units that nothing else tells apart may be permuted for free
-(`permute`); a unit may also be taken out as a whole. All of it follows from where channels arrive (`trace`), so it
-is true as far as that goes: compare numbers afterwards.
+What feeds the same inputs of a site and nothing else is a unit: a feed-forward channel is one row
+of the gate, one row of the up matrix and one column of the down matrix. Units that nothing else
+tells apart may be permuted for free (`permute`); a unit may also be taken out as a whole. All of it
+follows from where channels arrive (`trace`), so it is true as far as that goes: compare numbers
+afterwards.
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ from secateur.models.replay import LanguageModel
 
 @dataclass(frozen=True)
 class Unit:
-    """Inputs of a consumer, and the (site, output channel) pairs that feed these inputs or some of them, and no other.
+    """Inputs of a consumer, and the (site, output channel) pairs that feed these inputs or some of
+    them, and no other.
 
-    In a class of units (`exchangeable`) the i-th input and the i-th output of one correspond to those of another.
+    In a class of units (`exchangeable`) the i-th input and the i-th output of one correspond to
+    those of another.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[tuple[str, int], ...]
 
 
-def movable(language_model: LanguageModel, index: int, device: torch.device) -> dict[str, list[list[Unit]]]:
+def movable(
+    language_model: LanguageModel, index: int, device: torch.device
+) -> dict[str, list[list[Unit]]]:
     """The exchangeable units of every site of a block that has any; traced in float32."""
     found = trace_block(language_model, index, device=device, dtype=torch.float32)
     readers = {consumer for _, consumer in found.reach}
@@ -41,11 +46,13 @@ def movable(language_model: LanguageModel, index: int, device: torch.device) -> 
 
 
 def removable(trace: Trace) -> dict[str, list[Unit]]:
-    """The units that can be taken out whole, by the site that reads them; a site's units are all of one size.
+    """The units that can be taken out whole, by the site that reads them; a site's units are all of
+    one size.
 
-    Channels and inputs that meet belong together, and so does whatever meets one of them: a feed-forward channel, or a
-    key-value head with the query heads that read it. What also arrives elsewhere, or is reached from the block's own
-    input, stays. So do the units of a site that are not all alike, and what one site feeds to several.
+    Channels and inputs that meet belong together, and so does whatever meets one of them: a
+    feed-forward channel, or a key-value head with the query heads that read it. What also arrives
+    elsewhere, or is reached from the block's own input, stays. So do the units of a site that are
+    not all alike, and what one site feeds to several.
     """
     starts, total = {}, 0  # every channel and every input is a node
     for key, size in _sizes(trace).items():
@@ -66,15 +73,21 @@ def removable(trace: Trace) -> dict[str, list[Unit]]:
             held[starts[producer, "out"] + leaks.nonzero().flatten().numpy()] = True
     for consumer in trace.direct:
         if (consumer, "in") in starts:
-            held[starts[consumer, "in"] : starts[consumer, "in"] + _sizes(trace)[consumer, "in"]] = True
+            held[
+                starts[consumer, "in"] : starts[consumer, "in"] + _sizes(trace)[consumer, "in"]
+            ] = True
     ends = np.concatenate(sources or [[]]).astype(int), np.concatenate(targets or [[]]).astype(int)
     graph = coo_array((np.ones(len(ends[0]), dtype=bool), ends), shape=(total, total))
     count, label = connected_components(graph, directed=False)
     stays = np.zeros(count, dtype=bool)
     stays[label[held]] = True
-    members: dict[int, tuple[list[tuple[str, int]], list[tuple[str, int]]]] = defaultdict(lambda: ([], []))
+    members: dict[int, tuple[list[tuple[str, int]], list[tuple[str, int]]]] = defaultdict(
+        lambda: ([], [])
+    )
     for (name, way), size in _sizes(trace).items():
-        for channel, component in enumerate(label[starts[name, way] : starts[name, way] + size].tolist()):
+        for channel, component in enumerate(
+            label[starts[name, way] : starts[name, way] + size].tolist()
+        ):
             if not stays[component]:
                 members[component][way == "out"].append((name, channel))
     found: dict[str, list[Unit]] = defaultdict(list)
@@ -82,7 +95,11 @@ def removable(trace: Trace) -> dict[str, list[Unit]]:
         readers = {name for name, _ in inputs}
         if len(readers) == 1 and outputs:
             found[readers.pop()].append(Unit(tuple(i for _, i in inputs), tuple(outputs)))
-    return {name: units for name, units in sorted(found.items()) if _alike(units, _sizes(trace)[name, "in"])}
+    return {
+        name: units
+        for name, units in sorted(found.items())
+        if _alike(units, _sizes(trace)[name, "in"])
+    }
 
 
 def _sizes(trace: Trace) -> dict[tuple[str, str], int]:
@@ -96,20 +113,24 @@ def _sizes(trace: Trace) -> dict[tuple[str, str], int]:
 
 def _alike(units: list[Unit], width: int) -> bool:
     """Whether units are of one kind and together hold all inputs of their reader."""
-    kinds = {(len(unit.inputs), tuple(sorted(Counter(site for site, _ in unit.outputs).items()))) for unit in units}
+    kinds = {
+        (len(unit.inputs), tuple(sorted(Counter(site for site, _ in unit.outputs).items())))
+        for unit in units
+    }
     return len(kinds) == 1 and sum(len(unit.inputs) for unit in units) == width
 
 
 def exchangeable(trace: Trace, consumer: str) -> list[list[Unit]]:
     """Classes of at least two units of a consumer's inputs that may change places among each other.
 
-    The sets of inputs that single channels feed are compared. Sets of one kind (of a size, fed by as many channels of
-    the same sites) that hold every input exactly once are units. A channel that feeds a part of one unit belongs to
-    it; all others stay where they are, so two units are in one class only if their i-th inputs are fed by the same of
-    them. With grouped queries a unit is a value channel with one input per query head, and a query channel, which
-    feeds all inputs of its head, sets the bounds of the classes. Where several kinds would do, the units with the
-    fewest channels are taken. Nothing is exchangeable where a channel also arrives elsewhere, or the block's input
-    arrives directly.
+    The sets of inputs that single channels feed are compared. Sets of one kind (of a size, fed by
+    as many channels of the same sites) that hold every input exactly once are units. A channel that
+    feeds a part of one unit belongs to it; all others stay where they are, so two units are in one
+    class only if their i-th inputs are fed by the same of them. With grouped queries a unit is a
+    value channel with one input per query head, and a query channel, which feeds all inputs of its
+    head, sets the bounds of the classes. Where several kinds would do, the units with the fewest
+    channels are taken. Nothing is exchangeable where a channel also arrives elsewhere, or the
+    block's input arrives directly.
     """
     sets: dict[bytes, list[tuple[str, int]]] = defaultdict(list)
     between: set[bytes] = set()
@@ -130,13 +151,19 @@ def exchangeable(trace: Trace, consumer: str) -> list[list[Unit]]:
     fixed = [_members(packed, width) for packed in sorted(between)]
     kinds: dict[Any, list[tuple[int, ...]]] = defaultdict(list)
     for inputs, channels in fed:
-        kinds[len(inputs), tuple(sorted(Counter(site for site, _ in channels).items()))].append(inputs)
+        kinds[len(inputs), tuple(sorted(Counter(site for site, _ in channels).items()))].append(
+            inputs
+        )
     found = []
     for kind in kinds.values():
         flat = [i for inputs in kind for i in inputs]
         if len(flat) == len(set(flat)) == width and (classes := _classes(kind, fed, fixed, width)):
             found.append(classes)
-    return min(found, key=lambda classes: (len(classes[0][0].outputs), len(classes[0][0].inputs)), default=[])
+    return min(
+        found,
+        key=lambda classes: (len(classes[0][0].outputs), len(classes[0][0].inputs)),
+        default=[],
+    )
 
 
 def _members(packed: bytes, width: int) -> tuple[int, ...]:
@@ -151,7 +178,9 @@ def _classes(
     width: int,
 ) -> list[list[Unit]]:
     """Units whose inputs are the sets of one kind, in classes that no other channel tells apart."""
-    place = {i: (unit, position) for unit, inputs in enumerate(kind) for position, i in enumerate(inputs)}
+    place = {
+        i: (unit, position) for unit, inputs in enumerate(kind) for position, i in enumerate(inputs)
+    }
     belonging: list[list[tuple[str, tuple[int, ...], int]]] = [[] for _ in kind]
     fixed = list(fixed)
     for inputs, channels in fed:
@@ -168,6 +197,9 @@ def _classes(
     classes: dict[Any, list[Unit]] = defaultdict(list)
     for inputs, channels in sorted(zip(kind, belonging, strict=True)):
         channels.sort()
-        alike = tuple(bounds[i].tobytes() for i in inputs), tuple(channel[:2] for channel in channels)
+        alike = (
+            tuple(bounds[i].tobytes() for i in inputs),
+            tuple(channel[:2] for channel in channels),
+        )
         classes[alike].append(Unit(inputs, tuple((site, channel) for site, _, channel in channels)))
     return [units for units in classes.values() if len(units) > 1]

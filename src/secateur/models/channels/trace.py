@@ -1,13 +1,16 @@
-"""Where each output channel of a block's sites arrives: found by tracing, with no table of families.
+"""Where each output channel of a block's sites arrives: found by tracing, with no table of
+families.
 
-NaN is put into one output channel of one site, and one looks where it arrives: at which inputs of which sites, or at
-the block's output. NaN passes through every activation, product and softmax, and never turns back into a number, so
-it arrives wherever the channel could matter. It stops at the first site that it reaches. Item c of a batch carries
-the NaN of channel c, so that one forward traces a whole chunk of channels.
+NaN is put into one output channel of one site, and one looks where it arrives: at which inputs of
+which sites, or at the block's output. NaN passes through every activation, product and softmax, and
+never turns back into a number, so it arrives wherever the channel could matter. It stops at the
+first site that it reaches. Item c of a batch carries the NaN of channel c, so that one forward
+traces a whole chunk of channels.
 
-What has parameters but is no site, such as a norm, is traced as well: its channels stay where they are, and tell apart
-what they feed. Yet NaN says that a channel arrives, not how: a vector of scales that is no module of its own, or a
-short convolution, is not seen. Whoever moves channels must compare numbers afterwards (`permute.verified`).
+What has parameters but is no site, such as a norm, is traced as well: its channels stay where they
+are, and tell apart what they feed. Yet NaN says that a channel arrives, not how: a vector of scales
+that is no module of its own, or a short convolution, is not seen. Whoever moves channels must
+compare numbers afterwards (`permute.verified`).
 """
 
 from __future__ import annotations
@@ -33,10 +36,11 @@ TOKENS = 2
 class Trace:
     """Where the outputs of a block's sites arrive first.
 
-    `reach`: for every (producer, consumer) that meet, which output channel arrives at which input, bool `[out, in]`.
-    `leaks`: for every site, the channels that arrive elsewhere than at a site, bool `[out]`: in the block's output, in
-    a router, or where they cannot be followed. `direct`: the consumers that see the block's own input. A producer
-    without `leaks` is no site (a norm, say) but stands between one and the consumer.
+    `reach`: for every (producer, consumer) that meet, which output channel arrives at which input,
+    bool `[out, in]`. `leaks`: for every site, the channels that arrive elsewhere than at a site,
+    bool `[out]`: in the block's output, in a router, or where they cannot be followed. `direct`:
+    the consumers that see the block's own input. A producer without `leaks` is no site (a norm,
+    say) but stands between one and the consumer.
     """
 
     reach: Mapping[tuple[str, str], Tensor]
@@ -44,7 +48,9 @@ class Trace:
     direct: frozenset[str]
 
     def elsewhere(self, producer: str, consumer: str) -> Tensor:
-        """The channels of a producer that arrive at something else than this consumer, bool `[out]`."""
+        """The channels of a producer that arrive at something else than this consumer, bool
+        `[out]`.
+        """
         found = self.leaks[producer].clone()
         for (source, other), reach in self.reach.items():
             if source == producer and other != consumer:
@@ -63,12 +69,15 @@ def trace(
 ) -> Trace:
     """Trace every output channel of every site of a block. `dtype` None: as stored.
 
-    Costs about (outputs of all sites) x 2 tokens through the block: 85 thousand for Llama 2 7B, less than one pass of
-    calibration through one block (128 x 2048). `batch` channels are traced at a time. The matrices take (out x in)
-    bytes: 121 MB each for the gate and the up matrix of that model. Experts of a module share one.
+    Costs about (outputs of all sites) x 2 tokens through the block: 85 thousand for Llama 2 7B,
+    less than one pass of calibration through one block (128 x 2048). `batch` channels are traced at
+    a time. The matrices take (out x in) bytes: 121 MB each for the gate and the up matrix of that
+    model. Experts of a module share one.
     """
     device = device or torch.device("cpu")
-    block, hidden, call = entering(language_model, index, torch.full((batch, TOKENS), 1), device, dtype)
+    block, hidden, call = entering(
+        language_model, index, torch.full((batch, TOKENS), 1), device, dtype
+    )
     poison = _Poison(block, batch)
     reach: dict[tuple[str, str], Tensor] = {}
     leaks: dict[str, Tensor] = {}
@@ -77,7 +86,9 @@ def trace(
         return run_block(block, hidden, call)
 
     with poison.hooked(), sdpa_kernel(SDPBackend.MATH):  # a fused kernel might drop a NaN
-        direct, _ = poison.run(lambda: run_block(block, torch.full_like(hidden, torch.nan), call), call, None)
+        direct, _ = poison.run(
+            lambda: run_block(block, torch.full_like(hidden, torch.nan), call), call, None
+        )
         for producer, outputs in [*poison.outputs.items(), *poison.between(forward, call, direct)]:
             lost = torch.zeros(outputs, dtype=torch.bool)
             for start in range(0, outputs, batch):
@@ -86,7 +97,9 @@ def trace(
                 lost[start : part.stop] = missed[: len(part)]
                 for consumer, inputs in arrived.items():
                     whole = torch.zeros(outputs, inputs.shape[1], dtype=torch.bool)
-                    reach.setdefault((producer, consumer), whole)[start : part.stop] = inputs[: len(part)]
+                    reach.setdefault((producer, consumer), whole)[start : part.stop] = inputs[
+                        : len(part)
+                    ]
             if producer in poison.outputs:
                 leaks[producer] = lost
     return _with_experts(block, Trace(reach, leaks, frozenset(direct)), batch)
@@ -94,11 +107,17 @@ def trace(
 
 @torch.no_grad()
 def entering(
-    language_model: LanguageModel, index: int, tokens: Tensor, device: torch.device, dtype: torch.dtype | None
+    language_model: LanguageModel,
+    index: int,
+    tokens: Tensor,
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> tuple[nn.Module, Tensor, Call]:
-    """A working copy of a block, the hidden state that enters it for tokens `[batch, length]`, and its call.
+    """A working copy of a block, the hidden state that enters it for tokens `[batch, length]`, and
+    its call.
 
-    The blocks before it are run, since a block may need what another left in its call (shared keys and values).
+    The blocks before it are run, since a block may need what another left in its call (shared keys
+    and values).
     """
     hidden, calls = Shell(language_model, device, dtype, head=False).enter(tokens)
     for block, call in zip(language_model.blocks[:index], calls[:index], strict=True):
@@ -107,44 +126,61 @@ def entering(
 
 
 def _with_experts(block: nn.Module, found: Trace, batch: int) -> Trace:
-    """The trace with every expert as a site of its own, and the way from its first matrix to its second.
+    """The trace with every expert as a site of its own, and the way from its first matrix to its
+    second.
 
-    An expert's matrices are no modules, so the forward traced the experts module as a whole. Between the two matrices
-    there is only the gate, the same for all experts.
+    An expert's matrices are no modules, so the forward traced the experts module as a whole.
+    Between the two matrices there is only the gate, the same for all experts.
     """
     reach, leaks, direct = dict(found.reach), dict(found.leaks), set(found.direct)
     for name, module in block.named_modules():
         if not experts.is_experts(module):
             continue
-        first, second = ([f"{name}.{e}.{m}" for e in range(len(getattr(module, m)))] for m in experts.matrices(module))
+        first, second = (
+            [f"{name}.{e}.{m}" for e in range(len(getattr(module, m)))]
+            for m in experts.matrices(module)
+        )
         for producer, consumer in list(reach):
             if name in (producer, consumer):
                 matrix = reach.pop((producer, consumer))
                 for source in second if producer == name else [producer]:
-                    reach |= {(source, target): matrix for target in (first if consumer == name else [consumer])}
-        lost = leaks.pop(name) | getattr(module, "has_post_expert_norm", False)  # its output is no longer the matrix's
+                    reach |= {
+                        (source, target): matrix
+                        for target in (first if consumer == name else [consumer])
+                    }
+        lost = leaks.pop(name) | getattr(
+            module, "has_post_expert_norm", False
+        )  # its output is no longer the matrix's
         direct |= set(first) if name in direct else set()
         direct.discard(name)
         gate = _through_gate(module, batch)
         reach |= dict.fromkeys(zip(first, second, strict=True), gate)
-        leaks |= dict.fromkeys(second, lost) | dict.fromkeys(first, torch.zeros(len(gate), dtype=torch.bool))
+        leaks |= dict.fromkeys(second, lost) | dict.fromkeys(
+            first, torch.zeros(len(gate), dtype=torch.bool)
+        )
     return Trace(reach, leaks, frozenset(direct))
 
 
 def _through_gate(module: nn.Module, batch: int) -> Tensor:
-    """Which output of an expert's first matrix arrives at which input of its second: bool `[out, in]`."""
+    """Which output of an expert's first matrix arrives at which input of its second: bool `[out,
+    in]`.
+    """
     weight = getattr(module, experts.matrices(module)[0])
     outputs = weight.shape[2 if experts.is_transposed(module) else 1]
     parts = []
     for start in range(0, outputs, batch):
-        z = torch.zeros(min(batch, outputs - start), outputs, dtype=weight.dtype, device=weight.device)
+        z = torch.zeros(
+            min(batch, outputs - start), outputs, dtype=weight.dtype, device=weight.device
+        )
         z.diagonal(start).fill_(torch.nan)
         parts.append(experts.activated(module, z).isnan().cpu())
     return torch.cat(parts)
 
 
 class _Poison:
-    """Hooks on a block that put NaN into a site's output, stop it at the next site and note where it was seen."""
+    """Hooks on a block that put NaN into a site's output, stop it at the next site and note where
+    it was seen.
+    """
 
     def __init__(self, block: nn.Module, batch: int) -> None:
         self.block, self.batch = block, batch
@@ -163,9 +199,14 @@ class _Poison:
         self.width = 0
 
     def run(
-        self, forward: Callable[[], Tensor], call: Call, producer: str | None, part: range | None = None
+        self,
+        forward: Callable[[], Tensor],
+        call: Call,
+        producer: str | None,
+        part: range | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """(inputs that NaN reached by consumer, bool `[batch, in]`; items whose NaN went elsewhere, bool `[batch]`).
+        """(inputs that NaN reached by consumer, bool `[batch, in]`; items whose NaN went elsewhere,
+        bool `[batch]`).
 
         The NaN is in output channel `part[c]` of item c, or in all channels of all items.
         """
@@ -181,7 +222,9 @@ class _Poison:
                 self.lost |= tensor.isnan().flatten(1).any(1).cpu()
         return self.arrived, self.lost
 
-    def between(self, forward: Callable[[], Tensor], call: Call, direct: Container[str]) -> Iterator[tuple[str, int]]:
+    def between(
+        self, forward: Callable[[], Tensor], call: Call, direct: Container[str]
+    ) -> Iterator[tuple[str, int]]:
         """(name, outputs) of what has parameters and is no site, where it stands between sites."""
         for name in self.others:
             arrived, _ = self.run(forward, call, name)
@@ -192,7 +235,9 @@ class _Poison:
     def hooked(self) -> Iterator[None]:
         """While open, forwards of the block are poisoned."""
         routers = experts.routers(self.block)
-        handles = [module.register_forward_pre_hook(self._routed, with_kwargs=True) for module in routers]
+        handles = [
+            module.register_forward_pre_hook(self._routed, with_kwargs=True) for module in routers
+        ]
         for name, module in self.modules.items():
             handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
         for name, module in (self.modules | self.others).items():
@@ -245,7 +290,9 @@ class _Poison:
         return output
 
     def _lose(self, x: Tensor) -> None:
-        """Note the items with a NaN in x, which is no site's input; all of them where they cannot be told apart."""
+        """Note the items with a NaN in x, which is no site's input; all of them where they cannot
+        be told apart.
+        """
         items = self._items(x.isnan())
         if items is not None:
             self.lost |= items.any(3).any(2).any(0).cpu()
@@ -253,7 +300,9 @@ class _Poison:
             self.lost[:] = True
 
     def _items(self, x: Tensor) -> Tensor | None:
-        """x as `[streams, batch, tokens, width]`, a view if contiguous; None where it is laid out otherwise."""
+        """x as `[streams, batch, tokens, width]`, a view if contiguous; None where it is laid out
+        otherwise.
+        """
         sizes = [size for size in x.shape[:-1] if size != 1]
         if sizes[-2:] != [self.batch, TOKENS] and sizes != [self.batch * TOKENS]:
             return None
@@ -262,7 +311,9 @@ class _Poison:
 
 def _outputs(module: nn.Module) -> int:
     """The outputs of an experts module."""
-    return getattr(module, experts.matrices(module)[1]).shape[2 if experts.is_transposed(module) else 1]
+    return getattr(module, experts.matrices(module)[1]).shape[
+        2 if experts.is_transposed(module) else 1
+    ]
 
 
 def _left_behind(value: Any) -> Iterator[Tensor]:

@@ -1,7 +1,9 @@
-"""Several processes on one run: `torchrun --nproc-per-node N -m secateur prune …`, on one machine or many.
+"""Several processes on one run: `torchrun --nproc-per-node N -m secateur prune …`, on one machine
+or many.
 
-Every rank has its share of the calibration windows and of the sites to solve; statistics are sums, so they are reduced,
-and solved weights are handed round. Each rank then holds the same block and goes on. Rank 0 alone writes.
+Every rank has its share of the calibration windows and of the sites to solve; statistics are sums,
+so they are reduced, and solved weights are handed round. Each rank then holds the same block and
+goes on. Rank 0 alone writes.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `size`. Whatever is called on one must be called on all, in the same order.
+    """This process, `rank` of `size`. Whatever is called on one must be called on all, in the same
+    order.
 
     Raises RankLost where another rank has died; an error of ours on one rank is raised on all.
     """
@@ -53,7 +56,9 @@ class Ranks:
         return [compute()] if self.size == 1 else self._answers(compute)
 
     def add(self, stats: Mapping[str, Stats]) -> dict[str, Stats]:
-        """The sums of all ranks, by site; one that has seen no token of a site has nothing to add."""
+        """The sums of all ranks, by site; one that has seen no token of a site has nothing to
+        add.
+        """
         if self.size == 1:
             return dict(stats)
         seen: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
@@ -63,11 +68,15 @@ class Ranks:
         total = {}
         for name, (tokens, shapes) in seen.items():
             held = stats[name].sums if name in stats else {}
-            total[name] = Stats(tokens, {what: self._sum(held.get(what), shapes[what]) for what in shapes})
+            total[name] = Stats(
+                tokens, {what: self._sum(held.get(what), shapes[what]) for what in shapes}
+            )
         return total
 
     def hand_round(self, tensor: Tensor, owner: int) -> Tensor:
-        """A tensor as the rank `owner` has it, whatever its dtype; the others give one of the same shape."""
+        """A tensor as the rank `owner` has it, whatever its dtype; the others give one of the same
+        shape.
+        """
         if self.size == 1:
             return tensor
         raw = tensor.contiguous().flatten().view(torch.uint8)
@@ -104,14 +113,18 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Ranks, str]]:
-    """The ranks that torchrun has started, and this one's share of the devices; alone without it."""
+    """The ranks that torchrun has started, and this one's share of the devices; alone without
+    it.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE, device
         return
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     with _others():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))  # planning may take long
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=timedelta(days=7)
+        )  # planning may take long
     try:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda:

@@ -1,7 +1,9 @@
-"""One pass over the blocks: the hidden states, the recorded calls, and the block at hand on every device.
+"""One pass over the blocks: the hidden states, the recorded calls, and the block at hand on every
+device.
 
-The work is split over `devices` by batches: every device has a replica of the current block and its share of
-the batches. Statistics are sums, so the shares merge exactly; they are added in the order of the devices.
+The work is split over `devices` by batches: every device has a replica of the current block and its
+share of the batches. Statistics are sums, so the shares merge exactly; they are added in the order
+of the devices.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ from secateur.system.machine import release_memory, will_need
 
 
 class Batch(NamedTuple):
-    """Some calibration windows at one block: `hidden` enters it, `target` is what should leave it."""
+    """Some calibration windows at one block: `hidden` enters it, `target` is what should leave
+    it.
+    """
 
     hidden: Tensor
     call: Call
@@ -34,10 +38,12 @@ class Batch(NamedTuple):
 
 
 class Flow:
-    """The state of one pass over the blocks: hidden states, recorded calls, replicas of the current block.
+    """The state of one pass over the blocks: hidden states, recorded calls, replicas of the current
+    block.
 
-    With `dense`, a second stream goes through the dense blocks beside the first. With `spill`, a folder, hidden states
-    lie in a file there. With several `ranks`, every one has its share of the batches, and statistics are those of all.
+    With `dense`, a second stream goes through the dense blocks beside the first. With `spill`, a
+    folder, hidden states lie in a file there. With several `ranks`, every one has its share of the
+    batches, and statistics are those of all.
     """
 
     @torch.no_grad()
@@ -61,7 +67,9 @@ class Flow:
         self.calls: list[list[Call]] = []
         self.replicas: list[nn.Module] = []
         self.done = False  # whether the hidden states are those behind the block at hand already
-        self.dense: HiddenStates | None = None  # the hidden states in the dense model, where they are wanted
+        self.dense: HiddenStates | None = (
+            None  # the hidden states in the dense model, where they are wanted
+        )
         self.dense_calls: list[list[Call]] = []
         self.targets: HiddenStates | None = None  # and what the dense block at hand makes of them
         self.originals: list[nn.Module] = []
@@ -72,7 +80,9 @@ class Flow:
         for number, batch in enumerate(ranks.mine(batches)):
             hidden, calls = shell.enter(batch)
             self.hidden.append(hidden if spill else hidden.to(devices[number % len(devices)]))
-            self.calls.append(calls if not number or not same(calls, self.calls[0]) else self.calls[0])
+            self.calls.append(
+                calls if not number or not same(calls, self.calls[0]) else self.calls[0]
+            )
         self.seconds.forward += perf_counter() - started
         if dense:
             self.dense = HiddenStates(spill, self.hidden)
@@ -89,7 +99,9 @@ class Flow:
         self.originals.clear()
         release_memory()
         moved = self.prefetch.take(index) if block is None else None
-        self.replicas = moved or [working_copy(block or original, device, self.dtype) for device in self.devices]
+        self.replicas = moved or [
+            working_copy(block or original, device, self.dtype) for device in self.devices
+        ]
         if self.dense is not None:
             self.originals = [working_copy(original, device, self.dtype) for device in self.devices]
         self.targets, self.done = None, False
@@ -107,14 +119,17 @@ class Flow:
         """Leave a block out; only the dense stream goes through it."""
         if self.dense is not None:
             self.originals = [
-                working_copy(self.language_model.blocks[index], device, self.dtype) for device in self.devices
+                working_copy(self.language_model.blocks[index], device, self.dtype)
+                for device in self.devices
             ]
             self.targets = None
             self.dense = self.dense_outputs(index)
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
-        """Run the block over all batches, where that is not done yet; its outputs replace its inputs."""
+        """Run the block over all batches, where that is not done yet; its outputs replace its
+        inputs.
+        """
         started = perf_counter()
         if self.dense is not None:
             self.dense = self.dense_outputs(index)
@@ -129,7 +144,9 @@ class Flow:
         self.seconds.forward += perf_counter() - started
 
     def align(self) -> None:
-        """Give the other devices the block as it is now on the first, where its sites are written."""
+        """Give the other devices the block as it is now on the first, where its sites are
+        written.
+        """
         state = self.replicas[0].state_dict()
         for replica in self.replicas[1:]:
             replica.load_state_dict(state)
@@ -139,7 +156,11 @@ class Flow:
         return range(share, len(self.hidden), len(self.devices))
 
     def forward(self, index: int, share: int, number: int) -> Tensor:
-        return run_block(self.replicas[share], self.hidden[number].to(self.devices[share]), self.calls[number][index])
+        return run_block(
+            self.replicas[share],
+            self.hidden[number].to(self.devices[share]),
+            self.calls[number][index],
+        )
 
     def dense_forward(self, index: int, share: int, number: int) -> Tensor:
         assert self.dense is not None
@@ -169,7 +190,9 @@ class Flow:
         return [Batch(*parts) for parts in zip(self.hidden, calls, targets, strict=True)]
 
     def each(self, work: Callable[[int], Any]) -> list[Any]:
-        """`work(share)` for every device at once, each in a thread of its own; the results in device order."""
+        """`work(share)` for every device at once, each in a thread of its own; the results in
+        device order.
+        """
         if not self._threads:
             return [work(0)]
         work = torch.no_grad()(work)
@@ -178,10 +201,14 @@ class Flow:
 
     @torch.no_grad()
     def stages(self, index: int) -> Stages:
-        """The sites of the block at hand in the order in which forwards reach them; found once for each kind."""
+        """The sites of the block at hand in the order in which forwards reach them; found once for
+        each kind.
+        """
         kind = signature(self.language_model.blocks[index])
         if kind not in self._stages:
             self._stages[kind] = self.ranks.same(
-                lambda: find_stages(self.replicas[0], self.hidden[0].to(self.devices[0]), self.calls[0][index])
+                lambda: find_stages(
+                    self.replicas[0], self.hidden[0].to(self.devices[0]), self.calls[0][index]
+                )
             )
         return self._stages[kind]

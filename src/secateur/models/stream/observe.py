@@ -1,7 +1,9 @@
-"""What is seen of the inputs of a block's sites, over all devices and ranks, in forwards of the block at hand.
+"""What is seen of the inputs of a block's sites, over all devices and ranks, in forwards of the
+block at hand.
 
-Either a forward of its own (`observe`), or the one forward that a block gets, which stops wherever sites are to be
-pruned and goes on through them (`suspended`). Statistics are sums, added in the order of the devices.
+Either a forward of its own (`observe`), or the one forward that a block gets, which stops wherever
+sites are to be pruned and goes on through them (`suspended`). Statistics are sums, added in the
+order of the devices.
 
 `Watch` is what is seen on one device.
 """
@@ -26,8 +28,12 @@ from secateur.system.tensors import is_finite
 
 
 @torch.no_grad()
-def observe(flow: Flow, index: int, need: Iterable[str], probe: int, only: Collection[str] | None) -> Observed:
-    """One forward of the block as it is now, in which the inputs of its sites are seen, or those in `only`."""
+def observe(
+    flow: Flow, index: int, need: Iterable[str], probe: int, only: Collection[str] | None
+) -> Observed:
+    """One forward of the block as it is now, in which the inputs of its sites are seen, or those in
+    `only`.
+    """
     need = tuple(need)
     watches = [Watch(need, only) for _ in flow.devices]
 
@@ -56,18 +62,27 @@ def observe(flow: Flow, index: int, need: Iterable[str], probe: int, only: Colle
 
 
 def suspended(
-    flow: Flow, index: int, stages: Sequence[list[str]], need: Iterable[str], probe: int, *, finish: bool
+    flow: Flow,
+    index: int,
+    stages: Sequence[list[str]],
+    need: Iterable[str],
+    probe: int,
+    *,
+    finish: bool,
 ) -> Iterator[tuple[list[str], Observed]]:
     """Each stage with what was seen of the inputs of its sites; by the next, they are pruned.
 
-    With `finish`, the forwards go on to their end, and the hidden states are those behind the block.
+    With `finish`, the forwards go on to their end, and the hidden states are those behind the
+    block.
     """
     need = tuple(need)
     paired = flow.dense is not None and bool(OF_DENSE.intersection(need))
 
     def start(share: int) -> tuple[Suspended, Suspended | None]:
         ours = {number: partial(flow.forward, index, share, number) for number in flow.of(share)}
-        theirs = {number: partial(flow.dense_forward, index, share, number) for number in flow.of(share)}
+        theirs = {
+            number: partial(flow.dense_forward, index, share, number) for number in flow.of(share)
+        }
         return (
             Suspended(flow.replicas[share], stages, ours),
             Suspended(flow.originals[share], stages, theirs) if paired else None,
@@ -99,7 +114,8 @@ def _collected(
     def collect(share: int) -> Watch:
         watch = Watch(need, None)
         ours, theirs = forwards[share]
-        # Which tokens reach an expert differs between the two models, so there are no pairs to sum over.
+        # Which tokens reach an expert differs between the two models, so there are no pairs to sum
+        # over.
         twins = theirs.inputs(stage) if theirs and not fused else None
         for number, reached in ours.inputs(stage):
             dense = dict(next(twins)[1]) if twins else {}
@@ -113,7 +129,9 @@ def _collected(
 
 
 @torch.no_grad()
-def _finish(flow: Flow, index: int, forwards: Sequence[tuple[Suspended, Suspended | None]], *, finish: bool) -> None:
+def _finish(
+    flow: Flow, index: int, forwards: Sequence[tuple[Suspended, Suspended | None]], *, finish: bool
+) -> None:
     def end(share: int) -> None:
         ours, theirs = forwards[share]
         if theirs and targets:
@@ -123,7 +141,9 @@ def _finish(flow: Flow, index: int, forwards: Sequence[tuple[Suspended, Suspende
             flow.hidden[number] = output
 
     started = perf_counter()
-    targets = HiddenStates(flow.hidden.folder, flow.dense) if flow.dense and forwards[0][1] else None
+    targets = (
+        HiddenStates(flow.hidden.folder, flow.dense) if flow.dense and forwards[0][1] else None
+    )
     flow.each(end)
     flow.done = finish
     flow.targets = targets or flow.targets
@@ -135,7 +155,9 @@ def _probed(flow: Flow, probe: int, number: int) -> int:
     return probe if number == 0 and flow.ranks.first else 0
 
 
-def _merged(flow: Flow, index: int, watches: Sequence[Watch], shared: dict[str, str], seconds: float) -> Observed:
+def _merged(
+    flow: Flow, index: int, watches: Sequence[Watch], shared: dict[str, str], seconds: float
+) -> Observed:
     """What all devices saw together, in `seconds`. Raises NonFinite."""
     statistics = sum(watch.seconds for watch in watches)
     flow.seconds.forward += seconds - statistics
@@ -145,7 +167,9 @@ def _merged(flow: Flow, index: int, watches: Sequence[Watch], shared: dict[str, 
         for name, stats in watch.stats.items():
             total[name] = total[name] + stats if name in total else stats
     total = flow.ranks.add(total)
-    flow.ranks.together(lambda: refuse_non_finite(flow.language_model.block_name(index), total, probes))
+    flow.ranks.together(
+        lambda: refuse_non_finite(flow.language_model.block_name(index), total, probes)
+    )
     return Observed(
         {name: total[first] for name, first in shared.items() if first in total},
         {name: probes[first] for name, first in shared.items() if first in probes},
@@ -154,9 +178,15 @@ def _merged(flow: Flow, index: int, watches: Sequence[Watch], shared: dict[str, 
 
 
 def _dense_inputs(
-    flow: Flow, index: int, share: int, number: int, need: tuple[str, ...], only: Collection[str] | None
+    flow: Flow,
+    index: int,
+    share: int,
+    number: int,
+    need: tuple[str, ...],
+    only: Collection[str] | None,
 ) -> dict[str, Tensor]:
-    """The inputs of the block's linear layers in the dense model, for one batch, those in `only`; not of experts.
+    """The inputs of the block's linear layers in the dense model, for one batch, those in `only`;
+    not of experts.
 
     Which tokens reach an expert differs between the two models, so there are no pairs to sum over.
     """
@@ -175,8 +205,9 @@ def _dense_inputs(
 class Observed(NamedTuple):
     """What was seen of a block's inputs, by site; a site that saw no token is missing.
 
-    `stats`, one for all sites that share an input; `probes`, some inputs `[tokens, in]` to measure errors on;
-    `shared`, for every site the one that read the same tensor first, in the order in which they were reached.
+    `stats`, one for all sites that share an input; `probes`, some inputs `[tokens, in]` to measure
+    errors on; `shared`, for every site the one that read the same tensor first, in the order in
+    which they were reached.
     """
 
     stats: dict[str, Stats]
@@ -185,10 +216,12 @@ class Observed(NamedTuple):
 
 
 class Watch:
-    """Sees the inputs of sites on one device: one set of sums for all sites that read the same tensor.
+    """Sees the inputs of sites on one device: one set of sums for all sites that read the same
+    tensor.
 
-    Sharing is observed, not declared: within a batch, a site whose input is a tensor already seen belongs to
-    the site that saw it first. The tensors of a batch are held until the next, so that no identity is reused.
+    Sharing is observed, not declared: within a batch, a site whose input is a tensor already seen
+    belongs to the site that saw it first. The tensors of a batch are held until the next, so that
+    no identity is reused.
     """
 
     def __init__(self, need: tuple[str, ...], only: Collection[str] | None) -> None:
@@ -202,7 +235,9 @@ class Watch:
         self._dense: dict[str, Tensor] = {}
 
     def next_batch(self, probe: int, dense: dict[str, Tensor]) -> None:
-        """Forget the tensors of the batch before; `dense` are the dense model's inputs of the next, by site."""
+        """Forget the tensors of the batch before; `dense` are the dense model's inputs of the next,
+        by site.
+        """
         self._seen.clear()
         self._probe, self._dense = probe, dense
 
@@ -213,17 +248,25 @@ class Watch:
         started = perf_counter()
         first, _ = self._seen.setdefault((id(x), x._version), (name, x))
         if self.shared.setdefault(name, first) != first:
-            raise UnsupportedModel(f"{name} shares its input with other sites in one batch and not in the next.")
+            raise UnsupportedModel(
+                f"{name} shares its input with other sites in one batch and not in the next."
+            )
         if first == name:
             x = x.reshape(-1, x.shape[-1])
             if self.need and len(x):
                 dense = self._dense.get(name)
                 dense = None if dense is None else dense.reshape(x.shape)
                 held = self.stats.get(name)
-                self.stats[name] = held.add(x, self.need, dense) if held else Stats.of(x, self.need, dense)
+                self.stats[name] = (
+                    held.add(x, self.need, dense) if held else Stats.of(x, self.need, dense)
+                )
             if self._probe and len(x):
-                kept = x[:: -(-len(x) // self._probe)].to(torch.float32, copy=True)  # a view would hold all of x
-                self.probes[name] = torch.cat([self.probes[name], kept]) if name in self.probes else kept
+                kept = x[:: -(-len(x) // self._probe)].to(
+                    torch.float32, copy=True
+                )  # a view would hold all of x
+                self.probes[name] = (
+                    torch.cat([self.probes[name], kept]) if name in self.probes else kept
+                )
         _settle(x)
         self.seconds += perf_counter() - started
 

@@ -1,12 +1,13 @@
 """Forwards that stop inside a block: one pass over the calibration tokens instead of two.
 
-The sites of a block are reached in stages, each the sites that read one input. The forward of every batch runs as far
-as a stage and is left there with all it holds; when all have come, the sites of the stage are pruned from the inputs
-that wait for them, and the forwards go on through the pruned weights. Nothing runs twice, and every site is pruned on
-the inputs it will really see.
+The sites of a block are reached in stages, each the sites that read one input. The forward of every
+batch runs as far as a stage and is left there with all it holds; when all have come, the sites of
+the stage are pruned from the inputs that wait for them, and the forwards go on through the pruned
+weights. Nothing runs twice, and every site is pruned on the inputs it will really see.
 
-What is left standing is the call stack of an ordinary forward, in a greenlet, so that no family's code is changed.
-Which sites make a stage is asked of one whole forward; a block where that has no plain answer is left to two passes.
+What is left standing is the call stack of an ordinary forward, in a greenlet, so that no family's
+code is changed. Which sites make a stage is asked of one whole forward; a block where that has no
+plain answer is left to two passes.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from secateur.models.replay import Call, run_block
 
 
 class Stages(NamedTuple):
-    """The sites of a block in the `order` in which a forward reaches them, those with one input together; the rest.
+    """The sites of a block in the `order` in which a forward reaches them, those with one input
+    together; the rest.
 
-    All experts' matrices of one kind are one stage. Forwards can be stopped at each in turn if `plain`: not where a
-    site is called twice, or where experts are modules of their own, of which every batch takes others.
+    All experts' matrices of one kind are one stage. Forwards can be stopped at each in turn if
+    `plain`: not where a site is called twice, or where experts are modules of their own, of which
+    every batch takes others.
     """
 
     order: list[list[str]]
@@ -49,7 +52,9 @@ def find_stages(block: nn.Module, hidden: Tensor, call: Call) -> Stages:
     for name in dict(reached):
         parameter, x = known[name].parameter, first[name]
         if known[name].expert:
-            found[parameter] = [other for other, site in known.items() if site.parameter == parameter]
+            found[parameter] = [
+                other for other, site in known.items() if site.parameter == parameter
+            ]
         else:
             found.setdefault((id(x), x._version), []).append(name)
     order = list(found.values())
@@ -59,7 +64,9 @@ def find_stages(block: nn.Module, hidden: Tensor, call: Call) -> Stages:
 
 
 class _Forward:
-    """One batch on its way through the block: the last stage it has reached, and the inputs that wait there."""
+    """One batch on its way through the block: the last stage it has reached, and the inputs that
+    wait there.
+    """
 
     def __init__(self, run: Callable[[], Tensor]) -> None:
         self.stage, self.waiting = -1, list[tuple[str, Tensor]]()
@@ -87,14 +94,18 @@ class _Forward:
 
 
 class Suspended:
-    """The forwards of some batches through one block, all stopped at the same stage; of one thread, until `close`.
+    """The forwards of some batches through one block, all stopped at the same stage; of one thread,
+    until `close`.
 
-    `starts` holds what runs the block, by the number of the batch. Raises UnsupportedModel where a batch takes another
-    way through the block than the one that the stages were found on.
+    `starts` holds what runs the block, by the number of the batch. Raises UnsupportedModel where a
+    batch takes another way through the block than the one that the stages were found on.
     """
 
     def __init__(
-        self, block: nn.Module, stages: Sequence[Sequence[str]], starts: Mapping[int, Callable[[], Tensor]]
+        self,
+        block: nn.Module,
+        stages: Sequence[Sequence[str]],
+        starts: Mapping[int, Callable[[], Tensor]],
     ) -> None:
         self.stages = stages
         self.forwards = {number: _Forward(start) for number, start in starts.items()}
@@ -106,7 +117,8 @@ class Suspended:
     def inputs(self, stage: int) -> Iterator[tuple[int, list[tuple[str, Tensor]]]]:
         """(batch, [(site, input [tokens, in]), …]) of every forward once it has come to `stage`.
 
-        The first site of a shared input stands for all. A forward that never comes to the stage has none.
+        The first site of a shared input stands for all. A forward that never comes to the stage has
+        none.
         """
         for number, forward in self.forwards.items():
             while forward.stage < stage and forward.output is None:

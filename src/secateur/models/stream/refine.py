@@ -1,14 +1,16 @@
-"""`+refine`: the kept weights of one finished block, tuned together so that the block does what the dense one does.
+"""`+refine`: the kept weights of one finished block, tuned together so that the block does what the
+dense one does.
 
-Site by site, a solver sees one matrix; here attention, gates and products of the whole block take part. Masks stand
-still, Adam moves what is kept, and the loss is the error of the block's output on the calibration tokens: inputs as
-the pruned prefix gives them, targets what the dense block gives on dense inputs, so that errors of earlier blocks
-are made up for as well (EBFT, Guo et al. 2024, arXiv:2402.12419). Gradients end at the block's border, so one block
-is in memory, with four numbers more for each of its weights.
+Site by site, a solver sees one matrix; here attention, gates and products of the whole block take
+part. Masks stand still, Adam moves what is kept, and the loss is the error of the block's output on
+the calibration tokens: inputs as the pruned prefix gives them, targets what the dense block gives
+on dense inputs, so that errors of earlier blocks are made up for as well (EBFT, Guo et al. 2024,
+arXiv:2402.12419). Gradients end at the block's border, so one block is in memory, with four numbers
+more for each of its weights.
 
-Departures: each token's error is taken relative to the power of its target, since the norm that reads it divides by
-that; the rate is relative to the size of a parameter's weights and falls to zero. A block that did not come nearer
-keeps its weights.
+Departures: each token's error is taken relative to the power of its target, since the norm that
+reads it divides by that; the rate is relative to the size of a parameter's weights and falls to
+zero. A block that did not come nearer keeps its weights.
 """
 
 from __future__ import annotations
@@ -26,13 +28,15 @@ from secateur.models.stream.forward import Batch
 RATE = 0.4
 """Adam's first step as a share of a parameter's root mean square weight, times √inputs.
 
-So a step that all inputs agree on changes the output by the same share in layers of any width (Yang et al. 2022,
-arXiv:2203.03466, table 3). On the demo model 0.14, 0.4 and 1.4 were tried.
+So a step that all inputs agree on changes the output by the same share in layers of any width (Yang
+et al. 2022, arXiv:2203.03466, table 3). On the demo model 0.14, 0.4 and 1.4 were tried.
 """
 
 
 class Tuned(NamedTuple):
-    """A block's relative output error before and after; the same twice where tuned weights were no better."""
+    """A block's relative output error before and after; the same twice where tuned weights were no
+    better.
+    """
 
     before: float
     after: float
@@ -43,11 +47,17 @@ class Tuned(NamedTuple):
 
 
 def refine(
-    block: nn.Module, kept: Mapping[str, Tensor], batches: Sequence[Batch], epochs: int, rate: float = RATE
+    block: nn.Module,
+    kept: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    epochs: int,
+    rate: float = RATE,
 ) -> Tuned:
-    """Tune the parameters named in `kept` (bool, of their shape) in place; float32 parameters, or none changes enough.
+    """Tune the parameters named in `kept` (bool, of their shape) in place; float32 parameters, or
+    none changes enough.
 
-    Parameters are visited in one fixed shuffled order of `batches`, `epochs` times. What `kept` leaves out stays zero.
+    Parameters are visited in one fixed shuffled order of `batches`, `epochs` times. What `kept`
+    leaves out stays zero.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
     inputs = {site.parameter: site.weight.shape[1] for site in sites(block).values()}
@@ -64,7 +74,9 @@ def refine(
     steps = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(steps, 1))
     draw = torch.Generator().manual_seed(0)
-    hidden = batches[0].hidden  # Adam does not see the scale; gradients in float16 would be zero without it
+    hidden = batches[
+        0
+    ].hidden  # Adam does not see the scale; gradients in float16 would be zero without it
     scale = float(hidden.shape[-1] * (hidden.numel() // hidden.shape[-1]) ** 0.5)
     with torch.enable_grad():
         for _ in range(epochs):
@@ -89,8 +101,12 @@ def refine(
 @torch.no_grad()
 def error(block: nn.Module, batches: Sequence[Batch]) -> float:
     """The mean over tokens of ‖output − target‖² / ‖target‖²."""
-    windows = [batch.hidden.shape[-3] for batch in batches]  # Gemma 3n has several streams before them
-    return sum(_loss(block, b).item() * n for b, n in zip(batches, windows, strict=True)) / sum(windows)
+    windows = [
+        batch.hidden.shape[-3] for batch in batches
+    ]  # Gemma 3n has several streams before them
+    return sum(_loss(block, b).item() * n for b, n in zip(batches, windows, strict=True)) / sum(
+        windows
+    )
 
 
 def _loss(block: nn.Module, batch: Batch) -> Tensor:

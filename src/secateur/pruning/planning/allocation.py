@@ -1,9 +1,11 @@
 """How much is removed from which site: a plan, which is data.
 
-A plan maps full site names to patterns; a site that is missing from it stays dense. It is a JSON file that can be
-written, read, edited and used again. Here are the rules that make one out of numbers; `measured.py` measures them.
+A plan maps full site names to patterns; a site that is missing from it stays dense. It is a JSON
+file that can be written, read, edited and used again. Here are the rules that make one out of
+numbers; `measured.py` measures them.
 
-* `uniform`: the same for every site. The default: at 50 % independent audits found every other rule no better.
+* `uniform`: the same for every site. The default: at 50 % independent audits found every other rule
+  no better.
 * `by_outliers`: blocks with many outliers lose less (OWL, Yin et al. 2024, arXiv:2310.05175).
 * `least_error`: error curves are given, and each weight is removed where the next one costs least.
 """
@@ -33,8 +35,8 @@ def uniform(shapes: Shapes, pattern: Pattern, skip: Sequence[str] = ()) -> Plan:
     """The same pattern for every site but those whose name matches a glob in `skip`.
 
     `shapes` gives `[out, in]` of every site by full name. A glob matches the full name or its end
-    (`down_proj`, `mlp.*`). Raises UnknownName for a glob that matches nothing, BadPattern where a site cannot
-    hold the pattern.
+    (`down_proj`, `mlp.*`). Raises UnknownName for a glob that matches nothing, BadPattern where a
+    site cannot hold the pattern.
     """
     plan = dict.fromkeys(names_left(shapes, skip), pattern)
     for name in plan:
@@ -43,7 +45,9 @@ def uniform(shapes: Shapes, pattern: Pattern, skip: Sequence[str] = ()) -> Plan:
 
 
 def names_left(names: Iterable[str], skip: Sequence[str]) -> list[str]:
-    """The names that match no glob in `skip`. Raises UnknownName for a glob that matches nothing."""
+    """The names that match no glob in `skip`. Raises UnknownName for a glob that matches
+    nothing.
+    """
     names = list(names)
     left_out = {name for glob in skip for name in _matching(names, glob)}
     return [name for name in names if name not in left_out]
@@ -52,22 +56,30 @@ def names_left(names: Iterable[str], skip: Sequence[str]) -> list[str]:
 def by_outliers(
     shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, spread: float
 ) -> dict[str, float]:
-    """The sparsity of every block, from the share of outliers among its weights' scores (OWL, sec. 3.3).
+    """The sparsity of every block, from the share of outliers among its weights' scores (OWL, sec.
+    3.3).
 
-    Linear in the share: the block with fewest outliers loses 2 · `spread` more than the one with most, and the mean
-    over weights, `sizes` of them in each block, is `sparsity`. Raises BadPlan where a block would lose more than 99 %.
+    Linear in the share: the block with fewest outliers loses 2 · `spread` more than the one with
+    most, and the mean over weights, `sizes` of them in each block, is `sparsity`. Raises BadPlan
+    where a block would lose more than 99 %.
     """
     low, high = min(shares.values()), max(shares.values())
-    raw = {name: -2 * spread * (share - low) / max(high - low, 1e-30) for name, share in shares.items()}
+    raw = {
+        name: -2 * spread * (share - low) / max(high - low, 1e-30) for name, share in shares.items()
+    }
     shift = sparsity - sum(raw[name] * sizes[name] for name in raw) / sum(sizes.values())
     return _checked({name: value + shift for name, value in raw.items()}, sparsity)
 
 
-def least_error(curves: Mapping[str, Curve], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
-    """The sparsities of mean `sparsity`, by `sizes`, with the least sum of errors: a continuous knapsack.
+def least_error(
+    curves: Mapping[str, Curve], sizes: Mapping[str, int], sparsity: float
+) -> dict[str, float]:
+    """The sparsities of mean `sparsity`, by `sizes`, with the least sum of errors: a continuous
+    knapsack.
 
-    A curve is read as the lines between the points of its lower convex hull, so the next weight always goes where the
-    error grows least, and that is exact. Raises BadPlan where the curves do not reach as far as `sparsity`.
+    A curve is read as the lines between the points of its lower convex hull, so the next weight
+    always goes where the error grows least, and that is exact. Raises BadPlan where the curves do
+    not reach as far as `sparsity`.
     """
     found, pieces = {}, []
     for name, curve in curves.items():
@@ -110,7 +122,9 @@ def _checked(ratios: dict[str, float], sparsity: float) -> dict[str, float]:
 
 
 def scaled(plan: Plan, ratios: Mapping[str, float]) -> Plan:
-    """The plan with other sparsities: `ratios` by site or by the block that the site's name begins with."""
+    """The plan with other sparsities: `ratios` by site or by the block that the site's name begins
+    with.
+    """
     blocks = {name: name + "." for name in ratios}
     found: dict[str, Pattern] = {}
     for site, pattern in plan.items():
@@ -128,11 +142,15 @@ def scaled(plan: Plan, ratios: Mapping[str, float]) -> Plan:
 def sparsity_of(plan: Plan, shapes: Shapes) -> float:
     """The share of weights that the plan removes, over all sites."""
     sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
-    return sum(sizes[name] * pattern.sparsity for name, pattern in plan.items()) / sum(sizes.values())
+    return sum(sizes[name] * pattern.sparsity for name, pattern in plan.items()) / sum(
+        sizes.values()
+    )
 
 
 def label(plan: Plan, shapes: Shapes) -> str:
-    """The pattern that a plan holds: the one that every site has, else the mean sparsity of its sites."""
+    """The pattern that a plan holds: the one that every site has, else the mean sparsity of its
+    sites.
+    """
     patterns = {str(pattern) for pattern in plan.values()}
     if len(patterns) == 1:
         return patterns.pop()
@@ -143,28 +161,42 @@ def label(plan: Plan, shapes: Shapes) -> str:
 def write_plan(file: Path, plan: Plan, shapes: Shapes, made: Mapping[str, Any]) -> None:
     """Write a plan as JSON. `made` says how it came about; readers leave it alone."""
     sites = {name: str(plan[name]) if name in plan else "dense" for name in shapes}
-    document = {"schema": SCHEMA, "sparsity": round(sparsity_of(plan, shapes), 6), **made, "sites": sites}
+    document = {
+        "schema": SCHEMA,
+        "sparsity": round(sparsity_of(plan, shapes), 6),
+        **made,
+        "sites": sites,
+    }
     file.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_plan(file: Path, shapes: Shapes) -> Plan:
-    """The plan in a JSON file: `sites` gives a pattern or "dense" by full site name; what is not named stays dense.
+    """The plan in a JSON file: `sites` gives a pattern or "dense" by full site name; what is not
+    named stays dense.
 
-    Raises BadPlan for what is no plan, UnknownName for a site that the model does not have, BadPattern for a pattern
-    that a site cannot hold.
+    Raises BadPlan for what is no plan, UnknownName for a site that the model does not have,
+    BadPattern for a pattern that a site cannot hold.
     """
     try:
         held = read_json(file)
     except (OSError, ValueError) as error:
         raise BadPlan(f"{file} cannot be read as a plan: {in_one_line(error)}.") from error
-    if not isinstance(held, dict) or held.get("schema") != SCHEMA or not isinstance(held.get("sites"), dict):
-        raise BadPlan(f"{file} is no plan: an object with schema {SCHEMA!r} and 'sites' was wanted.")
+    if (
+        not isinstance(held, dict)
+        or held.get("schema") != SCHEMA
+        or not isinstance(held.get("sites"), dict)
+    ):
+        raise BadPlan(
+            f"{file} is no plan: an object with schema {SCHEMA!r} and 'sites' was wanted."
+        )
     plan: dict[str, Pattern] = {}
     for name, text in held["sites"].items():
         if name not in shapes:
             raise UnknownName("site in this model", name, shapes)
         if not isinstance(text, str):
-            raise BadPlan(f"{file} gives {name} {text!r}; a pattern such as '70%', or 'dense', was wanted.")
+            raise BadPlan(
+                f"{file} gives {name} {text!r}; a pattern such as '70%', or 'dense', was wanted."
+            )
         if text != "dense":
             plan[name] = parse_pattern(text)
             plan[name].check(shapes[name], name)

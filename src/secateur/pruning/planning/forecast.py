@@ -2,9 +2,10 @@
 
     outline (what the model is and does) · cost (what the method does) · footprint (what is held when) → `Forecast`
 
-Bytes and operations are counted, and memory is a sum of what is held at the worst moment. Seconds are an estimate:
-the operations over the rate of matrix products on this machine, measured in less than a second. What that leaves out
-stands in `left_out`. Structures make another model by another program and are refused.
+Bytes and operations are counted, and memory is a sum of what is held at the worst moment. Seconds
+are an estimate: the operations over the rate of matrix products on this machine, measured in less
+than a second. What that leaves out stands in `left_out`. Structures make another model by another
+program and are refused.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ from secateur.system.machine import best_seconds, matrix_rate, square_side
 from secateur.system.settings import CalibrationText, Compute, Recipe, Trust
 
 GRAM = "Gram matrices"
-"""What their rate is called: two operations for each product of two inputs, though half of them are not computed."""
+"""What their rate is called: two operations for each product of two inputs, though half of them are
+not computed.
+"""
 LEFT_OUT = (
     "Seconds are operations over the rate of products alone: no scores, masks, norms and other passes over elements, "
     "no steps that wait for one another (a column sweep takes several times its operations), no reading and writing "
@@ -71,12 +74,14 @@ class Operations:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take. Bytes, operations and seconds; `memory`, `operations` and `seconds` by "one" and "two".
+    """What a run will take. Bytes, operations and seconds; `memory`, `operations` and `seconds` by
+    "one" and "two".
 
-    `passes` is the way that was asked for or chosen; `fits`, whether it stays within `memory_limit`, None without
-    one. `checkpoint_bytes` are exact where `exact`, else parameters times the width of the dtype. `seconds` is None
-    where nothing was measured. A method whose cost is not known (`Method.cost`) leaves `memory` and `operations`
-    empty, `fits` and `seconds` None. `left_out` says in sentences what the figures do not count.
+    `passes` is the way that was asked for or chosen; `fits`, whether it stays within
+    `memory_limit`, None without one. `checkpoint_bytes` are exact where `exact`, else parameters
+    times the width of the dtype. `seconds` is None where nothing was measured. A method whose cost
+    is not known (`Method.cost`) leaves `memory` and `operations` empty, `fits` and `seconds` None.
+    `left_out` says in sentences what the figures do not count.
     """
 
     model: str
@@ -126,12 +131,14 @@ def forecast(
     trust_remote_code: bool = Trust.trust_remote_code,
     measure: bool = True,
 ) -> Forecast:
-    """What pruning a model will take, from its config.json; weights are never loaded. Arguments as for `prune`.
+    """What pruning a model will take, from its config.json; weights are never loaded. Arguments as
+    for `prune`.
 
-    `model` is a folder or a hub name, of which only small files are fetched; headers of shards are used where they
-    lie there. `passes`: whether a block runs once, with every batch waiting inside it (`one`), or is looked at first
-    (`two`); `auto` takes `one` where all fits into `memory`, bytes or text such as '16GB'. Without `measure` no rate
-    is measured and no seconds are said. Raises BadPattern for structures, and SecateurError as `prune` does.
+    `model` is a folder or a hub name, of which only small files are fetched; headers of shards are
+    used where they lie there. `passes`: whether a block runs once, with every batch waiting inside
+    it (`one`), or is looked at first (`two`); `auto` takes `one` where all fits into `memory`,
+    bytes or text such as '16GB'. Without `measure` no rate is measured and no seconds are said.
+    Raises BadPattern for structures, and SecateurError as `prune` does.
     """
     chosen = _zeros(pattern)
     found_method, limit = find_method(method), find_size(memory)
@@ -147,45 +154,87 @@ def forecast(
     length = seq_len or min(2048, context(config) or 2048)
     check_length(config, length)
     checkpoint = open_checkpoint(folder) if is_whole(folder) else None
-    stored = stored_dtype(checkpoint) if checkpoint else getattr(config, "dtype", None) or torch.float32
+    stored = (
+        stored_dtype(checkpoint) if checkpoint else getattr(config, "dtype", None) or torch.float32
+    )
     forward = calibration_dtype(name, devices[0], stored) or stored
     built = build(config, forward, trust_remote_code=trust_remote_code)
 
-    whole = checkpoint.bytes if checkpoint else sum(p.numel() for p in built.parameters()) * stored.itemsize
+    whole = (
+        checkpoint.bytes
+        if checkpoint
+        else sum(p.numel() for p in built.parameters()) * stored.itemsize
+    )
     spilled = too_large(whole, limit)
 
     at = loads(
-        built, samples, length, found_method, forward=forward, stored=stored, devices=len(devices),
-        host=devices[0].type == "cpu", spilled=spilled,
-    )  # fmt: skip
+        built,
+        samples,
+        length,
+        found_method,
+        forward=forward,
+        stored=stored,
+        devices=len(devices),
+        host=devices[0].type == "cpu",
+        spilled=spilled,
+    )
     most = min(batch_size, samples)
     planned = uniform(at(most)[0].shapes, chosen, skip)
     if costs:
-        way, spill, batch, peaks = arrange(at, most, found_method, costs, planned.keys(), passes, limit)
+        way, spill, batch, peaks = arrange(
+            at, most, found_method, costs, planned.keys(), passes, limit
+        )
     else:
         way, spill, batch, peaks = without_forecast(passes, limit, most)
     found, load = at(batch)
     hidden = peaks[way].parts["hidden states"] if peaks else 0
-    operations = {mode: _operations(found, load, found_method, costs, mode, planned.keys()) for mode in MODES if costs}
+    operations = {
+        mode: _operations(found, load, found_method, costs, mode, planned.keys())
+        for mode in MODES
+        if costs
+    }
     rates = _rates(devices[0], forward) if measure and costs else {}
     size = checkpoint.bytes if checkpoint else found.parameters * stored.itemsize
-    in_sites = sum(rows * columns for rows, columns in (found.shapes[name] for name in planned)) * stored.itemsize
+    in_sites = (
+        sum(rows * columns for rows, columns in (found.shapes[name] for name in planned))
+        * stored.itemsize
+    )
     weights = sum(kind.count * kind.weights for kind in found.kinds)
     return Forecast(
-        str(model or "demo"), found.architecture, method, str(chosen), samples, length, batch,
-        ",".join(map(str, devices)), str(forward).removeprefix("torch."), str(stored).removeprefix("torch."),
-        found.parameters, sum(kind.count for kind in found.kinds), len(found.shapes), len(planned),
-        sum(kind.count * kind.prunable for kind in found.kinds) / max(weights, 1), size, checkpoint is not None,
+        str(model or "demo"),
+        found.architecture,
+        method,
+        str(chosen),
+        samples,
+        length,
+        batch,
+        ",".join(map(str, devices)),
+        str(forward).removeprefix("torch."),
+        str(stored).removeprefix("torch."),
+        found.parameters,
+        sum(kind.count for kind in found.kinds),
+        len(found.shapes),
+        len(planned),
+        sum(kind.count * kind.prunable for kind in found.kinds) / max(weights, 1),
+        size,
+        checkpoint is not None,
         # the check at load, the copy, every block, and the digests of source and result
         4 * size + found.in_blocks * stored.itemsize,
         size + in_sites,
         size,
         hidden * spill + found.restacked * stored.itemsize * spilled,
-        peaks, limit, way, None if limit is None or not peaks else peaks[way].bytes - spill * hidden <= limit,
-        operations, rates,
+        peaks,
+        limit,
+        way,
+        None if limit is None or not peaks else peaks[way].bytes - spill * hidden <= limit,
+        operations,
+        rates,
         {mode: seconds_of(operations[mode], rates).total for mode in MODES} if rates else None,
-        (*_notes(found, found_method, len(devices)), *(() if costs else (UNKNOWN_COST.format(method),))),
-    )  # fmt: skip
+        (
+            *_notes(found, found_method, len(devices)),
+            *(() if costs else (UNKNOWN_COST.format(method),)),
+        ),
+    )
 
 
 def _zeros(pattern: str) -> Pattern:
@@ -212,17 +261,30 @@ def _operations(
         if mode == "one" or method.sequential:
             forward += kind.flops  # one batch, to find the stages
         if mode == "one":
-            ends = [read for read in kind.reads if read.group == kind.reads[-1].group and read.share == 1]
+            ends = [
+                read
+                for read in kind.reads
+                if read.group == kind.reads[-1].group and read.share == 1
+            ]
             if kind.has_last and not method.refine:  # it ends at its last sites
-                forward -= sum(2 * load.windows * load.length * read.columns * sum(read.rows.values()) for read in ends)
+                forward -= sum(
+                    2 * load.windows * load.length * read.columns * sum(read.rows.values())
+                    for read in ends
+                )
         for read in kind.reads:
-            rows = [size for name, size in read.rows.items() if f"{found.stack}.{kind.first}.{name}" in planned]
+            rows = [
+                size
+                for name, size in read.rows.items()
+                if f"{found.stack}.{kind.first}.{name}" in planned
+            ]
             tokens = load.windows * load.length * read.share
             matrices = ("gram" in method.need) + ("cross" in method.need and read.share == 1)
             statistics += kind.count * matrices * 2 * tokens * read.columns**2
             if rows:
                 probe = probe_tokens(load.tokens * read.share)
-                errors = 4 * probe * read.columns * sum(rows)  # what the site gives before and after, on the probe
+                errors = (
+                    4 * probe * read.columns * sum(rows)
+                )  # what the site gives before and after, on the probe
                 solve += kind.count * (_solve(costs, method, rows, read.columns) + errors)
     return Operations(forward, statistics, solve)
 
@@ -234,7 +296,9 @@ def _solve(costs: Cost, method: Method, rows: Sequence[int], columns: int) -> fl
 
 
 def _rates(device: torch.device, forward: torch.dtype) -> dict[str, float]:
-    """Operations a second of matrix products in the dtypes of a run and of its Gram matrices, measured now."""
+    """Operations a second of matrix products in the dtypes of a run and of its Gram matrices,
+    measured now.
+    """
     kinds = dict.fromkeys((forward, torch.float32))
     rates = {str(kind).removeprefix("torch."): matrix_rate(kind, device) for kind in kinds}
     side = square_side(device)
@@ -244,10 +308,14 @@ def _rates(device: torch.device, forward: torch.dtype) -> dict[str, float]:
 
 
 def seconds_of(operations: Operations, rates: Mapping[str, float]) -> Operations:
-    """Seconds in place of operations, at the rates that were measured; that of the forward passes comes first."""
+    """Seconds in place of operations, at the rates that were measured; that of the forward passes
+    comes first.
+    """
     forward = next(iter(rates.values()))
     return Operations(
-        operations.forward / forward, operations.statistics / rates[GRAM], operations.solve / rates["float32"]
+        operations.forward / forward,
+        operations.statistics / rates[GRAM],
+        operations.solve / rates["float32"],
     )
 
 
@@ -255,13 +323,21 @@ def _notes(found: Outline, method: Method, devices: int) -> tuple[str, ...]:
     """What the figures of this forecast do not count."""
     notes: list[str] = list(LEFT_OUT)
     if unseen := sorted({name for kind in found.kinds for name in kind.unseen}):
-        notes.append(f"Not reached by a forward pass, so not solved where a method needs inputs: {', '.join(unseen)}.")
+        notes.append(
+            f"Not reached by a forward pass, so not solved where a method needs inputs: {', '.join(unseen)}."
+        )
     if any(read.share < 1 for kind in found.kinds for read in kind.reads):
-        notes.append("Experts are taken to see even shares of the tokens; one that sees more holds more for a moment.")
+        notes.append(
+            "Experts are taken to see even shares of the tokens; one that sees more holds more for a moment."
+        )
     if method.permute:
-        notes.append("+permute traces one block of each kind and compares it afterwards; that is not counted.")
+        notes.append(
+            "+permute traces one block of each kind and compares it afterwards; that is not counted."
+        )
     if devices > 1:
-        notes.append("Of several devices the first is counted, which holds what is merged; seconds are those of one.")
+        notes.append(
+            "Of several devices the first is counted, which holds what is merged; seconds are those of one."
+        )
     return tuple(notes)
 
 
@@ -280,10 +356,14 @@ def lines(found: Forecast) -> list[str]:
         f"{_gb(found.spill_bytes).strip()} for what does not fit into memory",
     ]
     for mode, moment in found.memory.items():
-        device = f", {_gb(moment.on_device).strip()} of it on the device" if moment.on_device else ""
+        device = (
+            f", {_gb(moment.on_device).strip()} of it on the device" if moment.on_device else ""
+        )
         parts = sorted(moment.parts.items(), key=lambda part: -part[1])[:4]
         most = ", ".join(f"{name} {_gb(size).strip()}" for name, size in parts)
-        shown.append(f"memory, {mode}  {_gb(moment.bytes)} at most{device}, when {moment.when}: {most}")
+        shown.append(
+            f"memory, {mode}  {_gb(moment.bytes)} at most{device}, when {moment.when}: {most}"
+        )
     for mode, work in found.operations.items():
         seconds = f", estimated {_span(found.seconds[mode])}" if found.seconds else ""
         shown.append(
@@ -292,10 +372,21 @@ def lines(found: Forecast) -> list[str]:
         )
     rates = ", ".join(f"{rate / 1e9:.0f} Gflop/s in {name}" for name, rate in found.rates.items())
     if rates:
-        shown.append(f"{'':13}estimated: operations over the rate of products here and now, {rates}")
+        shown.append(
+            f"{'':13}estimated: operations over the rate of products here and now, {rates}"
+        )
     limit = _gb(found.memory_limit or 0).strip()
-    fits = "" if found.fits is None else f", which {'fits' if found.fits else 'does not fit'} into {limit}"
-    return [*shown, "", f"Blocks run in {found.passes} pass{'es' * (found.passes == 'two')}{fits}.", *found.left_out]
+    fits = (
+        ""
+        if found.fits is None
+        else f", which {'fits' if found.fits else 'does not fit'} into {limit}"
+    )
+    return [
+        *shown,
+        "",
+        f"Blocks run in {found.passes} pass{'es' * (found.passes == 'two')}{fits}.",
+        *found.left_out,
+    ]
 
 
 def _gb(size: int) -> str:

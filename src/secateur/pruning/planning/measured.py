@@ -1,8 +1,10 @@
-"""Plans that are measured: how much each block or site can lose, asked of the dense model before anything is pruned.
+"""Plans that are measured: how much each block or site can lose, asked of the dense model before
+anything is pruned.
 
-`ALLOCATIONS` is the table of rules; `uniform` needs none. `owl` reads the norms of inputs; `error` prunes every site
-at several sparsities and looks at what is left of its output; `search` moves sparsity between blocks. Only
-percentages can be shared out: N:M removes the same everywhere. The arithmetic is in allocation.py.
+`ALLOCATIONS` is the table of rules; `uniform` needs none. `owl` reads the norms of inputs; `error`
+prunes every site at several sparsities and looks at what is left of its output; `search` moves
+sparsity between blocks. Only percentages can be shared out: N:M removes the same everywhere. The
+arithmetic is in allocation.py.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ from secateur.system.progress import Progress
 from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust
 
 OUTLIER, SPREAD = 5.0, 0.08
-"""OWL's M, from how many times the mean a score is an outlier, and λ, how far a block may go from the mean."""
+"""OWL's M, from how many times the mean a score is an outlier, and λ, how far a block may go from
+the mean.
+"""
 
 
 def plan(
@@ -69,7 +73,8 @@ def plan(
 ) -> Plan:
     """How much to remove from which site of `model`, measured and written to the JSON file `out`.
 
-    The file may be edited, and given to `prune` as `allocate`. Arguments as for `prune`. Raises SecateurError.
+    The file may be edited, and given to `prune` as `allocate`. Arguments as for `prune`. Raises
+    SecateurError.
     """
     progress, out = progress or Progress(), Path(out)
     find_method(method)
@@ -77,15 +82,32 @@ def plan(
     find_devices(device)
     find_dtype(dtype)
     if out.is_dir() or (out.exists() and not overwrite):
-        raise OutputRefused(f"{out} exists already. Choose another --out, or replace it with --overwrite.")
+        raise OutputRefused(
+            f"{out} exists already. Choose another --out, or replace it with --overwrite."
+        )
     _, language_model, windows = opened(
-        model, calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir,
-        trust_remote_code=trust_remote_code, progress=progress, out=out,
-    )  # fmt: skip
+        model,
+        calibration,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        data_dir=data_dir,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+        out=out,
+    )
     found = make_plan(
-        language_model, windows, allocate, method=method, pattern=pattern, skip=skip, device=device, dtype=dtype,
-        batch_size=batch_size, progress=progress,
-    )  # fmt: skip
+        language_model,
+        windows,
+        allocate,
+        method=method,
+        pattern=pattern,
+        skip=skip,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        progress=progress,
+    )
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         made = {
@@ -94,7 +116,9 @@ def plan(
             "method": method,
             "pattern": pattern,
             "calibration": windows.fingerprint(),
-            "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": list(command)
+            if command is not None
+            else [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
         write_plan(out, found, site_shapes(language_model), made)
     progress.end()
@@ -134,9 +158,16 @@ def make_plan(
     progress, devices = progress or Progress(), find_devices(device)
     progress.begin(f"planning by {allocate}")
     measuring = Measuring(
-        language_model, windows.ids, find_method(method), base, wanted, devices,
-        forward_dtype(find_dtype(dtype), devices[0]), batch_size, progress,
-    )  # fmt: skip
+        language_model,
+        windows.ids,
+        find_method(method),
+        base,
+        wanted,
+        devices,
+        forward_dtype(find_dtype(dtype), devices[0]),
+        batch_size,
+        progress,
+    )
     return scaled(base, ALLOCATIONS[allocate](measuring))
 
 
@@ -147,7 +178,8 @@ def _not_empty(plan: Plan) -> Plan:
 
 
 def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None:
-    """Raise UnknownName for a rule that does not exist, BadPlan for a pattern that cannot be shared out.
+    """Raise UnknownName for a rule that does not exist, BadPlan for a pattern that cannot be shared
+    out.
 
     `files`: a plan's file will do as well.
     """
@@ -166,37 +198,52 @@ def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None
 
 
 def owl(measuring: Measuring) -> Mapping[str, float]:
-    """The sparsity of each block by its share of outlying scores |w|·‖x‖ (Yin et al. 2024, arXiv:2310.05175)."""
+    """The sparsity of each block by its share of outlying scores |w|·‖x‖ (Yin et al. 2024,
+    arXiv:2310.05175).
+    """
     shares: dict[str, float] = {}
 
     def look(step: Step) -> None:
         stats = step.observe({"square"}, 0).stats
         inside = [name for name in stats if f"{step.name}.{name}" in measuring.plan]
-        scores = [importance(step.sites[name].weight.float(), stats[name]).flatten() for name in inside]
+        scores = [
+            importance(step.sites[name].weight.float(), stats[name]).flatten() for name in inside
+        ]
         if scores:
             whole = torch.cat(scores)
             shares[step.name] = (whole > OUTLIER * whole.mean()).float().mean().item()
 
     measuring.each("outliers of", look)
     sizes = measuring.blocks
-    unseen = dict.fromkeys(sizes.keys() - shares.keys(), measuring.sparsity)  # blocks without tokens
-    return by_outliers(shares, {name: sizes[name] for name in shares}, measuring.sparsity, SPREAD) | unseen
+    unseen = dict.fromkeys(
+        sizes.keys() - shares.keys(), measuring.sparsity
+    )  # blocks without tokens
+    return (
+        by_outliers(shares, {name: sizes[name] for name in shares}, measuring.sparsity, SPREAD)
+        | unseen
+    )
 
 
 def by_error(measuring: Measuring) -> Mapping[str, float]:
-    """The sparsity of each site that makes the sum of relative output errors least, by the method's own errors."""
+    """The sparsity of each site that makes the sum of relative output errors least, by the method's
+    own errors.
+    """
     curves: dict[str, list[tuple[float, float]]] = {}
 
     def look(step: Step) -> None:
         for names, weights, stats in solvable(step, measuring):
             for level in levels_around(measuring.sparsity):
-                for name, error, _ in pruned_at(measuring.at(level), names, weights, stats, measuring.method):
+                for name, error, _ in pruned_at(
+                    measuring.at(level), names, weights, stats, measuring.method
+                ):
                     curves.setdefault(f"{step.name}.{name}", []).append((level, error))
 
     measuring.each("errors of", look)
     shapes = site_shapes(measuring.language_model)
     sizes = {name: prod(shapes[name]) for name in curves}
-    unseen = dict.fromkeys(measuring.plan.keys() - curves.keys(), measuring.sparsity)  # sites without tokens
+    unseen = dict.fromkeys(
+        measuring.plan.keys() - curves.keys(), measuring.sparsity
+    )  # sites without tokens
     return least_error(curves, sizes, measuring.sparsity) | unseen
 
 

@@ -3,10 +3,11 @@
     process · calibration tokens · hidden states of all batches · the block, in the dtype of the forward passes and as
     it is stored · what a batch has alive within the block · statistics · what the solver works with
 
-`two` passes: one looks, the next goes on; between them nothing of a batch but its hidden state is held. `one` pass:
-every batch waits within the block while a group of sites is solved, with all that it has alive there. Everything is
-a sum of tensors that the code makes at that moment; three things are constants: `PROCESS_BYTES`, `ALLOCATOR_BYTES`
-and the working memory of the methods, which is measured (`cost.Cost`).
+`two` passes: one looks, the next goes on; between them nothing of a batch but its hidden state is
+held. `one` pass: every batch waits within the block while a group of sites is solved, with all that
+it has alive there. Everything is a sum of tensors that the code makes at that moment; three things
+are constants: `PROCESS_BYTES`, `ALLOCATOR_BYTES` and the working memory of the methods, which is
+measured (`cost.Cost`).
 """
 
 from __future__ import annotations
@@ -37,23 +38,28 @@ PLENTY = 200
 """A run fits for certain where so many times its hidden states and its largest block do."""
 
 PROCESS_BYTES = 360 * 10**6
-"""Python, torch, transformers and datasets, loaded and used once: 353 to 363 MB after a run on a model of 4 MB."""
+"""Python, torch, transformers and datasets, loaded and used once: 353 to 363 MB after a run on a
+model of 4 MB.
+"""
 UNKNOWN_COST = (
     "Method {!r} does not say what it costs, so memory, operations and seconds are not forecast; under a memory limit "
     "blocks run in two passes. State it as the method's `cost` (docs/adding-a-method.md)."
 )
 ALLOCATOR_BYTES = 160 * 2**20
-"""What glibc keeps of freed memory: blocks of up to 32 MiB come from its heap, which may have 64 MiB free at its top
-(mallopt(3): DEFAULT_MMAP_THRESHOLD_MAX, and M_TRIM_THRESHOLD twice as large), and holes below, here three of 32 MiB.
-Measured: 110 to 150 MB for matrices of 8 to 45 MB. It does not grow with the model.
+"""What glibc keeps of freed memory: blocks of up to 32 MiB come from its heap, which may have 64
+MiB free at its top (mallopt(3): DEFAULT_MMAP_THRESHOLD_MAX, and M_TRIM_THRESHOLD twice as large),
+and holes below, here three of 32 MiB. Measured: 110 to 150 MB for matrices of 8 to 45 MB. It does
+not grow with the model.
 """
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What a run holds at its worst moment: bytes by name, in words, and `when` that is; `bytes` is their sum.
+    """What a run holds at its worst moment: bytes by name, in words, and `when` that is; `bytes` is
+    their sum.
 
-    `on_device` is the part that lies on the accelerator where there is one; the rest is memory of the machine.
+    `on_device` is the part that lies on the accelerator where there is one; the rest is memory of
+    the machine.
     """
 
     when: str
@@ -64,7 +70,9 @@ class Moment:
 
 @dataclass(frozen=True)
 class Load:
-    """What the sums are made of, apart from the model: windows, and how much of them a forward pass takes."""
+    """What the sums are made of, apart from the model: windows, and how much of them a forward pass
+    takes.
+    """
 
     windows: int
     batch: int
@@ -98,19 +106,24 @@ def loads(
     host: bool,
     spilled: bool,
 ) -> Callable[[int], tuple[Outline, Load]]:
-    """For batches of so many windows, what they make of a model without weights; found once for each size."""
+    """For batches of so many windows, what they make of a model without weights; found once for
+    each size.
+    """
 
     @cache
     def at(batch: int) -> tuple[Outline, Load]:
         found = outline(built, batch, length, tuning=method.refine > 0)
-        windows = samples if method.need or method.refine else batch  # else the first batch is all that is run
+        windows = (
+            samples if method.need or method.refine else batch
+        )  # else the first batch is all that is run
         return found, Load(windows, batch, length, forward, stored.itemsize, devices, host, spilled)
 
     return at
 
 
 class Arrangement(NamedTuple):
-    """How blocks are gone through: in "one" pass or "two"; `spill`: hidden states lie in a file; windows of a batch.
+    """How blocks are gone through: in "one" pass or "two"; `spill`: hidden states lie in a file;
+    windows of a batch.
 
     `peaks` by passes, with batches of that size and hidden states in memory.
     """
@@ -130,13 +143,16 @@ def arrange(
     passes: str,
     limit: int | None,
 ) -> Arrangement:
-    """The way to stay within `limit` bytes, if there is one; `passes` may name it, or be "auto". `at` says what
-    batches of a size make of a model.
+    """The way to stay within `limit` bytes, if there is one; `passes` may name it, or be "auto".
+    `at` says what batches of a size make of a model.
 
-    What costs least comes first: one pass in batches of `batch` windows, the same in smaller ones, two passes, and
-    hidden states in a file. Activations that wait within a block cannot go to a file.
+    What costs least comes first: one pass in batches of `batch` windows, the same in smaller ones,
+    two passes, and hidden states in a file. Activations that wait within a block cannot go to a
+    file.
     """
-    modes: Sequence[Mode] = MODES if passes == "auto" else [mode for mode in MODES if mode == passes]
+    modes: Sequence[Mode] = (
+        MODES if passes == "auto" else [mode for mode in MODES if mode == passes]
+    )
     sizes = [batch]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
@@ -153,7 +169,9 @@ def arrange(
 
 
 def without_forecast(passes: str, limit: int | None, batch: int) -> Arrangement:
-    """The way where nothing can be forecast: what takes least memory if there is a `limit`, and what was asked for."""
+    """The way where nothing can be forecast: what takes least memory if there is a `limit`, and
+    what was asked for.
+    """
     way = passes if passes != "auto" else "one" if limit is None else "two"
     return Arrangement(way, limit is not None, batch, {})
 
@@ -165,12 +183,18 @@ def check_passes(passes: str) -> None:
 
 
 def probe_tokens(tokens: float) -> int:
-    """Of so many tokens of the first batch, those that the output error is measured on, evenly spaced."""
+    """Of so many tokens of the first batch, those that the output error is measured on, evenly
+    spaced.
+    """
     return ceil(tokens / max(ceil(tokens / PROBE_TOKENS), 1))
 
 
-def worst(outline: Outline, load: Load, method: Method, cost: Cost, mode: Mode, planned: Collection[str]) -> Moment:
-    """The moment at which a run holds most; `planned` are the full names of the sites that are pruned."""
+def worst(
+    outline: Outline, load: Load, method: Method, cost: Cost, mode: Mode, planned: Collection[str]
+) -> Moment:
+    """The moment at which a run holds most; `planned` are the full names of the sites that are
+    pruned.
+    """
     found: list[Moment] = []
     for kind in outline.kinds:
         start = f"{outline.stack}.{kind.first}."
@@ -183,13 +207,25 @@ def worst(outline: Outline, load: Load, method: Method, cost: Cost, mode: Mode, 
     return max(found, key=lambda moment: moment.bytes)
 
 
-_OF_HOST = ("process", "allocator", "calibration tokens", "weights that the loader stacks", "block as stored")
+_OF_HOST = (
+    "process",
+    "allocator",
+    "calibration tokens",
+    "weights that the loader stacks",
+    "block as stored",
+)
 
 Parts = dict[str, float]
 
 
 def _moments(
-    outline: Outline, load: Load, kind: Kind, reads: list[Read], method: Method, cost: Cost, mode: Mode
+    outline: Outline,
+    load: Load,
+    kind: Kind,
+    reads: list[Read],
+    method: Method,
+    cost: Cost,
+    mode: Mode,
 ) -> Iterable[tuple[str, Parts]]:
     """(when, what is held) for the moments of one block."""
     dense = needs_dense(method)
@@ -199,11 +235,15 @@ def _moments(
         "process": PROCESS_BYTES,
         "allocator": ALLOCATOR_BYTES,
         "calibration tokens": 8 * load.windows * load.length,
-        "weights that the loader stacks": 0 if load.spilled else outline.restacked * load.stored_itemsize,
+        "weights that the loader stacks": 0
+        if load.spilled
+        else outline.restacked * load.stored_itemsize,
         "masks and rotary tables": outline.call_bytes,
         "hidden states": hidden * (1 + dense),
         "block": (kind.parameters * load.forward.itemsize + kind.buffer_bytes) * (1 + dense),
-        "next block": 0 if load.host else kind.parameters * load.forward.itemsize + kind.buffer_bytes,
+        "next block": 0
+        if load.host
+        else kind.parameters * load.forward.itemsize + kind.buffer_bytes,
     }
     stored = (kind.parameters * load.stored_itemsize + kind.buffer_bytes) * (1 + method.permute)
 
@@ -215,7 +255,10 @@ def _moments(
 
     def solving(some: list[Read]) -> float:
         kept = sum(cost.kept_bytes(read.columns) for read in some)
-        return kept + max((_solving(read, method, cost) - cost.kept_bytes(read.columns) for read in some), default=0)
+        return kept + max(
+            (_solving(read, method, cost) - cost.kept_bytes(read.columns) for read in some),
+            default=0,
+        )
 
     probes = sum(4 * read.columns * probe_tokens(load.tokens * read.share) for read in reads)
     groups: dict[str, list[Read]] = {}
@@ -229,28 +272,52 @@ def _moments(
         for some in first:
             watched = kind.held_bytes * (1 + ("cross" in method.need))
             at = common | {"block as stored": stored, "probes": probes, "statistics": sums(some)}
-            yield "looking at inputs", at | busy(watched) | {"adding statistics": adding(some) if method.need else 0}
+            yield (
+                "looking at inputs",
+                at | busy(watched) | {"adding statistics": adding(some) if method.need else 0},
+            )
             yield "solving", at | {"solver": solving(some)}
         targets = hidden if dense else 0
-        yield "going on", common | {"targets": targets} | busy(kind.peak_bytes + outline.hidden_bytes)
+        yield (
+            "going on",
+            common | {"targets": targets} | busy(kind.peak_bytes + outline.hidden_bytes),
+        )
     else:
-        waiting = [load.batches / load.devices * (1 + dense) * max(r.live_bytes for r in some) for some in turns]
+        waiting = [
+            load.batches / load.devices * (1 + dense) * max(r.live_bytes for r in some)
+            for some in turns
+        ]
         for some, size in zip(turns, waiting, strict=True):
             at = common | {"block as stored": stored, "probes": probes, "waiting activations": size}
             at["statistics"] = sums(some)
-            yield "looking at inputs", at | {"adding statistics": adding(some) if method.need else 0}
+            yield (
+                "looking at inputs",
+                at | {"adding statistics": adding(some) if method.need else 0},
+            )
             yield "solving", at | {"solver": solving(some)}
         for before, after in pairwise([0, *waiting, 0]):
-            at = common | {"block as stored": stored, "probes": probes, "waiting activations": max(before, after)}
+            at = common | {
+                "block as stored": stored,
+                "probes": probes,
+                "waiting activations": max(before, after),
+            }
             yield "going on", at | busy(kind.peak_bytes + outline.hidden_bytes)
     if method.refine:
-        # float32: the tuned copy, its start, gradient, Adam's two and one temporary; a byte for the mask
-        tuned = {"tuned block": 25 * kind.parameters, "targets": hidden, "block as stored": stored, "probes": probes}
+        # float32: the tuned copy, its start, gradient, Adam's two and one temporary; a byte for the
+        # mask
+        tuned = {
+            "tuned block": 25 * kind.parameters,
+            "targets": hidden,
+            "block as stored": stored,
+            "probes": probes,
+        }
         yield "refining", common | tuned | busy(kind.tuning_bytes + outline.hidden_bytes)
 
 
 def _adding(read: Read, load: Load, matrices: int) -> float:
-    """In C the columns of some tokens, put together; in torch a product, and inputs once more in float32."""
+    """In C the columns of some tokens, put together; in torch a product, and inputs once more in
+    float32.
+    """
     tokens = load.tokens * read.share
     if load.host and (width := panel_width(load.forward)):
         return matrices * min(tokens, TOKENS_AT_A_TIME) * read.columns * width
@@ -259,7 +326,9 @@ def _adding(read: Read, load: Load, matrices: int) -> float:
 
 
 def _solving(read: Read, method: Method, cost: Cost) -> float:
-    """The weights in float32, once more on top of each other where several are solved as one, and the solver."""
+    """The weights in float32, once more on top of each other where several are solved as one, and
+    the solver.
+    """
     together = "gram" in method.need and method.row_wise
     rows = sum(read.rows.values()) if together else max(read.rows.values())
     incoming = sum(read.rows.values()) if "gram" in method.need else rows
@@ -280,27 +349,39 @@ def way_through(
     devices: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """What `arrange` says for a real model, as JSON can hold it: {"passes": "one" or "two", "spill": whether
-    hidden states go to a file, "batch_size": windows of a batch, at most `batch_size`}.
+    """What `arrange` says for a real model, as JSON can hold it: {"passes": "one" or "two",
+    "spill": whether hidden states go to a file, "batch_size": windows of a batch, at most
+    `batch_size`}.
 
-    Without a `limit` it is what is free on the device now. Where that is plenty, and where a block cannot be run
-    without numbers, nothing is forecast.
+    Without a `limit` it is what is free on the device now. Where that is plenty, and where a block
+    cannot be run without numbers, nothing is forecast.
     """
     stored = language_model.model.dtype
     forward = dtype or stored
     largest = max(sum(p.numel() for p in block.parameters()) for block in language_model.blocks)
     free = available_bytes(device) if limit is None else limit
     if PLENTY * (hidden_bytes(shape, width(language_model), forward) + largest * 4) < free:
-        return {"passes": "one" if passes == "auto" else passes, "spill": False, "batch_size": batch_size}
+        return {
+            "passes": "one" if passes == "auto" else passes,
+            "spill": False,
+            "batch_size": batch_size,
+        }
     samples, length = shape
     if method.cost is None:
         way = without_forecast(passes, limit, batch_size)
         return {"passes": way.passes, "spill": way.spill, "batch_size": way.batch}
     try:
         at = loads(
-            build(language_model.model.config, forward), samples, length, method, forward=forward, stored=stored,
-            devices=devices, host=device.type == "cpu", spilled=language_model.spilled,
-        )  # fmt: skip
+            build(language_model.model.config, forward),
+            samples,
+            length,
+            method,
+            forward=forward,
+            stored=stored,
+            devices=devices,
+            host=device.type == "cpu",
+            spilled=language_model.spilled,
+        )
         way = arrange(at, min(batch_size, samples), method, method.cost, planned, passes, free)
     except UnsupportedModel:
         way = without_forecast("two" if passes == "auto" else passes, limit, batch_size)

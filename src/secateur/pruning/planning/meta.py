@@ -1,8 +1,8 @@
 """Running a module on torch's meta device, where a tensor has a shape and nothing in it.
 
-Three things cannot be run without numbers and are answered by rule: a question to a tensor (yes, as for windows
-without padding), attention (the fused kernel: no matrix of scores, unless its widths differ) and experts (each sees
-its even share of the tokens).
+Three things cannot be run without numbers and are answered by rule: a question to a tensor (yes, as
+for windows without padding), attention (the fused kernel: no matrix of scores, unless its widths
+differ) and experts (each sees its even share of the tokens).
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """What an experts module does with a batch: `tokens` are pairs of a token and one of its experts."""
+    """What an experts module does with a batch: `tokens` are pairs of a token and one of its
+    experts.
+    """
 
     count: int
     all_tokens: int
@@ -46,9 +48,13 @@ class ExpertLayer:
         (first_rows, first_columns), (second_rows, second_columns) = shapes
         tokens = hidden.numel() // hidden.shape[-1]
         return cls(
-            experts.count(module), tokens, chosen.numel(), (first_columns, second_columns), (first_rows, second_rows),
+            experts.count(module),
+            tokens,
+            chosen.numel(),
+            (first_columns, second_columns),
+            (first_rows, second_rows),
             hidden.dtype.itemsize,
-        )  # fmt: skip
+        )
 
     @property
     def inner_bytes(self) -> int:
@@ -58,12 +64,17 @@ class ExpertLayer:
     @property
     def flops(self) -> tuple[int, int]:
         """Operations of the first and the second matrices."""
-        one, two = (2 * self.tokens * rows * columns for rows, columns in zip(self.rows, self.columns, strict=True))
+        one, two = (
+            2 * self.tokens * rows * columns
+            for rows, columns in zip(self.rows, self.columns, strict=True)
+        )
         return one, two
 
 
 class _Rules(TorchFunctionMode):
-    """Answers what cannot be run without numbers; `flops` of that, and of what watching experts repeats."""
+    """Answers what cannot be run without numbers; `flops` of that, and of what watching experts
+    repeats.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,9 +83,14 @@ class _Rules(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            q, k, v = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+            q, k, v = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[
+                :3
+            ]
             self.flops += attention(q.shape, k.shape, v.shape)
-            scores = [q.new_empty(*q.shape[:-1], k.shape[-2]) for _ in range(2 * (q.shape[-1] != v.shape[-1]))]
+            scores = [
+                q.new_empty(*q.shape[:-1], k.shape[-2])
+                for _ in range(2 * (q.shape[-1] != v.shape[-1]))
+            ]
             result = q.new_empty(*q.shape[:-1], v.shape[-1])
             scores.clear()
             return result
@@ -83,7 +99,9 @@ class _Rules(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def experts(self, module: nn.Module) -> Callable[..., Tensor]:
-        """A forward for an experts module that only allocates, as the products of sorted tokens do."""
+        """A forward for an experts module that only allocates, as the products of sorted tokens
+        do.
+        """
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             layer = ExpertLayer.of(module, [*args, *kwargs.values()])
@@ -104,7 +122,9 @@ _ANSWERS: dict[Any, Any] = {Tensor.__bool__: True, Tensor.__contains__: False, T
 
 @contextmanager
 def without_numbers(module: nn.Module) -> Iterator[_Rules]:
-    """While open, forwards of a module run on the meta device; the rules that answer for numbers."""
+    """While open, forwards of a module run on the meta device; the rules that answer for
+    numbers.
+    """
     rules = _Rules()
     fused = [part for part in module.modules() if experts.is_experts(part)]
     try:
@@ -129,7 +149,10 @@ class Live(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = {storage(t)._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (key := storage(tensor)._cdata) not in given | self._known:
+            if (
+                isinstance(tensor, Tensor)
+                and (key := storage(tensor)._cdata) not in given | self._known
+            ):
                 size = storage(tensor).nbytes()
                 self._known.add(key)
                 self.now += size

@@ -1,4 +1,6 @@
-"""A plan by search: sparsity moves between blocks as long as that brings the whole model nearer to the dense one."""
+"""A plan by search: sparsity moves between blocks as long as that brings the whole model nearer to
+the dense one.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +25,19 @@ SEARCH_WINDOWS = 8
 
 
 def search(measuring: Measuring) -> Mapping[str, float]:
-    """The sparsity of each site: of the blocks by search, inside each block by the errors of its sites.
+    """The sparsity of each site: of the blocks by search, inside each block by the errors of its
+    sites.
 
-    Sparsity moves 5 % at a time from one block to another while that lowers the divergence from the dense model.
+    Sparsity moves 5 % at a time from one block to another while that lowers the divergence from the
+    dense model.
 
-    The divergence is KL(dense ‖ pruned) of the next-token distributions on the first `SEARCH_WINDOWS` calibration
-    windows, with every block pruned beforehand at every level on the dense model's inputs (as the database of
-    EvoPress, Sieberling et al. 2025, arXiv:2410.14649). That database lies in the folder for temporary files and
-    takes up to nine times the model's blocks; in memory are the hidden states of those windows at every block (9 GB for
-    Llama 2 7B in float32). Blocks exchange only with blocks of as many weights. What a block ends
-    with is shared out among its sites by `least_error`, from the errors that filling the database has measured.
+    The divergence is KL(dense ‖ pruned) of the next-token distributions on the first
+    `SEARCH_WINDOWS` calibration windows, with every block pruned beforehand at every level on the
+    dense model's inputs (as the database of EvoPress, Sieberling et al. 2025, arXiv:2410.14649).
+    That database lies in the folder for temporary files and takes up to nine times the model's
+    blocks; in memory are the hidden states of those windows at every block (9 GB for Llama 2 7B in
+    float32). Blocks exchange only with blocks of as many weights. What a block ends with is shared
+    out among its sites by `least_error`, from the errors that filling the database has measured.
     """
     sizes, levels = measuring.blocks, levels_around(measuring.sparsity)
     names = list(sizes)
@@ -49,17 +54,24 @@ def search(measuring: Measuring) -> Mapping[str, float]:
                 for table, move in ((up, 1), (down, -1)):
                     level = chosen[name] + move
                     known = 0 <= level < len(levels)
-                    table[name] = judge.divergence({**chosen, name: level}) - best if known else torch.inf
+                    table[name] = (
+                        judge.divergence({**chosen, name: level}) - best if known else torch.inf
+                    )
             moves = sorted(
-                (up[a] + down[b], a, b) for a in names for b in names if a != b and sizes[a] == sizes[b]
-            )  # fmt: skip
+                (up[a] + down[b], a, b)
+                for a in names
+                for b in names
+                if a != b and sizes[a] == sizes[b]
+            )
             stale = []
             for expected, a, b in moves[: len(names)]:
                 if expected >= 0 or left <= 0:
                     left = 0
                     break
                 left -= 1
-                measuring.progress.advance(f"searching, KL {best:.4f}", 12 * len(names) - left, 12 * len(names))
+                measuring.progress.advance(
+                    f"searching, KL {best:.4f}", 12 * len(names) - left, 12 * len(names)
+                )
                 trial = {**chosen, a: chosen[a] + 1, b: chosen[b] - 1}
                 if (found := judge.divergence(trial)) < best:
                     chosen, best, stale = trial, found, [a, b]
@@ -68,9 +80,13 @@ def search(measuring: Measuring) -> Mapping[str, float]:
                 break
     shapes, found = site_shapes(measuring.language_model), {}
     for name, level in chosen.items():
-        inside = {site: curve for site, curve in library.curves.items() if site.startswith(f"{name}.")}
+        inside = {
+            site: curve for site, curve in library.curves.items() if site.startswith(f"{name}.")
+        }
         shared = least_error(inside, {site: prod(shapes[site]) for site in inside}, levels[level])
-        found |= {name: levels[level]} | shared  # a site that saw no token has no curve: it goes with its block
+        found |= {
+            name: levels[level]
+        } | shared  # a site that saw no token has no curve: it goes with its block
     return found
 
 
@@ -87,11 +103,15 @@ class _Library:
             for number, level in enumerate(levels):
                 tensors = {}
                 for names, weights, stats in groups:
-                    for name, error, weight in pruned_at(measuring.at(level), names, weights, stats, measuring.method):
+                    for name, error, weight in pruned_at(
+                        measuring.at(level), names, weights, stats, measuring.method
+                    ):
                         self.curves.setdefault(f"{step.name}.{name}", []).append((level, error))
                         site = step.sites[name]
                         lying = weight.T if site.transposed else weight
-                        tensors[name] = lying.to("cpu", dtypes[f"{step.name}.{site.parameter}"]).contiguous()
+                        tensors[name] = lying.to(
+                            "cpu", dtypes[f"{step.name}.{site.parameter}"]
+                        ).contiguous()
                 with disk_errors(folder):
                     save_file(tensors, self._file(step.name, number))
 
@@ -117,7 +137,9 @@ class _Judge:
         self.tokens = list(measuring.tokens[:SEARCH_WINDOWS].split(measuring.batch_size))
         entered = [self.shell.enter(batch) for batch in self.tokens]
         self.calls = [calls for _, calls in entered]
-        self.hidden: list[list[Tensor]] = [[hidden for hidden, _ in entered]]  # what enters each block, as last run
+        self.hidden: list[list[Tensor]] = [
+            [hidden for hidden, _ in entered]
+        ]  # what enters each block, as last run
         self.ran: list[int | None] = []  # at which level each block was run for it
         self.dense = self._run({})
 
@@ -135,7 +157,9 @@ class _Judge:
         return self.shell.leave(batch, hidden)[:, :-1].float().log_softmax(-1)
 
     def _run(self, chosen: Mapping[str, int]) -> list[Tensor]:
-        """What leaves the last block; blocks before the first that differs from the last run are not run again."""
+        """What leaves the last block; blocks before the first that differs from the last run are
+        not run again.
+        """
         blocks = self.model.blocks
         wanted = [chosen.get(self.model.block_name(index)) for index in range(len(blocks))]
         same = 0

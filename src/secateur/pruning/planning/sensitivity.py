@@ -1,4 +1,5 @@
-"""Trials: the blocks of the dense model pruned at several sparsities, to see what each of them would lose.
+"""Trials: the blocks of the dense model pruned at several sparsities, to see what each of them
+would lose.
 
 Nothing is written into the model; every block sees the inputs that the dense blocks before it give.
 """
@@ -51,7 +52,9 @@ class Measuring:
 
     @property
     def blocks(self) -> dict[str, int]:
-        """How many weights the plan covers in each block, by its name; blocks without any are left out."""
+        """How many weights the plan covers in each block, by its name; blocks without any are left
+        out.
+        """
         shapes, found = site_shapes(self.language_model), {}
         for index in range(len(self.language_model.blocks)):
             start = self.language_model.block_name(index)
@@ -61,10 +64,16 @@ class Measuring:
         return found
 
     def each(self, what: str, look: Callable[[Step], None]) -> None:
-        """`look` at the blocks of the dense model in order, with their inputs; none of them is held after that."""
+        """`look` at the blocks of the dense model in order, with their inputs; none of them is held
+        after that.
+        """
         count = len(self.language_model.blocks)
         for step in stream(
-            self.language_model, self.tokens, devices=self.devices, dtype=self.dtype, batch_size=self.batch_size
+            self.language_model,
+            self.tokens,
+            devices=self.devices,
+            dtype=self.dtype,
+            batch_size=self.batch_size,
         ):
             self.progress.advance(f"{what} {step.name}", step.index, count)
             look(step)
@@ -73,18 +82,23 @@ class Measuring:
 
 
 def levels_around(sparsity: float) -> list[float]:
-    """The sparsities to try, rising: the one asked for, and around it what is not below 0 or above 95 %.
+    """The sparsities to try, rising: the one asked for, and around it what is not below 0 or above
+    95 %.
 
     Raises BadPlan for more than 95 %, where there is nothing to share out.
     """
     if sparsity > MOST:
-        raise BadPlan(f"Up to {MOST:.0%} can be shared out by measuring; found {sparsity:.1%}. Use --allocate uniform.")
+        raise BadPlan(
+            f"Up to {MOST:.0%} can be shared out by measuring; found {sparsity:.1%}. Use --allocate uniform."
+        )
     around = [sparsity + step for step in STEPS if step]
     return sorted([sparsity, *(level for level in around if -1e-9 <= level <= MOST + 1e-9)])
 
 
 def solvable(step: Step, measuring: Measuring) -> Iterator[tuple[list[str], list[Tensor], Stats]]:
-    """The sites of a block in the plan: those that share an input, with their weights and its statistics."""
+    """The sites of a block in the plan: those that share an input, with their weights and its
+    statistics.
+    """
     together: dict[int, list[str]] = {}
     found = step.observe((measuring.method.need - {"cross"}) | {"gram"}, 0).stats
     for name, stats in found.items():
@@ -95,7 +109,11 @@ def solvable(step: Step, measuring: Measuring) -> Iterator[tuple[list[str], list
 
 
 def pruned_at(
-    pattern: Unstructured, names: Sequence[str], weights: Sequence[Tensor], stats: Stats, method: Method
+    pattern: Unstructured,
+    names: Sequence[str],
+    weights: Sequence[Tensor],
+    stats: Stats,
+    method: Method,
 ) -> Iterator[tuple[str, float, Tensor]]:
     """(site, relative output error, weight) of sites that share an input, pruned to `pattern`."""
     gram = stats.mean("gram")

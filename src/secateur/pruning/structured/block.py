@@ -1,8 +1,10 @@
-"""One block made smaller: which of its units go, what makes up for them, and its tensors in their new shapes.
+"""One block made smaller: which of its units go, what makes up for them, and its tensors in their
+new shapes.
 
-Until its end the block keeps its shape, with zeros where something will be gone; so whatever is observed later in it
-comes from what was removed before. As in `block`, the copy that the stream runs and the one that is stored change
-alike. Heads go before channels, since the feed-forward reads what attention leaves.
+Until its end the block keeps its shape, with zeros where something will be gone; so whatever is
+observed later in it comes from what was removed before. As in `block`, the copy that the stream
+runs and the one that is stored change alike. Heads go before channels, since the feed-forward reads
+what attention leaves.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ class Run:
 def shrunk_block(
     step: Step, original: nn.Module, cut: BlockCut, span: Sequence[int], run: Run
 ) -> tuple[State, list[SiteReport]]:
-    """The tensors of a block after its units and experts are gone and what reads them is repaired, as stored."""
+    """The tensors of a block after its units and experts are gone and what reads them is repaired,
+    as stored.
+    """
     refuse_non_finite_weights(step, sites(original))
     result = working_copy(original, torch.device("cpu"), None)
     gone: dict[str, list[Unit]] = {}
@@ -71,11 +75,15 @@ def shrunk_block(
         for name, (_, count) in cut.experts.items():
             score = EXPERTS[run.shrinking.selections["experts"]](routed[name])
             kept_experts[name] = highest_in_groups(score, len(score) - count, run.routing_groups)
-    fold = _folded_into(step, span, run, [n for n, c in cut.consumers.items() if c.of == "channels"])
+    fold = _folded_into(
+        step, span, run, [n for n, c in cut.consumers.items() if c.of == "channels"]
+    )
     for of in ("heads", "channels"):
         names = [name for name, consumer in cut.consumers.items() if consumer.of == of]
         if names:
-            gone |= _remove(step, result, {n: cut.consumers[n] for n in names}, fold, span, run, reports)
+            gone |= _remove(
+                step, result, {n: cut.consumers[n] for n in names}, fold, span, run, reports
+            )
     if span and run.shrinking.repair and not fold:
         note = f"blocks {', '.join(map(str, span))} are gone, and no matrix here is simply added that could take over"
         reports.append(SiteReport(step.name, (0, 0), None, 0.0, None, note))
@@ -85,10 +93,14 @@ def shrunk_block(
     return without_experts(result, state, kept_experts), reports
 
 
-def refined(step: Step, smaller: nn.Module, state: State, span: Sequence[int], run: Run) -> tuple[State, Tuned]:
-    """The tensors of a smaller block tuned as a whole to do what the dense one does, and the span after it.
+def refined(
+    step: Step, smaller: nn.Module, state: State, span: Sequence[int], run: Run
+) -> tuple[State, Tuned]:
+    """The tensors of a smaller block tuned as a whole to do what the dense one does, and the span
+    after it.
 
-    `smaller` is its module in float32, which is changed. What no expert's token reaches moves by nothing.
+    `smaller` is its module in float32, which is changed. What no expert's token reaches moves by
+    nothing.
     """
     batches = step.batches()
     for number in span:
@@ -104,11 +116,16 @@ def refined(step: Step, smaller: nn.Module, state: State, span: Sequence[int], r
     kept = {name: torch.ones_like(smaller.get_parameter(name), dtype=torch.bool) for name in names}
     tuned = refine(smaller, kept, batches, run.shrinking.refine)
     step.seconds.refine += perf_counter() - started
-    return {**state, **{n: smaller.get_parameter(n).data.to(state[n].dtype).cpu() for n in names}}, tuned
+    return {
+        **state,
+        **{n: smaller.get_parameter(n).data.to(state[n].dtype).cpu() for n in names},
+    }, tuned
 
 
 def _folded_into(step: Step, span: Sequence[int], run: Run, last: Sequence[str]) -> str | None:
-    """The site that can take over what a span of removed blocks did; None where there is none, or it is not wanted."""
+    """The site that can take over what a span of removed blocks did; None where there is none, or
+    it is not wanted.
+    """
     if not run.shrinking.repair or not (span or run.shrinking.dense):
         return None
     hidden, call = step.first()
@@ -125,19 +142,29 @@ def _remove(
     run: Run,
     reports: list[SiteReport],
 ) -> dict[str, list[Unit]]:
-    """Choose units of consumers in one forward, write zeros in their place and what makes up for them."""
+    """Choose units of consumers in one forward, write zeros in their place and what makes up for
+    them.
+    """
     repair = run.shrinking.repair
     cross = run.shrinking.dense and fold not in consumers
     need = (NEED | (OF_DENSE if cross else set())) if repair else frozenset[str]()
-    selections = {n: SELECTIONS[run.shrinking.selections[c.of]] for n, c in consumers.items() if c.units}
+    selections = {
+        n: SELECTIONS[run.shrinking.selections[c.of]] for n, c in consumers.items() if c.units
+    }
     need = need.union(*(selection.need for selection in selections.values()))
     if "taylor" in need:
         need = need - {"taylor"} | {"gram"}
     observed = step.observe(need | {"square"}, PROBE_TOKENS, list(consumers))
     added = None
     if fold in consumers:
-        blocks = [(i, working_copy(run.language_model.blocks[i], step.device, run.dtype)) for i in span]
-        dense = [batch.target.to(step.device) for batch in step.batches()] if run.shrinking.dense else None
+        blocks = [
+            (i, working_copy(run.language_model.blocks[i], step.device, run.dtype)) for i in span
+        ]
+        dense = (
+            [batch.target.to(step.device) for batch in step.batches()]
+            if run.shrinking.dense
+            else None
+        )
         added = missing(step.block, blocks, str(fold), step.windows(), step.index, dense)
         del blocks
     started = perf_counter()
@@ -155,7 +182,9 @@ def _remove(
             kept[[i for unit in gone[name] for i in unit.inputs]] = False
         new, new_bias = weight * kept, old
         if repair and stats is not None:
-            new, new_bias = repaired(weight, stats, kept, old, added.product if added and name == fold else None)
+            new, new_bias = repaired(
+                weight, stats, kept, old, added.product if added and name == fold else None
+            )
         put(step, name, new, targets)
         if new_bias is not None:
             _put_bias(step, result, name, new_bias)
@@ -175,17 +204,24 @@ def _remove(
     return gone
 
 
-def _choose(step: Step, name: str, consumer: Consumer, weight: Tensor, stats: Stats | None, run: Run) -> list[int]:
+def _choose(
+    step: Step, name: str, consumer: Consumer, weight: Tensor, stats: Stats | None, run: Run
+) -> list[int]:
     units = consumer.inputs.to(weight.device)
     selection = SELECTIONS[run.shrinking.selections[consumer.of]]
     if stats is None:
         return lowest(weight.square().sum(0)[units].sum(1), consumer.gone).tolist()
     if "taylor" in selection.need and step.sites[name].expert:
-        selection = SELECTIONS["energy"]  # an expert's output is added: to first order they are the same
+        selection = SELECTIONS[
+            "energy"
+        ]  # an expert's output is added: to first order they are the same
     if "taylor" in selection.need:
         batches = ((h, calls[step.index]) for h, calls in step.windows())
         block = working_copy(step.block, step.device, torch.float32)
-        stats = Stats(stats.tokens, {**stats.sums, "taylor": taylor(block, name, units, batches).to(weight.device)})
+        stats = Stats(
+            stats.tokens,
+            {**stats.sums, "taylor": taylor(block, name, units, batches).to(weight.device)},
+        )
     return selection.choose(weight, stats, units, consumer.gone).tolist()
 
 
@@ -201,7 +237,11 @@ def _put_bias(step: Step, result: nn.Module, name: str, values: Tensor) -> None:
 def _change(weight: Tensor, old: Tensor | None, new: Tensor, new_bias: Tensor | None) -> Tensor:
     """What a matrix lost, `[out, in]` float32, and what its bias lost as one more column."""
     change = weight - new.to(weight.device, torch.float32)
-    bias_change = torch.zeros(len(weight), device=weight.device) if old is None or new_bias is None else old - new_bias
+    bias_change = (
+        torch.zeros(len(weight), device=weight.device)
+        if old is None or new_bias is None
+        else old - new_bias
+    )
     return torch.cat([change, bias_change[:, None]], 1)
 
 
@@ -214,17 +254,27 @@ def _error_on(change: Tensor, weight: Tensor, probe: Tensor | None) -> float | N
 
 
 def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) -> float:
-    """The same where δ should have been added: E‖change x + δ‖² relative to E‖W x‖², over all tokens."""
+    """The same where δ should have been added: E‖change x + δ‖² relative to E‖W x‖², over all
+    tokens.
+    """
     gram, mean = stats.mean("gram"), stats.mean("sum")
     gram = torch.cat([gram, mean[None]])
-    gram = torch.cat([gram, torch.cat([mean, torch.ones_like(mean[:1])])[:, None]], 1).to(change.device)
-    change, weight, gram = change.double(), weight.double(), gram.double()  # float32 overflows on spoilt weights
+    gram = torch.cat([gram, torch.cat([mean, torch.ones_like(mean[:1])])[:, None]], 1).to(
+        change.device
+    )
+    change, weight, gram = (
+        change.double(),
+        weight.double(),
+        gram.double(),
+    )  # float32 overflows on spoilt weights
     left = ((change @ gram + 2 * added.product.to(change)) * change).sum().item() + added.power
     output = ((weight @ gram[:-1, :-1]) * weight).sum().clamp_min(1e-30).item()
     return max(left, 0.0) / output
 
 
-def _report(name: str, consumer: Consumer, weight: Tensor, error: float | None, note: str) -> SiteReport:
+def _report(
+    name: str, consumer: Consumer, weight: Tensor, error: float | None, note: str
+) -> SiteReport:
     total = len(consumer.units)
     left = total - consumer.gone
     size = len(consumer.units[0].inputs) if total else 0

@@ -1,15 +1,19 @@
-"""Which channels or heads go: one score for each unit of a site's inputs, and in one case the order of going.
+"""Which channels or heads go: one score for each unit of a site's inputs, and in one case the order
+of going.
 
-A unit is what leaves together (`groups.removable`): one input of the feed-forward's last matrix, or all inputs of the
-attention's last matrix that one key-value head feeds. Every selection is a pure function of the weight that reads
-them, `[out, in]` float32, the units' inputs `[units, inputs of each]`, and the statistics of the inputs.
+A unit is what leaves together (`groups.removable`): one input of the feed-forward's last matrix, or
+all inputs of the attention's last matrix that one key-value head feeds. Every selection is a pure
+function of the weight that reads them, `[out, in]` float32, the units' inputs `[units, inputs of
+each]`, and the statistics of the inputs.
 
-`taylor` scores through gradients: how much a block's output changes, to first order, when one of its units is gone.
-With x_g the inputs of a unit and J_g the derivative of the block's output by them, the score is E‖J_g x_g‖² over
-tokens. It sees what follows in the block (the feed-forward after the attention, norms), where `energy` sees the one
-matrix; for a matrix whose output is simply added, both are the same. A random projection r of the output gives
-E (rᵀ J_g x_g)² = ‖J_g x_g‖² (Hutchinson's estimator), so one backward pass of each batch does. Gradients end at the
-block's border, unlike in LLM-Pruner (Ma et al. 2023, arXiv:2305.11627), whose score is of the whole model's loss.
+`taylor` scores through gradients: how much a block's output changes, to first order, when one of
+its units is gone. With x_g the inputs of a unit and J_g the derivative of the block's output by
+them, the score is E‖J_g x_g‖² over tokens. It sees what follows in the block (the feed-forward
+after the attention, norms), where `energy` sees the one matrix; for a matrix whose output is simply
+added, both are the same. A random projection r of the output gives E (rᵀ J_g x_g)² = ‖J_g x_g‖²
+(Hutchinson's estimator), so one backward pass of each batch does. Gradients end at the block's
+border, unlike in LLM-Pruner (Ma et al. 2023, arXiv:2305.11627), whose score is of the whole model's
+loss.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ ROUNDS = 16
 
 
 class Selection(NamedTuple):
-    """`need` are keys of `STATS`; `choose(weight, stats, units, count)` gives the units that go, int64 `[count]`."""
+    """`need` are keys of `STATS`; `choose(weight, stats, units, count)` gives the units that go,
+    int64 `[count]`.
+    """
 
     need: frozenset[str]
     choose: Callable[[Tensor, Stats, Tensor, int], Tensor]
@@ -41,16 +47,21 @@ def lowest(score: Tensor, count: int) -> Tensor:
 
 
 def energy(weight: Tensor, stats: Stats, units: Tensor) -> Tensor:
-    """What each unit adds to the output: tr(W_g C_gg W_gᵀ), C = E[x xᵀ]. For one input ‖W_:j‖² E[x_j²]."""
+    """What each unit adds to the output: tr(W_g C_gg W_gᵀ), C = E[x xᵀ]. For one input ‖W_:j‖²
+    E[x_j²].
+    """
     return _energy(weight, stats.mean("gram").to(weight.device), units)
 
 
 def fluctuation(weight: Tensor, stats: Stats, units: Tensor) -> Tensor:
-    """The same about the mean: Var(x_j) ‖W_:j‖², summed over a unit (FLAP's WIFV, An et al. 2024, arXiv:2312.11983).
+    """The same about the mean: Var(x_j) ‖W_:j‖², summed over a unit (FLAP's WIFV, An et al. 2024,
+    arXiv:2312.11983).
 
     What a unit adds on average costs nothing where a bias can hold it.
     """
-    variance = (stats.mean("gram").diagonal() - stats.mean("sum").square()).clamp_min(0).to(weight.device)
+    variance = (
+        (stats.mean("gram").diagonal() - stats.mean("sum").square()).clamp_min(0).to(weight.device)
+    )
     return (weight.square().sum(0) * variance)[units].sum(1)
 
 
@@ -58,16 +69,20 @@ def _energy(weight: Tensor, gram: Tensor, units: Tensor) -> Tensor:
     if units.shape[1] == 1:
         inputs = units[:, 0]
         return weight[:, inputs].square().sum(0) * gram.diagonal()[inputs]
-    parts = [(weight[:, inputs] @ gram[inputs][:, inputs] * weight[:, inputs]).sum() for inputs in units]
+    parts = [
+        (weight[:, inputs] @ gram[inputs][:, inputs] * weight[:, inputs]).sum() for inputs in units
+    ]
     return torch.stack(parts)
 
 
 def optimal_brain_surgeon(weight: Tensor, stats: Stats, units: Tensor, count: int) -> Tensor:
-    """The units that go when the rest makes up for each at once (SlimGPT, Ling et al. 2024, arXiv:2412.18110).
+    """The units that go when the rest makes up for each at once (SlimGPT, Ling et al. 2024,
+    arXiv:2412.18110).
 
-    Removing unit g costs s_g = tr(W_g (H_gg)⁻¹ W_gᵀ) after the best update of the other weights, with H = C_λ⁻¹. The
-    cheapest go, the weights and H are updated (a downdate of rank k), and the costs are taken anew: single channels in
-    `ROUNDS` rounds, heads one at a time. In the normalised coordinates of least_squares.py.
+    Removing unit g costs s_g = tr(W_g (H_gg)⁻¹ W_gᵀ) after the best update of the other weights,
+    with H = C_λ⁻¹. The cheapest go, the weights and H are updated (a downdate of rank k), and the
+    costs are taken anew: single channels in `ROUNDS` rounds, heads one at a time. In the normalised
+    coordinates of least_squares.py.
     """
     problem = normalise(weight, stats)
     left = problem.weight.clone()
@@ -103,7 +118,9 @@ def _removal_cost(weight: Tensor, inverse: Tensor, units: Tensor, gone: Tensor) 
     return cost
 
 
-def by(score: Callable[[Tensor, Stats, Tensor], Tensor]) -> Callable[[Tensor, Stats, Tensor, int], Tensor]:
+def by(
+    score: Callable[[Tensor, Stats, Tensor], Tensor],
+) -> Callable[[Tensor, Stats, Tensor, int], Tensor]:
     """The selection of the units with the lowest `score(weight, stats, units)` `[units]`."""
     return lambda weight, stats, units, count: lowest(score(weight, stats, units), count)
 
@@ -117,16 +134,21 @@ def at_random(weight: Tensor, stats: Stats, units: Tensor) -> Tensor:
 SELECTIONS: dict[str, Selection] = {
     "random": Selection(frozenset(), by(at_random)),
     "energy": Selection(frozenset({"gram"}), by(energy)),
-    "taylor": Selection(frozenset({"taylor"}), by(lambda weight, stats, units: stats.sums["taylor"])),
+    "taylor": Selection(
+        frozenset({"taylor"}), by(lambda weight, stats, units: stats.sums["taylor"])
+    ),
     "flap": Selection(frozenset({"gram", "sum"}), by(fluctuation)),
     "obs": Selection(frozenset({"gram"}), optimal_brain_surgeon),
 }
 
 
-def taylor(block: nn.Module, consumer: str, units: Tensor, batches: Iterable[tuple[Tensor, Call]]) -> Tensor:
+def taylor(
+    block: nn.Module, consumer: str, units: Tensor, batches: Iterable[tuple[Tensor, Call]]
+) -> Tensor:
     """The score of every unit of a consumer, float64 `[units]`, a sum over tokens.
 
-    `units` are its inputs `[units, inputs of each]`; the block is float32. Only for a module of its own, no expert.
+    `units` are its inputs `[units, inputs of each]`; the block is float32. Only for a module of its
+    own, no expert.
     """
     held: list[Tensor] = []
 
@@ -143,7 +165,9 @@ def taylor(block: nn.Module, consumer: str, units: Tensor, batches: Iterable[tup
                 output = run_block(block, hidden.float(), in_float32(call))
                 projection = torch.randn(output.shape, generator=draw).to(output.device)
                 (gradient,) = torch.autograd.grad(output, held[0], projection)
-                change = (held[0].detach() * gradient).flatten(0, -2)[:, units]  # [tokens, units, inputs]
+                change = (held[0].detach() * gradient).flatten(0, -2)[
+                    :, units
+                ]  # [tokens, units, inputs]
                 score += change.sum(-1).double().square().sum(0).cpu()
     finally:
         handle.remove()

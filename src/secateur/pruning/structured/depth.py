@@ -7,9 +7,10 @@
 `kl`          one at a time, the block without which the model's predictions stay nearest to the dense model's:
               KL(dense ‖ pruned) on 32 windows. Costs about blocks² / 2 block passes for each block that goes.
 
-The fold: removing blocks i+1 … j after block i with output h_i loses δ = h_j − h_i. If the last matrix W of block i
-adds W x to h_i, the best linear stand-in is W + E[δ xᵀ] (C + λ)⁻¹, which `reconstruct` computes. ReplaceMe (Shopkhoev
-et al. 2025, arXiv:2505.02819) estimates a linear map of the block's output instead; that is contained in this.
+The fold: removing blocks i+1 … j after block i with output h_i loses δ = h_j − h_i. If the last
+matrix W of block i adds W x to h_i, the best linear stand-in is W + E[δ xᵀ] (C + λ)⁻¹, which
+`reconstruct` computes. ReplaceMe (Shopkhoev et al. 2025, arXiv:2505.02819) estimates a linear map
+of the block's output instead; that is contained in this.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from secateur.models.matrices import Site, recorded_inputs, sites
-from secateur.models.replay import Call, LanguageModel, Shell, divergence, in_float32, run_block, working_copy
+from secateur.models.replay import (
+    Call,
+    LanguageModel,
+    Shell,
+    divergence,
+    in_float32,
+    run_block,
+    working_copy,
+)
 from secateur.models.stream.blocks import stream
 from secateur.system.progress import Progress
 
@@ -42,7 +51,9 @@ class Looking:
 
 
 Blocks = Callable[[Looking, int, Callable[[Sequence[int]], bool]], list[int]]
-"""(model, how many go, whether a stock configuration holds the model without these) → the blocks that go, ascending."""
+"""(model, how many go, whether a stock configuration holds the model without these) → the blocks
+that go, ascending.
+"""
 
 
 @torch.no_grad()
@@ -67,14 +78,19 @@ def angular(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]
 
 
 def _cosines(looking: Looking, span: int, *, last: bool) -> list[float]:
-    """The mean cosine of what enters block i and what leaves block i + span − 1; at the last token, or at all."""
+    """The mean cosine of what enters block i and what leaves block i + span − 1; at the last token,
+    or at all.
+    """
     entering: list[list[Tensor]] = []
     found: list[float] = []
     count = len(looking.language_model.blocks)
     for step in stream(
-        looking.language_model, looking.tokens, devices=[looking.device], dtype=looking.dtype,
+        looking.language_model,
+        looking.tokens,
+        devices=[looking.device],
+        dtype=looking.dtype,
         batch_size=looking.batch_size,
-    ):  # fmt: skip
+    ):
         looking.progress.advance(f"influence of {step.name}", step.index, count)
         hidden = [h[..., -1:, :] if last else h for h, _ in step.windows()]
         entering.append([h.to("cpu", copy=True) for h in hidden])
@@ -82,13 +98,16 @@ def _cosines(looking: Looking, span: int, *, last: bool) -> list[float]:
             found.append(_cosine(entering.pop(0), entering[-1]))
         if step.index == count - 1:
             leaving = [run_block(step.block, h, calls[step.index]) for h, calls in step.windows()]
-            found.append(_cosine(entering.pop(0), [(h[..., -1:, :] if last else h).cpu() for h in leaving]))
+            found.append(
+                _cosine(entering.pop(0), [(h[..., -1:, :] if last else h).cpu() for h in leaving])
+            )
     return found
 
 
 def _cosine(before: list[Tensor], after: list[Tensor]) -> float:
     pairs = [
-        torch.cosine_similarity(a.float(), b.float(), dim=-1).flatten() for a, b in zip(before, after, strict=True)
+        torch.cosine_similarity(a.float(), b.float(), dim=-1).flatten()
+        for a, b in zip(before, after, strict=True)
     ]
     return torch.cat(pairs).double().mean().item()
 
@@ -98,7 +117,9 @@ def kl(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> 
     """Greedily, the blocks without which the predictions stay nearest to the dense model's."""
     model, total = looking.language_model, len(looking.language_model.blocks)
     shell = Shell(model, looking.device, looking.dtype)
-    batches = [_Windows(shell, part) for part in looking.tokens[:KL_WINDOWS].split(looking.batch_size)]
+    batches = [
+        _Windows(shell, part) for part in looking.tokens[:KL_WINDOWS].split(looking.batch_size)
+    ]
     left, gone, done = list(range(total)), list[int](), 0
     for block in left:
         _run(batches, model.blocks[block], block, looking)
@@ -116,7 +137,9 @@ def kl(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> 
                     batch.hidden = state
                 for block in left[position + 1 :]:
                     _run(batches, model.blocks[block], block, looking)
-                distance = sum(batch.distance(shell) for batch in batches) / len(looking.tokens[:KL_WINDOWS])
+                distance = sum(batch.distance(shell) for batch in batches) / len(
+                    looking.tokens[:KL_WINDOWS]
+                )
                 best = min(best or (torch.inf, -1), (distance, out))
             for batch, state in zip(batches, states, strict=True):
                 batch.hidden = state
@@ -129,7 +152,9 @@ def kl(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> 
 
 
 class _Windows:
-    """A batch of windows on its way through the blocks, and what the dense model predicts for it."""
+    """A batch of windows on its way through the blocks, and what the dense model predicts for
+    it.
+    """
 
     def __init__(self, shell: Shell, tokens: Tensor) -> None:
         self.tokens = tokens
@@ -160,26 +185,35 @@ BLOCKS: dict[str, Blocks] = {"influence": influence, "angular": angular, "kl": k
 
 
 @torch.no_grad()
-def last_matrix(block: nn.Module, hidden: Tensor, call: Call, first: Collection[str] = ()) -> Site | None:
-    """A site whose output is simply added to the block's, the one with most inputs; None where no site is such.
+def last_matrix(
+    block: nn.Module, hidden: Tensor, call: Call, first: Collection[str] = ()
+) -> Site | None:
+    """A site whose output is simply added to the block's, the one with most inputs; None where no
+    site is such.
 
-    Those in `first` are asked before the others. Asked of the block itself: its weight is changed a little, and the
-    output must change by that times the input.
+    Those in `first` are asked before the others. Asked of the block itself: its weight is changed a
+    little, and the output must change by that times the input.
     """
     block = working_copy(block, hidden.device, torch.float32)
     hidden, call = hidden.float(), in_float32(call)
     before = run_block(block, hidden, call)
-    added = [s for s in sites(block).values() if not s.expert and s.weight.shape[0] == before.shape[-1]]
+    added = [
+        s for s in sites(block).values() if not s.expert and s.weight.shape[0] == before.shape[-1]
+    ]
     for site in sorted(added, key=lambda s: (s.name not in first, -s.weight.shape[1])):
         seen: list[Tensor] = []
         with recorded_inputs(
-            block, lambda name, x, site=site, seen=seen: seen.append(x) if name == site.name else None
+            block,
+            lambda name, x, site=site, seen=seen: seen.append(x) if name == site.name else None,
         ):
             run_block(block, hidden, call)
         if len(seen) != 1 or seen[0].shape[:-1].numel() != before.shape[:-1].numel():
             continue
         old = site.weight.clone()
-        change = torch.randn(old.shape, generator=torch.Generator().manual_seed(0)).to(old.device) * old.std()
+        change = (
+            torch.randn(old.shape, generator=torch.Generator().manual_seed(0)).to(old.device)
+            * old.std()
+        )
         site.weight.add_(change)
         moved = run_block(block, hidden, call) - before
         site.weight.copy_(old)
@@ -209,14 +243,17 @@ def missing(
 ) -> Missing:
     """What should be added to what a block gives, on all batches.
 
-    That is the effect of a span of blocks that are gone; with `dense`, what the dense block gives on dense inputs by
-    batch, also all that the stream has lost up to here. `block`, its number `index`, and the blocks of the span are
-    working copies on the device of the hidden states; x are the inputs of `site` in the block.
+    That is the effect of a span of blocks that are gone; with `dense`, what the dense block gives
+    on dense inputs by batch, also all that the stream has lost up to here. `block`, its number
+    `index`, and the blocks of the span are working copies on the device of the hidden states; x are
+    the inputs of `site` in the block.
     """
     total, power, tokens = torch.zeros(()), 0.0, 0
     for number, (hidden, calls) in enumerate(windows):
         seen: list[Tensor] = []
-        with recorded_inputs(block, lambda name, x, seen=seen: seen.append(x) if name == site else None):
+        with recorded_inputs(
+            block, lambda name, x, seen=seen: seen.append(x) if name == site else None
+        ):
             before = run_block(block, hidden, calls[index])
         after = before if dense is None else dense[number]
         for removed, module in span:

@@ -22,7 +22,9 @@ from secateur.models.replay import Call, run_block
 
 @dataclass
 class Routed:
-    """What was routed to each expert: tokens, and the sum of gate · ‖output‖ over them, both float64 `[experts]`."""
+    """What was routed to each expert: tokens, and the sum of gate · ‖output‖ over them, both
+    float64 `[experts]`.
+    """
 
     tokens: Tensor
     contribution: Tensor
@@ -41,11 +43,17 @@ def at_random(routed: Routed) -> Tensor:
     return torch.rand(len(routed.tokens), generator=torch.Generator().manual_seed(0))
 
 
-EXPERTS: dict[str, Callable[[Routed], Tensor]] = {"reap": reap, "frequency": frequency, "random": at_random}
+EXPERTS: dict[str, Callable[[Routed], Tensor]] = {
+    "reap": reap,
+    "frequency": frequency,
+    "random": at_random,
+}
 
 
 def highest_in_groups(score: Tensor, count: int, groups: int) -> Tensor:
-    """The `count` experts with the highest scores `[experts]`, int64 ascending, as many of each group of neighbours."""
+    """The `count` experts with the highest scores `[experts]`, int64 ascending, as many of each
+    group of neighbours.
+    """
     inside = score.view(groups, -1)
     order = inside.argsort(dim=1, descending=True, stable=True)[:, : count // groups]
     return (order + inside.shape[1] * torch.arange(groups)[:, None]).flatten().sort().values
@@ -69,7 +77,10 @@ def _watched(block: nn.Module, found: dict[str, Routed]) -> Iterator[None]:
             _, second = experts.matrices(module)
             count = experts.count(module)
             routed = found.setdefault(
-                name, Routed(torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64))
+                name,
+                Routed(
+                    torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+                ),
             )
             chosen = chosen.reshape(-1, chosen.shape[-1])
             gates = gates.reshape(len(chosen), -1)
@@ -83,7 +94,9 @@ def _watched(block: nn.Module, found: dict[str, Routed]) -> Iterator[None]:
                 whole = gates.shape != chosen.shape  # one gate for every expert, chosen or not
                 gate = gates[mine.any(1), expert] if whole else (gates * mine).sum(1)[mine.any(1)]
                 routed.tokens[expert] += len(output)
-                routed.contribution[expert] += (gate.double().abs() * output.double().norm(dim=1)).sum().cpu()
+                routed.contribution[expert] += (
+                    (gate.double().abs() * output.double().norm(dim=1)).sum().cpu()
+                )
 
         return hook
 

@@ -1,8 +1,10 @@
-"""Before any work: what of a model can go, how many of it, and the stock configuration that holds what is left.
+"""Before any work: what of a model can go, how many of it, and the stock configuration that holds
+what is left.
 
-One block of each kind is traced. What comes out is tried on the block itself with stand-ins for the units that will
-go: the block as the smaller configuration builds it must do what the dense block does without them. So whatever
-cannot be held, or is wired in a way that no trace shows, is refused here with the counts that would do.
+One block of each kind is traced. What comes out is tried on the block itself with stand-ins for the
+units that will go: the block as the smaller configuration builds it must do what the dense block
+does without them. So whatever cannot be held, or is wired in a way that no trace shows, is refused
+here with the counts that would do.
 """
 
 from __future__ import annotations
@@ -23,11 +25,19 @@ from secateur.models.channels.trace import trace
 from secateur.models.matrices import signature, sites
 from secateur.models.replay import LanguageModel, Shell, close, own, run_block, working_copy
 from secateur.pruning.structured import target_config as stock
-from secateur.pruning.structured.slicing import State, experts_of, module_of, without_experts, without_units
+from secateur.pruning.structured.slicing import (
+    State,
+    experts_of,
+    module_of,
+    without_experts,
+    without_units,
+)
 from secateur.pruning.structured.target_config import Number, Stock, find_stock, tensor_shapes
 
 NARROW = 0.1
-"""A matrix with fewer inputs than this share of the widest is no feed-forward: a low-rank side path, say."""
+"""A matrix with fewer inputs than this share of the widest is no feed-forward: a low-rank side
+path, say.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,9 @@ class Consumer:
 
 @dataclass(frozen=True)
 class BlockCut:
-    """What goes out of every block of one kind: units by their reader, heads first, and experts by their module."""
+    """What goes out of every block of one kind: units by their reader, heads first, and experts by
+    their module.
+    """
 
     consumers: dict[str, Consumer]
     experts: dict[str, tuple[int, int]]
@@ -56,7 +68,9 @@ class BlockCut:
 
 @dataclass(frozen=True)
 class Survey:
-    """`kinds` by signature of a block; `stock` is the smaller model, `kept` the blocks that stay."""
+    """`kinds` by signature of a block; `stock` is the smaller model, `kept` the blocks that
+    stay.
+    """
 
     kinds: Mapping[Any, BlockCut]
     kept: tuple[int, ...]
@@ -67,12 +81,20 @@ class Survey:
 
 
 def survey(
-    language_model: LanguageModel, structure: Structure, kept: Sequence[int], align: int | None, device: torch.device
+    language_model: LanguageModel,
+    structure: Structure,
+    kept: Sequence[int],
+    align: int | None,
+    device: torch.device,
 ) -> Survey:
-    """What goes out of the blocks that stay. Raises BadPattern or UnsupportedModel, with the counts that would do."""
+    """What goes out of the blocks that stay. Raises BadPattern or UnsupportedModel, with the counts
+    that would do.
+    """
     found = _traced(language_model, structure, device)
     for among in _alternatives(found):
-        kinds = {kind: _counted(cut, structure, align, language_model) for kind, cut in among.items()}
+        kinds = {
+            kind: _counted(cut, structure, align, language_model) for kind, cut in among.items()
+        }
         if fitting := _find(language_model, kinds, kept):
             result = Survey(kinds, tuple(kept), fitting)
             _try(language_model, result, device)
@@ -82,7 +104,9 @@ def survey(
 
 def block_parameters(language_model: LanguageModel) -> int:
     """How many parameters the blocks of a model have."""
-    return sum(parameter.numel() for block in language_model.blocks for parameter in block.parameters())
+    return sum(
+        parameter.numel() for block in language_model.blocks for parameter in block.parameters()
+    )
 
 
 def holds(language_model: LanguageModel) -> Callable[[Sequence[int]], bool]:
@@ -97,8 +121,12 @@ def holds(language_model: LanguageModel) -> Callable[[Sequence[int]], bool]:
     return asked
 
 
-def _traced(language_model: LanguageModel, structure: Structure, device: torch.device) -> dict[Any, BlockCut]:
-    """All that could go out of each kind of block, of what the structure names. Raises UnsupportedModel for nothing."""
+def _traced(
+    language_model: LanguageModel, structure: Structure, device: torch.device
+) -> dict[Any, BlockCut]:
+    """All that could go out of each kind of block, of what the structure names. Raises
+    UnsupportedModel for nothing.
+    """
     wanted = {part.of for part in parts(structure) if isinstance(part, Units)}
     found: dict[Any, BlockCut] = {}
     for index, block in enumerate(language_model.blocks):
@@ -114,13 +142,20 @@ def _traced(language_model: LanguageModel, structure: Structure, device: torch.d
         consumers = {}
         for of, kinds in (("heads", heads), ("channels", channels)):
             if of in wanted:
-                consumers |= {name: Consumer(u, 0, of, known[name].expert) for name, u in kinds.items()}
+                consumers |= {
+                    name: Consumer(u, 0, of, known[name].expert) for name, u in kinds.items()
+                }
         found[kind] = BlockCut(
-            consumers, {n: (count, 0) for n, count in experts_of(block).items()} if "experts" in wanted else {}
+            consumers,
+            {n: (count, 0) for n, count in experts_of(block).items()}
+            if "experts" in wanted
+            else {},
         )
     seen = {consumer.of for cut in found.values() for consumer in cut.consumers.values()}
     seen |= {"experts" for cut in found.values() if cut.experts}
-    for part in (part for part in parts(structure) if isinstance(part, Units) and part.of not in seen):
+    for part in (
+        part for part in parts(structure) if isinstance(part, Units) and part.of not in seen
+    ):
         of = part.of
         name = type(language_model.model).__name__
         raise UnsupportedModel(
@@ -138,10 +173,14 @@ def _traced(language_model: LanguageModel, structure: Structure, device: torch.d
 _UNITS: WeakKeyDictionary[nn.Module, dict[Any, dict[str, list[Unit]]]] = WeakKeyDictionary()
 
 
-def _units(language_model: LanguageModel, index: int, device: torch.device) -> dict[str, list[Unit]]:
-    """The units of a block that can go: traced once for every kind of block of a model, however often it is asked.
+def _units(
+    language_model: LanguageModel, index: int, device: torch.device
+) -> dict[str, list[Unit]]:
+    """The units of a block that can go: traced once for every kind of block of a model, however
+    often it is asked.
 
-    A trace of a wide block takes minutes on a processor, and a size or a number of blocks asks several times.
+    A trace of a wide block takes minutes on a processor, and a size or a number of blocks asks
+    several times.
     """
     known = _UNITS.setdefault(language_model.model, {})
     kind = signature(language_model.blocks[index])
@@ -151,13 +190,17 @@ def _units(language_model: LanguageModel, index: int, device: torch.device) -> d
 
 
 def _alternatives(found: Mapping[Any, BlockCut]) -> Iterator[Mapping[Any, BlockCut]]:
-    """All that could go; else the widest channels alone, since a side path may have no field of its own; else one
-    kind of head alone, since linear attention beside softmax attention seldom has one."""
+    """All that could go; else the widest channels alone, since a side path may have no field of its
+    own; else one kind of head alone, since linear attention beside softmax attention seldom has
+    one.
+    """
     yield found
 
     def only(wanted: Callable[[str, Consumer, BlockCut], bool]) -> Mapping[Any, BlockCut]:
         return {
-            kind: BlockCut({n: c for n, c in cut.consumers.items() if wanted(n, c, cut)}, cut.experts)
+            kind: BlockCut(
+                {n: c for n, c in cut.consumers.items() if wanted(n, c, cut)}, cut.experts
+            )
             for kind, cut in found.items()
         }
 
@@ -175,7 +218,9 @@ def _alternatives(found: Mapping[Any, BlockCut]) -> Iterator[Mapping[Any, BlockC
         )
 
 
-def _counted(cut: BlockCut, structure: Structure, align: int | None, language_model: LanguageModel) -> BlockCut:
+def _counted(
+    cut: BlockCut, structure: Structure, align: int | None, language_model: LanguageModel
+) -> BlockCut:
     """The same with the numbers that go. Raises BadPattern."""
     asked = {part.of: part for part in parts(structure) if isinstance(part, Units)}
     config = language_model.model.config
@@ -187,11 +232,15 @@ def _counted(cut: BlockCut, structure: Structure, align: int | None, language_mo
         steps = align
         if consumer.expert:
             steps = lcm(align or default_alignment(total), least)
-        kept = asked[consumer.of].kept(total, steps, f"{name} of {type(language_model.model).__name__}")  # type: ignore[index]
+        kept = asked[consumer.of].kept(
+            total, steps, f"{name} of {type(language_model.model).__name__}"
+        )  # type: ignore[index]
         consumers[name] = replace(consumer, gone=total - kept)
     experts = {}
     for name, (total, _) in cut.experts.items():
-        kept = asked["experts"].kept(total, align, f"{name} of {type(language_model.model).__name__}")
+        kept = asked["experts"].kept(
+            total, align, f"{name} of {type(language_model.model).__name__}"
+        )
         active = getattr(config, "num_experts_per_tok", None) or 1
         if kept < active:
             raise BadPattern(
@@ -204,9 +253,14 @@ def _counted(cut: BlockCut, structure: Structure, align: int | None, language_mo
 
 
 def _check_groups(config: Any, name: str, kept: int) -> None:
-    """Raise BadPattern where a router that looks for experts in groups could not do so among those that stay."""
+    """Raise BadPattern where a router that looks for experts in groups could not do so among those
+    that stay.
+    """
     groups = getattr(config, "n_group", None) or 1
-    chosen, active = getattr(config, "topk_group", None) or 1, getattr(config, "num_experts_per_tok", None) or 1
+    chosen, active = (
+        getattr(config, "topk_group", None) or 1,
+        getattr(config, "num_experts_per_tok", None) or 1,
+    )
     if groups > 1 and (kept % groups or kept // groups < 2 or chosen * (kept // groups) < active):
         raise BadPattern(
             f"{name} chooses {active} experts from {chosen} of {groups} groups; {kept} experts cannot be grouped so. "
@@ -214,7 +268,9 @@ def _check_groups(config: Any, name: str, kept: int) -> None:
         )
 
 
-def _find(language_model: LanguageModel, kinds: Mapping[Any, BlockCut], kept: Sequence[int]) -> Stock | None:
+def _find(
+    language_model: LanguageModel, kinds: Mapping[Any, BlockCut], kept: Sequence[int]
+) -> Stock | None:
     """The stock model of a cut, by its shapes."""
     empty = stock.empty(language_model)
     shapes = dict(tensor_shapes(language_model))
@@ -229,18 +285,26 @@ def _find(language_model: LanguageModel, kinds: Mapping[Any, BlockCut], kept: Se
         if kind not in dense:
             state = _stand_in(empty.blocks[index], kinds[kind])
             dense[kind] = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        shapes |= {f"{language_model.block_name(position)}.{name}": shape for name, shape in dense[kind].items()}
+        shapes |= {
+            f"{language_model.block_name(position)}.{name}": shape
+            for name, shape in dense[kind].items()
+        }
     return find_stock(language_model, shapes, _numbers(language_model, kinds), kept)
 
 
 def _stand_in(block: nn.Module, cut: BlockCut) -> State:
     """The tensors of a block without the last units of each consumer, and the last experts."""
     state = without_units(block, _last_units(cut))
-    return without_experts(block, state, {n: torch.arange(total - gone) for n, (total, gone) in cut.experts.items()})
+    return without_experts(
+        block, state, {n: torch.arange(total - gone) for n, (total, gone) in cut.experts.items()}
+    )
 
 
 def _last_units(cut: BlockCut) -> dict[str, list[Unit]]:
-    return {name: consumer.units[len(consumer.units) - consumer.gone :] for name, consumer in cut.consumers.items()}
+    return {
+        name: consumer.units[len(consumer.units) - consumer.gone :]
+        for name, consumer in cut.consumers.items()
+    }
 
 
 def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockCut]) -> list[Number]:
@@ -263,19 +327,28 @@ def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockCut]) -> li
 
 
 def _no_stock(
-    language_model: LanguageModel, structure: Structure, found: Mapping[Any, BlockCut], kept: Sequence[int]
+    language_model: LanguageModel,
+    structure: Structure,
+    found: Mapping[Any, BlockCut],
+    kept: Sequence[int],
 ) -> str:
     """Why nothing holds the result, and what would be held."""
     name, said = type(language_model.model).__name__, list[str]()
     for of in ("heads", "channels"):
-        totals = {len(c.units) for cut in found.values() for c in cut.consumers.values() if c.of == of}
+        totals = {
+            len(c.units) for cut in found.values() for c in cut.consumers.values() if c.of == of
+        }
         if not totals:
             continue
         counts = range(1, max(totals)) if of == "heads" else [max(totals) // 2]
         fitting = [
             f"{left} of {max(totals)}"
             for left in counts
-            if _find(language_model, {kind: _counted_to(cut, of, left) for kind, cut in found.items()}, kept)
+            if _find(
+                language_model,
+                {kind: _counted_to(cut, of, left) for kind, cut in found.items()},
+                kept,
+            )
         ]
         if fitting and of == "heads":
             said.append(f"of the heads it would hold {', '.join(fitting)}")
@@ -293,10 +366,12 @@ def _counted_to(cut: BlockCut, of: str, left: int) -> BlockCut:
 
 @torch.no_grad()
 def _try(language_model: LanguageModel, found: Survey, device: torch.device) -> None:
-    """Compare blocks of the smaller model with the dense ones whose units that go read as zero, in one pass.
+    """Compare blocks of the smaller model with the dense ones whose units that go read as zero, in
+    one pass.
 
-    One block of every kind, or every one that stays where blocks go: some count them, or know their own number. Blocks
-    that lose experts route otherwise than before and are left out; the reloaded model is compared at the end.
+    One block of every kind, or every one that stays where blocks go: some count them, or know their
+    own number. Blocks that lose experts route otherwise than before and are left out; the reloaded
+    model is compared at the end.
     """
     vocabulary = language_model.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     tokens = torch.randint(int(vocabulary), (2, 16), generator=torch.Generator().manual_seed(0))
@@ -316,12 +391,20 @@ def _try(language_model: LanguageModel, found: Survey, device: torch.device) -> 
                 sites(block)[name].weight[:, [i for unit in units for i in unit.inputs]] = 0
             expected = run_block(block, hidden, before) if gone else dense
             empty = found.stock.language_model.blocks[found.kept.index(index)]
-            _compare(language_model, index, expected, lambda e=empty, s=state, b=block, h=hidden, c=call: run_block(
-                module_of(e, s, b).to(device), h, own(c, {})))  # fmt: skip
+            _compare(
+                language_model,
+                index,
+                expected,
+                lambda e=empty, s=state, b=block, h=hidden, c=call: run_block(
+                    module_of(e, s, b).to(device), h, own(c, {})
+                ),
+            )
         hidden = dense
 
 
-def _compare(language_model: LanguageModel, index: int, wanted: Tensor, smaller: Callable[[], Tensor]) -> None:
+def _compare(
+    language_model: LanguageModel, index: int, wanted: Tensor, smaller: Callable[[], Tensor]
+) -> None:
     """Raise UnsupportedModel unless the smaller block runs and gives what is wanted."""
     what = "its output differs"
     if not wanted.isfinite().all():

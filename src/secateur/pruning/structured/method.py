@@ -14,7 +14,10 @@ from secateur.pruning.structured.expert_scores import EXPERTS
 
 BEST = {"channels": "obs", "heads": "obs", "experts": "reap", "blocks": "kl"}
 PRESETS: dict[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
-    "fast": ({"channels": "energy", "heads": "energy", "experts": "reap", "blocks": "influence"}, ("repair",)),
+    "fast": (
+        {"channels": "energy", "heads": "energy", "experts": "reap", "blocks": "influence"},
+        ("repair",),
+    ),
     "default": (BEST, ("repair", "dense-target")),
     "best": (BEST, ("repair", "dense-target", "refine")),
 }
@@ -23,9 +26,11 @@ SUFFIXES = ("repair", "dense-target", "refine")
 
 
 class Shrinking(NamedTuple):
-    """A structured method: the selection for each kind of unit, and what is done about what is lost.
+    """A structured method: the selection for each kind of unit, and what is done about what is
+    lost.
 
-    `repair`: what reads the units is fitted anew; `dense`: to the dense model; `refine`: epochs of tuning the block.
+    `repair`: what reads the units is fitted anew; `dense`: to the dense model; `refine`: epochs of
+    tuning the block.
     """
 
     selections: Mapping[str, str]
@@ -42,20 +47,28 @@ class Shrinking(NamedTuple):
 def find_shrinking(name: str, structure: Structure) -> Shrinking:
     """The structured method of that name for a structure. Raises UnknownName.
 
-    A selection and suffixes: `energy`, `obs+repair`, `kl+repair+dense-target+refine`; or one of `PRESETS`. In a
-    structure of several kinds, those that a selection does not know are selected as by default.
+    A selection and suffixes: `energy`, `obs+repair`, `kl+repair+dense-target+refine`; or one of
+    `PRESETS`. In a structure of several kinds, those that a selection does not know are selected as
+    by default.
     """
     first, *suffixes = name.split("+")
     tables: dict[str, Mapping[str, Any]] = {
-        "channels": SELECTIONS, "heads": SELECTIONS, "experts": EXPERTS, "blocks": BLOCKS,
-    }  # fmt: skip
-    kinds = ["blocks" if isinstance(part, Depth) else part.of for part in parts(structure)] or list(tables)
+        "channels": SELECTIONS,
+        "heads": SELECTIONS,
+        "experts": EXPERTS,
+        "blocks": BLOCKS,
+    }
+    kinds = ["blocks" if isinstance(part, Depth) else part.of for part in parts(structure)] or list(
+        tables
+    )
     known = {*PRESETS, *(selection for kind in kinds for selection in tables[kind])}
     if first not in known:
         raise UnknownName(f"method for {structure}", first, known)
     for suffix in suffixes:
         if kinds == ["experts"] and suffix in ("repair", "dense-target"):
-            raise UnknownName(f"refinement for {structure}, where no matrix reads what goes,", suffix, ("refine",))
+            raise UnknownName(
+                f"refinement for {structure}, where no matrix reads what goes,", suffix, ("refine",)
+            )
         if suffix not in SUFFIXES:
             raise UnknownName("refinement of a structured method", suffix, SUFFIXES)
     otherwise, more = PRESETS.get(first, (BEST, ()))
@@ -65,16 +78,22 @@ def find_shrinking(name: str, structure: Structure) -> Shrinking:
     return Shrinking(chosen, dense or "repair" in suffixes, dense, refine)
 
 
-def check_structure(structure: Structure, method: str, allocate: str, skip: Sequence[str], align: int | None) -> None:
+def check_structure(
+    structure: Structure, method: str, allocate: str, skip: Sequence[str], align: int | None
+) -> None:
     """Raise UnknownName or BadPattern for options that do not go with a structure."""
     find_shrinking(method, structure)
     if allocate != "uniform":
-        raise BadPlan(f"{structure} takes the same out of every block, since stock configurations hold nothing else; "
-                      f"--allocate {allocate} needs a percentage such as '70%'.")  # fmt: skip
+        raise BadPlan(
+            f"{structure} takes the same out of every block, since stock configurations hold nothing else; "
+            f"--allocate {allocate} needs a percentage such as '70%'."
+        )
     channels = isinstance(structure, Budget) or any(
         isinstance(p, Units) and p.of == "channels" for p in parts(structure)
     )
     if align is not None and not channels:
         raise BadPattern(f"--align {align} is for channels, and {structure} removes none.")
     if skip:
-        raise BadPattern(f"{structure} takes the same out of every block, so --skip {skip[0]} cannot leave one out.")
+        raise BadPattern(
+            f"{structure} takes the same out of every block, so --skip {skip[0]} cannot leave one out."
+        )

@@ -13,22 +13,35 @@ from secateur.models.replay import LanguageModel
 
 
 class Names:
-    """Which tensors the smaller checkpoint has, by the names that the source has, or would have, for them."""
+    """Which tensors the smaller checkpoint has, by the names that the source has, or would have,
+    for them.
+    """
 
     def __init__(
-        self, source: Checkpoint, language_model: LanguageModel, smaller: LanguageModel, kept: Sequence[int]
+        self,
+        source: Checkpoint,
+        language_model: LanguageModel,
+        smaller: LanguageModel,
+        kept: Sequence[int],
     ) -> None:
         self.source, self.dense, self.smaller, self.kept = source, language_model, smaller, kept
-        state = {f"{language_model.block_name(0)}.{n}": t for n, t in language_model.blocks[0].named_parameters()}
+        state = {
+            f"{language_model.block_name(0)}.{n}": t
+            for n, t in language_model.blocks[0].named_parameters()
+        }
         first = next(iter(checkpoint_tensors(language_model, state, source.places)))
-        self.stem = f"{first.partition('.0.')[0]}."  # what the source writes before the number of a block
+        self.stem = (
+            f"{first.partition('.0.')[0]}."  # what the source writes before the number of a block
+        )
 
     def of_block(self, position: int, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of a block of the smaller model, by checkpoint name."""
         return self._stored(self.smaller, position, self.kept[position], state)
 
     def places(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """For every tensor of the smaller checkpoint the source's tensor that it comes from, and its own shape."""
+        """For every tensor of the smaller checkpoint the source's tensor that it comes from, and
+        its own shape.
+        """
         inside: set[str] = set()
         for index, block in enumerate(self.dense.blocks):
             inside |= self._stored(self.dense, index, index, block.state_dict()).keys()
@@ -55,7 +68,9 @@ class Names:
 
 @dataclass(frozen=True)
 class _Old:
-    """The names of a block's tensors where the block has moved; the source has those that are in it."""
+    """The names of a block's tensors where the block has moved; the source has those that are in
+    it.
+    """
 
     source: Checkpoint
     now: str

@@ -1,4 +1,5 @@
-"""The program for structured pruning: the same stream as `prune`, but what comes out is a smaller dense model.
+"""The program for structured pruning: the same stream as `prune`, but what comes out is a smaller
+dense model.
 
     survey: what can go, and the stock configuration that holds the rest → which blocks go
     → for each block that stays: statistics → which units go → repair of what reads them → the block cut
@@ -69,18 +70,26 @@ def shrink_checkpoint(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """`prune_checkpoint` for a structure: writes the smaller model to `out`; returns the report in `pruning.json`."""
+    """`prune_checkpoint` for a structure: writes the smaller model to `out`; returns the report in
+    `pruning.json`.
+    """
     progress = progress or Progress()
     shrinking = find_shrinking(method, structure)
     check_windows(language_model, windows, batch_size)
     devices, chosen = find_devices(device), find_dtype(dtype)
     forward = forward_dtype(chosen, devices[0])
-    run = Run(language_model, windows.ids, shrinking, devices, forward, batch_size, Seconds(), progress)
+    run = Run(
+        language_model, windows.ids, shrinking, devices, forward, batch_size, Seconds(), progress
+    )
     options = {"dtype": dtype, "batch_size": batch_size, "align": align}
     conditions = {
-        "method": method, "pattern": str(structure), **options, "calibration": windows.fingerprint(),
-        "device": devices[0].type, "versions": versions(),
-    }  # fmt: skip
+        "method": method,
+        "pattern": str(structure),
+        **options,
+        "calibration": windows.fingerprint(),
+        "device": devices[0].type,
+        "versions": versions(),
+    }
     with PeakMemory() as peak:
         started = perf_counter()
         wanted = structure
@@ -92,22 +101,36 @@ def shrink_checkpoint(
         share = sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
         dense = language_model.model.num_parameters()
         report = Report(
-            method, str(structure), "structured", 0.0, share, [], run.seconds, None, windows.fingerprint(),
+            method,
+            str(structure),
+            "structured",
+            0.0,
+            share,
+            [],
+            run.seconds,
+            None,
+            windows.fingerprint(),
             parameters=(
                 dense,
-                dense - block_parameters(language_model) + block_parameters(found.stock.language_model),
+                dense
+                - block_parameters(language_model)
+                + block_parameters(found.stock.language_model),
             ),
             removed=_in_words(language_model, found),
-        )  # fmt: skip
+        )
         names = Names(source, language_model, found.stock.language_model, found.kept)
         tensors = names.places()
         with (
             output(
-                source, out, overwrite=overwrite, other_weights=size_of(source, tensors), run=conditions,
+                source,
+                out,
+                overwrite=overwrite,
+                other_weights=size_of(source, tensors),
+                run=conditions,
                 restart=restart,
             ) as result,
             asked_to_stop("after this block") as stopping,
-        ):  # fmt: skip
+        ):
             finished = result.recorded(BLOCK)
             for entry in finished:
                 report.take(entry)
@@ -116,13 +139,17 @@ def shrink_checkpoint(
                 result.places = resized(source, result.partial, tensors, again=len(finished) > 0)
                 if finished:
                     spill = result.partial.parent if language_model.spilled else None
-                    loaded = load_blocks(result.partial, trust_remote_code=trust_remote_code, spill=spill)
+                    loaded = load_blocks(
+                        result.partial, trust_remote_code=trust_remote_code, spill=spill
+                    )
                     again = loaded[: len(finished)]
                 else:
                     result.configure(found.stock.changes, language_model.model.config.model_type)
                     result.sync()
                 progress.begin(f"shrinking with {method} to {structure}")
-                logits = _shrink(run, found, report, names, result, again, stopping, find_size(memory))
+                logits = _shrink(
+                    run, found, report, names, result, again, stopping, find_size(memory)
+                )
                 result.settle()
                 _verify(result, windows.ids, logits, trust_remote_code, progress)
             report.sparsity = _share_gone(language_model, found)
@@ -131,7 +158,9 @@ def shrink_checkpoint(
                 {
                     "schema": "secateur.pruning/1",
                     "model": str(source.folder),
-                    "command": list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+                    "command": list(command)
+                    if command is not None
+                    else [Path(sys.argv[0]).name, *sys.argv[1:]],
                     "versions": versions(),
                     **report.record(),
                     "options": options,
@@ -141,9 +170,15 @@ def shrink_checkpoint(
 
 
 def refuse_structure(
-    language_model: LanguageModel, structure: Structure, size: int, align: int | None, device: torch.device
+    language_model: LanguageModel,
+    structure: Structure,
+    size: int,
+    align: int | None,
+    device: torch.device,
 ) -> None:
-    """Raise BadPattern or UnsupportedModel where a model, `size` bytes of weights, cannot be made smaller like that."""
+    """Raise BadPattern or UnsupportedModel where a model, `size` bytes of weights, cannot be made
+    smaller like that.
+    """
     if isinstance(structure, Budget):
         structure = within_budget(language_model, structure, size, align, device)
     survey(language_model, structure, range(len(language_model.blocks)), align, device)
@@ -162,17 +197,26 @@ def _surveyed(run: Run, structure: Structure, align: int | None) -> Survey:
         if isinstance(part, Depth):
             count = part.removed(total)
             looking = Looking(
-                run.language_model, run.tokens, run.devices[0], run.dtype, run.batch_size, run.progress
-            )  # fmt: skip
+                run.language_model,
+                run.tokens,
+                run.devices[0],
+                run.dtype,
+                run.batch_size,
+                run.progress,
+            )
             run.progress.begin(f"choosing {part} by {run.shrinking.selections['blocks']}")
-            gone = BLOCKS[run.shrinking.selections["blocks"]](looking, count, holds(run.language_model))
+            gone = BLOCKS[run.shrinking.selections["blocks"]](
+                looking, count, holds(run.language_model)
+            )
             if len(gone) < count:
                 raise BadPattern(
                     f"No configuration of {type(run.language_model.model).__name__} holds it without {part}: its kinds "
                     f"of block come in a fixed order. {len(gone)} could go."
                 )
     if gone:
-        found = survey(run.language_model, structure, [i for i in kept if i not in gone], align, run.devices[0])
+        found = survey(
+            run.language_model, structure, [i for i in kept if i not in gone], align, run.devices[0]
+        )
     return found
 
 
@@ -187,11 +231,12 @@ def _shrink(
     stopping: Callable[[], bool],
     limit: int | None,
 ) -> Tensor:
-    """Shrink and write every block that stays; the logits of the first window's first tokens in the smaller model.
+    """Shrink and write every block that stays; the logits of the first window's first tokens in the
+    smaller model.
 
-    These go through the smaller blocks in float32, whatever dtype the stream has, so that they can be compared closely.
-    The first blocks may be done `again`: they are gone through as they are. Hidden states that would take half of
-    `limit`, or of what is free, lie in a file.
+    These go through the smaller blocks in float32, whatever dtype the stream has, so that they can
+    be compared closely. The first blocks may be done `again`: they are gone through as they are.
+    Hidden states that would take half of `limit`, or of what is free, lie in a file.
     """
     model, count, device = run.language_model, len(found.kept), run.devices[0]
     tokens = run.tokens[:1, :CHECKED_TOKENS]
@@ -203,17 +248,27 @@ def _shrink(
     free = available_bytes(device) if limit is None else limit
     spill = result.out.parent if held > free / 2 else None
     steps = stream(
-        model, run.tokens, devices=run.devices, dtype=run.dtype, batch_size=run.batch_size, seconds=run.seconds,
-        dense=run.shrinking.second_stream, kept=found.kept, finished=again, spill=spill,
-    )  # fmt: skip
+        model,
+        run.tokens,
+        devices=run.devices,
+        dtype=run.dtype,
+        batch_size=run.batch_size,
+        seconds=run.seconds,
+        dense=run.shrinking.second_stream,
+        kept=found.kept,
+        finished=again,
+        spill=spill,
+    )
     for position, step in enumerate(steps, len(again)):
         run.progress.advance(step.name, position, count)
         original, empty = model.blocks[step.index], found.stock.language_model.blocks[position]
         span = _span(found.kept, position, len(model.blocks))
         state, reports = shrunk_block(step, original, found.of(original), span, run)
         entry: dict[str, Any] = {
-            "block": model.block_name(position), "sites": [asdict(site) for site in reports], "refined": None,
-        }  # fmt: skip
+            "block": model.block_name(position),
+            "sites": [asdict(site) for site in reports],
+            "refined": None,
+        }
         if run.shrinking.refine:
             run.progress.advance(f"{step.name} as a whole", position, count)
             state, tuned = refined(step, module_of(empty, state, original), state, span, run)
@@ -222,7 +277,11 @@ def _shrink(
         hidden = run_block(working_copy(smaller, device, torch.float32), hidden, calls[step.index])
         step.replace(smaller)
         held = original.state_dict()
-        changed = {n: t for n, t in state.items() if t.shape != held[n].shape or not torch.equal(t, held[n])}
+        changed = {
+            n: t
+            for n, t in state.items()
+            if t.shape != held[n].shape or not torch.equal(t, held[n])
+        }
         check_source(result.source, model, [f"{step.name}.{name}" for name in changed])
         result.commit(names.of_block(position, changed), entry)
         report.take(entry)
@@ -240,11 +299,13 @@ def _span(kept: Sequence[int], position: int, total: int) -> list[int]:
     return list(range(kept[position] + 1, following))
 
 
-def _verify(result: Output, tokens: Tensor, logits: Tensor, trust_remote_code: bool, progress: Progress) -> None:
+def _verify(
+    result: Output, tokens: Tensor, logits: Tensor, trust_remote_code: bool, progress: Progress
+) -> None:
     progress.begin("loading the result in a fresh process")
     refuse_unequal(
         result.partial, tokens[:1, :CHECKED_TOKENS], logits, trust_remote_code=trust_remote_code
-    )  # fmt: skip
+    )
 
 
 def _share_gone(language_model: LanguageModel, found: Survey) -> float:
@@ -261,7 +322,9 @@ def _in_words(language_model: LanguageModel, found: Survey) -> dict[str, str]:
     words: dict[str, str] = {}
     for cut in found.kinds.values():
         for name, consumer in cut.consumers.items():
-            words[re.sub(r"\.\d+\.", ".*.", name)] = f"{consumer.gone} of {len(consumer.units)} {NAMES[consumer.of]}"
+            words[re.sub(r"\.\d+\.", ".*.", name)] = (
+                f"{consumer.gone} of {len(consumer.units)} {NAMES[consumer.of]}"
+            )
         for name, (total, gone) in cut.experts.items():
             words[name] = f"{gone} of {total} experts"
     if gone := [i for i in range(len(language_model.blocks)) if i not in found.kept]:

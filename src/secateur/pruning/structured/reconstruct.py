@@ -1,14 +1,17 @@
-"""Repair after whole inputs of a matrix are gone: exact ridge least squares on the inputs that stay.
+"""Repair after whole inputs of a matrix are gone: exact ridge least squares on the inputs that
+stay.
 
-One routine for channels, heads and depth. With wanted outputs y and inputs x of which S stay, the weight that minimises
-E‖y − V x_S − b‖² with a ridge that pulls to the weights as they were is, for y = W x,
+One routine for channels, heads and depth. With wanted outputs y and inputs x of which S stay, the
+weight that minimises E‖y − V x_S − b‖² with a ridge that pulls to the weights as they were is, for
+y = W x,
 
     V = W_S + W_P C_PS (C_SS + λ diag C_SS)⁻¹        P the inputs that go, C = E[x xᵀ]
 
-since every row has the same inputs, one factorisation serves them all. The same formula does for other targets: what
-the dense model gives (y = W x_dense), or what a whole span of blocks adds (y = W x + δ). Where the matrix has a bias, C
-is the covariance and the mean goes into the bias, which contains FLAP's bias compensation (An et al. 2024,
-arXiv:2312.11983) as the case that leaves V = W_S.
+since every row has the same inputs, one factorisation serves them all. The same formula does for
+other targets: what the dense model gives (y = W x_dense), or what a whole span of blocks adds (y =
+W x + δ). Where the matrix has a bias, C is the covariance and the mean goes into the bias, which
+contains FLAP's bias compensation (An et al. 2024, arXiv:2312.11983) as the case that leaves V =
+W_S.
 """
 
 from __future__ import annotations
@@ -23,23 +26,32 @@ from secateur.methods.least_squares import normalise
 from secateur.methods.statistics import Stats
 
 NEED = frozenset({"gram", "sum"})
-"""The statistics that a repair reads; "cross" and "dense sum" as well where the target is the dense model."""
+"""The statistics that a repair reads; "cross" and "dense sum" as well where the target is the dense
+model.
+"""
 
 
 class Repaired(NamedTuple):
-    """`weight` `[out, in]` float32, zero at inputs that are gone; `bias` `[out]`, None where there was none."""
+    """`weight` `[out, in]` float32, zero at inputs that are gone; `bias` `[out]`, None where there
+    was none.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
 
 def repaired(
-    weight: Tensor, stats: Stats, kept: Tensor, bias: Tensor | None = None, added: Tensor | None = None
+    weight: Tensor,
+    stats: Stats,
+    kept: Tensor,
+    bias: Tensor | None = None,
+    added: Tensor | None = None,
 ) -> Repaired:
-    """The best weight `[out, in]` float32 on the inputs `kept`, bool `[in]`, and the bias that goes with it.
+    """The best weight `[out, in]` float32 on the inputs `kept`, bool `[in]`, and the bias that goes
+    with it.
 
-    `added` is E[δ xᵀ] `[out, in]`, with its mean as one more column at the end where there is a bias: the target is
-    W x + δ. Raises NotSolved where the Gram matrix cannot be factorised.
+    `added` is E[δ xᵀ] `[out, in]`, with its mean as one more column at the end where there is a
+    bias: the target is W x + δ. Raises NotSolved where the Gram matrix cannot be factorised.
     """
     problem = normalise(weight, stats)
     gram, target = problem.gram, problem.target

@@ -1,8 +1,9 @@
 """What to take out so that a model becomes as small as asked: `to 75% of parameters`, `to 6GB`.
 
-No more than is needed, and in this order: up to half of the experts, which are most of a mixture's parameters; up to
-half of the feed-forward channels, which cost least quality for each parameter (docs/structured.md) and come in the
-finest steps, so that they end on the size; up to a quarter of the blocks; half of the heads.
+No more than is needed, and in this order: up to half of the experts, which are most of a mixture's
+parameters; up to half of the feed-forward channels, which cost least quality for each parameter
+(docs/structured.md) and come in the finest steps, so that they end on the size; up to a quarter of
+the blocks; half of the heads.
 """
 
 from __future__ import annotations
@@ -21,27 +22,39 @@ MOST, MOST_BLOCKS = 0.5, 0.25
 
 
 class _Half(NamedTuple):
-    """Half of the units of a kind: how many parameters they hold, and of how many units in a block how many go."""
+    """Half of the units of a kind: how many parameters they hold, and of how many units in a block
+    how many go.
+    """
 
     parameters: int
     total: int
     gone: int
 
     def reaching(self, parameters: float, step: int) -> int:
-        """The fewest units, a multiple of `step`, that hold so many parameters, or as many as may go."""
+        """The fewest units, a multiple of `step`, that hold so many parameters, or as many as may
+        go.
+        """
         return min(self.gone, step * ceil(max(parameters, 0) * self.gone / self.parameters / step))
 
 
 def within_budget(
-    language_model: LanguageModel, budget: Budget, size: int, align: int | None, device: torch.device
+    language_model: LanguageModel,
+    budget: Budget,
+    size: int,
+    align: int | None,
+    device: torch.device,
 ) -> Structure:
-    """The structure that leaves at most the budget of a model whose weights are `size` bytes. Raises BadPattern."""
+    """The structure that leaves at most the budget of a model whose weights are `size` bytes.
+    Raises BadPattern.
+    """
     total, count = language_model.model.num_parameters(), len(language_model.blocks)
     share = budget.share if budget.share is not None else (budget.bytes or 0) / size
     if share >= 1:
         raise BadPattern(f"The model has {size:,} bytes of weights already; {budget} was asked.")
     missing, chosen = total * (1 - share), list[Units | Depth]()
-    experts, channels, heads = (_half(language_model, of, align, device) for of in ("experts", "channels", "heads"))
+    experts, channels, heads = (
+        _half(language_model, of, align, device) for of in ("experts", "channels", "heads")
+    )
     if experts:
         taken = experts.reaching(missing, 1)
         chosen.append(Units(taken / experts.total, "experts"))
@@ -51,7 +64,11 @@ def within_budget(
     for half_of_heads in (None, heads):
         for fewer in range(blocks + 1):
             left = (count - fewer) / count  # of everything that is taken out of each block
-            wanted = missing - fewer * per_block - (half_of_heads.parameters * left if half_of_heads else 0)
+            wanted = (
+                missing
+                - fewer * per_block
+                - (half_of_heads.parameters * left if half_of_heads else 0)
+            )
             if wanted > (channels.parameters * left if channels else 0):
                 continue
             if fewer:
@@ -71,17 +88,27 @@ def within_budget(
 
 
 def _half(
-    language_model: LanguageModel, of: Literal["experts", "channels", "heads"], align: int | None, device: torch.device
+    language_model: LanguageModel,
+    of: Literal["experts", "channels", "heads"],
+    align: int | None,
+    device: torch.device,
 ) -> _Half | None:
     """What half of a kind of unit would be; None where they cannot go."""
     try:
-        found = survey(language_model, Units(MOST, of), range(len(language_model.blocks)), align, device)
+        found = survey(
+            language_model, Units(MOST, of), range(len(language_model.blocks)), align, device
+        )
     except UnsupportedModel:
         return None
     except BadPattern:
         if of == "channels" and align:
             raise
         return None
-    counts = [(len(c.units), c.gone) for cut in found.kinds.values() for c in cut.consumers.values()]
+    counts = [
+        (len(c.units), c.gone) for cut in found.kinds.values() for c in cut.consumers.values()
+    ]
     counts += [count for cut in found.kinds.values() for count in cut.experts.values()]
-    return _Half(block_parameters(language_model) - block_parameters(found.stock.language_model), *max(counts))
+    return _Half(
+        block_parameters(language_model) - block_parameters(found.stock.language_model),
+        *max(counts),
+    )

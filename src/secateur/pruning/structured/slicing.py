@@ -1,8 +1,9 @@
-"""A block with units, experts or nothing taken out: its tensors in their new shapes, and a stock module that runs them.
+"""A block with units, experts or nothing taken out: its tensors in their new shapes, and a stock
+module that runs them.
 
-What is cut are rows and columns of the matrices in a unit, and the biases that go with the rows. The module is the one
-that the family itself builds for the new configuration (`target_config`), so what runs here is what every loader will
-run.
+What is cut are rows and columns of the matrices in a unit, and the biases that go with the rows.
+The module is the one that the family itself builds for the new configuration (`target_config`), so
+what runs here is what every loader will run.
 """
 
 from __future__ import annotations
@@ -40,14 +41,18 @@ def without_units(block: nn.Module, gone: Mapping[str, Iterable[Unit]]) -> State
     for name, site in sites(block).items():
         if name in rows or name in columns or (site.expert and site.parameter in fused):
             out, inputs = site.weight.shape
-            fused[site.parameter].append((site, _others(out, rows[name]), _others(inputs, columns[name])))
+            fused[site.parameter].append(
+                (site, _others(out, rows[name]), _others(inputs, columns[name]))
+            )
     for parameter, parts in fused.items():
         cuts = [_cut(state, site, out, inputs) for site, out, inputs in parts]
         if not parts[0][0].expert:
             state[parameter] = cuts[0]
         elif len(cuts) == len(state[parameter]):
             state[parameter] = torch.stack(cuts)
-        bias = f"{parameter}_bias" if parts[0][0].expert else f"{parameter.removesuffix('weight')}bias"
+        bias = (
+            f"{parameter}_bias" if parts[0][0].expert else f"{parameter.removesuffix('weight')}bias"
+        )
         if state.get(bias) is not None:
             held = state[bias] if parts[0][0].expert else state[bias][None]
             cut = torch.stack([part[out] for part, (_, out, _) in zip(held, parts, strict=True)])
@@ -71,9 +76,11 @@ def _cut(state: Mapping[str, Tensor], site: Site, out: Tensor, inputs: Tensor) -
 
 
 def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) -> State:
-    """The tensors of a block with fewer experts: `kept` gives for every experts module the int64 indices that stay.
+    """The tensors of a block with fewer experts: `kept` gives for every experts module the int64
+    indices that stay.
 
-    With an expert go its two matrices, and its row of whatever chooses experts: router weights and biases beside it.
+    With an expert go its two matrices, and its row of whatever chooses experts: router weights and
+    biases beside it.
     """
     state, routers = dict(state), experts.routers(block)
     for name, indices in kept.items():
@@ -86,24 +93,38 @@ def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) 
             owner = key.rpartition(".")[0]
             inside = owner == name or (
                 key.startswith(f"{parent}." if parent else "")
-                and (min(tensor.dim(), len(tensor.squeeze().shape)) == 1 or block.get_submodule(owner) in routers)
+                and (
+                    min(tensor.dim(), len(tensor.squeeze().shape)) == 1
+                    or block.get_submodule(owner) in routers
+                )
                 and not owner.startswith(f"{name}.")
             )
-            if inside and count in (tensor.shape[:1].numel(), tensor.shape[1:].numel() if len(tensor) == 1 else 0):
-                dimension = 0 if len(tensor) == count else 1  # Ernie's correction bias is [1, experts]
+            if inside and count in (
+                tensor.shape[:1].numel(),
+                tensor.shape[1:].numel() if len(tensor) == 1 else 0,
+            ):
+                dimension = (
+                    0 if len(tensor) == count else 1
+                )  # Ernie's correction bias is [1, experts]
                 state[key] = tensor.index_select(dimension, indices.to(tensor.device)).contiguous()
     return state
 
 
 def experts_of(block: nn.Module) -> dict[str, int]:
     """How many experts every fused experts module of a block holds, by its name."""
-    return {name: experts.count(module) for name, module in block.named_modules() if experts.is_experts(module)}
+    return {
+        name: experts.count(module)
+        for name, module in block.named_modules()
+        if experts.is_experts(module)
+    }
 
 
 def module_of(empty: nn.Module, state: Mapping[str, Tensor], original: nn.Module) -> nn.Module:
-    """The stock module `empty` (on the meta device) with these tensors, and the buffers of the original.
+    """The stock module `empty` (on the meta device) with these tensors, and the buffers of the
+    original.
 
-    Raises UnsupportedModel where a buffer that is not stored has another shape in the smaller block.
+    Raises UnsupportedModel where a buffer that is not stored has another shape in the smaller
+    block.
     """
     block = deepcopy(empty)
     block.load_state_dict(state, assign=True)
@@ -112,7 +133,9 @@ def module_of(empty: nn.Module, state: Mapping[str, Tensor], original: nn.Module
         if not buffer.is_meta:
             continue
         if name not in buffers or buffers[name].shape != buffer.shape:
-            raise UnsupportedModel(f"A {type(original).__name__} computes {name} from the sizes that would change.")
+            raise UnsupportedModel(
+                f"A {type(original).__name__} computes {name} from the sizes that would change."
+            )
         owner, _, leaf = name.rpartition(".")
         block.get_submodule(owner)._buffers[leaf] = buffers[name].clone()
     return block.eval()

@@ -1,8 +1,9 @@
 """The stock configuration that holds a smaller model, or the reason why there is none.
 
-No table of families: the fields of a configuration that hold the old number get the new one, the family builds its
-model from that without memory (torch's meta device), and its shapes say whether it is the model that is wanted. A
-wrong guess has other shapes, and what shapes do not show is compared in numbers (`program`).
+No table of families: the fields of a configuration that hold the old number get the new one, the
+family builds its model from that without memory (torch's meta device), and its shapes say whether
+it is the model that is wanted. A wrong guess has other shapes, and what shapes do not show is
+compared in numbers (`program`).
 """
 
 from __future__ import annotations
@@ -23,11 +24,16 @@ from secateur.models.replay import LanguageModel
 Shapes = Mapping[str, tuple[int, ...]]
 
 CARRIERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("mistral", {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}),
+    "llama": (
+        "mistral",
+        {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
+    )
 }
-"""Other families that compute the same from the same tensors, where a family's own configuration refuses the numbers.
+"""Other families that compute the same from the same tensors, where a family's own configuration
+refuses the numbers.
 
-Llama wants the hidden size to be a multiple of its heads, although it has a `head_dim`; Mistral does not.
+Llama wants the hidden size to be a multiple of its heads, although it has a `head_dim`; Mistral
+does not.
 """
 LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 """Fields that say something of the first so many blocks."""
@@ -42,7 +48,9 @@ class Number:
     names: tuple[str, ...]
 
     def of(self, value: int | None) -> int:
-        """What a field becomes that held the old number, or twice that (gate and up together), or nothing."""
+        """What a field becomes that held the old number, or twice that (gate and up together), or
+        nothing.
+        """
         return self.new * (value or self.old) // self.old
 
 
@@ -53,7 +61,9 @@ EXPERTS = ("expert",)
 
 @dataclass(frozen=True)
 class Stock:
-    """A smaller model without weights, and what is to be changed in the source's `config.json` to get it."""
+    """A smaller model without weights, and what is to be changed in the source's `config.json` to
+    get it.
+    """
 
     language_model: LanguageModel
     changes: Mapping[str, Any]
@@ -62,7 +72,8 @@ class Stock:
 def find_stock(
     language_model: LanguageModel, shapes: Shapes, numbers: Sequence[Number], kept: Sequence[int]
 ) -> Stock | None:
-    """The model with tensors of exactly these `shapes` (by name in the model); None where no configuration has them.
+    """The model with tensors of exactly these `shapes` (by name in the model); None where no
+    configuration has them.
 
     `numbers` are those that change, `kept` the blocks that stay.
     """
@@ -105,13 +116,19 @@ def _built(kind: Any, fields: dict[str, Any], language_model: LanguageModel) -> 
         with torch.device("meta"):
             own = type(language_model.model) if kind is type(language_model.model.config) else None
             model = own(config) if own else AutoModelForCausalLM.from_config(config)
-    except Exception:  # whatever a configuration or a constructor raises for numbers that it cannot hold
+    except (
+        Exception
+    ):  # whatever a configuration or a constructor raises for numbers that it cannot hold
         return None
     return model.eval()
 
 
-def _candidates(config: Any, numbers: Sequence[Number], kept: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Changes to the fields of a configuration that may give the numbers, those with few fields first."""
+def _candidates(
+    config: Any, numbers: Sequence[Number], kept: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Changes to the fields of a configuration that may give the numbers, those with few fields
+    first.
+    """
     held = config.to_dict()
     depth = _fewer_blocks(config, held, kept)
     choices = []
@@ -119,7 +136,9 @@ def _candidates(config: Any, numbers: Sequence[Number], kept: Sequence[int]) -> 
         fields = [name for name, value in held.items() if _may_hold(name, value, number)]
         sets = [chosen for size in (1, 2, 3) for chosen in combinations(fields, size)]
         choices.append([{name: number.of(held[name]) for name in chosen} for chosen in sets])
-    said: list[dict[str, Any]] = [{}]  # the width of a head, which many derive from their number unless it is said
+    said: list[dict[str, Any]] = [
+        {}
+    ]  # the width of a head, which many derive from their number unless it is said
     if any(number.names == HEADS for number in numbers):
         width = held.get("head_dim") or config.hidden_size // config.num_attention_heads
         said.insert(0, {"head_dim": width})
@@ -143,7 +162,9 @@ def _fewer_blocks(config: Any, held: Mapping[str, Any], kept: Sequence[int]) -> 
     total = config.num_hidden_layers
     if len(kept) == total:
         return {}
-    changes: dict[str, Any] = {config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)}
+    changes: dict[str, Any] = {
+        config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)
+    }
     for name, value in held.items():
         listed = isinstance(value, (list, tuple)) and not name.endswith(("_id", "_ids", "_classes"))
         if listed and len(value) == total:

@@ -1,8 +1,10 @@
-"""Does a written model compute what the one in memory did? Asked in a fresh process, through the stock loader.
+"""Does a written model compute what the one in memory did? Asked in a fresh process, through the
+stock loader.
 
     python -m secateur.pruning.structured.verify FOLDER EXPECTED  # EXPECTED: safetensors with `tokens` and `logits`
 
-A fresh process has nothing but the folder: no patched module, no tensor in memory, no configuration object.
+A fresh process has nothing but the folder: no patched module, no tensor in memory, no configuration
+object.
 """
 
 from __future__ import annotations
@@ -27,29 +29,48 @@ MOST = 1e-4
 """The largest relative difference of logits, ‖a − b‖ / ‖b‖; both are computed in float32."""
 
 
-def refuse_unequal(folder: Path, tokens: Tensor, logits: Tensor, *, trust_remote_code: bool = False) -> None:
+def refuse_unequal(
+    folder: Path, tokens: Tensor, logits: Tensor, *, trust_remote_code: bool = False
+) -> None:
     """Raise UnsupportedModel unless a fresh process loads `folder` and gets these logits.
 
     `tokens` int64 `[batch, length]`, `logits` float32 `[batch, length, vocabulary]`.
     """
     with TemporaryDirectory() as temporary:
         expected = Path(temporary) / "expected.safetensors"
-        save_file({"tokens": tokens.cpu().contiguous(), "logits": logits.cpu().contiguous()}, expected)
+        save_file(
+            {"tokens": tokens.cpu().contiguous(), "logits": logits.cpu().contiguous()}, expected
+        )
         flag = ["--trust-remote-code"] if trust_remote_code else []
-        command = [sys.executable, "-m", "secateur.pruning.structured.verify", str(folder), str(expected), *flag]
+        command = [
+            sys.executable,
+            "-m",
+            "secateur.pruning.structured.verify",
+            str(folder),
+            str(expected),
+            *flag,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
-        raise UnsupportedModel(f"The smaller model was written but does not reload as it was: {said}")
+        raise UnsupportedModel(
+            f"The smaller model was written but does not reload as it was: {said}"
+        )
 
 
 @torch.no_grad()
-def difference(folder: Path, tokens: Tensor, logits: Tensor, *, trust_remote_code: bool = False) -> float:
-    """‖got − expected‖ / ‖expected‖ of the logits of the model in `folder`, computed in float32 on the CPU."""
+def difference(
+    folder: Path, tokens: Tensor, logits: Tensor, *, trust_remote_code: bool = False
+) -> float:
+    """‖got − expected‖ / ‖expected‖ of the logits of the model in `folder`, computed in float32 on
+    the CPU.
+    """
     spill = spill_folder(folder, open_checkpoint(folder).bytes)
     language_model = load(folder, trust_remote_code=trust_remote_code, spill=spill)
     shell = Shell(language_model, torch.device("cpu"), torch.float32)
-    got = shell.leave(tokens, final_hidden(language_model, shell, tokens, torch.float32, len(tokens)))
+    got = shell.leave(
+        tokens, final_hidden(language_model, shell, tokens, torch.float32, len(tokens))
+    )
     return ((got - logits.float()).norm() / logits.float().norm().clamp_min(1e-30)).item()
 
 
@@ -59,7 +80,10 @@ def main(arguments: list[str]) -> int:
     held = load_file(expected)
     try:
         found = difference(
-            Path(folder), held["tokens"], held["logits"], trust_remote_code="--trust-remote-code" in flags
+            Path(folder),
+            held["tokens"],
+            held["logits"],
+            trust_remote_code="--trust-remote-code" in flags,
         )
     except SecateurError as error:
         print(in_one_line(error), file=sys.stderr)
