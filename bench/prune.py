@@ -289,7 +289,7 @@ def measure(job: Job, python: Path) -> dict[str, Any]:
     return {"program": job.program, "method": job.method, **found}
 
 
-def sites(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def weight_matrices(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The pruned matrices of a result by name. Exits where one is not half zeros or something else has changed."""
     from secateur.checkpoints.folder import open_checkpoint
 
@@ -325,7 +325,7 @@ def check(jobs: Sequence[Job]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     masks: list[Tensor] = []
     for job in jobs:
-        kept = torch.cat([(tensor != 0).flatten() for _, tensor in sites(job.out)])
+        kept = torch.cat([(tensor != 0).flatten() for _, tensor in weight_matrices(job.out)])
         found[job.program] = {"sparsity": 1 - kept.double().mean().item(), "kl": divergence(job.out)}
         masks.append(kept)
     if len(masks) == 2:

@@ -16,7 +16,7 @@ import torch
 from common import options, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from secateur.models.channels.groups import removable
+from secateur.models.channels.groups import removable_groups
 from secateur.models.channels.trace import entering, trace
 from secateur.models.load import replayable
 
@@ -42,7 +42,7 @@ def main() -> None:
     found = trace(language_model, 0, device=device, dtype=torch.float32)
     traced = perf_counter() - started
     started = perf_counter()
-    units = {name: len(held) for name, held in removable(found).items()}
+    units = {name: len(held) for name, held in removable_groups(found).items()}
     joined = perf_counter() - started
     line = {
         "shape": [chosen.hidden, chosen.ffn, heads, chosen.kv_heads or heads],

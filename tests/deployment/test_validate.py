@@ -14,7 +14,7 @@ from torch import Tensor
 
 from secateur.deployment.packed_model import pack_model
 from secateur.deployment.sparsity_support import RULES, parse_build_log
-from secateur.deployment.validate import SiteVerdict, Validation, rows, summary, validate
+from secateur.deployment.validate import MatrixVerdict, Validation, rows, summary, validate
 from secateur.errors import UnknownName
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -67,7 +67,7 @@ def change(folder: Path, name: str, changed) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def site(found: Validation, name: str = SITE) -> SiteVerdict:
+def site(found: Validation, name: str = SITE) -> MatrixVerdict:
     return next(site for site in found.sites if site.name == name)
 
 

@@ -17,7 +17,7 @@ from secateur.methods import METHODS
 from secateur.methods.patterns import parse_pattern
 from secateur.methods.statistics import Stats
 from secateur.models.load import load, replayable
-from secateur.models.matrices import site_shapes, sites
+from secateur.models.matrices import matrix_shapes, weight_matrices
 from secateur.models.stream import prefetch
 from secateur.models.stream.blocks import stream
 from secateur.pruning.planning.allocation import uniform
@@ -65,7 +65,7 @@ def test_inputs_come_from_the_pruned_blocks_before():
         assert torch.allclose(stats["mlp.down_proj"].mean("square"), expected.square().mean(0), rtol=1e-4)
         for site in step.sites.values():
             site.put(site.weight * 0.5)
-        for site in sites(model.get_submodule(step.name)).values():
+        for site in weight_matrices(model.get_submodule(step.name)).values():
             site.put(site.weight * 0.5)
 
 
@@ -105,7 +105,7 @@ def test_two_devices_give_the_masks_of_one(family, passes, method):
     masks = []
     for devices in ([CPU], [CPU, CPU]):
         language_model = replayable(tiny_model(family))
-        plan = uniform(site_shapes(language_model), parse_pattern("50%"))
+        plan = uniform(matrix_shapes(language_model), parse_pattern("50%"))
         blocks = pruned_blocks(language_model, TOKENS, Pruning(METHODS[method], plan, devices, None, 2, passes=passes))
         masks.append({name: tensor == 0 for block in blocks for name, tensor in block.tensors.items()})
     assert masks[0].keys() == masks[1].keys()
@@ -211,7 +211,7 @@ def test_stats_add(tmp_path: Path):
 def test_weights_stay_mapped_and_untouched(tiny_llama: Path):
     language_model = load(tiny_llama)
     before = {name: p.clone() for name, p in language_model.model.named_parameters()}
-    plan = uniform(site_shapes(language_model), parse_pattern("2:4"))
+    plan = uniform(matrix_shapes(language_model), parse_pattern("2:4"))
     for _ in pruned_blocks(language_model, TOKENS, Pruning(METHODS["sparsegpt"], plan, [CPU], None, 2)):
         pass
     assert all(torch.equal(p, before[name]) for name, p in language_model.model.named_parameters())
@@ -295,7 +295,7 @@ def test_cross_products_pair_dense_inputs_with_those_of_the_pruned_model(devices
             name = f"{step.name}.{site}"
             expected = original[name].T @ pruned[name] / TOKENS.numel()
             assert torch.allclose(found.mean("cross"), expected, rtol=1e-3, atol=1e-5)
-        for site in (*step.sites.values(), *sites(model.get_submodule(step.name)).values()):
+        for site in (*step.sites.values(), *weight_matrices(model.get_submodule(step.name)).values()):
             site.put(site.weight * 0.7)
 
 
@@ -312,7 +312,7 @@ def test_blocks_that_are_moved_ahead_change_nothing(devices, monkeypatch):
 
     def run() -> dict[str, torch.Tensor]:
         language_model = replayable(tiny_model("llama"))
-        plan = uniform(site_shapes(language_model), parse_pattern("2:4"))
+        plan = uniform(matrix_shapes(language_model), parse_pattern("2:4"))
         pruning = Pruning(METHODS["sparsegpt"], plan, devices, None, 2)
         return {n: t for b in pruned_blocks(language_model, TOKENS, pruning) for n, t in b.tensors.items()}
 

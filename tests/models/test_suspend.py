@@ -12,11 +12,11 @@ from secateur.data.windows import Windows
 from secateur.errors import OutputRefused, UnknownName, UnsupportedModel
 from secateur.methods import METHODS
 from secateur.models.load import replayable
-from secateur.models.mapped_tensors import HiddenStates
-from secateur.models.matrices import sites
+from secateur.models.mapped_tensors import HiddenStateStore
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import run_block, working_copy
 from secateur.models.stream.blocks import stream
-from secateur.models.stream.paused import Stages, Suspended, find_stages
+from secateur.models.stream.paused import InputGroups, PausedForwards, find_groups
 from secateur.pruning.planning.memory import Load, arrange, way_through
 from secateur.pruning.planning.meta import storage
 from secateur.pruning.planning.outline import Outline, build, outline
@@ -77,10 +77,10 @@ def test_how_often_a_block_runs(passes, monkeypatch):
 
 
 def test_stages_of_blocks():
-    def stages(family: str) -> Stages:
+    def stages(family: str) -> InputGroups:
         language_model = replayable(tiny_model(family))
         step = next(stream(language_model, TOKENS, devices=[CPU], dtype=None, batch_size=3))
-        return find_stages(step.block, *step.first())
+        return find_groups(step.block, *step.first())
 
     attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     assert stages("llama").order == [
@@ -101,8 +101,8 @@ def test_a_batch_that_takes_another_way_is_refused():
     model = tiny_model("llama")
     step = next(stream(replayable(model), TOKENS, devices=[CPU], dtype=None, batch_size=3))
     hidden, call = step.first()
-    stages = find_stages(step.block, hidden, call)
-    backwards = Suspended(step.block, stages.order[::-1], {0: lambda: run_block(step.block, hidden, call)})
+    stages = find_groups(step.block, hidden, call)
+    backwards = PausedForwards(step.block, stages.order[::-1], {0: lambda: run_block(step.block, hidden, call)})
     list(backwards.inputs(0))
     with pytest.raises(UnsupportedModel, match=r"self_attn.o_proj is reached in another order.*--passes two"):
         list(backwards.outputs())
@@ -113,8 +113,8 @@ def test_what_is_given_up_leaves_the_block_as_it_was():
     step = next(stream(replayable(tiny_model("llama")), TOKENS, devices=[CPU], dtype=None, batch_size=3))
     hidden, call = step.first()
     before = run_block(step.block, hidden, call)
-    stages = find_stages(step.block, hidden, call)
-    held = Suspended(step.block, stages.order, {n: lambda: run_block(step.block, hidden, call) for n in range(3)})
+    stages = find_groups(step.block, hidden, call)
+    held = PausedForwards(step.block, stages.order, {n: lambda: run_block(step.block, hidden, call) for n in range(3)})
     assert [number for number, _ in held.inputs(1)] == [0, 1, 2]
     held.close()
     assert not any(module._forward_pre_hooks for module in step.block.modules())
@@ -125,7 +125,7 @@ def test_what_is_given_up_leaves_the_block_as_it_was():
 def test_hidden_states_in_a_file(tmp_path: Path, dtype):
     """The same values; nothing with a name is left, even while they are in use."""
     tensors = [torch.randn(2, 3, 5).to(dtype) for _ in range(3)]
-    spilled, held = HiddenStates(tmp_path, tensors), HiddenStates(None, tensors)
+    spilled, held = HiddenStateStore(tmp_path, tensors), HiddenStateStore(None, tensors)
     assert list(tmp_path.iterdir()) == []
     for states in (spilled, held):
         states[1] = tensors[1] * 2
@@ -135,14 +135,14 @@ def test_hidden_states_in_a_file(tmp_path: Path, dtype):
 
 def test_many_batches_in_a_file_take_few_descriptors(tmp_path: Path):
     before = len(list(Path("/proc/self/fd").iterdir()))
-    states = HiddenStates(tmp_path, (torch.full((1, 5, 3), float(number)) for number in range(1000)))
+    states = HiddenStateStore(tmp_path, (torch.full((1, 5, 3), float(number)) for number in range(1000)))
     assert len(list(Path("/proc/self/fd").iterdir())) - before < 20
     assert [part.mean().item() for part in states] == list(range(1000))
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path):
     with pytest.raises(OutputRefused, match="cannot be written"):
-        HiddenStates(tmp_path / "not there")
+        HiddenStateStore(tmp_path / "not there")
 
 
 @pytest.mark.parametrize("method", ["wanda", "sweep+dense-target", "wanda+refine"])
@@ -196,10 +196,10 @@ def test_what_waits_is_forecast_from_the_configuration(family):
     tokens = TOKENS[:4]
     step = next(stream(language_model, tokens, devices=[CPU], dtype=None, batch_size=4))
     hidden, call = step.first()
-    found = find_stages(step.block, hidden, call)
+    found = find_groups(step.block, hidden, call)
     reads = outline(build(language_model.model.config, torch.float32), *tokens.shape).kinds[0].reads
     given = {storage(t).data_ptr() for t in tree_leaves([hidden, call]) if isinstance(t, torch.Tensor)}
-    held = Suspended(step.block, found.order, {0: lambda: run_block(step.block, hidden, call)})
+    held = PausedForwards(step.block, found.order, {0: lambda: run_block(step.block, hidden, call)})
     for stage, names in enumerate(found.order):
         list(held.inputs(stage))
         frame, tensors = held.forwards[0]._stack.gr_frame, {}
@@ -259,6 +259,6 @@ def test_sites_left_out_are_not_observed(family):
     """No statistics for what the plan does not prune."""
     model, dense = tiny_model(family), tiny_model(family)
     prune_model(replayable(model), WINDOWS, method="wanda", pattern="2:4", skip=["*down_proj", "*o_proj"])
-    for name, site in sites(working_copy(model.model.layers[0], CPU, None)).items():
+    for name, site in weight_matrices(working_copy(model.model.layers[0], CPU, None)).items():
         same = torch.equal(site.weight, dense.get_parameter(f"model.layers.0.{name}.weight"))
         assert same == name.endswith(("down_proj", "o_proj"))

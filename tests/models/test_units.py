@@ -8,10 +8,10 @@ from reference.permutation import arrivals
 from support.families import tiny_model
 from torch import Tensor
 
-from secateur.models.channels.groups import Unit, exchangeable
+from secateur.models.channels.groups import ChannelGroup, interchangeable
 from secateur.models.channels.trace import Trace, entering, trace
 from secateur.models.load import replayable
-from secateur.models.matrices import signature, sites
+from secateur.models.matrices import signature, weight_matrices
 from secateur.models.replay import LanguageModel
 from secateur.pruning.permute import reorder, verified
 
@@ -74,12 +74,12 @@ ONLY_BY_NUMBERS = {
 }
 
 
-def classes_of(language_model: LanguageModel, index: int) -> dict[str, list[list[Unit]]]:
+def classes_of(language_model: LanguageModel, index: int) -> dict[str, list[list[ChannelGroup]]]:
     found = trace(language_model, index)
-    return {name: exchangeable(found, name) for name in sites(language_model.blocks[index])}
+    return {name: interchangeable(found, name) for name in weight_matrices(language_model.blocks[index])}
 
 
-def shuffled(classes: list[list[Unit]], inputs: int, generator: torch.Generator) -> Tensor:
+def shuffled(classes: list[list[ChannelGroup]], inputs: int, generator: torch.Generator) -> Tensor:
     """A random order of a consumer's inputs, int64 `[in]`, within its classes."""
     order = torch.arange(inputs)
     for units in classes:
@@ -88,11 +88,11 @@ def shuffled(classes: list[list[Unit]], inputs: int, generator: torch.Generator)
     return order
 
 
-def checked(language_model: LanguageModel, index: int, classes: dict[str, list[list[Unit]]]):
+def checked(language_model: LanguageModel, index: int, classes: dict[str, list[list[ChannelGroup]]]):
     return verified(*entering(language_model, index, TOKENS[:2], CPU, torch.float32), classes)
 
 
-def in_words(classes: list[list[Unit]]) -> str:
+def in_words(classes: list[list[ChannelGroup]]) -> str:
     (shape,) = {f"{len(units)} of {len(units[0].inputs)}" for units in classes}
     return f"{len(classes)} x {shape}"
 
@@ -103,7 +103,7 @@ def test_units_that_change_places_leave_the_logits_as_they_are(family: str):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         before = language_model.model(TOKENS, use_cache=False).logits
-    kinds: dict[object, dict[str, list[list[Unit]]]] = {}
+    kinds: dict[object, dict[str, list[list[ChannelGroup]]]] = {}
     moved = []
     for index, block in enumerate(language_model.blocks):
         kind = signature(block)
@@ -111,7 +111,7 @@ def test_units_that_change_places_leave_the_logits_as_they_are(family: str):
             kinds[kind] = classes_of(language_model, index)
         moved.append(checked(language_model, index, kinds[kind]))
         for name, classes in moved[-1].items():
-            order = shuffled(classes, sites(block)[name].weight.shape[1], generator)
+            order = shuffled(classes, weight_matrices(block)[name].weight.shape[1], generator)
             assert reorder(block, name, classes, order)
     with torch.no_grad():
         after = language_model.model(TOKENS, use_cache=False).logits
@@ -134,17 +134,17 @@ def test_units_of_llama():
     classes = classes_of(language_model, 1)
     assert {name for name, units in classes.items() if units} == {"mlp.down_proj", "self_attn.o_proj"}
     (ffn,) = classes["mlp.down_proj"]
-    assert ffn == [Unit((c,), (("mlp.gate_proj", c), ("mlp.up_proj", c))) for c in range(128)]
+    assert ffn == [ChannelGroup((c,), (("mlp.gate_proj", c), ("mlp.up_proj", c))) for c in range(128)]
     for head, units in enumerate(classes["self_attn.o_proj"]):  # 2 key-value heads of 16, each read by 2 query heads
         assert units == [
-            Unit((32 * head + c, 32 * head + 16 + c), (("self_attn.v_proj", 16 * head + c),)) for c in range(16)
+            ChannelGroup((32 * head + c, 32 * head + 16 + c), (("self_attn.v_proj", 16 * head + c),)) for c in range(16)
         ]
 
 
 @pytest.mark.parametrize(("family", "pair"), [("mixtral", (5, 128 + 5)), ("gpt_oss", (10, 11))])
 def test_an_expert_gates_halves_or_neighbours(family: str, pair: tuple[int, int]):
     (units,) = classes_of(replayable(tiny_model(family)), 0)["mlp.experts.2.down_proj"]
-    assert units[5] == Unit((5,), tuple(("mlp.experts.2.gate_up_proj", channel) for channel in pair))
+    assert units[5] == ChannelGroup((5,), tuple(("mlp.experts.2.gate_up_proj", channel) for channel in pair))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "olmo2"])
@@ -153,7 +153,7 @@ def test_nan_arrives_where_a_poisoned_weight_sends_it(family: str):
     language_model = replayable(tiny_model(family))
     found = trace(language_model, 1)
     block, hidden, call = entering(language_model, 1, TOKENS[:1], CPU, None)
-    for producer in sites(block):
+    for producer in weight_matrices(block):
         slow = arrivals(block, hidden, call, producer)
         consumers = [consumer for source, consumer in found.reach if source == producer]
         for consumer in consumers:
@@ -221,34 +221,34 @@ def made(reach: dict[tuple[str, str], Tensor], direct: tuple[str, ...] = ()) -> 
 def test_grouped_queries_make_units_of_several_inputs():
     """With 71 heads of 64 (Falcon 7B) the value sets are the larger ones, and still the units."""
     for count, width in ((2, 3), (5, 3), (3, 3)):
-        (units,) = exchangeable(made(heads(count, width)), "o")
-        assert units == [Unit(tuple(range(c, count * width, width)), (("v", c),)) for c in range(width)]
+        (units,) = interchangeable(made(heads(count, width)), "o")
+        assert units == [ChannelGroup(tuple(range(c, count * width, width)), (("v", c),)) for c in range(width)]
 
 
 def test_a_channel_of_a_part_of_a_unit_moves_with_it():
     reach = heads(2, 3) | {("gate", "o"): torch.eye(6, dtype=torch.bool)}
-    (units,) = exchangeable(made(reach), "o")
-    assert units[1] == Unit((1, 4), (("gate", 1), ("gate", 4), ("v", 1)))
+    (units,) = interchangeable(made(reach), "o")
+    assert units[1] == ChannelGroup((1, 4), (("gate", 1), ("gate", 4), ("v", 1)))
 
 
 def test_what_does_not_fit_is_not_exchangeable():
     whole = heads(2, 4, groups=2)
-    assert [len(units) for units in exchangeable(made(whole), "o")] == [4, 4]
-    assert exchangeable(made(whole, direct=("o",)), "o") == []
+    assert [len(units) for units in interchangeable(made(whole), "o")] == [4, 4]
+    assert interchangeable(made(whole, direct=("o",)), "o") == []
     leaking = made(whole)
     leaking.leaks["v"][3] = True
-    assert exchangeable(leaking, "o") == []
+    assert interchangeable(leaking, "o") == []
     elsewhere = whole | {("v", "other"): torch.eye(8, dtype=torch.bool)}
-    assert exchangeable(made(elsewhere), "o") == []
-    assert exchangeable(made({("q", "o"): whole["q", "o"][:4]}), "o") == []  # half of the inputs come from nowhere
-    assert exchangeable(made(whole), "missing") == []
+    assert interchangeable(made(elsewhere), "o") == []
+    assert interchangeable(made({("q", "o"): whole["q", "o"][:4]}), "o") == []  # half of the inputs come from nowhere
+    assert interchangeable(made(whole), "missing") == []
 
 
 def test_a_norm_between_holds_its_channels_in_place():
     reach = {("up", "down"): torch.eye(4, dtype=torch.bool)}
-    assert len(exchangeable(made(reach), "down")) == 1
+    assert len(interchangeable(made(reach), "down")) == 1
     leaks = made(reach).leaks
     assert (
-        exchangeable(Trace(reach | {("norm", "down"): torch.eye(4, dtype=torch.bool)}, leaks, frozenset()), "down")
+        interchangeable(Trace(reach | {("norm", "down"): torch.eye(4, dtype=torch.bool)}, leaks, frozenset()), "down")
         == []
     )

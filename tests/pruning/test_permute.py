@@ -19,10 +19,10 @@ from secateur.errors import BadPattern
 from secateur.methods import METHODS, Pruned
 from secateur.methods.patterns import NM
 from secateur.methods.statistics import Stats
-from secateur.models.channels.groups import Unit, exchangeable
+from secateur.models.channels.groups import ChannelGroup, interchangeable
 from secateur.models.channels.trace import entering, trace
 from secateur.models.load import load, replayable
-from secateur.models.matrices import site_shapes, sites
+from secateur.models.matrices import matrix_shapes, weight_matrices
 from secateur.pruning import permute
 from secateur.pruning.permute import best_order, input_order, kept_score, permuted, reorder, same_output, verified
 from secateur.pruning.planning.allocation import uniform
@@ -45,11 +45,11 @@ def masked(score: Tensor, pattern: NM) -> float:
 
 
 def opened(family: str, index: int = 0):
-    """(block, hidden, call, exchangeable units by consumer) of a tiny model."""
+    """(block, hidden, call, interchangeable units by consumer) of a tiny model."""
     language_model = replayable(tiny_model(family))
     found = trace(language_model, index)
     block, hidden, call = entering(language_model, index, TOKENS, CPU, None)
-    return block, hidden, call, {name: exchangeable(found, name) for name in sites(block)}
+    return block, hidden, call, {name: interchangeable(found, name) for name in weight_matrices(block)}
 
 
 def relative_importance(weight: Tensor, square: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ def test_columns_that_do_not_fill_groups_are_refused():
         best_order(torch.ones(3, 10), NM(2, 4))
 
 
-def units(*inputs: tuple[int, ...]) -> list[Unit]:
-    return [Unit(each, (("v", number),)) for number, each in enumerate(inputs)]
+def units(*inputs: tuple[int, ...]) -> list[ChannelGroup]:
+    return [ChannelGroup(each, (("v", number),)) for number, each in enumerate(inputs)]
 
 
 def test_input_order_stays_within_classes():
@@ -163,7 +163,7 @@ CHANGED = {
 def test_reordered_and_pruned_keeps_more_importance_and_the_block_is_the_same(family: str, consumer: str):
     """The parameters that change are those that are named; the views that the sites are stay good."""
     block, hidden, call, classes = opened(family)
-    before, views = {n: p.clone() for n, p in block.named_parameters()}, sites(block)
+    before, views = {n: p.clone() for n, p in block.named_parameters()}, weight_matrices(block)
     width = views[consumer].weight.shape[1]
     square = torch.rand(width, generator=torch.Generator().manual_seed(7)).exp() ** 2
     dense, dense_output = views[consumer].weight.clone(), block_output(block, hidden, call)
@@ -205,7 +205,7 @@ def test_same_output_sees_a_wrong_order():
     reorder(other, "mlp.down_proj", classes["mlp.down_proj"], order)
     assert same_output(block, other, "mlp.down_proj", order, hidden, call)
     assert not same_output(block, other, "mlp.down_proj", torch.arange(128), hidden, call)
-    sites(other)["mlp.down_proj"].weight[:, 5] *= 1.5
+    weight_matrices(other)["mlp.down_proj"].weight[:, 5] *= 1.5
     assert not same_output(block, other, "mlp.down_proj", order, hidden, call)
 
 
@@ -215,7 +215,7 @@ def test_same_output_allows_for_the_rounding_of_the_dtype():
         parameter.data = parameter.data.bfloat16()
     language_model = replayable(model)
     found = trace(language_model, 0)
-    classes = {name: exchangeable(found, name) for name in ("self_attn.o_proj", "mlp.down_proj")}
+    classes = {name: interchangeable(found, name) for name in ("self_attn.o_proj", "mlp.down_proj")}
     assert verified(*entering(language_model, 0, TOKENS, CPU, None), classes) == classes
 
 
@@ -223,7 +223,7 @@ def test_verified_sees_heads_that_only_trade_places_within_a_group():
     """All query heads in one class, though two key-value heads stand behind them."""
     block, hidden, call, _ = opened("llama")
     heads = [
-        Unit(tuple(range(16 * h, 16 * h + 16)), tuple(("self_attn.q_proj", 16 * h + c) for c in range(16)))
+        ChannelGroup(tuple(range(16 * h, 16 * h + 16)), tuple(("self_attn.q_proj", 16 * h + c) for c in range(16)))
         for h in range(4)
     ]
     assert verified(block, hidden, call, {"self_attn.o_proj": [heads]}) == {}
@@ -277,7 +277,7 @@ def test_permuting_alone_changes_no_output(family: str):
     model, dense = tiny_model(family), tiny_model(family)
     keep_all = METHODS["wanda"]._replace(permute=True, prune=lambda w, s, p: Pruned(w, torch.ones_like(w).bool()))
     language_model = replayable(model)
-    plan = uniform(site_shapes(language_model), NM(2, 4))
+    plan = uniform(matrix_shapes(language_model), NM(2, 4))
     for block in pruned_blocks(language_model, TOKENS, Pruning(keep_all, plan, [CPU], None, 2)):
         for name, tensor in block.tensors.items():
             model.get_parameter(name).data.copy_(tensor)

@@ -16,7 +16,7 @@ from secateur.errors import BadPattern, BadPlan, UnknownName
 from secateur.methods import find_method
 from secateur.methods.patterns import Unstructured, parse_pattern
 from secateur.models.load import replayable
-from secateur.models.matrices import site_shapes
+from secateur.models.matrices import matrix_shapes
 from secateur.pruning.planning.allocation import (
     by_outliers,
     label,
@@ -91,7 +91,7 @@ def test_every_rule_removes_what_was_asked(rule, family):
     before = {name: p.clone() for name, p in model.named_parameters()}
     plan = make_plan(language_model, windows(), rule, method="default", pattern="60%", batch_size=4)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    shapes = site_shapes(language_model)
+    shapes = matrix_shapes(language_model)
     assert plan.keys() == shapes.keys()
     assert sparsity_of(plan, shapes) == pytest.approx(0.6, abs=1e-5)
     report = prune_model(language_model, windows(), method="magnitude", pattern="60%", allocate=rule, batch_size=4)
@@ -106,7 +106,7 @@ def test_owl_counts_outliers_of_whole_blocks():
     plan = make_plan(replayable(model), windows(), "owl", method="wanda", pattern="70%", batch_size=4)
     shares = []
     for index in range(4):
-        names = [name for name in site_shapes(replayable(model)) if f"layers.{index}." in name]
+        names = [name for name in matrix_shapes(replayable(model)) if f"layers.{index}." in name]
         inputs = seen_by_hooks(model, TOKENS, names)
         scores = [
             (model.get_parameter(f"{n}.weight").abs() * inputs[n].square().mean(0).sqrt()).flatten() for n in names
@@ -144,7 +144,7 @@ def test_search_ends_nearer_to_the_dense_model_than_it_began():
 def test_the_judge_of_a_search_sees_what_a_plain_forward_sees(tmp_path):
     """The divergence with levels of two blocks, against the model with those weights written into it."""
     language_model = replayable(tiny_model("llama"))
-    base = uniform(site_shapes(language_model), parse_pattern("60%"))
+    base = uniform(matrix_shapes(language_model), parse_pattern("60%"))
     cpu = torch.device("cpu")
     pattern = Unstructured(0.6)
     measuring = Measuring(language_model, TOKENS, find_method("wanda"), base, pattern, [cpu], None, 3, Progress())
@@ -227,7 +227,7 @@ def test_any_sparsity_can_be_shared_out(rule, pattern):
     language_model = replayable(tiny_model("llama"))
     plan = make_plan(language_model, windows(), rule, method="wanda", pattern=pattern, batch_size=4)
     wanted = parse_pattern(pattern).sparsity
-    assert sparsity_of(plan, site_shapes(language_model)) == pytest.approx(wanted, abs=1e-5)
+    assert sparsity_of(plan, matrix_shapes(language_model)) == pytest.approx(wanted, abs=1e-5)
     if pattern == "90%" and rule == "error":
         assert len({str(found) for found in plan.values()}) > 1
         assert max(found.sparsity for found in plan.values()) > 0.9
@@ -249,12 +249,14 @@ def test_owl_leaves_blocks_without_tokens_at_the_mean():
     language_model = replayable(tiny_model("mixtral"))
     skip = ["self_attn.*", "*.experts.0.*", "*.experts.1.*"]
     plan = make_plan(language_model, windows(TOKENS[:1, :1]), "owl", method="wanda", pattern="60%", skip=skip)
-    assert sparsity_of(plan, {name: site_shapes(language_model)[name] for name in plan}) == pytest.approx(0.6, abs=1e-5)
+    assert sparsity_of(plan, {name: matrix_shapes(language_model)[name] for name in plan}) == pytest.approx(
+        0.6, abs=1e-5
+    )
 
 
 def test_a_plan_s_file_decides_instead_of_the_pattern(tmp_path):
     language_model = replayable(tiny_model("llama"))
-    shapes = site_shapes(language_model)
+    shapes = matrix_shapes(language_model)
     written = {name: parse_pattern("50%") for name in shapes if "layers.1." in name}
     write_plan(tmp_path / "plan.json", written, shapes, {})
     file = str(tmp_path / "plan.json")

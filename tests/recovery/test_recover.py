@@ -360,14 +360,14 @@ DIES = """
 import os, sys
 from secateur.cli import app
 from secateur.recovery import training_state
-real, count = training_state.Halfway.mark, 0
+real, count = training_state.TrainingState.mark, 0
 def mark(self, step):
     global count
     real(self, step)
     count += 1
     if count == 2:
         os._exit(9)
-training_state.Halfway.mark = mark
+training_state.TrainingState.mark = mark
 app.main()
 """
 

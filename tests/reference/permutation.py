@@ -6,7 +6,7 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
-from secateur.models.matrices import recorded_inputs, sites
+from secateur.models.matrices import recorded_inputs, weight_matrices
 from secateur.models.replay import Call, run_block
 
 
@@ -32,11 +32,14 @@ def best_kept_score(score: Tensor, n: int, m: int) -> float:
 @torch.no_grad()
 def arrivals(block: nn.Module, hidden: Tensor, call: Call, producer: str) -> dict[str, Tensor]:
     """Where NaN in each row of a producer's weight arrives: bool `[out, in]` by site, with nothing to stop it."""
-    outputs = sites(block)[producer].weight.shape[0]
-    found = {name: torch.zeros(outputs, site.weight.shape[1], dtype=torch.bool) for name, site in sites(block).items()}
+    outputs = weight_matrices(block)[producer].weight.shape[0]
+    found = {
+        name: torch.zeros(outputs, site.weight.shape[1], dtype=torch.bool)
+        for name, site in weight_matrices(block).items()
+    }
     for channel in range(outputs):
         poisoned = deepcopy(block)
-        sites(poisoned)[producer].weight[channel] = torch.nan
+        weight_matrices(poisoned)[producer].weight[channel] = torch.nan
 
         def see(name: str, x: Tensor, channel: int = channel) -> None:
             found[name][channel] |= x.isnan().flatten(0, -2).any(0)

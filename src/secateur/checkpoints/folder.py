@@ -37,7 +37,7 @@ _DTYPES = FLOATS | {
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where the bytes of a tensor lie."""
 
     shard: str
@@ -53,7 +53,7 @@ class Checkpoint:
 
     folder: Path
     shards: tuple[str, ...]
-    places: Mapping[str, Place]
+    places: Mapping[str, TensorLocation]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -91,7 +91,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     json_object(folder / "config.json")
     indexed = _index(folder)
     shards = tuple(sorted(set(indexed.values()))) if indexed else _single_shard(folder)
-    places: dict[str, Place] = {}
+    places: dict[str, TensorLocation] = {}
     for shard in shards:
         for name, place in _read_header(folder / shard):
             if name in places:
@@ -168,7 +168,7 @@ def _single_shard(folder: Path) -> tuple[str, ...]:
     raise BadCheckpoint(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, Place]]:
+def _read_header(file: Path) -> Iterator[tuple[str, TensorLocation]]:
     """Name and place of every tensor of a shard. The library checks that header and file size
     agree.
     """
@@ -196,7 +196,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, Place]]:
             start, stop = entry["data_offsets"]
             yield (
                 name,
-                Place(
+                TensorLocation(
                     file.name,
                     8 + length + start,
                     stop - start,

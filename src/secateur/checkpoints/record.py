@@ -28,7 +28,7 @@ LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go thro
 
 
 @dataclass(frozen=True)
-class SiteReport:
+class MatrixReport:
     """What became of one site. `pattern` is None where it was left dense, and `note` says why.
 
     `output_error` is ‖(W − W') X‖² / ‖W X‖² on inputs X of about `PROBE_TOKENS` calibration tokens,
@@ -52,7 +52,7 @@ class Report:
     kind: str
     sparsity: float
     coverage: float
-    sites: list[SiteReport]
+    sites: list[MatrixReport]
     seconds: Seconds
     peak_bytes: int | None
     calibration: dict[str, Any]
@@ -70,11 +70,11 @@ class Report:
     """What the reader must know of the run as a whole, in a sentence."""
 
     def take(self, block: dict[str, Any]) -> None:
-        """Add a finished block: {"block": its name, "sites": [fields of a SiteReport, …],
+        """Add a finished block: {"block": its name, "sites": [fields of a MatrixReport, …],
         "refined": pair or None}.
         """
         self.sites += [
-            SiteReport(**{**site, "shape": tuple(site["shape"])}) for site in block["sites"]
+            MatrixReport(**{**site, "shape": tuple(site["shape"])}) for site in block["sites"]
         ]
         if block["refined"]:
             before, after = block["refined"]
@@ -87,7 +87,7 @@ class Report:
         return {key: values[key] for key in values if key not in left_out}
 
 
-def total_sparsity(reports: Sequence[SiteReport]) -> float:
+def total_sparsity(reports: Sequence[MatrixReport]) -> float:
     """The share of zeros over all sites, by weights."""
     sizes = [rows * columns for rows, columns in (report.shape for report in reports)]
     zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))

@@ -240,7 +240,7 @@ def output(
     ConditionsDiffer where a half-finished run has other conditions.
     """
     out = out.resolve()  # a link is followed, so that the result lies where it points
-    refuse_place(source, out, overwrite=overwrite)
+    check_output_folder(source, out, overwrite=overwrite)
     partial, file = out.with_name(f".{out.name}.partial"), journal_of(out)
     made = [folder for folder in out.parents if not folder.exists()]
     result = None
@@ -351,7 +351,7 @@ def journal_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.journal")
 
 
-def refuse_place(source: Checkpoint, out: Path, *, overwrite: bool) -> None:
+def check_output_folder(source: Checkpoint, out: Path, *, overwrite: bool) -> None:
     """Raise OutputRefused where `out` cannot hold a result made of `source`, BadCheckpoint for
     links out of that.
     """

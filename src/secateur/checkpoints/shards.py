@@ -15,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoints.folder import INDEX, Checkpoint, Place
+from secateur.checkpoints.folder import INDEX, Checkpoint, TensorLocation
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """By the name of every tensor of a smaller checkpoint: the tensor of the source that it comes from,
@@ -30,13 +30,13 @@ def size_of(source: Checkpoint, tensors: Tensors) -> int:
     return sum(_bytes(source.places[origin], shape) for origin, shape in tensors.values())
 
 
-def _bytes(old: Place, shape: tuple[int, ...]) -> int:
+def _bytes(old: TensorLocation, shape: tuple[int, ...]) -> int:
     return old.bytes // max(prod(old.shape), 1) * prod(shape)
 
 
 def resized(
     source: Checkpoint, folder: Path, tensors: Tensors, *, again: bool = False
-) -> Mapping[str, Place]:
+) -> Mapping[str, TensorLocation]:
     """Write the shards of a smaller checkpoint to `folder`, unless they are there `again`; the
     places of its tensors.
 
@@ -44,7 +44,7 @@ def resized(
     is copied byte for byte, everything else is left to be written. A shard that has no tensor left
     is gone.
     """
-    places: dict[str, Place] = {}
+    places: dict[str, TensorLocation] = {}
     for shard in source.shards:
         inside = [
             name for name, (origin, _) in tensors.items() if source.places[origin].shard == shard
@@ -67,7 +67,7 @@ def resized(
 
 def _header(
     source: Checkpoint, shard: str, names: list[str], tensors: Tensors
-) -> tuple[bytes, dict[str, Place]]:
+) -> tuple[bytes, dict[str, TensorLocation]]:
     """The header of a shard, with the length in front, and the places of its tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -87,14 +87,18 @@ def _header(
     for name in names:
         origin, shape = tensors[name]
         first, last = header[name]["data_offsets"]
-        places[name] = Place(
+        places[name] = TensorLocation(
             shard, 8 + len(text) + first, last - first, shape, source.places[origin].dtype
         )
     return len(text).to_bytes(8, "little") + text, places
 
 
 def _lay_out(
-    source: Checkpoint, file: Path, header: bytes, places: Mapping[str, Place], tensors: Tensors
+    source: Checkpoint,
+    file: Path,
+    header: bytes,
+    places: Mapping[str, TensorLocation],
+    tensors: Tensors,
 ) -> None:
     """Write a shard with what has kept its shape; the rest of it is zeros."""
     with file.open("wb") as stream, (source.folder / file.name).open("rb") as held:

@@ -25,7 +25,7 @@ from secateur.checkpoints.folder import open_checkpoint
 from secateur.deployment.packed_model import LEAST
 from secateur.kernels.packed import dense_product, multiply, pack, pack_int8, quantised
 from secateur.models.load import resolve
-from secateur.models.stored import stored_sites
+from secateur.models.stored import stored_matrices
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
 from secateur.system.machine import machine, versions
@@ -184,7 +184,7 @@ def time_layers(
     for model in models:
         checkpoint = open_checkpoint(resolve(model))
         shapes = set()
-        for name, held in stored_sites(checkpoint)[0].items():
+        for name, held in stored_matrices(checkpoint)[0].items():
             shape = checkpoint.places[name].shape
             if len(shape) == 2 and (shape, held.transposed) not in shapes:
                 shapes.add((shape, held.transposed))

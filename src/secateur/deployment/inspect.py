@@ -19,7 +19,7 @@ from secateur.checkpoints.record import record_of
 from secateur.errors import UnsupportedModel
 from secateur.methods.patterns import NM
 from secateur.models.load import resolve
-from secateur.models.stored import stored_sites, unknown_sites
+from secateur.models.stored import stored_matrices, unknown_matrices
 from secateur.system.settings import Trust
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
@@ -64,9 +64,9 @@ def inspect(
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
     try:
-        stored, coverage = stored_sites(checkpoint, trust_remote_code=trust_remote_code)
+        stored, coverage = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)
     except UnsupportedModel:
-        stored, coverage = unknown_sites(checkpoint), None
+        stored, coverage = unknown_matrices(checkpoint), None
     reports = [_read(checkpoint, name, held.transposed) for name, held in stored.items()]
     sizes = [torch.Size(report.shape).numel() for report in reports]
     zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))

@@ -33,12 +33,12 @@ from secateur.deployment.sparsity_support import (
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line, printable
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import resolve
-from secateur.models.stored import Stored, stored_sites, unknown_sites
+from secateur.models.stored import Stored, stored_matrices, unknown_matrices
 from secateur.system.settings import Serving, Trust
 
 
 @dataclass(frozen=True)
-class SiteVerdict:
+class MatrixVerdict:
     """Whether the runtime uses the zeros of one tensor of the checkpoint, and why.
 
     `shape` is as stored, `promised` the pattern that pruning.json names for the site, or the share
@@ -70,7 +70,7 @@ class Validation:
     batch: int
     ranks: int
     promised: str
-    sites: tuple[SiteVerdict, ...]
+    sites: tuple[MatrixVerdict, ...]
     kept: bool
     certain: bool
     notes: tuple[str, ...]
@@ -107,9 +107,9 @@ def validate(
     smaller = record.get("parameters")
     notes = [] if smaller else [note.format(folder=folder) for note in rule.notes]
     try:
-        stored, _ = stored_sites(checkpoint, trust_remote_code=trust_remote_code)
+        stored, _ = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)
     except UnsupportedModel:
-        stored = unknown_sites(checkpoint)
+        stored = unknown_matrices(checkpoint)
         notes.append(
             "transformers does not know this architecture, so every matrix was judged as a linear layer."
         )
@@ -126,7 +126,7 @@ def validate(
         )
         place = checkpoint.places[name]
         verdicts.append(
-            SiteVerdict(name, place.shape, place.dtype, matrix.sparsity, promised, used, reason)
+            MatrixVerdict(name, place.shape, place.dtype, matrix.sparsity, promised, used, reason)
         )
         if matrix.negative_zeros:
             notes.append(
@@ -225,7 +225,7 @@ def _patterns(record: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _promise(record: Mapping[str, Any], counted: list[SiteVerdict]) -> str:
+def _promise(record: Mapping[str, Any], counted: list[MatrixVerdict]) -> str:
     """What the checkpoint promises, in words."""
     if record.get("pattern"):
         return f"{record.get('method')} {record['pattern']}, as its pruning.json says"

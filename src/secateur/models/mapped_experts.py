@@ -20,7 +20,7 @@ from unittest.mock import patch
 from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
-from secateur.models.mapped_tensors import HiddenStates
+from secateur.models.mapped_tensors import HiddenStateStore
 from secateur.system.machine import CPU, available_bytes
 
 SMALL = 2**20
@@ -60,7 +60,7 @@ def stacked_on_disk(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
-    file, convert = HiddenStates(folder), WeightConverter.convert
+    file, convert = HiddenStateStore(folder), WeightConverter.convert
 
     def moved(found: Any) -> Any:
         if isinstance(found, list):

@@ -29,7 +29,7 @@ def hidden_bytes(shape: Sequence[int], width: int, dtype: torch.dtype) -> int:
     return prod(shape) * width * dtype.itemsize
 
 
-class HiddenStates:
+class HiddenStateStore:
     """What enters the block at hand, a tensor for each batch; setting one forgets the one before.
 
     With `folder`, they lie in a mapped file there, which has no name and goes with the process: the

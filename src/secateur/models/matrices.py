@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Site:
+class WeightMatrix:
     """One prunable matrix of a block: a view `[out, in]` of a parameter, whatever way the layer
     stores it.
     """
@@ -43,30 +43,30 @@ class Site:
         self.weight.copy_(weight.to(self.stored.dtype) + 0)
 
 
-def sites(block: nn.Module) -> dict[str, Site]:
+def weight_matrices(block: nn.Module) -> dict[str, WeightMatrix]:
     """The prunable matrices of a block by name: linear layers and single experts, routers left
     out.
     """
-    found: dict[str, Site] = {}
+    found: dict[str, WeightMatrix] = {}
     left_out = experts.routers(block)
     for name, module in block.named_modules():
         if module in left_out:
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
-            found[name] = Site(
+            found[name] = WeightMatrix(
                 name, f"{name}.weight", module.weight.data, isinstance(module, Conv1D)
             )
         elif experts.is_experts(module):
             for matrix in experts.matrices(module):
                 for expert, weight in enumerate(getattr(module, matrix).data):
                     site = f"{name}.{expert}.{matrix}"
-                    found[site] = Site(
+                    found[site] = WeightMatrix(
                         site, f"{name}.{matrix}", weight, experts.is_transposed(module), expert=True
                     )
     return found
 
 
-def bias(block: nn.Module, site: Site) -> tuple[str, Tensor] | None:
+def bias(block: nn.Module, site: WeightMatrix) -> tuple[str, Tensor] | None:
     """(name, values `[out]`) of a site's bias, a view; None where it has none."""
     if site.expert:
         owner, expert, matrix = site.name.rsplit(".", 2)
@@ -101,7 +101,7 @@ def signature(block: nn.Module) -> tuple[Any, ...]:
 
 def coverage(block: nn.Module) -> tuple[int, int]:
     """(weights that are sites, weights of all matrices) of a block; vectors are not counted."""
-    covered = sum(site.stored.numel() for site in sites(block).values())
+    covered = sum(site.stored.numel() for site in weight_matrices(block).values())
     return covered, sum(p.numel() for p in block.parameters() if p.dim() > 1)
 
 
@@ -132,7 +132,7 @@ def visited(block: nn.Module, visit: Visit) -> Iterator[None]:
 
         return hook
 
-    known, handles = sites(block), []
+    known, handles = weight_matrices(block), []
     for name, module in block.named_modules():
         if experts.is_experts(module):
             handles.append(module.register_forward_pre_hook(fused(name), with_kwargs=True))
@@ -159,10 +159,10 @@ def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> 
         yield
 
 
-def site_shapes(language_model: LanguageModel) -> Shapes:
+def matrix_shapes(language_model: LanguageModel) -> Shapes:
     """`[out, in]` of every site by full name."""
     return {
         f"{language_model.block_name(index)}.{name}": (site.weight.shape[0], site.weight.shape[1])
         for index, block in enumerate(language_model.blocks)
-        for name, site in sites(block).items()
+        for name, site in weight_matrices(block).items()
     }

@@ -8,7 +8,7 @@ from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import UnsupportedModel, in_one_line
 from secateur.models.checks import LOAD_ERRORS, foreign, without_weights
 from secateur.models.load import checkpoint_tensors, find_stack, load_config
-from secateur.models.matrices import sites
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
 
 
@@ -22,7 +22,7 @@ class Stored(NamedTuple):
     expert: bool
 
 
-def stored_sites(
+def stored_matrices(
     checkpoint: Checkpoint, *, trust_remote_code: bool = False
 ) -> tuple[dict[str, Stored], float]:
     """The tensors of a checkpoint that are sites, or several, by name; and the coverage. Raises
@@ -41,7 +41,7 @@ def stored_sites(
     for index, block in enumerate(language_model.blocks):
         total += sum(p.numel() for p in block.parameters() if p.dim() > 1)
         parameters: dict[str, Stored] = {}
-        for site in sites(block).values():
+        for site in weight_matrices(block).values():
             covered += site.stored.numel()
             name = f"{language_model.block_name(index)}.{site.parameter}"
             parameters[name] = Stored(name, site.transposed, site.expert)
@@ -58,7 +58,7 @@ def stored_sites(
     return found, covered / max(total, 1)
 
 
-def unknown_sites(checkpoint: Checkpoint) -> dict[str, Stored]:
+def unknown_matrices(checkpoint: Checkpoint) -> dict[str, Stored]:
     """Every matrix, taken for a linear layer: for an architecture that transformers does not
     know.
     """

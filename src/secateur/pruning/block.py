@@ -17,23 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoints.record import LEFT_OUT, UNSEEN, SiteReport, output_error
+from secateur.checkpoints.record import LEFT_OUT, UNSEEN, MatrixReport, output_error
 from secateur.methods import Method, prune_together
 from secateur.methods.patterns import NM, Pattern
 from secateur.methods.statistics import Stats
-from secateur.models.channels.groups import Unit
-from secateur.models.matrices import Site, sites
+from secateur.models.channels.groups import ChannelGroup
+from secateur.models.matrices import WeightMatrix, weight_matrices
 from secateur.models.replay import working_copy
 from secateur.models.stream.blocks import PROBE_TOKENS, Step, put, refuse_non_finite_weights
 from secateur.models.stream.distributed import ALONE, Ranks
-from secateur.models.stream.observe import Observed
+from secateur.models.stream.observe import CalibrationStatistics
 from secateur.models.stream.refine import Tuned, refine
 from secateur.pruning.permute import input_order, permuted, reorder, verified
 from secateur.pruning.planning.allocation import Plan
 from secateur.system.machine import release_memory
 from secateur.system.tensors import count_zeros
 
-Classes = list[list[Unit]]
+Classes = list[list[ChannelGroup]]
 
 
 @dataclass
@@ -44,7 +44,7 @@ class PrunedBlock:
 
     index: int
     tensors: dict[str, Tensor]
-    reports: list[SiteReport]
+    reports: list[MatrixReport]
     tuned: Tuned | None = None
 
     def entry(self, name: str) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def prune_block(
     if units:
         original = working_copy(original, torch.device("cpu"), None)  # will be permuted as well
         units = verified(step.block, *step.first(), units)
-    dense, targets = sites(original), sites(result)
+    dense, targets = weight_matrices(original), weight_matrices(result)
     refuse_non_finite_weights(step, dense)
     moved: set[str] = set()  # parameters of which rows or columns changed places
     notes: dict[str, str] = {}  # of every site that was pruned
@@ -94,7 +94,7 @@ def prune_block(
         again=method.refine > 0,
     )
 
-    def solve(group: Sequence[str], observed: Observed) -> dict[str, str]:
+    def solve(group: Sequence[str], observed: CalibrationStatistics) -> dict[str, str]:
         """Prune the sites of a group in both copies; the notes on those that were."""
         said: dict[str, str] = {}
         for names in _solved_together(group, observed, method):
@@ -161,7 +161,7 @@ def prune_block(
 
 
 def _order(
-    site: Site, method: Method, stats: Stats, pattern: Pattern, classes: Classes | None
+    site: WeightMatrix, method: Method, stats: Stats, pattern: Pattern, classes: Classes | None
 ) -> Tensor | None:
     """The order in which a site's inputs should come, or None to leave them; only N:M has anything
     to gain.
@@ -172,7 +172,7 @@ def _order(
 
 
 def _solved_together(
-    group: Sequence[str], observed: Observed, method: Method
+    group: Sequence[str], observed: CalibrationStatistics, method: Method
 ) -> Iterator[list[str]]:
     """The sites of a group in order; those that share the statistics of a solver together."""
     together: dict[int, list[str]] = {}
@@ -192,7 +192,7 @@ def _refine(
     for name in changed:
         block.get_parameter(name).data.copy_(result.get_parameter(name).data)
     kept = {name: block.get_parameter(name) != 0 for name in changed}
-    for site in sites(block).values():
+    for site in weight_matrices(block).values():
         if site.expert and site.parameter in kept and site.name not in pruned:
             kept[site.parameter][int(site.name.rsplit(".", 2)[1])] = False
     tuned = refine(block, kept, batches, epochs)
@@ -204,17 +204,22 @@ def _refine(
 
 
 def _report(
-    name: str, dense: Site, target: Site, plan: Plan, note: str | None, probe: Tensor | None
-) -> SiteReport:
+    name: str,
+    dense: WeightMatrix,
+    target: WeightMatrix,
+    plan: Plan,
+    note: str | None,
+    probe: Tensor | None,
+) -> MatrixReport:
     """What became of a site; `note` is None where it was not pruned."""
     rows, columns = target.weight.shape
     share = count_zeros(target.weight) / (rows * columns)
     if note is None:
-        return SiteReport(
+        return MatrixReport(
             name, (rows, columns), None, share, None, UNSEEN if name in plan else LEFT_OUT
         )
     error = None
     if probe is not None:
         before, after = (site.weight.to(probe.device).float() for site in (dense, target))
         error = output_error(probe, before - after, before)
-    return SiteReport(name, (rows, columns), str(plan[name]), share, error, note)
+    return MatrixReport(name, (rows, columns), str(plan[name]), share, error, note)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from secateur.methods.patterns import NM
 from secateur.methods.statistics import Stats
-from secateur.models.channels.groups import Unit
-from secateur.models.matrices import Site, bias, recorded_inputs, sites
+from secateur.models.channels.groups import ChannelGroup
+from secateur.models.matrices import WeightMatrix, bias, recorded_inputs, weight_matrices
 from secateur.models.replay import Call, close, run_block
 
 ROUNDS = 4
@@ -124,7 +124,7 @@ def _reassigned(by_column: Tensor, groups: Tensor, n: int) -> Tensor:
     return groups
 
 
-def input_order(score: Tensor, classes: list[list[Unit]], pattern: NM) -> Tensor | None:
+def input_order(score: Tensor, classes: list[list[ChannelGroup]], pattern: NM) -> Tensor | None:
     """The order of a consumer's inputs, int64 `[in]`, that keeps most score `[out, in]`, or None to
     leave it.
 
@@ -146,7 +146,9 @@ def input_order(score: Tensor, classes: list[list[Unit]], pattern: NM) -> Tensor
 
 
 @torch.no_grad()
-def reorder(block: nn.Module, consumer: str, classes: list[list[Unit]], order: Tensor) -> list[str]:
+def reorder(
+    block: nn.Module, consumer: str, classes: list[list[ChannelGroup]], order: Tensor
+) -> list[str]:
     """Give a consumer's inputs another order, and whatever feeds them; returns the parameters that
     changed, by name.
 
@@ -154,7 +156,7 @@ def reorder(block: nn.Module, consumer: str, classes: list[list[Unit]], order: T
     the sites of the block stay views of them. An order that does not move whole units within their
     classes is an AssertionError.
     """
-    known = sites(block)
+    known = weight_matrices(block)
     changed = [known[consumer].parameter]
     rows = _output_orders(known, classes, order)
     weight = known[consumer].weight
@@ -171,7 +173,7 @@ def reorder(block: nn.Module, consumer: str, classes: list[list[Unit]], order: T
 
 
 def _output_orders(
-    known: Mapping[str, Site], classes: list[list[Unit]], order: Tensor
+    known: Mapping[str, WeightMatrix], classes: list[list[ChannelGroup]], order: Tensor
 ) -> dict[str, Tensor]:
     """For every site that feeds what moves, the order of its outputs, int64 `[out]`."""
     rows: dict[str, Tensor] = {}
@@ -226,8 +228,8 @@ def same_output(
 
 @torch.no_grad()
 def verified(
-    block: nn.Module, hidden: Tensor, call: Call, classes: Mapping[str, list[list[Unit]]]
-) -> dict[str, list[list[Unit]]]:
+    block: nn.Module, hidden: Tensor, call: Call, classes: Mapping[str, list[list[ChannelGroup]]]
+) -> dict[str, list[list[ChannelGroup]]]:
     """Those consumers of a block whose units may really change places: moving each by one changes
     nothing.
 
@@ -238,7 +240,7 @@ def verified(
     """
     found = {}
     for consumer, units in classes.items():
-        order = torch.arange(sites(block)[consumer].weight.shape[1])
+        order = torch.arange(weight_matrices(block)[consumer].weight.shape[1])
         for alike in units:
             places = torch.tensor([unit.inputs for unit in alike])  # [units, inputs of each]
             order[places] = places.roll(1, 0)

@@ -19,7 +19,7 @@ from secateur.errors import UnsupportedModel
 from secateur.methods import Method, find_method
 from secateur.methods.patterns import kind_of, parse, parse_pattern
 from secateur.models.load import check_windows
-from secateur.models.matrices import coverage, site_shapes
+from secateur.models.matrices import coverage, matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.pruning.planning.allocation import Plan, is_file, label
@@ -142,7 +142,7 @@ def decide(
     plan = {name: parse_pattern(part) for name, part in decided["plan"].items()}
     seconds = Seconds(plan=perf_counter() - started)
     release_memory()
-    shown = label(plan, site_shapes(language_model)) if is_file(allocate) else str(parse(pattern))
+    shown = label(plan, matrix_shapes(language_model)) if is_file(allocate) else str(parse(pattern))
     progress.begin(f"pruning with {method} to {shown}")
     report = Report(
         method,

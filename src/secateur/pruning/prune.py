@@ -25,7 +25,7 @@ from secateur.data.windows import Windows
 from secateur.errors import Interrupted, UnsupportedModel
 from secateur.methods.patterns import parse, parse_pattern
 from secateur.methods.structures import Structure
-from secateur.models.channels.groups import Unit, movable
+from secateur.models.channels.groups import ChannelGroup, interchangeable_groups
 from secateur.models.load import check_source, checkpoint_tensors, load_blocks
 from secateur.models.matrices import signature
 from secateur.models.replay import LanguageModel
@@ -78,7 +78,7 @@ def prune(
 
     `model` is a checkpoint folder, a hub name, or None for the embedded demo model. `pattern` is
     read by `patterns.parse`; `method` is a key of `METHODS`, with refinements, or for structures
-    what `structured.method.find_shrinking` knows; `allocate` says how sparsity is shared out:
+    what `structured.method.find_structured_method` knows; `allocate` says how sparsity is shared out:
     `uniform`, a rule of `measured.ALLOCATIONS`, or a plan's .json file, which decides instead of
     `pattern`. `align`: the channels that stay are a multiple of it. `device` may list several,
     separated by commas. `dtype` is that of the forward passes (`auto`: as stored; on a CPU float32,
@@ -346,7 +346,7 @@ def pruned_blocks(
     """Every block in order, pruned on calibration tokens `[samples, length]`."""
     method, progress, count = pruning.method, pruning.progress, len(language_model.blocks)
     kinds: dict[
-        Any, dict[str, list[list[Unit]]]
+        Any, dict[str, list[list[ChannelGroup]]]
     ] = {}  # units that may change places, by kind of block
     if not method.need and not method.refine:
         tokens = tokens[: pruning.batch_size]  # enough for the probe on which errors are measured
@@ -369,7 +369,7 @@ def pruned_blocks(
         if method.permute:
             if (kind := signature(original)) not in kinds:
                 progress.advance(f"{step.name} traced", step.index, count)
-                kinds[kind] = movable(language_model, step.index, pruning.devices[0])
+                kinds[kind] = interchangeable_groups(language_model, step.index, pruning.devices[0])
             units = kinds[kind]
         block = prune_block(
             step,

@@ -16,7 +16,7 @@ from secateur.checkpoints.folder import RECORD, Checkpoint
 from secateur.checkpoints.record import record_of
 from secateur.data.windows import load_tokenizer
 from secateur.errors import BadCheckpoint, NonFinite, UnknownName, UnsupportedModel
-from secateur.models.matrices import sites
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
 from secateur.system.devices import find_dtype
 from secateur.system.files import fits
@@ -133,7 +133,7 @@ def refuse_other_weights(
     }
     zeros = total = 0
     for index, block in enumerate(language_model.blocks):
-        for name, site in sites(block).items():
+        for name, site in weight_matrices(block).items():
             full = f"{language_model.block_name(index)}.{name}"
             if not is_finite(site.weight):
                 raise NonFinite(
@@ -155,7 +155,7 @@ def refuse_other_weights(
         )
 
 
-def refuse_stranger(
+def refuse_other_model(
     model: LanguageModel,
     dense: LanguageModel,
     folder: Path,

@@ -19,12 +19,12 @@ from torch import Tensor
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.checkpoints.result import output
 from secateur.errors import Interrupted, UnsupportedModel
-from secateur.models.matrices import sites
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
 from secateur.recovery.job import Job, Recovery
 from secateur.recovery.masks import masks, refuse_other_masks, written
 from secateur.recovery.training import train
-from secateur.recovery.training_state import Halfway
+from secateur.recovery.training_state import TrainingState
 from secateur.system.interrupt import asked_to_stop
 from secateur.system.machine import freed_memory_kept
 
@@ -35,7 +35,7 @@ def recover_whole(job: Job) -> Recovery:
     """
     pruned, ranks, adapting = job.pruned, job.ranks, job.way.startswith("lora")
     place = job.out.resolve().with_name(f".{job.out.name}.recovery")
-    with Halfway(
+    with TrainingState(
         place, job.conditions, restart=job.restart, ranks=ranks, started=job.started
     ) as halfway:
         kept = masks(pruned)
@@ -91,7 +91,7 @@ def _linear(language_model: LanguageModel) -> list[str]:
     found = [
         f"{language_model.block_name(index)}.{name}"
         for index, block in enumerate(language_model.blocks)
-        for name, site in sites(block).items()
+        for name, site in weight_matrices(block).items()
         if not site.expert
     ]
     if not found:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import BadCheckpoint
 from secateur.models.load import checkpoint_tensors
-from secateur.models.matrices import sites
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
 
 
@@ -32,7 +32,7 @@ def block_masks(block: nn.Module) -> dict[str, Tensor]:
     """
     return {
         name: block.get_parameter(name) != 0
-        for name in sorted({site.parameter for site in sites(block).values()})
+        for name in sorted({site.parameter for site in weight_matrices(block).values()})
     }
 
 
@@ -72,7 +72,7 @@ def written(
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
         names = (
-            {site.parameter for site in sites(block).values()}
+            {site.parameter for site in weight_matrices(block).values()}
             if only_sites
             else set(dict(block.named_parameters()))
         )
@@ -115,7 +115,7 @@ def refuse_other_masks(
     """
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
-        parameters = {f"{start}.{site.parameter}" for site in sites(block).values()}
+        parameters = {f"{start}.{site.parameter}" for site in weight_matrices(block).values()}
         held = {name: language_model.model.get_parameter(name) for name in sorted(parameters)}
         for name in checkpoint_tensors(language_model, held, before.places):
             if not torch.equal(before.tensor(name) == 0, after.tensor(name) == 0):

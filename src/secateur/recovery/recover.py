@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import open_checkpoint, stored_dtype
-from secateur.checkpoints.result import refuse_place
+from secateur.checkpoints.result import check_output_folder
 from secateur.data.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 from secateur.errors import SecateurError
 from secateur.models.load import check_windows, default_length, load, resolve, width
@@ -34,8 +34,8 @@ from secateur.recovery.checks import (
     check_way,
     pruning_record,
     refuse_dropout,
+    refuse_other_model,
     refuse_other_weights,
-    refuse_stranger,
 )
 from secateur.recovery.job import Job, Recovery, Schedule
 from secateur.recovery.text import RUN, recovery_windows
@@ -99,7 +99,7 @@ def recover(
         check_numbers(rate, seed, chosen)
         folder = resolve(model)
         source = open_checkpoint(folder)
-        refuse_place(source, Path(out), overwrite=overwrite)
+        check_output_folder(source, Path(out), overwrite=overwrite)
         record = pruning_record(source)
         progress.begin(f"loading {model}")
         pruned = load(folder, trust_remote_code=trust_remote_code)
@@ -108,7 +108,7 @@ def recover(
         reference, other = None, None if dense is None else resolve(dense)
         if other:
             reference = load(other, trust_remote_code=trust_remote_code)
-            refuse_stranger(
+            refuse_other_model(
                 pruned,
                 reference,
                 folder,

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from secateur.errors import DiskFull, NonFinite, in_one_line
 from secateur.recovery.job import Schedule
-from secateur.recovery.training_state import Halfway
+from secateur.recovery.training_state import TrainingState
 from secateur.system.files import disk_errors
 from secateur.system.progress import Progress
 
@@ -75,7 +75,7 @@ class _Distilling(Trainer):
     """
 
     dense: nn.Module | None = None
-    halfway: Halfway
+    halfway: TrainingState
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any
@@ -147,7 +147,7 @@ class _Watching(TrainerCallback):
     """Progress, an end that was asked for, and the mark on a checkpoint that is whole."""
 
     def __init__(
-        self, progress: Progress, stopping: Callable[[], bool], tokens: int, halfway: Halfway
+        self, progress: Progress, stopping: Callable[[], bool], tokens: int, halfway: TrainingState
     ) -> None:
         self.progress, self.stopping, self.tokens, self.halfway = (
             progress,
@@ -185,7 +185,7 @@ def train(
     model: Any,
     ids: Tensor,
     schedule: Schedule,
-    halfway: Halfway,
+    halfway: TrainingState,
     *,
     dense: nn.Module | None,
     device: torch.device,

@@ -24,7 +24,7 @@ WHOLE = "whole"
 SECONDS = "seconds"
 
 
-class Halfway:
+class TrainingState:
     """A training in `folder` that is going on; use it with `with`. Of several processes, the first
     alone writes.
 
@@ -75,7 +75,7 @@ class Halfway:
         """The result has its name: nothing is left to go on from."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def __enter__(self) -> Halfway:
+    def __enter__(self) -> TrainingState:
         return self
 
     def __exit__(

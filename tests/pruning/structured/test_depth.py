@@ -9,10 +9,10 @@ import torch
 from support.families import tiny_model
 from torch import nn
 
-from secateur.models.channels.groups import Unit, removable
+from secateur.models.channels.groups import ChannelGroup, removable_groups
 from secateur.models.channels.trace import entering, trace
 from secateur.models.load import replayable
-from secateur.models.matrices import recorded_inputs, sites
+from secateur.models.matrices import recorded_inputs, weight_matrices
 from secateur.models.replay import LanguageModel, divergence
 from secateur.models.stream.blocks import stream
 from secateur.pruning.structured.block import _error_left
@@ -20,7 +20,7 @@ from secateur.pruning.structured.channel_scores import taylor
 from secateur.pruning.structured.depth import Looking, angular, influence, kl, last_matrix, missing
 from secateur.pruning.structured.expert_scores import EXPERTS, routed_to
 from secateur.pruning.structured.feasibility import holds
-from secateur.pruning.structured.reconstruct import NEED, repaired
+from secateur.pruning.structured.reconstruct import NEED, reconstructed
 from secateur.system.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -131,7 +131,7 @@ def test_a_fold_is_the_best_linear_stand_in_for_the_blocks_that_are_gone():
     weight = step.sites["mlp.down_proj"].weight
     kept = torch.ones(weight.shape[1], dtype=torch.bool)
     kept[::4] = False
-    folded = repaired(weight, stats, kept, None, added.product).weight
+    folded = reconstructed(weight, stats, kept, None, added.product).weight
     seen = states(language_model)
     inputs: list[torch.Tensor] = []
     with recorded_inputs(
@@ -161,7 +161,7 @@ def test_taylor_of_the_last_matrix_is_its_energy():
     seen: list[torch.Tensor] = []
     with torch.no_grad(), recorded_inputs(block, lambda name, x: seen.append(x) if name == "mlp.down_proj" else None):
         block(hidden, *call.args, **call.kwargs)
-    energy = seen[0].flatten(0, 1).square().sum(0) * sites(block)["mlp.down_proj"].weight.square().sum(0)
+    energy = seen[0].flatten(0, 1).square().sum(0) * weight_matrices(block)["mlp.down_proj"].weight.square().sum(0)
     found = taylor(block, "mlp.down_proj", units, [(hidden, call)] * 60) / 60
     assert (found / energy - 1).abs().max() < 0.35  # random projections: 60 of 64 numbers on 120 tokens
     assert abs((found / energy).mean() - 1) < 0.02
@@ -230,13 +230,13 @@ REMOVABLE = {
 
 @pytest.mark.parametrize("family", REMOVABLE)
 def test_units_that_can_go(family):
-    found = removable(trace(replayable(tiny_model(family)), 1, dtype=torch.float32))
+    found = removable_groups(trace(replayable(tiny_model(family)), 1, dtype=torch.float32))
     assert {name: f"{len(units)} of {len(units[0].inputs)}" for name, units in found.items()} == REMOVABLE[family]
 
 
 def test_units_of_llama_that_can_go():
-    found = removable(trace(replayable(tiny_model("llama")), 1, dtype=torch.float32))
-    assert found["mlp.down_proj"][5] == Unit((5,), (("mlp.gate_proj", 5), ("mlp.up_proj", 5)))
+    found = removable_groups(trace(replayable(tiny_model("llama")), 1, dtype=torch.float32))
+    assert found["mlp.down_proj"][5] == ChannelGroup((5,), (("mlp.gate_proj", 5), ("mlp.up_proj", 5)))
     second = found["self_attn.o_proj"][1]  # the second key-value head, and the two query heads that read it
     assert second.inputs == tuple(range(32, 64))
     assert dict.fromkeys(site for site, _ in second.outputs).keys() == {f"self_attn.{x}_proj" for x in "qkv"}

@@ -8,7 +8,7 @@ from secateur.errors import NotSolved
 from secateur.methods.least_squares import ridge
 from secateur.methods.statistics import OF_DENSE, Stats
 from secateur.pruning.structured.channel_scores import SELECTIONS, energy, fluctuation, optimal_brain_surgeon
-from secateur.pruning.structured.reconstruct import NEED, repaired
+from secateur.pruning.structured.reconstruct import NEED, reconstructed
 
 OUT, IN, TOKENS = 12, 40, 2000
 
@@ -40,7 +40,7 @@ def test_repair_equals_stacked_least_squares(target, with_bias):
         wanted = wanted + delta
         ones = torch.ones(TOKENS, 1)
         added = (delta.T @ torch.cat([x, ones], 1)) / TOKENS
-    found = repaired(weight, stats, kept, old, added)
+    found = reconstructed(weight, stats, kept, old, added)
     slow, slow_bias = ridge_refit(weight, x, kept, ridge(stats), wanted, old)
     assert (found.weight[:, ~kept] == 0).all()
     assert (found.weight - slow).abs().max() <= 2e-4 * slow.abs().max()
@@ -54,7 +54,7 @@ def test_repair_equals_stacked_least_squares(target, with_bias):
 
 def test_repair_of_nothing_changes_nothing():
     weight, bias, x, _, _ = layer()
-    found = repaired(weight, Stats.of(x, NEED), torch.ones(IN, dtype=torch.bool), bias)
+    found = reconstructed(weight, Stats.of(x, NEED), torch.ones(IN, dtype=torch.bool), bias)
     assert torch.allclose(found.weight, weight, atol=1e-3)
     assert found.bias is not None
     assert torch.allclose(found.bias, bias, atol=1e-3)
@@ -66,7 +66,7 @@ def test_repair_beats_leaving_the_rest_alone():
     alone = (wanted - x @ (weight * kept).T - bias).square().sum()
     mean = x.mean(0)
     compensated = (wanted - x @ (weight * kept).T - bias - (weight * ~kept) @ mean).square().sum()
-    found = repaired(weight, Stats.of(x, NEED), kept, bias)
+    found = reconstructed(weight, Stats.of(x, NEED), kept, bias)
     error = (wanted - x @ found.weight.T - found.bias).square().sum()
     assert error < compensated < alone
 
@@ -74,7 +74,7 @@ def test_repair_beats_leaving_the_rest_alone():
 def test_inputs_that_are_always_zero_keep_their_weights():
     weight, _, x, _, kept = layer()
     x[:, kept.nonzero()[0]] = 0
-    found = repaired(weight, Stats.of(x, NEED), kept)
+    found = reconstructed(weight, Stats.of(x, NEED), kept)
     assert torch.equal(found.weight[:, kept.nonzero()[0]], weight[:, kept.nonzero()[0]])
 
 
@@ -83,7 +83,7 @@ def test_statistics_that_cannot_be_factorised_are_named():
     stats = Stats.of(x, NEED)
     stats.sums["gram"][3, 4] = stats.sums["gram"][4, 3] = 1e9
     with pytest.raises(NotSolved, match="without '\\+repair'"):
-        repaired(weight, stats, torch.ones_like(kept))
+        reconstructed(weight, stats, torch.ones_like(kept))
 
 
 SINGLE = torch.arange(IN)[:, None]

@@ -18,7 +18,7 @@ from secateur.errors import BadPattern, BadPlan, NonFinite, SecateurError, Unkno
 from secateur.methods.patterns import parse
 from secateur.models import experts
 from secateur.models.load import load
-from secateur.models.matrices import bias, sites
+from secateur.models.matrices import bias, weight_matrices
 from secateur.pruning.prune import check_method, prune_checkpoint
 from secateur.pruning.structured import block as shrunk
 from secateur.pruning.structured import feasibility as survey
@@ -115,7 +115,7 @@ def test_cutting_is_zeroing(family: str, pattern: str, tmp_path: Path, in_proces
     zeroed = load(source)
     for block, cut in zip(zeroed.blocks, cuts, strict=True):
         for name, units in cut["gone"].items():
-            sites(block)[name].weight[:, [i for unit in units for i in unit.inputs]] = 0
+            weight_matrices(block)[name].weight[:, [i for unit in units for i in unit.inputs]] = 0
     wanted = exact(zeroed.model)
     assert any(cut["gone"] for cut in cuts)
     assert close(logits(out), wanted)
@@ -392,7 +392,7 @@ def test_what_once_failed(family: str, pattern: str, method: str, tmp_path: Path
 def test_expert_biases_and_biases_follow(tmp_path: Path, in_process):
     _, _, out = smaller("gpt_oss", tmp_path, "25% of channels", "obs+repair")
     block = load(out).blocks[0]
-    site = sites(block)["mlp.experts.1.gate_up_proj"]
+    site = weight_matrices(block)["mlp.experts.1.gate_up_proj"]
     assert site.weight.shape[0] == 2 * 96
     held = bias(block, site)
     assert held is not None

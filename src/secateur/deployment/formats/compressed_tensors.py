@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.folder import FLOATS, INDEX, Checkpoint, Place, open_checkpoint
+from secateur.checkpoints.folder import FLOATS, INDEX, Checkpoint, TensorLocation, open_checkpoint
 from secateur.deployment.formats.base import Format, refuse_odd_values, save
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel
 from secateur.methods.patterns import TWO_OF_FOUR
-from secateur.models.stored import stored_sites
+from secateur.models.stored import stored_matrices
 from secateur.system.files import read_json
 from secateur.system.tensors import count_zeros
 
@@ -98,7 +98,7 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
     for -0.0 or weights that are no floats, UnsupportedModel where there is nothing to pack,
     DiskFull and OutputRefused.
     """
-    stored, _ = stored_sites(source)
+    stored, _ = stored_matrices(source)
     chosen = {
         name for name, held in stored.items() if not held.transposed and _is_matrix(name, source)
     }
@@ -328,7 +328,7 @@ def _sizes(checkpoint: Checkpoint, base: str, layout: _Layout) -> tuple[int, ...
 
 
 def _check_place(
-    base: str, part: str, place: Place, dtypes: tuple[str, ...], shape: tuple[int, ...]
+    base: str, part: str, place: TensorLocation, dtypes: tuple[str, ...], shape: tuple[int, ...]
 ) -> None:
     found, wanted = f"{place.dtype} {list(place.shape)}", f"{' or '.join(dtypes)} {list(shape)}"
     _require(

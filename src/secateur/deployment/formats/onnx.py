@@ -39,7 +39,7 @@ from secateur.deployment.formats.base import Format, refuse_odd_values
 from secateur.errors import BadPattern, UnsupportedModel, in_one_line
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import find_stack, load_config
-from secateur.models.matrices import Site, sites
+from secateur.models.matrices import WeightMatrix, weight_matrices
 from secateur.system.files import disk_errors
 
 FILE, NOTE = "model.onnx", "onnx.json"
@@ -104,14 +104,14 @@ def write(source: Checkpoint, folder: Path) -> None:
         (folder / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
 
 
-def named_sites(model: PreTrainedModel) -> dict[str, Site]:
+def named_sites(model: PreTrainedModel) -> dict[str, WeightMatrix]:
     """Every prunable matrix by its full name."""
     stack = find_stack(model)
     blocks: Any = model.get_submodule(stack)
     return {
         f"{stack}.{index}.{name}": site
         for index, block in enumerate(blocks)
-        for name, site in sites(block).items()
+        for name, site in weight_matrices(block).items()
     }
 
 

@@ -33,7 +33,7 @@ from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one
 from secateur.kernels.packed import SLACK, Packed, check, pack, pack_int8, row_starts
 from secateur.models.checks import LOAD_ERRORS, bad_weights, foreign, refuse_larger, refusing_more
 from secateur.models.load import load_config
-from secateur.models.stored import stored_sites
+from secateur.models.stored import stored_matrices
 from secateur.system.files import file_sha256, refuse_odd_files
 from secateur.system.tensors import count_zeros
 
@@ -51,7 +51,7 @@ def write(
     """
     if values not in VALUES:
         raise UnknownName("kind of values", values, VALUES)
-    stored, _ = stored_sites(source, trust_remote_code=trust_remote_code)
+    stored, _ = stored_matrices(source, trust_remote_code=trust_remote_code)
     places = source.places
     sites = {
         name for name in stored if len(places[name].shape) == 2 and places[name].dtype in FLOATS

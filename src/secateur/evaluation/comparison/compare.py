@@ -28,7 +28,7 @@ from secateur.errors import BadPattern, OutputRefused, UnknownName, UnsupportedM
 from secateur.evaluation.comparison.grid import Cell, Draw, cells
 from secateur.evaluation.comparison.recovered_rows import Recovering
 from secateur.evaluation.comparison.row_store import RowStore
-from secateur.evaluation.comparison.rows import Ground
+from secateur.evaluation.comparison.rows import ComparisonContext
 from secateur.evaluation.comparison.task_rows import answer_rows
 from secateur.evaluation.comparison.timed_rows import time_rows
 from secateur.evaluation.comparison.tolerance import check_searched, reaches
@@ -42,7 +42,7 @@ from secateur.methods.patterns import parse
 from secateur.methods.structures import Structure
 from secateur.models.load import check_windows, default_corpus, default_length, load, resolve
 from secateur.models.mapped_experts import spill_folder
-from secateur.models.matrices import site_shapes
+from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.pruning.opening import draw_calibration
 from secateur.pruning.planning.memory import check_passes, way_through
@@ -261,7 +261,9 @@ def compare(
         "trust_remote_code": trust_remote_code,
         "command": results.command,
     }
-    ground = Ground(source, dense, out, store, draws, pruning, align, trust_remote_code, progress)
+    ground = ComparisonContext(
+        source, dense, out, store, draws, pruning, align, trust_remote_code, progress
+    )
     try:
         results.rows = [ground.dense_row()]
         for cell in grid:
@@ -369,7 +371,7 @@ def _passes(
             language_model,
             calibrated.ids.shape,
             find_method(method),
-            site_shapes(language_model),
+            matrix_shapes(language_model),
             passes=passes,
             **options,
         )["passes"]

@@ -23,7 +23,7 @@ from secateur.evaluation.comparison.row_store import CHECKPOINTS, RowStore, file
 from secateur.evaluation.perplexity import Forward, Measured, measure, perplexity_difference
 from secateur.evaluation.results.schema import Row, row_name
 from secateur.models.load import load
-from secateur.models.matrices import sites
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
 from secateur.pruning.prune import prune_checkpoint
 from secateur.system.progress import Progress
@@ -31,7 +31,7 @@ from secateur.system.tensors import count_zeros
 
 
 @dataclass
-class Ground:
+class ComparisonContext:
     """What all rows of a comparison have in common: the model, the text that it is judged on, how
     it is pruned.
 
@@ -240,7 +240,9 @@ class Ground:
 
 def _zeros(language_model: LanguageModel) -> float:
     """The share of zeros in the sites of a model, which may have been pruned before."""
-    held = [site.stored for block in language_model.blocks for site in sites(block).values()]
+    held = [
+        site.stored for block in language_model.blocks for site in weight_matrices(block).values()
+    ]
     return sum(count_zeros(weight) for weight in held) / max(
         sum(weight.numel() for weight in held), 1
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from secateur.errors import BadPattern, BadPlan
 from secateur.evaluation.comparison.grid import Cell
-from secateur.evaluation.comparison.rows import Ground
+from secateur.evaluation.comparison.rows import ComparisonContext
 from secateur.evaluation.results.schema import Row
 from secateur.methods.patterns import parse, share_of
 
@@ -50,7 +50,7 @@ class Reach:
 
 
 def reaches(
-    ground: Ground, cells: Sequence[Cell], rows: Sequence[Row], tolerance: float
+    ground: ComparisonContext, cells: Sequence[Cell], rows: Sequence[Row], tolerance: float
 ) -> tuple[list[Reach], list[Row]]:
     """For every method, rule and family of shares in `cells` how far it goes, and the rows that
     were made to find out.
@@ -92,7 +92,9 @@ def _at(cell: Cell, percent: int) -> Cell:
     return replace(cell, pattern=str(parse(f"{percent}%{cell.pattern}")))
 
 
-def _bisect(ground: Ground, cell: Cell, known: dict[int, Row], most: float) -> tuple[int, int, str]:
+def _bisect(
+    ground: ComparisonContext, cell: Cell, known: dict[int, Row], most: float
+) -> tuple[int, int, str]:
     """The last percent within `most` (0: the dense model), the next, which is beyond, and why there
     is no next.
 

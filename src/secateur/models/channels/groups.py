@@ -24,11 +24,11 @@ from secateur.models.replay import LanguageModel
 
 
 @dataclass(frozen=True)
-class Unit:
+class ChannelGroup:
     """Inputs of a consumer, and the (site, output channel) pairs that feed these inputs or some of
     them, and no other.
 
-    In a class of units (`exchangeable`) the i-th input and the i-th output of one correspond to
+    In a class of units (`interchangeable`) the i-th input and the i-th output of one correspond to
     those of another.
     """
 
@@ -36,16 +36,16 @@ class Unit:
     outputs: tuple[tuple[str, int], ...]
 
 
-def movable(
+def interchangeable_groups(
     language_model: LanguageModel, index: int, device: torch.device
-) -> dict[str, list[list[Unit]]]:
+) -> dict[str, list[list[ChannelGroup]]]:
     """The exchangeable units of every site of a block that has any; traced in float32."""
     found = trace_block(language_model, index, device=device, dtype=torch.float32)
     readers = {consumer for _, consumer in found.reach}
-    return {name: units for name in sorted(readers) if (units := exchangeable(found, name))}
+    return {name: units for name in sorted(readers) if (units := interchangeable(found, name))}
 
 
-def removable(trace: Trace) -> dict[str, list[Unit]]:
+def removable_groups(trace: Trace) -> dict[str, list[ChannelGroup]]:
     """The units that can be taken out whole, by the site that reads them; a site's units are all of
     one size.
 
@@ -90,11 +90,11 @@ def removable(trace: Trace) -> dict[str, list[Unit]]:
         ):
             if not stays[component]:
                 members[component][way == "out"].append((name, channel))
-    found: dict[str, list[Unit]] = defaultdict(list)
+    found: dict[str, list[ChannelGroup]] = defaultdict(list)
     for inputs, outputs in members.values():
         readers = {name for name, _ in inputs}
         if len(readers) == 1 and outputs:
-            found[readers.pop()].append(Unit(tuple(i for _, i in inputs), tuple(outputs)))
+            found[readers.pop()].append(ChannelGroup(tuple(i for _, i in inputs), tuple(outputs)))
     return {
         name: units
         for name, units in sorted(found.items())
@@ -111,7 +111,7 @@ def _sizes(trace: Trace) -> dict[tuple[str, str], int]:
     return sizes
 
 
-def _alike(units: list[Unit], width: int) -> bool:
+def _alike(units: list[ChannelGroup], width: int) -> bool:
     """Whether units are of one kind and together hold all inputs of their reader."""
     kinds = {
         (len(unit.inputs), tuple(sorted(Counter(site for site, _ in unit.outputs).items())))
@@ -120,7 +120,7 @@ def _alike(units: list[Unit], width: int) -> bool:
     return len(kinds) == 1 and sum(len(unit.inputs) for unit in units) == width
 
 
-def exchangeable(trace: Trace, consumer: str) -> list[list[Unit]]:
+def interchangeable(trace: Trace, consumer: str) -> list[list[ChannelGroup]]:
     """Classes of at least two units of a consumer's inputs that may change places among each other.
 
     The sets of inputs that single channels feed are compared. Sets of one kind (of a size, fed by
@@ -176,7 +176,7 @@ def _classes(
     fed: list[tuple[tuple[int, ...], list[tuple[str, int]]]],
     fixed: list[tuple[int, ...]],
     width: int,
-) -> list[list[Unit]]:
+) -> list[list[ChannelGroup]]:
     """Units whose inputs are the sets of one kind, in classes that no other channel tells apart."""
     place = {
         i: (unit, position) for unit, inputs in enumerate(kind) for position, i in enumerate(inputs)
@@ -194,12 +194,14 @@ def _classes(
     for number, inputs in enumerate(fixed):
         bounds[list(inputs), number] = True
     bounds = np.packbits(bounds, axis=1)
-    classes: dict[Any, list[Unit]] = defaultdict(list)
+    classes: dict[Any, list[ChannelGroup]] = defaultdict(list)
     for inputs, channels in sorted(zip(kind, belonging, strict=True)):
         channels.sort()
         alike = (
             tuple(bounds[i].tobytes() for i in inputs),
             tuple(channel[:2] for channel in channels),
         )
-        classes[alike].append(Unit(inputs, tuple((site, channel) for site, _, channel in channels)))
+        classes[alike].append(
+            ChannelGroup(inputs, tuple((site, channel) for site, _, channel in channels))
+        )
     return [units for units in classes.values() if len(units) > 1]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur.models import experts
-from secateur.models.matrices import sites
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import Call, LanguageModel, Shell, run_block, working_copy
 
 TOKENS = 2
@@ -186,7 +186,7 @@ class _Poison:
         self.block, self.batch = block, batch
         self.modules = {name: m for name, m in block.named_modules() if experts.is_experts(m)}
         self.outputs = {name: _outputs(module) for name, module in self.modules.items()}
-        for name, site in sites(block).items():
+        for name, site in weight_matrices(block).items():
             if not site.expert:
                 self.modules[name] = block.get_submodule(name)
                 self.outputs[name] = site.weight.shape[0]

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from secateur.checkpoints.record import Seconds
 from secateur.errors import NonFinite
-from secateur.models.matrices import Site, sites
+from secateur.models.matrices import WeightMatrix, weight_matrices
 from secateur.models.replay import Call, LanguageModel, Shell
 from secateur.models.stream.distributed import ALONE, Ranks
-from secateur.models.stream.forward import Batch, Flow
-from secateur.models.stream.observe import Observed, observe, suspended
+from secateur.models.stream.forward import Batch, ForwardPass
+from secateur.models.stream.observe import CalibrationStatistics, observe, suspended
 from secateur.system.tensors import is_finite
 
 PROBE_TOKENS = 256
@@ -38,10 +38,10 @@ class Step:
     index: int
     name: str
     block: nn.Module
-    sites: dict[str, Site]
+    sites: dict[str, WeightMatrix]
     seconds: Seconds
     last: bool
-    _flow: Flow = field(repr=False)
+    _flow: ForwardPass = field(repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -50,7 +50,7 @@ class Step:
 
     def observe(
         self, need: Iterable[str], probe: int, only: Collection[str] | None = None
-    ) -> Observed:
+    ) -> CalibrationStatistics:
         """One forward of the block as it is now, in which the inputs of its sites are seen, or
         those in `only`.
 
@@ -68,7 +68,7 @@ class Step:
         one_pass: bool,
         sequential: bool,
         again: bool,
-    ) -> Iterator[tuple[list[str], Observed]]:
+    ) -> Iterator[tuple[list[str], CalibrationStatistics]]:
         """The sites in `only`, some at a time, with what is seen of their inputs; before the next,
         they are pruned.
 
@@ -79,7 +79,7 @@ class Step:
         """
         if one_pass and (stages := self._flow.stages(self.index)).plain:
             if unreached := [name for name in stages.unreached if name in only]:
-                yield unreached, Observed({}, {}, {})  # before any forward starts
+                yield unreached, CalibrationStatistics({}, {}, {})  # before any forward starts
             wanted = [
                 kept for stage in stages.order if (kept := [name for name in stage if name in only])
             ]
@@ -149,7 +149,7 @@ def stream(
     given. `spill`: a folder for hidden states that should not lie in memory.
     """
     # Not under no_grad as a whole: torch's wrapper of a generator would hold on to the step before.
-    flow = Flow(
+    flow = ForwardPass(
         language_model,
         list(tokens.split(batch_size)),
         devices,
@@ -176,10 +176,16 @@ def stream(
             flow.advance(index)
 
 
-def _step(flow: Flow, index: int, *, last: bool) -> Step:
+def _step(flow: ForwardPass, index: int, *, last: bool) -> Step:
     block = flow.replicas[0]
     return Step(
-        index, flow.language_model.block_name(index), block, sites(block), flow.seconds, last, flow
+        index,
+        flow.language_model.block_name(index),
+        block,
+        weight_matrices(block),
+        flow.seconds,
+        last,
+        flow,
     )
 
 
@@ -196,7 +202,7 @@ def final_hidden(
 
     Most families have nothing before the samples; Gemma 3n has several streams there.
     """
-    flow = Flow(
+    flow = ForwardPass(
         language_model,
         list(tokens.split(batch_size)),
         [shell.device],
@@ -210,7 +216,7 @@ def final_hidden(
     return torch.cat([hidden.cpu() for hidden in flow.hidden], dim=-3)
 
 
-def put(step: Step, name: str, weight: Tensor, targets: Mapping[str, Site]) -> None:
+def put(step: Step, name: str, weight: Tensor, targets: Mapping[str, WeightMatrix]) -> None:
     """Write a new weight `[out, in]` into both copies of the block, rounded as it is stored. Raises
     NonFinite.
     """
@@ -223,7 +229,7 @@ def put(step: Step, name: str, weight: Tensor, targets: Mapping[str, Site]) -> N
     step.sites[name].put(stored)
 
 
-def refuse_non_finite_weights(step: Step, original: Mapping[str, Site]) -> None:
+def refuse_non_finite_weights(step: Step, original: Mapping[str, WeightMatrix]) -> None:
     """Raise NonFinite for NaN or Inf in the stored weights of a block."""
     for name, site in original.items():
         if not is_finite(site.stored):

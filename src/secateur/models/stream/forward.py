@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from secateur.checkpoints.record import Seconds
-from secateur.models.mapped_tensors import HiddenStates
+from secateur.models.mapped_tensors import HiddenStateStore
 from secateur.models.matrices import signature
 from secateur.models.replay import Call, LanguageModel, Shell, own, run_block, same, working_copy
 from secateur.models.stream.distributed import ALONE, Ranks
-from secateur.models.stream.paused import Stages, find_stages
+from secateur.models.stream.paused import InputGroups, find_groups
 from secateur.models.stream.prefetch import Prefetch
 from secateur.system.machine import release_memory, will_need
 
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     target: Tensor
 
 
-class Flow:
+class ForwardPass:
     """The state of one pass over the blocks: hidden states, recorded calls, replicas of the current
     block.
 
@@ -63,17 +63,19 @@ class Flow:
         self.ranks = ranks
         self.language_model, self.devices, self.dtype = language_model, devices, dtype
         self.seconds, self.prefetch = seconds, Prefetch(devices, dtype)
-        self.hidden = HiddenStates(spill)
+        self.hidden = HiddenStateStore(spill)
         self.calls: list[list[Call]] = []
         self.replicas: list[nn.Module] = []
         self.done = False  # whether the hidden states are those behind the block at hand already
-        self.dense: HiddenStates | None = (
+        self.dense: HiddenStateStore | None = (
             None  # the hidden states in the dense model, where they are wanted
         )
         self.dense_calls: list[list[Call]] = []
-        self.targets: HiddenStates | None = None  # and what the dense block at hand makes of them
+        self.targets: HiddenStateStore | None = (
+            None  # and what the dense block at hand makes of them
+        )
         self.originals: list[nn.Module] = []
-        self._stages: dict[tuple[Any, ...], Stages] = {}
+        self._stages: dict[tuple[Any, ...], InputGroups] = {}
         self._threads = [ThreadPoolExecutor(1) for _ in devices] if len(devices) > 1 else []
         shell = shell or Shell(language_model, devices[0], dtype, head=False)
         started = perf_counter()
@@ -85,7 +87,7 @@ class Flow:
             )
         self.seconds.forward += perf_counter() - started
         if dense:
-            self.dense = HiddenStates(spill, self.hidden)
+            self.dense = HiddenStateStore(spill, self.hidden)
             self.dense_calls = [own(calls, {}) for calls in self.calls]
 
     def open(self, index: int, block: nn.Module | None = None) -> None:
@@ -167,11 +169,11 @@ class Flow:
         hidden = self.dense[number].to(self.devices[share])
         return run_block(self.originals[share], hidden, self.dense_calls[number][index])
 
-    def dense_outputs(self, index: int) -> HiddenStates:
+    def dense_outputs(self, index: int) -> HiddenStateStore:
         """What the dense block gives on the dense inputs, batch by batch; computed once."""
         if self.targets is None:
             assert self.dense is not None
-            targets = HiddenStates(self.hidden.folder, self.dense)
+            targets = HiddenStateStore(self.hidden.folder, self.dense)
 
             def forward(share: int) -> None:
                 for number in self.of(share):
@@ -200,14 +202,14 @@ class Flow:
         return [found.result() for found in running]
 
     @torch.no_grad()
-    def stages(self, index: int) -> Stages:
+    def stages(self, index: int) -> InputGroups:
         """The sites of the block at hand in the order in which forwards reach them; found once for
         each kind.
         """
         kind = signature(self.language_model.blocks[index])
         if kind not in self._stages:
             self._stages[kind] = self.ranks.same(
-                lambda: find_stages(
+                lambda: find_groups(
                     self.replicas[0], self.hidden[0].to(self.devices[0]), self.calls[0][index]
                 )
             )

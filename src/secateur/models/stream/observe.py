@@ -20,17 +20,17 @@ from torch import Tensor
 
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods.statistics import OF_DENSE, Stats
-from secateur.models.mapped_tensors import HiddenStates
-from secateur.models.matrices import recorded_inputs, sites
-from secateur.models.stream.forward import Flow
-from secateur.models.stream.paused import Suspended
+from secateur.models.mapped_tensors import HiddenStateStore
+from secateur.models.matrices import recorded_inputs, weight_matrices
+from secateur.models.stream.forward import ForwardPass
+from secateur.models.stream.paused import PausedForwards
 from secateur.system.tensors import is_finite
 
 
 @torch.no_grad()
 def observe(
-    flow: Flow, index: int, need: Iterable[str], probe: int, only: Collection[str] | None
-) -> Observed:
+    flow: ForwardPass, index: int, need: Iterable[str], probe: int, only: Collection[str] | None
+) -> CalibrationStatistics:
     """One forward of the block as it is now, in which the inputs of its sites are seen, or those in
     `only`.
     """
@@ -62,14 +62,14 @@ def observe(
 
 
 def suspended(
-    flow: Flow,
+    flow: ForwardPass,
     index: int,
     stages: Sequence[list[str]],
     need: Iterable[str],
     probe: int,
     *,
     finish: bool,
-) -> Iterator[tuple[list[str], Observed]]:
+) -> Iterator[tuple[list[str], CalibrationStatistics]]:
     """Each stage with what was seen of the inputs of its sites; by the next, they are pruned.
 
     With `finish`, the forwards go on to their end, and the hidden states are those behind the
@@ -78,14 +78,14 @@ def suspended(
     need = tuple(need)
     paired = flow.dense is not None and bool(OF_DENSE.intersection(need))
 
-    def start(share: int) -> tuple[Suspended, Suspended | None]:
+    def start(share: int) -> tuple[PausedForwards, PausedForwards | None]:
         ours = {number: partial(flow.forward, index, share, number) for number in flow.of(share)}
         theirs = {
             number: partial(flow.dense_forward, index, share, number) for number in flow.of(share)
         }
         return (
-            Suspended(flow.replicas[share], stages, ours),
-            Suspended(flow.originals[share], stages, theirs) if paired else None,
+            PausedForwards(flow.replicas[share], stages, ours),
+            PausedForwards(flow.originals[share], stages, theirs) if paired else None,
         )
 
     forwards = flow.each(start)
@@ -100,15 +100,15 @@ def suspended(
 
 @torch.no_grad()
 def _collected(
-    flow: Flow,
+    flow: ForwardPass,
     index: int,
-    forwards: Sequence[tuple[Suspended, Suspended | None]],
+    forwards: Sequence[tuple[PausedForwards, PausedForwards | None]],
     stage: int,
     need: tuple[str, ...],
     probe: int,
-) -> Observed:
+) -> CalibrationStatistics:
     names = forwards[0][0].stages[stage]
-    fused = sites(flow.replicas[0])[names[0]].expert
+    fused = weight_matrices(flow.replicas[0])[names[0]].expert
     shared = {name: name if fused else names[0] for name in names}
 
     def collect(share: int) -> Watch:
@@ -130,7 +130,11 @@ def _collected(
 
 @torch.no_grad()
 def _finish(
-    flow: Flow, index: int, forwards: Sequence[tuple[Suspended, Suspended | None]], *, finish: bool
+    flow: ForwardPass,
+    index: int,
+    forwards: Sequence[tuple[PausedForwards, PausedForwards | None]],
+    *,
+    finish: bool,
 ) -> None:
     def end(share: int) -> None:
         ours, theirs = forwards[share]
@@ -142,7 +146,7 @@ def _finish(
 
     started = perf_counter()
     targets = (
-        HiddenStates(flow.hidden.folder, flow.dense) if flow.dense and forwards[0][1] else None
+        HiddenStateStore(flow.hidden.folder, flow.dense) if flow.dense and forwards[0][1] else None
     )
     flow.each(end)
     flow.done = finish
@@ -150,14 +154,14 @@ def _finish(
     flow.seconds.forward += perf_counter() - started
 
 
-def _probed(flow: Flow, probe: int, number: int) -> int:
+def _probed(flow: ForwardPass, probe: int, number: int) -> int:
     """How many tokens of a batch are kept to measure errors on: only of the very first."""
     return probe if number == 0 and flow.ranks.first else 0
 
 
 def _merged(
-    flow: Flow, index: int, watches: Sequence[Watch], shared: dict[str, str], seconds: float
-) -> Observed:
+    flow: ForwardPass, index: int, watches: Sequence[Watch], shared: dict[str, str], seconds: float
+) -> CalibrationStatistics:
     """What all devices saw together, in `seconds`. Raises NonFinite."""
     statistics = sum(watch.seconds for watch in watches)
     flow.seconds.forward += seconds - statistics
@@ -170,7 +174,7 @@ def _merged(
     flow.ranks.together(
         lambda: refuse_non_finite(flow.language_model.block_name(index), total, probes)
     )
-    return Observed(
+    return CalibrationStatistics(
         {name: total[first] for name, first in shared.items() if first in total},
         {name: probes[first] for name, first in shared.items() if first in probes},
         shared,
@@ -178,7 +182,7 @@ def _merged(
 
 
 def _dense_inputs(
-    flow: Flow,
+    flow: ForwardPass,
     index: int,
     share: int,
     number: int,
@@ -194,7 +198,11 @@ def _dense_inputs(
     if flow.dense is None or not OF_DENSE.intersection(need):
         return found
     block = flow.originals[share]
-    linear = {name for name in sites(block) if not any(part.isdigit() for part in name.split("."))}
+    linear = {
+        name
+        for name in weight_matrices(block)
+        if not any(part.isdigit() for part in name.split("."))
+    }
     if not (linear := linear if only is None else linear & set(only)):
         return found
     with recorded_inputs(block, lambda name, x: found.update({name: x} if name in linear else {})):
@@ -202,7 +210,7 @@ def _dense_inputs(
     return found
 
 
-class Observed(NamedTuple):
+class CalibrationStatistics(NamedTuple):
     """What was seen of a block's inputs, by site; a site that saw no token is missing.
 
     `stats`, one for all sites that share an input; `probes`, some inputs `[tokens, in]` to measure

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from secateur.errors import UnsupportedModel
 from secateur.models import experts
-from secateur.models.matrices import sites, visited
+from secateur.models.matrices import visited, weight_matrices
 from secateur.models.replay import Call, run_block
 
 
-class Stages(NamedTuple):
+class InputGroups(NamedTuple):
     """The sites of a block in the `order` in which a forward reaches them, those with one input
     together; the rest.
 
@@ -41,9 +41,9 @@ class Stages(NamedTuple):
     plain: bool
 
 
-def find_stages(block: nn.Module, hidden: Tensor, call: Call) -> Stages:
+def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> InputGroups:
     """The stages of a block, asked of one forward."""
-    known = sites(block)
+    known = weight_matrices(block)
     reached: list[tuple[str, Tensor]] = []
     with visited(block, reached.extend):
         run_block(block, hidden, call)
@@ -60,7 +60,7 @@ def find_stages(block: nn.Module, hidden: Tensor, call: Call) -> Stages:
     order = list(found.values())
     inside = {name for stage in order for name in stage}
     plain = len(first) == len(reached) and not experts.has_list(block)
-    return Stages(order, [name for name in known if name not in inside], plain)
+    return InputGroups(order, [name for name in known if name not in inside], plain)
 
 
 class _Forward:
@@ -93,7 +93,7 @@ class _Forward:
         self._stack.throw(GreenletExit)
 
 
-class Suspended:
+class PausedForwards:
     """The forwards of some batches through one block, all stopped at the same stage; of one thread,
     until `close`.
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateur.models.matrices import sites
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import run_block
 from secateur.models.stream.forward import Batch
 
@@ -60,7 +60,7 @@ def refine(
     leaves out stays zero.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
-    inputs = {site.parameter: site.weight.shape[1] for site in sites(block).values()}
+    inputs = {site.parameter: site.weight.shape[1] for site in weight_matrices(block).values()}
     start = {name: parameter.detach().clone() for name, parameter in tuned.items()}
     before = error(block, batches)
     for parameter in block.parameters():

@@ -22,7 +22,7 @@ from secateur.methods import find_method
 from secateur.methods.base import importance
 from secateur.methods.patterns import Unstructured, parse_pattern
 from secateur.models.load import check_windows
-from secateur.models.matrices import site_shapes
+from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import Step
 from secateur.pruning.opening import opened
@@ -120,7 +120,7 @@ def plan(
             if command is not None
             else [Path(sys.argv[0]).name, *sys.argv[1:]],
         }
-        write_plan(out, found, site_shapes(language_model), made)
+        write_plan(out, found, matrix_shapes(language_model), made)
     progress.end()
     return found
 
@@ -144,7 +144,7 @@ def make_plan(
     Raises UnknownName, BadPlan, BadPattern.
     """
     check_windows(language_model, windows, batch_size)
-    shapes = site_shapes(language_model)
+    shapes = matrix_shapes(language_model)
     if is_file(allocate):
         held = read_plan(Path(allocate), shapes)
         left = names_left(shapes, skip)
@@ -239,7 +239,7 @@ def by_error(measuring: Measuring) -> Mapping[str, float]:
                     curves.setdefault(f"{step.name}.{name}", []).append((level, error))
 
     measuring.each("errors of", look)
-    shapes = site_shapes(measuring.language_model)
+    shapes = matrix_shapes(measuring.language_model)
     sizes = {name: prod(shapes[name]) for name in curves}
     unseen = dict.fromkeys(
         measuring.plan.keys() - curves.keys(), measuring.sparsity

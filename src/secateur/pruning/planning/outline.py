@@ -26,7 +26,7 @@ from secateur.errors import UnsupportedModel, in_one_line
 from secateur.models import experts
 from secateur.models.checks import LOAD_ERRORS
 from secateur.models.load import find_stack
-from secateur.models.matrices import coverage, signature, sites
+from secateur.models.matrices import coverage, signature, weight_matrices
 from secateur.models.replay import Call, run_block
 from secateur.pruning.planning.meta import META, ExpertLayer, Live, storage, without_numbers
 
@@ -172,7 +172,7 @@ def outline(model: PreTrainedModel, batch: int, length: int, *, tuning: bool = F
         {
             f"{stack}.{index}.{name}": (site.weight.shape[0], site.weight.shape[1])
             for index, block in enumerate(blocks)
-            for name, site in sites(block).items()
+            for name, site in weight_matrices(block).items()
         },
         getattr(model.config.get_text_config(), "max_position_embeddings", None),
         kinds,
@@ -257,7 +257,7 @@ def _kind(
         covered,
         sum(b.nbytes for b in block.buffers()),
         tuple(replace(read, live_bytes=alive[read.group]) for read in reads),
-        tuple(name for name in sites(block) if name not in reached),
+        tuple(name for name in weight_matrices(block) if name not in reached),
         counter.get_total_flops() + rules.flops,
         rules.watching,
         free.peak,
@@ -310,7 +310,7 @@ def _run(
 
         return see
 
-    known = sites(block)
+    known = weight_matrices(block)
     with ExitStack() as hooks:
         for name, module in block.named_modules():
             if experts.is_experts(module):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from secateur.models.matrices import site_shapes, sites
+from secateur.models.matrices import matrix_shapes, weight_matrices
 from secateur.models.replay import Shell, divergence, run_block, working_copy
 from secateur.models.stream.blocks import Step
 from secateur.pruning.planning.allocation import least_error
@@ -78,7 +78,7 @@ def search(measuring: Measuring) -> Mapping[str, float]:
                     break
             if not stale:
                 break
-    shapes, found = site_shapes(measuring.language_model), {}
+    shapes, found = matrix_shapes(measuring.language_model), {}
     for name, level in chosen.items():
         inside = {
             site: curve for site, curve in library.curves.items() if site.startswith(f"{name}.")
@@ -122,7 +122,7 @@ class _Library:
 
     def put(self, block: nn.Module, name: str, level: int) -> None:
         """Write the block's weights at that level into a working copy."""
-        found = sites(block)
+        found = weight_matrices(block)
         for site, stored in load_file(self._file(name, level)).items():
             found[site].stored.copy_(stored)
 

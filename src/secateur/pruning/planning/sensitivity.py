@@ -16,7 +16,7 @@ from secateur.errors import BadPlan
 from secateur.methods import Method, prune_together
 from secateur.methods.patterns import Unstructured
 from secateur.methods.statistics import Stats
-from secateur.models.matrices import site_shapes
+from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import Step, stream
 from secateur.pruning.planning.allocation import Plan
@@ -55,7 +55,7 @@ class Measuring:
         """How many weights the plan covers in each block, by its name; blocks without any are left
         out.
         """
-        shapes, found = site_shapes(self.language_model), {}
+        shapes, found = matrix_shapes(self.language_model), {}
         for index in range(len(self.language_model.blocks)):
             start = self.language_model.block_name(index)
             inside = (shapes[name] for name in self.plan if name.startswith(f"{start}."))

@@ -16,11 +16,11 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoints.record import Seconds, SiteReport, output_error
+from secateur.checkpoints.record import MatrixReport, Seconds, output_error
 from secateur.methods.statistics import OF_DENSE, Stats
 from secateur.methods.structures import NAMES
-from secateur.models.channels.groups import Unit
-from secateur.models.matrices import bias, sites
+from secateur.models.channels.groups import ChannelGroup
+from secateur.models.matrices import bias, weight_matrices
 from secateur.models.replay import LanguageModel, run_block, working_copy
 from secateur.models.stream.blocks import PROBE_TOKENS, Step, put, refuse_non_finite_weights
 from secateur.models.stream.forward import Batch
@@ -29,8 +29,8 @@ from secateur.pruning.structured.channel_scores import SELECTIONS, lowest, taylo
 from secateur.pruning.structured.depth import Missing, last_matrix, missing
 from secateur.pruning.structured.expert_scores import EXPERTS, highest_in_groups, routed_to
 from secateur.pruning.structured.feasibility import BlockCut, Consumer
-from secateur.pruning.structured.method import Shrinking
-from secateur.pruning.structured.reconstruct import NEED, repaired
+from secateur.pruning.structured.method import StructuredMethod
+from secateur.pruning.structured.reconstruct import NEED, reconstructed
 from secateur.pruning.structured.slicing import State, without_experts, without_units
 from secateur.system.progress import Progress
 from secateur.system.tensors import count_zeros
@@ -45,7 +45,7 @@ class Run:
 
     language_model: LanguageModel
     tokens: Tensor
-    shrinking: Shrinking
+    shrinking: StructuredMethod
     devices: Sequence[torch.device]
     dtype: torch.dtype | None
     batch_size: int
@@ -59,16 +59,16 @@ class Run:
 
 
 @torch.no_grad()
-def shrunk_block(
+def smaller_block(
     step: Step, original: nn.Module, cut: BlockCut, span: Sequence[int], run: Run
-) -> tuple[State, list[SiteReport]]:
+) -> tuple[State, list[MatrixReport]]:
     """The tensors of a block after its units and experts are gone and what reads them is repaired,
     as stored.
     """
-    refuse_non_finite_weights(step, sites(original))
+    refuse_non_finite_weights(step, weight_matrices(original))
     result = working_copy(original, torch.device("cpu"), None)
-    gone: dict[str, list[Unit]] = {}
-    reports: list[SiteReport] = []
+    gone: dict[str, list[ChannelGroup]] = {}
+    reports: list[MatrixReport] = []
     kept_experts: dict[str, Tensor] = {}
     if cut.experts:
         routed = routed_to(step.block, ((h, calls[step.index]) for h, calls in step.windows()))
@@ -86,7 +86,7 @@ def shrunk_block(
             )
     if span and run.shrinking.repair and not fold:
         note = f"blocks {', '.join(map(str, span))} are gone, and no matrix here is simply added that could take over"
-        reports.append(SiteReport(step.name, (0, 0), None, 0.0, None, note))
+        reports.append(MatrixReport(step.name, (0, 0), None, 0.0, None, note))
     if fold and fold not in gone:
         _remove(step, result, {fold: Consumer([], 0, "blocks")}, fold, span, run, reports)
     state = without_units(result, gone)
@@ -112,7 +112,7 @@ def refined(
         ]
     started = perf_counter()
     smaller = smaller.to(step.device).float()
-    names = sorted({site.parameter for site in sites(smaller).values()})
+    names = sorted({site.parameter for site in weight_matrices(smaller).values()})
     kept = {name: torch.ones_like(smaller.get_parameter(name), dtype=torch.bool) for name in names}
     tuned = refine(smaller, kept, batches, run.shrinking.refine)
     step.seconds.refine += perf_counter() - started
@@ -140,8 +140,8 @@ def _remove(
     fold: str | None,
     span: Sequence[int],
     run: Run,
-    reports: list[SiteReport],
-) -> dict[str, list[Unit]]:
+    reports: list[MatrixReport],
+) -> dict[str, list[ChannelGroup]]:
     """Choose units of consumers in one forward, write zeros in their place and what makes up for
     them.
     """
@@ -168,8 +168,8 @@ def _remove(
         added = missing(step.block, blocks, str(fold), step.windows(), step.index, dense)
         del blocks
     started = perf_counter()
-    gone: dict[str, list[Unit]] = {}
-    targets = sites(result)
+    gone: dict[str, list[ChannelGroup]] = {}
+    targets = weight_matrices(result)
     for name, consumer in consumers.items():
         weight = targets[name].weight.to(step.device, torch.float32, copy=True)
         held = bias(result, targets[name])
@@ -182,7 +182,7 @@ def _remove(
             kept[[i for unit in gone[name] for i in unit.inputs]] = False
         new, new_bias = weight * kept, old
         if repair and stats is not None:
-            new, new_bias = repaired(
+            new, new_bias = reconstructed(
                 weight, stats, kept, old, added.product if added and name == fold else None
             )
         put(step, name, new, targets)
@@ -228,7 +228,10 @@ def _choose(
 def _put_bias(step: Step, result: nn.Module, name: str, values: Tensor) -> None:
     """Write a bias `[out]` into both copies of the block, rounded as it is stored."""
     for block in (result, step.block):
-        held, stored = bias(block, sites(block)[name]), bias(result, sites(result)[name])
+        held, stored = (
+            bias(block, weight_matrices(block)[name]),
+            bias(result, weight_matrices(result)[name]),
+        )
         assert held is not None
         assert stored is not None
         held[1].copy_(values.to(stored[1].dtype))
@@ -274,10 +277,10 @@ def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) ->
 
 def _report(
     name: str, consumer: Consumer, weight: Tensor, error: float | None, note: str
-) -> SiteReport:
+) -> MatrixReport:
     total = len(consumer.units)
     left = total - consumer.gone
     size = len(consumer.units[0].inputs) if total else 0
     inputs = left * size if total else weight.shape[1]
     pattern = f"{left} of {total} {NAMES[consumer.of]} kept" if total else None
-    return SiteReport(name, (weight.shape[0], inputs), pattern, 0.0, error, note)
+    return MatrixReport(name, (weight.shape[0], inputs), pattern, 0.0, error, note)

@@ -1,7 +1,7 @@
 """Which channels or heads go: one score for each unit of a site's inputs, and in one case the order
 of going.
 
-A unit is what leaves together (`groups.removable`): one input of the feed-forward's last matrix, or
+A unit is what leaves together (`groups.removable_groups`): one input of the feed-forward's last matrix, or
 all inputs of the attention's last matrix that one key-value head feeds. Every selection is a pure
 function of the weight that reads them, `[out, in]` float32, the units' inputs `[units, inputs of
 each]`, and the statistics of the inputs.

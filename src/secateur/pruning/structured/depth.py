@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateur.models.matrices import Site, recorded_inputs, sites
+from secateur.models.matrices import WeightMatrix, recorded_inputs, weight_matrices
 from secateur.models.replay import (
     Call,
     LanguageModel,
@@ -187,7 +187,7 @@ BLOCKS: dict[str, Blocks] = {"influence": influence, "angular": angular, "kl": k
 @torch.no_grad()
 def last_matrix(
     block: nn.Module, hidden: Tensor, call: Call, first: Collection[str] = ()
-) -> Site | None:
+) -> WeightMatrix | None:
     """A site whose output is simply added to the block's, the one with most inputs; None where no
     site is such.
 
@@ -198,7 +198,9 @@ def last_matrix(
     hidden, call = hidden.float(), in_float32(call)
     before = run_block(block, hidden, call)
     added = [
-        s for s in sites(block).values() if not s.expert and s.weight.shape[0] == before.shape[-1]
+        s
+        for s in weight_matrices(block).values()
+        if not s.expert and s.weight.shape[0] == before.shape[-1]
     ]
     for site in sorted(added, key=lambda s: (s.name not in first, -s.weight.shape[1])):
         seen: list[Tensor] = []

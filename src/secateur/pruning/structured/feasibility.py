@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from secateur.errors import BadPattern, SecateurError, UnsupportedModel
 from secateur.methods.structures import Structure, Units, default_alignment, parts
-from secateur.models.channels.groups import Unit, removable
+from secateur.models.channels.groups import ChannelGroup, removable_groups
 from secateur.models.channels.trace import trace
-from secateur.models.matrices import signature, sites
+from secateur.models.matrices import signature, weight_matrices
 from secateur.models.replay import LanguageModel, Shell, close, own, run_block, working_copy
 from secateur.pruning.structured import target_config as stock
 from secateur.pruning.structured.slicing import (
@@ -44,7 +44,7 @@ path, say.
 class Consumer:
     """A site whose inputs go in units, and how many of these go."""
 
-    units: list[Unit]
+    units: list[ChannelGroup]
     gone: int
     of: str
     expert: bool = False
@@ -67,7 +67,7 @@ class BlockCut:
 
 
 @dataclass(frozen=True)
-class Survey:
+class Feasibility:
     """`kinds` by signature of a block; `stock` is the smaller model, `kept` the blocks that
     stay.
     """
@@ -86,7 +86,7 @@ def survey(
     kept: Sequence[int],
     align: int | None,
     device: torch.device,
-) -> Survey:
+) -> Feasibility:
     """What goes out of the blocks that stay. Raises BadPattern or UnsupportedModel, with the counts
     that would do.
     """
@@ -96,7 +96,7 @@ def survey(
             kind: _counted(cut, structure, align, language_model) for kind, cut in among.items()
         }
         if fitting := _find(language_model, kinds, kept):
-            result = Survey(kinds, tuple(kept), fitting)
+            result = Feasibility(kinds, tuple(kept), fitting)
             _try(language_model, result, device)
             return result
     raise UnsupportedModel(_no_stock(language_model, structure, found, kept))
@@ -132,7 +132,7 @@ def _traced(
     for index, block in enumerate(language_model.blocks):
         if (kind := signature(block)) in found:
             continue
-        units, known = dict[str, list[Unit]](), sites(block)
+        units, known = dict[str, list[ChannelGroup]](), weight_matrices(block)
         if wanted & {"channels", "heads"}:
             units = _units(language_model, index, device)
         heads = {n: u for n, u in units.items() if len(u[0].inputs) > 1 and len(u) > 1}
@@ -170,12 +170,12 @@ def _traced(
     return found
 
 
-_UNITS: WeakKeyDictionary[nn.Module, dict[Any, dict[str, list[Unit]]]] = WeakKeyDictionary()
+_UNITS: WeakKeyDictionary[nn.Module, dict[Any, dict[str, list[ChannelGroup]]]] = WeakKeyDictionary()
 
 
 def _units(
     language_model: LanguageModel, index: int, device: torch.device
-) -> dict[str, list[Unit]]:
+) -> dict[str, list[ChannelGroup]]:
     """The units of a block that can go: traced once for every kind of block of a model, however
     often it is asked.
 
@@ -185,7 +185,9 @@ def _units(
     known = _UNITS.setdefault(language_model.model, {})
     kind = signature(language_model.blocks[index])
     if kind not in known:
-        known[kind] = removable(trace(language_model, index, device=device, dtype=torch.float32))
+        known[kind] = removable_groups(
+            trace(language_model, index, device=device, dtype=torch.float32)
+        )
     return known[kind]
 
 
@@ -300,7 +302,7 @@ def _stand_in(block: nn.Module, cut: BlockCut) -> State:
     )
 
 
-def _last_units(cut: BlockCut) -> dict[str, list[Unit]]:
+def _last_units(cut: BlockCut) -> dict[str, list[ChannelGroup]]:
     return {
         name: consumer.units[len(consumer.units) - consumer.gone :]
         for name, consumer in cut.consumers.items()
@@ -365,7 +367,7 @@ def _counted_to(cut: BlockCut, of: str, left: int) -> BlockCut:
 
 
 @torch.no_grad()
-def _try(language_model: LanguageModel, found: Survey, device: torch.device) -> None:
+def _try(language_model: LanguageModel, found: Feasibility, device: torch.device) -> None:
     """Compare blocks of the smaller model with the dense ones whose units that go read as zero, in
     one pass.
 
@@ -388,7 +390,9 @@ def _try(language_model: LanguageModel, found: Survey, device: torch.device) -> 
             gone = _last_units(cut)
             state = without_units(block, gone)
             for name, units in gone.items():
-                sites(block)[name].weight[:, [i for unit in units for i in unit.inputs]] = 0
+                weight_matrices(block)[name].weight[
+                    :, [i for unit in units for i in unit.inputs]
+                ] = 0
             expected = run_block(block, hidden, before) if gone else dense
             empty = found.stock.language_model.blocks[found.kept.index(index)]
             _compare(

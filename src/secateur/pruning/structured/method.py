@@ -25,7 +25,7 @@ PRESETS: dict[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
 SUFFIXES = ("repair", "dense-target", "refine")
 
 
-class Shrinking(NamedTuple):
+class StructuredMethod(NamedTuple):
     """A structured method: the selection for each kind of unit, and what is done about what is
     lost.
 
@@ -44,7 +44,7 @@ class Shrinking(NamedTuple):
         return self.dense or self.refine > 0
 
 
-def find_shrinking(name: str, structure: Structure) -> Shrinking:
+def find_structured_method(name: str, structure: Structure) -> StructuredMethod:
     """The structured method of that name for a structure. Raises UnknownName.
 
     A selection and suffixes: `energy`, `obs+repair`, `kl+repair+dense-target+refine`; or one of
@@ -75,14 +75,14 @@ def find_shrinking(name: str, structure: Structure) -> Shrinking:
     chosen = {kind: first if first in tables[kind] else otherwise[kind] for kind in kinds}
     suffixes = [*suffixes, *more]
     dense, refine = "dense-target" in suffixes, REFINE_EPOCHS if "refine" in suffixes else 0
-    return Shrinking(chosen, dense or "repair" in suffixes, dense, refine)
+    return StructuredMethod(chosen, dense or "repair" in suffixes, dense, refine)
 
 
 def check_structure(
     structure: Structure, method: str, allocate: str, skip: Sequence[str], align: int | None
 ) -> None:
     """Raise UnknownName or BadPattern for options that do not go with a structure."""
-    find_shrinking(method, structure)
+    find_structured_method(method, structure)
     if allocate != "uniform":
         raise BadPlan(
             f"{structure} takes the same out of every block, since stock configurations hold nothing else; "

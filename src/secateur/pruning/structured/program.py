@@ -31,13 +31,13 @@ from secateur.errors import BadPattern, Interrupted
 from secateur.methods.structures import NAMES, Budget, Depth, Structure, parts
 from secateur.models.load import check_source, check_windows, load_blocks, width
 from secateur.models.mapped_tensors import hidden_bytes
-from secateur.models.matrices import coverage, sites
+from secateur.models.matrices import coverage, weight_matrices
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
 from secateur.models.stream.blocks import stream
-from secateur.pruning.structured.block import Run, refined, shrunk_block
+from secateur.pruning.structured.block import Run, refined, smaller_block
 from secateur.pruning.structured.depth import BLOCKS, Looking
-from secateur.pruning.structured.feasibility import Survey, block_parameters, holds, survey
-from secateur.pruning.structured.method import find_shrinking
+from secateur.pruning.structured.feasibility import Feasibility, block_parameters, holds, survey
+from secateur.pruning.structured.method import find_structured_method
 from secateur.pruning.structured.names import Names
 from secateur.pruning.structured.size_budget import within_budget
 from secateur.pruning.structured.slicing import module_of
@@ -74,7 +74,7 @@ def shrink_checkpoint(
     `pruning.json`.
     """
     progress = progress or Progress()
-    shrinking = find_shrinking(method, structure)
+    shrinking = find_structured_method(method, structure)
     check_windows(language_model, windows, batch_size)
     devices, chosen = find_devices(device), find_dtype(dtype)
     forward = forward_dtype(chosen, devices[0])
@@ -187,7 +187,7 @@ def refuse_structure(
             part.removed(len(language_model.blocks))
 
 
-def _surveyed(run: Run, structure: Structure, align: int | None) -> Survey:
+def _surveyed(run: Run, structure: Structure, align: int | None) -> Feasibility:
     """What goes, blocks included. Raises BadPattern or UnsupportedModel."""
     total = len(run.language_model.blocks)
     kept, gone = list(range(total)), list[int]()
@@ -223,7 +223,7 @@ def _surveyed(run: Run, structure: Structure, align: int | None) -> Survey:
 @torch.no_grad()
 def _shrink(
     run: Run,
-    found: Survey,
+    found: Feasibility,
     report: Report,
     names: Names,
     result: Output,
@@ -263,7 +263,7 @@ def _shrink(
         run.progress.advance(step.name, position, count)
         original, empty = model.blocks[step.index], found.stock.language_model.blocks[position]
         span = _span(found.kept, position, len(model.blocks))
-        state, reports = shrunk_block(step, original, found.of(original), span, run)
+        state, reports = smaller_block(step, original, found.of(original), span, run)
         entry: dict[str, Any] = {
             "block": model.block_name(position),
             "sites": [asdict(site) for site in reports],
@@ -308,16 +308,20 @@ def _verify(
     )
 
 
-def _share_gone(language_model: LanguageModel, found: Survey) -> float:
+def _share_gone(language_model: LanguageModel, found: Feasibility) -> float:
     """The share of the blocks' matrix weights that are gone."""
     before, after = (
-        sum(site.stored.numel() for block in model.blocks for site in sites(block).values())
+        sum(
+            site.stored.numel()
+            for block in model.blocks
+            for site in weight_matrices(block).values()
+        )
         for model in (language_model, found.stock.language_model)
     )
     return 1 - after / max(before, 1)
 
 
-def _in_words(language_model: LanguageModel, found: Survey) -> dict[str, str]:
+def _in_words(language_model: LanguageModel, found: Feasibility) -> dict[str, str]:
     """What goes, by where: `mlp.down_proj` → `128 of 512 channels`; `blocks` → which."""
     words: dict[str, str] = {}
     for cut in found.kinds.values():

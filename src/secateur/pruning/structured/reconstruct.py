@@ -31,7 +31,7 @@ model.
 """
 
 
-class Repaired(NamedTuple):
+class Reconstructed(NamedTuple):
     """`weight` `[out, in]` float32, zero at inputs that are gone; `bias` `[out]`, None where there
     was none.
     """
@@ -40,13 +40,13 @@ class Repaired(NamedTuple):
     bias: Tensor | None
 
 
-def repaired(
+def reconstructed(
     weight: Tensor,
     stats: Stats,
     kept: Tensor,
     bias: Tensor | None = None,
     added: Tensor | None = None,
-) -> Repaired:
+) -> Reconstructed:
     """The best weight `[out, in]` float32 on the inputs `kept`, bool `[in]`, and the bias that goes
     with it.
 
@@ -79,5 +79,5 @@ def repaired(
     solution[:, kept] = problem.weight[:, kept] + torch.cholesky_solve(missing.T, factor).T
     solved = problem.restore(solution, kept.expand_as(weight), weight)
     if bias is None or mean is None or output is None:
-        return Repaired(solved, None)
-    return Repaired(solved, bias + output - solved @ mean)
+        return Reconstructed(solved, None)
+    return Reconstructed(solved, bias + output - solved @ mean)

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from secateur.errors import UnsupportedModel
 from secateur.models import experts
-from secateur.models.channels.groups import Unit
-from secateur.models.matrices import Site, sites
+from secateur.models.channels.groups import ChannelGroup
+from secateur.models.matrices import WeightMatrix, weight_matrices
 
 State = dict[str, Tensor]
 """The tensors of a block by their name in it."""
 
 
-def without_units(block: nn.Module, gone: Mapping[str, Iterable[Unit]]) -> State:
+def without_units(block: nn.Module, gone: Mapping[str, Iterable[ChannelGroup]]) -> State:
     """The tensors of a block after units were cut out, given by the site whose inputs they are.
 
     The block is not changed. Tensors that are not cut are its own.
@@ -37,8 +37,8 @@ def without_units(block: nn.Module, gone: Mapping[str, Iterable[Unit]]) -> State
             for site, channel in unit.outputs:
                 rows[site].add(channel)
     state: State = dict(block.state_dict())
-    fused: dict[str, list[tuple[Site, Tensor, Tensor]]] = defaultdict(list)
-    for name, site in sites(block).items():
+    fused: dict[str, list[tuple[WeightMatrix, Tensor, Tensor]]] = defaultdict(list)
+    for name, site in weight_matrices(block).items():
         if name in rows or name in columns or (site.expert and site.parameter in fused):
             out, inputs = site.weight.shape
             fused[site.parameter].append(
@@ -66,7 +66,7 @@ def _others(size: int, gone: Collection[int]) -> Tensor:
     return kept.nonzero().flatten()
 
 
-def _cut(state: Mapping[str, Tensor], site: Site, out: Tensor, inputs: Tensor) -> Tensor:
+def _cut(state: Mapping[str, Tensor], site: WeightMatrix, out: Tensor, inputs: Tensor) -> Tensor:
     stored = state[site.parameter]
     if site.expert:
         stored = stored[int(site.name.rsplit(".", 2)[1])]
