@@ -41,12 +41,16 @@ def recover_blocks(job: Job) -> Recovery:
     last of them.
     """
     assert job.dense is not None
-    refuse_blocks(job.pruned, job.dense)
-    count = len(job.pruned.blocks)
-    held = STREAMS * hidden_bytes(job.windows.ids.shape, width(job.pruned), torch.float32)
+    (source, _, pruned), dense = job.pruned, job.dense.language_model
+    refuse_blocks(pruned, dense)
+    count, ids, destination = len(pruned.blocks), job.windows.ids, job.destination
     with (
         output(
-            job.source, job.out, overwrite=job.overwrite, run=job.conditions, restart=job.restart
+            source,
+            job.out,
+            overwrite=destination.overwrite,
+            run=job.conditions,
+            restart=destination.restart,
         ) as result,
         asked_to_stop("after this block") as stopping,
     ):
@@ -56,19 +60,20 @@ def recover_blocks(job: Job) -> Recovery:
         if 0 < len(finished) < count:
             loaded = load_blocks(
                 result.partial,
-                trust_remote_code=job.trust_remote_code,
-                spill=folder if job.pruned.spilled else None,
+                trust_remote_code=job.trust.trust_remote_code,
+                spill=folder if pruned.spilled else None,
             )
             again = loaded[: len(finished)]
+        hidden = STREAMS * hidden_bytes(ids.shape, width(pruned), torch.float32)
         steps = stream(
-            job.dense,
-            job.windows.ids,
+            dense,
+            ids,
             devices=[job.device],
             dtype=torch.float32,
-            batch_size=job.schedule.batch_size,
+            batch_size=job.training.batch_size,
             dense=True,
             finished=again,
-            spill=folder if held > available_bytes(job.device) / 2 else None,
+            spill=folder if hidden > available_bytes(job.device) / 2 else None,
         )
         for step in steps if len(finished) < count else ():
             job.progress.advance(step.name, step.index, count)
@@ -78,7 +83,7 @@ def recover_blocks(job: Job) -> Recovery:
             tensors = {
                 f"{step.name}.{name}": block.get_parameter(name).data for name in block_masks(block)
             }
-            result.commit(checkpoint_tensors(job.pruned, tensors, job.source.places), entry)
+            result.commit(checkpoint_tensors(pruned, tensors, source.places), entry)
             finished.append(entry)
             step.replace(block)
             del block, tensors
@@ -86,25 +91,26 @@ def recover_blocks(job: Job) -> Recovery:
                 raise Interrupted("Stopped.")
         if not result.done:
             result.settle()
-            refuse_other_masks(job.source, open_checkpoint(result.partial), job.pruned)
-        done = job.done(
+            refuse_other_masks(source, open_checkpoint(result.partial), pruned)
+        recovery = job.recovery(
             sum(entry["seconds"] for entry in finished),
-            loss=[],
-            blocks=[(entry["block"], entry["before"], entry["after"]) for entry in finished],
+            [],
+            [(entry["block"], entry["before"], entry["after"]) for entry in finished],
         )
-        job.finish(result, done)
-    return done
+        job.finish(result, recovery)
+    return recovery
 
 
 def _recovered(step: Step, job: Job) -> tuple[nn.Module, dict[str, Any]]:
     """A block as it is stored after it is trained, and what the journal says of it."""
-    original = job.pruned.blocks[step.index]
+    original = job.pruned.language_model.blocks[step.index]
     block = working_copy(original, step.device, torch.float32)
     kept = block_masks(block)
-    tuned = refine(block, kept, step.batches(), 1, job.schedule.rate)
+    tuned = refine(block, kept, step.batches(), 1, job.rate)
     if not isfinite(tuned.before):
         raise NonFinite(
-            f"{step.name} makes NaN or Inf of the text, or the dense block does. Nothing can aim at that."
+            f"{step.name} makes NaN or Inf of the text, or the dense block does. Nothing can aim "
+            "at that."
         )
     keep_masks(block, original, kept)
     return block, {"block": step.name, "before": tuned.before, "after": tuned.after}

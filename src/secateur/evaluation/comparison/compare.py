@@ -48,7 +48,6 @@ from secateur.pruning.opening import draw_calibration
 from secateur.pruning.planning.memory import check_passes, way_through
 from secateur.pruning.structured.program import refuse_structure
 from secateur.recovery.checks import check_way
-from secateur.recovery.job import BATCH_SIZE
 from secateur.recovery.text import recovery_windows
 from secateur.system.devices import (
     calibration_dtype,
@@ -68,6 +67,7 @@ from secateur.system.settings import (
     Grid,
     RecoveredRows,
     TimedRows,
+    Training,
     Trust,
     ZeroShot,
 )
@@ -134,7 +134,7 @@ def compare(
     for name in bench:
         find_runtime(name)
     for way in recover:
-        check_way(way, "the dense model")
+        check_way(Training(way=way), "the dense model")
     check_passes(passes)
     room, share, local = (
         find_size(memory),
@@ -326,13 +326,13 @@ def _recovering(
     windows = recovery_windows(
         load_tokenizer(folder, trust_remote_code=options["trust_remote_code"]),
         default_corpus(model, text, "c4"),
-        count=steps * BATCH_SIZE,
+        count=steps * Training.batch_size,
         length=avoid[0].ids.shape[1],
         seed=avoid[1].seed or 0,
         avoid=[one.ids for one in avoid],
         data_dir=data_dir,
     )
-    check_windows(language_model, windows, BATCH_SIZE)
+    check_windows(language_model, windows, Training.batch_size)
     return Recovering(list(dict.fromkeys(ways)), steps, windows, language_model, folder, **options)
 
 
