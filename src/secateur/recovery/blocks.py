@@ -22,7 +22,7 @@ from secateur.errors import Interrupted, NonFinite
 from secateur.models.load import checkpoint_tensors, load_blocks, width
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import working_copy
-from secateur.models.stream.blocks import Step, stream
+from secateur.models.stream.blocks import BlockRun, Step, stream
 from secateur.models.stream.refine import refine
 from secateur.recovery.checks import refuse_blocks
 from secateur.recovery.job import Job, Recovery
@@ -65,16 +65,15 @@ def recover_blocks(job: Job) -> Recovery:
             )
             again = loaded[: len(finished)]
         hidden = STREAMS * hidden_bytes(ids.shape, width(pruned), torch.float32)
-        steps = stream(
+        run = BlockRun(
             dense,
             ids,
-            devices=[job.device],
-            dtype=torch.float32,
-            batch_size=job.training.batch_size,
-            dense=True,
-            finished=again,
+            [job.device],
+            torch.float32,
+            job.training.batch_size,
             spill=folder if hidden > available_bytes(job.device) / 2 else None,
         )
+        steps = stream(run, dense=True, finished=again)
         for step in steps if len(finished) < count else ():
             job.progress.advance(step.name, step.index, count)
             block, entry = _recovered(step, job)
