@@ -83,7 +83,7 @@ def _write(job: Job, recovery: Recovery, kept: Mapping[str, Tensor]) -> None:
             ):
                 result.write(tensors)
             refuse_other_masks(source, open_checkpoint(result.partial), language_model)
-        job.finish(result, recovery)
+        result.finish(job.record(recovery))
 
 
 def _linear_layers(language_model: LanguageModel) -> list[str]:

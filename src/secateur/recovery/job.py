@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -11,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
-from secateur.checkpoints.result import Output, stamps
+from secateur.checkpoints.record import command_line
+from secateur.checkpoints.result import stamps
 from secateur.data.windows import Windows
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.distributed import ALONE, Ranks
@@ -136,13 +136,10 @@ class Job:
             out=self.out,
         )
 
-    def finish(self, result: Output, recovery: Recovery) -> None:
-        """Give a result its name, with the record of the pruned checkpoint continued."""
-        record, command = self.pruned.record, self.destination.command
-        entry = asdict(recovery)
+    def record(self, recovery: Recovery) -> dict[str, Any]:
+        """What pruning.json holds of the result: the record of the pruned checkpoint, continued."""
+        record, entry = self.pruned.record, asdict(recovery)
         del entry["out"]
-        entry["command"] = (
-            [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
-        )
+        entry["command"] = command_line(self.destination.command)
         entry["versions"] = versions()
-        result.finish({**record, "recovery": [*record.get("recovery", []), entry]})
+        return {**record, "recovery": [*record.get("recovery", []), entry]}
