@@ -46,6 +46,7 @@ from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.pruning.opening import draw_calibration
 from secateur.pruning.planning.memory import check_passes, way_through
+from secateur.pruning.structured.feasibility import Feasibility
 from secateur.pruning.structured.program import refuse_structure
 from secateur.recovery.checks import check_way
 from secateur.recovery.text import recovery_windows
@@ -160,9 +161,10 @@ def compare(
         trust_remote_code=trust_remote_code,
         spill=spill_folder(out / "dense.hidden", source.bytes, room),
     )
+    feasibility = Feasibility(language_model, chosen)
     for structure in {cell.pattern: parse(cell.pattern) for cell in grid}.values():
         if isinstance(structure, Structure):
-            refuse_structure(language_model, structure, source.bytes, align, chosen)
+            refuse_structure(feasibility, structure, source.bytes, align)
     length = seq_len or default_length(language_model)
     trust = Trust(allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code)
     draws = [
@@ -261,6 +263,7 @@ def compare(
         Destination(out=out, overwrite=True, restart=restart, command=results.command),
         trust,
         progress,
+        feasibility,
     )
     try:
         results.rows = [ground.dense_row()]

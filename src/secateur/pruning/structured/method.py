@@ -26,22 +26,21 @@ SUFFIXES = ("repair", "dense-target", "refine")
 
 
 class StructuredMethod(NamedTuple):
-    """A structured method: the selection for each kind of unit, and what is done about what is
-    lost.
+    """A structured method: how it is chosen what of each kind goes, and what makes up for it.
 
-    `repair`: what reads the units is fitted anew; `dense`: to the dense model; `refine`: epochs of
-    tuning the block.
+    `reconstruct`: what reads the channels is fitted anew by least squares; `dense_target`: to what
+    the dense model gives; `refine`: epochs of tuning the block as a whole.
     """
 
     selections: Mapping[str, str]
-    repair: bool
-    dense: bool
+    reconstruct: bool
+    dense_target: bool
     refine: int = 0
 
     @property
     def second_stream(self) -> bool:
         """Whether what the dense model gives is wanted beside what the smaller one gives."""
-        return self.dense or self.refine > 0
+        return self.dense_target or self.refine > 0
 
 
 def find_structured_method(name: str, structure: Structure) -> StructuredMethod:
