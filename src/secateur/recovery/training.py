@@ -48,7 +48,8 @@ class Divergence(torch.autograd.Function):
         return torch.tensordot(p, log_p.sub_(log_q), p.dim()) / rows
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
         log_q, p = ctx.saved_tensors
         return log_q.exp().sub_(p).mul_(gradient / ctx.rows).to(ctx.dtype), None
 

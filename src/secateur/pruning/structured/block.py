@@ -227,8 +227,8 @@ class BlockSlicer:
         zeros = count_zeros(weight) / weight.numel()
         if self.method.reconstruct and zeros > MANY_ZEROS:
             note += (
-                f"{zeros:.0%} of it were zeros, which the repair has filled; leave out '+repair' to "
-                "keep them"
+                f"{zeros:.0%} of it were zeros, which the repair has filled; leave out '+repair' "
+                "to keep them"
             )
         if absorbs and self.span:
             blocks = "block" if len(self.span) == 1 else "blocks"

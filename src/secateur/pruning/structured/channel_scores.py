@@ -1,10 +1,10 @@
-"""Which channels or heads go: one score for each unit of a site's inputs, and in one case the order
-of going.
+"""Which channels or heads go: one score for each unit of a matrix's inputs, and in one case the
+order of going.
 
-A unit is what leaves together (`groups.removable_groups`): one input of the feed-forward's last matrix, or
-all inputs of the attention's last matrix that one key-value head feeds. Every selection is a pure
-function of the weight that reads them, `[out, in]` float32, the units' inputs `[units, inputs of
-each]`, and the statistics of the inputs.
+A unit is what leaves together (`groups.removable_groups`): one input of the feed-forward's last
+matrix, or all inputs of the attention's last matrix that one key-value head feeds. Every selection
+is a pure function of the weight that reads them, `[out, in]` float32, the units' inputs `[units,
+inputs of each]`, and the statistics of the inputs.
 
 `taylor` scores through gradients: how much a block's output changes, to first order, when one of
 its units is removed. With x_g the inputs of a unit and J_g the derivative of the block's output by
@@ -150,11 +150,11 @@ def taylor(
     `units` are its inputs `[units, inputs of each]`; the block is float32. Only for a module of its
     own, no expert.
     """
-    held: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        held[:] = [args[0].detach().requires_grad_()]
-        return (held[0], *args[1:])
+        inputs[:] = [args[0].detach().requires_grad_()]
+        return (inputs[0], *args[1:])
 
     draw = torch.Generator().manual_seed(0)
     score = torch.zeros(len(units), dtype=torch.float64)
@@ -164,10 +164,9 @@ def taylor(
             for hidden, call in batches:
                 output = run_block(block, hidden.float(), in_float32(call))
                 projection = torch.randn(output.shape, generator=draw).to(output.device)
-                (gradient,) = torch.autograd.grad(output, held[0], projection)
-                change = (held[0].detach() * gradient).flatten(0, -2)[
-                    :, units
-                ]  # [tokens, units, inputs]
+                (gradient,) = torch.autograd.grad(output, inputs[0], projection)
+                change = (inputs[0].detach() * gradient).flatten(0, -2)
+                change = change[:, units]  # [tokens, units, inputs of each]
                 score += change.sum(-1).double().square().sum(0).cpu()
     finally:
         handle.remove()

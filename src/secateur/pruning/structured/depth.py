@@ -1,14 +1,15 @@
 """Which blocks go, and what the block before them can do in their place.
 
-`influence`   the blocks that change the hidden state least: 1 − cos(entering, leaving), mean over tokens
-              (ShortGPT, Men et al. 2024, arXiv:2403.03853)
-`angular`     the span of that many blocks with the least angle between entering and leaving at the last token
-              (Gromov et al. 2024, arXiv:2403.17887)
-`kl`          one at a time, the block without which the model's predictions stay nearest to the dense model's:
-              KL(dense ‖ pruned) on 32 windows. Costs about blocks² / 2 block passes for each block that goes.
+`influence`   the blocks that change the hidden state least: 1 − cos(entering, leaving), mean over
+              tokens (ShortGPT, Men et al. 2024, arXiv:2403.03853)
+`angular`     the span of that many blocks with the least angle between entering and leaving at the
+              last token (Gromov et al. 2024, arXiv:2403.17887)
+`kl`          one at a time, the block without which the model's predictions stay nearest to the
+              dense model's: KL(dense ‖ pruned) on 32 windows. Costs about blocks² / 2 block passes
+              for each block that goes.
 
-What takes over: removing blocks i+1 … j after block i with output h_i loses δ = h_j − h_i. If the last
-matrix W of block i adds W x to h_i, the best linear stand-in is W + E[δ xᵀ] (C + λ)⁻¹, which
+What takes over: removing blocks i+1 … j after block i with output h_i loses δ = h_j − h_i. If the
+last matrix W of block i adds W x to h_i, the best linear stand-in is W + E[δ xᵀ] (C + λ)⁻¹, which
 `reconstruct` computes. ReplaceMe (Shopkhoev et al. 2025, arXiv:2505.02819) estimates a linear map
 of the block's output instead; that is contained in this.
 """
@@ -218,9 +219,9 @@ def missing(
     """What should be added to what a block gives, on all batches.
 
     That is the effect of a span of blocks that are removed; with `dense`, what the dense block
-    gives on dense inputs by batch, also all that the stream has lost up to here. `block`, its number
-    `index`, and the blocks of the span are working copies on the device of the hidden states; x are
-    the inputs of `matrix` in the block.
+    gives on dense inputs by batch, also all that the stream has lost up to here. `block`, its
+    number `index`, and the blocks of the span are working copies on the device of the hidden
+    states; x are the inputs of `matrix` in the block.
     """
     total, power, tokens = torch.zeros(()), 0.0, 0
     for batch, (hidden, calls) in enumerate(windows):

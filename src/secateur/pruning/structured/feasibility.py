@@ -378,8 +378,9 @@ def _try(language_model: LanguageModel, removal: Removal, device: torch.device) 
     own number. Blocks that lose experts route otherwise than before and are left out; the reloaded
     model is compared at the end.
     """
-    vocabulary = language_model.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    tokens = torch.randint(int(vocabulary), (2, 16), generator=torch.Generator().manual_seed(0))
+    embeddings: Any = language_model.model.get_input_embeddings()
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(embeddings.weight.shape[0], (2, 16), generator=draw)
     hidden, calls = Shell(language_model, device, torch.float32, head=False).enter(tokens)
     blocks = language_model.blocks
     tried, fewer = set(), len(removal.kept) < len(blocks)

@@ -84,8 +84,8 @@ def check_structure(
     find_structured_method(method, structure)
     if allocate != "uniform":
         raise BadPlan(
-            f"{structure} takes the same out of every block, since stock configurations hold nothing else; "
-            f"--allocate {allocate} needs a percentage such as '70%'."
+            f"{structure} takes the same out of every block, since stock configurations hold "
+            f"nothing else; --allocate {allocate} needs a percentage such as '70%'."
         )
     channels = isinstance(structure, Budget) or any(
         isinstance(p, Units) and p.of == "channels" for p in parts(structure)
@@ -94,5 +94,6 @@ def check_structure(
         raise BadPattern(f"--align {align} is for channels, and {structure} removes none.")
     if skip:
         raise BadPattern(
-            f"{structure} takes the same out of every block, so --skip {skip[0]} cannot leave one out."
+            f"{structure} takes the same out of every block, so --skip {skip[0]} cannot leave one "
+            "out."
         )

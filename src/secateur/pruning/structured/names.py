@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class Names:
         """The tensors of a block of the smaller model, by checkpoint name."""
         return self._stored(self.smaller, position, self.kept[position], state)
 
+    @cached_property
     def places(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """For every tensor of the smaller checkpoint the source's tensor that it comes from, and
         its own shape.

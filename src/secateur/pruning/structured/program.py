@@ -92,35 +92,44 @@ def prune_structure(
     with PeakMemory() as peak:
         removal = _removal(run, method, feasibility, structure, source.bytes, recipe.align)
         names = Names(source, language_model, removal.target.language_model, removal.kept)
-        tensors, size = names.places(), size_of(source, names.places())
         report = _report(recipe, structure, opened, run, removal)
+        size = size_of(source, names.places)
         with block_writer(
             source, language_model, destination, trust, conditions, other_weights=size
         ) as writer:
             for entry in writer.entries:
                 report.take(entry)
-            if (result := writer.result) and not writer.done:
-                again = bool(writer.entries)
-                result.places = resized(source, result.partial, tensors, again=again)
-                if not again:
-                    model_type = language_model.model.config.model_type
-                    result.configure(removal.target.changes, model_type)
-                    result.sync()
-                progress.begin(f"shrinking with {recipe.method} to {structure}")
-                run = with_room(run, result.out.parent, 1 + method.second_stream, limit)
-                logits = _slice_blocks(Slicing(run, method, removal), names, writer, report)
-                result.settle()
-                progress.begin("loading the result in a fresh process")
-                refuse_unequal(
-                    result.partial,
-                    windows.ids[:1, :CHECKED_TOKENS],
-                    logits,
-                    trust_remote_code=trust.trust_remote_code,
-                )
+            if not writer.done:
+                run = with_room(run, writer.folder.parent, 1 + method.second_stream, limit)
+                _write(Slicing(run, method, removal), names, writer, report, trust)
             report.sparsity = _share_removed(language_model, removal)
             report.peak_bytes, report.out = peak.bytes, Path(destination.out)
             writer.finish(pruning_record(source.folder, report, destination.command, options))
     return report
+
+
+def _write(
+    slicing: Slicing, names: Names, writer: BlockWriter, report: Report, trust: Trust
+) -> None:
+    """Write the smaller model, and let a fresh process compare it. Raises UnsupportedModel."""
+    (run, _, removal), result = slicing, writer.result
+    assert result is not None  # structures are taken out in one process
+    again = bool(writer.entries)
+    result.places = resized(result.source, result.partial, names.places, again=again)
+    if not again:
+        model_type = run.language_model.model.config.model_type
+        result.configure(removal.target.changes, model_type)
+        result.sync()
+    run.progress.begin(f"shrinking with {report.method} to {report.pattern}")
+    logits = _slice_blocks(slicing, names, writer, report)
+    result.settle()
+    run.progress.begin("loading the result in a fresh process")
+    refuse_unequal(
+        result.partial,
+        run.tokens[:1, :CHECKED_TOKENS],
+        logits,
+        trust_remote_code=trust.trust_remote_code,
+    )
 
 
 def refuse_structure(

@@ -1,7 +1,8 @@
 """A block with groups of channels, experts or nothing taken out: its tensors in their new shapes,
 and a stock module that runs them.
 
-What is sliced are rows and columns of the matrices of a group, and the biases that go with the rows.
+What is sliced are rows and columns of the matrices of a group, and the biases that go with the
+rows.
 The module is the one that the family itself builds for the new configuration (`target_config`), so
 what runs here is what every loader will run.
 """
