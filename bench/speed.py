@@ -25,9 +25,11 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.data.windows import Windows
-from secateur.methods.structures import parse_structure
 from secateur.models.load import load
-from secateur.pruning.structured.program import shrink_checkpoint
+from secateur.pruning.opening import Opened
+from secateur.pruning.structured.program import prune_structure
+from secateur.system.progress import Progress
+from secateur.system.settings import Compute, Destination, Recipe, Trust
 
 PROMPT = 256
 
@@ -133,12 +135,14 @@ def main() -> None:
         for number, pattern in enumerate(chosen.patterns.split(",")):
             folders[pattern] = place / f"smaller-{number}"
             ids = torch.randint(3, 1000, (2, 64), generator=torch.Generator().manual_seed(0))
-            structure = parse_structure(pattern)
-            assert structure, f"{pattern} is no structure"
-            shrink_checkpoint(
-                open_checkpoint(source), load(source), Windows(ids, "random", "none", 0, None), folders[pattern],
-                method="influence" if "blocks" in pattern else "random", structure=structure,
-            )  # fmt: skip
+            prune_structure(
+                Opened(open_checkpoint(source), load(source), Windows(ids, "random", "none", 0, None)),
+                Recipe(method="influence" if "blocks" in pattern else "random", pattern=pattern),
+                Compute(),
+                Destination(out=folders[pattern]),
+                Trust(),
+                Progress(),
+            )
         calls = {
             (name, what): call
             for name, folder in folders.items()

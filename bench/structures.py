@@ -20,10 +20,11 @@ from common import options, write
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.data.windows import Windows
 from secateur.errors import SecateurError, UnsupportedModel
-from secateur.methods.structures import parse_structure
 from secateur.models.load import load
-from secateur.pruning.structured import program as shrink
-from secateur.pruning.structured import verify
+from secateur.pruning.opening import Opened
+from secateur.pruning.structured import program, verify
+from secateur.system.progress import Progress
+from secateur.system.settings import Compute, Destination, Recipe, Trust
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.families import FAMILIES, tiny_model
@@ -40,12 +41,11 @@ def check(folder: Path, tokens: torch.Tensor, logits: torch.Tensor, **options: b
 def tried(source: Path, out: Path, pattern: str, method: str) -> str:
     """`held`, or why not."""
     ids = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
-    structure = parse_structure(pattern)
-    assert structure
+    opened = Opened(open_checkpoint(source), load(source), Windows(ids, "random", "none", 1, None))
     try:
-        shrink.shrink_checkpoint(
-            open_checkpoint(source), load(source), Windows(ids, "random", "none", 1, None), out, method=method,
-            structure=structure, overwrite=True,
+        program.prune_structure(
+            opened, Recipe(method=method, pattern=pattern), Compute(), Destination(out=out, overwrite=True), Trust(),
+            Progress(),
         )  # fmt: skip
     except SecateurError as error:
         return str(error)
@@ -57,7 +57,7 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    shrink.refuse_unequal = check
+    program.refuse_unequal = check
     found: dict[str, dict[str, str]] = {}
     for family in FAMILIES:
         with TemporaryDirectory() as temporary:

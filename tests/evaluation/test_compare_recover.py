@@ -95,8 +95,8 @@ def test_no_text_is_shared(options, tmp_path):
 def test_what_is_finished_is_kept(options, tmp_path, monkeypatch):
     first = secateur.compare(**options, out=tmp_path)
     trained = []
-    real = recovering.carry_out
-    monkeypatch.setattr(recovering, "carry_out", lambda job: trained.append(job.way) or real(job))
+    real = recovering.run_recovery
+    monkeypatch.setattr(recovering, "run_recovery", lambda job: trained.append(job.training.way) or real(job))
     again = secateur.compare(**options, out=tmp_path)
     assert again.rows == first.rows
     row = tmp_path / "rows" / "wanda-2of4-recovered-by-masked-in-3-steps.json"

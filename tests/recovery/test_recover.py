@@ -40,7 +40,7 @@ from secateur.errors import (
     UnsupportedModel,
 )
 from secateur.models.load import load
-from secateur.recovery import blocks as block_by_block
+from secateur.models.stream import block_writer
 from secateur.recovery import finetune as all_at_once
 from secateur.recovery import training
 from secateur.recovery import training_state as halfway
@@ -341,7 +341,7 @@ def test_an_end_that_is_asked_for(models, options, monkeypatch):
 def test_blocks_that_are_finished_are_kept(models, options, tmp_path, monkeypatch):
     options = options | {"way": "blocks", "rate": None}
     whole = recover(models / "llama-pruned", **options | {"out": tmp_path / "whole"})
-    monkeypatch.setattr(block_by_block, "asked_to_stop", asked)
+    monkeypatch.setattr(block_writer, "asked_to_stop", asked)
     for count in (1, 2):
         with pytest.raises(Interrupted, match=f"The same command goes on after the {count} blocks that are finished"):
             recover(models / "llama-pruned", **options)

@@ -37,7 +37,7 @@ from secateur.pruning.planning.allocation import is_file
 from secateur.pruning.planning.memory import check_passes
 from secateur.pruning.planning.passes import needs_dense
 from secateur.pruning.prepare import Pruning, block_run, prepare
-from secateur.pruning.structured.program import shrink_checkpoint
+from secateur.pruning.structured.program import prune_structure
 from secateur.system.devices import find_devices, find_dtype
 from secateur.system.files import file_sha256
 from secateur.system.machine import versions
@@ -125,7 +125,7 @@ def prune_checkpoint(
 ) -> Report:
     """`prune` for a model that is loaded already, and calibration windows that are drawn already.
 
-    A structure makes a smaller model and is another program, `shrink_checkpoint`; from here on
+    A structure makes a smaller model and is another program, `prune_structure`; from here on
     there are zeros only.
     """
     progress, (source, language_model, windows) = progress or Progress(), opened
@@ -133,7 +133,7 @@ def prune_checkpoint(
     if isinstance(zeros, Structure):
         if ranks.size > 1:
             raise UnsupportedModel(f"{zeros} is taken out in one process; found {ranks.size}.")
-        return _prune_structure(opened, zeros, recipe, compute, destination, trust, progress)
+        return prune_structure(opened, recipe, compute, destination, trust, progress)
     run = block_run(language_model, windows, compute, out.resolve().parent, progress, ranks)
     conditions, count = _conditions(run, windows, zeros, compute), len(language_model.blocks)
     with (
@@ -177,33 +177,6 @@ def _conditions(run: BlockRun, windows: Windows, zeros: Zeros, compute: Compute)
         "device": run.devices[0].type,
         "versions": versions(),
     }
-
-
-def _prune_structure(
-    opened: Opened,
-    structure: Structure,
-    recipe: Recipe,
-    compute: Compute,
-    destination: Destination,
-    trust: Trust,
-    progress: Progress,
-) -> Report:
-    return shrink_checkpoint(
-        *opened,
-        Path(destination.out),
-        method=recipe.method,
-        structure=structure,
-        align=recipe.align,
-        device=compute.device,
-        dtype=compute.dtype,
-        batch_size=compute.batch_size,
-        memory=compute.memory,
-        overwrite=destination.overwrite,
-        restart=destination.restart,
-        trust_remote_code=trust.trust_remote_code,
-        command=destination.command,
-        progress=progress,
-    )
 
 
 def prune_model(

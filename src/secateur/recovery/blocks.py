@@ -17,20 +17,14 @@ import torch
 from torch import nn
 
 from secateur.checkpoints.folder import open_checkpoint
-from secateur.checkpoints.result import BLOCK, output
-from secateur.errors import Interrupted, NonFinite
-from secateur.models.context import width
-from secateur.models.load import load_blocks
-from secateur.models.mapped_tensors import hidden_bytes
+from secateur.errors import NonFinite
 from secateur.models.replay import working_copy
-from secateur.models.stored import checkpoint_tensors
+from secateur.models.stream.block_writer import block_writer, with_room
 from secateur.models.stream.blocks import BlockRun, Step, stream
 from secateur.models.stream.refine import refine
 from secateur.recovery.checks import refuse_blocks
 from secateur.recovery.job import Job, Recovery
 from secateur.recovery.masks import block_masks, keep_masks, refuse_other_masks
-from secateur.system.interrupt import asked_to_stop
-from secateur.system.memory import available_bytes
 
 STREAMS = 3
 """Hidden states that are held: of the pruned model, of the dense one, and what its block at hand
@@ -43,69 +37,45 @@ def recover_blocks(job: Job) -> Recovery:
     last of them.
     """
     assert job.dense is not None
-    refuse_blocks(job.pruned, job.dense)
-    count = len(job.pruned.blocks)
-    held = STREAMS * hidden_bytes(job.windows.ids.shape, width(job.pruned), torch.float32)
-    with (
-        output(
-            job.source, job.out, overwrite=job.overwrite, run=job.conditions, restart=job.restart
-        ) as result,
-        asked_to_stop("after this block") as stopping,
-    ):
-        finished, since = result.recorded(BLOCK), job.started
-        folder = result.partial.parent
-        again: list[nn.Module] = []
-        if 0 < len(finished) < count:
-            loaded = load_blocks(
-                result.partial,
-                trust_remote_code=job.trust_remote_code,
-                spill=folder if job.pruned.spilled else None,
-            )
-            again = loaded[: len(finished)]
-        run = BlockRun(
-            job.dense,
-            job.windows.ids,
-            [job.device],
-            torch.float32,
-            job.schedule.batch_size,
-            spill=folder if held > available_bytes(job.device) / 2 else None,
-        )
-        steps = stream(run, dense=True, finished=again)
-        for step in steps if len(finished) < count else ():
-            job.progress.advance(step.name, step.index, count)
-            block, entry = _recovered(step, job)
-            now = perf_counter()
-            entry["seconds"], since = now - since, now
-            tensors = {
-                f"{step.name}.{name}": block.get_parameter(name).data for name in block_masks(block)
-            }
-            result.commit(checkpoint_tensors(job.pruned, tensors, job.source.places), entry)
-            finished.append(entry)
-            step.replace(block)
-            del block, tensors
-            if stopping() and step.index < count - 1:
-                raise Interrupted("Stopped.")
-        if not result.done:
+    (source, _, pruned), dense = job.pruned, job.dense.language_model
+    refuse_blocks(pruned, dense)
+    run = BlockRun(dense, job.windows.ids, [job.device], torch.float32, job.training.batch_size)
+    count, since = len(pruned.blocks), job.started
+    with block_writer(source, pruned, job.destination, job.trust, job.conditions) as writer:
+        if len(writer.entries) < count:
+            run = with_room(run, writer.folder.parent, STREAMS)
+            for step in stream(run, dense=True, finished=writer.finished()):
+                job.progress.advance(step.name, step.index, count)
+                block, entry = _recovered(step, job)
+                now = perf_counter()
+                entry["seconds"], since = now - since, now
+                parameters = {
+                    f"{step.name}.{name}": block.get_parameter(name).data
+                    for name in block_masks(block)
+                }
+                last = step.last
+                step.replace(block)
+                del step, block
+                writer.commit(parameters, entry, last=last)
+        if (result := writer.result) and not writer.done:
             result.settle()
-            refuse_other_masks(job.source, open_checkpoint(result.partial), job.pruned)
-        done = job.done(
-            sum(entry["seconds"] for entry in finished),
-            loss=[],
-            blocks=[(entry["block"], entry["before"], entry["after"]) for entry in finished],
-        )
-        job.finish(result, done)
-    return done
+            refuse_other_masks(source, open_checkpoint(result.partial), pruned)
+        blocks = [(entry["block"], entry["before"], entry["after"]) for entry in writer.entries]
+        recovery = job.recovery(sum(entry["seconds"] for entry in writer.entries), [], blocks)
+        writer.finish(job.record(recovery))
+    return recovery
 
 
 def _recovered(step: Step, job: Job) -> tuple[nn.Module, dict[str, Any]]:
     """A block as it is stored after it is trained, and what the journal says of it."""
-    original = job.pruned.blocks[step.index]
+    original = job.pruned.language_model.blocks[step.index]
     block = working_copy(original, step.device, torch.float32)
     kept = block_masks(block)
-    tuned = refine(block, kept, step.batches(), 1, job.schedule.rate)
+    tuned = refine(block, kept, step.batches(), 1, job.rate)
     if not isfinite(tuned.before):
         raise NonFinite(
-            f"{step.name} makes NaN or Inf of the text, or the dense block does. Nothing can aim at that."
+            f"{step.name} makes NaN or Inf of the text, or the dense block does. Nothing can aim "
+            "at that."
         )
     keep_masks(block, original, kept)
     return block, {"block": step.name, "before": tuned.before, "after": tuned.after}

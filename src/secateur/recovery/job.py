@@ -1,53 +1,38 @@
-"""One recovery: what it is given, how long it trains, and what it did."""
+"""One recovery: what it is given, and what it did."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
-from secateur.checkpoints.result import Output, stamps
+from secateur.checkpoints.result import stamps
 from secateur.data.windows import Windows
 from secateur.models.replay import LanguageModel
-from secateur.models.stream.distributed import Ranks
+from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.recovery.checks import aims_at_dense
-from secateur.system.machine import versions
+from secateur.system.machine import typed_command, versions
 from secateur.system.progress import Progress
-
-BATCH_SIZE, SAVE_EVERY, RANK = 8, 100, 16
-"""Windows of a forward pass, steps between checkpoints, and the rank of adapters, where nothing is
-asked for.
-"""
+from secateur.system.settings import Destination, Training, Trust
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast: `steps` of `accumulate` × `batch_size` windows in each of the
-    `processes`.
+class Pruned(NamedTuple):
+    """A pruned model in memory, its checkpoint, and what its pruning.json says."""
 
-    A checkpoint is kept every `save_every` steps. `dtype` is what is multiplied; weights are
-    trained in float32.
-    """
+    source: Checkpoint
+    record: dict[str, Any]
+    language_model: LanguageModel
 
-    steps: int
-    batch_size: int
-    accumulate: int
-    rate: float
-    save_every: int
-    seed: int
-    checkpointing: bool = False
-    processes: int = 1
-    dtype: str = "float32"
 
-    @property
-    def windows(self) -> int:
-        return self.steps * self.batch_size * self.accumulate * self.processes
+class Dense(NamedTuple):
+    """The model that was pruned, and its folder."""
+
+    folder: Path
+    language_model: LanguageModel
 
 
 @dataclass(frozen=True)
@@ -77,74 +62,83 @@ class Recovery:
     out: Path | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """A recovery that is about to begin: the pruned checkpoint with its record, the dense model,
-    the text, the rest.
+    """A recovery that is about to begin: its models are loaded and its text is drawn.
+
+    `rate` and `dtype` are those of `training` where it names them. `apart` as in `Recovery`.
     """
 
-    way: str
-    source: Checkpoint
-    record: dict[str, Any]
-    pruned: LanguageModel
-    dense: LanguageModel | None
+    training: Training
+    rate: float
+    dtype: str
+    pruned: Pruned
+    dense: Dense | None
     windows: Windows
-    schedule: Schedule
-    rank: int
+    destination: Destination
+    trust: Trust
     device: torch.device
-    out: Path
-    overwrite: bool
-    restart: bool
-    command: Sequence[str]
     progress: Progress
-    ranks: Ranks
-    dense_folder: Path | None
-    trust_remote_code: bool
-    apart: bool
+    ranks: Ranks = ALONE
+    apart: bool = True
     started: float = field(default_factory=perf_counter)
 
     @property
-    def aims(self) -> bool:
-        """Whether the dense model is what is aimed at."""
-        return aims_at_dense(self.way)
+    def out(self) -> Path:
+        return Path(self.destination.out)
+
+    @property
+    def target(self) -> Dense | None:
+        """The dense model, where it is what is aimed at."""
+        return self.dense if aims_at_dense(self.training.way) else None
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """What must be the same for a run that died to be taken up, as JSON can hold it."""
-        held = {
-            "way": self.way,
-            **asdict(self.schedule),
-            "rank": self.rank,
+        """What must be the same for a run that died to be taken up."""
+        options = asdict(self.training)
+        options["checkpointing"] = options.pop("gradient_checkpointing")
+        target = self.target
+        return options | {
+            "rate": self.rate,
+            "dtype": self.dtype,
+            "processes": self.ranks.size,
             "text": self.windows.fingerprint(),
             "device": self.device.type,
             "versions": versions(),
-            "files": stamps(self.source),
-            "dense": stamps(open_checkpoint(self.dense_folder))
-            if self.dense_folder and self.aims
-            else None,
+            "files": stamps(self.pruned.source),
+            "dense": stamps(open_checkpoint(target.folder)) if target else None,
         }
-        return json.loads(json.dumps(held))
 
-    def done(self, seconds: float, **found: Any) -> Recovery:
+    def recovery(
+        self,
+        seconds: float,
+        loss: list[tuple[int, float]],
+        blocks: list[tuple[str, float, float]] | None = None,
+    ) -> Recovery:
         """What this recovery did in `seconds`."""
+        training = self.training
         return Recovery(
-            self.way,
-            self.schedule.steps,
-            self.windows.ids.numel(),
-            seconds,
-            self.schedule.rate,
-            self.schedule.dtype,
-            self.schedule.seed,
-            self.windows.fingerprint(),
-            float(self.record["sparsity"]),
+            way=training.way,
+            steps=training.steps,
+            tokens=self.windows.ids.numel(),
+            seconds=seconds,
+            rate=self.rate,
+            dtype=self.dtype,
+            seed=training.seed,
+            text=self.windows.fingerprint(),
+            sparsity=float(self.pruned.record["sparsity"]),
+            loss=loss,
+            blocks=blocks or [],
+            dense=str(self.dense.folder) if self.dense else None,
+            rank=training.rank if training.way.startswith("lora") else None,
             apart=self.apart,
-            dense=str(self.dense_folder) if self.dense_folder else None,
             out=self.out,
-            **found,
         )
 
-    def finish(self, result: Output, done: Recovery) -> None:
-        """Give a result its name, with the record of the pruned checkpoint continued."""
-        told = {key: value for key, value in asdict(done).items() if key != "out"}
-        entry = {**told, "command": list(self.command), "versions": versions()}
-        result.finish({**self.record, "recovery": [*self.record.get("recovery", []), entry]})
+    def record(self, recovery: Recovery) -> dict[str, Any]:
+        """What pruning.json holds of the result: the record of the pruned checkpoint, continued."""
+        record, entry = self.pruned.record, asdict(recovery)
+        del entry["out"]
+        entry["command"] = typed_command(self.destination.command)
+        entry["versions"] = versions()
+        return {**record, "recovery": [*record.get("recovery", []), entry]}

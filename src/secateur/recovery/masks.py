@@ -15,8 +15,8 @@ from secateur.models.stored import checkpoint_tensors
 
 
 def masks(language_model: LanguageModel) -> dict[str, Tensor]:
-    """By the name of every site's parameter that has zeros where it is not zero, bool, of the
-    parameter's shape.
+    """Where the weight matrices that have zeros are not zero: bool, by the name of the parameter
+    and of its shape.
     """
     return {
         f"{language_model.block_name(index)}.{name}": kept
@@ -27,13 +27,14 @@ def masks(language_model: LanguageModel) -> dict[str, Tensor]:
 
 
 def block_masks(block: nn.Module) -> dict[str, Tensor]:
-    """By the name of every site's parameter in a block where it is not zero, bool, of the
-    parameter's shape.
+    """Where the weight matrices of a block are not zero: bool, by the name of the parameter and of
+    its shape.
     """
-    return {
-        name: block.get_parameter(name) != 0
-        for name in sorted({site.parameter for site in weight_matrices(block).values()})
-    }
+    return {name: block.get_parameter(name) != 0 for name in _parameters(block)}
+
+
+def _parameters(block: nn.Module) -> list[str]:
+    return sorted({matrix.parameter for matrix in weight_matrices(block).values()})
 
 
 @torch.no_grad()
@@ -60,7 +61,7 @@ def written(
     source: Checkpoint,
     kept: Mapping[str, Tensor],
     *,
-    only_sites: bool,
+    only_matrices: bool,
 ) -> Iterator[dict[str, Tensor]]:
     """The trained tensors by checkpoint name, block by block and then the rest, in the dtype they
     are stored in.
@@ -68,23 +69,19 @@ def written(
     A weight that rounds to zero although it is kept gets its value from before: the mask is the
     mask.
     """
-    model, seen = language_model.model, set[str]()
+    in_blocks: set[str] = set()
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
-        names = (
-            {site.parameter for site in weight_matrices(block).values()}
-            if only_sites
-            else set(dict(block.named_parameters()))
-        )
-        seen |= {f"{start}.{name}" for name, _ in block.named_parameters()}
-        yield _stored(
-            language_model,
-            source,
-            {f"{start}.{name}": block.get_parameter(name) for name in sorted(names)},
-            kept,
-        )
-    if not only_sites:
-        rest = {name: parameter for name, parameter in model.named_parameters() if name not in seen}
+        every = [name for name, _ in block.named_parameters()]
+        in_blocks |= {f"{start}.{name}" for name in every}
+        tensors = {
+            f"{start}.{name}": block.get_parameter(name)
+            for name in (_parameters(block) if only_matrices else sorted(every))
+        }
+        yield _stored(language_model, source, tensors, kept)
+    if not only_matrices:
+        parameters = dict(language_model.model.named_parameters())
+        rest = {name: parameters[name] for name in parameters if name not in in_blocks}
         yield _stored(language_model, source, rest, kept)
 
 
@@ -94,15 +91,10 @@ def _stored(
     tensors: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    masked = {
-        name: tensor * kept[name] if name in kept else tensor for name, tensor in tensors.items()
-    }
-    whole = {name: kept[name] for name in tensors if name in kept}
+    masked = {n: tensor * kept[n] if n in kept else tensor for n, tensor in tensors.items()}
     stored = checkpoint_tensors(language_model, masked, source.places)
-    bits = checkpoint_tensors(
-        language_model, {name: mask.float() for name, mask in whole.items()}, source.places
-    )
-    for name, mask in bits.items():
+    bits = {name: kept[name].float() for name in tensors if name in kept}
+    for name, mask in checkpoint_tensors(language_model, bits, source.places).items():
         stored[name] = _rounded(stored[name], source.tensor(name), mask != 0)
     return stored
 
@@ -110,15 +102,15 @@ def _stored(
 def refuse_other_masks(
     before: Checkpoint, after: Checkpoint, language_model: LanguageModel
 ) -> None:
-    """Raise BadCheckpoint unless every site of two checkpoints is zero at the same places, weight
-    by weight.
+    """Raise BadCheckpoint unless every weight matrix of two checkpoints is zero at the same places,
+    weight by weight.
     """
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
-        parameters = {f"{start}.{site.parameter}" for site in weight_matrices(block).values()}
-        held = {name: language_model.model.get_parameter(name) for name in sorted(parameters)}
-        for name in checkpoint_tensors(language_model, held, before.places):
+        tensors = {f"{start}.{name}": block.get_parameter(name) for name in _parameters(block)}
+        for name in checkpoint_tensors(language_model, tensors, before.places):
             if not torch.equal(before.tensor(name) == 0, after.tensor(name) == 0):
                 raise BadCheckpoint(
-                    f"{name} would have other zeros than before recovery. Nothing was written; report this."
+                    f"{name} would have other zeros than before recovery. Nothing was written; "
+                    "report this."
                 )

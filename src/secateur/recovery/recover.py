@@ -1,10 +1,11 @@
 """The program for recovery: a pruned checkpoint and some text in, the same checkpoint with better
 weights out.
 
-    the mask is read from the weights, and must be what pruning.json says → windows of text, none seen before
-    → trained under the mask: all of the model at once (`whole`), or block by block (`blocks`)
-    → rounded as stored, zeros where zeros were → the mask of what was written is compared with the first, weight by
-    weight, before it gets its name
+    the mask is read from the weights, and must be what pruning.json says
+    → windows of text, none seen before
+    → trained under the mask: all of the model at once (`finetune`), or block by block (`blocks`)
+    → rounded as stored, zeros where zeros were → the mask of what was written is compared with the
+    first, weight by weight, before it gets its name
 
 Whatever the way, the mask at the end is the mask at the beginning. A structured result has no mask;
 it is trained as the dense model that it is.
@@ -12,7 +13,7 @@ it is trained as the dense model that it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,9 @@ from secateur.recovery.checks import (
     refuse_other_model,
     refuse_other_weights,
 )
-from secateur.recovery.job import Job, Recovery, Schedule
+from secateur.recovery.job import Dense, Job, Pruned, Recovery
 from secateur.recovery.text import RUN, recovery_windows
 from secateur.system.devices import find_devices, training_dtype
-from secateur.system.machine import typed_command
 from secateur.system.progress import Progress
 from secateur.system.settings import Destination, Training, TrainingText, Trust
 
@@ -92,96 +92,60 @@ def recover(
     `blocks` after each block: the same call goes on after it. Raises SecateurError; NonFinite where
     the loss is NaN, and then the last checkpoint is kept.
     """
-    check_way(way, dense, accumulate=accumulate, checkpointing=gradient_checkpointing, dtype=dtype)
-    local = Path(data_dir) if data_dir else None
+    training = Training(
+        way=way,
+        steps=steps,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        rate=rate,
+        rank=rank,
+        save_every=save_every,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    texts = TrainingText(text=text, evaluation=evaluation, seq_len=seq_len, data_dir=data_dir)
+    destination = Destination(out=out, overwrite=overwrite, restart=restart, command=command)
+    trust = Trust(trust_remote_code=trust_remote_code)
+    check_way(training, dense)
     with joined(device) as (ranks, device):
         progress = (progress if ranks.first else None) or Progress()
         chosen = find_devices(device)[0]
-        check_numbers(rate, seed, chosen)
-        folder = resolve(model)
-        source = open_checkpoint(folder)
-        check_output_folder(source, Path(out), overwrite=overwrite)
-        record = pruning_record(source)
-        progress.begin(f"loading {model}")
-        pruned = load(folder, trust_remote_code=trust_remote_code)
-        refuse_dropout(source, pruned)
-        refuse_other_weights(source, pruned, record)
-        reference, other = None, None if dense is None else resolve(dense)
-        if other:
-            reference = load(other, trust_remote_code=trust_remote_code)
-            refuse_other_model(
-                pruned,
-                reference,
-                folder,
-                other,
-                smaller=record.get("kind") == "structured",
-                trust_remote_code=trust_remote_code,
-            )
-        schedule = Schedule(
-            steps,
-            batch_size,
-            accumulate,
-            rate or rate_of(way, pruned),
-            save_every,
-            seed,
-            gradient_checkpointing,
-            ranks.size,
-            ranks.same(lambda: dtype_of(way, dtype, chosen, stored_dtype(source))),
-        )
+        check_numbers(training, chosen)
+        pruned = _pruned(model, destination, trust, progress)
+        target = None if dense is None else _dense(dense, pruned, trust)
+        stored = stored_dtype(pruned.source)
+        numbers = ranks.same(lambda: dtype_of(way, dtype, chosen, stored))
         progress.begin("reading text")
-        tokenizer, length = (
-            load_tokenizer(folder, trust_remote_code=trust_remote_code),
-            default_length(pruned),
+        windows, apart = _windows(pruned, texts, training, ranks.size, avoid, trust)
+        recovery = run(
+            Job(
+                training=training,
+                rate=rate or rate_of(way, pruned.language_model),
+                dtype=numbers,
+                pruned=pruned,
+                dense=target,
+                windows=windows,
+                destination=destination,
+                trust=trust,
+                device=chosen,
+                progress=progress,
+                ranks=ranks,
+                apart=apart,
+            )
         )
-        seen = list(avoid)
-        if calibrated := _calibrated(record, tokenizer, local):
-            seen.append(calibrated.ids)
-        if evaluation:
-            seen.append(
-                evaluation_windows(tokenizer, evaluation, length=RUN, data_dir=local).ids
-            )  # nearly all of it
-        windows = recovery_windows(
-            tokenizer,
-            text or ("demo" if _is_demo(record) else "c4"),
-            count=schedule.windows,
-            length=seq_len or length,
-            seed=seed,
-            avoid=seen,
-            data_dir=local,
-        )
-        check_windows(pruned, windows, batch_size)
-        job = Job(
-            way,
-            source,
-            record,
-            pruned,
-            reference,
-            windows,
-            schedule,
-            rank,
-            chosen,
-            Path(out),
-            overwrite,
-            restart,
-            typed_command(command),
-            progress,
-            ranks,
-            other,
-            trust_remote_code,
-            calibrated is not None or _is_demo(record),
-        )
-        done = carry_out(job)
         progress.end()
-    return done
+    return recovery
 
 
-def carry_out(job: Job) -> Recovery:
-    """Train and write; for a job whose model is loaded and whose text is drawn already."""
-    if job.way == "blocks":
+def run(job: Job) -> Recovery:
+    """Train and write; for a job whose models are loaded and whose text is drawn already."""
+    if job.training.way == "blocks":
         return recover_blocks(job)
-    from secateur.recovery.finetune import recover_whole  # needs packages that not everybody has
+    from secateur.recovery.finetune import finetune  # needs packages that not everybody has
 
-    return recover_whole(job)
+    return finetune(job)
 
 
 def rate_of(way: str, pruned: LanguageModel) -> float:
@@ -199,27 +163,77 @@ def dtype_of(way: str, dtype: str, device: torch.device, stored: torch.dtype) ->
     return "float32" if way == "blocks" else training_dtype(dtype, device, stored)
 
 
-def _is_demo(record: Mapping[str, Any]) -> bool:
+def _pruned(
+    model: str | Path, destination: Destination, trust: Trust, progress: Progress
+) -> Pruned:
+    """The pruned model, which is what its record says. Raises SecateurError."""
+    folder = resolve(model)
+    source = open_checkpoint(folder)
+    check_output_folder(source, Path(destination.out), overwrite=destination.overwrite)
+    record = pruning_record(source)
+    progress.begin(f"loading {model}")
+    pruned = Pruned(source, record, load(folder, trust_remote_code=trust.trust_remote_code))
+    refuse_dropout(pruned)
+    refuse_other_weights(pruned)
+    return pruned
+
+
+def _dense(model: str | Path, pruned: Pruned, trust: Trust) -> Dense:
+    """The model that was pruned. Raises SecateurError."""
+    folder = resolve(model)
+    dense = Dense(folder, load(folder, trust_remote_code=trust.trust_remote_code))
+    refuse_other_model(pruned, dense, trust)
+    return dense
+
+
+def _windows(
+    pruned: Pruned,
+    texts: TrainingText,
+    training: Training,
+    processes: int,
+    avoid: Sequence[Tensor],
+    trust: Trust,
+) -> tuple[Windows, bool]:
+    """The windows to train on, and whether it is sure that none was calibrated on."""
+    source, record, language_model = pruned
+    local = Path(texts.data_dir) if texts.data_dir else None
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=trust.trust_remote_code)
     calibration = record.get("calibration")
-    return isinstance(calibration, dict) and calibration.get("source") == "demo"
+    # the parts of the demo's text do not overlap
+    demo = isinstance(calibration, dict) and calibration.get("source") == "demo"
+    calibrated = None if demo else _calibrated(calibration, tokenizer, local)
+    seen = [*avoid, *([calibrated.ids] if calibrated else [])]
+    if texts.evaluation:  # in windows so short that nearly all of it is there
+        judged = evaluation_windows(tokenizer, texts.evaluation, length=RUN, data_dir=local)
+        seen.append(judged.ids)
+    windows = recovery_windows(
+        tokenizer,
+        texts.text or ("demo" if demo else "c4"),
+        count=training.steps * training.batch_size * training.accumulate * processes,
+        length=texts.seq_len or default_length(language_model),
+        seed=training.seed,
+        avoid=seen,
+        data_dir=local,
+    )
+    check_windows(language_model, windows, training.batch_size)
+    return windows, demo or calibrated is not None
 
 
-def _calibrated(record: Mapping[str, Any], tokenizer: Any, data_dir: Path | None) -> Windows | None:
-    """The windows that the model was calibrated on, drawn again; None where their text is not to be
-    had.
+def _calibrated(calibration: Any, tokenizer: Any, data_dir: Path | None) -> Windows | None:
+    """The windows that a record says the model was calibrated on, drawn again; None where their
+    text is not to be had.
     """
-    said = record.get("calibration")
-    if not isinstance(said, dict) or _is_demo(record):  # the demo's parts do not overlap
+    if not isinstance(calibration, dict):
         return None
     try:
         windows = calibration_windows(
             tokenizer,
-            str(said["source"]),
-            samples=int(said["samples"]),
-            length=int(said["length"]),
-            seed=int(said["seed"]),
+            str(calibration["source"]),
+            samples=int(calibration["samples"]),
+            length=int(calibration["length"]),
+            seed=int(calibration["seed"]),
             data_dir=data_dir,
         )
     except (SecateurError, KeyError, TypeError, ValueError):
         return None
-    return windows if windows.fingerprint()["sha256"] == said.get("sha256") else None
+    return windows if windows.fingerprint()["sha256"] == calibration.get("sha256") else None

@@ -44,21 +44,26 @@ def recovery_windows(
     split = "training" if source == "demo" else "train"
     known = _Known(avoid)
     size = max(min([RUN, length, *(ids.shape[1] for ids in avoid)]), LEAST)
-    found: list[Tensor] = []
+    windows: list[Tensor] = []
     seen = 0
     documents = _documents(
-        tokenizer, source, split, seed, data_dir, lambda ids: len(ids) < size and known.has(ids)
+        tokenizer,
+        corpus_texts(source, split, data_dir),
+        seed,
+        together=source == "wikitext2",
+        left_out=lambda ids: len(ids) < size and known.has(ids),
     )
     for window in _windows(documents, length):
         seen += 1
         if not known.has(window, size):
-            found.append(window)
-        if len(found) == count:
-            return Windows(torch.stack(found), source, split, seed, None)
+            windows.append(window)
+        if len(windows) == count:
+            return Windows(torch.stack(windows), source, split, seed, None)
+    overlapping = seen - len(windows)
     raise NotEnoughText(
-        f"Recovery was asked to see {count * length:,} tokens; {source} ({split}) has {len(found) * length:,} in "
-        f"windows of {length}"
-        + (f", after {seen - len(found)} that overlap other text" if seen > len(found) else "")
+        f"Recovery was asked to see {count * length:,} tokens; {source} ({split}) has "
+        f"{len(windows) * length:,} in windows of {length}"
+        + (f", after {overlapping} that overlap other text" if overlapping else "")
         + ". Use fewer --steps, a smaller --batch-size, or more text."
     )
 
@@ -80,31 +85,30 @@ class _Known:
                 np.concatenate([_runs(stream, size) for stream in self._streams])
             )
         known, values = self._tables[size], _runs(ids, size)
+        if not len(known):
+            return False
         places = np.searchsorted(known, values)
-        return bool(len(known)) and bool(
-            (known[np.minimum(places, len(known) - 1)] == values).any()
-        )
+        return bool((known[np.minimum(places, len(known) - 1)] == values).any())
 
 
 def _documents(
     tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    split: str,
+    texts: Sequence[str],
     seed: int,
-    data_dir: Path | None,
+    *,
+    together: bool,
     left_out: Callable[[Tensor], bool],
 ) -> Iterator[Tensor]:
-    """The documents of a corpus as token ids, in a random order; a corpus of lines is one
-    document.
+    """The documents of a corpus as token ids, in a random order; lines that belong `together` are
+    one document.
     """
-    held = corpus_texts(source, split, data_dir)
-    if source == "wikitext2":
-        held = ["\n\n".join(held)]
-    order = list(range(len(held)))
+    if together:
+        texts = ["\n\n".join(texts)]
+    order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
     border = border_of(tokenizer)
     for start in range(0, len(order), AT_ONCE):
-        for ids in encode(tokenizer, [held[number] for number in order[start : start + AT_ONCE]]):
+        for ids in encode(tokenizer, [texts[i] for i in order[start : start + AT_ONCE]]):
             if not left_out(torch.tensor(ids, dtype=torch.int64)):
                 yield torch.tensor([*ids, *border], dtype=torch.int64)
 
@@ -121,9 +125,9 @@ def _windows(documents: Iterator[Tensor], length: int) -> Iterator[Tensor]:
 
 def _runs(ids: Tensor, size: int) -> np.ndarray:
     """A hash of every run of `size` tokens in ids `[n]`, int64: a polynomial modulo 2^64."""
-    held = ids.numpy().astype(np.uint64) + np.uint64(1)
-    count = max(len(held) - size + 1, 0)
-    base, found = np.uint64(0x9E3779B97F4A7C15), np.zeros(count, np.uint64)
+    values = ids.numpy().astype(np.uint64) + np.uint64(1)
+    count = max(len(values) - size + 1, 0)
+    base, hashes = np.uint64(0x9E3779B97F4A7C15), np.zeros(count, np.uint64)
     for offset in range(size if count else 0):
-        found = found * base + held[offset : offset + count]
-    return found.view(np.int64)
+        hashes = hashes * base + values[offset : offset + count]
+    return hashes.view(np.int64)

@@ -12,14 +12,12 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from secateur.errors import DiskFull, NonFinite, in_one_line
-from secateur.recovery.job import Schedule
+from secateur.recovery.job import Job
 from secateur.recovery.training_state import TrainingState
 from secateur.system.files import disk_errors
-from secateur.system.progress import Progress
 
 WARM = 0.05
 """The share of the steps in which the rate rises."""
@@ -31,17 +29,6 @@ _NAMES = {one.name for one in fields(TrainingArguments)}
 _CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
 )
-
-
-class _Windows(Dataset[dict[str, Tensor]]):
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.ids[index], "labels": self.ids[index]}
 
 
 class Divergence(torch.autograd.Function):
@@ -61,7 +48,8 @@ class Divergence(torch.autograd.Function):
         return torch.tensordot(p, log_p.sub_(log_q), p.dim()) / rows
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
         log_q, p = ctx.saved_tensors
         return log_q.exp().sub_(p).mul_(gradient / ctx.rows).to(ctx.dtype), None
 
@@ -75,7 +63,7 @@ class _Distilling(Trainer):
     """
 
     dense: nn.Module | None = None
-    halfway: TrainingState
+    training_state: TrainingState
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **options: Any
@@ -100,25 +88,24 @@ class _Distilling(Trainer):
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         try:
-            with disk_errors(self.halfway.folder):
+            with disk_errors(self.training_state.folder):
                 super()._save_checkpoint(*args, **options)
-        except (
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # what torch and safetensors make of a full disk
+        # what torch and safetensors make of a full disk
+        except (RuntimeError, SafetensorError) as error:
             raise DiskFull(
-                f"A checkpoint could not be written to {self.halfway.folder} ({in_one_line(error, 120)}). The last "
-                "whole one is kept: make room, and the same command goes on after it."
+                f"A checkpoint could not be written to {self.training_state.folder} "
+                f"({in_one_line(error, 120)}). The last whole one is kept: make room, and the same "
+                "command goes on after it."
             ) from error
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         loss = super().training_step(*args, **options)
-        self.halfway.ranks.together(lambda: self._refuse(loss))
+        self.training_state.ranks.together(lambda: self._refuse(loss))
         return loss
 
     def _refuse(self, loss: Tensor) -> None:
         if not loss.isfinite():
-            last = self.halfway.last()
+            last = self.training_state.last()
             raise NonFinite(
                 f"The loss became {loss.item()} at step {self.state.global_step + 1}. "
                 + (f"The last checkpoint is kept in {last}. " if last else "")
@@ -146,15 +133,9 @@ def _apart(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor | float:
 class _Watching(TrainerCallback):
     """Progress, an end that was asked for, and the mark on a checkpoint that is whole."""
 
-    def __init__(
-        self, progress: Progress, stopping: Callable[[], bool], tokens: int, halfway: TrainingState
-    ) -> None:
-        self.progress, self.stopping, self.tokens, self.halfway = (
-            progress,
-            stopping,
-            tokens,
-            halfway,
-        )
+    def __init__(self, job: Job, training_state: TrainingState, stopping: Callable[[], bool]):
+        self.progress, self.training_state, self.stopping = job.progress, training_state, stopping
+        self.tokens_of_step = job.windows.ids.numel() // job.training.steps
         self.loss, self.started, self.first = "", perf_counter(), None
 
     def on_log(
@@ -165,86 +146,78 @@ class _Watching(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
         self.first = state.global_step - 1 if self.first is None else self.first
-        rate = (
-            (state.global_step - self.first)
-            * self.tokens
-            / max(perf_counter() - self.started, 1e-9)
-        )
+        tokens = (state.global_step - self.first) * self.tokens_of_step
+        rate = tokens / max(perf_counter() - self.started, 1e-9)
         self.progress.advance(
             f"{self.loss} {rate:,.0f} tokens/s".strip(), state.global_step, state.max_steps
         )
-        if self.halfway.ranks.same(self.stopping) and state.global_step < state.max_steps:
+        if self.training_state.ranks.same(self.stopping) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.halfway.mark(state.global_step)
+        self.training_state.mark(state.global_step)
 
 
 def train(
-    model: Any,
-    ids: Tensor,
-    schedule: Schedule,
-    halfway: TrainingState,
-    *,
-    dense: nn.Module | None,
-    device: torch.device,
-    progress: Progress,
-    stopping: Callable[[], bool],
+    model: Any, job: Job, state: TrainingState, stopping: Callable[[], bool]
 ) -> list[tuple[int, float]]:
-    """Train `model` in place on windows `[windows, length]`; the loss by step, to where it got.
+    """Train `model` in place on the windows of a job; the loss by step, to where it got.
 
     AdamW without decay, warm for the first steps, then down to zero as a cosine; gradients are cut
-    at norm 1. What was trained before is taken up. With `dense`, the loss is KL(dense ‖ model).
-    Raises NonFinite.
+    at norm 1. What was trained before is taken up. Where the job aims at the dense model, the loss
+    is the distance to it. Raises NonFinite.
     """
-    arguments = TrainingArguments(
-        output_dir=str(halfway.folder),
-        max_steps=schedule.steps,
-        per_device_train_batch_size=schedule.batch_size,
-        gradient_accumulation_steps=schedule.accumulate,
-        learning_rate=schedule.rate,
-        weight_decay=0.0,
-        lr_scheduler_type="cosine",
-        warmup_steps=int(WARM * schedule.steps),
-        max_grad_norm=1.0,
-        save_strategy="steps",
-        save_steps=schedule.save_every,
-        save_total_limit=2,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=[],
-        disable_tqdm=True,
-        seed=schedule.seed,
-        data_seed=schedule.seed,
-        use_cpu=device.type == "cpu",
-        bf16=schedule.dtype == "bfloat16",
-        adam_beta2=SQUARES,
-        ddp_backend="gloo" if halfway.ranks.size > 1 and device.type == "cpu" else None,
-        dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        **cast(Any, {_CHECKPOINTING: True} if schedule.checkpointing else {}),
-    )
-    arguments._n_gpu = min(
-        arguments.n_gpu, 1
-    )  # several in one process would share a batch out and count it otherwise
-    tokens = schedule.windows // schedule.steps * ids.shape[1]
     trainer = _Distilling(
         model=model,
-        args=arguments,
-        train_dataset=_Windows(ids),
-        callbacks=[_Watching(progress, stopping, tokens, halfway)],
+        args=_arguments(job, state),
+        train_dataset=cast(Any, [{"input_ids": ids, "labels": ids} for ids in job.windows.ids]),
+        callbacks=[_Watching(job, state, stopping)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.halfway = halfway
-    if dense is not None:
-        trainer.model_accepts_loss_kwargs = (
-            False  # the Trainer divides by the batches of a step then
-        )
+    trainer.training_state = state
+    if job.target:
+        # the Trainer divides by the batches of a step then
+        trainer.model_accepts_loss_kwargs = False
+        dense: Any = job.target.language_model.model.float()
         trainer.dense = dense.to(trainer.args.device).eval().requires_grad_(False)
-    trainer.train(resume_from_checkpoint=halfway.ranks.same(halfway.last))
+    trainer.train(resume_from_checkpoint=state.ranks.same(state.last))
     return [
         (int(entry["step"]), float(entry["loss"]))
         for entry in trainer.state.log_history
         if "loss" in entry
     ]
+
+
+def _arguments(job: Job, state: TrainingState) -> TrainingArguments:
+    training, on_cpu = job.training, job.device.type == "cpu"
+    arguments = TrainingArguments(
+        output_dir=str(state.folder),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.accumulate,
+        learning_rate=job.rate,
+        weight_decay=0.0,
+        lr_scheduler_type="cosine",
+        warmup_steps=int(WARM * training.steps),
+        max_grad_norm=1.0,
+        save_strategy="steps",
+        save_steps=training.save_every,
+        save_total_limit=2,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        seed=training.seed,
+        data_seed=training.seed,
+        use_cpu=on_cpu,
+        bf16=job.dtype == "bfloat16",
+        adam_beta2=SQUARES,
+        ddp_backend="gloo" if state.ranks.size > 1 and on_cpu else None,
+        dataloader_pin_memory=job.device.type == "cuda",
+        remove_unused_columns=False,
+        **cast(Any, {_CHECKPOINTING: True} if training.gradient_checkpointing else {}),
+    )
+    # several in one process would share a batch out and count it otherwise
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -52,10 +52,9 @@ class TrainingState:
 
     def last(self) -> str | None:
         """The newest checkpoint that is whole."""
-        found = [place for place in self.folder.glob("checkpoint-*") if (place / WHOLE).is_file()]
-        return (
-            str(max(found, key=lambda place: int(place.name.rpartition("-")[2]))) if found else None
-        )
+        whole = [place for place in self.folder.glob("checkpoint-*") if (place / WHOLE).is_file()]
+        newest = max(whole, key=lambda place: int(place.name.rpartition("-")[2]), default=None)
+        return str(newest) if newest else None
 
     def mark(self, step: int) -> None:
         """The checkpoint of a step is written; it is on disk, and says so, when this returns."""
@@ -104,7 +103,8 @@ class TrainingState:
         elif differing := differences(journal.conditions, conditions):
             journal.close()
             raise ConditionsDiffer(
-                f"A half-finished recovery in {self.folder} has other conditions: {'; '.join(differing)}. Give the "
-                "same to go on, choose another --out, or discard it with --restart."
+                f"A half-finished recovery in {self.folder} has other conditions: "
+                f"{'; '.join(differing)}. Give the same to go on, choose another --out, or discard "
+                "it with --restart."
             )
         self._before = float(max(journal.of(SECONDS), default=0.0))

@@ -21,12 +21,10 @@ from secateur.models import experts
 from secateur.models.load import load
 from secateur.models.matrices import bias, weight_matrices
 from secateur.pruning.check import check_method
-from secateur.pruning.structured import block as shrunk
-from secateur.pruning.structured import feasibility as survey
-from secateur.pruning.structured import program as shrink
-from secateur.pruning.structured import verify
+from secateur.pruning.structured import block as smaller_block
+from secateur.pruning.structured import feasibility, program, verify
 from secateur.pruning.structured.expert_scores import highest_in_groups
-from secateur.pruning.structured.slicing import without_units
+from secateur.pruning.structured.slicing import without_groups
 from secateur.system.settings import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # each family warns about itself in its own way
@@ -68,7 +66,7 @@ def in_process(monkeypatch) -> list[float]:
         found.append(verify.difference(folder, tokens, logits, **options))
         assert found[-1] <= 1e-5
 
-    monkeypatch.setattr(shrink, "refuse_unequal", check)
+    monkeypatch.setattr(program, "refuse_unequal", check)
     return found
 
 
@@ -79,9 +77,9 @@ def cuts(monkeypatch) -> list[dict]:
 
     def noted(block, gone):
         seen.append({"gone": gone, "state": deepcopy(block.state_dict())})
-        return without_units(block, gone)
+        return without_groups(block, gone)
 
-    monkeypatch.setattr(shrunk, "without_units", noted)
+    monkeypatch.setattr(smaller_block, "without_groups", noted)
     return seen
 
 
@@ -234,7 +232,7 @@ def test_several_structures_at_once(tmp_path: Path, in_process):
 def test_every_method_gives_a_model_that_loads(tmp_path: Path, in_process):
     names = [
         f"{name}{suffix}"
-        for name in (*shrunk.SELECTIONS, "fast", "default")
+        for name in (*smaller_block.SELECTIONS, "fast", "default")
         for suffix in ("", "+repair", "+repair+dense-target")
     ]
     for name in names:
@@ -281,8 +279,8 @@ def test_bfloat16_is_written_as_bfloat16(tmp_path: Path, in_process):
 
 def test_a_fresh_process_is_asked_and_believed(tmp_path: Path, monkeypatch):
     smaller("llama", tmp_path, "25% of channels")
-    honest = shrink.run_block
-    monkeypatch.setattr(shrink, "run_block", lambda *args: honest(*args).roll(1, -1))
+    honest = program.run_block
+    monkeypatch.setattr(program, "run_block", lambda *args: honest(*args).roll(1, -1))
     with pytest.raises(UnsupportedModel, match="does not reload as it was: its logits differ"):
         smaller("llama", tmp_path, "25% of channels", overwrite=True)
     assert open_checkpoint(tmp_path / "out").folder.exists()  # the one before stays
@@ -291,14 +289,14 @@ def test_a_fresh_process_is_asked_and_believed(tmp_path: Path, monkeypatch):
 
 def test_a_stream_in_the_stored_dtype_goes_on_in_it(tmp_path: Path, in_process, monkeypatch):
     """As on a GPU, where `auto` leaves the forward passes in the dtype of the checkpoint."""
-    monkeypatch.setattr(shrink, "forward_dtype", lambda name, device: None)
+    monkeypatch.setattr(program, "forward_dtype", lambda name, device: None)
     tiny_model("llama").bfloat16().save_pretrained(tmp_path / "source")
     for pattern, method in (("25% of channels", "energy"), ("1 block + 50% of heads", "default"), ("1 block", "best")):
         smaller("llama", tmp_path, pattern, method, overwrite=True)
 
 
 def test_a_call_in_bfloat16_does_for_float32(tmp_path: Path, in_process, monkeypatch):
-    monkeypatch.setattr(shrink, "forward_dtype", lambda name, device: None)
+    monkeypatch.setattr(program, "forward_dtype", lambda name, device: None)
     tiny_model("bloom").bfloat16().save_pretrained(tmp_path / "source")  # ALiBi comes with the call
     smaller("bloom", tmp_path, "1 block", "kl+repair")
 
@@ -345,7 +343,7 @@ def test_errors_are_numbers_where_weights_are_at_the_end_of_the_range(tmp_path: 
 
 @pytest.mark.parametrize("family", ["diffllama", "minicpm3"])
 def test_blocks_that_know_their_number_or_count_are_refused(family: str, tmp_path: Path, in_process, monkeypatch):
-    monkeypatch.setattr(shrink, "BLOCKS", {"influence": lambda *args: [1]})
+    monkeypatch.setattr(program, "BLOCKS", {"influence": lambda *args: [1]})
     with pytest.raises(UnsupportedModel, match="it depends on their number or order"):
         smaller(family, tmp_path, "1 block", "influence")
 
@@ -471,8 +469,11 @@ def test_a_trained_mixture_can_spare_the_experts_that_reap_names(
 ):
     source, rows = trained_mixture
     lost = {}
-    for name, score in (("least", shrunk.EXPERTS["reap"]), ("most", lambda routed: -shrunk.EXPERTS["reap"](routed))):
-        monkeypatch.setitem(shrunk.EXPERTS, "frequency", score)
+    for name, score in (
+        ("least", smaller_block.EXPERTS["reap"]),
+        ("most", lambda routed: -smaller_block.EXPERTS["reap"](routed)),
+    ):
+        monkeypatch.setitem(smaller_block.EXPERTS, "frequency", score)
         prune_opened(
             open_checkpoint(source), load(source), Windows(rows[:16], "text", "none", 0, None), tmp_path / name,
             method="frequency", pattern="25% of experts",
@@ -506,8 +507,10 @@ def test_a_budget_is_kept_with_no_more_than_is_needed(family, share, kinds, tmp_
 
 def test_a_kind_of_block_is_traced_once_however_often_it_is_asked(tmp_path, in_process, monkeypatch):
     asked = []
-    honest = survey.trace
-    monkeypatch.setattr(survey, "trace", lambda *args, **options: asked.append(args[1]) or honest(*args, **options))
+    honest = feasibility.trace
+    monkeypatch.setattr(
+        feasibility, "trace", lambda *args, **options: asked.append(args[1]) or honest(*args, **options)
+    )
     smaller("llama", tmp_path, "to 50% of parameters", "fast")
     assert asked == [0]
 

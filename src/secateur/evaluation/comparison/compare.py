@@ -46,9 +46,9 @@ from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.pruning.opening import draw_calibration
 from secateur.pruning.planning.memory import check_passes, way_through
+from secateur.pruning.structured.feasibility import Feasibility
 from secateur.pruning.structured.program import refuse_structure
 from secateur.recovery.checks import check_way
-from secateur.recovery.job import BATCH_SIZE
 from secateur.recovery.text import recovery_windows
 from secateur.system.devices import calibration_dtype, find_devices, find_dtype, forward_dtype
 from secateur.system.files import file_sha256, write_whole
@@ -64,6 +64,7 @@ from secateur.system.settings import (
     Recipe,
     RecoveredRows,
     TimedRows,
+    Training,
     Trust,
     ZeroShot,
 )
@@ -131,7 +132,7 @@ def compare(
     for name in bench:
         find_runtime(name)
     for way in recover:
-        check_way(way, "the dense model")
+        check_way(Training(way=way), "the dense model")
     check_passes(passes)
     room, share, local = (
         find_size(memory),
@@ -155,9 +156,10 @@ def compare(
         trust_remote_code=trust_remote_code,
         spill=spill_folder(out / "dense.hidden", source.bytes, room),
     )
+    feasibility = Feasibility(language_model, chosen)
     for structure in {cell.pattern: parse(cell.pattern) for cell in grid}.values():
         if isinstance(structure, Structure):
-            refuse_structure(language_model, structure, source.bytes, align, chosen)
+            refuse_structure(feasibility, structure, source.bytes, align)
     length = seq_len or default_length(language_model)
     trust = Trust(allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code)
     draws = [
@@ -256,6 +258,7 @@ def compare(
         Destination(out=out, overwrite=True, restart=restart, command=results.command),
         trust,
         progress,
+        feasibility,
     )
     try:
         results.rows = [ground.dense_row()]
@@ -319,13 +322,13 @@ def _recovering(
     windows = recovery_windows(
         load_tokenizer(folder, trust_remote_code=options["trust_remote_code"]),
         default_corpus(model, text, "c4"),
-        count=steps * BATCH_SIZE,
+        count=steps * Training.batch_size,
         length=avoid[0].ids.shape[1],
         seed=avoid[1].seed or 0,
         avoid=[one.ids for one in avoid],
         data_dir=data_dir,
     )
-    check_windows(language_model, windows, BATCH_SIZE)
+    check_windows(language_model, windows, Training.batch_size)
     return Recovering(list(dict.fromkeys(ways)), steps, windows, language_model, folder, **options)
 
 

@@ -19,11 +19,12 @@ from secateur.errors import BadCheckpoint, ConditionsDiffer
 from secateur.evaluation.results.schema import Recovered, Row
 from secateur.models.load import load
 from secateur.models.replay import LanguageModel
-from secateur.models.stream.distributed import ALONE
 from secateur.recovery.checks import pruning_record
-from secateur.recovery.job import BATCH_SIZE, RANK, SAVE_EVERY, Job, Schedule
-from secateur.recovery.recover import carry_out, dtype_of, rate_of
+from secateur.recovery.job import Dense, Job, Pruned
+from secateur.recovery.recover import dtype_of, rate_of
+from secateur.recovery.recover import run as run_recovery
 from secateur.system.progress import Progress
+from secateur.system.settings import Destination, Training, Trust
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class Recovering:
 
     def told(self, way: str) -> Recovered:
         """What a row says of a way, apart from the seconds that it took."""
-        schedule = self._schedule(way)
+        training = self._training(way)
         return Recovered(
             way,
-            schedule.steps,
+            training.steps,
             self.windows.ids.numel(),
-            schedule.rate,
-            schedule.dtype,
-            schedule.seed,
+            rate_of(way, self.model),
+            self._dtype(way),
+            training.seed,
             self.windows.fingerprint(),
         )
 
@@ -76,26 +77,23 @@ class Recovering:
         if (seconds := self._done(pruned, place, way)) is not None:
             return seconds
         self.progress.begin(f"loading {pruned.name}")
-        return carry_out(
+        trust = self.trust_remote_code
+        return run_recovery(
             Job(
-                way,
-                source,
-                pruning_record(source),
-                load(pruned, trust_remote_code=self.trust_remote_code),
-                load(self.dense, trust_remote_code=self.trust_remote_code),
-                self.windows,
-                self._schedule(way),
-                RANK,
-                self.device,
-                place,
-                True,
-                self.restart,
-                self.command,
-                self.progress,
-                ALONE,
-                self.dense,
-                self.trust_remote_code,
-                True,
+                training=self._training(way),
+                rate=rate_of(way, self.model),
+                dtype=self._dtype(way),
+                pruned=Pruned(
+                    source, pruning_record(source), load(pruned, trust_remote_code=trust)
+                ),
+                dense=Dense(self.dense, load(self.dense, trust_remote_code=trust)),
+                windows=self.windows,
+                destination=Destination(
+                    out=place, overwrite=True, restart=self.restart, command=self.command
+                ),
+                trust=Trust(trust_remote_code=trust),
+                device=self.device,
+                progress=self.progress,
             )
         ).seconds
 
@@ -103,16 +101,11 @@ class Recovering:
     def _stored(self) -> torch.dtype:
         return stored_dtype(open_checkpoint(self.dense))
 
-    def _schedule(self, way: str) -> Schedule:
-        return Schedule(
-            self.steps,
-            BATCH_SIZE,
-            1,
-            rate_of(way, self.model),
-            SAVE_EVERY,
-            self.windows.seed or 0,
-            dtype=dtype_of(way, "auto", self.device, self._stored),
-        )
+    def _training(self, way: str) -> Training:
+        return Training(way=way, steps=self.steps, seed=self.windows.seed or 0)
+
+    def _dtype(self, way: str) -> str:
+        return dtype_of(way, Training.dtype, self.device, self._stored)
 
     def _done(self, pruned: Path, place: Path, way: str) -> float | None:
         """The seconds of a recovery of these very weights that had ended when a run died, before

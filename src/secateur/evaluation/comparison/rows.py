@@ -27,6 +27,8 @@ from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
 from secateur.pruning.opening import Opened
 from secateur.pruning.prune import prune_checkpoint
+from secateur.pruning.structured.feasibility import Feasibility
+from secateur.pruning.structured.program import prune_structure
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, Destination, Recipe, Trust
 from secateur.system.tensors import count_zeros
@@ -50,6 +52,7 @@ class ComparisonContext:
     destination: Destination
     trust: Trust
     progress: Progress
+    feasibility: Feasibility
 
     @cached_property
     def expected(self) -> Measured:
@@ -99,20 +102,14 @@ class ComparisonContext:
                 self.store.put(kept, label)
             return kept
         place = self.out / CHECKPOINTS / file_name(cell.name() + label)
-        report = prune_checkpoint(
-            Opened(self.source, self.dense.language_model, draw.windows),
-            replace(
-                self.recipe,
-                method=cell.method,
-                pattern=cell.pattern,
-                allocate=cell.rule,
-                align=self.recipe.align if cell.structured else None,
-            ),
-            self.compute,
-            replace(self.destination, out=place),
-            self.trust,
-            self.progress,
-        )
+        opened = Opened(self.source, self.dense.language_model, draw.windows)
+        recipe = replace(self.recipe, method=cell.method, pattern=cell.pattern, allocate=cell.rule)
+        destination = replace(self.destination, out=place)
+        settings = (self.compute, destination, self.trust, self.progress)
+        if cell.structured:
+            report = prune_structure(opened, recipe, *settings, self.feasibility)
+        else:
+            report = prune_checkpoint(opened, replace(recipe, align=None), *settings)
         row = self._judged(report, place)
         row.calibration, row.checkpoint, row.searched = (
             number,

@@ -1,16 +1,16 @@
-"""One block made smaller: which of its units go, what makes up for them, and its tensors in their
-new shapes.
+"""One block made smaller: which of its channels go, what makes up for them, and its tensors in
+their new shapes.
 
-Until its end the block keeps its shape, with zeros where something will be gone; so whatever is
-observed later in it comes from what was removed before. As in `block`, the copy that the stream
-runs and the one that is stored change alike. Heads go before channels, since the feed-forward reads
-what attention leaves.
+Until its end the block keeps its shape, with zeros where something will be removed; so whatever is
+observed later in it comes from what was removed before. As in `pruning.block`, the copy that the
+stream runs and the one that is stored change alike. Heads go before channels, since the
+feed-forward reads what attention leaves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 
 import torch
@@ -30,223 +30,220 @@ from secateur.models.stream.blocks import (
     refuse_non_finite_weights,
 )
 from secateur.models.stream.forward import Batch
+from secateur.models.stream.observe import CalibrationStatistics
 from secateur.models.stream.refine import Tuned, refine
 from secateur.pruning.structured.channel_scores import SELECTIONS, lowest, taylor
 from secateur.pruning.structured.depth import Missing, last_matrix, missing
 from secateur.pruning.structured.expert_scores import EXPERTS, highest_in_groups, routed_to
-from secateur.pruning.structured.feasibility import BlockCut, Consumer
+from secateur.pruning.structured.feasibility import BlockRemoval, Consumer
 from secateur.pruning.structured.method import StructuredMethod
 from secateur.pruning.structured.reconstruct import NEED, reconstructed
-from secateur.pruning.structured.slicing import State, without_experts, without_units
+from secateur.pruning.structured.slicing import State, without_experts, without_groups
 from secateur.system.tensors import count_zeros
 
 MANY_ZEROS = 0.2
-"""From this share of zeros in a matrix on, it is said that a repair fills them."""
+"""From this share of zeros in a matrix on, it is said that the reconstruction fills them."""
 
 
 @dataclass
-class Run:
-    """What every step of a run needs to know."""
+class BlockSlicer:
+    """A block that is being made smaller, and the `span` of blocks that are removed behind it.
 
-    blocks: BlockRun
-    shrinking: StructuredMethod
-
-    @property
-    def routing_groups(self) -> int:
-        """In how many groups a router looks for experts: of every one the same number goes."""
-        return getattr(self.blocks.language_model.model.config, "n_group", None) or 1
-
-
-@torch.no_grad()
-def smaller_block(
-    step: Step, original: nn.Module, cut: BlockCut, span: Sequence[int], run: Run
-) -> tuple[State, list[MatrixReport]]:
-    """The tensors of a block after its units and experts are gone and what reads them is repaired,
-    as stored.
+    `stored` is the copy that is written, in the dtype it is stored in; `step.block` the one that
+    the stream runs. `absorbing` is the name of the matrix that takes over what the span did.
     """
-    refuse_non_finite_weights(step, weight_matrices(original))
-    result = working_copy(original, torch.device("cpu"), None)
-    gone: dict[str, list[ChannelGroup]] = {}
-    reports: list[MatrixReport] = []
-    kept_experts: dict[str, Tensor] = {}
-    if cut.experts:
-        routed = routed_to(step.block, ((h, calls[step.index]) for h, calls in step.windows()))
-        for name, (_, count) in cut.experts.items():
-            score = EXPERTS[run.shrinking.selections["experts"]](routed[name])
-            kept_experts[name] = highest_in_groups(score, len(score) - count, run.routing_groups)
-    fold = _folded_into(
-        step, span, run, [n for n, c in cut.consumers.items() if c.of == "channels"]
-    )
-    for of in ("heads", "channels"):
-        names = [name for name, consumer in cut.consumers.items() if consumer.of == of]
-        if names:
-            gone |= _remove(
-                step, result, {n: cut.consumers[n] for n in names}, fold, span, run, reports
+
+    step: Step
+    original: nn.Module
+    span: Sequence[int]
+    run: BlockRun
+    method: StructuredMethod
+    reports: list[MatrixReport] = field(default_factory=list)
+    absorbing: str | None = None
+
+    @torch.no_grad()
+    def remove(self, removal: BlockRemoval) -> State:
+        """The tensors of the block, as stored, without what is removed, and with what makes up for
+        that.
+        """
+        refuse_non_finite_weights(self.step, weight_matrices(self.original))
+        self.stored = working_copy(self.original, torch.device("cpu"), None)
+        kept_experts = self._kept_experts(removal) if removal.experts else {}
+        consumers = {
+            of: {name: c for name, c in removal.consumers.items() if c.of == of}
+            for of in ("heads", "channels")
+        }
+        if self.method.reconstruct and (self.span or self.method.dense_target):
+            last = last_matrix(self.step.block, *self.step.first(), list(consumers["channels"]))
+            self.absorbing = last.name if last else None
+        removed: dict[str, list[ChannelGroup]] = {}
+        for some in filter(None, consumers.values()):
+            removed |= self._remove_groups(some)
+        if self.span and self.method.reconstruct and not self.absorbing:
+            note = (
+                f"blocks {', '.join(map(str, self.span))} are gone, and no matrix here is simply "
+                "added that could take over"
             )
-    if span and run.shrinking.repair and not fold:
-        note = f"blocks {', '.join(map(str, span))} are gone, and no matrix here is simply added that could take over"
-        reports.append(MatrixReport(step.name, (0, 0), None, 0.0, None, note))
-    if fold and fold not in gone:
-        _remove(step, result, {fold: Consumer([], 0, "blocks")}, fold, span, run, reports)
-    state = without_units(result, gone)
-    return without_experts(result, state, kept_experts), reports
+            self.reports.append(MatrixReport(self.step.name, (0, 0), None, 0.0, None, note))
+        if self.absorbing and self.absorbing not in removed:
+            self._remove_groups({self.absorbing: Consumer([], "blocks")})
+        return without_experts(self.stored, without_groups(self.stored, removed), kept_experts)
 
+    def refine(self, smaller: nn.Module, state: State) -> tuple[State, Tuned]:
+        """The tensors of the smaller block tuned as a whole to do what the dense one does, and the
+        span after it.
 
-def refined(
-    step: Step, smaller: nn.Module, state: State, span: Sequence[int], run: Run
-) -> tuple[State, Tuned]:
-    """The tensors of a smaller block tuned as a whole to do what the dense one does, and the span
-    after it.
+        `smaller` is its module in float32, which is changed. What no expert's token reaches moves
+        by nothing.
+        """
+        step = self.step
+        batches = step.batches()
+        for number, block in self._span_blocks():
+            calls = [calls[number] for _, calls in step.windows()]
+            batches = [
+                Batch(b.hidden, b.call, run_block(block, b.target.to(step.device), call))
+                for b, call in zip(batches, calls, strict=True)
+            ]
+        started = perf_counter()
+        smaller = smaller.to(step.device).float()
+        names = sorted({matrix.parameter for matrix in weight_matrices(smaller).values()})
+        parameters = {name: smaller.get_parameter(name) for name in names}
+        kept = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}
+        tuned = refine(smaller, kept, batches, self.method.refine)
+        step.seconds.refine += perf_counter() - started
+        return state | {n: p.data.to(state[n].dtype).cpu() for n, p in parameters.items()}, tuned
 
-    `smaller` is its module in float32, which is changed. What no expert's token reaches moves by
-    nothing.
-    """
-    batches = step.batches()
-    for number in span:
-        block = working_copy(
-            run.blocks.language_model.blocks[number], step.device, run.blocks.dtype
-        )
-        calls = [calls[number] for _, calls in step.windows()]
-        batches = [
-            Batch(b.hidden, b.call, run_block(block, b.target.to(step.device), call))
-            for b, call in zip(batches, calls, strict=True)
-        ]
-    started = perf_counter()
-    smaller = smaller.to(step.device).float()
-    names = sorted({site.parameter for site in weight_matrices(smaller).values()})
-    kept = {name: torch.ones_like(smaller.get_parameter(name), dtype=torch.bool) for name in names}
-    tuned = refine(smaller, kept, batches, run.shrinking.refine)
-    step.seconds.refine += perf_counter() - started
-    return {
-        **state,
-        **{n: smaller.get_parameter(n).data.to(state[n].dtype).cpu() for n in names},
-    }, tuned
+    def _span_blocks(self) -> list[tuple[int, nn.Module]]:
+        """Working copies of the blocks that are removed behind this one, with their numbers."""
+        blocks = self.run.language_model.blocks
+        return [(i, working_copy(blocks[i], self.step.device, self.run.dtype)) for i in self.span]
 
+    def _kept_experts(self, removal: BlockRemoval) -> dict[str, Tensor]:
+        step = self.step
+        routed = routed_to(step.block, ((h, calls[step.index]) for h, calls in step.windows()))
+        # of every group in which a router looks for experts the same number goes
+        groups = getattr(self.run.language_model.model.config, "n_group", None) or 1
+        score = EXPERTS[self.method.selections["experts"]]
+        return {
+            name: highest_in_groups(score(routed[name]), total - removed, groups)
+            for name, (total, removed) in removal.experts.items()
+        }
 
-def _folded_into(step: Step, span: Sequence[int], run: Run, last: Sequence[str]) -> str | None:
-    """The site that can take over what a span of removed blocks did; None where there is none, or
-    it is not wanted.
-    """
-    if not run.shrinking.repair or not (span or run.shrinking.dense):
-        return None
-    hidden, call = step.first()
-    site = last_matrix(step.block, hidden, call, last)
-    return site.name if site else None
+    def _remove_groups(self, consumers: Mapping[str, Consumer]) -> dict[str, list[ChannelGroup]]:
+        """Choose groups of consumers in one forward, write zeros in their place and what makes up
+        for them; returns the groups.
+        """
+        step, dense = self.step, self.method.dense_target
+        need = {"square"}
+        if self.method.reconstruct:
+            need |= NEED | (OF_DENSE if dense and self.absorbing not in consumers else set())
+        for consumer in consumers.values():
+            if consumer.groups:
+                need |= SELECTIONS[self.method.selections[consumer.of]].need
+        if "taylor" in need:  # which is no statistic of a forward
+            need = need - {"taylor"} | {"gram"}
+        observed = step.observe(need, PROBE_TOKENS, list(consumers))
+        added = None
+        if self.absorbing in consumers:
+            targets = [b.target.to(step.device) for b in step.batches()] if dense else None
+            added = missing(
+                step.block,
+                self._span_blocks(),
+                str(self.absorbing),
+                step.windows(),
+                step.index,
+                targets,
+            )
+        started = perf_counter()
+        removed = {
+            name: self._remove_from(
+                name, consumer, observed, added if name == self.absorbing else None
+            )
+            for name, consumer in consumers.items()
+        }
+        step.seconds.solve += perf_counter() - started
+        return {name: groups for name, groups in removed.items() if consumers[name].groups}
 
-
-def _remove(
-    step: Step,
-    result: nn.Module,
-    consumers: Mapping[str, Consumer],
-    fold: str | None,
-    span: Sequence[int],
-    run: Run,
-    reports: list[MatrixReport],
-) -> dict[str, list[ChannelGroup]]:
-    """Choose units of consumers in one forward, write zeros in their place and what makes up for
-    them.
-    """
-    repair = run.shrinking.repair
-    cross = run.shrinking.dense and fold not in consumers
-    need = (NEED | (OF_DENSE if cross else set())) if repair else frozenset[str]()
-    selections = {
-        n: SELECTIONS[run.shrinking.selections[c.of]] for n, c in consumers.items() if c.units
-    }
-    need = need.union(*(selection.need for selection in selections.values()))
-    if "taylor" in need:
-        need = need - {"taylor"} | {"gram"}
-    observed = step.observe(need | {"square"}, PROBE_TOKENS, list(consumers))
-    added = None
-    if fold in consumers:
-        blocks = [
-            (i, working_copy(run.blocks.language_model.blocks[i], step.device, run.blocks.dtype))
-            for i in span
-        ]
-        dense = (
-            [batch.target.to(step.device) for batch in step.batches()]
-            if run.shrinking.dense
-            else None
-        )
-        added = missing(step.block, blocks, str(fold), step.windows(), step.index, dense)
-        del blocks
-    started = perf_counter()
-    gone: dict[str, list[ChannelGroup]] = {}
-    targets = weight_matrices(result)
-    for name, consumer in consumers.items():
+    def _remove_from(
+        self, name: str, consumer: Consumer, observed: CalibrationStatistics, added: Missing | None
+    ) -> list[ChannelGroup]:
+        """Remove groups of one matrix, which also takes over what is `added` to its output."""
+        step = self.step
+        targets = weight_matrices(self.stored)
         weight = targets[name].weight.to(step.device, torch.float32, copy=True)
-        held = bias(result, targets[name])
-        old = None if held is None else held[1].to(step.device, torch.float32, copy=True)
+        named_bias = bias(self.stored, targets[name])
+        old_bias = named_bias and named_bias[1].to(step.device, torch.float32, copy=True)
         stats = observed.stats.get(name)
         kept = torch.ones(weight.shape[1], dtype=torch.bool, device=step.device)
-        if consumer.units:
-            chosen = _choose(step, name, consumer, weight, stats, run)
-            gone[name] = [consumer.units[i] for i in chosen]
-            kept[[i for unit in gone[name] for i in unit.inputs]] = False
-        new, new_bias = weight * kept, old
-        if repair and stats is not None:
-            new, new_bias = reconstructed(
-                weight, stats, kept, old, added.product if added and name == fold else None
-            )
+        groups: list[ChannelGroup] = []
+        if consumer.groups:
+            groups = [consumer.groups[i] for i in self._choose(name, consumer, weight, stats)]
+            kept[[i for group in groups for i in group.inputs]] = False
+        new, new_bias = weight * kept, old_bias
+        if self.method.reconstruct and stats is not None:
+            product = added.product if added else None
+            new, new_bias = reconstructed(weight, stats, kept, old_bias, product)
         put(step, name, new, targets)
         if new_bias is not None:
-            _put_bias(step, result, name, new_bias)
-        note = "" if stats is not None else "no calibration token: chosen by weights"
-        share = count_zeros(weight) / weight.numel()
-        if repair and share > MANY_ZEROS:
-            note += f"{share:.0%} of it were zeros, which the repair has filled; leave out '+repair' to keep them"
-        if name == fold and span:
-            note += f"{'block' if len(span) == 1 else 'blocks'} {', '.join(map(str, span))} folded into it"
-        change = _change(weight, old, targets[name].weight, new_bias)
-        if added and name == fold and stats is not None:
+            self._put_bias(name, new_bias)
+        change = _change(weight, old_bias, targets[name].weight, new_bias)
+        if added and stats is not None:
             error = _error_left(change, weight, stats, added)
         else:
             error = _error_on(change, weight, observed.probes.get(name))
-        reports.append(_report(f"{step.name}.{name}", consumer, weight, error, note))
-    step.seconds.solve += perf_counter() - started
-    return gone
+        note = self._note(weight, stats, absorbs=name == self.absorbing)
+        self.reports.append(_report(f"{step.name}.{name}", consumer, weight, error, note))
+        return groups
+
+    def _choose(
+        self, name: str, consumer: Consumer, weight: Tensor, stats: Stats | None
+    ) -> list[int]:
+        """The numbers of the groups that go."""
+        inputs = consumer.inputs.to(weight.device)
+        selection = SELECTIONS[self.method.selections[consumer.of]]
+        if stats is None:
+            return lowest(weight.square().sum(0)[inputs].sum(1), consumer.removed).tolist()
+        if "taylor" in selection.need and self.step.sites[name].expert:
+            # an expert's output is added: to first order they are the same
+            selection = SELECTIONS["energy"]
+        if "taylor" in selection.need:
+            step = self.step
+            batches = ((h, calls[step.index]) for h, calls in step.windows())
+            block = working_copy(step.block, step.device, torch.float32)
+            score = taylor(block, name, inputs, batches).to(weight.device)
+            stats = Stats(stats.tokens, {**stats.sums, "taylor": score})
+        return selection.choose(weight, stats, inputs, consumer.removed).tolist()
+
+    def _put_bias(self, name: str, values: Tensor) -> None:
+        """Write a bias `[out]` into both copies of the block, rounded as it is stored."""
+        for block in (self.stored, self.step.block):
+            written, stored = (bias(b, weight_matrices(b)[name]) for b in (block, self.stored))
+            assert written is not None
+            assert stored is not None
+            written[1].copy_(values.to(stored[1].dtype))
+
+    def _note(self, weight: Tensor, stats: Stats | None, *, absorbs: bool) -> str:
+        note = "" if stats is not None else "no calibration token: chosen by weights"
+        zeros = count_zeros(weight) / weight.numel()
+        if self.method.reconstruct and zeros > MANY_ZEROS:
+            note += (
+                f"{zeros:.0%} of it were zeros, which the repair has filled; leave out '+repair' "
+                "to keep them"
+            )
+        if absorbs and self.span:
+            blocks = "block" if len(self.span) == 1 else "blocks"
+            note += f"{blocks} {', '.join(map(str, self.span))} folded into it"
+        return note
 
 
-def _choose(
-    step: Step, name: str, consumer: Consumer, weight: Tensor, stats: Stats | None, run: Run
-) -> list[int]:
-    units = consumer.inputs.to(weight.device)
-    selection = SELECTIONS[run.shrinking.selections[consumer.of]]
-    if stats is None:
-        return lowest(weight.square().sum(0)[units].sum(1), consumer.gone).tolist()
-    if "taylor" in selection.need and step.sites[name].expert:
-        selection = SELECTIONS[
-            "energy"
-        ]  # an expert's output is added: to first order they are the same
-    if "taylor" in selection.need:
-        batches = ((h, calls[step.index]) for h, calls in step.windows())
-        block = working_copy(step.block, step.device, torch.float32)
-        stats = Stats(
-            stats.tokens,
-            {**stats.sums, "taylor": taylor(block, name, units, batches).to(weight.device)},
-        )
-    return selection.choose(weight, stats, units, consumer.gone).tolist()
-
-
-def _put_bias(step: Step, result: nn.Module, name: str, values: Tensor) -> None:
-    """Write a bias `[out]` into both copies of the block, rounded as it is stored."""
-    for block in (result, step.block):
-        held, stored = (
-            bias(block, weight_matrices(block)[name]),
-            bias(result, weight_matrices(result)[name]),
-        )
-        assert held is not None
-        assert stored is not None
-        held[1].copy_(values.to(stored[1].dtype))
-
-
-def _change(weight: Tensor, old: Tensor | None, new: Tensor, new_bias: Tensor | None) -> Tensor:
+def _change(
+    weight: Tensor, old_bias: Tensor | None, new: Tensor, new_bias: Tensor | None
+) -> Tensor:
     """What a matrix lost, `[out, in]` float32, and what its bias lost as one more column."""
     change = weight - new.to(weight.device, torch.float32)
-    bias_change = (
-        torch.zeros(len(weight), device=weight.device)
-        if old is None or new_bias is None
-        else old - new_bias
-    )
+    bias_change = torch.zeros(len(weight), device=weight.device)
+    if old_bias is not None and new_bias is not None:
+        bias_change = old_bias - new_bias
     return torch.cat([change, bias_change[:, None]], 1)
 
 
@@ -263,15 +260,10 @@ def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) ->
     tokens.
     """
     gram, mean = stats.mean("gram"), stats.mean("sum")
-    gram = torch.cat([gram, mean[None]])
-    gram = torch.cat([gram, torch.cat([mean, torch.ones_like(mean[:1])])[:, None]], 1).to(
-        change.device
-    )
-    change, weight, gram = (
-        change.double(),
-        weight.double(),
-        gram.double(),
-    )  # float32 overflows on spoilt weights
+    with_one = torch.cat([mean, torch.ones_like(mean[:1])])
+    gram = torch.cat([torch.cat([gram, mean[None]]), with_one[:, None]], 1).to(change.device)
+    # float32 overflows on spoilt weights
+    change, weight, gram = change.double(), weight.double(), gram.double()
     left = ((change @ gram + 2 * added.product.to(change)) * change).sum().item() + added.power
     output = ((weight @ gram[:-1, :-1]) * weight).sum().clamp_min(1e-30).item()
     return max(left, 0.0) / output
@@ -280,9 +272,9 @@ def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) ->
 def _report(
     name: str, consumer: Consumer, weight: Tensor, error: float | None, note: str
 ) -> MatrixReport:
-    total = len(consumer.units)
-    left = total - consumer.gone
-    size = len(consumer.units[0].inputs) if total else 0
-    inputs = left * size if total else weight.shape[1]
-    pattern = f"{left} of {total} {NAMES[consumer.of]} kept" if total else None
-    return MatrixReport(name, (weight.shape[0], inputs), pattern, 0.0, error, note)
+    if not (total := len(consumer.groups)):
+        return MatrixReport(name, (len(weight), weight.shape[1]), None, 0.0, error, note)
+    left = total - consumer.removed
+    inputs = left * len(consumer.groups[0].inputs)
+    pattern = f"{left} of {total} {NAMES[consumer.of]} kept"
+    return MatrixReport(name, (len(weight), inputs), pattern, 0.0, error, note)

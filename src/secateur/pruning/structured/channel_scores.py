@@ -1,13 +1,13 @@
-"""Which channels or heads go: one score for each unit of a site's inputs, and in one case the order
-of going.
+"""Which channels or heads go: one score for each unit of a matrix's inputs, and in one case the
+order of going.
 
-A unit is what leaves together (`groups.removable_groups`): one input of the feed-forward's last matrix, or
-all inputs of the attention's last matrix that one key-value head feeds. Every selection is a pure
-function of the weight that reads them, `[out, in]` float32, the units' inputs `[units, inputs of
-each]`, and the statistics of the inputs.
+A unit is what leaves together (`groups.removable_groups`): one input of the feed-forward's last
+matrix, or all inputs of the attention's last matrix that one key-value head feeds. Every selection
+is a pure function of the weight that reads them, `[out, in]` float32, the units' inputs `[units,
+inputs of each]`, and the statistics of the inputs.
 
 `taylor` scores through gradients: how much a block's output changes, to first order, when one of
-its units is gone. With x_g the inputs of a unit and J_g the derivative of the block's output by
+its units is removed. With x_g the inputs of a unit and J_g the derivative of the block's output by
 them, the score is E‖J_g x_g‖² over tokens. It sees what follows in the block (the feed-forward
 after the attention, norms), where `energy` sees the one matrix; for a matrix whose output is simply
 added, both are the same. A random projection r of the output gives E (rᵀ J_g x_g)² = ‖J_g x_g‖²
@@ -87,11 +87,11 @@ def optimal_brain_surgeon(weight: Tensor, stats: Stats, units: Tensor, count: in
     problem = normalise(weight, stats)
     left = problem.weight.clone()
     inverse = torch.linalg.inv(problem.gram)
-    gone = torch.zeros(len(units), dtype=torch.bool, device=weight.device)
+    removed = torch.zeros(len(units), dtype=torch.bool, device=weight.device)
     rounds = min(ROUNDS, count) if units.shape[1] == 1 else count
     for number in range(rounds):
         step = count * (number + 1) // rounds - count * number // rounds
-        cost = _removal_cost(left, inverse, units, gone)
+        cost = _removal_cost(left, inverse, units, removed)
         chosen = lowest(cost, step)
         inputs = units[chosen].flatten()
         column = inverse[:, inputs]
@@ -101,17 +101,17 @@ def optimal_brain_surgeon(weight: Tensor, stats: Stats, units: Tensor, count: in
         inverse[inputs], inverse[:, inputs] = 0, 0
         inverse[inputs, inputs] = 1
         left[:, inputs] = 0
-        gone[chosen] = True
-    return gone.nonzero().flatten()
+        removed[chosen] = True
+    return removed.nonzero().flatten()
 
 
-def _removal_cost(weight: Tensor, inverse: Tensor, units: Tensor, gone: Tensor) -> Tensor:
+def _removal_cost(weight: Tensor, inverse: Tensor, units: Tensor, removed: Tensor) -> Tensor:
     if units.shape[1] == 1:
         inputs = units[:, 0]
         cost = weight[:, inputs].square().sum(0) / inverse.diagonal()[inputs]
-        return cost.masked_fill(gone, torch.inf)
+        return cost.masked_fill(removed, torch.inf)
     cost = torch.full((len(units),), torch.inf, device=weight.device)
-    for unit in (~gone).nonzero().flatten().tolist():
+    for unit in (~removed).nonzero().flatten().tolist():
         inputs = units[unit]
         part = weight[:, inputs]
         cost[unit] = (part.T * torch.linalg.solve(inverse[inputs][:, inputs], part.T)).sum()
@@ -150,11 +150,11 @@ def taylor(
     `units` are its inputs `[units, inputs of each]`; the block is float32. Only for a module of its
     own, no expert.
     """
-    held: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def catch(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        held[:] = [args[0].detach().requires_grad_()]
-        return (held[0], *args[1:])
+        inputs[:] = [args[0].detach().requires_grad_()]
+        return (inputs[0], *args[1:])
 
     draw = torch.Generator().manual_seed(0)
     score = torch.zeros(len(units), dtype=torch.float64)
@@ -162,8 +162,8 @@ def taylor(
         for hidden, call in batches:
             output = run_block(block, hidden.float(), in_float32(call))
             projection = torch.randn(output.shape, generator=draw).to(output.device)
-            (gradient,) = torch.autograd.grad(output, held[0], projection)
-            change = (held[0].detach() * gradient).flatten(0, -2)
+            (gradient,) = torch.autograd.grad(output, inputs[0], projection)
+            change = (inputs[0].detach() * gradient).flatten(0, -2)
             change = change[:, units]  # [tokens, units, inputs]
             score += change.sum(-1).double().square().sum(0).cpu()
     return score

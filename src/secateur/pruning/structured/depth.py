@@ -1,14 +1,15 @@
 """Which blocks go, and what the block before them can do in their place.
 
-`influence`   the blocks that change the hidden state least: 1 − cos(entering, leaving), mean over tokens
-              (ShortGPT, Men et al. 2024, arXiv:2403.03853)
-`angular`     the span of that many blocks with the least angle between entering and leaving at the last token
-              (Gromov et al. 2024, arXiv:2403.17887)
-`kl`          one at a time, the block without which the model's predictions stay nearest to the dense model's:
-              KL(dense ‖ pruned) on 32 windows. Costs about blocks² / 2 block passes for each block that goes.
+`influence`   the blocks that change the hidden state least: 1 − cos(entering, leaving), mean over
+              tokens (ShortGPT, Men et al. 2024, arXiv:2403.03853)
+`angular`     the span of that many blocks with the least angle between entering and leaving at the
+              last token (Gromov et al. 2024, arXiv:2403.17887)
+`kl`          one at a time, the block without which the model's predictions stay nearest to the
+              dense model's: KL(dense ‖ pruned) on 32 windows. Costs about blocks² / 2 block passes
+              for each block that goes.
 
-The fold: removing blocks i+1 … j after block i with output h_i loses δ = h_j − h_i. If the last
-matrix W of block i adds W x to h_i, the best linear stand-in is W + E[δ xᵀ] (C + λ)⁻¹, which
+What takes over: removing blocks i+1 … j after block i with output h_i loses δ = h_j − h_i. If the
+last matrix W of block i adds W x to h_i, the best linear stand-in is W + E[δ xᵀ] (C + λ)⁻¹, which
 `reconstruct` computes. ReplaceMe (Shopkhoev et al. 2025, arXiv:2505.02819) estimates a linear map
 of the block's output instead; that is contained in this.
 """
@@ -29,25 +30,26 @@ from secateur.models.stream.blocks import BlockRun, stream
 KL_WINDOWS = 32
 
 
-Blocks = Callable[[BlockRun, int, Callable[[Sequence[int]], bool]], list[int]]
+Holds = Callable[[Sequence[int]], bool]
+Blocks = Callable[[BlockRun, int, Holds], list[int]]
 """(model, how many go, whether a stock configuration holds the model without these) → the blocks
 that go, ascending.
 """
 
 
 @torch.no_grad()
-def influence(run: BlockRun, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
+def influence(run: BlockRun, count: int, holds: Holds) -> list[int]:
     """The blocks with the least block influence."""
     score = [1.0 - value for value in _cosines(run, 1, last=False)]
-    gone: list[int] = []
+    removed: list[int] = []
     for index in sorted(range(len(score)), key=lambda i: (score[i], i)):
-        if len(gone) < count and holds(sorted([*gone, index])):
-            gone = sorted([*gone, index])
-    return gone
+        if len(removed) < count and holds(sorted([*removed, index])):
+            removed = sorted([*removed, index])
+    return removed
 
 
 @torch.no_grad()
-def angular(run: BlockRun, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
+def angular(run: BlockRun, count: int, holds: Holds) -> list[int]:
     """The span of `count` blocks with the least angle."""
     cosine = _cosines(run, count, last=True)
     for start in sorted(range(len(cosine)), key=lambda i: (-cosine[i], i)):
@@ -61,20 +63,22 @@ def _cosines(run: BlockRun, span: int, *, last: bool) -> list[float]:
     or at all.
     """
     entering: list[list[Tensor]] = []
-    found: list[float] = []
+    cosines: list[float] = []
     count = len(run.language_model.blocks)
+
+    def part(hidden: Tensor) -> Tensor:
+        return (hidden[..., -1:, :] if last else hidden).to("cpu", copy=True)
+
     for step in stream(run):
         run.progress.advance(f"influence of {step.name}", step.index, count)
-        hidden = [h[..., -1:, :] if last else h for h, _ in step.windows()]
-        entering.append([h.to("cpu", copy=True) for h in hidden])
+        windows = step.windows()
+        entering.append([part(hidden) for hidden, _ in windows])
         if len(entering) > span:
-            found.append(_cosine(entering.pop(0), entering[-1]))
+            cosines.append(_cosine(entering.pop(0), entering[-1]))
         if step.index == count - 1:
-            leaving = [run_block(step.block, h, calls[step.index]) for h, calls in step.windows()]
-            found.append(
-                _cosine(entering.pop(0), [(h[..., -1:, :] if last else h).cpu() for h in leaving])
-            )
-    return found
+            leaving = [part(run_block(step.block, h, calls[step.index])) for h, calls in windows]
+            cosines.append(_cosine(entering.pop(0), leaving))
+    return cosines
 
 
 def _cosine(before: list[Tensor], after: list[Tensor]) -> float:
@@ -86,70 +90,67 @@ def _cosine(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def kl(run: BlockRun, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
+def kl(run: BlockRun, count: int, holds: Holds) -> list[int]:
     """Greedily, the blocks without which the predictions stay nearest to the dense model's."""
-    model, total = run.language_model, len(run.language_model.blocks)
-    shell = Shell(model, run.devices[0], run.dtype)
-    batches = [_Windows(shell, part) for part in run.tokens[:KL_WINDOWS].split(run.batch_size)]
-    left, gone, done = list(range(total)), list[int](), 0
+    total = len(run.language_model.blocks)
+    windows = _Windows(run)
+    entered, left, removed, done = windows.hidden, list(range(total)), list[int](), 0
     for block in left:
-        _run(batches, model.blocks[block], block, run)
-    for batch in batches:
-        batch.expected = batch.hidden
-    work = sum((total - n) for n in range(count))
+        windows.go_through(block)
+    expected = windows.hidden
+    work = sum(total - n for n in range(count))
     for _ in range(count):
         best: tuple[float, int] | None = None
-        states = [batch.entering for batch in batches]  # before the block that is left out
+        before = entered  # what enters the block that is left out
         for position, out in enumerate(left):
             run.progress.advance(f"the model without block {out}", done, work)
             done += 1
-            if holds(sorted([*gone, out])):
-                for batch, state in zip(batches, states, strict=True):
-                    batch.hidden = state
+            if holds(sorted([*removed, out])):
+                windows.hidden = before
                 for block in left[position + 1 :]:
-                    _run(batches, model.blocks[block], block, run)
-                distance = sum(batch.distance(shell) for batch in batches) / len(
-                    run.tokens[:KL_WINDOWS]
-                )
-                best = min(best or (torch.inf, -1), (distance, out))
-            for batch, state in zip(batches, states, strict=True):
-                batch.hidden = state
-            _run(batches, model.blocks[out], out, run)
-            states = [batch.hidden for batch in batches]
+                    windows.go_through(block)
+                best = min(best or (torch.inf, -1), (windows.divergence(expected), out))
+            windows.hidden = before
+            windows.go_through(out)
+            before = windows.hidden
         if best is None:
-            return gone
-        gone, left = sorted([*gone, best[1]]), [block for block in left if block != best[1]]
-    return gone
+            return removed
+        removed, left = sorted([*removed, best[1]]), [block for block in left if block != best[1]]
+    return removed
 
 
 class _Windows:
-    """A batch of windows on its way through the blocks, and what the dense model predicts for
-    it.
-    """
+    """The first windows of a run on their way through the blocks, in batches."""
 
-    def __init__(self, shell: Shell, tokens: Tensor) -> None:
-        self.tokens = tokens
-        self.entering, self.calls = shell.enter(tokens)
-        self.hidden = self.entering
-        self.expected: Tensor | None = None
+    def __init__(self, run: BlockRun) -> None:
+        self.run, self.shell = run, Shell(run.language_model, run.devices[0], run.dtype)
+        self.tokens = run.tokens[:KL_WINDOWS].split(run.batch_size)
+        entered = [self.shell.enter(tokens) for tokens in self.tokens]
+        self.hidden, self.calls = [hidden for hidden, _ in entered], [calls for _, calls in entered]
 
-    def distance(self, shell: Shell) -> float:
-        """The sum over windows of the mean KL(dense ‖ pruned), one window's logits at a time."""
-        assert self.expected is not None
+    def go_through(self, index: int) -> None:
+        original = self.run.language_model.blocks[index]
+        block = working_copy(original, self.run.devices[0], self.run.dtype)
+        self.hidden = [
+            run_block(block, hidden, calls[index])
+            for hidden, calls in zip(self.hidden, self.calls, strict=True)
+        ]
+
+    def divergence(self, expected: Sequence[Tensor]) -> float:
+        """The mean KL(expected ‖ as it is) of the next tokens, one window's logits at a time."""
         total = 0.0
-        for i in range(len(self.tokens)):
-            pair = []
-            for hidden in (self.expected, self.hidden):
-                logits = shell.leave(self.tokens[i : i + 1], hidden[..., i : i + 1, :, :])
-                pair.append(logits.float().log_softmax(-1))
-            total += divergence(*pair).mean().item()
-        return total
-
-
-def _run(batches: list[_Windows], original: nn.Module, index: int, run: BlockRun) -> None:
-    block = working_copy(original, run.devices[0], run.dtype)
-    for batch in batches:
-        batch.hidden = run_block(block, batch.hidden, batch.calls[index])
+        for tokens, *states in zip(self.tokens, expected, self.hidden, strict=True):
+            batch = 0.0
+            for i in range(len(tokens)):
+                log_p, log_q = (
+                    self.shell.leave(tokens[i : i + 1], hidden[..., i : i + 1, :, :])
+                    .float()
+                    .log_softmax(-1)
+                    for hidden in states
+                )
+                batch += divergence(log_p, log_q).mean().item()
+            total += batch
+        return total / sum(map(len, self.tokens))
 
 
 BLOCKS: dict[str, Blocks] = {"influence": influence, "angular": angular, "kl": kl}
@@ -159,8 +160,8 @@ BLOCKS: dict[str, Blocks] = {"influence": influence, "angular": angular, "kl": k
 def last_matrix(
     block: nn.Module, hidden: Tensor, call: Call, first: Collection[str] = ()
 ) -> WeightMatrix | None:
-    """A site whose output is simply added to the block's, the one with most inputs; None where no
-    site is such.
+    """The weight matrix whose output is simply added to the block's, of several the one with most
+    inputs; None where there is none.
 
     Those in `first` are asked before the others. Asked of the block itself: its weight is changed a
     little, and the output must change by that times the input.
@@ -168,36 +169,38 @@ def last_matrix(
     block = working_copy(block, hidden.device, torch.float32)
     hidden, call = hidden.float(), in_float32(call)
     before = run_block(block, hidden, call)
-    added = [
-        s
-        for s in weight_matrices(block).values()
-        if not s.expert and s.weight.shape[0] == before.shape[-1]
+    candidates = [
+        matrix
+        for matrix in weight_matrices(block).values()
+        if not matrix.expert and matrix.weight.shape[0] == before.shape[-1]
     ]
-    for site in sorted(added, key=lambda s: (s.name not in first, -s.weight.shape[1])):
-        seen: list[Tensor] = []
-        with recorded_inputs(
-            block,
-            lambda name, x, site=site, seen=seen: seen.append(x) if name == site.name else None,
-        ):
-            run_block(block, hidden, call)
-        if len(seen) != 1 or seen[0].shape[:-1].numel() != before.shape[:-1].numel():
+    for matrix in sorted(candidates, key=lambda m: (m.name not in first, -m.weight.shape[1])):
+        inputs = _inputs(block, matrix.name, hidden, call)[1]
+        if len(inputs) != 1 or inputs[0].shape[:-1].numel() != before.shape[:-1].numel():
             continue
-        old = site.weight.clone()
-        change = (
-            torch.randn(old.shape, generator=torch.Generator().manual_seed(0)).to(old.device)
-            * old.std()
-        )
-        site.weight.add_(change)
+        old = matrix.weight.clone()
+        draw = torch.Generator().manual_seed(0)
+        change = torch.randn(old.shape, generator=draw).to(old.device) * old.std()
+        matrix.weight.add_(change)
         moved = run_block(block, hidden, call) - before
-        site.weight.copy_(old)
-        wanted = (seen[0] @ change.T).view(before.shape)  # OPT flattens the tokens
+        matrix.weight.copy_(old)
+        wanted = (inputs[0] @ change.T).view(before.shape)  # OPT flattens the tokens
         if (moved - wanted).norm() <= 1e-3 * wanted.norm():
-            return site
+            return matrix
     return None
 
 
+def _inputs(
+    block: nn.Module, matrix: str, hidden: Tensor, call: Call
+) -> tuple[Tensor, list[Tensor]]:
+    """What a block gives, and every input of one of its weight matrices on the way."""
+    inputs: list[Tensor] = []
+    with recorded_inputs(block, lambda name, x: inputs.append(x) if name == matrix else None):
+        return run_block(block, hidden, call), inputs
+
+
 class Missing(NamedTuple):
-    """What should be added to a block's output, δ, as a repair needs it.
+    """What should be added to a block's output, δ, as `reconstruct` needs it.
 
     `product` is E[δ xᵀ] `[hidden, in]` float32 with E[δ] as one more column, `power` E‖δ‖².
     """
@@ -209,30 +212,26 @@ class Missing(NamedTuple):
 def missing(
     block: nn.Module,
     span: Sequence[tuple[int, nn.Module]],
-    site: str,
+    matrix: str,
     windows: Sequence[tuple[Tensor, list[Call]]],
     index: int,
     dense: Sequence[Tensor] | None = None,
 ) -> Missing:
     """What should be added to what a block gives, on all batches.
 
-    That is the effect of a span of blocks that are gone; with `dense`, what the dense block gives
-    on dense inputs by batch, also all that the stream has lost up to here. `block`, its number
-    `index`, and the blocks of the span are working copies on the device of the hidden states; x are
-    the inputs of `site` in the block.
+    That is the effect of a span of blocks that are removed; with `dense`, what the dense block
+    gives on dense inputs by batch, also all that the stream has lost up to here. `block`, its
+    number `index`, and the blocks of the span are working copies on the device of the hidden
+    states; x are the inputs of `matrix` in the block.
     """
     total, power, tokens = torch.zeros(()), 0.0, 0
-    for number, (hidden, calls) in enumerate(windows):
-        seen: list[Tensor] = []
-        with recorded_inputs(
-            block, lambda name, x, seen=seen: seen.append(x) if name == site else None
-        ):
-            before = run_block(block, hidden, calls[index])
-        after = before if dense is None else dense[number]
-        for removed, module in span:
-            after = run_block(module, after, calls[removed])
+    for batch, (hidden, calls) in enumerate(windows):
+        before, (inputs,) = _inputs(block, matrix, hidden, calls[index])
+        after = before if dense is None else dense[batch]
+        for number, module in span:
+            after = run_block(module, after, calls[number])
         delta = (after - before).float().flatten(0, -2)
-        x = seen[0].float().flatten(0, -2)
+        x = inputs.float().flatten(0, -2)
         x = torch.cat([x, torch.ones(len(x), 1, device=x.device)], 1)
         total = total.to(x.device) + (delta.T @ x).double()
         power += delta.double().square().sum().item()

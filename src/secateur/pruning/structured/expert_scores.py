@@ -1,7 +1,7 @@
 """Which experts go: scores of the experts of a mixture, from what is routed to them.
 
-`reap`        mean over the tokens routed to an expert of gate · ‖expert output‖ (REAP, Lasby et al. 2025,
-              arXiv:2510.13999, eq. 9)
+`reap`        mean over the tokens routed to an expert of gate · ‖expert output‖ (REAP, Lasby et al.
+              2025, arXiv:2510.13999, eq. 9)
 `frequency`   how many tokens are routed to an expert
 `random`      any
 """

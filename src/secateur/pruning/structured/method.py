@@ -26,22 +26,21 @@ SUFFIXES = ("repair", "dense-target", "refine")
 
 
 class StructuredMethod(NamedTuple):
-    """A structured method: the selection for each kind of unit, and what is done about what is
-    lost.
+    """A structured method: how it is chosen what of each kind goes, and what makes up for it.
 
-    `repair`: what reads the units is fitted anew; `dense`: to the dense model; `refine`: epochs of
-    tuning the block.
+    `reconstruct`: what reads the channels is fitted anew by least squares; `dense_target`: to what
+    the dense model gives; `refine`: epochs of tuning the block as a whole.
     """
 
     selections: Mapping[str, str]
-    repair: bool
-    dense: bool
+    reconstruct: bool
+    dense_target: bool
     refine: int = 0
 
     @property
     def second_stream(self) -> bool:
         """Whether what the dense model gives is wanted beside what the smaller one gives."""
-        return self.dense or self.refine > 0
+        return self.dense_target or self.refine > 0
 
 
 def find_structured_method(name: str, structure: Structure) -> StructuredMethod:
@@ -85,8 +84,8 @@ def check_structure(
     find_structured_method(method, structure)
     if allocate != "uniform":
         raise BadPlan(
-            f"{structure} takes the same out of every block, since stock configurations hold nothing else; "
-            f"--allocate {allocate} needs a percentage such as '70%'."
+            f"{structure} takes the same out of every block, since stock configurations hold "
+            f"nothing else; --allocate {allocate} needs a percentage such as '70%'."
         )
     channels = isinstance(structure, Budget) or any(
         isinstance(p, Units) and p.of == "channels" for p in parts(structure)
@@ -95,5 +94,6 @@ def check_structure(
         raise BadPattern(f"--align {align} is for channels, and {structure} removes none.")
     if skip:
         raise BadPattern(
-            f"{structure} takes the same out of every block, so --skip {skip[0]} cannot leave one out."
+            f"{structure} takes the same out of every block, so --skip {skip[0]} cannot leave one "
+            "out."
         )

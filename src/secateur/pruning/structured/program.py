@@ -1,91 +1,89 @@
 """The program for structured pruning: the same stream as `prune`, but what comes out is a smaller
 dense model.
 
-    survey: what can go, and the stock configuration that holds the rest → which blocks go
-    → for each block that stays: statistics → which units go → repair of what reads them → the block cut
-    → the block's bytes in the result → hidden states entering the next block → …
+    feasibility: what can go, and the stock configuration that holds the rest → which blocks go
+    → for each block that stays: statistics → which channels go → least squares on what reads them
+    → the block sliced → the block's bytes in the result → hidden states entering the next block → …
     → the written model loaded by a fresh process, its logits compared with those of the stream
 
-Whatever can be refused is refused by the survey, before any work.
+Whatever can be refused is refused when feasibility is asked, before any work.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from secateur.checkpoints.folder import Checkpoint
-from secateur.checkpoints.record import Report
-from secateur.checkpoints.result import BLOCK, Output, output
+from secateur.checkpoints.record import Report, pruning_record
 from secateur.checkpoints.shards import resized, size_of
-from secateur.data.windows import Windows
-from secateur.errors import BadPattern, Interrupted
-from secateur.methods.structures import NAMES, Budget, Depth, Structure, parts
-from secateur.models.context import check_windows, width
-from secateur.models.load import load_blocks
-from secateur.models.mapped_tensors import hidden_bytes
-from secateur.models.matrices import model_coverage, weight_matrices
+from secateur.errors import BadPattern
+from secateur.methods.structures import NAMES, Budget, Depth, Structure, parse_structure, parts
+from secateur.models.context import check_windows
+from secateur.models.matrices import coverage, weight_matrices
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
-from secateur.models.stored import check_source
+from secateur.models.stream.block_writer import BlockWriter, block_writer, with_room
 from secateur.models.stream.blocks import BlockRun, stream
-from secateur.pruning.structured.block import Run, refined, smaller_block
+from secateur.pruning.opening import Opened
+from secateur.pruning.structured.block import BlockSlicer
 from secateur.pruning.structured.depth import BLOCKS
-from secateur.pruning.structured.feasibility import Feasibility, block_parameters, holds, survey
-from secateur.pruning.structured.method import find_structured_method
+from secateur.pruning.structured.feasibility import Feasibility, Removal, block_parameters
+from secateur.pruning.structured.method import StructuredMethod, find_structured_method
 from secateur.pruning.structured.names import Names
 from secateur.pruning.structured.size_budget import within_budget
 from secateur.pruning.structured.slicing import module_of
 from secateur.pruning.structured.verify import refuse_unequal
-from secateur.system.devices import find_devices, find_dtype, forward_dtype
-from secateur.system.interrupt import asked_to_stop
-from secateur.system.machine import typed_command, versions
-from secateur.system.memory import PeakMemory, available_bytes, release_memory
+from secateur.system.devices import find_resources, forward_dtype
+from secateur.system.machine import versions
+from secateur.system.memory import PeakMemory, release_memory
 from secateur.system.progress import Progress
-from secateur.system.sizes import find_size
+from secateur.system.settings import Compute, Destination, Recipe, Trust
 
 CHECKED_TOKENS = 256
 """How many tokens of the first window the reloaded model is compared on."""
 
 
-def shrink_checkpoint(
-    source: Checkpoint,
-    language_model: LanguageModel,
-    windows: Windows,
-    out: Path,
-    *,
-    method: str,
-    structure: Structure,
-    align: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_size: int = 8,
-    memory: str | int | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    trust_remote_code: bool = False,
-    command: Sequence[str] | None = None,
-    progress: Progress | None = None,
+class Slicing(NamedTuple):
+    """A structured run as it has been decided: by which method, and what goes."""
+
+    run: BlockRun
+    method: StructuredMethod
+    removal: Removal
+
+
+def prune_structure(
+    opened: Opened,
+    recipe: Recipe,
+    compute: Compute,
+    destination: Destination,
+    trust: Trust,
+    progress: Progress,
+    feasibility: Feasibility | None = None,
 ) -> Report:
-    """`prune_checkpoint` for a structure: writes the smaller model to `out`; returns the report in
+    """`prune_checkpoint` for a structure: writes the smaller model; returns the report in
     `pruning.json`.
+
+    `feasibility`: of this model, where it was asked before, since tracing a block takes long.
     """
-    progress = progress or Progress()
-    shrinking = find_structured_method(method, structure)
-    check_windows(language_model, windows, batch_size)
-    devices, chosen = find_devices(device), find_dtype(dtype)
-    forward = forward_dtype(chosen, devices[0])
-    blocks = BlockRun(language_model, windows.ids, devices, forward, batch_size, progress=progress)
-    run = Run(blocks, shrinking)
-    options = {"dtype": dtype, "batch_size": batch_size, "align": align}
+    source, language_model, windows = opened
+    structure = parse_structure(recipe.pattern)
+    assert structure is not None
+    method = find_structured_method(recipe.method, structure)
+    check_windows(language_model, windows, compute.batch_size)
+    devices, dtype, limit = find_resources(compute)
+    forward = forward_dtype(dtype, devices[0])
+    run = BlockRun(
+        language_model, windows.ids, devices, forward, compute.batch_size, progress=progress
+    )
+    feasibility = feasibility or Feasibility(language_model, devices[0])
+    options = {"dtype": compute.dtype, "batch_size": compute.batch_size, "align": recipe.align}
     conditions = {
-        "method": method,
+        "method": recipe.method,
         "pattern": str(structure),
         **options,
         "calibration": windows.fingerprint(),
@@ -93,236 +91,189 @@ def shrink_checkpoint(
         "versions": versions(),
     }
     with PeakMemory() as peak:
-        started = perf_counter()
-        wanted = structure
-        if isinstance(structure, Budget):
-            wanted = within_budget(language_model, structure, source.bytes, align, devices[0])
-        found = _surveyed(run, wanted, align)
-        run.blocks.seconds.plan = perf_counter() - started
-        share = model_coverage(language_model)
-        dense = language_model.model.num_parameters()
-        report = Report(
-            method,
-            str(structure),
-            "structured",
-            0.0,
-            share,
-            [],
-            run.blocks.seconds,
-            None,
-            windows.fingerprint(),
-            parameters=(
-                dense,
-                dense
-                - block_parameters(language_model)
-                + block_parameters(found.stock.language_model),
-            ),
-            removed=_in_words(language_model, found),
-        )
-        names = Names(source, language_model, found.stock.language_model, found.kept)
-        tensors = names.places()
-        with (
-            output(
-                source,
-                out,
-                overwrite=overwrite,
-                other_weights=size_of(source, tensors),
-                run=conditions,
-                restart=restart,
-            ) as result,
-            asked_to_stop("after this block") as stopping,
-        ):
-            finished = result.recorded(BLOCK)
-            for entry in finished:
+        removal = _removal(run, method, feasibility, structure, source.bytes, recipe.align)
+        names = Names(source, language_model, removal.target.language_model, removal.kept)
+        report = _report(recipe, structure, opened, run, removal)
+        size = size_of(source, names.places)
+        with block_writer(
+            source, language_model, destination, trust, conditions, other_weights=size
+        ) as writer:
+            for entry in writer.entries:
                 report.take(entry)
-            again = []
-            if not result.done:
-                result.places = resized(source, result.partial, tensors, again=len(finished) > 0)
-                if finished:
-                    spill = result.partial.parent if language_model.spilled else None
-                    loaded = load_blocks(
-                        result.partial, trust_remote_code=trust_remote_code, spill=spill
-                    )
-                    again = loaded[: len(finished)]
-                else:
-                    result.configure(found.stock.changes, language_model.model.config.model_type)
-                    result.sync()
-                progress.begin(f"shrinking with {method} to {structure}")
-                logits = _shrink(
-                    run, found, report, names, result, again, stopping, find_size(memory)
-                )
-                result.settle()
-                _verify(result, windows.ids, logits, trust_remote_code, progress)
-            report.sparsity = _share_gone(language_model, found)
-            report.peak_bytes, report.out = peak.bytes, out
-            result.finish(
-                {
-                    "schema": "secateur.pruning/1",
-                    "model": str(source.folder),
-                    "command": typed_command(command),
-                    "versions": versions(),
-                    **report.record(),
-                    "options": options,
-                }
-            )
+            if not writer.done:
+                run = with_room(run, writer.folder.parent, 1 + method.second_stream, limit)
+                _write(Slicing(run, method, removal), names, writer, report, trust)
+            report.sparsity = _share_removed(language_model, removal)
+            report.peak_bytes, report.out = peak.bytes, Path(destination.out)
+            writer.finish(pruning_record(source.folder, report, destination.command, options))
     return report
 
 
+def _write(
+    slicing: Slicing, names: Names, writer: BlockWriter, report: Report, trust: Trust
+) -> None:
+    """Write the smaller model, and let a fresh process compare it. Raises UnsupportedModel."""
+    (run, _, removal), result = slicing, writer.result
+    assert result is not None  # structures are taken out in one process
+    again = bool(writer.entries)
+    result.places = resized(result.source, result.partial, names.places, again=again)
+    if not again:
+        model_type = run.language_model.model.config.model_type
+        result.configure(removal.target.changes, model_type)
+        result.sync()
+    run.progress.begin(f"shrinking with {report.method} to {report.pattern}")
+    logits = _slice_blocks(slicing, names, writer, report)
+    result.settle()
+    run.progress.begin("loading the result in a fresh process")
+    refuse_unequal(
+        result.partial,
+        run.tokens[:1, :CHECKED_TOKENS],
+        logits,
+        trust_remote_code=trust.trust_remote_code,
+    )
+
+
 def refuse_structure(
-    language_model: LanguageModel,
-    structure: Structure,
-    size: int,
-    align: int | None,
-    device: torch.device,
+    feasibility: Feasibility, structure: Structure, size: int, align: int | None
 ) -> None:
     """Raise BadPattern or UnsupportedModel where a model, `size` bytes of weights, cannot be made
     smaller like that.
     """
     if isinstance(structure, Budget):
-        structure = within_budget(language_model, structure, size, align, device)
-    survey(language_model, structure, range(len(language_model.blocks)), align, device)
+        structure = within_budget(feasibility, structure, size, align)
+    feasibility.removal(structure, align)
     for part in parts(structure):
         if isinstance(part, Depth):
-            part.removed(len(language_model.blocks))
+            part.removed(len(feasibility.language_model.blocks))
 
 
-def _surveyed(run: Run, structure: Structure, align: int | None) -> Feasibility:
+def _removal(
+    run: BlockRun,
+    method: StructuredMethod,
+    feasibility: Feasibility,
+    structure: Structure,
+    size: int,
+    align: int | None,
+) -> Removal:
     """What goes, blocks included. Raises BadPattern or UnsupportedModel."""
-    total = len(run.blocks.language_model.blocks)
-    kept, gone = list(range(total)), list[int]()
-    run.blocks.progress.begin("finding what belongs together")
-    found = survey(run.blocks.language_model, structure, kept, align, run.blocks.devices[0])
+    started = perf_counter()
+    if isinstance(structure, Budget):
+        structure = within_budget(feasibility, structure, size, align)
+    run.progress.begin("finding what belongs together")
+    removal = feasibility.removal(structure, align)
+    total = len(removal.kept)
     for part in parts(structure):
         if isinstance(part, Depth):
-            count = part.removed(total)
-            run.blocks.progress.begin(f"choosing {part} by {run.shrinking.selections['blocks']}")
-            gone = BLOCKS[run.shrinking.selections["blocks"]](
-                run.blocks, count, holds(run.blocks.language_model)
-            )
-            if len(gone) < count:
+            count, selection = part.removed(total), method.selections["blocks"]
+            run.progress.begin(f"choosing {part} by {selection}")
+            removed = BLOCKS[selection](run, count, feasibility.holds)
+            if len(removed) < count:
                 raise BadPattern(
-                    f"No configuration of {type(run.blocks.language_model.model).__name__} holds "
-                    f"it without {part}: its kinds "
-                    f"of block come in a fixed order. {len(gone)} could go."
+                    f"No configuration of {type(run.language_model.model).__name__} holds it "
+                    f"without {part}: its kinds of block come in a fixed order. {len(removed)} "
+                    "could go."
                 )
-    if gone:
-        found = survey(
-            run.blocks.language_model,
-            structure,
-            [i for i in kept if i not in gone],
-            align,
-            run.blocks.devices[0],
-        )
-    return found
+            kept = [index for index in range(total) if index not in removed]
+            removal = feasibility.removal(structure, align, kept)
+    run.seconds.plan = perf_counter() - started
+    return removal
 
 
 @torch.no_grad()
-def _shrink(
-    run: Run,
-    found: Feasibility,
-    report: Report,
-    names: Names,
-    result: Output,
-    again: Sequence[nn.Module],
-    stopping: Callable[[], bool],
-    limit: int | None,
-) -> Tensor:
-    """Shrink and write every block that stays; the logits of the first window's first tokens in the
+def _slice_blocks(slicing: Slicing, names: Names, writer: BlockWriter, report: Report) -> Tensor:
+    """Slice and write every block that stays; the logits of the first window's first tokens in the
     smaller model.
 
     These go through the smaller blocks in float32, whatever dtype the stream has, so that they can
-    be compared closely. The first blocks may be done `again`: they are gone through as they are.
-    Hidden states that would take half of `limit`, or of what is free, lie in a file.
+    be compared closely. The first blocks may be finished: they are gone through as they are.
     """
-    model, count, device = run.blocks.language_model, len(found.kept), run.blocks.devices[0]
-    tokens = run.blocks.tokens[:1, :CHECKED_TOKENS]
+    run, method, removal = slicing
+    model, device, count = run.language_model, run.devices[0], len(removal.kept)
+    tokens, finished = run.tokens[:1, :CHECKED_TOKENS], writer.finished()
     hidden, calls = Shell(model, device, torch.float32, head=False).enter(tokens)
-    for index, block in zip(found.kept, again, strict=False):
+    for index, block in zip(removal.kept, finished, strict=False):
         hidden = run_block(working_copy(block, device, torch.float32), hidden, calls[index])
-    held = hidden_bytes(
-        run.blocks.tokens.shape, width(model), run.blocks.dtype or model.model.dtype
-    )
-    held *= 2 if run.shrinking.second_stream else 1
-    free = available_bytes(device) if limit is None else limit
-    spill = result.out.parent if held > free / 2 else None
-    steps = stream(
-        replace(run.blocks, spill=spill),
-        dense=run.shrinking.second_stream,
-        kept=found.kept,
-        finished=again,
-    )
-    for position, step in enumerate(steps, len(again)):
-        run.blocks.progress.advance(step.name, position, count)
-        original, empty = model.blocks[step.index], found.stock.language_model.blocks[position]
-        span = _span(found.kept, position, len(model.blocks))
-        state, reports = smaller_block(step, original, found.of(original), span, run)
-        entry: dict[str, Any] = {
-            "block": model.block_name(position),
-            "sites": [asdict(site) for site in reports],
-            "refined": None,
-        }
-        if run.shrinking.refine:
-            run.blocks.progress.advance(f"{step.name} as a whole", position, count)
-            state, tuned = refined(step, module_of(empty, state, original), state, span, run)
-            entry["refined"] = (tuned.before, tuned.after)
+    steps = stream(run, dense=method.second_stream, kept=removal.kept, finished=finished)
+    for position, step in enumerate(steps, len(finished)):
+        run.progress.advance(step.name, position, count)
+        original, empty = model.blocks[step.index], removal.target.language_model.blocks[position]
+        following = removal.kept[position + 1] if position + 1 < count else len(model.blocks)
+        slicer = BlockSlicer(step, original, range(step.index + 1, following), run, method)
+        state, tuned = slicer.remove(removal.of(original)), None
+        if method.refine:
+            run.progress.advance(f"{step.name} as a whole", position, count)
+            state, tuned = slicer.refine(module_of(empty, state, original), state)
         smaller = module_of(empty, state, original)
         hidden = run_block(working_copy(smaller, device, torch.float32), hidden, calls[step.index])
         step.replace(smaller)
-        held = original.state_dict()
+        dense = original.state_dict()
         changed = {
-            n: t
-            for n, t in state.items()
-            if t.shape != held[n].shape or not torch.equal(t, held[n])
+            name: tensor
+            for name, tensor in state.items()
+            if tensor.shape != dense[name].shape or not torch.equal(tensor, dense[name])
         }
-        check_source(result.source, model, [f"{step.name}.{name}" for name in changed])
-        result.commit(names.of_block(position, changed), entry)
+        entry = {
+            "block": model.block_name(position),
+            "sites": [asdict(matrix) for matrix in slicer.reports],
+            "refined": tuned and (tuned.before, tuned.after),
+        }
         report.take(entry)
-        del step
+        in_model = {f"{step.name}.{name}": tensor for name, tensor in changed.items()}
+        stored, last = names.of_block(position, changed), step.last
+        del step, slicer
         release_memory()
-        if stopping() and position < count - 1:
-            raise Interrupted("Stopped.")
-    run.blocks.progress.advance("done", count, count)
+        writer.commit(in_model, entry, last=last, stored=stored)
+    run.progress.advance("done", count, count)
     return Shell(model, device, torch.float32).leave(tokens, hidden).cpu()
 
 
-def _span(kept: Sequence[int], position: int, total: int) -> list[int]:
-    """The blocks that are gone between a block that stays and the next one."""
-    following = kept[position + 1] if position + 1 < len(kept) else total
-    return list(range(kept[position] + 1, following))
-
-
-def _verify(
-    result: Output, tokens: Tensor, logits: Tensor, trust_remote_code: bool, progress: Progress
-) -> None:
-    progress.begin("loading the result in a fresh process")
-    refuse_unequal(
-        result.partial, tokens[:1, :CHECKED_TOKENS], logits, trust_remote_code=trust_remote_code
+def _report(
+    recipe: Recipe, structure: Structure, opened: Opened, run: BlockRun, removal: Removal
+) -> Report:
+    """The report of a run that is about to begin."""
+    language_model = opened.language_model
+    counts = [coverage(block) for block in language_model.blocks]
+    dense = language_model.model.num_parameters()
+    left = block_parameters(removal.target.language_model)
+    return Report(
+        recipe.method,
+        str(structure),
+        "structured",
+        0.0,
+        sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1),
+        [],
+        run.seconds,
+        None,
+        opened.windows.fingerprint(),
+        parameters=(dense, dense - block_parameters(language_model) + left),
+        removed=_in_words(language_model, removal),
     )
 
 
-def _share_gone(language_model: LanguageModel, found: Feasibility) -> float:
-    """The share of the blocks' matrix weights that are gone."""
+def _share_removed(language_model: LanguageModel, removal: Removal) -> float:
+    """The share of the blocks' matrix weights that are removed."""
     before, after = (
         sum(
-            site.stored.numel()
+            matrix.stored.numel()
             for block in model.blocks
-            for site in weight_matrices(block).values()
+            for matrix in weight_matrices(block).values()
         )
-        for model in (language_model, found.stock.language_model)
+        for model in (language_model, removal.target.language_model)
     )
     return 1 - after / max(before, 1)
 
 
-def _in_words(language_model: LanguageModel, found: Feasibility) -> dict[str, str]:
+def _in_words(language_model: LanguageModel, removal: Removal) -> dict[str, str]:
     """What goes, by where: `mlp.down_proj` → `128 of 512 channels`; `blocks` → which."""
     words: dict[str, str] = {}
-    for cut in found.kinds.values():
-        for name, consumer in cut.consumers.items():
+    for block in removal.kinds.values():
+        for name, consumer in block.consumers.items():
             words[re.sub(r"\.\d+\.", ".*.", name)] = (
-                f"{consumer.gone} of {len(consumer.units)} {NAMES[consumer.of]}"
+                f"{consumer.removed} of {len(consumer.groups)} {NAMES[consumer.of]}"
             )
-        for name, (total, gone) in cut.experts.items():
-            words[name] = f"{gone} of {total} experts"
-    if gone := [i for i in range(len(language_model.blocks)) if i not in found.kept]:
-        words["blocks"] = ", ".join(map(str, gone))
+        for name, (total, removed) in block.experts.items():
+            words[name] = f"{removed} of {total} experts"
+    blocks = [i for i in range(len(language_model.blocks)) if i not in removal.kept]
+    if blocks:
+        words["blocks"] = ", ".join(map(str, blocks))
     return words

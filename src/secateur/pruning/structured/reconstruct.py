@@ -1,5 +1,5 @@
-"""Repair after whole inputs of a matrix are gone: exact ridge least squares on the inputs that
-stay.
+"""Reconstruction after whole inputs of a matrix are removed: exact ridge least squares on the
+inputs that stay.
 
 One routine for channels, heads and depth. With wanted outputs y and inputs x of which S stay, the
 weight that minimises E‖y − V x_S − b‖² with a ridge that pulls to the weights as they were is, for
@@ -26,14 +26,14 @@ from secateur.methods.least_squares import normalise
 from secateur.methods.statistics import Stats
 
 NEED = frozenset({"gram", "sum"})
-"""The statistics that a repair reads; "cross" and "dense sum" as well where the target is the dense
+"""The statistics that are read; "cross" and "dense sum" as well where the target is the dense
 model.
 """
 
 
 class Reconstructed(NamedTuple):
-    """`weight` `[out, in]` float32, zero at inputs that are gone; `bias` `[out]`, None where there
-    was none.
+    """`weight` `[out, in]` float32, zero at inputs that are removed; `bias` `[out]`, None where
+    there was none.
     """
 
     weight: Tensor
@@ -71,8 +71,8 @@ def reconstructed(
         factor = torch.linalg.cholesky(inside)
     except RuntimeError as error:  # LinAlgError is one
         raise NotSolved(
-            f"The statistics of {int(kept.sum())} inputs over {stats.tokens} tokens are not positive definite. "
-            "Use more calibration samples, or a method without '+repair'."
+            f"The statistics of {int(kept.sum())} inputs over {stats.tokens} tokens are not "
+            "positive definite. Use more calibration samples, or a method without '+repair'."
         ) from error
     solution = torch.zeros_like(weight)
     missing = target[:, kept] - problem.weight[:, kept] @ inside

@@ -9,14 +9,19 @@ the blocks; half of the heads.
 from __future__ import annotations
 
 from math import ceil
-from typing import Literal, NamedTuple
-
-import torch
+from typing import NamedTuple
 
 from secateur.errors import BadPattern, UnsupportedModel
-from secateur.methods.structures import Budget, Depth, Several, Structure, Units, default_alignment
-from secateur.models.replay import LanguageModel
-from secateur.pruning.structured.feasibility import block_parameters, holds, survey
+from secateur.methods.structures import (
+    Budget,
+    Depth,
+    Kind,
+    Several,
+    Structure,
+    Units,
+    default_alignment,
+)
+from secateur.pruning.structured.feasibility import Feasibility, block_parameters
 
 MOST, MOST_BLOCKS = 0.5, 0.25
 
@@ -28,53 +33,49 @@ class _Half(NamedTuple):
 
     parameters: int
     total: int
-    gone: int
+    removed: int
 
     def reaching(self, parameters: float, step: int) -> int:
         """The fewest units, a multiple of `step`, that hold so many parameters, or as many as may
         go.
         """
-        return min(self.gone, step * ceil(max(parameters, 0) * self.gone / self.parameters / step))
+        needed = max(parameters, 0) * self.removed / self.parameters
+        return min(self.removed, step * ceil(needed / step))
 
 
 def within_budget(
-    language_model: LanguageModel,
-    budget: Budget,
-    size: int,
-    align: int | None,
-    device: torch.device,
+    feasibility: Feasibility, budget: Budget, size: int, align: int | None
 ) -> Structure:
     """The structure that leaves at most the budget of a model whose weights are `size` bytes.
     Raises BadPattern.
     """
+    language_model = feasibility.language_model
     total, count = language_model.model.num_parameters(), len(language_model.blocks)
     share = budget.share if budget.share is not None else (budget.bytes or 0) / size
     if share >= 1:
         raise BadPattern(f"The model has {size:,} bytes of weights already; {budget} was asked.")
     missing, chosen = total * (1 - share), list[Units | Depth]()
-    experts, channels, heads = (
-        _half(language_model, of, align, device) for of in ("experts", "channels", "heads")
-    )
+    experts = _half(feasibility, "experts", align)
+    channels = _half(feasibility, "channels", align)
+    heads = _half(feasibility, "heads", align)
     if experts:
         taken = experts.reaching(missing, 1)
         chosen.append(Units(taken / experts.total, "experts"))
-        missing -= taken / experts.gone * experts.parameters
+        missing -= taken / experts.removed * experts.parameters
     per_block = (block_parameters(language_model) - (total * (1 - share) - missing)) / count
-    blocks = int(MOST_BLOCKS * count) if holds(language_model)([1]) else 0
+    blocks = int(MOST_BLOCKS * count) if feasibility.holds([1]) else 0
     for half_of_heads in (None, heads):
         for fewer in range(blocks + 1):
             left = (count - fewer) / count  # of everything that is taken out of each block
-            wanted = (
-                missing
-                - fewer * per_block
-                - (half_of_heads.parameters * left if half_of_heads else 0)
-            )
+            wanted = missing - fewer * per_block
+            if half_of_heads:
+                wanted -= half_of_heads.parameters * left
             if wanted > (channels.parameters * left if channels else 0):
                 continue
             if fewer:
                 chosen.append(Depth(count=fewer))
             if half_of_heads:
-                chosen.append(Units(half_of_heads.gone / half_of_heads.total, "heads"))
+                chosen.append(Units(half_of_heads.removed / half_of_heads.total, "heads"))
             step = align or default_alignment(channels.total) if channels else 1
             if channels and (taken := channels.reaching(wanted / left, step)):
                 chosen.append(Units(taken / channels.total, "channels"))
@@ -82,22 +83,16 @@ def within_budget(
     halves = {"experts": experts, "channels": channels, "heads": heads}
     known = [of for of, half in halves.items() if half] or ["nothing"]
     raise BadPattern(
-        f"{budget} is out of reach: for a size at most half of the {' and '.join(known)} are taken and {blocks} of "
-        f"{count} blocks. Say what should go, such as '60% of channels' or '50% of blocks'."
+        f"{budget} is out of reach: for a size at most half of the {' and '.join(known)} are taken "
+        f"and {blocks} of {count} blocks. Say what should go, such as '60% of channels' or '50% of "
+        "blocks'."
     )
 
 
-def _half(
-    language_model: LanguageModel,
-    of: Literal["experts", "channels", "heads"],
-    align: int | None,
-    device: torch.device,
-) -> _Half | None:
+def _half(feasibility: Feasibility, of: Kind, align: int | None) -> _Half | None:
     """What half of a kind of unit would be; None where they cannot go."""
     try:
-        found = survey(
-            language_model, Units(MOST, of), range(len(language_model.blocks)), align, device
-        )
+        removal = feasibility.removal(Units(MOST, of), align)
     except UnsupportedModel:
         return None
     except BadPattern:
@@ -105,10 +100,12 @@ def _half(
             raise
         return None
     counts = [
-        (len(c.units), c.gone) for cut in found.kinds.values() for c in cut.consumers.values()
+        count
+        for block in removal.kinds.values()
+        for count in (
+            *((len(c.groups), c.removed) for c in block.consumers.values()),
+            *block.experts.values(),
+        )
     ]
-    counts += [count for cut in found.kinds.values() for count in cut.experts.values()]
-    return _Half(
-        block_parameters(language_model) - block_parameters(found.stock.language_model),
-        *max(counts),
-    )
+    parameters = block_parameters(feasibility.language_model)
+    return _Half(parameters - block_parameters(removal.target.language_model), *max(counts))

@@ -1,7 +1,8 @@
-"""A block with units, experts or nothing taken out: its tensors in their new shapes, and a stock
-module that runs them.
+"""A block with groups of channels, experts or nothing taken out: its tensors in their new shapes,
+and a stock module that runs them.
 
-What is cut are rows and columns of the matrices in a unit, and the biases that go with the rows.
+What is sliced are rows and columns of the matrices of a group, and the biases that go with the
+rows.
 The module is the one that the family itself builds for the new configuration (`target_config`), so
 what runs here is what every loader will run.
 """
@@ -24,55 +25,57 @@ State = dict[str, Tensor]
 """The tensors of a block by their name in it."""
 
 
-def without_units(block: nn.Module, gone: Mapping[str, Iterable[ChannelGroup]]) -> State:
-    """The tensors of a block after units were cut out, given by the site whose inputs they are.
+def without_groups(block: nn.Module, removed: Mapping[str, Iterable[ChannelGroup]]) -> State:
+    """The tensors of a block without groups of channels, given by the name of the matrix whose
+    inputs they are.
 
-    The block is not changed. Tensors that are not cut are its own.
+    The block is not changed. Tensors that are not sliced are its own.
     """
     rows: dict[str, set[int]] = defaultdict(set)
     columns: dict[str, set[int]] = defaultdict(set)
-    for reader, units in gone.items():
-        for unit in units:
-            columns[reader].update(unit.inputs)
-            for site, channel in unit.outputs:
-                rows[site].add(channel)
+    for reader, groups in removed.items():
+        for group in groups:
+            columns[reader].update(group.inputs)
+            for name, channel in group.outputs:
+                rows[name].add(channel)
     state: State = dict(block.state_dict())
-    fused: dict[str, list[tuple[WeightMatrix, Tensor, Tensor]]] = defaultdict(list)
-    for name, site in weight_matrices(block).items():
-        if name in rows or name in columns or (site.expert and site.parameter in fused):
-            out, inputs = site.weight.shape
-            fused[site.parameter].append(
-                (site, _others(out, rows[name]), _others(inputs, columns[name]))
+    sliced: dict[str, list[tuple[WeightMatrix, Tensor, Tensor]]] = defaultdict(list)
+    for name, matrix in weight_matrices(block).items():
+        if name in rows or name in columns or (matrix.expert and matrix.parameter in sliced):
+            out, inputs = matrix.weight.shape
+            sliced[matrix.parameter].append(
+                (matrix, _others(out, rows[name]), _others(inputs, columns[name]))
             )
-    for parameter, parts in fused.items():
-        cuts = [_cut(state, site, out, inputs) for site, out, inputs in parts]
-        if not parts[0][0].expert:
-            state[parameter] = cuts[0]
-        elif len(cuts) == len(state[parameter]):
-            state[parameter] = torch.stack(cuts)
-        bias = (
-            f"{parameter}_bias" if parts[0][0].expert else f"{parameter.removesuffix('weight')}bias"
-        )
-        if state.get(bias) is not None:
-            held = state[bias] if parts[0][0].expert else state[bias][None]
-            cut = torch.stack([part[out] for part, (_, out, _) in zip(held, parts, strict=True)])
-            state[bias] = cut if parts[0][0].expert else cut[0]
+    for parameter, parts in sliced.items():
+        fused = parts[0][0].expert
+        slices = [_slice(state, matrix, out, inputs) for matrix, out, inputs in parts]
+        if not fused:
+            state[parameter] = slices[0]
+        elif len(slices) == len(state[parameter]):
+            state[parameter] = torch.stack(slices)
+        name = f"{parameter}_bias" if fused else f"{parameter.removesuffix('weight')}bias"
+        if (bias := state.get(name)) is not None:
+            biases = bias if fused else bias[None]
+            left = [one[out] for one, (_, out, _) in zip(biases, parts, strict=True)]
+            state[name] = torch.stack(left) if fused else left[0]
     return state
 
 
-def _others(size: int, gone: Collection[int]) -> Tensor:
+def _others(size: int, removed: Collection[int]) -> Tensor:
     kept = torch.ones(size, dtype=torch.bool)
-    kept[list(gone)] = False
+    kept[list(removed)] = False
     return kept.nonzero().flatten()
 
 
-def _cut(state: Mapping[str, Tensor], site: WeightMatrix, out: Tensor, inputs: Tensor) -> Tensor:
-    stored = state[site.parameter]
-    if site.expert:
-        stored = stored[int(site.name.rsplit(".", 2)[1])]
-    weight = stored.T if site.transposed else stored
-    cut = weight[out.to(weight.device)][:, inputs.to(weight.device)]
-    return (cut.T if site.transposed else cut).contiguous()
+def _slice(
+    state: Mapping[str, Tensor], matrix: WeightMatrix, out: Tensor, inputs: Tensor
+) -> Tensor:
+    stored = state[matrix.parameter]
+    if matrix.expert:
+        stored = stored[int(matrix.name.rsplit(".", 2)[1])]
+    weight = stored.T if matrix.transposed else stored
+    left = weight[out.to(weight.device)][:, inputs.to(weight.device)]
+    return (left.T if matrix.transposed else left).contiguous()
 
 
 def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) -> State:
@@ -99,14 +102,9 @@ def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) 
                 )
                 and not owner.startswith(f"{name}.")
             )
-            if inside and count in (
-                tensor.shape[:1].numel(),
-                tensor.shape[1:].numel() if len(tensor) == 1 else 0,
-            ):
-                dimension = (
-                    0 if len(tensor) == count else 1
-                )  # Ernie's correction bias is [1, experts]
-                state[key] = tensor.index_select(dimension, indices.to(tensor.device)).contiguous()
+            along = 0 if len(tensor) == count else 1
+            if inside and (along == 0 or tensor.shape == (1, count)):  # as Ernie's correction bias
+                state[key] = tensor.index_select(along, indices.to(tensor.device)).contiguous()
     return state
 
 

@@ -60,18 +60,18 @@ EXPERTS = ("expert",)
 
 
 @dataclass(frozen=True)
-class Stock:
-    """A smaller model without weights, and what is to be changed in the source's `config.json` to
-    get it.
+class Target:
+    """A smaller model on the meta device, and what is to be changed in the source's `config.json`
+    to get it.
     """
 
     language_model: LanguageModel
     changes: Mapping[str, Any]
 
 
-def find_stock(
+def find_target(
     language_model: LanguageModel, shapes: Shapes, numbers: Sequence[Number], kept: Sequence[int]
-) -> Stock | None:
+) -> Target | None:
     """The model with tensors of exactly these `shapes` (by name in the model); None where no
     configuration has them.
 
@@ -85,16 +85,16 @@ def find_stock(
     for kind, fields in bases:
         for changes in _candidates(config, numbers, kept):
             model = _built(kind, {**config.to_dict(), **changes, **fields}, language_model)
-            if model is not None and _shapes(model) == shapes:
-                stack = find_stack(model)
+            if model is not None and tensor_shapes(model) == shapes:
                 tuples = tuple(language_model.tuples[i] for i in kept)
-                return Stock(LanguageModel(model, stack, tuples), {**changes, **fields})
+                smaller = LanguageModel(model, find_stack(model), tuples)
+                return Target(smaller, {**changes, **fields})
     return None
 
 
-def tensor_shapes(language_model: LanguageModel) -> Shapes:
+def tensor_shapes(model: nn.Module) -> Shapes:
     """The shapes of all stored tensors by their name in the model."""
-    return _shapes(language_model.model)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def empty(language_model: LanguageModel) -> LanguageModel:
@@ -102,10 +102,6 @@ def empty(language_model: LanguageModel) -> LanguageModel:
     config = language_model.model.config
     model = _built(type(config), config.to_dict(), language_model)
     return LanguageModel(model, language_model.stack, language_model.tuples)
-
-
-def _shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _built(kind: Any, fields: dict[str, Any], language_model: LanguageModel) -> Any:
@@ -116,9 +112,8 @@ def _built(kind: Any, fields: dict[str, Any], language_model: LanguageModel) -> 
         with torch.device("meta"):
             own = type(language_model.model) if kind is type(language_model.model.config) else None
             model = own(config) if own else AutoModelForCausalLM.from_config(config)
-    except (
-        Exception
-    ):  # whatever a configuration or a constructor raises for numbers that it cannot hold
+    # whatever a configuration or a constructor raises for numbers that it cannot hold
+    except Exception:
         return None
     return model.eval()
 
@@ -129,20 +124,19 @@ def _candidates(
     """Changes to the fields of a configuration that may give the numbers, those with few fields
     first.
     """
-    held = config.to_dict()
-    depth = _fewer_blocks(config, held, kept)
+    values = config.to_dict()
+    depth = _fewer_blocks(config, values, kept)
     choices = []
     for number in numbers:
-        fields = [name for name, value in held.items() if _may_hold(name, value, number)]
-        sets = [chosen for size in (1, 2, 3) for chosen in combinations(fields, size)]
-        choices.append([{name: number.of(held[name]) for name in chosen} for chosen in sets])
-    said: list[dict[str, Any]] = [
-        {}
-    ]  # the width of a head, which many derive from their number unless it is said
+        names = [name for name, value in values.items() if _may_hold(name, value, number)]
+        sets = [chosen for size in (1, 2, 3) for chosen in combinations(names, size)]
+        choices.append([{name: number.of(values[name]) for name in chosen} for chosen in sets])
+    # the width of a head, which many derive from their number unless it is said
+    widths: list[dict[str, Any]] = [{}]
     if any(number.names == HEADS for number in numbers):
-        width = held.get("head_dim") or config.hidden_size // config.num_attention_heads
-        said.insert(0, {"head_dim": width})
-    for explicit, *chosen in product(said, *choices):
+        width = values.get("head_dim") or config.hidden_size // config.num_attention_heads
+        widths.insert(0, {"head_dim": width})
+    for explicit, *chosen in product(widths, *choices):
         changes = depth | explicit
         for part in chosen:
             changes |= part
@@ -157,7 +151,7 @@ def _may_hold(name: str, value: Any, number: Number) -> bool:
     return value == number.old
 
 
-def _fewer_blocks(config: Any, held: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+def _fewer_blocks(config: Any, values: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     """The fields that count blocks or list something for each of them, for the blocks that stay."""
     total = config.num_hidden_layers
     if len(kept) == total:
@@ -165,7 +159,7 @@ def _fewer_blocks(config: Any, held: Mapping[str, Any], kept: Sequence[int]) -> 
     changes: dict[str, Any] = {
         config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): len(kept)
     }
-    for name, value in held.items():
+    for name, value in values.items():
         listed = isinstance(value, (list, tuple)) and not name.endswith(("_id", "_ids", "_classes"))
         if listed and len(value) == total:
             changes[name] = [deepcopy(value[i]) for i in kept]

@@ -1,10 +1,10 @@
 """Does a written model compute what the one in memory did? Asked in a fresh process, through the
 stock loader.
 
-    python -m secateur.pruning.structured.verify FOLDER EXPECTED  # EXPECTED: safetensors with `tokens` and `logits`
+    python -m secateur.pruning.structured.verify FOLDER EXPECTED
 
-A fresh process has nothing but the folder: no patched module, no tensor in memory, no configuration
-object.
+EXPECTED is a safetensors file with `tokens` and `logits`. A fresh process has nothing
+but the folder: no patched module, no tensor in memory, no configuration object.
 """
 
 from __future__ import annotations
@@ -42,19 +42,14 @@ def refuse_unequal(
             {"tokens": tokens.cpu().contiguous(), "logits": logits.cpu().contiguous()}, expected
         )
         flag = ["--trust-remote-code"] if trust_remote_code else []
-        command = [
-            sys.executable,
-            "-m",
-            "secateur.pruning.structured.verify",
-            str(folder),
-            str(expected),
-            *flag,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        module = ["-m", "secateur.pruning.structured.verify", str(folder), str(expected)]
+        done = subprocess.run(
+            [sys.executable, *module, *flag], capture_output=True, text=True, check=False
+        )
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
+        message = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
         raise UnsupportedModel(
-            f"The smaller model was written but does not reload as it was: {said}"
+            f"The smaller model was written but does not reload as it was: {message}"
         )
 
 
@@ -77,19 +72,14 @@ def difference(
 def main(arguments: list[str]) -> int:
     """The exit status: 0 where the logits are equal up to rounding."""
     folder, expected, *flags = arguments
-    held = load_file(expected)
+    trusted = "--trust-remote-code" in flags
     try:
-        found = difference(
-            Path(folder),
-            held["tokens"],
-            held["logits"],
-            trust_remote_code="--trust-remote-code" in flags,
-        )
+        distance = difference(Path(folder), **load_file(expected), trust_remote_code=trusted)
     except SecateurError as error:
         print(in_one_line(error), file=sys.stderr)
         return 1
-    if not found <= MOST:
-        print(f"its logits differ by {found:.1e} of their norm", file=sys.stderr)
+    if not distance <= MOST:
+        print(f"its logits differ by {distance:.1e} of their norm", file=sys.stderr)
         return 1
     return 0
 
