@@ -6,6 +6,7 @@ Nothing here may reach for the network: a hub look-up fails at once instead of w
 # ruff: noqa: E402
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -15,9 +16,12 @@ import torch
 
 pytest.register_assert_rewrite("reference", "support")
 
+from support import forks
 from support.families import tiny_model
 from support.paths import ROOT
 from support.texts import byte_tokenizer, write_documents
+
+from secateur.pruning.structured import verify
 
 torch.set_num_threads(1)
 
@@ -26,6 +30,13 @@ torch.set_num_threads(1)
 def float32_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What `--dtype auto` means does not depend on the machine: as on a processor without products of bfloat16."""
     monkeypatch.setattr("secateur.system.devices.multiplies_bfloat16", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def forked_check(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """The check of a smaller model is made in a fork of this process, but where `fresh_process` marks the test."""
+    if not request.node.get_closest_marker("fresh_process"):
+        monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=forks.run))
 
 
 @pytest.fixture(scope="session")
