@@ -37,17 +37,17 @@ train: .venv/ready  ## train the embedded model again (hours on two cores); the 
 SOURCES := pyproject.toml constraints.txt $(wildcard src/secateur/kernels/native/*)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.venv/demo: $(SOURCES) | .venv  ## the package and what it needs; compiled to bytecode where it is imported
+.venv/demo: $(SOURCES) | $(BIN)/pip  ## the package and what it needs; compiled to bytecode where it is imported
 	$(INSTALL) . --no-compile
 	touch $@
 
-.venv/ready: $(SOURCES) | .venv  ## and what testing, checking and the site need
+.venv/ready: $(SOURCES) | $(BIN)/pip  ## and what testing, checking and the site need
 	$(INSTALL) '.[dev]'
 	touch .venv/demo $@
 
-.venv:
+$(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
-	$(PYTHON) -m venv $@
+	$(PYTHON) -m venv .venv
 
 clean:
 	rm -rf .venv out
