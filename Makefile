@@ -4,11 +4,11 @@ BIN := .venv/bin
 
 .PHONY: demo test check sanitize fuzz bench-prune train docs page clean
 
-demo: .venv/ready  ## compare magnitude, Wanda and SparseGPT on the embedded model
+demo: .venv/demo  ## compare magnitude, Wanda and SparseGPT on the embedded model
 	$(BIN)/secateur compare --methods magnitude,wanda,sparsegpt --patterns 50%,2:4 --windows 256 --out out/demo
 
 test: .venv/ready  ## every test; those that need ../shared/data skip where it is missing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/ready  ## format, lint, types
 	$(BIN)/ruff format --check src tests bench examples
@@ -34,12 +34,20 @@ train: .venv/ready  ## train the embedded model again (hours on two cores); the 
 	$(BIN)/python bench/train_demo.py --out out/train
 	$(BIN)/python bench/train_demo.py --out out/train --export
 
-.venv/ready: pyproject.toml constraints.txt $(wildcard src/secateur/kernels/native/*)
+SOURCES := pyproject.toml constraints.txt $(wildcard src/secateur/kernels/native/*)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.venv/demo: $(SOURCES) | $(BIN)/pip  ## the package and what it needs; compiled to bytecode where it is imported
+	$(INSTALL) . --no-compile
+	touch $@
+
+.venv/ready: $(SOURCES) | $(BIN)/pip  ## and what testing, checking and the site need
+	$(INSTALL) '.[dev]'
+	touch .venv/demo $@
+
+$(BIN)/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
 
 clean:
 	rm -rf .venv out

@@ -5,7 +5,11 @@ Nothing here may reach for the network: a hub look-up fails at once instead of w
 
 # ruff: noqa: E402
 import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -15,17 +19,43 @@ import torch
 
 pytest.register_assert_rewrite("reference", "support")
 
+from support import forks
+from support.drawing import drawing
 from support.families import tiny_model
 from support.paths import ROOT
 from support.texts import byte_tokenizer, write_documents
 
+from secateur.evaluation.report import vega
+from secateur.pruning.structured import verify
+
 torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def float32_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def float32_passes() -> Iterator[None]:
     """What `--dtype auto` means does not depend on the machine: as on a processor without products of bfloat16."""
-    monkeypatch.setattr("secateur.system.devices.multiplies_bfloat16", lambda: False)
+    with patch("secateur.system.devices.multiplies_bfloat16", lambda: False):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forked_check() -> Iterator[None]:
+    """The check of a smaller model is made in a fork of this process, but in the tests that use `fresh_process`."""
+    with patch.object(verify, "subprocess", SimpleNamespace(run=forks.run)):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_drawing_process() -> Iterator[None]:
+    """Pictures are drawn by one process for all tests."""
+    with drawing() as run, patch.object(vega, "subprocess", SimpleNamespace(run=run)):
+        yield
+
+
+@pytest.fixture
+def fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of a smaller model is made in a process that begins with nothing, as users have it."""
+    monkeypatch.setattr(verify, "subprocess", subprocess)
 
 
 @pytest.fixture(scope="session")

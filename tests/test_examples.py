@@ -5,10 +5,13 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 from safetensors.torch import load_file
+from support import forks
 from support.paths import ROOT
 
 from secateur.data.demo import model_folder
@@ -18,11 +21,11 @@ EXAMPLES = ROOT / "examples"
 MATRIX = re.compile(r"layers\.\d+\..*_proj\.weight")
 
 
-def run(name: str, out: Path, *options: str) -> str:
-    """What a script prints; warnings end it."""
+def run(name: str, out: Path, *options: str, start: Callable[..., CompletedProcess[str]] = forks.run) -> str:
+    """What a script prints; warnings end it. `start`: subprocess.run, where nothing is to be imported already."""
     command = [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), "--out", str(out), *options]
     quiet = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=quiet, timeout=120)
+    done = start(command, capture_output=True, text=True, env=quiet, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -40,7 +43,8 @@ def test_every_example_is_run_here_and_short():
 
 
 def test_a_pruned_model_loads_in_plain_transformers(tmp_path):
-    said = run("reload", tmp_path / "out", "--method", "wanda", "--pattern", "50% of row", "--samples", "2")
+    options = ("--method", "wanda", "--pattern", "50% of row", "--samples", "2")
+    said = run("reload", tmp_path / "out", *options, start=subprocess.run)
     assert "wanda 50% of row: 50.00% of the weights of 42 sites" in said
     assert "as transformers has it: 50.00%" in said
     assert "def read(self, size):" in said

@@ -17,7 +17,7 @@ from secateur.evaluation.report.tables import sheets
 from secateur.evaluation.results.schema import Results, Row, find_tolerance, read_results
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def options(tiny_llama, text_file) -> dict[str, Any]:
     return {
         "model": str(tiny_llama), "calibration": str(text_file), "evaluation": str(text_file), "samples": 8,
@@ -280,10 +280,11 @@ def test_rows_answer_tasks_like_evaluate(shared_data, tmp_path):
 # The report of several comparisons.
 
 
-@pytest.fixture
-def two(options, tmp_path):
-    """Two comparisons of one kind, of different methods."""
-    one, other = tmp_path / "one", tmp_path / "other"
+@pytest.fixture(scope="module")
+def two(options, tmp_path_factory):
+    """Two comparisons of one kind, of different methods. Read only."""
+    place = tmp_path_factory.mktemp("two")
+    one, other = place / "one", place / "other"
     secateur.compare(**options | {"methods": ["magnitude"]}, out=one)
     secateur.compare(**options | {"methods": ["wanda"], "seed": [0, 1]}, out=other)
     return one, other
@@ -304,6 +305,14 @@ def test_comparisons_are_joined_and_ranked_anew(two, options, tmp_path):
     assert [row.name for row in twice.rows] == ["dense -", "magnitude 50%"]
 
 
+@pytest.fixture(scope="module")
+def of_wanda(options, tmp_path_factory) -> Path:
+    """A comparison of one method. Read only."""
+    folder = tmp_path_factory.mktemp("wanda")
+    secateur.compare(**options | {"methods": ["wanda"]}, out=folder)
+    return folder
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -314,11 +323,10 @@ def test_comparisons_are_joined_and_ranked_anew(two, options, tmp_path):
         ({"passes": "two"}, "differ in options passes: one and two"),
     ],
 )
-def test_other_conditions_are_named(options, tmp_path, changed, words):
-    secateur.compare(**options | {"methods": ["wanda"]}, out=tmp_path / "one")
+def test_other_conditions_are_named(options, of_wanda, tmp_path, changed, words):
     secateur.compare(**options | {"methods": ["wanda"]} | changed, out=tmp_path / "other")
     with pytest.raises(ConditionsDiffer, match=words):
-        secateur.report([tmp_path / "one", tmp_path / "other"], out=tmp_path / "out")
+        secateur.report([of_wanda, tmp_path / "other"], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

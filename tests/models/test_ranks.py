@@ -1,34 +1,28 @@
 """Several processes on one run: the masks of one, and what happens when one of them dies."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.forks import in_ranks
 from support.paths import SUPPORT
 
 from secateur.models.stream.distributed import ALONE
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "0"]
-
 
 def prune(
-    model: Path, out: Path, text: Path, ranks: int, *more: str, fail: str = ""
+    model: Path, out: Path, text: Path, ranks: int, *more: str, fail: str = "", fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
+    """`fresh`: as a user starts it, in processes that begin with nothing."""
     words = [
         "prune", str(model), "--out", str(out), "--calibration", str(text), "--samples", "7", "--seq-len", "24",
         "--batch-size", "2", "--quiet", *more,
     ]  # fmt: skip
-    start = [*TORCHRUN, "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DIE_AT": fail}
-    if fail:
-        code = SUPPORT / "dying_rank.py"
-        return subprocess.run([*start, str(code), *words], capture_output=True, text=True, env=environment)
-    return subprocess.run([*start, "-m", "secateur", *words], capture_output=True, text=True, env=environment)
+    program = SUPPORT / "dying_rank.py" if fail else "secateur"
+    return in_ranks(ranks, program, *words, fresh=fresh, OMP_NUM_THREADS="1", DIE_AT=fail)
 
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "sweep+dense-target"), ("mixtral", "wanda")])
@@ -69,7 +63,7 @@ def test_an_error_is_said_once(tiny_llama, text_file, tmp_path):
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.inf
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    done = prune(broken, tmp_path / "out", text_file, 2)
+    done = prune(broken, tmp_path / "out", text_file, 2, fresh=True)
     assert done.returncode != 0
     assert done.stderr.count("secateur: The weights of model.layers.1.mlp.down_proj hold NaN or Inf") == 1
     assert "Traceback (most recent call last)" not in done.stderr.partition("torch/distributed")[0]

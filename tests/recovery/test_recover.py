@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
+from support import forks
 from support.families import tiny_model
+from support.forks import in_ranks
 from support.paths import SUPPORT
 from support.texts import byte_tokenizer
 from torch import nn
@@ -377,12 +379,12 @@ def test_the_seconds_of_a_run_that_was_killed_are_counted(models, options, tmp_p
         "recover", str(models / "llama-pruned"), "--with", "masked", "--text", options["text"], "--seq-len", "32",
         "--batch-size", "2", "--steps", "6", "--save-every", "2", "--out", str(tmp_path / "out"), "--quiet", "--json",
     ]  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", DIES, *words], capture_output=True).returncode == 9
+    assert forks.run([sys.executable, "-c", DIES, *words]).returncode == 9
     before = Journal(tmp_path / ".out.recovery" / "journal")
     spent = before.of("seconds")
     before.close()
     assert len(spent) == 2
-    done = subprocess.run([sys.executable, "-m", "secateur", *words], capture_output=True, text=True)
+    done = forks.run([sys.executable, "-m", "secateur", *words])
     assert json.loads(done.stdout)["seconds"] > spent[-1] > 0
     assert not (tmp_path / ".out.recovery").exists()
 
@@ -552,22 +554,19 @@ def test_a_stranger_is_no_target(models, options, tmp_path):
 
 
 def in_two_processes(
-    program: list[str], model: Path, options: dict[str, Any], **environment: str
+    program: str | Path, model: Path, options: dict[str, Any], *, fresh: bool = False, **environment: str
 ) -> subprocess.CompletedProcess:
-    """`recover` with `program`, -m secateur or a file that calls it, as torchrun starts it."""
+    """`recover` with `program`, secateur or a file that calls it, as torchrun starts it."""
     words = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *program, "recover",
-         str(model), *words, "--quiet"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
+    words = ["recover", str(model), *words, "--quiet"]
+    return in_ranks(2, program, *words, fresh=fresh, OMP_NUM_THREADS="1", **environment)
 
 
 @pytest.mark.parametrize("way", ["lora", "masked", "distill"])
 def test_two_processes_train_as_one_with_twice_the_batch(models, options, tmp_path, way):
     alone = recover(models / "llama-pruned", **options | {"way": way, "out": tmp_path / "one", "batch_size": 4})
     given = {name: value for name, value in options.items() if name != "command"} | {"with": way}
-    done = in_two_processes(["-m", "secateur"], models / "llama-pruned", given)
+    done = in_two_processes("secateur", models / "llama-pruned", given, fresh=way == "distill")
     assert done.returncode == 0, done.stderr[-2000:]
     (told,) = json.loads((options["out"] / "pruning.json").read_text())["recovery"]
     assert told["tokens"] == alone.tokens == 6 * 4 * 32
@@ -579,11 +578,10 @@ def test_two_processes_train_as_one_with_twice_the_batch(models, options, tmp_pa
 
 def test_what_is_wrong_in_two_processes_is_said_once(models, options, tmp_path):
     given = {name: value for name, value in options.items() if name != "command"} | {"with": "masked"}
-    refused = in_two_processes(["-m", "secateur"], models / "llama-pruned", given | {"steps": 10**5})
+    refused = in_two_processes("secateur", models / "llama-pruned", given | {"steps": 10**5})
     assert refused.returncode != 0
     assert refused.stderr.count("secateur: Recovery was asked to see") == 1
-    program = [str(SUPPORT / "nan_rank.py")]
-    refused = in_two_processes(program, models / "llama-pruned", given, NAN_AT="1 4")
+    refused = in_two_processes(SUPPORT / "nan_rank.py", models / "llama-pruned", given, NAN_AT="1 4")
     assert refused.returncode != 0
     assert refused.stderr.count("secateur: The loss became nan at step 4. The last checkpoint is kept in ") == 1
     assert [path.name for path in tmp_path.iterdir()] == [".out.recovery"]

@@ -93,18 +93,19 @@ SPECIAL: dict[str, dict] = {
 }  # fmt: skip
 
 
-def settable(config: PreTrainedConfig, name: str) -> bool:
-    """Whether the config has the field, under this name or the one it is an alias of, and lets it be set."""
-    name = config.attribute_map.get(name, name)
-    return name in config.to_dict() and not isinstance(getattr(type(config), name, None), property)
-
-
 def tiny_config(model_type: str) -> PreTrainedConfig:
     """The family's default config with `SMALL` and `SPECIAL` applied, its kinds of block in turn."""
     default = AutoConfig.for_model(model_type)
-    fields = {name: value for name, value in SMALL.items() if settable(default, name)}
+    names = default.to_dict()
+
+    def settable(name: str) -> bool:
+        """Whether the config has the field, under this name or the one it is an alias of, and lets it be set."""
+        name = default.attribute_map.get(name, name)
+        return name in names and not isinstance(getattr(type(default), name, None), property)
+
+    fields = {name: value for name, value in SMALL.items() if settable(name)}
     for name in ("layer_types", "mlp_layer_types"):
-        if settable(default, name) and (kinds := getattr(default, name)):
+        if settable(name) and (kinds := getattr(default, name)):
             fields[name] = (list(dict.fromkeys(kinds)) * BLOCKS)[:BLOCKS]
     if "kv_lora_rank" in fields:  # the latent is expanded to every head
         fields["num_key_value_heads"] = HEADS

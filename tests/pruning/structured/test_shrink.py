@@ -277,6 +277,7 @@ def test_bfloat16_is_written_as_bfloat16(tmp_path: Path, in_process):
     assert {place.dtype for place in open_checkpoint(out).places.values()} == {"BF16"}
 
 
+@pytest.mark.usefixtures("fresh_process")
 def test_a_fresh_process_is_asked_and_believed(tmp_path: Path, monkeypatch):
     smaller("llama", tmp_path, "25% of channels")
     honest = program.run_block
