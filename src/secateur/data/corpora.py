@@ -29,18 +29,16 @@ def corpus_texts(source: str, split: str, data_dir: Path | None) -> Sequence[str
         files = list(_local_files(data_dir / source, split))
         if not files:
             raise NotEnoughText(
-                f"{data_dir / source} holds no {split} split ({split}.jsonl, .json.gz, .parquet or .txt). "
-                "Put it there, or leave --data-dir out to fetch the corpus."
+                f"{data_dir / source} holds no {split} split ({split}.jsonl, .json.gz, .parquet or "
+                ".txt). Put it there, or leave --data-dir out to fetch the corpus."
             )
         return _from_files(files)
     files = [Path(part) for part in source.split(",")]
     for file in files:
         if not file.name.endswith(SUFFIXES):
-            if file.exists() or file.suffix or len(file.parts) > 1:
-                raise BadText(
-                    f"{file} is no text file that can be read; {', '.join(SUFFIXES)} can."
-                )
-            raise UnknownName("corpus", source, CORPORA)
+            if not (file.exists() or file.suffix or len(file.parts) > 1):
+                raise UnknownName("corpus", source, CORPORA)
+            raise BadText(f"{file} is no text file that can be read; {', '.join(SUFFIXES)} can.")
         if not file.is_file():
             raise BadText(f"There is no text file {file}.")
     return _from_files(files)
@@ -49,9 +47,8 @@ def corpus_texts(source: str, split: str, data_dir: Path | None) -> Sequence[str
 def _local_files(folder: Path, split: str) -> Iterator[Path]:
     """The files of a split; all files where the names tell no split apart."""
     files = [file for file in sorted(folder.glob("*")) if file.name.endswith(SUFFIXES)]
-    named = [
-        file for file in files if any(word in file.name for word in ("train", "validation", "test"))
-    ]
+    splits = ("train", "validation", "test")
+    named = [file for file in files if any(word in file.name for word in splits)]
     yield from [file for file in named if split in file.name] if named else files
 
 
@@ -87,9 +84,8 @@ def rows(file: Path, column: str | None = None) -> Iterator[Any]:
         from pyarrow import parquet  # takes long to import
 
         with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(
-                columns=column and [n for n in table.schema_arrow.names if n == column]
-            ):
+            columns = column and [name for name in table.schema_arrow.names if name == column]
+            for batch in table.iter_batches(columns=columns):
                 yield from batch.to_pylist()
         return
     unpacked: Any = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
@@ -101,12 +97,14 @@ def rows(file: Path, column: str | None = None) -> Iterator[Any]:
             return
         for number, line in enumerate(stream, 1):
             if line.strip():
-                try:
-                    yield json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise BadText(
-                        f"Line {number} of {file} is no JSON: {in_one_line(error)}."
-                    ) from error
+                yield _parsed(line, f"Line {number} of {file}")
+
+
+def _parsed(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadText(f"{where} is no JSON: {in_one_line(error)}.") from error
 
 
 def _text(row: Any, where: str) -> str:
@@ -114,8 +112,8 @@ def _text(row: Any, where: str) -> str:
         raise BadText(f"Every row needs a field 'text'; {where} has none.")
     text = row["text"]
     if not isinstance(text, str):
-        held = "null" if text is None else f"a {type(text).__name__}"
-        raise BadText(f"The field 'text' must hold a string; in {where} it holds {held}.")
+        kind = "null" if text is None else f"a {type(text).__name__}"
+        raise BadText(f"The field 'text' must hold a string; in {where} it holds {kind}.")
     try:
         text.encode()
     except UnicodeEncodeError as error:

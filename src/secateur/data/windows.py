@@ -88,14 +88,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     except TOKENIZER_ERRORS as error:
         if "trust_remote_code" in str(error):
             raise BadCheckpoint(
-                f"The tokenizer of {folder} needs code of its own, which is not run unless asked for. "
-                "Read that code, then add --trust-remote-code."
+                f"The tokenizer of {folder} needs code of its own, which is not run unless asked "
+                "for. Read that code, then add --trust-remote-code."
             ) from error
         raise BadCheckpoint(
             f"{folder} has no tokenizer that transformers can load: {in_one_line(error)}."
         ) from error
-    # Where only the settings are there, transformers makes a tokenizer of nothing but special
-    # tokens.
+    # Of settings alone, transformers makes a tokenizer of nothing but special tokens.
     if len(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)) < 2:
         raise BadCheckpoint(
             f"{folder} has no tokenizer with a vocabulary. Copy tokenizer.json or the like there."
@@ -124,28 +123,19 @@ def _silent() -> Iterator[None]:
             os.close(old)
 
 
-class _rust_errors:  # noqa: N801 — used as a function
-    """Turns what the tokenizers library raises for a broken file, a bare `Exception` or a panic,
+@contextmanager
+def _rust_errors(folder: object) -> Iterator[None]:
+    """Turn what the tokenizers library raises for a broken file, a bare `Exception` or a panic,
     into BadCheckpoint.
     """
-
-    def __init__(self, folder: object) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
-    ) -> None:
-        if (
-            error is not None
-            and kind is not None
-            and (kind is Exception or kind.__name__ == "PanicException")
-        ):
-            raise BadCheckpoint(
-                f"The tokenizer of {self.folder} is broken: {in_one_line(error)}."
-            ) from error
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise BadCheckpoint(
+            f"The tokenizer of {folder} is broken: {in_one_line(error)}."
+        ) from error
 
 
 def encode(
@@ -154,12 +144,12 @@ def encode(
     """The token ids of every text. Raises BadCheckpoint where the tokenizer cannot take them."""
     try:
         with _rust_errors(tokenizer.name_or_path):
-            found: Any = tokenizer(list(texts), verbose=False, **options)["input_ids"]
+            ids: Any = tokenizer(list(texts), verbose=False, **options)["input_ids"]
     except TOKENIZER_ERRORS as error:
         raise BadCheckpoint(
             f"The tokenizer of {tokenizer.name_or_path} cannot take a text: {in_one_line(error)}."
         ) from error
-    return found
+    return ids
 
 
 def calibration_windows(
@@ -185,9 +175,11 @@ def calibration_windows(
     split = "calibration" if source == "demo" else "train"
     stream = _encoded(tokenizer, source, split, data_dir)
     if len(stream) < samples * length:
+        most = len(stream) // length
+        fewer = f"Use {f'--samples {most}' if most else 'more text'} or a smaller --seq-len."
         raise NotEnoughText(
-            f"{samples} samples of {length} tokens need {samples * length:,} tokens; {source} ({split}) has "
-            f"{len(stream):,}. {_fewer('--samples', len(stream) // length)}"
+            f"{samples} samples of {length} tokens need {samples * length:,} tokens; {source} "
+            f"({split}) has {len(stream):,}. {fewer}"
         )
     if source == "wikitext2":
         starts = [draw.randint(0, max(len(stream) - length - 1, 0)) for _ in range(samples)]
@@ -213,26 +205,19 @@ def evaluation_windows(
     """
     if length < 2 or (windows is not None and windows < 2):
         raise NotEnoughText(
-            f"Evaluation needs at least 2 windows of 2 tokens; found {windows or 'all'} of {length}."
+            f"Evaluation needs at least 2 windows of 2 tokens; found {windows or 'all'} of "
+            f"{length}."
         )
     split = {"demo": "evaluation", "c4": "validation"}.get(source, "test")
     stream = _encoded(tokenizer, source, split, data_dir)
     count = len(stream) // length
     if count < max(windows or 0, 2):
         raise NotEnoughText(
-            f"{windows or 2} evaluation windows of {length} tokens were wanted; {source} ({split}) has "
-            f"{len(stream):,} tokens, {count} windows. Use a smaller --windows or --seq-len."
+            f"{windows or 2} evaluation windows of {length} tokens were wanted; {source} ({split}) "
+            f"has {len(stream):,} tokens, {count} windows. Use a smaller --windows or --seq-len."
         )
     ids = stream[: count * length].view(count, length)[:windows]
     return Windows(ids.contiguous(), source, split, None, len(stream))
-
-
-def _fewer(option: str, most: int) -> str:
-    return (
-        f"Use {option} {most} or a smaller --seq-len."
-        if most
-        else "Use more text or a smaller --seq-len."
-    )
 
 
 def _encoded(
@@ -268,11 +253,15 @@ def _windows_of_documents(
     """One random window from each of `samples` random documents that are longer than the window."""
     windows: list[Tensor] = []
     lengths: dict[int, int] = {}
+    wanted, most = samples * length, 2000 + 500 * samples  # tokens; documents that are looked at
+
+    def long_enough() -> list[int]:
+        return [tokens for tokens in lengths.values() if tokens > length]
+
     while len(windows) < samples:
-        if len(lengths) == len(texts) or len(lengths) > 2000 + 500 * samples:
-            long_enough = [n for n in lengths.values() if n > length]
-            if len(long_enough) == 0 or sum(long_enough) < samples * length:
-                break
+        looked = len(lengths) == len(texts) or len(lengths) > most
+        if looked and (not long_enough() or sum(long_enough()) < wanted):
+            break
         number = draw.randint(0, len(texts) - 1)
         if lengths.get(number, length + 1) <= length:
             continue
@@ -281,19 +270,17 @@ def _windows_of_documents(
         if len(ids) > length:
             start = draw.randint(0, len(ids) - length - 1)
             windows.append(torch.tensor(ids[start : start + length]))
-    distinct = sum(n for n in lengths.values() if n > length)
-    for number in range(
-        len(texts)
-    ):  # repeated draws may have left out documents that are long enough
-        if distinct >= samples * length or len(lengths) > 2000 + 500 * samples:
+    distinct = sum(long_enough())
+    for number in range(len(texts)):  # repeated draws may have left out long documents
+        if distinct >= wanted or len(lengths) > most:
             break
         if number not in lengths:
             lengths[number] = len(encode(tokenizer, [texts[number]])[0])
             distinct += lengths[number] if lengths[number] > length else 0
-    if len(windows) < samples or distinct < samples * length:
+    if len(windows) < samples or distinct < wanted:
         raise NotEnoughText(
-            f"{samples} samples of {length} tokens need {samples * length:,} tokens from documents longer than "
-            f"{length}; the {len(lengths):,} documents looked at have {distinct:,} in "
-            f"{sum(n > length for n in lengths.values())} such documents. Use fewer --samples or a smaller --seq-len."
+            f"{samples} samples of {length} tokens need {wanted:,} tokens from documents longer "
+            f"than {length}; the {len(lengths):,} documents looked at have {distinct:,} in "
+            f"{len(long_enough())} such documents. Use fewer --samples or a smaller --seq-len."
         )
     return torch.stack(windows)

@@ -1,5 +1,4 @@
-"""What is refused while a checkpoint is loaded, and in which words; where nothing is raised, `load`
-goes on.
+"""What is refused while a checkpoint is loaded, and in which words.
 
 transformers loads much that is no causal language model, or not the one that its folder describes:
 weights that are missing are made up, those it has no use for are dropped, encoders predict tokens
@@ -23,10 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.errors import BadCheckpoint, NonFinite, SecateurError, UnsupportedModel, in_one_line
-from secateur.system.json_files import read_json
+from secateur.system.json_files import json_object
 
-# What transformers raises for a configuration or weights that it cannot take, whatever it is that
-# is wrong.
+# What transformers raises for a configuration or weights that it cannot take, whatever is wrong.
 LOAD_ERRORS = (
     ValueError,
     LookupError,
@@ -39,16 +37,8 @@ LOAD_ERRORS = (
     ImportError,
     StrictDataclassError,
 )
-STORED = (
-    "F64",
-    "F32",
-    "F16",
-    "BF16",
-    "I64",
-    "I32",
-    "U8",
-    "BOOL",
-)  # the last four hold positions and masks
+STORED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL")
+"""In which dtypes tensors may be stored; the last four hold positions and masks."""
 MOST_PARTS, SPARE_TENSORS, SPARE_BYTES = 2**16, 2**10, 2**28
 """Layers, heads or experts that no model has; how many parameters, and bytes of tables (masks,
 rotary), a model may have beyond what its checkpoint holds.
@@ -61,11 +51,12 @@ def bad_config(folder: Path, error: BaseException) -> SecateurError:
     """What to raise where transformers cannot take the configuration in `folder`."""
     if "trust_remote_code" in str(error):
         return UnsupportedModel(
-            f"{folder} needs code of its own (auto_map in config.json), which is not run unless asked for. "
-            "Read that code, then add --trust-remote-code."
+            f"{folder} needs code of its own (auto_map in config.json), which is not run unless "
+            "asked for. Read that code, then add --trust-remote-code."
         )
     return UnsupportedModel(
-        f"{folder / 'config.json'} describes no model that transformers knows: {_said(error)}"
+        f"{folder / 'config.json'} describes no model that transformers knows: "
+        f"{in_one_line(error)}."
     )
 
 
@@ -83,17 +74,14 @@ def bad_weights(
         )
     if "ignore_mismatched_sizes" in str(error):
         return foreign(folder, (built and other_shape(shapes, built)) or "some have another shape")
-    return BadCheckpoint(f"transformers cannot load {folder}: {_said(error)}")
-
-
-def _said(error: BaseException) -> str:
-    return f"{in_one_line(error)}."
+    return BadCheckpoint(f"transformers cannot load {folder}: {in_one_line(error)}.")
 
 
 def foreign(folder: Path, what: str) -> BadCheckpoint:
     """What to raise where weights and configuration do not belong together."""
     return BadCheckpoint(
-        f"{folder} does not hold the weights its config.json describes: {what}. Fetch both again from one place."
+        f"{folder} does not hold the weights its config.json describes: {what}. Fetch both again "
+        "from one place."
     )
 
 
@@ -115,20 +103,18 @@ def refuse_counts(folder: Path) -> None:
     all memory.
     """
     file = folder / "config.json"
-    try:
-        waiting: list[Any] = [read_json(file)]
-    except ValueError as error:
-        raise BadCheckpoint(f"{file} is no JSON ({in_one_line(error)}). Fetch it again.") from error
+    waiting: list[Any] = [json_object(file)]
     while waiting:
         part = waiting.pop()
         for name, value in part.items() if isinstance(part, dict) else enumerate(part):
             if isinstance(value, (dict, list)):
                 waiting.append(value)
-            elif (
-                isinstance(value, (int, float)) and value > MOST_PARTS and _COUNTS.search(str(name))
-            ):
+            elif not isinstance(value, (int, float)) or not value > MOST_PARTS:
+                continue
+            elif _COUNTS.search(str(name)):
                 raise BadCheckpoint(
-                    f"{file} says that {name} is {str(value)[:40]}; no model has so many. Fetch it again."
+                    f"{file} says that {name} is {str(value)[:40]}; no model has so many. Fetch it "
+                    "again."
                 )
 
 
@@ -145,11 +131,8 @@ def refusing_more(folder: Path, known: int) -> Iterator[None]:
         if registered > 4 * known + SPARE_TENSORS:
             raise foreign(folder, f"it has {known} tensors, the model more than {registered - 1}")
 
-    hook = register_module_parameter_registration_hook(count)
-    try:
+    with register_module_parameter_registration_hook(count):
         yield
-    finally:
-        hook.remove()
 
 
 def refuse_larger(folder: Path, shapes: Shapes, model: nn.Module) -> None:
@@ -199,10 +182,10 @@ def refuse_foreign_weights(
     ):
         if names:
             raise foreign(folder, f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
-    for name, place in open_checkpoint(folder).places.items():
-        if place.dtype not in STORED:
+    for name, location in open_checkpoint(folder).places.items():
+        if location.dtype not in STORED:
             raise UnsupportedModel(
-                f"{name} in {folder} is stored as {place.dtype}, which cannot be pruned. "
+                f"{name} in {folder} is stored as {location.dtype}, which cannot be pruned. "
                 "Use the float32, bfloat16 or float16 weights."
             )
 
@@ -223,8 +206,9 @@ def refuse_encoder(model: nn.Module, logits: Tensor) -> None:
     one, other = logits[:, :-1].float().nan_to_num()
     if (one - other).abs().max() > 0.01 * one.abs().max():
         raise UnsupportedModel(
-            f"{type(model).__name__} is no causal language model as its config.json sets it up: a later token changes "
-            "the logits of those before it. Encoders have no perplexity, and cannot be pruned here."
+            f"{type(model).__name__} is no causal language model as its config.json sets it up: a "
+            "later token changes the logits of those before it. Encoders have no perplexity, and "
+            "cannot be pruned here."
         )
 
 

@@ -8,6 +8,7 @@ wrongly. Weights stay where `from_pretrained` mapped them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from secateur.models.context import vocabulary_size
 from secateur.models.mapped_experts import spill_folder, stacked_on_disk
 from secateur.models.replay import LanguageModel, Shell, run_block
 from secateur.system.files import refuse_odd_files
+from secateur.system.machine import CPU
 
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """What is downloaded of a model."""
@@ -56,46 +58,41 @@ def find_stack(model: nn.Module) -> str:
 
 @torch.no_grad()
 def replayable(model: PreTrainedModel) -> LanguageModel:
-    """The model with its blocks found, after checking that replaying them gives its own logits bit
-    for bit.
+    """The model with its blocks found, after checking that running them one by one gives its own
+    logits bit for bit.
 
     Raises UnsupportedModel with the largest difference where it does not.
     """
-    stack = find_stack(model)
+    stack, kind = find_stack(model), type(model).__name__
     blocks = list(model.get_submodule(stack).children())
-    shared = [id(p) for block in blocks for p in block.parameters()]
-    if len(shared) != len(set(shared)):
-        raise UnsupportedModel(
-            f"{type(model).__name__} shares weights between its blocks; that is not supported."
-        )
+    parameters = [id(p) for block in blocks for p in block.parameters()]
+    if len(parameters) != len(set(parameters)):
+        raise UnsupportedModel(f"{kind} shares weights between its blocks; that is not supported.")
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary_size(model), (3, 16), generator=draw)
     tokens[2, :-1] = tokens[1, :-1]  # for the check that no token sees a later one
     try:
-        found, wanted = _with_tuples(model, stack, tokens)
+        language_model, logits = _with_tuples(model, stack, tokens)
     except LOAD_ERRORS as error:
         raise UnsupportedModel(
-            f"{type(model).__name__} cannot be run as its config.json sets it up: {in_one_line(error)}."
+            f"{kind} cannot be run as its config.json sets it up: {in_one_line(error)}."
         ) from error
-    shell = Shell(found, torch.device("cpu"), None)
+    shell = Shell(language_model, CPU, None)
     hidden, calls = shell.enter(tokens)
-    for block, call in zip(found.blocks, calls, strict=True):
+    for block, call in zip(blocks, calls, strict=True):
         hidden = run_block(block, hidden, call)
-    got = shell.leave(tokens, hidden)
-    if (
-        hidden.isfinite().all() and not (got < torch.inf).all()
-    ):  # NaN, or an infinity that is no mask
+    replayed = shell.leave(tokens, hidden)
+    # NaN in a block is found and named later; an infinity among logits may be a mask.
+    if hidden.isfinite().all() and not (replayed < torch.inf).all():
         refuse_non_finite_ends(model, stack)
-    if not torch.allclose(
-        got, wanted, rtol=0, atol=0, equal_nan=True
-    ):  # NaN in a block is found and named later
-        difference = (got.float() - wanted.float()).abs().max().item()
+    if not torch.allclose(replayed, logits, rtol=0, atol=0, equal_nan=True):
+        difference = (replayed.float() - logits.float()).abs().max().item()
         raise UnsupportedModel(
-            f"{type(model).__name__} cannot be replayed block by block: its logits differ by up to {difference:g}. "
+            f"{kind} cannot be replayed block by block: its logits differ by up to {difference:g}. "
             "The model does more between its blocks than hand on the hidden state."
         )
-    refuse_encoder(model, wanted[1:])
-    return found
+    refuse_encoder(model, logits[1:])
+    return language_model
 
 
 def _with_tuples(
@@ -104,20 +101,18 @@ def _with_tuples(
     """Which blocks return a tuple, asked of the real blocks in one forward, and its logits."""
     tuples: list[bool] = []
     blocks = list(model.get_submodule(stack).children())
-    hooks = [
-        block.register_forward_hook(
-            lambda module, args, output: tuples.append(isinstance(output, tuple))
-        )
-        for block in blocks
-    ]
-    try:
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        tuples.append(isinstance(output, tuple))
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(note))
         logits = model(tokens, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
     if len(tuples) != len(blocks):
         raise UnsupportedModel(
-            f"{type(model).__name__} called its {len(blocks)} blocks {len(tuples)} times; once each is wanted."
+            f"{type(model).__name__} called its {len(blocks)} blocks {len(tuples)} times; once "
+            "each is wanted."
         )
     return LanguageModel(model, stack, tuple(tuples)), logits
 
@@ -150,9 +145,12 @@ def load_blocks(
 def _mapped(
     folder: Path, trust_remote_code: bool, spill: Path | None
 ) -> tuple[PreTrainedModel, Path | None]:
+    """The causal LM, and the folder of weights that the loader put together, None where they lie in
+    memory.
+    """
     config, built = load_config(folder, trust_remote_code=trust_remote_code), None
     checkpoint = open_checkpoint(folder)
-    shapes, spill = checkpoint.shapes, spill or spill_folder(None, checkpoint.bytes)
+    spill = spill or spill_folder(None, checkpoint.bytes)
     try:
         built = without_weights(checkpoint, config, trust_remote_code=trust_remote_code)
         with stacked_on_disk(spill):
@@ -166,9 +164,9 @@ def _mapped(
                 output_loading_info=True,
             )
     except LOAD_ERRORS as error:
-        raise bad_weights(folder, shapes, config, built, error) from error
-    model, report = loaded
-    refuse_foreign_weights(folder, model, find_stack(model), report)
+        raise bad_weights(folder, checkpoint.shapes, config, built, error) from error
+    model, info = loaded
+    refuse_foreign_weights(folder, model, find_stack(model), info)
     return model.eval(), spill
 
 
@@ -183,11 +181,11 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise bad_config(folder, error) from error
     if getattr(config, "quantization_config", None):
         raise UnsupportedModel(
-            f"{folder} is quantised (quantization_config in config.json). Prune the unquantised model instead."
+            f"{folder} is quantised (quantization_config in config.json). Prune the unquantised "
+            "model instead."
         )
-    config._attn_implementation = (
-        None  # ours to choose, not the folder's: flex_attention compiles for a minute
-    )
+    # Ours to choose, not the folder's: flex_attention compiles for a minute.
+    config._attn_implementation = None
     return config
 
 
@@ -211,5 +209,6 @@ def resolve(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=list(wanted)))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError, RuntimeError) as error:
         raise BadCheckpoint(
-            f"{model} is neither a folder here nor a model that the hub gives out: {in_one_line(error)}."
+            f"{model} is neither a folder here nor a model that the hub gives out: "
+            f"{in_one_line(error)}."
         ) from error

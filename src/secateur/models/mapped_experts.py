@@ -32,10 +32,10 @@ def too_large(checkpoint_bytes: int, limit: int | None = None) -> bool:
     """Whether a copy of the weights in every process here is more than half of `limit` bytes, or of
     what is free.
     """
-    processes = (
-        1 if limit is not None else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    )  # as torchrun says
-    return 2 * checkpoint_bytes * processes > (available_bytes(CPU) if limit is None else limit)
+    if limit is not None:
+        return 2 * checkpoint_bytes > limit
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as torchrun says
+    return 2 * checkpoint_bytes * processes > available_bytes(CPU)
 
 
 def spill_folder(out: Path | None, checkpoint_bytes: int, limit: int | None = None) -> Path | None:
@@ -44,11 +44,9 @@ def spill_folder(out: Path | None, checkpoint_bytes: int, limit: int | None = No
     """
     if not too_large(checkpoint_bytes, limit):
         return None
-    return (
-        next(folder for folder in out.resolve().parents if folder.is_dir())
-        if out
-        else Path(gettempdir())
-    )
+    if out is None:
+        return Path(gettempdir())
+    return next(folder for folder in out.resolve().parents if folder.is_dir())
 
 
 @contextmanager
@@ -63,25 +61,22 @@ def stacked_on_disk(folder: Path | None) -> Iterator[None]:
         return
     file, convert = HiddenStateStore(folder), WeightConverter.convert
 
-    def moved(found: Any) -> Any:
-        if isinstance(found, list):
-            return [moved(part) for part in found]
-        if (
-            not isinstance(found, Tensor)
-            or found.nbytes < SMALL
-            or found.untyped_storage().nbytes() != found.nbytes
-        ):
-            return found  # a view of what is mapped, for one
-        file.append(found)
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(part) for part in value]
+        if not isinstance(value, Tensor) or value.nbytes < SMALL:
+            return value
+        if value.untyped_storage().nbytes() != value.nbytes:
+            return value  # a view of what is mapped, for one
+        file.append(value)
         return file[len(file) - 1]
 
     def converted(self: WeightConverter, *args: Any, **options: Any) -> Any:
-        found: Any = convert(self, *args, **options)
-        if isinstance(
-            found, tuple
-        ):  # with errors beside it, in the first releases of transformers 5
-            return ({name: moved(part) for name, part in found[0].items()}, *found[1:])
-        return {name: moved(part) for name, part in found.items()}
+        result: Any = convert(self, *args, **options)
+        # The first releases of transformers 5 give a tuple, with errors beside the tensors.
+        tensors, *rest = result if isinstance(result, tuple) else (result,)
+        tensors = {name: moved(value) for name, value in tensors.items()}
+        return (tensors, *rest) if rest else tensors
 
     with patch.object(WeightConverter, "convert", converted):
         yield

@@ -19,9 +19,7 @@ from secateur.system.files import disk_errors, reserve
 ALIGNED = 64
 """Every tensor begins at a multiple of this."""
 MOST_ROOM = 2**30
-"""What is reserved at a time, at most, for tensors that are smaller: as much as is there, so that
-mappings stay few.
-"""
+"""What is reserved at a time, at most: else as much again as is there, so that mappings stay few."""
 
 
 def hidden_bytes(shape: Sequence[int], width: int, dtype: torch.dtype) -> int:
@@ -44,12 +42,12 @@ class HiddenStateStore:
                 self._file = TemporaryFile(dir=folder)  # noqa: SIM115 - it lives as long as this
             finalize(self, self._file.close)
         self._end, self._room = 0, torch.empty(0, dtype=torch.uint8)
-        self._held: list[Tensor] = []
+        self._tensors: list[Tensor] = []
         for tensor in tensors:
             self.append(tensor)
 
     def append(self, tensor: Tensor) -> None:
-        self._held.append(self._mapped(tensor) if self._file else tensor)
+        self._tensors.append(self._mapped(tensor) if self._file else tensor)
 
     def _mapped(self, tensor: Tensor) -> Tensor:
         """A copy in the file. A mapping costs a file descriptor, so it is made for more than one
@@ -61,26 +59,23 @@ class HiddenStateStore:
             room = max(size, min(self._end, MOST_ROOM))
             with disk_errors(self.folder or Path()):
                 reserve(self._file.fileno(), self._end, room)
-                self._room = torch.from_numpy(
-                    np.memmap(self._file, np.uint8, "r+", self._end, (room,))
-                )
+                file = np.memmap(self._file, np.uint8, "r+", self._end, (room,))
+                self._room = torch.from_numpy(file)
             self._end += room
-        place, self._room = self._room[: tensor.nbytes], self._room[size:]
-        mapped = place.view(tensor.dtype).view(tensor.shape)
-        mapped.copy_(tensor)
-        return mapped
+        mapped, self._room = self._room[: tensor.nbytes], self._room[size:]
+        return mapped.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def __getitem__(self, number: int) -> Tensor:
-        return self._held[number]
+        return self._tensors[number]
 
     def __setitem__(self, number: int, tensor: Tensor) -> None:
         if self._file:
-            self._held[number].copy_(tensor)
+            self._tensors[number].copy_(tensor)
         else:
-            self._held[number] = tensor
+            self._tensors[number] = tensor
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._tensors)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self._held)
+        return iter(self._tensors)

@@ -79,8 +79,8 @@ def bias(block: nn.Module, matrix: WeightMatrix) -> tuple[str, Tensor] | None:
             return None
         name = f"{owner}.{part}_bias"
         return name, block.get_parameter(name).data[int(expert)]
-    values = block.get_submodule(matrix.name).bias
-    return None if values is None else (f"{matrix.name}.bias", values.data)  # type: ignore[return-value]
+    values: Any = block.get_submodule(matrix.name).bias
+    return None if values is None else (f"{matrix.name}.bias", values.data)
 
 
 def signature(block: nn.Module) -> tuple[Any, ...]:

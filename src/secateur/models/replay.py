@@ -12,7 +12,7 @@ dtype of the computation; the model itself is never converted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -121,10 +121,7 @@ class _Tap(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.called is None:
             raise AssertionError("a tap was called outside enter() and leave()")
-        if args:
-            hidden, *rest = args
-        else:
-            hidden, rest = kwargs.pop("hidden_states"), []
+        hidden, *rest = args or [kwargs.pop("hidden_states")]
         return self.called(self.index, hidden, Call(tuple(rest), kwargs))
 
 
@@ -144,23 +141,18 @@ class Shell:
         *,
         head: bool = True,
     ) -> None:
-        self.tuples = language_model.tuples
-        blocks = language_model.blocks
-        self.taps = [_Tap(block, index) for index, block in enumerate(blocks)]
-        memo: dict[int, Any] = {
-            id(block): tap for block, tap in zip(blocks, self.taps, strict=True)
-        }
+        self.device, self.dtype, self.tuples = device, dtype, language_model.tuples
+        self.taps = [_Tap(block, index) for index, block in enumerate(language_model.blocks)]
         embedding = language_model.model.get_input_embeddings()
-        kept = [embedding] if device.type == "cpu" else []
-        if not head and (output := language_model.model.get_output_embeddings()) is not None:
-            kept.append(output)
-        memo |= {id(module): module for module in kept}
+        self.embedding = embedding if device.type == "cpu" else None
+        output = None if head else language_model.model.get_output_embeddings()
+        mapped = [module for module in (self.embedding, output) if module is not None]
+        memo: dict[int, Any] = {id(tap.block): tap for tap in self.taps}
+        memo |= {id(module): module for module in mapped}
         self.model = deepcopy(language_model.model, memo)
         for module in self.model.modules():
-            if module not in kept and not isinstance(module, _Tap):
+            if module not in mapped and not isinstance(module, _Tap):
                 _cast(module, device, dtype, recurse=False)
-        self.embedding, self.dtype = embedding if device.type == "cpu" else None, dtype
-        self.device = device
 
     @contextmanager
     def _answering(self, answer: Callable[[int, Tensor, Call], Tensor]) -> Iterator[None]:
@@ -175,12 +167,10 @@ class Shell:
 
         for tap in self.taps:
             tap.called = called
-        hook = self.embedding.register_forward_hook(convert) if self.embedding else None
         try:
-            yield
+            with self.embedding.register_forward_hook(convert) if self.embedding else nullcontext():
+                yield
         finally:
-            if hook:
-                hook.remove()
             for tap in self.taps:
                 tap.called = None
 
@@ -266,10 +256,3 @@ def close(wanted: Tensor, got: Tensor) -> bool:
     wanted, got = wanted.float().flatten(0, -2), got.float().flatten(0, -2)
     norm = wanted.norm(dim=0)
     return bool(((wanted - got).norm(dim=0) <= rtol * norm.clamp_min(0.01 * norm.median())).all())
-
-
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; what p cannot say costs
-    nothing.
-    """
-    return (log_p.exp() * (log_p - log_q)).where(log_p > -torch.inf, 0.0).sum(-1)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 _C_LIBRARY = ctypes.CDLL(None)
 _CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# The limit, what is used, and how much of that is cache which can be had back; version 2, version 1.
+# The limit, what is used, how much of that is cache which can be had back; version 2, version 1.
 _CGROUP_FILES = [
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

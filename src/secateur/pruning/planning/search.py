@@ -5,16 +5,17 @@ the dense one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
+from secateur.models.divergence import DenseReference
 from secateur.models.matrices import matrix_shapes, weight_matrices
-from secateur.models.replay import Shell, divergence, run_block, working_copy
 from secateur.models.stream.blocks import Step
 from secateur.pruning.planning.allocation import least_error
 from secateur.pruning.planning.sensitivity import Measuring, levels_around, pruned_at, solvable
@@ -133,47 +134,25 @@ class _Judge:
     """How far the whole model is from the dense one, with each block at some level."""
 
     def __init__(self, measuring: Measuring, library: _Library) -> None:
-        self.measuring, self.library = measuring, library
-        self.model, device = measuring.run.language_model, measuring.run.devices[0]
-        self.shell = Shell(self.model, device, measuring.run.dtype)
-        self.tokens = list(measuring.run.tokens[:SEARCH_WINDOWS].split(measuring.run.batch_size))
-        entered = [self.shell.enter(batch) for batch in self.tokens]
-        self.calls = [calls for _, calls in entered]
-        self.hidden: list[list[Tensor]] = [
-            [hidden for hidden, _ in entered]
-        ]  # what enters each block, as last run
+        self.library, self.model = library, measuring.run.language_model
+        self.dense = DenseReference(measuring.run, SEARCH_WINDOWS)
+        self.entering = [self.dense.entering]  # of each block, as last run
         self.ran: list[int | None] = []  # at which level each block was run for it
-        self.dense = self._run({})
 
     def divergence(self, chosen: Mapping[str, int]) -> float:
-        """KL(dense ‖ pruned), nats a token, with each named block at that level."""
-        found = []
-        for batch, hidden, dense in zip(self.tokens, self._run(chosen), self.dense, strict=True):
-            for window in range(len(batch)):  # one at a time: the logits of all of them may not fit
-                part = slice(window, window + 1)
-                p, q = (self._leave(batch[part], x[..., part, :, :]) for x in (dense, hidden))
-                found.append(divergence(p, q).double().mean())
-        return torch.stack(found).mean().item()
+        """KL(dense ‖ pruned), nats a token, with each named block at that level.
 
-    def _leave(self, batch: Tensor, hidden: Tensor) -> Tensor:
-        return self.shell.leave(batch, hidden)[:, :-1].float().log_softmax(-1)
-
-    def _run(self, chosen: Mapping[str, int]) -> list[Tensor]:
-        """What leaves the last block; blocks before the first that differs from the last run are
-        not run again.
+        Blocks before the first that differs from the last run are not run again.
         """
-        blocks = self.model.blocks
-        wanted = [chosen.get(self.model.block_name(index)) for index in range(len(blocks))]
+        names = [self.model.block_name(index) for index in range(len(self.dense.blocks))]
+        wanted = [chosen.get(name) for name in names]
         same = 0
         while same < len(self.ran) and self.ran[same] == wanted[same]:
             same += 1
-        del self.hidden[same + 1 :], self.ran[same:]
-        for index in range(same, len(blocks)):
-            block = working_copy(blocks[index], self.shell.device, self.measuring.run.dtype)
-            level = wanted[index]
-            if level is not None:
-                self.library.put(block, self.model.block_name(index), level)
-            pairs = zip(self.hidden[index], self.calls, strict=True)
-            self.hidden.append([run_block(block, hidden, calls[index]) for hidden, calls in pairs])
+        del self.entering[same + 1 :], self.ran[same:]
+        for index in range(same, len(wanted)):
+            name, level = names[index], wanted[index]
+            put = None if level is None else partial(self.library.put, name=name, level=level)
+            self.entering.append(self.dense.run(index, self.entering[index], put))
             self.ran.append(level)
-        return self.hidden[-1]
+        return self.dense.divergence(self.entering[-1], last=False)

@@ -22,9 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from secateur.models.divergence import DenseReference
 from secateur.models.hooks import recorded_inputs
 from secateur.models.matrices import WeightMatrix, weight_matrices
-from secateur.models.replay import Call, Shell, divergence, in_float32, run_block, working_copy
+from secateur.models.replay import Call, in_float32, run_block, working_copy
 from secateur.models.stream.blocks import BlockRun, stream
 
 KL_WINDOWS = 32
@@ -92,65 +93,25 @@ def _cosine(before: list[Tensor], after: list[Tensor]) -> float:
 @torch.no_grad()
 def kl(run: BlockRun, count: int, holds: Holds) -> list[int]:
     """Greedily, the blocks without which the predictions stay nearest to the dense model's."""
-    total = len(run.language_model.blocks)
-    windows = _Windows(run)
-    entered, left, removed, done = windows.hidden, list(range(total)), list[int](), 0
-    for block in left:
-        windows.go_through(block)
-    expected = windows.hidden
-    work = sum(total - n for n in range(count))
+    dense, total = DenseReference(run, KL_WINDOWS), len(run.language_model.blocks)
+    left, removed, done = list(range(total)), list[int](), 0
+    work = sum((total - n) for n in range(count))
     for _ in range(count):
         best: tuple[float, int] | None = None
-        before = entered  # what enters the block that is left out
+        entering = dense.entering  # of the block that is left out
         for position, out in enumerate(left):
             run.progress.advance(f"the model without block {out}", done, work)
             done += 1
             if holds(sorted([*removed, out])):
-                windows.hidden = before
+                hidden = entering
                 for block in left[position + 1 :]:
-                    windows.go_through(block)
-                best = min(best or (torch.inf, -1), (windows.divergence(expected), out))
-            windows.hidden = before
-            windows.go_through(out)
-            before = windows.hidden
+                    hidden = dense.run(block, hidden)
+                best = min(best or (torch.inf, -1), (dense.divergence(hidden), out))
+            entering = dense.run(out, entering)
         if best is None:
             return removed
         removed, left = sorted([*removed, best[1]]), [block for block in left if block != best[1]]
     return removed
-
-
-class _Windows:
-    """The first windows of a run on their way through the blocks, in batches."""
-
-    def __init__(self, run: BlockRun) -> None:
-        self.run, self.shell = run, Shell(run.language_model, run.devices[0], run.dtype)
-        self.tokens = run.tokens[:KL_WINDOWS].split(run.batch_size)
-        entered = [self.shell.enter(tokens) for tokens in self.tokens]
-        self.hidden, self.calls = [hidden for hidden, _ in entered], [calls for _, calls in entered]
-
-    def go_through(self, index: int) -> None:
-        original = self.run.language_model.blocks[index]
-        block = working_copy(original, self.run.devices[0], self.run.dtype)
-        self.hidden = [
-            run_block(block, hidden, calls[index])
-            for hidden, calls in zip(self.hidden, self.calls, strict=True)
-        ]
-
-    def divergence(self, expected: Sequence[Tensor]) -> float:
-        """The mean KL(expected ‖ as it is) of the next tokens, one window's logits at a time."""
-        total = 0.0
-        for tokens, *states in zip(self.tokens, expected, self.hidden, strict=True):
-            batch = 0.0
-            for i in range(len(tokens)):
-                log_p, log_q = (
-                    self.shell.leave(tokens[i : i + 1], hidden[..., i : i + 1, :, :])
-                    .float()
-                    .log_softmax(-1)
-                    for hidden in states
-                )
-                batch += divergence(log_p, log_q).mean().item()
-            total += batch
-        return total / sum(map(len, self.tokens))
 
 
 BLOCKS: dict[str, Blocks] = {"influence": influence, "angular": angular, "kl": kl}
