@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,13 +17,11 @@ from secateur.data.windows import load_tokenizer
 from secateur.errors import BadCheckpoint, NonFinite, UnknownName, UnsupportedModel
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
+from secateur.recovery.job import Dense, Pruned, aims_at_dense
 from secateur.system.devices import find_dtype
 from secateur.system.json_files import fits
 from secateur.system.settings import Training, Trust
 from secateur.system.tensors import count_zeros, is_finite
-
-if TYPE_CHECKING:
-    from secateur.recovery.job import Dense, Pruned
 
 WAYS = {
     "lora": "adapters on every linear layer, merged under the mask",
@@ -36,11 +34,6 @@ WAYS = {
 }
 PACKAGES = ("peft", "accelerate")
 WORDS = "A model is pruned.\ndef f(x):\n    return x + 1  # Zürich 東京 0123456789"
-
-
-def aims_at_dense(way: str) -> bool:
-    """Whether a way aims at what the dense model does."""
-    return way.endswith("distill") or way == "blocks"
 
 
 def check_way(training: Training, dense: str | Path | None) -> None:
