@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from secateur.evaluation.advice.evidence import Speed, conditions, increase, speeds, told_apart
-from secateur.evaluation.advice.hardware import place
+from secateur.evaluation.advice.hardware import timed_on
 from secateur.evaluation.advice.priors import SEMI, STRUCTURED, UNSTRUCTURED, uses_zeros
 from secateur.evaluation.report.tables import number
 from secateur.evaluation.results.schema import Results, Row
@@ -336,7 +336,7 @@ def _speed(results: Results, speed: Speed) -> str:
     )
     return (
         f"In {speed.runtime} it {does} {_span(speed.ratio)} times as fast as the dense model in {speed.against}{over}: "
-        f"{time} ({_condition(speed.conditions)}, {place(results.machine, speed.runtime)})."
+        f"{time} ({_condition(speed.conditions)}, {timed_on(results.machine, speed.runtime)})."
     )
 
 

@@ -18,9 +18,6 @@ START = ("--methods", "default", "--patterns", "50%,2:4,25% of channels")
 """A comparison of one row of each kind, where there is none yet."""
 USUAL = {True: ("eager-cuda", "semi-structured"), False: ("eager", "packed")}
 """Runtimes to time in where none was asked for: on an accelerator, on a processor."""
-BUILD = "Build: "
-FORMS = {"tensorrt": "onnx", "tensorrt-llm": "tensorrt-llm"}
-"""What runtimes that this package does not drive are given: a format of `export`."""
 _CALIBRATION = {
     "source": "--calibration",
     "samples": "--samples",
@@ -83,15 +80,11 @@ def tasks_of(results: Results, row: Row) -> str:
 
 def _foreign(runtime: str) -> list[str]:
     """What to type for a runtime that has a rule and is not driven by this package."""
-    build = next(
-        note.removeprefix(BUILD) for note in RULES[runtime].notes if note.startswith(BUILD)
-    )
+    rule = RULES[runtime]
     return [
         f"secateur validate CHECKPOINT --for {runtime}",
-        f"secateur export CHECKPOINT --to {FORMS[runtime]} --out EXPORTED",
-        build.split(", ")[0]
-        .replace("{folder}", "EXPORTED")
-        .replace("MODEL.onnx", "EXPORTED/model.onnx"),
+        f"secateur export CHECKPOINT --to {rule.export} --out EXPORTED",
+        rule.build.format(folder="EXPORTED").replace("MODEL.onnx", "EXPORTED/model.onnx"),
     ]
 
 
