@@ -249,15 +249,14 @@ def parse_build_log(text: str) -> tuple[SparsityReport, ...]:
     `(Sparsity)` in a line is ignored. Empty where the log says nothing: --weight_sparsity or
     --log_level verbose was missing, or no product reached TensorRT (`Rule.silently_dense`).
     """
-    reports, eligible_layers = [], None
+    reports, waiting = [], None
     for line in text.splitlines():
         if match := _LINES["eligible"].search(line):
-            eligible_layers = _counted(match)
-        elif (match := _LINES["picked"].search(line)) and eligible_layers:
-            picked_layers = _counted(match)
-            counts, names = zip(eligible_layers, picked_layers, strict=True)
-            reports.append(SparsityReport(*counts, *names))
-            eligible_layers = None
+            waiting = _counted(match)
+        elif (match := _LINES["picked"].search(line)) and waiting:
+            (count, names), (picked, picked_names) = waiting, _counted(match)
+            reports.append(SparsityReport(count, picked, names, picked_names))
+            waiting = None
     return tuple(reports)
 
 
