@@ -165,8 +165,8 @@ def speed_table(results: BenchResults) -> Table:
         "share of what this machine reads at best "
         f"({results.read_bandwidth / 1e9:.0f} GB/s) that decoding reads of the weights. Products: "
         f"share of its matrix rate ({results.matrix_rate / 1e9:.0f} Gflop/s) in prefill.",
-        figures="batch,prompt,first token,ratio,a token,tokens/s,dense in,over eager,memory,weights,"
-        "read,products",
+        figures="batch,prompt,first token,ratio,a token,tokens/s,dense in,over eager,memory,"
+        "weights,read,products",
     )
 
 

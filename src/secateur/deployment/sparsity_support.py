@@ -51,8 +51,9 @@ then lose.
 
 @dataclass(frozen=True)
 class Matrix:
-    """What a rule is told of a tensor that is a weight matrix, or several. `rows` are its outputs, `columns`
-    its inputs.
+    """What a rule is told of a tensor that is a weight matrix, or several.
+
+    `rows` are its outputs, `columns` its inputs.
 
     `crowded` is the share of groups of four consecutive inputs that keep more than two weights: 0
     is 2:4, 1 where the inputs are no groups of four. `crowded_outputs` is the same along the
@@ -232,7 +233,8 @@ def fused_layers(checkpoint: Checkpoint, ranks: int) -> dict[str, str]:
 
 _LINES = {
     "eligible": re.compile(
-        r"\(Sparsity\) (?:Layers eligible for sparse math|Found (\d+) layer\S* eligible[^:\n]*):?(.*)"
+        r"\(Sparsity\) (?:Layers eligible for sparse math"
+        r"|Found (\d+) layer\S* eligible[^:\n]*):?(.*)"
     ),
     "picked": re.compile(
         r"\(Sparsity\) (?:TRT inference plan picked sparse implementation for layers"

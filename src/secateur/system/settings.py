@@ -55,7 +55,8 @@ class Recipe(Exceptions):
     )
     pattern: str = option(
         "50%",
-        "What to remove: 50%, '50% of row', 2:4, '25% of channels', '4 blocks', 'to 75% of parameters' …",
+        "What to remove: 50%, '50% of row', 2:4, '25% of channels', '4 blocks', "
+        "'to 75% of parameters' …",
     )
     allocate: str = option(
         "uniform",
@@ -78,7 +79,8 @@ class CalibrationText:
 
     calibration: str | None = option(
         None,
-        "Text to calibrate on: c4, wikitext2, demo, or files separated by commas. Default: c4, demo for the demo.",
+        "Text to calibrate on: c4, wikitext2, demo, or files separated by commas. "
+        "Default: c4, demo for the demo.",
     )
     samples: int = option(128, "Calibration windows.", least=1)
     seq_len: int | None = option(
@@ -110,7 +112,8 @@ class ZeroShot:
 
     tasks: Sequence[str] = option(
         (),
-        "Zero-shot tasks, separated by commas: boolq,piqa … or papers, which is seven. Default: none.",
+        "Zero-shot tasks, separated by commas: boolq,piqa … or papers, which is seven. "
+        "Default: none.",
         listed=True,
     )
     limit: int | None = option(None, "Items of each task, the first ones. Default: all.", least=1)
@@ -123,8 +126,8 @@ class Compute:
     device: str = option("auto", "Where it runs: auto, cpu, cuda, cuda:0,cuda:1 …")
     dtype: str = option(
         "auto",
-        "dtype of forward passes: auto, float32, bfloat16, float16. auto: on a CPU float32, or in calibration "
-        "bfloat16 as stored if the processor multiplies it.",
+        "dtype of forward passes: auto, float32, bfloat16, float16. auto: on a CPU float32, "
+        "or in calibration bfloat16 as stored if the processor multiplies it.",
     )
     batch_size: int = option(
         8, "Windows in a forward pass; calibration takes fewer where memory is short.", least=1
@@ -134,7 +137,8 @@ class Compute:
     )
     memory: str | int | None = option(
         None,
-        "What the run may take, such as 6GB; hidden states go to a file if need be. Default: what is free.",
+        "What the run may take, such as 6GB; hidden states go to a file if need be. "
+        "Default: what is free.",
     )
 
 
@@ -256,8 +260,8 @@ class Training:
     device: str = option("auto", "Where it runs: auto, cpu, cuda, cuda:0,cuda:1 …")
     dtype: str = option(
         "auto",
-        "What is multiplied: float32, bfloat16 (under autocast), auto: bfloat16 for what is stored in 16 bits "
-        "where the device multiplies it. Weights are trained in float32.",
+        "What is multiplied: float32, bfloat16 (under autocast), auto: bfloat16 for what is "
+        "stored in 16 bits where the device multiplies it. Weights are trained in float32.",
     )
 
 
@@ -267,7 +271,8 @@ class TrainingText:
 
     text: str | None = option(
         None,
-        "Text to train on: c4, wikitext2, demo, or files separated by commas. Default: c4, demo for the demo.",
+        "Text to train on: c4, wikitext2, demo, or files separated by commas. "
+        "Default: c4, demo for the demo.",
     )
     evaluation: str | None = option(
         None, "Text that will judge the result, and is not trained on: as for --text."

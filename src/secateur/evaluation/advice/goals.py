@@ -137,8 +137,8 @@ def latency(results: Results, rows: Sequence[Row], question: Question) -> Choice
     plain = max(comparable, key=_rate, default=None)
     left = _not_timed(results, rows, timed, question.runtime)
     left += [
-        f"{speed.row.name} in {speed.runtime}, {ratio(speed.ratio)} times as fast: taken for chance, "
-        f"since {speed.runtime} is not known to use such zeros. "
+        f"{speed.row.name} in {speed.runtime}, {ratio(speed.ratio)} times as fast: "
+        f"taken for chance, since {speed.runtime} is not known to use such zeros. "
         "More rounds tell: secateur bench --rounds 40."
         for speed in timed
         if speed.chance

@@ -169,8 +169,8 @@ def _missed(rows: Sequence[Row], dense: Row, limit: float | None) -> str:
     near = min(rows, key=lambda row: increase(row, dense)[2])
     above = f"{increase(near, dense)[2] - (limit or 0):.2%} above that"
     return (
-        f"No row is within {_percent(limit)} of the dense perplexity. The upper end of the nearest, "
-        f"{title(near)}, is {above}: {shown(near, dense)}."
+        f"No row is within {_percent(limit)} of the dense perplexity. The upper end of the "
+        f"nearest, {title(near)}, is {above}: {shown(near, dense)}."
     )
 
 
