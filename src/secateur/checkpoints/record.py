@@ -4,7 +4,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from secateur.checkpoints.folder import RECORD
 from secateur.errors import BadCheckpoint, in_one_line
 from secateur.system.json_files import fits, read_json
+from secateur.system.machine import typed_command, versions
 
 _RECORD = {
     "method": str,
@@ -105,6 +106,20 @@ def output_error(inputs: Tensor, change: Tensor, weight: Tensor) -> float:
             (inputs.double() @ part.double().T).square().sum() for part in (change, weight)
         )
     return (lost / whole.clamp_min(1e-30)).item()
+
+
+def pruning_record(
+    source: Path, report: Report, command: Sequence[str] | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `pruning.json` holds of a run on the checkpoint in `source`."""
+    return {
+        "schema": "secateur.pruning/1",
+        "model": str(source),
+        "command": typed_command(command),
+        "versions": versions(),
+        **report.record(),
+        "options": dict(options),
+    }
 
 
 @dataclass
