@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from secateur.recovery.job import Recovery
 
 
-@options(Destination, Training, TrainingText, Trust, without=("allow_low_coverage",))
+@options(Training, TrainingText, Destination, Trust, without=("allow_low_coverage",))
 def recover(
     given: dict[str, Any],
     model: Annotated[
@@ -40,17 +40,21 @@ def recover(
 
 def _lines(done: Recovery) -> Iterator[str]:
     yield (
-        f"{done.way}: {done.steps} steps, {done.tokens:,} tokens, {done.seconds:.0f} s; {_trained(done)}. "
-        f"Every zero is where it was. Written to {done.out}."
+        f"{done.way}: {done.steps} steps, {done.tokens:,} tokens, {done.seconds:.0f} s; "
+        f"{_trained(done)}. Every zero is where it was. Written to {done.out}."
     )
     if not done.apart:
-        yield "The calibration text could not be drawn again, so whether it is part of --text was not seen."
+        again = "The calibration text could not be drawn again"
+        yield f"{again}, so whether it is part of --text was not seen."
 
 
 def _trained(done: Recovery) -> str:
     """What training came to, in words."""
     if done.blocks:
-        before, after = (sum(part) / len(part) for part in list(zip(*done.blocks, strict=True))[1:])
-        return f"relative error of the blocks' outputs {before:.4f} before, {after:.4f} after, on average"
+        _, *errors = zip(*done.blocks, strict=True)
+        before, after = (sum(error) / len(error) for error in errors)
+        outputs = "relative error of the blocks' outputs"
+        return f"{outputs} {before:.4f} before, {after:.4f} after, on average"
     last = [loss for _, loss in done.loss[-10:]]
-    return f"loss {done.loss[0][1]:.4f} at first, {sum(last) / len(last):.4f} over the last {len(last)} steps"
+    first, mean = done.loss[0][1], sum(last) / len(last)
+    return f"loss {first:.4f} at first, {mean:.4f} over the last {len(last)} steps"

@@ -1,4 +1,5 @@
-"""Will a runtime use the zeros of a checkpoint? Asked of every site before anything is deployed.
+"""Will a runtime use the zeros of a checkpoint? Asked of every weight matrix before anything is
+deployed.
 
 Zeros alone make nothing faster: most runtimes multiply by them, and those that skip some want a
 pattern, a dtype, multiples of something and enough rows of x, and fall back to dense products
@@ -20,15 +21,16 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.checkpoints.record import record_of
+from secateur.deployment.formats.tensorrt_llm import PRUNED
 from secateur.deployment.sparsity_support import (
     CONV1D,
     EXPERTS,
     LINEAR,
-    PRUNED,
     RULES,
     Matrix,
     Rule,
     Verdict,
+    fused_layers,
 )
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line, printable
 from secateur.methods.patterns import TWO_OF_FOUR
@@ -41,7 +43,7 @@ from secateur.system.settings import Serving, Trust
 class MatrixVerdict:
     """Whether the runtime uses the zeros of one tensor of the checkpoint, and why.
 
-    `shape` is as stored, `promised` the pattern that pruning.json names for the site, or the share
+    `shape` is as stored, `promised` the pattern that pruning.json names for it, or the share
     of zeros found; empty where nothing was promised.
     """
 
@@ -58,8 +60,8 @@ class MatrixVerdict:
 class Validation:
     """What `validate` returns.
 
-    `kept` is False where the promised gain will not happen: a site that was pruned and whose zeros
-    the runtime does not use, or no pruned site at all. Where the runtime chooses its kernels by
+    `kept` is False where the promised gain will not happen: a matrix was pruned and the runtime
+    does not use its zeros, or no matrix was pruned at all. Where the runtime chooses its kernels by
     timing them, True means that nothing stands in the way, and `certain` is False. `source` and
     `date` say where the rule is known from; `notes` hold the command that builds an engine, what
     makes it dense in silence, and figures that others have published.
@@ -94,7 +96,8 @@ def validate(
     ranks: int = Serving.ranks,
     trust_remote_code: bool = Trust.trust_remote_code,
 ) -> Validation:
-    """For every site of a checkpoint folder, whether `runtime` will use its zeros, and why.
+    """For every weight matrix of a checkpoint folder, whether `runtime` will use its zeros, and
+    why.
 
     `batch` is how many rows of x a product has: the batch in decoding, times the tokens in prefill.
     `ranks` matters to tensorrt-llm alone, whose checkpoint is split by them. Raises UnknownName and
@@ -104,59 +107,50 @@ def validate(
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
     record = record_of(folder) or {}
-    smaller = record.get("parameters")
-    notes = [] if smaller else [note.format(folder=folder) for note in rule.notes]
+    smaller, notes = record.get("parameters"), rule.remarks(str(folder))
+    if smaller:
+        became = f"{smaller[0]:,} parameters became {smaller[1]:,}"
+        notes = [f"{became}, and every runtime has less to read and add."]
     try:
         stored, _ = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)
     except UnsupportedModel:
         stored = unknown_matrices(checkpoint)
-        notes.append(
-            "transformers does not know this architecture, so every matrix was judged as a linear layer."
-        )
+        unknown = "transformers does not know this architecture"
+        notes.append(f"{unknown}, so every matrix was judged as a linear layer.")
     lacking = {} if smaller else _lacking(rule, checkpoint, stored, ranks)
-    patterns = _patterns(record)
-    verdicts = []
-    for name, held in stored.items():
-        matrix = _matrix(checkpoint, name, held)
-        promised = patterns.get(held.parameter) or (
-            f"{matrix.sparsity:.1%}" if matrix.sparsity >= PRUNED else ""
-        )
-        used, reason = _verdict(
-            rule, matrix, batch, lacking.get(name), promised, smaller=bool(smaller)
-        )
-        place = checkpoint.places[name]
-        verdicts.append(
-            MatrixVerdict(name, place.shape, place.dtype, matrix.sparsity, promised, used, reason)
-        )
-        if matrix.negative_zeros:
-            notes.append(
-                f"{name} holds {matrix.negative_zeros} zeros that are -0.0; add 0 to make them +0.0."
-            )
-    if smaller:
-        notes.insert(
-            0,
-            f"{smaller[0]:,} parameters became {smaller[1]:,}, and every runtime has less to read and add.",
-        )
-    counted = [site for site in verdicts if site.promised or smaller]
+    patterns, verdicts = _patterns(record), []
+    for name, kind in stored.items():
+        matrix = _matrix(checkpoint, name, kind)
+        zeros = f"{matrix.sparsity:.1%}" if matrix.sparsity >= PRUNED else ""
+        promised = patterns.get(kind.parameter) or zeros
+        verdict = _verdict(rule, matrix, batch, promised, smaller=bool(smaller))
+        if verdict.used and name in lacking:
+            verdict = Verdict(False, lacking[name])
+        shape, dtype = checkpoint.places[name].shape, matrix.dtype
+        verdicts.append(MatrixVerdict(name, shape, dtype, matrix.sparsity, promised, *verdict))
+        if count := matrix.negative_zeros:
+            notes.append(f"{name} holds {count} zeros that are -0.0; add 0 to make them +0.0.")
+    counted = [one for one in verdicts if one.promised or smaller]
     return Validation(
-        str(folder),
-        runtime,
-        batch,
-        ranks,
-        _promise(record, counted),
-        tuple(verdicts),
-        bool(counted) and all(site.used for site in counted),
-        bool(smaller) or rule.certain,
-        tuple(notes),
-        rule.source,
-        rule.date,
+        folder=str(folder),
+        runtime=runtime,
+        batch=batch,
+        ranks=ranks,
+        promised=_promise(record, counted),
+        sites=tuple(verdicts),
+        kept=bool(counted) and all(one.used for one in counted),
+        certain=bool(smaller) or rule.certain,
+        notes=tuple(notes),
+        source=rule.source,
+        date=rule.date,
     )
 
 
 def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
     """What the rules want to know of a tensor, read from its shard."""
-    held = checkpoint.tensor(name)
-    tensor = held.float() if held.is_floating_point() and held.dtype.itemsize < 2 else held
+    tensor = checkpoint.tensor(name)
+    if tensor.is_floating_point() and tensor.dtype.itemsize < 2:  # float8 has no arithmetic
+        tensor = tensor.float()
     weight = tensor.transpose(-1, -2) if stored.transposed else tensor
     zero = weight == 0
     return Matrix(
@@ -186,43 +180,38 @@ def _lacking(
     rule: Rule, checkpoint: Checkpoint, stored: Mapping[str, Stored], ranks: int
 ) -> Mapping[str, str]:
     """By tensor, why not, of what one matrix does not show."""
-    if rule.whole is None:
+    if rule.name != "tensorrt-llm":
         return {}
     try:
-        return rule.whole(checkpoint, ranks)
+        return fused_layers(checkpoint, ranks)
     except (BadCheckpoint, UnsupportedModel) as error:
         return dict.fromkeys(stored, in_one_line(error))
 
 
-def _verdict(
-    rule: Rule, matrix: Matrix, batch: int, lacking: str | None, promised: str, *, smaller: bool
-) -> Verdict:
+def _verdict(rule: Rule, matrix: Matrix, rows: int, promised: str, *, smaller: bool) -> Verdict:
     if matrix.not_finite:
-        return Verdict(
-            False, f"{matrix.not_finite} of its weights are NaN or Inf, so the model has no output"
-        )
+        spoilt = f"{matrix.not_finite} of its weights are NaN or Inf"
+        return Verdict(False, f"{spoilt}, so the model has no output")
     if smaller:
         return Verdict(True, "what was pruned is gone, so there is nothing to skip")
     if not promised:
         return Verdict(False, "dense: nothing was pruned here")
     if matrix.sparsity < PRUNED:
-        return Verdict(
-            False, f"pruning.json promises {promised}; {matrix.sparsity:.2%} zeros were found"
-        )
-    verdict = rule.judge(matrix, batch)
-    return Verdict(False, lacking) if verdict.used and lacking else verdict
+        zeros = f"{matrix.sparsity:.2%} zeros were found"
+        return Verdict(False, f"pruning.json promises {promised}; {zeros}")
+    return rule.judge(matrix, rows)
 
 
 def _patterns(record: Mapping[str, Any]) -> dict[str, str]:
     """By parameter, the pattern that pruning.json names. It counts experts one by one, a parameter
     holds them all.
     """
-    found: dict[str, str] = {}
-    for site in record.get("sites") or []:
-        if site.get("pattern"):
-            found[f"{site['site']}.weight"] = site["pattern"]
-            found[re.sub(r"\.\d+\.(?=[^.]+$)", ".", site["site"])] = site["pattern"]
-    return found
+    patterns: dict[str, str] = {}
+    for entry in record.get("sites") or []:
+        if entry.get("pattern"):
+            patterns[f"{entry['site']}.weight"] = entry["pattern"]
+            patterns[re.sub(r"\.\d+\.(?=[^.]+$)", ".", entry["site"])] = entry["pattern"]
+    return patterns
 
 
 def _promise(record: Mapping[str, Any], counted: list[MatrixVerdict]) -> str:
@@ -238,22 +227,23 @@ def rows(validation: Validation) -> Iterator[tuple[str, ...]]:
     """The lines of the table that the command prints: tensor, shape, dtype, sparsity, promised,
     used, reason.
     """
-    for site in validation.sites:
-        shape = "×".join(map(str, site.shape))
-        used = "yes" if site.used else "no" if site.promised else "-"
-        yield site.name, shape, site.dtype, f"{site.sparsity:.2%}", site.promised, used, site.reason
+    for one in validation.sites:
+        shape = "×".join(map(str, one.shape))
+        used = "yes" if one.used else "no" if one.promised else "-"
+        yield one.name, shape, one.dtype, f"{one.sparsity:.2%}", one.promised, used, one.reason
 
 
 def summary(validation: Validation) -> list[str]:
-    """What it comes to: how many sites keep their promise, the notes, and where the rule is known
-    from.
+    """What it comes to: how many matrices keep their promise, the notes, and where the rule is
+    known from.
     """
-    counted = [site for site in validation.sites if site.promised or site.used]
-    used = sum(site.used for site in counted)
+    counted = [one for one in validation.sites if one.promised or one.used]
+    used = f"{sum(one.used for one in counted)} of {len(counted)} tensors"
+    will = "will" if validation.certain else "may"
+    kept = f"with {validation.batch} rows of x: {'kept' if validation.kept else 'not kept'}"
     lines = [
         f"{validation.folder} promises {validation.promised}.",
-        f"{validation.runtime} {'will' if validation.certain else 'may'} use it in {used} of {len(counted)} tensors "
-        f"with {validation.batch} rows of x: {'kept' if validation.kept else 'not kept'}.",
+        f"{validation.runtime} {will} use it in {used} {kept}.",
         *validation.notes,
         f"Known from: {validation.source} ({validation.date}).",
     ]
