@@ -37,6 +37,15 @@ def read_as(kind: type[T], value: Any) -> T:
         raise ValueError(_clause(error)) from error
 
 
+def is_a(kind: Any, value: Any) -> bool:
+    """Whether a JSON value has a type without tuples, such as `list[str]`."""
+    try:
+        _adapter(kind).validate_python(value, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
 def holds(kind: Any) -> AfterValidator:
     """Of a field whose value stays the object that JSON has: it must be of that type besides."""
 
