@@ -4,7 +4,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from secateur.checkpoints.folder import RECORD
 from secateur.errors import BadCheckpoint, in_one_line
 from secateur.system.files import read_json
+from secateur.system.machine import versions
 from secateur.system.typed import Fields, Whole, read_as
 
 
@@ -113,6 +115,25 @@ def output_error(inputs: Tensor, change: Tensor, weight: Tensor) -> float:
             (inputs.double() @ part.double().T).square().sum() for part in (change, weight)
         )
     return (lost / whole.clamp_min(1e-30)).item()
+
+
+def pruning_record(
+    source: Path, report: Report, command: Sequence[str] | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `pruning.json` holds of a run on the checkpoint in `source`."""
+    return {
+        "schema": "secateur.pruning/1",
+        "model": str(source),
+        "command": command_line(command),
+        "versions": versions(),
+        **report.record(),
+        "options": dict(options),
+    }
+
+
+def command_line(command: Sequence[str] | None) -> list[str]:
+    """The command as a record holds it: what this process was started with, unless it is given."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
 
 
 @dataclass

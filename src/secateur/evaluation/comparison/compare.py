@@ -42,7 +42,7 @@ from secateur.evaluation.tasks.answer import check_tasks
 from secateur.methods import find_method
 from secateur.methods.patterns import parse
 from secateur.methods.structures import Structure
-from secateur.models.load import check_windows, default_corpus, default_length, load, resolve
+from secateur.models.load import check_windows, default_corpus, load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
@@ -207,7 +207,7 @@ def _check(asked: Comparison) -> Checked:
     check_passes(asked.compute.passes)
     memory, share = find_size(asked.compute.memory), find_tolerance(asked.grid.tolerance)
     check_tasks(asked.zero_shot, asked.data_dir)
-    texts = _texts(asked.draws)
+    texts = _texts(asked.draws, asked.text)
     grid = cells(asked.grid)
     if share is not None:
         check_searched(grid)
@@ -216,7 +216,7 @@ def _check(asked: Comparison) -> Checked:
     return Checked(grid, texts, share, compute, memory, device)
 
 
-def _texts(draws: CalibrationDraws) -> list[tuple[CalibrationText, int]]:
+def _texts(draws: CalibrationDraws, text: EvaluationText) -> list[tuple[CalibrationText, int]]:
     """The text of every draw with the number of its corpus. The draw of the table comes first: of
     the first text, most samples, first seed.
     """
@@ -232,7 +232,16 @@ def _texts(draws: CalibrationDraws) -> list[tuple[CalibrationText, int]]:
             "A comparison wants at least one calibration text, one number of samples and one seed."
         )
     return [
-        (CalibrationText(calibration=corpus, samples=samples, seed=seed), corpora.index(corpus))
+        (
+            CalibrationText(
+                calibration=corpus,
+                samples=samples,
+                seq_len=text.seq_len,
+                seed=seed,
+                data_dir=text.data_dir,
+            ),
+            corpora.index(corpus),
+        )
         for corpus, samples, seed in product(
             dict.fromkeys(corpora), sorted(counts, reverse=True), seeds
         )
@@ -245,9 +254,12 @@ def _open(asked: Comparison, checked: Checked) -> tuple[ComparisonContext, Resul
     Raises NotEnoughText, and ConditionsDiffer for rows that were measured under other conditions.
     """
     source, language_model = _load(asked, checked)
-    length = asked.text.seq_len or default_length(language_model)
     draws = [
-        Draw(number, _calibration(asked, language_model, source.folder, text, length), corpus)
+        Draw(
+            number,
+            draw_calibration(language_model, source.folder, asked.model, text, asked.trust),
+            corpus,
+        )
         for number, (text, corpus) in enumerate(checked.texts)
     ]
     trust = asked.trust.trust_remote_code
@@ -305,26 +317,6 @@ def _load(asked: Comparison, checked: Checked) -> tuple[Checkpoint, LanguageMode
             align = asked.grid.align
             refuse_structure(language_model, structure, source.bytes, align, checked.device)
     return source, language_model
-
-
-def _calibration(
-    asked: Comparison,
-    language_model: LanguageModel,
-    folder: Path,
-    text: CalibrationText,
-    length: int,
-) -> Windows:
-    return draw_calibration(
-        language_model,
-        folder,
-        asked.model,
-        text.calibration,
-        samples=text.samples,
-        seq_len=length,
-        seed=text.seed,
-        data_dir=asked.text.data_dir,
-        trust_remote_code=asked.trust.trust_remote_code,
-    )
 
 
 def _forward(

@@ -25,6 +25,7 @@ from secateur.evaluation.results.schema import Row, row_name
 from secateur.models.load import load
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
+from secateur.pruning.opening import Opened
 from secateur.pruning.prune import prune_checkpoint
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, Destination, Recipe, Trust
@@ -123,17 +124,12 @@ class ComparisonContext:
             align=self.recipe.align if cell.structured else None,
         )
         return prune_checkpoint(
-            self.source,
-            self.dense.language_model,
-            draw.windows,
-            place,
-            **vars(recipe),
-            **vars(self.compute),
-            **vars(self.trust),
-            overwrite=True,
-            restart=self.destination.restart,
-            command=self.destination.command,
-            progress=self.progress,
+            Opened(self.source, self.dense.language_model, draw.windows),
+            recipe,
+            self.compute,
+            replace(self.destination, out=place),
+            self.trust,
+            self.progress,
         )
 
     def forget(self, row: Row, label: str = "") -> None:
