@@ -282,7 +282,8 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
     if not np.isfinite(losses).all():
         raise NonFinite(
             f"{int((~np.isfinite(losses)).sum())} of {len(losses)} evaluation windows have a loss "
-            "of NaN or Inf. Check the checkpoint with 'secateur inspect', or evaluate with --dtype float32."
+            "of NaN or Inf. Check the checkpoint with 'secateur inspect', or evaluate with --dtype "
+            "float32."
         )
     if dense is None:
         return Measured(losses)

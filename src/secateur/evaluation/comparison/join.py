@@ -129,6 +129,6 @@ def _same(what: str, one: Any, other: Any, name: str, other_name: str) -> None:
         what, one, other = f"{what} {key}", one.get(key), other.get(key)
     shown = "" if isinstance(one, list) else f": {one} and {other}"
     raise ConditionsDiffer(
-        f"{name} and {other_name} differ in {what}{shown}. Rows of different conditions do not go into one table: run "
-        "both comparisons alike, or write a report of each."
+        f"{name} and {other_name} differ in {what}{shown}. Rows of different conditions do not go "
+        "into one table: run both comparisons alike, or write a report of each."
     )

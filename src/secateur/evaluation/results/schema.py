@@ -282,7 +282,7 @@ def read_results(file: Path) -> Results:
 
 
 def check(results: Results) -> None:
-    """Raise BadResults unless a comparison in memory is one that pages and advice can be made of."""
+    """Raise BadResults unless pages and advice can be made of a comparison in memory."""
     try:
         _read(asdict(results))
     except ValueError as error:
