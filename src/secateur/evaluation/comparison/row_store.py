@@ -12,7 +12,8 @@ from typing import Any
 
 from secateur.errors import ConditionsDiffer
 from secateur.evaluation.results.schema import Row
-from secateur.system.files import read_json, write_whole
+from secateur.system.files import write_whole
+from secateur.system.json_files import read_json
 from secateur.system.typed import read_as
 
 CHECKPOINTS = "checkpoints"

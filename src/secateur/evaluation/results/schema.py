@@ -4,7 +4,6 @@ means.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from secateur.errors import BadPattern, BadResults
-from secateur.system.files import read_json
+from secateur.system.json_files import json_text, read_json
 from secateur.system.typed import Fields, Number, Whole, holds, read_as
 
 SCHEMA = "secateur.results/5"
@@ -265,7 +264,7 @@ class Results:
         return [row for row in self.rows if not row.calibration and not row.searched]
 
     def json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(asdict(self), finite=True)
 
 
 def read_results(file: Path) -> Results:
