@@ -14,8 +14,7 @@ from secateur.errors import BadResults, ConditionsDiffer, NotEnoughText, Unknown
 from secateur.evaluation.comparison import recovered_rows as recovering
 from secateur.evaluation.report.tables import comparison
 from secateur.evaluation.report.write import markdown
-from secateur.evaluation.results.schema import read_results
-from secateur.evaluation.results.validate import check
+from secateur.evaluation.results.schema import check, read_results
 from secateur.models.load import load
 from secateur.recovery import training
 from secateur.recovery.masks import masks
@@ -145,7 +144,7 @@ def test_a_recovery_that_is_none_is_refused(options, tmp_path):
             held = json.loads(whole)
             held["rows"][2]["recovered"][field] = value
             (tmp_path / "results.json").write_text(json.dumps(held))
-            with pytest.raises(BadResults, match=f"field '{field}' of the recovery of row 2 is of another type"):
+            with pytest.raises(BadResults, match=f"rows.2.recovered.{field} is .*, which should be"):
                 read_results(tmp_path)
 
 

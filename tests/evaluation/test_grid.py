@@ -15,6 +15,7 @@ from secateur.evaluation.comparison.grid import Cell, cells, expand
 from secateur.evaluation.comparison.tolerance import reaches
 from secateur.evaluation.report.tables import sheets
 from secateur.evaluation.results.schema import Results, Row, find_tolerance, read_results
+from secateur.system.settings import Grid
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_ranges_are_written_out():
     assert expand(["30%..40%/5%", "2:4"]) == ["30%", "35%", "40%", "2:4"]
     assert expand(["10%..30%/20% of channels"]) == ["10% of channels", "30% of channels"]
     assert expand(["50%", "40%..60%"]) == ["50%", "40%", "60%"]
-    found = cells(["wanda", "energy"], ["20%..30% of channels", "50%"], ["uniform"], (), None)
+    found = cells(Grid(methods=["wanda", "energy"], patterns=["20%..30% of channels", "50%"]))
     assert [(cell.method, cell.pattern) for cell in found] == [
         ("energy", "20% of channels"), ("energy", "30% of channels"), ("wanda", "50%"),
     ]  # fmt: skip

@@ -138,6 +138,15 @@ def test_every_picture_is_drawn_where_there_are_figures_for_it():
     assert "Perplexity against measured speed" not in [chart.title for chart in charts(plain())]
 
 
+def test_what_a_search_ended_at_is_in_no_picture_by_block():
+    results = everything()
+    patterns = [row.pattern for row in results.table]
+    ended = {reach["pattern"] for reach in results.tolerance["found"]} & {p for p in patterns if patterns.count(p) == 1}
+    (chart,) = [chart for chart in charts(results) if chart.title == "Output error by block"]
+    assert ended
+    assert not any(f">{pattern}<" in chart.svg for pattern in ended)
+
+
 def test_a_page_without_room_to_draw_says_so(monkeypatch: pytest.MonkeyPatch):
     """As under `ulimit -v`, which kills the process that draws."""
     real = draw.subprocess.run

@@ -24,12 +24,14 @@ from secateur.cli import app as cli
 from secateur.data.windows import load_tokenizer
 from secateur.errors import BadText, NonFinite, NotEnoughText, SecateurError, UnknownName, UnsupportedModel
 from secateur.evaluation.tasks import answer as tasks
-from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, lines, resampled_means, summarise
+from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, lines, summarise
 from secateur.evaluation.tasks.items import PAPERS, TASKS
 from secateur.evaluation.tasks.lm_eval import Answers, load_task, on_device, quiet
 from secateur.models.load import load
 from secateur.models.replay import LanguageModel
+from secateur.system.intervals import resampled_means
 from secateur.system.progress import Progress
+from secateur.system.settings import ZeroShot
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'secateur[tasks]'")
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'secateur[tasks]'")
@@ -60,7 +62,7 @@ def stories(shared_data) -> tuple[LanguageModel, PreTrainedTokenizerFast, Path]:
 
 @pytest.fixture(scope="module")
 def ours(stories, shared_data) -> dict[str, Answers]:
-    return answer_tasks(stories[0], stories[1], LOCAL, data_dir=shared_data, limit=LIMIT)
+    return answer_tasks(stories[0], stories[1], ZeroShot(tasks=LOCAL, limit=LIMIT), data_dir=shared_data)
 
 
 # --- against lm-eval's own command ---------------------------------------------------------------------------------
@@ -178,7 +180,9 @@ def arc_challenge(number: int) -> tuple[dict[str, Any], tuple[list[str], list[st
 def test_tasks_without_local_data_equal_a_plain_loop(tiny_llama, tmp_path, make):
     made = [make(number) for number in range(25)]
     write_rows(tmp_path / f"{make.__name__}.jsonl", [{**row, "ind": 3} for row, _ in made])
-    found = answer_tasks(load(tiny_llama), load_tokenizer(tiny_llama), [make.__name__], data_dir=tmp_path)
+    found = answer_tasks(
+        load(tiny_llama), load_tokenizer(tiny_llama), ZeroShot(tasks=[make.__name__]), data_dir=tmp_path
+    )
     wanted = plain(tiny_llama, [asked for _, asked in made])
     assert found[make.__name__].right.tolist() == wanted
     assert 0 < sum(wanted) < 25
@@ -198,7 +202,9 @@ def test_lambada_asks_whether_the_last_word_is_what_the_model_says(tiny_llama, t
             said = tokenizer.decode(model(ids[None]).logits[0, -1].argmax())
         texts.append(f"{text} {said if number % 2 and said.strip() else 'x'}")
     write_rows(tmp_path / "lambada.jsonl", [{"text": text} for text in texts])
-    found = answer_tasks(load(tiny_llama), load_tokenizer(tiny_llama), ["lambada"], data_dir=tmp_path)["lambada"]
+    found = answer_tasks(load(tiny_llama), load_tokenizer(tiny_llama), ZeroShot(tasks=["lambada"]), data_dir=tmp_path)[
+        "lambada"
+    ]
     asked = [([text.rpartition(" ")[0]], [f" {text.rpartition(' ')[2]}"], 0) for text in texts]
     assert found.right.tolist() == plain(tiny_llama, asked)
     assert found.right_norm is None
@@ -219,7 +225,9 @@ def asked(tiny_llama, tmp_path):
 
     def ask(rows: list[Any], **options: Any) -> Answers:
         write_rows(tmp_path / "rte.jsonl", rows)
-        return answer_tasks(load(tiny_llama), load_tokenizer(tiny_llama), ["rte"], data_dir=tmp_path, **options)["rte"]
+        return answer_tasks(
+            load(tiny_llama), load_tokenizer(tiny_llama), ZeroShot(tasks=["rte"], **options), data_dir=tmp_path
+        )["rte"]
 
     return ask
 
@@ -257,7 +265,7 @@ def test_local_items_need_no_network_and_leave_nothing(tiny_llama, monkeypatch, 
     before, level = dict(os.environ), logging.getLogger("lm_eval").level
     bars = are_progress_bars_disabled()
     capfd.readouterr()
-    answer_tasks(model, tokenizer, ["hellaswag"], data_dir=tmp_path)
+    answer_tasks(model, tokenizer, ZeroShot(tasks=["hellaswag"]), data_dir=tmp_path)
     assert capfd.readouterr() == ("", "")
     assert not (tmp_path / "cache").exists()
     assert list((tmp_path / "temporary").iterdir()) == []
@@ -271,7 +279,7 @@ def test_the_tokenizer_stays_as_it_was(tiny_llama, tmp_path):
     tokenizer: Any = load_tokenizer(tiny_llama)
     tokenizer.pad_token = None
     write_rows(tmp_path / "rte.jsonl", rte(3))
-    answer_tasks(load(tiny_llama), tokenizer, ["rte"], data_dir=tmp_path)
+    answer_tasks(load(tiny_llama), tokenizer, ZeroShot(tasks=["rte"]), data_dir=tmp_path)
     assert tokenizer.pad_token is None
 
 
@@ -372,7 +380,9 @@ def test_the_command_answers_tasks(tiny_llama, text_file, tmp_path):
     assert (held["rte"]["items"], held["mean"]["tasks"]) == (25, 2)
     assert [line.rstrip() for line in shown.splitlines()[-3:]] == list(lines(held))
     both = [
-        answer_tasks(load(folder), load_tokenizer(folder), ["rte", "hellaswag"], data_dir=tmp_path, limit=25)
+        answer_tasks(
+            load(folder), load_tokenizer(folder), ZeroShot(tasks=["rte", "hellaswag"], limit=25), data_dir=tmp_path
+        )
         for folder in (pruned, tiny_llama)
     ]
     assert summarise(*both) == held
@@ -385,14 +395,14 @@ def test_the_command_answers_tasks(tiny_llama, text_file, tmp_path):
 
 
 def test_names():
-    assert check_tasks(["papers"]) == list(PAPERS)
+    assert check_tasks(ZeroShot(tasks=["papers"])) == list(PAPERS)
     assert set(PAPERS) == {"boolq", "rte", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"}
-    assert check_tasks(["piqa", "papers", "piqa"]) == ["piqa", *PAPERS]
-    assert check_tasks([]) == []
+    assert check_tasks(ZeroShot(tasks=["piqa", "papers", "piqa"])) == ["piqa", *PAPERS]
+    assert check_tasks(ZeroShot(tasks=[])) == []
     with pytest.raises(UnknownName, match=r"There is no task 'boolqq'\. Did you mean 'boolq'\?"):
-        check_tasks(["boolqq"])
+        check_tasks(ZeroShot(tasks=["boolqq"]))
     with pytest.raises(NotEnoughText, match="found --limit 0"):
-        check_tasks(["boolq"], limit=0)
+        check_tasks(ZeroShot(tasks=["boolq"], limit=0))
 
 
 def test_every_task_is_in_lm_eval_where_the_table_says(tmp_path):
@@ -411,8 +421,8 @@ def test_without_lm_eval_it_is_one_sentence(monkeypatch):
     monkeypatch.setattr(tasks, "find_spec", lambda name: None)
     wanted = r"^Tasks need the package lm-eval and accelerate\. Install it: pip install 'secateur\[tasks\]'\.$"
     with pytest.raises(UnsupportedModel, match=wanted):
-        check_tasks(["rte"])
-    assert check_tasks([]) == []
+        check_tasks(ZeroShot(tasks=["rte"]))
+    assert check_tasks(ZeroShot(tasks=[])) == []
 
 
 GOOD = {
@@ -456,13 +466,13 @@ BAD = [
 def test_rows_that_cannot_be_scored_are_one_sentence(tmp_path, name, change, message):
     write_rows(tmp_path / f"{name}.jsonl", [GOOD[name], {**GOOD[name], **change}])
     with pytest.raises(BadText, match=message):
-        check_tasks([name], tmp_path)
+        check_tasks(ZeroShot(tasks=[name]), tmp_path)
 
 
 def test_rows_that_are_right_pass(tmp_path):
     for name, row in GOOD.items():
         write_rows(tmp_path / f"{name}.jsonl", [row, {"doc": row, "id": 1}])
-    assert check_tasks(list(GOOD), tmp_path) == list(GOOD)
+    assert check_tasks(ZeroShot(tasks=list(GOOD)), tmp_path) == list(GOOD)
     for name in GOOD:
         with quiet():
             assert load_task(name, tmp_path).eval_docs.num_rows == 2
@@ -485,14 +495,14 @@ FILES = [
 def test_files_that_hold_no_rows_are_one_sentence(tmp_path, content, message):
     (tmp_path / "rte.jsonl").write_bytes(content)
     with pytest.raises(BadText, match=message):
-        check_tasks(["rte"], tmp_path)
+        check_tasks(ZeroShot(tasks=["rte"]), tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl.xz", "jsonl.gz", "parquet"])
 def test_packed_files_that_are_broken_are_one_sentence(tmp_path, suffix):
     (tmp_path / f"rte.{suffix}").write_bytes(b"\xfd7zXZ\x00 and no more")
     with pytest.raises(BadText, match=f"rte.{suffix} cannot be read"):
-        check_tasks(["rte"], tmp_path)
+        check_tasks(ZeroShot(tasks=["rte"]), tmp_path)
 
 
 def test_parquet_and_packed_files_give_the_same(asked, tiny_llama, tmp_path):
@@ -510,14 +520,17 @@ def test_parquet_and_packed_files_give_the_same(asked, tiny_llama, tmp_path):
         (tmp_path / folder).mkdir()
         write(tmp_path / folder)
         model = load(tiny_llama), load_tokenizer(tiny_llama)
-        assert answer_tasks(*model, ["rte"], data_dir=tmp_path / folder)["rte"].right.tolist() == wanted.right.tolist()
+        assert (
+            answer_tasks(*model, ZeroShot(tasks=["rte"]), data_dir=tmp_path / folder)["rte"].right.tolist()
+            == wanted.right.tolist()
+        )
 
 
 def test_a_missing_file_and_an_unreachable_hub_are_one_sentence(tiny_llama, tmp_path):
     with pytest.raises(BadText, match=r"^There is no rte\.jsonl, .* in .*, nor in .*tasks\. Put the items there"):
-        check_tasks(["rte"], tmp_path)
+        check_tasks(ZeroShot(tasks=["rte"]), tmp_path)
     with pytest.raises(SecateurError, match=r"The items of rte could not be fetched \(.*--data-dir\.$"):
-        answer_tasks(load(tiny_llama), load_tokenizer(tiny_llama), ["rte"])
+        answer_tasks(load(tiny_llama), load_tokenizer(tiny_llama), ZeroShot(tasks=["rte"]))
 
 
 def test_answers_that_do_not_fit_the_model_are_one_sentence(tiny_llama, tmp_path):
@@ -526,15 +539,15 @@ def test_answers_that_do_not_fit_the_model_are_one_sentence(tiny_llama, tmp_path
     with pytest.raises(
         UnsupportedModel, match=r"piqa has an answer of 201 tokens .* at most the model's context of 128"
     ):
-        answer_tasks(model, tokenizer, ["piqa"], data_dir=tmp_path)
+        answer_tasks(model, tokenizer, ZeroShot(tasks=["piqa"]), data_dir=tmp_path)
     write_rows(tmp_path / "rte.jsonl", rte(4))
     tokenizer.add_tokens(["cat"] * 1 + [f"<{number}>" for number in range(40)])
     write_rows(tmp_path / "boolq.jsonl", [{**GOOD["boolq"], "passage": "<39>"}])
     with pytest.raises(UnsupportedModel, match="they do not belong together"):
-        answer_tasks(model, tokenizer, ["boolq"], data_dir=tmp_path)
+        answer_tasks(model, tokenizer, ZeroShot(tasks=["boolq"]), data_dir=tmp_path)
     tokenizer.bos_token = tokenizer.eos_token = None
     with pytest.raises(UnsupportedModel, match="no token that begins or ends a text"):
-        answer_tasks(model, tokenizer, ["rte"], data_dir=tmp_path)
+        answer_tasks(model, tokenizer, ZeroShot(tasks=["rte"]), data_dir=tmp_path)
 
 
 def test_likelihoods_of_nan_are_refused(tiny_llama, tmp_path):
@@ -544,4 +557,4 @@ def test_likelihoods_of_nan_are_refused(tiny_llama, tmp_path):
     assert head is not None
     head.register_forward_hook(lambda module, args, logits: logits * float("nan"))
     with pytest.raises(NonFinite, match="8 of 8 log-likelihoods on rte are NaN"):
-        answer_tasks(model, load_tokenizer(tiny_llama), ["rte"], data_dir=tmp_path)
+        answer_tasks(model, load_tokenizer(tiny_llama), ZeroShot(tasks=["rte"]), data_dir=tmp_path)

@@ -13,17 +13,25 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import RECORD
 from secateur.errors import BadCheckpoint, in_one_line
-from secateur.system.json_files import fits, read_json
+from secateur.system.json_files import read_json
 from secateur.system.machine import typed_command, versions
+from secateur.system.typed import Fields, Whole, read_as
 
-_RECORD = {
-    "method": str,
-    "pattern": str,
-    "sites": list[dict[str, Any]],
-    "parameters": tuple[int, int],
-    "removed": dict[str, str],
-}
-"""What is read of pruning.json."""
+
+class _Site(Fields):
+    site: str
+    pattern: str | None = None
+
+
+class _Record(Fields):
+    """What is read of pruning.json."""
+
+    method: str | None = None
+    pattern: str | None = None
+    sites: list[_Site] | None = None
+    parameters: tuple[Whole, Whole] | None = None
+    removed: dict[str, str] | None = None
+
 
 LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go through it"
 
@@ -154,15 +162,10 @@ def record_of(folder: Path) -> dict[str, Any] | None:
         raise BadCheckpoint(
             f"{file} holds a {type(held).__name__}; an object was wanted. Delete it, or prune again."
         )
-    odd = [
-        (field, held[field])
-        for field, wanted in _RECORD.items()
-        if not fits(held.get(field), wanted | None)
-    ]
-    sites = held.get("sites") or [] if not odd else []
-    odd += [("a site", site) for site in sites if not fits(site.get("site"), str)]
-    odd += [("a site", site) for site in sites if not fits(site.get("pattern"), str | None)]
-    for what, value in odd[:1]:
-        said = f"{file} is no record of a pruning run: {what} is {str(value)[:80]!r}."
-        raise BadCheckpoint(f"{said} Delete it, or prune again.")
+    try:
+        read_as(_Record, held)
+    except ValueError as error:
+        raise BadCheckpoint(
+            f"{file} is no record of a pruning run: {error}. Delete it, or prune again."
+        ) from error
     return held

@@ -26,6 +26,7 @@ from secateur.kernels.packed import dense_product
 from secateur.models.load import resolve
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
+from secateur.system.intervals import bootstrap_interval
 from secateur.system.json_files import json_text
 from secateur.system.machine import machine, matrix_rate, typed_command, versions
 from secateur.system.memory import PeakMemory, resident_bytes
@@ -297,9 +298,9 @@ def _spread(seconds: Sequence[float]) -> tuple[float, float, float]:
 def _ratio(dense: Sequence[float], mine: Sequence[float]) -> tuple[float, float, float]:
     """The median of the paired ratios, and its 95 % interval by bootstrap over rounds."""
     ratios = np.asarray(dense) / np.asarray(mine)
-    drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    return float(np.median(ratios)), float(low), float(high)
+    return float(np.median(ratios)), *bootstrap_interval(
+        lambda chosen: np.median(ratios[chosen], axis=1), len(ratios), resamples=2000
+    )
 
 
 def read_bandwidth() -> float:

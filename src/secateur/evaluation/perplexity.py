@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from secateur.checkpoints.folder import open_checkpoint
-from secateur.data.windows import evaluation_windows, load_tokenizer
+from secateur.data.windows import Windows, evaluation_windows, load_tokenizer
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, summarise
 from secateur.models.context import check_windows, default_corpus, default_length
@@ -34,10 +34,10 @@ from secateur.models.replay import LanguageModel, Shell
 from secateur.models.stream.blocks import final_hidden
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors, reserve
+from secateur.system.intervals import Floats, bootstrap_interval
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, EvaluationText, Trust, ZeroShot
 
-Floats = NDArray[np.float64]
 LOGITS_AT_ONCE = 2**22  # small enough for the allocator to use the same memory again
 
 
@@ -156,82 +156,96 @@ def evaluate(
     trust_remote_code: bool = Trust.trust_remote_code,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """The perplexity of a model, and its distance from `dense` where that is given.
+    """Measure the perplexity of a model, and its distance from `dense` where that is given.
 
-    `model` and `dense` are checkpoint folders or hub names, None the embedded demo model (as
-    `dense`: none). `evaluation` names a corpus or files (default: wikitext2, the demo's own text
-    for the demo model); all of its windows of `seq_len` tokens count, or the first `windows`.
-    `tasks` names zero-shot tasks, `papers` seven of them, to be answered in the dtype that is
-    stored, all of their items or the first `limit`. Raises SecateurError.
+    `model` and `dense` are checkpoint folders or hub names, None the demo model (as `dense`: none).
+    `evaluation` names a corpus or files (default: wikitext2, the demo's own text for the demo
+    model); all of its windows of `seq_len` tokens count, or the first `windows`. `tasks` names
+    zero-shot tasks, to be answered in the dtype that is stored. Raises SecateurError.
     """
-    progress = progress or Progress()
-    chosen, dtype, local = (
-        find_devices(device)[0],
-        find_dtype(dtype),
-        Path(data_dir) if data_dir else None,
+    zero_shot = ZeroShot(tasks=tasks, limit=limit)
+    text = EvaluationText(
+        evaluation=evaluation, windows=windows, seq_len=seq_len, data_dir=data_dir
     )
-    names = check_tasks(tasks, local, limit)
-    folder = resolve(model)
-    open_checkpoint(folder)
+    progress, local = progress or Progress(), Path(data_dir) if data_dir else None
+    first, dtype = find_devices(device)[0], find_dtype(dtype)
+    asked = check_tasks(zero_shot, local)
+    folder = open_checkpoint(resolve(model)).folder
     progress.begin(f"loading {model or 'the demo model'}")
     language_model = load(folder, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    found = evaluation_windows(
-        tokenizer,
-        default_corpus(model, evaluation, "wikitext2"),
-        length=seq_len or default_length(language_model),
-        windows=windows,
-        data_dir=local,
-    )
-    check_windows(language_model, found, batch_size)
-    run = (found.ids, chosen, forward_dtype(dtype, chosen), batch_size)
-    reference, models = None, [(language_model, tokenizer)]
+    judged = judged_windows(language_model, tokenizer, model, text)
+    check_windows(language_model, judged, batch_size)
+    pruned = Forward(language_model, judged.ids, first, forward_dtype(dtype, first), batch_size)
+    models, reference, expected, answers = [(language_model, tokenizer)], None, None, None
     if dense is not None:
-        other = resolve(dense)
-        open_checkpoint(other)
-        reference = Forward(load(other, trust_remote_code=trust_remote_code), *run)
-        if names:
-            models.append(
-                (
-                    reference.language_model,
-                    load_tokenizer(other, trust_remote_code=trust_remote_code),
-                )
-            )
-        sizes = [
-            m.model.config.get_text_config().vocab_size
-            for m in (reference.language_model, language_model)
-        ]
-        if sizes[0] != sizes[1]:
-            raise UnsupportedModel(
-                f"{dense} has a vocabulary of {sizes[0]} tokens, {model or 'the demo model'} one of {sizes[1]}. Name "
-                "the dense model that the other was made from."
-            )
+        folder = open_checkpoint(resolve(dense)).folder
+        reference = pruned.of(load(folder, trust_remote_code=trust_remote_code))
+        if asked:
+            tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+            models.append((reference.language_model, tokenizer))
+        _check_vocabularies(pruned, reference, f"{dense}", f"{model or 'the demo model'}")
     progress.begin("evaluating")
-    measured = measure(Forward(language_model, *run), reference, progress)
-    expected = None
+    measured = measure(pruned, reference, progress)
     if reference is not None:
         progress.begin("evaluating the dense model")
         expected = measure(reference, None, progress)
-    answered = None
-    if names:
+    if asked:
         progress.begin("answering tasks")
-        how: Any = dict(
-            data_dir=local, limit=limit, batch_size=batch_size, device=chosen, progress=progress
+        run: Any = {"data_dir": local, "batch_size": batch_size, "device": first}
+        answers = summarise(
+            *(answer_tasks(*each, zero_shot, **run, progress=progress) for each in models)
         )
-        answered = summarise(*(answer_tasks(*one, names, **how) for one in models))
     progress.end()
-    if expected is None:
-        return Evaluation(measured.perplexity, found.fingerprint(), tasks=answered)
-    delta, interval = perplexity_difference(measured.loss, expected.loss)
+    return _evaluation(measured, expected, judged, answers)
+
+
+def judged_windows(
+    language_model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    model: str | Path | None,
+    text: EvaluationText,
+) -> Windows:
+    """The windows that a model is judged on: `text`, by default wikitext2, or the demo's own where
+    `model` is the demo.
+    """
+    return evaluation_windows(
+        tokenizer,
+        default_corpus(model, text.evaluation, "wikitext2"),
+        length=text.seq_len or default_length(language_model),
+        windows=text.windows,
+        data_dir=Path(text.data_dir) if text.data_dir else None,
+    )
+
+
+def _check_vocabularies(pruned: Forward, dense: Forward, name: str, other: str) -> None:
+    sizes = [
+        forward.language_model.model.config.get_text_config().vocab_size
+        for forward in (dense, pruned)
+    ]
+    if sizes[0] != sizes[1]:
+        raise UnsupportedModel(
+            f"{name} has a vocabulary of {sizes[0]} tokens, {other} one of {sizes[1]}. Name "
+            "the dense model that the other was made from."
+        )
+
+
+def _evaluation(
+    measured: Measured,
+    dense: Measured | None,
+    windows: Windows,
+    tasks: dict[str, dict[str, Any]] | None,
+) -> Evaluation:
+    if dense is None:
+        return Evaluation(measured.perplexity, windows.fingerprint(), tasks=tasks)
     return Evaluation(
         measured.perplexity,
-        found.fingerprint(),
-        expected.perplexity,
-        delta,
-        interval,
+        windows.fingerprint(),
+        dense.perplexity,
+        *perplexity_difference(measured.loss, dense.loss),
         measured.mean_kl,
         measured.mean_agreement,
-        answered,
+        tasks,
     )
 
 
@@ -259,7 +273,8 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
                 expected = dense.logits(part, reference[..., inside, :, :])
                 if expected.shape != logits.shape:
                     raise UnsupportedModel(
-                        f"The dense model has a vocabulary of {expected.shape[-1]}, the other {logits.shape[-1]}."
+                        f"The dense model has a vocabulary of {expected.shape[-1]}, the other "
+                        f"{logits.shape[-1]}."
                     )
                 log_p = expected.log_softmax(-1)
                 kl.append(divergence(log_p, log_q).double().mean(1).cpu())
@@ -268,8 +283,9 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
     losses = torch.cat(loss).numpy()
     if not np.isfinite(losses).all():
         raise NonFinite(
-            f"{int((~np.isfinite(losses)).sum())} of {len(losses)} evaluation windows have a loss of NaN or Inf. "
-            "Check the checkpoint with 'secateur inspect', or evaluate with --dtype float32."
+            f"{int((~np.isfinite(losses)).sum())} of {len(losses)} evaluation windows have a loss "
+            "of NaN or Inf. Check the checkpoint with 'secateur inspect', or evaluate with --dtype "
+            "float32."
         )
     if dense is None:
         return Measured(losses)
@@ -279,14 +295,9 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
 def perplexity_difference(loss: Floats, reference: Floats) -> tuple[float, tuple[float, float]]:
     """Perplexity minus the reference's, and its 95 % interval by a paired bootstrap over windows.
 
-    10,000 resamples with a fixed seed; both models are resampled with the same windows, so what
-    makes a window hard for both cancels. Percentile interval (Efron & Tibshirani 1993, ch. 13).
+    Both models are resampled with the same windows, so what makes a window hard for both cancels.
     """
-    draw = np.random.default_rng(0)
-    count = len(loss)
-    differences = []
-    for _ in range(100):
-        chosen = draw.integers(count, size=(100, count))
-        differences.append(np.exp(loss[chosen].mean(1)) - np.exp(reference[chosen].mean(1)))
-    low, high = np.percentile(np.concatenate(differences), [2.5, 97.5])
-    return float(np.exp(loss.mean()) - np.exp(reference.mean())), (float(low), float(high))
+    interval = bootstrap_interval(
+        lambda chosen: np.exp(loss[chosen].mean(1)) - np.exp(reference[chosen].mean(1)), len(loss)
+    )
+    return float(np.exp(loss.mean()) - np.exp(reference.mean())), interval

@@ -8,10 +8,12 @@ objects. Nothing here needs torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class Option(NamedTuple):
@@ -30,6 +32,12 @@ class Option(NamedTuple):
 def option(default: Any, help: str, *flags: str, **rest: Any) -> Any:
     """A field of an options class; `default` MISSING for one that must be given."""
     return field(default=default, metadata={"option": Option(help, flags, **rest)})
+
+
+def taken(kind: type[T], keywords: Mapping[str, Any]) -> T:
+    """An object of an options class, with those of its fields that are among the keywords."""
+    names: list[str] = [one.name for one in fields(kind)]  # type: ignore[arg-type]
+    return kind(**{name: keywords[name] for name in names if name in keywords})
 
 
 @dataclass(frozen=True, kw_only=True)

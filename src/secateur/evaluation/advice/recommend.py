@@ -24,8 +24,7 @@ from secateur.evaluation.advice.goals import GOALS, KINDS, Choice, shown, title
 from secateur.evaluation.advice.hardware import ACCELERATED, find_hardware, is_measured
 from secateur.evaluation.advice.next_commands import measuring, tasks_of
 from secateur.evaluation.advice.priors import STRUCTURED, known_of, known_of_hardware, priors
-from secateur.evaluation.results.schema import Results, Row, find_tolerance, read_results
-from secateur.evaluation.results.validate import check
+from secateur.evaluation.results.schema import Results, Row, check, find_tolerance, read_results
 from secateur.system.settings import Goal
 
 DEFAULT_INCREASE = 0.05

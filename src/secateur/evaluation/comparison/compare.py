@@ -13,14 +13,16 @@ a tie.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from secateur.checkpoints.folder import open_checkpoint
-from secateur.data.windows import Windows, evaluation_windows, load_tokenizer
+import torch
+
+from secateur.checkpoints.folder import Checkpoint, open_checkpoint
+from secateur.data.windows import Windows, load_tokenizer
 from secateur.deployment.formats.packed import VALUES
 from secateur.deployment.runtimes import find_runtime
 from secateur.errors import BadPattern, OutputRefused, UnknownName, UnsupportedModel
@@ -31,7 +33,7 @@ from secateur.evaluation.comparison.rows import ComparisonContext
 from secateur.evaluation.comparison.task_rows import answer_rows
 from secateur.evaluation.comparison.timed_rows import time_rows
 from secateur.evaluation.comparison.tolerance import check_searched, reaches
-from secateur.evaluation.perplexity import Forward
+from secateur.evaluation.perplexity import Forward, judged_windows
 from secateur.evaluation.report.write import write_report
 from secateur.evaluation.results.ranking import rank
 from secateur.evaluation.results.schema import SCHEMA, Results, find_tolerance
@@ -39,7 +41,7 @@ from secateur.evaluation.tasks.answer import check_tasks
 from secateur.methods import find_method
 from secateur.methods.patterns import parse
 from secateur.methods.structures import Structure
-from secateur.models.context import check_windows, default_corpus, default_length
+from secateur.models.context import check_windows, default_corpus
 from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.matrices import matrix_shapes
@@ -67,8 +69,12 @@ from secateur.system.settings import (
     Training,
     Trust,
     ZeroShot,
+    taken,
 )
 from secateur.system.sizes import find_size
+
+HIDDEN = "dense.hidden"
+"""The file with the last hidden states of the dense model, while rows are made."""
 
 
 def compare(
@@ -107,271 +113,297 @@ def compare(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Results:
-    """Prune and evaluate `model` with every method and pattern; write `results.json`, `report.html`
-    and `report.md`.
+    """Prune and evaluate a model with every method and pattern, beside each other under the same
+    conditions; write `results.json`, `report.html` and `report.md` to `out`.
 
-    `patterns` may hold ranges (`10%..80%`). `allocate` lists rules as `prune` knows them; each
-    makes a row of its own. So does each of `values` for a pattern of zeros: `as stored`, or `int8`,
-    what is kept rounded to eight bits and packed. With several `samples`, seeds or texts, every row
-    is made for every draw of them: the table has the first text, most samples and first seed, the
-    others say how much hangs on the draw. `recover`: ways of `recover`, by each of which every
-    pruned row of the table is fine-tuned for `recover_steps` steps on `recover_text` (default: as
-    there), of which no window overlaps calibration or evaluation text; a row each, that says what
-    it took. `tolerance`: for every method, the largest share whose perplexity is no more above the
-    dense one than that. `tasks`: zero-shot tasks that the rows of the table answer, all of their
-    items or the first `limit`. `bench` lists runtimes in which the finished rows are timed beside
-    the dense model, in `bench_dtype`. The other arguments are as for `prune` and `evaluate`. The
-    pruned checkpoints of the table stay in `out/checkpoints`. Raises SecateurError;
-    ConditionsDiffer where `out` holds rows of another model, text or metric. After a killed run the
-    same call computes only what is missing.
+    The options are those of the command, whose help says what each is. With several `samples`,
+    seeds or texts every row is made for every draw: the table has the first text, most samples and
+    first seed. Pruned checkpoints of the table stay in `out/checkpoints`; the same call again
+    computes only what is missing. Raises SecateurError; ConditionsDiffer where `out` holds rows of
+    another model, text or metric.
     """
-    progress, out = progress or Progress(), Path(out)
-    for name in values:
+    asked = Comparison.read(locals())
+    checked = _check(asked)
+    context, results = _open(asked, checked)
+    _make_rows(context, results, checked, values)
+    _write(context, results, asked)
+    asked.progress.end()
+    return results
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The options of a comparison."""
+
+    model: str | Path | None
+    grid: Grid
+    recovered: RecoveredRows
+    zero_shot: ZeroShot
+    timed: TimedRows
+    draws: CalibrationDraws
+    text: EvaluationText
+    compute: Compute
+    destination: Destination
+    trust: Trust
+    progress: Progress
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Comparison:
+        """The options among the keywords of `compare`."""
+        return cls(
+            given["model"],
+            taken(Grid, given),
+            taken(RecoveredRows, given),
+            taken(ZeroShot, given),
+            taken(TimedRows, given),
+            taken(CalibrationDraws, given),
+            taken(EvaluationText, given),
+            taken(Compute, given),
+            replace(
+                taken(Destination, given),
+                out=Path(given["out"]),
+                overwrite=True,
+                command=typed_command(given["command"]),
+            ),
+            taken(Trust, given),
+            given["progress"] or Progress(),
+        )
+
+    @property
+    def data_dir(self) -> Path | None:
+        return Path(self.text.data_dir) if self.text.data_dir else None
+
+
+class Checked(NamedTuple):
+    """The options of a comparison that are read before anything is opened.
+
+    `texts` are the calibration texts of the draws, each with its number among the corpora; `share`
+    is the tolerance; `memory` is in bytes, and in `compute` too.
+    """
+
+    cells: list[Cell]
+    texts: list[tuple[CalibrationText, int]]
+    share: float | None
+    compute: Compute
+    memory: int | None
+    device: torch.device
+
+
+def _check(asked: Comparison) -> Checked:
+    """Raise a SecateurError for all that can be refused before a model is opened."""
+    for name in asked.grid.values:
         if name not in VALUES:
             raise UnknownName("kind of values", name, VALUES)
-    for name in bench:
+    for name in asked.timed.bench:
         find_runtime(name)
-    for way in recover:
+    for way in asked.recovered.recover:
         check_way(Training(way=way), "the dense model")
-    check_passes(passes)
-    room, share, local = (
-        find_size(memory),
-        find_tolerance(tolerance),
-        Path(data_dir) if data_dir else None,
-    )
-    check_tasks(tasks, local, limit)
-    texts: list[str | None] = (
-        [calibration] if calibration is None or isinstance(calibration, str) else [*calibration]
-    )
-    wanted = _draws(texts, samples, seed)
-    grid = cells(methods, patterns, allocate, skip, align)
+    check_passes(asked.compute.passes)
+    memory, share = find_size(asked.compute.memory), find_tolerance(asked.grid.tolerance)
+    check_tasks(asked.zero_shot, asked.data_dir)
+    texts = _texts(asked.draws, asked.text)
+    grid = cells(asked.grid)
     if share is not None:
         check_searched(grid)
-    chosen, dtype = find_devices(device)[0], find_dtype(dtype)
-    folder = resolve(model)
-    source = open_checkpoint(folder)
-    progress.begin(f"loading {model or 'the demo model'}")
-    language_model = load(
-        folder,
-        trust_remote_code=trust_remote_code,
-        spill=spill_folder(out / "dense.hidden", source.bytes, room),
+    device = find_devices(asked.compute.device)[0]
+    compute = replace(asked.compute, dtype=find_dtype(asked.compute.dtype), memory=memory)
+    return Checked(grid, texts, share, compute, memory, device)
+
+
+def _texts(draws: CalibrationDraws, text: EvaluationText) -> list[tuple[CalibrationText, int]]:
+    """The text of every draw with the number of its corpus. The draw of the table comes first: of
+    the first text, most samples, first seed.
+    """
+    corpora: list[str | None] = (
+        [draws.calibration]
+        if draws.calibration is None or isinstance(draws.calibration, str)
+        else [*draws.calibration]
     )
-    feasibility = Feasibility(language_model, chosen)
-    for structure in {cell.pattern: parse(cell.pattern) for cell in grid}.values():
-        if isinstance(structure, Structure):
-            refuse_structure(feasibility, structure, source.bytes, align)
-    length = seq_len or default_length(language_model)
-    trust = Trust(allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code)
+    counts = [draws.samples] if isinstance(draws.samples, int) else {*draws.samples}
+    seeds = [draws.seed] if isinstance(draws.seed, int) else dict.fromkeys(draws.seed)
+    if not corpora or not counts or not seeds:
+        raise BadPattern(
+            "A comparison wants at least one calibration text, one number of samples and one seed."
+        )
+    return [
+        (
+            CalibrationText(
+                calibration=corpus,
+                samples=samples,
+                seq_len=text.seq_len,
+                seed=seed,
+                data_dir=text.data_dir,
+            ),
+            corpora.index(corpus),
+        )
+        for corpus, samples, seed in product(
+            dict.fromkeys(corpora), sorted(counts, reverse=True), seeds
+        )
+    ]
+
+
+def _open(asked: Comparison, checked: Checked) -> tuple[ComparisonContext, Results]:
+    """Open the model, the texts and the rows that are there already; the results have no rows yet.
+
+    Raises NotEnoughText, and ConditionsDiffer for rows that were measured under other conditions.
+    """
+    source, language_model, feasibility = _load(asked, checked)
     draws = [
         Draw(
             number,
-            draw_calibration(
-                language_model,
-                folder,
-                model,
-                CalibrationText(
-                    calibration=text, samples=count, seq_len=length, seed=start, data_dir=data_dir
-                ),
-                trust,
-            ),
-            texts.index(text),
+            draw_calibration(language_model, source.folder, asked.model, text, asked.trust),
+            corpus,
         )
-        for number, (text, count, start) in enumerate(wanted)
+        for number, (text, corpus) in enumerate(checked.texts)
     ]
-    judged = evaluation_windows(
-        load_tokenizer(folder, trust_remote_code=trust_remote_code),
-        default_corpus(model, evaluation, "wikitext2"),
-        length=length,
-        windows=windows,
-        data_dir=local,
-    )
-    check_windows(language_model, judged, batch_size)
-    calibrating = calibration_dtype(dtype, chosen, language_model.model.dtype)
-    passes = _passes(
-        passes,
-        RowStore(out / "rows", {}, []).recorded("passes"),
-        language_model,
-        draws[0].windows,
-        grid,
-        limit=room,
-        dtype=calibrating,
-        device=chosen,
-        devices=len(find_devices(device)),
-        batch_size=batch_size,
+    trust = asked.trust.trust_remote_code
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=trust)
+    judged = judged_windows(language_model, tokenizer, asked.model, asked.text)
+    check_windows(language_model, judged, checked.compute.batch_size)
+    compute = replace(
+        checked.compute, passes=_passes(asked, checked, language_model, draws[0].windows)
     )
     results = Results(
         SCHEMA,
         {
-            "name": str(model or "demo"),
+            "name": str(asked.model or "demo"),
             "parameters": language_model.model.num_parameters(),
             "shards": source.sha256(),
-            "config": file_sha256(folder / "config.json"),
+            "config": file_sha256(source.folder / "config.json"),
         },
         [draw.windows.fingerprint() for draw in draws],
         judged.fingerprint(),
-        {
-            "passes": passes,
-            "dtype": str(forward_dtype(dtype, chosen)),
-            "calibration dtype": str(calibrating or language_model.model.dtype),
-            "device": chosen.type,
-            "skip": list(skip),
-            **({"align": align} if align else {}),
-            "batch_size": batch_size,
-        },
+        _conditions(asked.grid, compute, checked.device, language_model.model.dtype),
         machine(),
         versions(),
-        typed_command(command),
+        [*(asked.destination.command or ())],
         [],
     )
-    recovering = _recovering(
-        recover,
-        recover_steps,
-        recover_text,
-        model,
-        folder,
-        language_model,
-        [judged, *(draw.windows for draw in draws)],
-        data_dir=local,
-        device=chosen,
-        restart=restart,
-        command=results.command,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
+    known = [judged, *(draw.windows for draw in draws)]
+    recovering = _recovering(asked, language_model, source.folder, known, checked.device)
+    context = ComparisonContext(
+        source,
+        _forward(asked, checked, language_model, judged),
+        draws,
+        _store(Path(asked.destination.out), results),
+        Recipe(align=asked.grid.align, skip=asked.grid.skip),
+        compute,
+        asked.destination,
+        asked.trust,
+        asked.progress,
+        feasibility,
+        recovering,
     )
-    store = _store(out, results)
-    dense = Forward(
+    return context, results
+
+
+def _load(asked: Comparison, checked: Checked) -> tuple[Checkpoint, LanguageModel, Feasibility]:
+    """Load the dense model, and ask what it can lose. Raises where it cannot be made smaller as a row wants it."""
+    source = open_checkpoint(resolve(asked.model))
+    asked.progress.begin(f"loading {asked.model or 'the demo model'}")
+    hidden = Path(asked.destination.out) / HIDDEN
+    language_model = load(
+        source.folder,
+        trust_remote_code=asked.trust.trust_remote_code,
+        spill=spill_folder(hidden, source.bytes, checked.memory),
+    )
+    feasibility = Feasibility(language_model, checked.device)
+    for pattern in dict.fromkeys(cell.pattern for cell in checked.cells):
+        if isinstance(structure := parse(pattern), Structure):
+            refuse_structure(feasibility, structure, source.bytes, asked.grid.align)
+    return source, language_model, feasibility
+
+
+def _forward(
+    asked: Comparison, checked: Checked, language_model: LanguageModel, judged: Windows
+) -> Forward:
+    """The dense model over the evaluation windows; its last hidden states are kept in a file."""
+    dtype = forward_dtype(checked.compute.dtype, checked.device)
+    return Forward(
         language_model,
         judged.ids,
-        chosen,
-        forward_dtype(dtype, chosen),
-        batch_size,
-        spill=out / "dense.hidden",
+        checked.device,
+        dtype,
+        checked.compute.batch_size,
+        spill=Path(asked.destination.out) / HIDDEN,
     )
-    ground = ComparisonContext(
-        source,
-        dense,
-        out,
-        store,
-        draws,
-        Recipe(skip=skip, align=align),
-        Compute(device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=room),
-        Destination(out=out, overwrite=True, restart=restart, command=results.command),
-        trust,
-        progress,
-        feasibility,
-    )
-    try:
-        results.rows = [ground.dense_row()]
-        for cell in grid:
-            row = ground.row(cell, draws[0])
-            results.rows.append(row)
-            if "int8" in values and not cell.structured:
-                try:
-                    results.rows.append(ground.rounded(row))
-                except UnsupportedModel as error:  # too few zeros to pack
-                    results.not_timed[cell.name("int8")] = str(error)
-            if recovering:
-                results.rows += ground.recovered(row, recovering, results.not_timed)
-            results.rows += [ground.row(cell, draw) for draw in draws[1:] if cell.calibrated]
-        if share is not None:
-            found, made = reaches(ground, grid, results.table, share)
-            results.rows += made
-            results.tolerance = {"share": share, "found": [asdict(reach) for reach in found]}
-    finally:
-        (out / "dense.hidden").unlink(missing_ok=True)
-    rank([row for row in results.rows if not row.searched])
-    write_whole(out / "results.json", results.json())
-    if tasks:
-        answer_rows(
-            results.table,
-            folder,
-            out,
-            tasks,
-            limit=limit,
-            data_dir=local,
-            batch_size=batch_size,
-            device=chosen,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    if bench:
-        results.not_timed |= time_rows(results.table, folder, out, bench, bench_dtype, progress)
-    write_whole(out / "results.json", results.json())
-    write_report(results, out)
-    progress.end()
-    return results
+
+
+def _conditions(
+    grid: Grid, compute: Compute, device: torch.device, stored: torch.dtype
+) -> dict[str, Any]:
+    """The options that rows of one table have in common, as `results.json` holds them."""
+    calibrating = calibration_dtype(compute.dtype, device, stored)
+    return {
+        "passes": compute.passes,
+        "dtype": str(forward_dtype(compute.dtype, device)),
+        "calibration dtype": str(calibrating or stored),
+        "device": device.type,
+        "skip": list(grid.skip),
+        **({"align": grid.align} if grid.align else {}),
+        "batch_size": compute.batch_size,
+    }
 
 
 def _recovering(
-    ways: Sequence[str],
-    steps: int,
-    text: str | None,
-    model: str | Path | None,
-    folder: Path,
+    asked: Comparison,
     language_model: LanguageModel,
+    folder: Path,
     avoid: Sequence[Windows],
-    *,
-    data_dir: Path | None,
-    **options: Any,
+    device: torch.device,
 ) -> Recovering | None:
     """How rows are recovered, with the text for it; None where they are not. Raises
     NotEnoughText.
     """
-    if not ways:
+    if not asked.recovered.recover:
         return None
     windows = recovery_windows(
-        load_tokenizer(folder, trust_remote_code=options["trust_remote_code"]),
-        default_corpus(model, text, "c4"),
-        count=steps * Training.batch_size,
+        load_tokenizer(folder, trust_remote_code=asked.trust.trust_remote_code),
+        default_corpus(asked.model, asked.recovered.recover_text, "c4"),
+        count=asked.recovered.recover_steps * Training.batch_size,
         length=avoid[0].ids.shape[1],
         seed=avoid[1].seed or 0,
-        avoid=[one.ids for one in avoid],
-        data_dir=data_dir,
+        avoid=[known.ids for known in avoid],
+        data_dir=asked.data_dir,
     )
     check_windows(language_model, windows, Training.batch_size)
-    return Recovering(list(dict.fromkeys(ways)), steps, windows, language_model, folder, **options)
-
-
-def _draws(
-    texts: Sequence[str | None], samples: int | Sequence[int], seed: int | Sequence[int]
-) -> list[tuple[str | None, int, int]]:
-    """(text, samples, seed) of every draw, the one of the table first: of the first text, most
-    samples, first seed.
-    """
-    counts = [samples] if isinstance(samples, int) else list(dict.fromkeys(samples))
-    seeds = [seed] if isinstance(seed, int) else list(dict.fromkeys(seed))
-    if not texts or not counts or not seeds:
-        raise BadPattern(
-            "A comparison wants at least one calibration text, one number of samples and one seed."
-        )
-    return list(product(dict.fromkeys(texts), sorted(counts, reverse=True), seeds))
+    return Recovering(
+        asked.recovered,
+        windows,
+        language_model,
+        folder,
+        device,
+        asked.destination,
+        asked.trust,
+        asked.progress,
+    )
 
 
 def _passes(
-    passes: str,
-    kept: str | None,
-    language_model: LanguageModel,
-    calibrated: Windows,
-    grid: Sequence[Cell],
-    **options: Any,
+    asked: Comparison, checked: Checked, language_model: LanguageModel, calibration: Windows
 ) -> str:
-    """How often blocks run, the same for all rows: once where that fits for each."""
-    if passes != "auto":
-        return passes
-    if (
-        kept is not None
-    ):  # what is free changes from run to run, and rows that are there must go on as they are
-        return kept
+    """How often blocks run, the same for all rows: once where that fits for each, and as before
+    where there are rows already, since what is free changes from run to run.
+    """
+    recorded = RowStore(Path(asked.destination.out) / "rows", {}, []).recorded("passes")
+    if checked.compute.passes != "auto" or recorded is not None:
+        return checked.compute.passes if checked.compute.passes != "auto" else recorded
     ways = (
         way_through(
             language_model,
-            calibrated.ids.shape,
+            calibration.ids.shape,
             find_method(method),
             matrix_shapes(language_model),
-            passes=passes,
-            **options,
+            passes="auto",
+            limit=checked.memory,
+            dtype=calibration_dtype(
+                checked.compute.dtype, checked.device, language_model.model.dtype
+            ),
+            device=checked.device,
+            devices=len(find_devices(checked.compute.device)),
+            batch_size=checked.compute.batch_size,
         )["passes"]
-        for method in dict.fromkeys(cell.method for cell in grid if not cell.structured)
+        for method in dict.fromkeys(cell.method for cell in checked.cells if not cell.structured)
     )
     return "two" if "two" in ways else "one"
 
@@ -395,3 +427,45 @@ def _store(out: Path, results: Results) -> RowStore:
     store = RowStore(out / "rows", conditions, results.calibrations)
     store.check()
     return store
+
+
+def _make_rows(
+    context: ComparisonContext, results: Results, checked: Checked, values: Sequence[str]
+) -> None:
+    """Fill in the rows, and what a search for the tolerance found; say what was left out."""
+    try:
+        results.rows = [context.dense_row()]
+        for cell in checked.cells:
+            row = context.row(cell, context.draws[0])
+            results.rows.append(row)
+            if "int8" in values and not cell.structured:
+                try:
+                    results.rows.append(context.rounded(row))
+                except UnsupportedModel as error:  # too few zeros to pack
+                    results.not_timed[cell.name("int8")] = str(error)
+            results.rows += context.recovered(row, results.not_timed)
+            results.rows += [
+                context.row(cell, draw) for draw in context.draws[1:] if cell.calibrated
+            ]
+        if checked.share is not None:
+            found, made = reaches(context, checked.cells, results.table, checked.share)
+            results.rows += made
+            results.tolerance = {
+                "share": checked.share,
+                "found": [asdict(reach) for reach in found],
+            }
+    finally:
+        (context.out / HIDDEN).unlink(missing_ok=True)
+    rank([row for row in results.rows if not row.searched])
+
+
+def _write(context: ComparisonContext, results: Results, asked: Comparison) -> None:
+    """Write the results, then have the rows answer tasks and be timed, and write all of it."""
+    out, dense = context.out, context.source.folder
+    write_whole(out / "results.json", results.json())
+    if asked.zero_shot.tasks:
+        answer_rows(context, results.table, asked.zero_shot, asked.data_dir)
+    if asked.timed.bench:
+        results.not_timed |= time_rows(results.table, dense, out, asked.timed, context.progress)
+    write_whole(out / "results.json", results.json())
+    write_report(results, out)

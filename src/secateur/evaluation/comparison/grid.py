@@ -16,7 +16,7 @@ from secateur.methods.patterns import parse
 from secateur.methods.structures import Structure
 from secateur.pruning.check import check_method
 from secateur.pruning.planning.measured import ALLOCATIONS, check_allocation
-from secateur.system.settings import Recipe
+from secateur.system.settings import Grid, Recipe
 
 RANGE = re.compile(r"(\d+)%\.\.(\d+)%(?:/(\d+)%)?((?: of [a-z]+)?)")
 """`10%..80%`, in steps of ten; `30%..60%/5%`; either with ` of channels` and the like behind."""
@@ -77,32 +77,28 @@ def expand(patterns: Sequence[str]) -> list[str]:
         matched = RANGE.fullmatch(pattern.strip())
         if not matched or int(matched[1]) >= int(matched[2]) or int(matched[3] or 1) == 0:
             raise BadPattern(
-                f"{pattern!r} is no range of patterns. Say '10%..80%', '30%..60%/5%', or '10%..40% of channels'."
+                f"{pattern!r} is no range of patterns. Say '10%..80%', '30%..60%/5%', or "
+                "'10%..40% of channels'."
             )
         first, last, step = int(matched[1]), int(matched[2]), int(matched[3] or 10)
         found += [f"{share}%{matched[4]}" for share in range(first, last + 1, step)]
     return list(dict.fromkeys(found))
 
 
-def cells(
-    methods: Sequence[str],
-    patterns: Sequence[str],
-    allocate: Sequence[str],
-    skip: Sequence[str],
-    align: int | None,
-) -> list[Cell]:
+def cells(grid: Grid) -> list[Cell]:
     """Every row: each method with the patterns of its kind, zeros or structures.
 
     Raises UnknownName or BadPattern for a method that goes with none of the patterns, or a pattern
     with none of the methods; and whatever `check_method` raises for the options.
     """
-    if not methods or not patterns or not allocate:
+    methods, allocate = grid.methods, grid.allocate
+    if not methods or not grid.patterns or not allocate:
         raise BadPattern(
             "A comparison wants at least one method and one pattern, and a rule of allocation."
         )
     found: list[Cell] = []
     refused: dict[str, SecateurError] = {}
-    patterns = expand(patterns)
+    patterns = expand(grid.patterns)
     for pattern in patterns:
         wanted = parse(pattern)
         for method in methods:
@@ -118,13 +114,10 @@ def cells(
                 else allocate
             )
             for rule in rules:
+                align = grid.align if structure else None
                 check_method(
                     Recipe(
-                        method=method,
-                        pattern=pattern,
-                        allocate=rule,
-                        skip=skip,
-                        align=align if structure else None,
+                        method=method, pattern=pattern, allocate=rule, skip=grid.skip, align=align
                     )
                 )
                 if rule not in ("uniform", *ALLOCATIONS):

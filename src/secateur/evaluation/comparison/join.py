@@ -14,7 +14,6 @@ from secateur.errors import BadResults, ConditionsDiffer
 from secateur.evaluation.report.write import write_report
 from secateur.evaluation.results.ranking import rank
 from secateur.evaluation.results.schema import Results, Row, read_results
-from secateur.evaluation.results.validate import check
 from secateur.system.files import disk_errors, write_whole
 
 SAME = ("evaluation", "options", "versions")
@@ -35,7 +34,6 @@ def report(results: Sequence[str | Path], *, out: str | Path) -> Results:
     files = [Path(name) for name in results]
     found = [read_results(file) for file in files]
     for file, one in zip(files, found, strict=True):
-        check(one, str(file))
         if len(found) > 1 and (bare := [row.name for row in one.rows if not row.loss]):
             raise BadResults(
                 f"{file} has no loss of {bare[0]!r}, so it cannot be ranked anew. Run it again."
@@ -131,6 +129,6 @@ def _same(what: str, one: Any, other: Any, name: str, other_name: str) -> None:
         what, one, other = f"{what} {key}", one.get(key), other.get(key)
     shown = "" if isinstance(one, list) else f": {one} and {other}"
     raise ConditionsDiffer(
-        f"{name} and {other_name} differ in {what}{shown}. Rows of different conditions do not go into one table: run "
-        "both comparisons alike, or write a report of each."
+        f"{name} and {other_name} differ in {what}{shown}. Rows of different conditions do not go "
+        "into one table: run both comparisons alike, or write a report of each."
     )

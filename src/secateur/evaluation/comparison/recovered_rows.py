@@ -4,8 +4,7 @@ nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,27 +23,29 @@ from secateur.recovery.job import Dense, Job, Pruned
 from secateur.recovery.recover import dtype_of, rate_of
 from secateur.recovery.recover import run as run_recovery
 from secateur.system.progress import Progress
-from secateur.system.settings import Destination, Training, Trust
+from secateur.system.settings import Destination, RecoveredRows, Training, Trust
 
 
 @dataclass(frozen=True)
 class Recovering:
-    """How every pruned row is recovered: by which `ways`, on `windows`, towards `model`, which is
-    in `dense`.
+    """How every pruned row is recovered: by which ways, on `windows`, towards `model`, which is in
+    the folder `dense`.
     """
 
-    ways: Sequence[str]
-    steps: int
+    rows: RecoveredRows
     windows: Windows
     model: LanguageModel
     dense: Path
     device: torch.device
-    restart: bool
-    command: Sequence[str]
-    trust_remote_code: bool
+    destination: Destination
+    trust: Trust
     progress: Progress
 
-    def told(self, way: str) -> Recovered:
+    @property
+    def ways(self) -> list[str]:
+        return list(dict.fromkeys(self.rows.recover))
+
+    def recovered(self, way: str) -> Recovered:
         """What a row says of a way, apart from the seconds that it took."""
         training = self._training(way)
         return Recovered(
@@ -62,11 +63,12 @@ class Recovering:
         otherwise.
         """
         assert row.recovered is not None
-        for key, value in _conditions(self.told(row.recovered.way)).items():
+        for key, value in _conditions(self.recovered(row.recovered.way)).items():
             if (before := getattr(row.recovered, key)) != value:
                 raise ConditionsDiffer(
-                    f"{row.name} was recovered with {key} {before}, now it is {value}. Rows of different "
-                    "conditions do not go into one table: choose another --out, or delete that row."
+                    f"{row.name} was recovered with {key} {before}, now it is {value}. Rows of "
+                    "different conditions do not go into one table: choose another --out, or "
+                    "delete that row."
                 )
 
     def run(self, pruned: Path, place: Path, way: str) -> float:
@@ -77,7 +79,7 @@ class Recovering:
         if (seconds := self._done(pruned, place, way)) is not None:
             return seconds
         self.progress.begin(f"loading {pruned.name}")
-        trust = self.trust_remote_code
+        trust = self.trust.trust_remote_code
         return run_recovery(
             Job(
                 training=self._training(way),
@@ -88,10 +90,8 @@ class Recovering:
                 ),
                 dense=Dense(self.dense, load(self.dense, trust_remote_code=trust)),
                 windows=self.windows,
-                destination=Destination(
-                    out=place, overwrite=True, restart=self.restart, command=self.command
-                ),
-                trust=Trust(trust_remote_code=trust),
+                destination=replace(self.destination, out=place, overwrite=True),
+                trust=self.trust,
                 device=self.device,
                 progress=self.progress,
             )
@@ -102,7 +102,7 @@ class Recovering:
         return stored_dtype(open_checkpoint(self.dense))
 
     def _training(self, way: str) -> Training:
-        return Training(way=way, steps=self.steps, seed=self.windows.seed or 0)
+        return Training(way=way, steps=self.rows.recover_steps, seed=self.windows.seed or 0)
 
     def _dtype(self, way: str) -> str:
         return dtype_of(way, Training.dtype, self.device, self._stored)
@@ -115,19 +115,17 @@ class Recovering:
             before, after = record_of(pruned), record_of(place)
             if not before or not after:
                 return None
-            told = after["recovery"][-1]
-            same = {shard: held["source_sha256"] for shard, held in after["shards"].items()} == {
-                shard: held["sha256"] for shard, held in before["shards"].items()
-            }
-            if same and all(
-                told[key] == value for key, value in _conditions(self.told(way)).items()
-            ):
-                return float(told["seconds"])
+            recovery = after["recovery"][-1]
+            sources = {name: shard["source_sha256"] for name, shard in after["shards"].items()}
+            pruned_shards = {name: shard["sha256"] for name, shard in before["shards"].items()}
+            wanted = _conditions(self.recovered(way)).items()
+            if sources == pruned_shards and all(recovery[key] == value for key, value in wanted):
+                return float(recovery["seconds"])
         except (BadCheckpoint, KeyError, TypeError, ValueError, IndexError, AttributeError):
             pass
         return None
 
 
-def _conditions(told: Recovered) -> dict[str, Any]:
+def _conditions(recovered: Recovered) -> dict[str, Any]:
     """What must be the same for rows to stand in one table."""
-    return {key: value for key, value in asdict(told).items() if key != "seconds"}
+    return {key: value for key, value in asdict(recovered).items() if key != "seconds"}

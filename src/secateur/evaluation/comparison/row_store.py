@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from secateur.errors import ConditionsDiffer
-from secateur.evaluation.results.schema import MOST_LOSS, Row, read_row
+from secateur.evaluation.results.schema import Row
 from secateur.system.files import write_whole
-from secateur.system.json_files import fits, read_json
+from secateur.system.json_files import read_json
+from secateur.system.typed import read_as
 
 CHECKPOINTS = "checkpoints"
 """Where the pruned checkpoints of a comparison lie, each under the name of its row's file."""
 
 
-class _Held(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """What the file of a row holds."""
 
     conditions: dict[str, Any]
@@ -56,32 +58,32 @@ class RowStore:
         difference.
         """
         for file in sorted(self.folder.glob("*.json")):
-            held = self._read(file)
-            for key in sorted(held.conditions.keys() | self.conditions.keys()):
-                self._same(file, key, held.conditions.get(key), self.conditions.get(key))
-            if held.calibration is not None and held.calibration not in self.draws:
-                self._same(file, "calibration", held.calibration, self.draws[0])
+            kept = self._read(file)
+            for key in sorted(kept.conditions.keys() | self.conditions.keys()):
+                self._same(file, key, kept.conditions.get(key), self.conditions.get(key))
+            if kept.calibration is not None and kept.calibration not in self.draws:
+                self._same(file, "calibration", kept.calibration, self.draws[0])
 
     def get(self, name: str, draw: int | None, label: str = "") -> Row | None:
         """A finished row by its name and draw, or None: also where its checkpoint is gone."""
         file = self._file(name, label)
         if not file.exists():
             return None
-        held = self._read(file)
-        if held.row.name != name or len(held.row.loss) != self.conditions["evaluation"]["samples"]:
+        kept = self._read(file)
+        if kept.row.name != name or len(kept.row.loss) != self.conditions["evaluation"]["samples"]:
             raise ConditionsDiffer(
                 f"{file} is no row {name!r} over the windows at hand. Delete it and run again."
             )
         self._same(
-            file, "calibration", held.calibration, None if draw is None else self.draws[draw]
+            file, "calibration", kept.calibration, None if draw is None else self.draws[draw]
         )
         if (
-            held.row.checkpoint
-            and not (self.folder.parent / held.row.checkpoint / "config.json").is_file()
+            kept.row.checkpoint
+            and not (self.folder.parent / kept.row.checkpoint / "config.json").is_file()
         ):
             return None
-        held.row.calibration = draw
-        return held.row
+        kept.row.calibration = draw
+        return kept.row
 
     def put(self, row: Row, label: str = "") -> None:
         """Keep a finished row."""
@@ -95,37 +97,25 @@ class RowStore:
     def _same(self, file: Path, what: str, found: Any, wanted: Any) -> None:
         if found != wanted:
             raise ConditionsDiffer(
-                f"{file} was measured with {what} {found}, now it is {wanted}. Rows of different conditions do not go "
-                "into one table: choose another --out, or delete all of that one."
+                f"{file} was measured with {what} {found}, now it is {wanted}. Rows of different "
+                "conditions do not go into one table: choose another --out, or delete all of that "
+                "one."
             )
 
-    def _read(self, file: Path) -> _Held:
+    def _read(self, file: Path) -> Kept:
         """The row in a file. Whoever wrote it, it names no checkpoint but its own: that folder may
         be replaced.
         """
         try:
-            held = read_json(file, finite=True)
-            if not fits(held, dict[str, Any]) or not held.keys() >= {
-                "conditions",
-                "calibration",
-                "row",
-            }:
-                raise ValueError("fields are missing")
-            if not fits(held["conditions"], dict[str, Any]) or not fits(
-                held["calibration"], dict[str, Any] | None
-            ):
-                raise ValueError("its conditions or its calibration are of another type")
-            row = read_row(held["row"], "its row")
-            if row.checkpoint not in (None, f"{CHECKPOINTS}/{file.stem}"):
+            kept = read_as(Kept, read_json(file, finite=True))
+            if kept.row.checkpoint not in (None, f"{CHECKPOINTS}/{file.stem}"):
                 raise ValueError("its checkpoint lies elsewhere")
-            if not all(0 <= loss < MOST_LOSS for loss in row.loss):
-                raise ValueError("it has losses that no model has")
         except (ValueError, OSError) as error:
             raise ConditionsDiffer(
                 f"{file} is no finished row ({error}). Delete it and run again."
             ) from error
-        row.rank, row.ties, row.latency, row.tasks = "", [], [], {}
-        return _Held(held["conditions"], held["calibration"], row)
+        kept.row.rank, kept.row.ties, kept.row.latency, kept.row.tasks = "", [], [], {}
+        return kept
 
 
 def file_name(row: str) -> str:

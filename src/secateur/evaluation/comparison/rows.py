@@ -39,20 +39,25 @@ class ComparisonContext:
     """What all rows of a comparison have in common: the model, the text that it is judged on, how
     it is pruned.
 
-    `recipe` and `destination` are those of every row, but for what a row has for itself.
+    `recipe` and `destination` are those of every row, but for what a row has for itself;
+    `recovering` is None where no row is fine-tuned.
     """
 
     source: Checkpoint
     dense: Forward
-    out: Path
-    store: RowStore
     draws: Sequence[Draw]
+    store: RowStore
     recipe: Recipe
     compute: Compute
     destination: Destination
     trust: Trust
     progress: Progress
     feasibility: Feasibility
+    recovering: Recovering | None = None
+
+    @property
+    def out(self) -> Path:
+        return Path(self.destination.out)
 
     @cached_property
     def expected(self) -> Measured:
@@ -82,8 +87,7 @@ class ComparisonContext:
             parameters=model.model.num_parameters(),
             loss=measured.loss.tolist(),
         )
-        self.store.put(row)
-        return row
+        return self._put(row)
 
     def row(self, cell: Cell, draw: Draw, *, searching: bool = False) -> Row:
         """A pruned row, made or taken from the store; the checkpoint stays for the first draw
@@ -102,25 +106,32 @@ class ComparisonContext:
                 self.store.put(kept, label)
             return kept
         place = self.out / CHECKPOINTS / file_name(cell.name() + label)
-        opened = Opened(self.source, self.dense.language_model, draw.windows)
-        recipe = replace(self.recipe, method=cell.method, pattern=cell.pattern, allocate=cell.rule)
-        destination = replace(self.destination, out=place)
-        settings = (self.compute, destination, self.trust, self.progress)
-        if cell.structured:
-            report = prune_structure(opened, recipe, *settings, self.feasibility)
-        else:
-            report = prune_checkpoint(opened, replace(recipe, align=None), *settings)
-        row = self._judged(report, place)
-        row.calibration, row.checkpoint, row.searched = (
-            number,
-            str(place.relative_to(self.out)),
-            searching,
+        row = replace(
+            self._judged(self._pruned(cell, draw, place), place),
+            calibration=number,
+            checkpoint=str(place.relative_to(self.out)),
+            searched=searching,
         )
         if number:
             self.forget(row, label)
         else:
             self.store.put(row, label)
         return row
+
+    def _pruned(self, cell: Cell, draw: Draw, place: Path) -> Report:
+        recipe = replace(
+            self.recipe,
+            method=cell.method,
+            pattern=cell.pattern,
+            allocate=cell.rule,
+            align=self.recipe.align if cell.structured else None,
+        )
+        opened = Opened(self.source, self.dense.language_model, draw.windows)
+        destination = replace(self.destination, out=place)
+        settings = (recipe, self.compute, destination, self.trust, self.progress)
+        if cell.structured:
+            return prune_structure(opened, *settings, self.feasibility)
+        return prune_checkpoint(opened, *settings)
 
     def forget(self, row: Row, label: str = "") -> None:
         """Delete the checkpoint of a row; its figures stay, and say first that there is none."""
@@ -146,78 +157,72 @@ class ComparisonContext:
             allocation=report.allocation,
             parameters=pruned.model.num_parameters(),
             sites=[(site.site, site.sparsity, site.output_error) for site in report.sites],
-            **self._evaluated(pruned),
+            **self._quality(pruned),
         )
 
-    def rounded(self, kept: Row) -> Row:
+    def rounded(self, pruned: Row) -> Row:
         """The row of a pruned checkpoint whose kept weights are rounded to int8: evaluated as they
         come back.
         """
-        assert kept.checkpoint is not None
-        name = row_name(kept.method, kept.pattern, kept.allocation, "int8")
-        if held := self.store.get(name, kept.calibration):
-            return held
-        place = Path(f"{kept.checkpoint}-int8")
-        self.progress.begin(f"evaluating {kept.name} int8")
+        assert pruned.checkpoint is not None
+        row = replace(pruned, values="int8", latency=[], checkpoint=f"{pruned.checkpoint}-int8")
+        if kept := self.store.get(row.name, row.calibration):
+            return kept
+        folder, unpacked = self.out / str(row.checkpoint), self.out / CHECKPOINTS / ".unpacked"
+        self.progress.begin(f"evaluating {row.name}")
         export(
-            self.out / kept.checkpoint,
-            out=self.out / place,
+            self.out / pruned.checkpoint,
+            out=folder,
             to="packed",
             values="int8",
             overwrite=True,
             trust_remote_code=self.trust.trust_remote_code,
         )
-        back = self.out / CHECKPOINTS / ".unpacked"
-        export(
-            self.out / place, out=back, to="dense", overwrite=True
-        )  # one is there where a run died
-        found = self._evaluated(self._loaded(back))
-        shutil.rmtree(back)
-        size = sum(file.stat().st_size for file in (self.out / place).glob("*.safetensors"))
-        row = replace(
-            kept,
-            disk_bytes=size,
-            checkpoint=str(place),
-            values="int8",
-            rank="",
-            ties=[],
-            latency=[],
-            **found,
-        )
-        self.store.put(row)
-        return row
+        # one is there where a run died
+        export(folder, out=unpacked, to="dense", overwrite=True)
+        quality = self._quality(self._loaded(unpacked))
+        shutil.rmtree(unpacked)
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return self._put(replace(row, disk_bytes=size, **quality))
 
-    def recovered(self, kept: Row, recovering: Recovering, refused: dict[str, str]) -> list[Row]:
+    def recovered(self, pruned: Row, refused: dict[str, str]) -> list[Row]:
         """The rows of a pruned checkpoint after it was fine-tuned by each way; `refused` is told
         what cannot be.
         """
-        found: list[Row] = []
-        for way in recovering.ways:
+        if self.recovering is None:
+            return []
+        rows: list[Row] = []
+        for way in self.recovering.ways:
+            spent = self.recovering.recovered(way)
+            row = replace(pruned, recovered=spent, latency=[], sites=[])
             try:
-                found.append(self._recovered(kept, way, recovering))
+                rows.append(self._recovered(row, str(pruned.checkpoint), self.recovering))
             except (
                 UnsupportedModel,
                 NonFinite,
             ) as error:  # adapters for experts, blocks that are gone, a loss of NaN
-                refused[replace(kept, recovered=recovering.told(way)).name] = str(error)
-        return found
+                refused[row.name] = str(error)
+        return rows
 
-    def _recovered(self, kept: Row, way: str, recovering: Recovering) -> Row:
-        assert kept.checkpoint is not None
-        row = replace(kept, recovered=recovering.told(way), rank="", ties=[], latency=[], sites=[])
-        if held := self.store.get(row.name, kept.calibration):
-            recovering.refuse_other(held)
-            return held
+    def _recovered(self, row: Row, pruned: str, recovering: Recovering) -> Row:
+        assert row.recovered is not None
+        if kept := self.store.get(row.name, row.calibration):
+            recovering.refuse_other(kept)
+            return kept
         place = self.out / CHECKPOINTS / file_name(row.name)
-        seconds = recovering.run(self.out / kept.checkpoint, place, way)
+        seconds = recovering.run(self.out / pruned, place, row.recovered.way)
         self.progress.begin(f"evaluating {row.name}")
-        row = replace(
-            row,
-            recovered=replace(recovering.told(way), seconds=seconds),
-            seconds={**kept.seconds, "recover": seconds},
-            checkpoint=str(place.relative_to(self.out)),
-            **self._evaluated(self._loaded(place)),
+        return self._put(
+            replace(
+                row,
+                recovered=replace(row.recovered, seconds=seconds),
+                seconds={**row.seconds, "recover": seconds},
+                checkpoint=str(place.relative_to(self.out)),
+                **self._quality(self._loaded(place)),
+            )
         )
+
+    def _put(self, row: Row) -> Row:
         self.store.put(row)
         return row
 
@@ -225,7 +230,7 @@ class ComparisonContext:
         spill = self.out if self.dense.language_model.spilled else None
         return load(place, trust_remote_code=self.trust.trust_remote_code, spill=spill)
 
-    def _evaluated(self, model: LanguageModel) -> dict[str, Any]:
+    def _quality(self, model: LanguageModel) -> dict[str, Any]:
         """What a row says of the quality of a model, beside the dense one's."""
         measured = measure(self.dense.of(model), self.dense, self.progress)
         delta, interval = perplexity_difference(measured.loss, self.expected.loss)
@@ -240,10 +245,10 @@ class ComparisonContext:
 
 
 def _zeros(language_model: LanguageModel) -> float:
-    """The share of zeros in the sites of a model, which may have been pruned before."""
-    held = [
-        site.stored for block in language_model.blocks for site in weight_matrices(block).values()
+    """The share of zeros in the weight matrices of a model, which may have been pruned before."""
+    weights = [
+        matrix.stored
+        for block in language_model.blocks
+        for matrix in weight_matrices(block).values()
     ]
-    return sum(count_zeros(weight) for weight in held) / max(
-        sum(weight.numel() for weight in held), 1
-    )
+    return sum(map(count_zeros, weights)) / max(sum(weight.numel() for weight in weights), 1)

@@ -14,15 +14,11 @@ from secateur.deployment.runtimes import RUNTIMES
 from secateur.errors import UnsupportedModel
 from secateur.evaluation.results.schema import Row
 from secateur.system.progress import Progress
+from secateur.system.settings import TimedRows
 
 
 def time_rows(
-    rows: Sequence[Row],
-    dense: Path,
-    out: Path,
-    runtimes: Sequence[str],
-    dtype: str,
-    progress: Progress,
+    rows: Sequence[Row], dense: Path, out: Path, timed: TimedRows, progress: Progress
 ) -> dict[str, str]:
     """Fill in `latency` of the rows; returns what could not be timed, with the reasons.
 
@@ -38,8 +34,8 @@ def time_rows(
             found = bench(
                 [out / row.checkpoint],
                 dense=dense,
-                runtimes=runtimes,
-                dtype=dtype,
+                runtimes=timed.bench,
+                dtype=timed.bench_dtype,
                 progress=progress,
             )
         except (

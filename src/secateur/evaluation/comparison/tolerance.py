@@ -25,7 +25,8 @@ def check_searched(cells: Sequence[Cell]) -> None:
     """
     if not any((share := share_of(cell.pattern)) and share[1] in SEARCHED for cell in cells):
         raise BadPattern(
-            "A tolerance is searched over shares of weights or channels; add a pattern such as '50%'."
+            "A tolerance is searched over shares of weights or channels; add a pattern such as "
+            "'50%'."
         )
 
 

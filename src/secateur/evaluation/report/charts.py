@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from secateur.evaluation.report.tables import fastest, method, number
@@ -25,33 +25,26 @@ COLOURS = [f"var(--c{number})" for number in range(1, 9)]
 SHAPES = ("diamond", "circle", "square", "triangle-up")
 SVG = "http://www.w3.org/2000/svg"
 WIDTH, HEIGHT = 440, 280
+INK = {"labelColor": "currentColor", "titleColor": "currentColor"}
+FONT = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
+LINES = dict.fromkeys(("gridColor", "domainColor", "tickColor"), "var(--line)")
 LOOK = {
     "view": {"stroke": None},
-    "axis": {
-        "labelColor": "currentColor",
-        "titleColor": "currentColor",
-        "gridColor": "var(--line)",
-        "domainColor": "var(--line)",
-        "tickColor": "var(--line)",
-        "labelFontSize": 12,
-        "titleFontSize": 12,
-        "titleFontWeight": "normal",
-        "labelOverlap": "greedy",
-    },
+    "axis": {**INK, **FONT, **LINES, "labelOverlap": "greedy"},
     "legend": {
-        "labelColor": "currentColor",
-        "titleColor": "currentColor",
-        "labelFontSize": 12,
-        "titleFontSize": 12,
-        "titleFontWeight": "normal",
+        **INK,
+        **FONT,
         "orient": "bottom",
         "columns": 4,
         "symbolStrokeColor": "currentColor",
     },
-    "header": {"labelColor": "currentColor", "titleColor": "currentColor", "labelFontSize": 13},
+    "header": {**INK, "labelFontSize": 13},
     "text": {"color": "currentColor"},
     "rule": {"color": "currentColor"},
 }
+DASHED = {"strokeDash": [4, 3]}
+Spec = dict[str, Any]
+"""A piece of a Vega-Lite specification."""
 
 
 @dataclass(frozen=True)
@@ -65,37 +58,31 @@ class Chart:
     svg: str
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A picture that is yet to be drawn."""
 
     title: str
     words: str
-    specification: dict[str, Any]
+    specification: Spec
 
 
 def charts(results: Results) -> list[Chart]:
     """Every picture that a comparison has the figures for. Raises NotDrawn."""
-    found = plans(results)
-    drawn = draw([plan.specification for plan in found]) if found else []
-    return [
-        Chart(plan.title, plan.words, _described(svg, f"{plan.title}. {plan.words}"))
-        for plan, svg in zip(found, drawn, strict=True)
-    ]
-
-
-def plans(results: Results) -> list[Plan]:
-    """What is to be drawn."""
-    found = (
-        _against(
-            results, "bytes on disk, MiB", "size", lambda row: row.disk_bytes / 2**20, least=True
-        ),
-        _against(results, "tokens/s where measured", "measured speed", _speed, least=False),
+    size = "bytes on disk, MiB", "size", lambda row: row.disk_bytes / 2**20
+    speed = "tokens/s where measured", "measured speed", _speed
+    drawable = (
+        _against(results, *size, least=True),
+        _against(results, *speed, least=False),
         _sweep(results),
         _draws(results),
         *_layers(results),
     )
-    return [plan for plan in found if plan]
+    plans = [plan for plan in drawable if plan]
+    drawn = draw([plan.specification for plan in plans]) if plans else []
+    return [
+        Chart(plan.title, plan.words, _described(svg, f"{plan.title}. {plan.words}"))
+        for plan, svg in zip(plans, drawn, strict=True)
+    ]
 
 
 def front(points: list[tuple[float, float]], *, least: bool) -> list[int]:
@@ -138,96 +125,58 @@ def _against(results: Results, axis: str, what: str, x: Any, *, least: bool) -> 
         for i, row in enumerate(rows)
     ]
     place = {"x": _axis("x", axis), "y": _axis("y", "perplexity", log=_wide(rows))}
-    spec = {
-        "layer": [
-            {
-                "mark": {
-                    "type": "line",
-                    "color": "currentColor",
-                    "strokeDash": [4, 3],
-                    "opacity": 0.7,
-                },
-                "transform": [{"filter": "datum.front"}],
-                "encoding": place,
-            },
-            {
-                "mark": {"type": "point", "filled": True, "size": 110, "opacity": 1},
-                "encoding": {
-                    **place,
-                    "color": _colour("kind", list(KINDS), 0),
-                    "description": {"field": "words"},
-                    "shape": {
-                        "field": "kind",
-                        "type": "nominal",
-                        "scale": {"domain": list(KINDS), "range": list(SHAPES)},
-                    },
-                },
-            },
-            {
-                "mark": {"type": "text", "align": "left", "dx": 8, "dy": -6, "fontSize": 11},
-                "transform": [{"filter": "datum.front"}],
-                "encoding": {**place, "text": {"field": "name"}},
-            },
-        ]
+    kinds = {"domain": list(KINDS), "range": list(SHAPES)}
+    look = {
+        "color": _colour("kind", list(KINDS), 0),
+        "shape": {"field": "kind", "type": "nominal", "scale": kinds},
     }
+    name = {**place, "text": {"field": "name"}}
+    on_front = {"transform": [{"filter": "datum.front"}]}
+    layers = [
+        _layer("line", place, color="currentColor", **DASHED, opacity=0.7) | on_front,
+        _points(place | look, 110),
+        _layer("text", name, align="left", dx=8, dy=-6, fontSize=11) | on_front,
+    ]
     names = ", ".join(str(values[i]["name"]) for i in best)
-    return _chart(
-        f"Perplexity against {what}", f"None is better in both than: {names}.", spec, values
-    )
+    words = f"None is better in both than: {names}."
+    return _plan(f"Perplexity against {what}", words, {"layer": layers}, values)
 
 
 def _sweep(results: Results) -> Plan | None:
     """Perplexity over the share that is taken out, a curve a method; each kind of share stands
     apart.
     """
-    values, families = [], defaultdict(set)
+    values, families, dense = [], defaultdict(set), results.dense.perplexity
     for row in results.rows:
-        found = share_of(row.pattern)
-        if found and not row.calibration and row.values == "as stored":
-            share, of = found[0], f"share{found[1] or ' of single weights'}"
-            families[of].add(share)
+        share = share_of(row.pattern)
+        if share and not row.calibration and row.values == "as stored":
+            family = f"share{share[1] or ' of single weights'}"
+            families[family].add(share[0])
             values.append(
                 {
-                    "x": share,
+                    "x": share[0],
                     "y": row.perplexity,
                     "method": method(row),
-                    "of": of,
-                    "low": results.dense.perplexity + row.delta_interval[0],
-                    "high": results.dense.perplexity + row.delta_interval[1],
+                    "of": family,
+                    "low": dense + row.delta_interval[0],
+                    "high": dense + row.delta_interval[1],
                     "words": f"{method(row)} {row.pattern}: perplexity {number(row.perplexity)}",
                 }
             )
     values = [value for value in values if len(families[value["of"]]) >= 3]
     if not values:
         return None
-    place = {"x": _axis("x", "taken out, %"), "y": _axis("y", "perplexity", log=True)}
-    colour = {"color": _colour("method", _methods(results))}
-    layers: list[dict[str, Any]] = [
-        {"mark": {"type": "line"}, "encoding": {**place, **colour}},
-        {
-            "mark": {"type": "rule"},
-            "encoding": {
-                "x": place["x"],
-                "y": {**place["y"], "field": "low"},
-                "y2": {"field": "high"},
-                **colour,
-            },
-        },
-        {
-            "mark": {"type": "point", "filled": True, "size": 50, "opacity": 1},
-            "encoding": {**place, **colour, "description": {"field": "words"}},
-        },
-    ]
-    words = f"Dense: {number(results.dense.perplexity)}. Bars: 95 % intervals of the difference."
+    y = _axis("y", "perplexity", log=True)
+    place = {"x": _axis("x", "taken out, %"), "y": y, "color": _colour("method", _methods(results))}
+    bar = {**place, "y": {**y, "field": "low"}, "y2": {"field": "high"}}
+    layers = [_layer("line", place), _layer("rule", bar), _points(place, 50)]
+    words = f"Dense: {number(dense)}. Bars: 95 % intervals of the difference."
     if results.tolerance:
-        most = results.dense.perplexity * (1 + results.tolerance["share"])
-        words += f" Dashed: {100 * results.tolerance['share']:.3g} % more than dense."
-        layers.append(
-            {"mark": {"type": "rule", "strokeDash": [4, 3]}, "encoding": {"y": {"datum": most}}}
-        )
-    return _chart(
-        "Perplexity by how much is taken out", words, _facets(layers, "of", values), values
-    )
+        share = results.tolerance["share"]
+        words += f" Dashed: {100 * share:.3g} % more than dense."
+        layers.append(_layer("rule", {"y": {"datum": dense * (1 + share)}}, **DASHED))
+    spec = _facets(layers, "of", values)
+    return _plan("Perplexity by how much is taken out", words, spec, values)
 
 
 def _draws(results: Results) -> Plan | None:
@@ -235,130 +184,116 @@ def _draws(results: Results) -> Plan | None:
     means.
     """
     drawn = {row.name for row in results.rows if row.calibration}
-    values = [
-        {
-            "x": draw["samples"],
-            "y": row.perplexity,
-            "method": method(row),
-            "pattern": row.pattern,
-            "text": Path(draw["source"]).name,
-            "words": f"{method(row)} {row.pattern}, {draw['samples']} samples of "
-            f"{draw['source']}, seed {draw['seed']}: "
-            f"{number(row.perplexity)}",
-        }
-        for row in results.rows
-        if row.name in drawn
-        and row.calibration is not None
-        and not row.searched
-        and row.values == "as stored"
-        for draw in [results.calibrations[row.calibration]]
-    ]
+    values = []
+    for row in results.rows:
+        if (
+            row.name not in drawn
+            or row.calibration is None
+            or row.searched
+            or row.values != "as stored"
+        ):
+            continue
+        text = results.calibrations[row.calibration]
+        values.append(
+            {
+                "x": text["samples"],
+                "y": row.perplexity,
+                "method": method(row),
+                "pattern": row.pattern,
+                "text": Path(text["source"]).name,
+                "words": f"{method(row)} {row.pattern}, {text['samples']} samples of "
+                f"{text['source']}, seed {text['seed']}: {number(row.perplexity)}",
+            }
+        )
     if not values:
         return None
     place = {
         "x": _axis("x", "samples of calibration text", log=True),
         "y": _axis("y", "perplexity", log=True),
+        "color": _colour("method", _methods(results)),
     }
-    colour = {"color": _colour("method", _methods(results))}
-    text = {"field": "text", "type": "nominal", "title": None}
-    several = len({value["text"] for value in values}) > 1
-    dashes = {
-        "strokeDash": {**text, **({} if several else {"legend": None})}
-    }  # a line for each text
-    layers = [
-        {
-            "mark": {"type": "line"},
-            "encoding": {**place, "y": {**place["y"], "aggregate": "mean"}, **colour, **dashes},
-        },
-        {
-            "mark": {"type": "point", "filled": True, "size": 50, "opacity": 1},
-            "encoding": {**place, **colour, "description": {"field": "words"}},
-        },
-    ]
+    # a line for each text
+    dash: Spec = {"field": "text", "type": "nominal", "title": None}
+    if len({value["text"] for value in values}) == 1:
+        dash["legend"] = None
+    means = {**place, "y": {**place["y"], "aggregate": "mean"}, "strokeDash": dash}
+    spec = _facets([_layer("line", means), _points(place, 50)], "pattern", values)
     words = "Every mark is one draw; the line goes through the means."
-    return _chart(
-        "Perplexity by calibration text", words, _facets(layers, "pattern", values), values
-    )
+    return _plan("Perplexity by calibration text", words, spec, values)
 
 
 def _layers(results: Results) -> list[Plan | None]:
-    """Output error and sparsity of the sites, block by block; sparsity only where it differs
-    between blocks.
+    """Output error and sparsity of the weight matrices, block by block; sparsity only where it
+    differs between blocks.
     """
     values = []
-    found = {reach["pattern"] for reach in results.tolerance.get("found", ())}
+    reached = {reach["pattern"] for reach in results.tolerance.get("found", ())}
     patterns = [row.pattern for row in results.table]
     for row in results.table:
-        if (
-            row.pattern in found and patterns.count(row.pattern) == 1
-        ):  # what a search ended at, beside nothing
-            continue
+        if row.pattern in reached and patterns.count(row.pattern) == 1:
+            continue  # what a search ended at, beside nothing
         blocks: dict[int, list[tuple[float, float | None]]] = defaultdict(list)
-        for site, sparsity, error in row.sites:
-            if matched := re.search(r"\.(\d{1,9})\.", site):
+        for name, sparsity, error in row.sites:
+            if matched := re.search(r"\.(\d{1,9})\.", name):
                 blocks[int(matched[1])].append((sparsity, error))
-        for block, found in blocks.items():
-            errors = [error for _, error in found if error is not None]
+        for block, matrices in blocks.items():
+            errors = [error for _, error in matrices if error is not None]
             values.append(
                 {
                     "x": block,
                     "method": method(row),
                     "pattern": row.pattern,
-                    "sparsity": 100 * sum(share for share, _ in found) / len(found),
+                    "sparsity": 100 * sum(share for share, _ in matrices) / len(matrices),
                     "error": sum(errors) / len(errors) if errors else None,
                 }
             )
-    errors = [value for value in values if value["error"]]
     shares = defaultdict(set)
     for value in values:
         shares[value["method"], value["pattern"]].add(round(value["sparsity"]))
+    errors = [value for value in values if value["error"]]
     uneven = [value for value in values if len(shares[value["method"], value["pattern"]]) > 1]
+    mean = "Mean over the sites of a block"
     return [
         _by_block(
-            results,
-            errors,
-            "error",
-            "output error by block",
-            "mean over the sites of a block of ‖(W − W')X‖² / ‖WX‖²",
+            results, errors, "error", "Output error by block", f"{mean} of ‖(W − W')X‖² / ‖WX‖²."
         ),
         _by_block(
-            results,
-            uneven,
-            "sparsity",
-            "sparsity by block, %",
-            "mean over the sites of a block, where blocks differ",
+            results, uneven, "sparsity", "Sparsity by block, %", f"{mean}, where blocks differ."
         ),
     ]
 
 
 def _by_block(
-    results: Results, values: list[dict[str, Any]], field: str, title: str, words: str
+    results: Results, values: list[Spec], field: str, title: str, words: str
 ) -> Plan | None:
     if not values:
         return None
     values = [
         {
-            **v,
-            "y": v[field],
-            "words": f"{v['method']} {v['pattern']}, block {v['x']}: {v[field]:.3g}",
+            **value,
+            "y": value[field],
+            "words": f"{value['method']} {value['pattern']}, block {value['x']}: "
+            f"{value[field]:.3g}",
         }
-        for v in values
+        for value in values
     ]
-    place = {"x": _axis("x", "block", whole=True), "y": _axis("y", title, log=field == "error")}
-    colour = {"color": _colour("method", _methods(results))}
-    layers = [
-        {"mark": {"type": "line"}, "encoding": {**place, **colour}},
-        {
-            "mark": {"type": "point", "filled": True, "size": 40, "opacity": 1},
-            "encoding": {**place, **colour, "description": {"field": "words"}},
-        },
-    ]
-    return _chart(
-        title[0].upper() + title[1:],
-        words[0].upper() + words[1:] + ".",
-        _facets(layers, "pattern", values),
-        values,
-    )
+    place = {
+        "x": _axis("x", "block", whole=True),
+        "y": _axis("y", title[0].lower() + title[1:], log=field == "error"),
+        "color": _colour("method", _methods(results)),
+    }
+    layers = [_layer("line", place), _points(place, 40)]
+    return _plan(title, words, _facets(layers, "pattern", values), values)
+
+
+def _layer(mark: str, encoding: Spec, **look: Any) -> Spec:
+    return {"mark": {"type": mark, **look}, "encoding": encoding}
+
+
+def _points(encoding: Spec, size: int) -> Spec:
+    """A mark for every value, with the words that a pointer reads."""
+    encoding = {**encoding, "description": {"field": "words"}}
+    return _layer("point", encoding, filled=True, size=size, opacity=1)
 
 
 def _methods(results: Results) -> list[str]:
@@ -371,54 +306,43 @@ def _wide(rows: list[Row]) -> bool:
     return max(row.perplexity for row in rows) > 3 * min(row.perplexity for row in rows)
 
 
-def _axis(field: str, title: str, *, log: bool = False, whole: bool = False) -> dict[str, Any]:
-    scale = {"type": "log", "nice": False, "padding": 12} if log else {"zero": False, "padding": 12}
-    held: dict[str, Any] = {"field": field, "type": "quantitative", "title": title, "scale": scale}
-    return held | {
+def _axis(field: str, title: str, *, log: bool = False, whole: bool = False) -> Spec:
+    return {
+        "field": field,
+        "type": "quantitative",
+        "title": title,
+        "scale": {"padding": 12, **({"type": "log", "nice": False} if log else {"zero": False})},
         "axis": {
             "format": "~g" if log else "~r",
             "tickCount": 6,
             **({"tickMinStep": 1} if whole else {}),
-        }
+        },
     }
 
 
-def _colour(field: str, domain: list[str], first: int = 1) -> dict[str, Any]:
-    chosen = [COLOURS[(first + number) % len(COLOURS)] for number in range(len(domain))]
-    return {
-        "field": field,
-        "type": "nominal",
-        "title": None,
-        "scale": {"domain": domain, "range": chosen},
-    }
+def _colour(field: str, domain: list[str], first: int = 1) -> Spec:
+    colours = [COLOURS[(first + number) % len(COLOURS)] for number in range(len(domain))]
+    scale = {"domain": domain, "range": colours}
+    return {"field": field, "type": "nominal", "title": None, "scale": scale}
 
 
-def _facets(
-    layers: list[dict[str, Any]], field: str, values: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _facets(layers: list[Spec], field: str, values: list[Spec]) -> Spec:
     """One panel for every value of a field, two beside each other; no panels where there is one."""
-    if len({value[field] for value in values}) == 1:
+    order = list(dict.fromkeys(value[field] for value in values))
+    if len(order) == 1:
         return {"layer": layers}
     return {
-        "facet": {
-            "field": field,
-            "type": "nominal",
-            "title": None,
-            "sort": list(dict.fromkeys(v[field] for v in values)),
-        },
+        "facet": {"field": field, "type": "nominal", "title": None, "sort": order},
         "columns": 2,
         "spec": {"layer": layers, "width": WIDTH // 2 - 30, "height": 170},
         "resolve": {"scale": {"y": "independent", "x": "independent"}},
     }
 
 
-def _chart(title: str, words: str, spec: dict[str, Any], values: list[dict[str, Any]]) -> Plan:
+def _plan(title: str, words: str, spec: Spec, values: list[Spec]) -> Plan:
     size = {} if "facet" in spec else {"width": WIDTH, "height": HEIGHT}
-    return Plan(
-        title,
-        words,
-        {**size, **spec, "data": {"values": values}, "background": "transparent", "config": LOOK},
-    )
+    data = {"data": {"values": values}, "background": "transparent", "config": LOOK}
+    return Plan(title, words, {**size, **spec, **data})
 
 
 def _described(svg: str, words: str) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 from secateur.evaluation.results.schema import Recovered, Results, Row
 from secateur.methods.patterns import share_of
-from secateur.system.sizes import in_words
 
 FIRST = ("method", "pattern", "kind")
 """The columns that name a row; whatever is left out, these stand."""
@@ -55,9 +54,8 @@ def sheets(results: Results) -> list[Sheet]:
     """Everything that a comparison says in figures: the rows, and tasks, draws and tolerances where
     there are any.
     """
-    found = [comparison(results)]
-    found += [sheet(results) for sheet in (tasks, draws, reaches)]
-    return [sheet for sheet in found if sheet.lines]
+    every = [sheet(results) for sheet in (comparison, tasks, draws, reaches)]
+    return [sheet for sheet in every if sheet.lines]
 
 
 def comparison(results: Results) -> Sheet:
@@ -82,37 +80,36 @@ def _order(pattern: str) -> tuple[int, str, float]:
     """Where a pattern stands: the dense model, then shares family by family, then the rest as it
     came.
     """
-    found = share_of(pattern)
-    return (
-        (0, "", 0.0)
-        if pattern == "-"
-        else (2, "", 0.0)
-        if found is None
-        else (1, found[1], found[0])
-    )
+    if pattern == "-":
+        return 0, "", 0.0
+    share = share_of(pattern)
+    return (1, share[1], share[0]) if share else (2, "", 0.0)
 
 
 def _cells(row: Row) -> dict[str, Figure]:
-    dense = row.kind == "dense"
     low, high = row.delta_interval
-    seconds = sum(row.seconds.values())
+    delta = None if row.kind == "dense" else row.delta
+    seconds = None if row.kind == "dense" else sum(row.seconds.values())
+    best_rank = float(row.rank.split(" ")[0].split("-")[0]) if row.rank else None
     return {
-        "method": _same(method(row)),
-        "pattern": _same(row.pattern),
-        "kind": _same(row.kind),
-        "sparsity": (f"{row.sparsity:.2%}", row.sparsity),
+        **_names(row),
+        "sparsity": _figure(row.sparsity, "{:.2%}"),
         "perplexity": (number(row.perplexity), row.perplexity),
-        "difference [95 % interval]": _missing(dense)
-        or (f"{row.delta:+.3g} [{low:.3g}, {high:.3g}]", row.delta),
-        "rank": _missing(not row.rank) or (row.rank, float(row.rank.split(" ")[0].split("-")[0])),
-        "KL": (f"{row.kl:.4f}", row.kl),
-        "top-1": (f"{row.top1_agreement:.1%}", row.top1_agreement),
-        "parameters": _missing(row.parameters is None)
-        or (_parameters(row.parameters or 0), row.parameters or 0),
-        "seconds": _missing(dense) or (f"{seconds:.1f}", seconds),
-        "peak memory": _missing(row.peak_bytes is None) or _mebibytes(row.peak_bytes or 0, 0),
-        "on disk": _mebibytes(row.disk_bytes, 1),
+        "difference [95 % interval]": _figure(delta, f"{{:+.3g}} [{low:.3g}, {high:.3g}]"),
+        "rank": _figure(best_rank, row.rank),
+        "KL": _figure(row.kl, "{:.4f}"),
+        "top-1": _figure(row.top1_agreement, "{:.1%}"),
+        "parameters": _figure(row.parameters, _parameters(row.parameters or 0)),
+        "seconds": _figure(seconds, "{:.1f}"),
+        "peak memory": _figure(row.peak_bytes, f"{(row.peak_bytes or 0) / 2**20:.0f} MiB"),
+        "on disk": _figure(row.disk_bytes, f"{row.disk_bytes / 2**20:.1f} MiB"),
     }
+
+
+def _names(row: Row) -> dict[str, Figure]:
+    """What a row is called, by the columns in `FIRST`."""
+    texts = method(row), row.pattern, row.kind
+    return {column: (text, text) for column, text in zip(FIRST, texts, strict=True)}
 
 
 def _speed_cells(row: Row) -> dict[str, Figure]:
@@ -123,11 +120,11 @@ def _speed_cells(row: Row) -> dict[str, Figure]:
     if best is None:
         return dict.fromkeys(SPEED, ("-", ""))
     return {
-        "tokens/s": (f"{best['tokens_per_second']:.0f}", best["tokens_per_second"]),
-        "runtime": _same(best["runtime"]),
+        "tokens/s": _figure(best["tokens_per_second"], "{:.0f}"),
+        "runtime": (best["runtime"], best["runtime"]),
         "over eager": (ratio(best["over_eager"]), best["over_eager"][0]),
         "over its dense": (ratio(best["decode_ratio"]), best["decode_ratio"][0]),
-        "first token": (f"{best['prefill_ratio'][0]:.2f}", best["prefill_ratio"][0]),
+        "first token": _figure(best["prefill_ratio"][0], "{:.2f}"),
     }
 
 
@@ -141,122 +138,111 @@ def _task_cells(row: Row) -> dict[str, Figure]:
     mean = row.tasks.get("mean")
     if mean is None:
         return dict.fromkeys(TASKS, ("-", ""))
-    apart: Figure = ("-", "")
-    if mean["delta"] is not None and row.kind != "dense":
-        apart = points(mean["delta"], mean["delta_interval"]), mean["delta"]
-    return {"tasks": (accuracy(mean), mean["accuracy"]), "difference on tasks": apart}
+    delta = None if row.kind == "dense" else mean["delta"]
+    return {
+        "tasks": (accuracy(mean), mean["accuracy"]),
+        "difference on tasks": ("-", "") if delta is None else (points(mean), delta),
+    }
 
 
 def tasks(results: Results) -> Sheet:
     """Accuracy on every task, with its difference to the dense model."""
     rows = [row for row in results.table if row.tasks]
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
-    lines: list[dict[str, Figure]] = []
-    for row in rows:
-        line = {
-            column: _same(text)
-            for column, text in zip(FIRST, (method(row), row.pattern, row.kind), strict=True)
-        }
-        for name in names:
-            found = row.tasks.get(name)
-            if found is None:
-                line[name] = ("-", "")
-            elif row.kind == "dense" or found["delta"] is None:
-                line[name] = (accuracy(found), found["accuracy"])
-            else:
-                line[name] = (
-                    f"{accuracy(found)}, {points(found['delta'], found['delta_interval'])}",
-                    found["delta"],
-                )
-        lines.append(line)
-    count = {
-        name: found["items"]
+    items = {
+        name: answers["items"]
         for row in rows
-        for name, found in row.tasks.items()
-        if "items" in found
+        for name, answers in row.tasks.items()
+        if "items" in answers
     }
     caption = (
-        "Zero-shot accuracy ± standard error by lm-eval, and the difference to dense in points [95 % interval, paired "
-        f"bootstrap over items]. Items: {', '.join(f'{name} {items}' for name, items in count.items())}. In the mean "
-        "each task weighs the same."
+        "Zero-shot accuracy ± standard error by lm-eval, and the difference to dense in points "
+        "[95 % interval, paired bootstrap over items]. Items: "
+        f"{', '.join(f'{name} {count}' for name, count in items.items())}. In the mean each task "
+        "weighs the same."
     )
+    lines = [
+        _names(row) | {name: _answered(row.tasks.get(name), row.kind) for name in names}
+        for row in rows
+    ]
     return Sheet("Tasks", (*FIRST, *names), lines, caption, [0] * len(lines))
+
+
+def _answered(answers: dict[str, Any] | None, kind: str) -> Figure:
+    if answers is None:
+        return "-", ""
+    if kind == "dense" or answers["delta"] is None:
+        return accuracy(answers), answers["accuracy"]
+    return f"{accuracy(answers)}, {points(answers)}", answers["delta"]
 
 
 def draws(results: Results) -> Sheet:
     """How much perplexity hangs on the draw of calibration text: for each method, text and size
     over the seeds.
     """
-    found: dict[tuple[str, str, str, str, int], list[Row]] = defaultdict(list)
+    drawn: dict[tuple[str, str, str, str, int], list[float]] = defaultdict(list)
     for row in results.rows:
         if row.calibration is not None and not row.searched and row.values == "as stored":
-            draw = results.calibrations[row.calibration]
-            found[method(row), row.pattern, row.kind, draw["source"], draw["samples"]].append(row)
+            text = results.calibrations[row.calibration]
+            key = method(row), row.pattern, row.kind, text["source"], text["samples"]
+            drawn[key].append(row.perplexity)
+    rows, texts = [key[:3] for key in drawn], [text["source"] for text in results.calibrations]
+    order = sorted(
+        (key for key, values in drawn.items() if rows.count(key[:3]) > 1 or len(values) > 1),
+        key=lambda key: (rows.index(key[:3]), texts.index(key[3]), key[4]),
+    )
     lines: list[dict[str, Figure]] = []
-    rows, texts = [key[:3] for key in found], [draw["source"] for draw in results.calibrations]
-    drawn = [key for key, held in found.items() if rows.count(key[:3]) > 1 or len(held) > 1]
-    order = sorted(drawn, key=lambda key: (rows.index(key[:3]), texts.index(key[3]), key[4]))
     for key in order:
-        values = [row.perplexity for row in found[key]]
-        mean = sum(values) / len(values)
+        values, text = drawn[key], Path(key[3]).name
+        low, high, mean = min(values), max(values), sum(values) / len(values)
         lines.append(
             {
-                **{column: _same(text) for column, text in zip(FIRST, key[:3], strict=True)},
-                "text": _same(Path(key[3]).name),
-                "samples": (str(key[4]), key[4]),
-                "seeds": (str(len(values)), len(values)),
+                **{column: (name, name) for column, name in zip(FIRST, key[:3], strict=True)},
+                "text": (text, text),
+                "samples": _figure(key[4], "{}"),
+                "seeds": _figure(len(values), "{}"),
                 "perplexity": (number(mean), mean),
-                "lowest to highest": (
-                    f"{number(min(values))} to {number(max(values))}",
-                    max(values) - min(values),
-                ),
+                "lowest to highest": (f"{number(low)} to {number(high)}", high - low),
             }
         )
-    caption = (
-        "The same method on other draws of calibration text: mean over the seeds, and the lowest "
-        "and highest of them."
-    )
     return Sheet(
         "How much hangs on the calibration text",
         (*FIRST, "text", "samples", "seeds", "perplexity", "lowest to highest"),
         lines,
-        caption,
+        "The same method on other draws of calibration text: mean over the seeds, and the lowest "
+        "and highest of them.",
         [rows.index(key[:3]) for key in order],
     )
 
 
 def reaches(results: Results) -> Sheet:
     """How far each method goes within the tolerance."""
+    reached = results.tolerance.get("found", [])
     lines: list[dict[str, Figure]] = []
-    share = results.tolerance.get("share", 0.0)
-    for reach in results.tolerance.get("found", ()):
-        name = (
-            reach["method"]
-            if reach["allocation"] == "uniform"
-            else f"{reach['method']} by {reach['allocation']}"
-        )
+    for reach in reached:
+        rule = "" if reach["allocation"] == "uniform" else f" by {reach['allocation']}"
         pattern, perplexity = reach["pattern"], reach["perplexity"]
+        texts = {
+            "method": f"{reach['method']}{rule}",
+            "interval within": "yes" if reach["certain"] else "no",
+            "too much": (reach["beyond"] or "-") + (", refused" if reach["note"] else ""),
+        }
         lines.append(
-            {
-                "method": _same(name),
-                "up to": _missing(pattern is None) or (pattern, (share_of(pattern) or (0.0,))[0]),
-                "perplexity": _missing(perplexity is None) or (number(perplexity), perplexity),
-                "interval within": _same("yes" if reach["certain"] else "no"),
-                "too much": _same(
-                    (reach["beyond"] or "-") + (", refused" if reach["note"] else "")
-                ),
+            {column: (text, text) for column, text in texts.items()}
+            | {
+                "up to": (pattern, (share_of(pattern) or (0.0,))[0]) if pattern else ("-", ""),
+                "perplexity": _figure(perplexity, number(perplexity or 0.0)),
             }
         )
-    most = next((reach["most"] for reach in results.tolerance.get("found", ())), 0.0)
-    caption = (
-        f"The largest whole percent before the first whose perplexity is above {number(most)}, found by bisection; "
-        "whether the upper end of its 95 % interval is within as well; and the percent that is too much."
-    )
+    most = number(reached[0]["most"] if reached else 0.0)
     return Sheet(
-        f"How far each method goes at {100 * share:.3g} % more perplexity",
+        f"How far each method goes at {100 * results.tolerance.get('share', 0.0):.3g} % more "
+        "perplexity",
         ("method", "up to", "perplexity", "interval within", "too much"),
         lines,
-        caption,
+        f"The largest whole percent before the first whose perplexity is above {most}, found by "
+        "bisection; whether the upper end of its 95 % interval is within as well; and the percent "
+        "that is too much.",
         [0] * len(lines),
     )
 
@@ -279,8 +265,8 @@ def conditions(results: Results) -> list[tuple[str, str]]:
         ),
         (
             "evaluation",
-            f"{judged['source']} ({judged['split']}), {judged['samples']} windows of {judged['length']} "
-            f"tokens, sha256 {judged['sha256'][:16]}…",
+            f"{judged['source']} ({judged['split']}), {judged['samples']} windows of "
+            f"{judged['length']} tokens, sha256 {judged['sha256'][:16]}…",
         ),
         (
             "run",
@@ -303,8 +289,9 @@ def _title(results: Results) -> str:
     """What was measured and on how much; a table never stands without its calibration size."""
     judged, calibrated = results.evaluation, results.calibrations[0]
     return (
-        f"{Path(results.model['name']).name}: perplexity on {judged['samples']} windows of {judged['length']} tokens "
-        f"({Path(judged['source']).name}), calibrated on {calibrated['samples']} × {calibrated['length']} tokens "
+        f"{Path(results.model['name']).name}: perplexity on {judged['samples']} windows of "
+        f"{judged['length']} tokens ({Path(judged['source']).name}), calibrated on "
+        f"{calibrated['samples']} × {calibrated['length']} tokens "
         f"({Path(calibrated['source']).name})"
     )
 
@@ -320,29 +307,32 @@ def _caption(results: Results) -> str:
     alone = f" {', '.join(free)}: needs no calibration text." if free else ""
     if any(row.recovered for row in results.table):
         alone += (
-            " What was fine-tuned after pruning, its zeros kept, says so with the tokens and seconds spent; it is "
-            "ranked among rows that saw the same text, and its seconds include the training."
+            " What was fine-tuned after pruning, its zeros kept, says so with the tokens and "
+            "seconds spent; it is ranked among rows that saw the same text, and its seconds include "
+            "the training."
         )
     return (
-        "Sparsity: share of zeros in the pruned matrices; of a structured row, share of the block weights that are "
-        "gone, so the model is smaller. Difference: perplexity minus dense, paired bootstrap over "
-        "windows. Rank: by perplexity within one pattern; rows whose paired difference may be zero are a tie. "
-        "KL: dense against pruned, nats a token. Seconds: planning, forward passes, statistics, solving and refining; "
-        f"not loading, writing and evaluating.{alone} " + _said_of_speed(results)
+        "Sparsity: share of zeros in the pruned matrices; of a structured row, share of the block "
+        "weights that are gone, so the model is smaller. Difference: perplexity minus dense, paired "
+        "bootstrap over windows. Rank: by perplexity within one pattern; rows whose paired "
+        "difference may be zero are a tie. KL: dense against pruned, nats a token. Seconds: "
+        "planning, forward passes, statistics, solving and refining; not loading, writing and "
+        f"evaluating.{alone} {_speed_caption(results)}"
     )
 
 
-def _said_of_speed(results: Results) -> str:
+def _speed_caption(results: Results) -> str:
     """What the figures for speed are; that there are none, where there are none."""
     timing = next((timing for row in results.rows if (timing := fastest(row))), None)
     if timing is None:
         return "No speed was measured here, and zeros alone give none."
     return (
-        f"Speed: decoding in the runtime where the row is fastest, {timing['dtype']}, batch {timing['batch']}, prompt "
-        f"{timing['prompt']}, {timing['new_tokens']} tokens, {results.machine['threads']} threads of "
-        f"{results.machine['processor']}. Over eager: times as fast as the dense model in plain transformers; over its "
-        "dense: in the same runtime or our own dense product, first token likewise; medians of paired rounds "
-        "[95 % interval]. results.json has every runtime."
+        f"Speed: decoding in the runtime where the row is fastest, {timing['dtype']}, batch "
+        f"{timing['batch']}, prompt {timing['prompt']}, {timing['new_tokens']} tokens, "
+        f"{results.machine['threads']} threads of {results.machine['processor']}. Over eager: times "
+        "as fast as the dense model in plain transformers; over its dense: in the same runtime or "
+        "our own dense product, first token likewise; medians of paired rounds [95 % interval]. "
+        "results.json has every runtime."
     )
 
 
@@ -367,9 +357,10 @@ def accuracy(found: dict[str, Any]) -> str:
     return f"{found['accuracy']:.1%}{error}"
 
 
-def points(delta: float, interval: Sequence[float]) -> str:
-    low, high = interval
-    return f"{100 * delta:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+def points(answers: dict[str, Any]) -> str:
+    """The difference from dense in points, with its interval."""
+    low, high = answers["delta_interval"]
+    return f"{100 * answers['delta']:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def ratio(found: Sequence[float]) -> str:
@@ -383,16 +374,9 @@ def number(value: float) -> str:
     return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
 
 
-def _same(text: str) -> Figure:
-    return text, text
-
-
-def _missing(absent: bool) -> Figure | None:
-    return ("-", "") if absent else None
-
-
-def _mebibytes(count: int, digits: int) -> Figure:
-    return in_words(count, ("MiB",), f".{digits}f"), count
+def _figure(value: float | None, form: str) -> Figure:
+    """A number as `form` shows it, or a dash where there is none."""
+    return ("-", "") if value is None else (form.format(value), value)
 
 
 def _parameters(count: int) -> str:

@@ -4,18 +4,151 @@ means.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from secateur.errors import BadPattern, BadResults
-from secateur.system.json_files import fits, json_text, read_json
+from secateur.system.json_files import json_text, read_json
+from secateur.system.typed import Fields, Number, Whole, holds, read_as
 
 SCHEMA = "secateur.results/5"
-KINDS = ("dense", "unstructured", "semi-structured", "structured")
+Kind = Literal["dense", "unstructured", "semi-structured", "structured"]
+KINDS = get_args(Kind)
 MOST_LOSS = 700.0
 """Nats a token; the perplexity of more is no number."""
+
+CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
+Triple = Annotated[list[Positive], Field(min_length=3, max_length=3)]
+
+
+class Model(Fields):
+    """What is read of the model of a comparison."""
+
+    name: str
+    parameters: Whole
+
+
+class Machine(Fields):
+    """What is read of the machine of a comparison."""
+
+    processor: str
+    system: str
+    threads: Whole
+    accelerators: list[str]
+
+
+class Text(Fields):
+    """What is read of a calibration, evaluation or recovery text."""
+
+    source: str
+    split: str
+    samples: Whole
+    length: Whole
+    sha256: str
+    seed: Whole | None = None
+
+
+class Timed(Fields):
+    """What is read of a timing of a row: decoding, prefill or both."""
+
+    runtime: str
+    dtype: str
+    against: str
+    batch: Whole
+    prompt: Whole
+    weight_bytes: Annotated[Whole, Field(gt=0)]
+    memory_bytes: Whole | None = None
+    decode: Triple | None = None
+    decode_ratio: Triple | None = None
+    over_eager: Triple | None = None
+    prefill: Triple | None = None
+    prefill_ratio: Triple | None = None
+    tokens_per_second: Number | None = None
+    new_tokens: Whole | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Timed:
+        if not {"decode", "prefill"} & self.model_fields_set:
+            raise ValueError("it has neither decode nor prefill")
+        needed = {"prefill_ratio"}
+        if "decode" in self.model_fields_set:
+            needed |= {"decode", "decode_ratio", "over_eager", "tokens_per_second", "new_tokens"}
+        if "prefill" in self.model_fields_set:
+            needed.add("prefill")
+        for name in sorted(needed):
+            if getattr(self, name) is None:
+                raise ValueError(f"it has no {name}")
+        return self
+
+
+class Answered(Fields):
+    """What is read of a row's answers on a task, or of the mean over tasks."""
+
+    accuracy: Number
+    stderr: Number | None
+    delta: Number | None
+    delta_interval: Pair | None
+    items: Whole | None = None
+    tasks: Whole | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Answered:
+        if self.items is None and self.tasks is None:
+            raise ValueError("it says neither items nor tasks")
+        if (self.delta is None) != (self.delta_interval is None):
+            raise ValueError("it has no difference with its interval")
+        return self
+
+
+class Reached(Fields):
+    """What is read of how far a method goes within the tolerance."""
+
+    method: str
+    allocation: str
+    pattern: str | None
+    perplexity: Number | None
+    certain: bool
+    beyond: str | None
+    most: Number
+    note: str
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Reached:
+        if (self.pattern is None) != (self.perplexity is None):
+            raise ValueError("it has no pattern with its perplexity")
+        return self
+
+
+class Tolerance(Fields):
+    """What is read of a search for a tolerance."""
+
+    share: Number
+    found: list[Reached]
+
+
+def _searched(tolerance: dict[str, Any]) -> dict[str, Any]:
+    if tolerance:
+        read_as(Tolerance, tolerance)
+    return tolerance
+
+
+def _rising(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] > interval[1]:
+        raise ValueError(f"{interval} is no interval")
+    return interval
+
+
+def _with_mean(tasks: dict[str, Any]) -> dict[str, Any]:
+    if tasks and (tasks.get("mean") or {}).get("tasks") is None:
+        raise ValueError("there are tasks without a mean")
+    if odd := [name for name in tasks if name != "mean" and tasks[name].get("items") is None]:
+        raise ValueError(f"{odd[0]} has no items")
+    return tasks
 
 
 @dataclass(frozen=True)
@@ -24,43 +157,49 @@ class Recovered:
     `Results.calibrations`.
     """
 
+    __pydantic_config__ = CLOSED
+
     way: str
-    steps: int
-    tokens: int
-    rate: float
+    steps: Whole
+    tokens: Whole
+    rate: Number
     dtype: str
-    seed: int
-    text: dict[str, Any]
-    seconds: float = 0.0
+    seed: Whole
+    text: Annotated[dict[str, Any], holds(Text)]
+    seconds: Number = 0.0
 
 
 @dataclass
 class Row:
     """One line of the comparison; docs/results.md says what each field is."""
 
+    __pydantic_config__ = CLOSED
+
     method: str
     pattern: str
-    kind: str
-    sparsity: float
-    perplexity: float
-    delta: float
-    delta_interval: tuple[float, float]
-    kl: float
-    top1_agreement: float
-    seconds: dict[str, float]
-    peak_bytes: int | None
-    disk_bytes: int
-    rank: str = ""
+    kind: Annotated[str, holds(Kind)]
+    sparsity: Number
+    perplexity: Positive
+    delta: Number
+    delta_interval: Annotated[tuple[Number, Number], AfterValidator(_rising)]
+    kl: Number
+    top1_agreement: Number
+    seconds: dict[str, Number]
+    peak_bytes: Whole | None
+    disk_bytes: Annotated[Whole, Field(gt=0)]
+    rank: Annotated[str, Field(pattern=r"^([0-9]{1,6}(-[0-9]{1,6} tie)?)?$")] = ""
     ties: list[str] = field(default_factory=list)
     checkpoint: str | None = None
     allocation: str = "uniform"
-    parameters: int | None = None
+    parameters: Whole | None = None
     values: str = "as stored"
-    latency: list[dict[str, Any]] = field(default_factory=list)
-    calibration: int | None = None
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    sites: list[tuple[str, float, float | None]] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
+    latency: list[Annotated[dict[str, Any], holds(Timed)]] = field(default_factory=list)
+    calibration: Whole | None = None
+    tasks: Annotated[
+        dict[str, Annotated[dict[str, Any], holds(Answered)]], AfterValidator(_with_mean)
+    ] = field(default_factory=dict)
+    sites: list[tuple[str, Number, Number | None]] = field(default_factory=list)
+    loss: list[Annotated[float, Field(ge=0, lt=MOST_LOSS)]] = field(default_factory=list)
     searched: bool = False
     recovered: Recovered | None = None
 
@@ -98,17 +237,19 @@ class Results:
     own by its number.
     """
 
+    __pydantic_config__ = CLOSED
+
     schema: str
-    model: dict[str, Any]
-    calibrations: list[dict[str, Any]]
-    evaluation: dict[str, Any]
+    model: Annotated[dict[str, Any], holds(Model)]
+    calibrations: Annotated[list[Annotated[dict[str, Any], holds(Text)]], Field(min_length=1)]
+    evaluation: Annotated[dict[str, Any], holds(Text)]
     options: dict[str, Any]
-    machine: dict[str, Any]
+    machine: Annotated[dict[str, Any], holds(Machine)]
     versions: dict[str, str]
     command: list[str]
     rows: list[Row]
     not_timed: dict[str, str] = field(default_factory=dict)
-    tolerance: dict[str, Any] = field(default_factory=dict)
+    tolerance: Annotated[dict[str, Any], AfterValidator(_searched)] = field(default_factory=dict)
 
     @property
     def dense(self) -> Row:
@@ -130,63 +271,45 @@ def read_results(file: Path) -> Results:
     """The comparison in a `results.json`, or in the folder that has one. Raises BadResults."""
     file = file / "results.json" if file.is_dir() else file
     try:
-        held = read_json(file, finite=True)
-        schema = held.get("schema") if isinstance(held, dict) else None
-        if schema != SCHEMA:
-            raise ValueError(
-                f"its schema is {schema!r}, {SCHEMA} was wanted; run the comparison again"
-            )
-        _check(held, Results, "it", {"rows"})
-        if not isinstance(held["rows"], list) or not held["rows"]:
-            raise ValueError("it has no rows")
-        rows = [read_row(row, f"row {number}") for number, row in enumerate(held["rows"])]
-        for number, row in enumerate(rows):
-            if row.calibration is not None and not 0 <= row.calibration < len(held["calibrations"]):
-                raise ValueError(
-                    f"row {number} names calibration {row.calibration}, which is not there"
-                )
-        if rows[0].kind != "dense":
-            raise ValueError("its first row is not the dense model")
+        return _read(read_json(file, finite=True))
     except OSError as error:
         raise BadResults(
             f"{file} cannot be read: {error.strerror}. Name the results.json of a comparison."
         ) from error
     except ValueError as error:
-        raise BadResults(f"{file} is no comparison: {error}.") from error
-    return Results(**{**held, "rows": rows})
+        raise BadResults(f"{file} is no comparison: {error}. Run the comparison again.") from error
 
 
-def read_row(held: Any, what: str) -> Row:
-    """A row as JSON holds it; `what` names it. Raises ValueError."""
-    _check(held, Row, what, {"recovered"})
-    if (recovered := held["recovered"]) is not None:
-        _check(recovered, Recovered, f"the recovery of {what}", ())
-        if not fits(recovered["text"].get("sha256"), str):
-            raise ValueError(f"the recovery of {what} names no text")
-        recovered = Recovered(**recovered)
-    return Row(
-        **{
-            **held,
-            "delta_interval": tuple(held["delta_interval"]),
-            "sites": [tuple(site) for site in held["sites"]],
-            "recovered": recovered,
-        }
-    )
+def check(results: Results) -> None:
+    """Raise BadResults unless pages and advice can be made of a comparison in memory."""
+    try:
+        _read(asdict(results))
+    except ValueError as error:
+        raise BadResults(
+            f"The comparison cannot be used: {error}. Run the comparison again."
+        ) from error
 
 
-def _check(held: Any, kind: type, what: str, apart: Iterable[str]) -> None:
-    """Raise ValueError unless a JSON object holds the fields of a dataclass, each of its type."""
-    if not isinstance(held, dict):
-        raise ValueError(f"{what} is no object")
-    hints, known = get_type_hints(kind), {one.name for one in fields(kind)}
-    if held.keys() != known:
-        odd = sorted(held.keys() ^ known)
-        raise ValueError(
-            f"{what} {'lacks' if odd[0] in known else 'has an unknown'} field {odd[0]!r}"
-        )
-    for name in known - set(apart):
-        if not fits(held[name], hints[name]):
-            raise ValueError(f"field {name!r} of {what} is of another type")
+def _read(held: Any) -> Results:
+    """A comparison as JSON holds it. Raises ValueError."""
+    schema = held.get("schema") if isinstance(held, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"its schema is {schema!r}, {SCHEMA} was wanted")
+    results = read_as(Results, held)
+    if not results.rows:
+        raise ValueError("it has no rows")
+    if results.dense.kind != "dense":
+        raise ValueError("its first row is not the dense model")
+    for number, row in enumerate(results.rows):
+        if row.calibration is not None and not 0 <= row.calibration < len(results.calibrations):
+            raise ValueError(
+                f"row {number} names calibration {row.calibration}, which is not there"
+            )
+        if row.loss and len(row.loss) != results.evaluation["samples"]:
+            raise ValueError(
+                f"{row.name} has {len(row.loss)} losses of {results.evaluation['samples']} windows"
+            )
+    return results
 
 
 def find_tolerance(text: str | float | None) -> float | None:

@@ -10,7 +10,7 @@ for. Models run in the dtype that is stored, as in lm-eval's own command.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,50 +21,47 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import NotEnoughText, UnknownName, UnsupportedModel
 from secateur.evaluation.tasks.items import PAPERS, TASKS, find_items, read_items
-from secateur.evaluation.tasks.lm_eval import Answers, Floats, answer, on_device, quiet, wrapped
+from secateur.evaluation.tasks.lm_eval import Answers, answer, on_device, quiet, wrapped
 from secateur.models.replay import LanguageModel
+from secateur.system.intervals import percentile_interval, resampled_means
 from secateur.system.progress import Progress
+from secateur.system.settings import ZeroShot
 
 PACKAGES = {"lm_eval": "lm-eval", "accelerate": "accelerate"}
-RESAMPLES = 10_000
 
 
-def check_tasks(
-    names: Sequence[str], data_dir: Path | None = None, limit: int | None = None
-) -> list[str]:
+def check_tasks(zero_shot: ZeroShot, data_dir: Path | None = None) -> list[str]:
     """The tasks that are named, each once, after looking at all that can be wrong before a model
     runs.
 
     Raises UnknownName, UnsupportedModel where lm-eval is not installed, NotEnoughText, BadText for
     local files.
     """
-    found = list(
-        dict.fromkeys(one for name in names for one in (PAPERS if name == "papers" else [name]))
-    )
-    for name in found:
+    groups = (PAPERS if name == "papers" else [name] for name in zero_shot.tasks)
+    names = list(dict.fromkeys(name for group in groups for name in group))
+    for name in names:
         if name not in TASKS:
             raise UnknownName("task", name, [*TASKS, "papers"])
-    if limit is not None and limit < 1:
-        raise NotEnoughText(f"A task needs at least one item; found --limit {limit}.")
-    if found and (
-        absent := [name for module, name in PACKAGES.items() if find_spec(module) is None]
-    ):
+    if zero_shot.limit is not None and zero_shot.limit < 1:
+        raise NotEnoughText(f"A task needs at least one item; found --limit {zero_shot.limit}.")
+    absent = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+    if names and absent:
         raise UnsupportedModel(
-            f"Tasks need the package {' and '.join(absent)}. Install it: pip install 'secateur[tasks]'."
+            f"Tasks need the package {' and '.join(absent)}. Install it: pip install "
+            "'secateur[tasks]'."
         )
     if data_dir is not None:
-        for name in found:
+        for name in names:
             read_items(find_items(name, data_dir), TASKS[name].form)
-    return found
+    return names
 
 
 def answer_tasks(
     language_model: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str],
+    zero_shot: ZeroShot,
     *,
     data_dir: Path | None = None,
-    limit: int | None = None,
     batch_size: int = 8,
     device: torch.device = torch.device("cpu"),  # noqa: B008 — immutable
     progress: Progress | None = None,
@@ -76,12 +73,12 @@ def answer_tasks(
     Raises what `check_tasks` raises; NonFinite; UnsupportedModel where model, tokenizer and items
     do not fit together.
     """
-    names = check_tasks(names, data_dir, limit)
+    names = check_tasks(zero_shot, data_dir)
     with quiet():
         model = wrapped(
             on_device(language_model.model, device), tokenizer, batch_size, progress or Progress()
         )
-        return {name: answer(model, name, data_dir, limit) for name in names}
+        return {name: answer(model, name, data_dir, zero_shot.limit) for name in names}
 
 
 def summarise(
@@ -112,32 +109,19 @@ def summarise(
             difference = answers.right - dense[name].right
             deltas.append(float(difference.mean()))
             resampled.append(resampled_means(difference, name))
-            summary[name] |= {"delta": deltas[-1], "delta_interval": _interval(resampled[-1])}
+            summary[name] |= {
+                "delta": deltas[-1],
+                "delta_interval": list(percentile_interval(resampled[-1])),
+            }
     errors = [answers.stderr for answers in found.values() if answers.stderr is not None]
     mean: dict[str, Any] = {
         "tasks": len(found),
         "accuracy": float(np.mean([answers.accuracy for answers in found.values()])),
         "stderr": math.hypot(*errors) / len(found) if len(errors) == len(found) else None,
         "delta": float(np.mean(deltas)) if deltas else None,
-        "delta_interval": _interval(np.mean(resampled, 0)) if resampled else None,
+        "delta_interval": list(percentile_interval(np.mean(resampled, 0))) if resampled else None,
     }
     return {**summary, "mean": mean}
-
-
-def resampled_means(values: Floats, name: str) -> Floats:
-    """The mean of each of 10,000 resamples of few different values: resampling them is a
-    multinomial draw of counts.
-
-    The seed is the name: tasks are resampled apart from each other, and alike whatever others stand
-    beside them.
-    """
-    different, counts = np.unique(values, return_counts=True)
-    draw = np.random.default_rng(list(name.encode()))
-    return draw.multinomial(len(values), counts / len(values), RESAMPLES) @ different / len(values)
-
-
-def _interval(means: Floats) -> list[float]:
-    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
 
 
 def lines(summary: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -148,5 +132,8 @@ def lines(summary: dict[str, dict[str, Any]]) -> Iterator[str]:
         line = f"{name:<14}{count:>12}  accuracy {100 * found['accuracy']:.2f}{error} %"
         if found["delta"] is not None:
             low, high = found["delta_interval"]
-            line += f", difference {100 * found['delta']:+.2f} (95 % interval {100 * low:+.2f} to {100 * high:+.2f})"
+            line += (
+                f", difference {100 * found['delta']:+.2f} "
+                f"(95 % interval {100 * low:+.2f} to {100 * high:+.2f})"
+            )
         yield line

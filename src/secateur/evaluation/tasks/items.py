@@ -20,11 +20,11 @@ from typing import Any
 
 from secateur.data.corpora import rows
 from secateur.errors import BadText, in_one_line
-from secateur.system.json_files import fits
+from secateur.system.typed import Whole, is_a
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
-WORDS = {str: "a text", int: "a whole number", list[str]: "a list of texts"}
+WORDS = {str: "a text", Whole: "a whole number", list[str]: "a list of texts"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _lettered(question: str) -> Form:
 
 def _either(*columns: str, choices: Sequence[str] = ()) -> Form:
     return Form(
-        {**dict.fromkeys(columns, str), "label": int},
+        {**dict.fromkeys(columns, str), "label": Whole},
         lambda row: row["label"] in (0, 1) and all(row[column].strip() for column in choices),
         " and ".join(["'label' must be 0 or 1", *(f"'{column}' a text" for column in choices)]),
     )
@@ -84,7 +84,8 @@ WINOGRANDE = Form(
         and bool(row["sentence"].partition("_")[2].strip())
         and all(row[column].strip() for column in ("option1", "option2"))
     ),
-    "'answer' must be \"1\" or \"2\", 'sentence' have a _ with words after it, and both options be texts",
+    "'answer' must be \"1\" or \"2\", 'sentence' have a _ with words after it, and both options be "
+    "texts",
 )
 LAMBADA = Form(
     {"text": str},
@@ -115,8 +116,8 @@ def find_items(name: str, folder: Path) -> Path:
             if (file := place / f"{name}{suffix}").is_file():
                 return file
     raise BadText(
-        f"There is no {name}.jsonl, .jsonl.gz, .jsonl.xz or .parquet in {folder}, nor in {folder / 'tasks'}. Put the "
-        "items there, or leave --data-dir out to fetch them."
+        f"There is no {name}.jsonl, .jsonl.gz, .jsonl.xz or .parquet in {folder}, nor in "
+        f"{folder / 'tasks'}. Put the items there, or leave --data-dir out to fetch them."
     )
 
 
@@ -154,7 +155,7 @@ def _checked(row: Any, form: Form, where: str) -> Row:
             raise BadText(
                 f"The column '{path}' is missing in {where}; {', '.join(form.columns)} are wanted."
             )
-        if not fits(value, kind):
+        if not is_a(kind, value):
             raise BadText(
                 f"The column '{path}' of {where} holds a {type(value).__name__}, not {WORDS[kind]}."
             )
@@ -174,7 +175,7 @@ def _with_letters(row: Row, form: Form) -> Row:
     """
     choices: Any = row.get("choices")
     index: Any = row.get("answer_index")
-    if not fits(choices, list[str]) or not fits(index, int):
+    if not is_a(list[str], choices) or not is_a(Whole, index):
         return row
     letters = [chr(ord("A") + number) for number in range(len(choices))]
     answer = letters[index] if 0 <= index < len(letters) else "none"

@@ -21,11 +21,11 @@ from copy import deepcopy
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from pydantic import ConfigDict, PlainValidator
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -37,13 +37,16 @@ from transformers import (
 from secateur.errors import BadText, NonFinite, SecateurError, UnsupportedModel, in_one_line
 from secateur.evaluation.tasks.items import TASKS, Row, find_items, read_items
 from secateur.models.context import vocabulary_size
+from secateur.system.intervals import Floats
 from secateur.system.progress import Progress
+from secateur.system.typed import Number, read_as
 
-Floats = NDArray[np.float64]
 # What lm-eval and datasets raise where the hub cannot be reached, and for rows that they cannot
 # make prompts of.
 HUB_ERRORS = (OSError, ValueError, RuntimeError)
 ROW_ERRORS = (*HUB_ERRORS, LookupError, TypeError, AttributeError, SyntaxError, AssertionError)
+AS_LIST = PlainValidator(lambda value: np.asarray(read_as(list[Number], value), np.float64))
+"""Of an array that is a list in JSON."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,12 @@ class Answers:
     None where lm-eval does not give it.
     """
 
-    right: Floats
+    __pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    right: Annotated[Floats, AS_LIST]
     accuracy: float
     stderr: float | None
-    right_norm: Floats | None = None
+    right_norm: Annotated[Floats, AS_LIST] | None = None
     accuracy_norm: float | None = None
 
 
@@ -103,7 +108,8 @@ def load_task(name: str, data_dir: Path | None) -> Any:
         if not isinstance(error, HUB_ERRORS):
             raise
         raise SecateurError(
-            f"The items of {name} could not be fetched ({in_one_line(error)}). Give a local copy with --data-dir."
+            f"The items of {name} could not be fetched ({in_one_line(error)}). Give a local copy "
+            "with --data-dir."
         ) from error
     loaded.set_config(key="num_fewshot", value=0)
     loaded.set_fewshot_seed(seed=0)
@@ -169,21 +175,22 @@ def wrapped(
             for _, before, after in requests:
                 if not before or not 0 < len(after) <= self.max_length:
                     raise UnsupportedModel(
-                        f"{self.task} has an answer of {len(after)} tokens after {len(before)}; at least 1 after 1 and "
-                        f"at most the model's context of {self.max_length} are wanted. Leave this task out."
+                        f"{self.task} has an answer of {len(after)} tokens after {len(before)}; at "
+                        f"least 1 after 1 and at most the model's context of {self.max_length} are "
+                        "wanted. Leave this task out."
                     )
                 if max(*before, *after) >= vocabulary:
                     raise UnsupportedModel(
-                        f"The tokenizer gives token {max(*before, *after)}, the model has {vocabulary}: they do not "
-                        "belong together."
+                        f"The tokenizer gives token {max(*before, *after)}, the model has "
+                        f"{vocabulary}: they do not belong together."
                     )
             self.rows, self.total = 0, len(requests)
             found = super()._loglikelihood_tokens(requests, *args, **options)
             progress.advance(self.task, self.total, self.total)
             if odd := sum(math.isnan(likelihood) for likelihood, _ in found):
                 raise NonFinite(
-                    f"{odd} of {len(found)} log-likelihoods on {self.task} are NaN. Check the checkpoint with "
-                    "'secateur inspect'."
+                    f"{odd} of {len(found)} log-likelihoods on {self.task} are NaN. Check the "
+                    "checkpoint with 'secateur inspect'."
                 )
             return found
 
