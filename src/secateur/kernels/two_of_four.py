@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite
-from secateur.kernels.device import beyond_cache, cold_milliseconds, no_device
+from secateur.kernels.device import no_device
 from secateur.kernels.masks import crowded
+from secateur.system.clock import fastest
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP, UNIT, MOST = 4, 8, 8
@@ -224,10 +225,9 @@ def best_configuration(
     meta = torch.full((rows, columns // UNIT), 0b01000100, dtype=torch.uint8, device=device)
     x, y = (torch.zeros(batch, size, dtype=dtype, device=device) for size in (columns, rows))
     packed = TwoOfFour(values, meta)
-    flush = beyond_cache(device)
-    tried = [
-        configuration
+    works = {
+        configuration: lambda configuration=configuration: launch(packed, x, y, configuration)
         for configuration in CONFIGURATIONS
         if configuration.rows_at_once * batch <= MOST_SUMS
-    ]
-    return min(tried, key=lambda one: cold_milliseconds(lambda: launch(packed, x, y, one), flush))
+    }
+    return fastest(works, device)

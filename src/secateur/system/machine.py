@@ -5,19 +5,19 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")
+from secateur.system.clock import CPU, best_seconds
+
 _C_LIBRARY = ctypes.CDLL(None)
 _CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 _CGROUP_FILES = [  # the limit, what is used, and how much of that is cache which can be had back; version 2, version 1
@@ -118,20 +118,6 @@ def multiplies_bfloat16() -> bool:
     float32.
     """
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def best_seconds(
-    work: Callable[[], object], device: torch.device = CPU, seconds: float = 0.2
-) -> float:
-    """Wall time of `work` on a device, the best of those that fit into `seconds`, at least two."""
-    best, count, started = float("inf"), 0, perf_counter()
-    while count < 2 or perf_counter() - started < seconds:
-        before = perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best, count = min(best, perf_counter() - before), count + 1
-    return best
 
 
 def release_memory() -> None:
