@@ -20,7 +20,7 @@ MOST_NAME = 1000
 """Characters in the name of a tensor. Real ones have less than 200."""
 SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DTYPES = FLOATS | {
+DTYPES = FLOATS | {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "U16": torch.uint16,
@@ -74,14 +74,14 @@ class Checkpoint:
         not have.
         """
         place = self.places[name]
-        if place.dtype not in _DTYPES:
+        if place.dtype not in DTYPES:
             raise UnsupportedModel(
                 f"{name} in {self.folder} is stored as {place.dtype}, which cannot be read here."
             )
         if not place.bytes:
-            return torch.empty(place.shape, dtype=_DTYPES[place.dtype])
+            return torch.empty(place.shape, dtype=DTYPES[place.dtype])
         held = np.memmap(self.folder / place.shard, np.uint8, "c", place.offset, (place.bytes,))
-        return torch.from_numpy(held).view(_DTYPES[place.dtype]).view(place.shape)
+        return torch.from_numpy(held).view(DTYPES[place.dtype]).view(place.shape)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

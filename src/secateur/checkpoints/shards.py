@@ -1,5 +1,4 @@
-"""Shards with other shapes: the headers of a smaller checkpoint, and the bytes that stay as they
-are.
+"""Writing safetensors shards: their headers, their index, and checkpoints with other shapes.
 
 A result that only changes numbers keeps its source's shards byte for byte but for those numbers
 (`result`). Where tensors become smaller, or go, each shard gets a new header before anything is
@@ -9,29 +8,114 @@ more than one.
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
 
-from secateur.checkpoints.folder import INDEX, Checkpoint, TensorLocation
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
-Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+from secateur.checkpoints.folder import DTYPES, INDEX, SINGLE, Checkpoint, TensorLocation
+from secateur.errors import DiskFull, OutputRefused, in_one_line
+
+Shape = tuple[int, ...]
+Tensors = Mapping[str, tuple[str, Shape]]
 """By the name of every tensor of a smaller checkpoint: the tensor of the source that it comes from,
 and its shape.
 """
 
 CHUNK = 2**24
+SHARD_BYTES = 5 * 10**9
+
+
+def header(
+    shard: str, tensors: Mapping[str, tuple[str, Shape]]
+) -> tuple[bytes, dict[str, TensorLocation]]:
+    """The first bytes of a safetensors file, and where its tensors then lie.
+
+    `tensors` gives dtype (as safetensors says it, "BF16") and shape by name; they follow one
+    another in this order. The bytes are the length of the header and the header, padded so that the
+    tensors begin at a multiple of eight.
+    """
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    stops = [0]
+    for name, (dtype, shape) in tensors.items():
+        stops.append(stops[-1] + DTYPES[dtype].itemsize * prod(shape))
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": stops[-2:]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    places = {
+        name: TensorLocation(shard, 8 + len(text) + start, stop - start, shape, dtype)
+        for (name, (dtype, shape)), start, stop in zip(
+            tensors.items(), stops[:-1], stops[1:], strict=True
+        )
+    }
+    return len(text).to_bytes(8, "little") + text, places
+
+
+def write_index(folder: Path, shard_of: Mapping[str, str], total_size: int) -> None:
+    """Write the index of a sharded checkpoint: the shard of every tensor, and the bytes of all."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": shard_of}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def save(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a shard beside a config.json, whose permissions it gets. Raises DiskFull or
+    OutputRefused.
+    """
+    try:
+        save_file(tensors, file, metadata=dict(metadata or {"format": "pt"}))
+    except SafetensorError as error:  # which tells errors of the disk in words alone
+        kind = DiskFull if f"os error {errno.ENOSPC}" in str(error) else OutputRefused
+        raise kind(f"{file} cannot be written: {in_one_line(error)}.") from error
+    # safetensors lets only the owner read its files
+    file.chmod((file.parent / "config.json").stat().st_mode)
+
+
+def save_in_shards(
+    tensors: Iterable[tuple[str, Tensor]], folder: Path, most: int = SHARD_BYTES
+) -> None:
+    """Write tensors as a checkpoint, in shards of at most `most` bytes where one tensor does not
+    take more.
+
+    A shard is in memory at a time. One alone is `model.safetensors`; several have an index.
+    """
+    names: list[list[str]] = []
+    shard: dict[str, Tensor] = {}
+    size = total = 0
+
+    def finish() -> None:
+        save(shard, folder / f"part-{len(names)}.safetensors")
+        names.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > most:
+            finish()
+            size = 0
+        shard[name] = tensor.contiguous()
+        size, total = size + tensor.nbytes, total + tensor.nbytes
+    finish()
+    shard_of: dict[str, str] = {}
+    for index, inside in enumerate(names):
+        file = (
+            SINGLE if len(names) == 1 else f"model-{index + 1:05d}-of-{len(names):05d}.safetensors"
+        )
+        (folder / f"part-{index}.safetensors").rename(folder / file)
+        shard_of |= dict.fromkeys(inside, file)
+    if len(names) > 1:
+        write_index(folder, shard_of, total)
 
 
 def size_of(source: Checkpoint, tensors: Tensors) -> int:
     """The bytes of the tensors of a smaller checkpoint."""
-    return sum(_bytes(source.places[origin], shape) for origin, shape in tensors.values())
-
-
-def _bytes(old: TensorLocation, shape: tuple[int, ...]) -> int:
-    return old.bytes // max(prod(old.shape), 1) * prod(shape)
+    return sum(
+        DTYPES[source.places[origin].dtype].itemsize * prod(shape)
+        for origin, shape in tensors.values()
+    )
 
 
 def resized(
@@ -45,69 +129,37 @@ def resized(
     is gone.
     """
     places: dict[str, TensorLocation] = {}
+    origins = {name: source.places[origin] for name, (origin, _) in tensors.items()}
     for shard in source.shards:
-        inside = [
-            name for name, (origin, _) in tensors.items() if source.places[origin].shard == shard
-        ]
-        if inside:
-            inside.sort(key=lambda name: (source.places[tensors[name][0]].offset, name))
-            text, held = _header(source, shard, inside, tensors)
-            places |= held
+        names = sorted(
+            (name for name, old in origins.items() if old.shard == shard),
+            key=lambda name: (origins[name].offset, name),
+        )
+        if names:
+            first, inside = header(shard, {n: (origins[n].dtype, tensors[n][1]) for n in names})
+            places |= inside
             if not again:
-                _lay_out(source, folder / shard, text, held, tensors)
+                _lay_out(source.folder / shard, folder / shard, first, inside, origins)
     if not again and (folder / INDEX).exists():
         total = sum(place.bytes for place in places.values())
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {n: p.shard for n, p in sorted(places.items())},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_index(folder, {name: p.shard for name, p in sorted(places.items())}, total)
     return places
 
 
-def _header(
-    source: Checkpoint, shard: str, names: list[str], tensors: Tensors
-) -> tuple[bytes, dict[str, TensorLocation]]:
-    """The header of a shard, with the length in front, and the places of its tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name in names:
-        origin, shape = tensors[name]
-        old = source.places[origin]
-        size = _bytes(old, shape)
-        header[name] = {
-            "dtype": old.dtype,
-            "shape": list(shape),
-            "data_offsets": [start, start + size],
-        }
-        start += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    places = {}
-    for name in names:
-        origin, shape = tensors[name]
-        first, last = header[name]["data_offsets"]
-        places[name] = TensorLocation(
-            shard, 8 + len(text) + first, last - first, shape, source.places[origin].dtype
-        )
-    return len(text).to_bytes(8, "little") + text, places
-
-
 def _lay_out(
-    source: Checkpoint,
+    old_file: Path,
     file: Path,
-    header: bytes,
+    first: bytes,
     places: Mapping[str, TensorLocation],
-    tensors: Tensors,
+    origins: Mapping[str, TensorLocation],
 ) -> None:
     """Write a shard with what has kept its shape; the rest of it is zeros."""
-    with file.open("wb") as stream, (source.folder / file.name).open("rb") as held:
-        stream.write(header)
-        stream.truncate(max(place.offset + place.bytes for place in places.values()))
+    with file.open("wb") as new, old_file.open("rb") as old:
+        new.write(first)
+        new.truncate(max(place.offset + place.bytes for place in places.values()))
         for name, place in places.items():
-            old = source.places[tensors[name][0]]
-            if old.shape == place.shape:
-                held.seek(old.offset)
-                stream.seek(place.offset)
-                for start in range(0, old.bytes, CHUNK):
-                    stream.write(held.read(min(CHUNK, old.bytes - start)))
+            if origins[name].shape == place.shape:
+                old.seek(origins[name].offset)
+                new.seek(place.offset)
+                for start in range(0, place.bytes, CHUNK):
+                    new.write(old.read(min(CHUNK, place.bytes - start)))
