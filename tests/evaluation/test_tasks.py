@@ -24,11 +24,12 @@ from secateur.cli import app as cli
 from secateur.data.windows import load_tokenizer
 from secateur.errors import BadText, NonFinite, NotEnoughText, SecateurError, UnknownName, UnsupportedModel
 from secateur.evaluation.tasks import answer as tasks
-from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, lines, resampled_means, summarise
+from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, lines, summarise
 from secateur.evaluation.tasks.items import PAPERS, TASKS
 from secateur.evaluation.tasks.lm_eval import Answers, load_task, on_device, quiet
 from secateur.models.load import load
 from secateur.models.replay import LanguageModel
+from secateur.system.intervals import resampled_means
 from secateur.system.progress import Progress
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'secateur[tasks]'")

@@ -29,6 +29,7 @@ from secateur.models.load import resolve
 from secateur.system.clock import spread, timed
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
+from secateur.system.intervals import bootstrap_interval
 from secateur.system.machine import machine, matrix_rate, versions
 from secateur.system.progress import PeakMemory, Progress, resident_bytes
 from secateur.system.settings import TimedRuns
@@ -331,9 +332,9 @@ def _timing(
 def _ratio(dense: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
     """The median of the paired ratios, and its 95 % interval by bootstrap over rounds."""
     ratios = np.asarray(dense) / np.asarray(own)
-    drawn = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-    low, high = np.percentile(np.median(drawn, axis=1), [2.5, 97.5])
-    return float(np.median(ratios)), float(low), float(high)
+    return float(np.median(ratios)), *bootstrap_interval(
+        lambda chosen: np.median(ratios[chosen], axis=1), len(ratios), resamples=2000
+    )
 
 
 def read_bandwidth() -> float:

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from secateur.checkpoints.folder import open_checkpoint
@@ -32,10 +31,10 @@ from secateur.models.replay import LanguageModel, Shell, divergence
 from secateur.models.stream.blocks import final_hidden
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors, reserve
+from secateur.system.intervals import Floats, bootstrap_interval
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, EvaluationText, Trust, ZeroShot
 
-Floats = NDArray[np.float64]
 LOGITS_AT_ONCE = 2**22  # small enough for the allocator to use the same memory again
 
 
@@ -277,14 +276,9 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
 def perplexity_difference(loss: Floats, reference: Floats) -> tuple[float, tuple[float, float]]:
     """Perplexity minus the reference's, and its 95 % interval by a paired bootstrap over windows.
 
-    10,000 resamples with a fixed seed; both models are resampled with the same windows, so what
-    makes a window hard for both cancels. Percentile interval (Efron & Tibshirani 1993, ch. 13).
+    Both models are resampled with the same windows, so what makes a window hard for both cancels.
     """
-    draw = np.random.default_rng(0)
-    count = len(loss)
-    differences = []
-    for _ in range(100):
-        chosen = draw.integers(count, size=(100, count))
-        differences.append(np.exp(loss[chosen].mean(1)) - np.exp(reference[chosen].mean(1)))
-    low, high = np.percentile(np.concatenate(differences), [2.5, 97.5])
-    return float(np.exp(loss.mean()) - np.exp(reference.mean())), (float(low), float(high))
+    interval = bootstrap_interval(
+        lambda chosen: np.exp(loss[chosen].mean(1)) - np.exp(reference[chosen].mean(1)), len(loss)
+    )
+    return float(np.exp(loss.mean()) - np.exp(reference.mean())), interval

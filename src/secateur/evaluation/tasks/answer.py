@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.errors import NotEnoughText, UnknownName, UnsupportedModel
 from secateur.evaluation.tasks.items import PAPERS, TASKS, find_items, read_items
-from secateur.evaluation.tasks.lm_eval import Answers, Floats, answer, on_device, quiet, wrapped
+from secateur.evaluation.tasks.lm_eval import Answers, answer, on_device, quiet, wrapped
 from secateur.models.replay import LanguageModel
+from secateur.system.intervals import percentile_interval, resampled_means
 from secateur.system.progress import Progress
 
 PACKAGES = {"lm_eval": "lm-eval", "accelerate": "accelerate"}
-RESAMPLES = 10_000
 
 
 def check_tasks(
@@ -112,32 +112,19 @@ def summarise(
             difference = answers.right - dense[name].right
             deltas.append(float(difference.mean()))
             resampled.append(resampled_means(difference, name))
-            summary[name] |= {"delta": deltas[-1], "delta_interval": _interval(resampled[-1])}
+            summary[name] |= {
+                "delta": deltas[-1],
+                "delta_interval": list(percentile_interval(resampled[-1])),
+            }
     errors = [answers.stderr for answers in found.values() if answers.stderr is not None]
     mean: dict[str, Any] = {
         "tasks": len(found),
         "accuracy": float(np.mean([answers.accuracy for answers in found.values()])),
         "stderr": math.hypot(*errors) / len(found) if len(errors) == len(found) else None,
         "delta": float(np.mean(deltas)) if deltas else None,
-        "delta_interval": _interval(np.mean(resampled, 0)) if resampled else None,
+        "delta_interval": list(percentile_interval(np.mean(resampled, 0))) if resampled else None,
     }
     return {**summary, "mean": mean}
-
-
-def resampled_means(values: Floats, name: str) -> Floats:
-    """The mean of each of 10,000 resamples of few different values: resampling them is a
-    multinomial draw of counts.
-
-    The seed is the name: tasks are resampled apart from each other, and alike whatever others stand
-    beside them.
-    """
-    different, counts = np.unique(values, return_counts=True)
-    draw = np.random.default_rng(list(name.encode()))
-    return draw.multinomial(len(values), counts / len(values), RESAMPLES) @ different / len(values)
-
-
-def _interval(means: Floats) -> list[float]:
-    return [float(bound) for bound in np.percentile(means, [2.5, 97.5])]
 
 
 def lines(summary: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -36,9 +35,9 @@ from transformers import (
 
 from secateur.errors import BadText, NonFinite, SecateurError, UnsupportedModel, in_one_line
 from secateur.evaluation.tasks.items import TASKS, Row, find_items, read_items
+from secateur.system.intervals import Floats
 from secateur.system.progress import Progress
 
-Floats = NDArray[np.float64]
 # What lm-eval and datasets raise where the hub cannot be reached, and for rows that they cannot
 # make prompts of.
 HUB_ERRORS = (OSError, ValueError, RuntimeError)
