@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import RECORD
 from secateur.errors import BadCheckpoint, in_one_line
-from secateur.system.files import fits, read_json
+from secateur.system.json_files import fits, read_json
 
 _RECORD = {
     "method": str,

@@ -9,8 +9,6 @@ gives for the same folder; otherwise there is no figure.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,8 +28,10 @@ from secateur.system.clock import spread, timed
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
 from secateur.system.intervals import bootstrap_interval
-from secateur.system.machine import machine, matrix_rate, versions
-from secateur.system.progress import PeakMemory, Progress, resident_bytes
+from secateur.system.json_files import json_text
+from secateur.system.machine import machine, matrix_rate, typed_command, versions
+from secateur.system.memory import PeakMemory, resident_bytes
+from secateur.system.progress import Progress
 from secateur.system.settings import TimedRuns
 
 Key = tuple[str, str]  # a model and a runtime
@@ -91,7 +91,7 @@ class BenchResults:
     skipped: dict[str, str]
 
     def json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(asdict(self), finite=True)
 
 
 def bench(
@@ -121,7 +121,7 @@ def bench(
     runnable = {name: find_runtime(name) for name in dict.fromkeys(["eager", *runtimes])}
     kind = timed_dtype(dtype)
     folders = _folders(models, dense)
-    results = _nothing_timed(runs, kind, list(command or sys.argv))
+    results = _nothing_timed(runs, kind, typed_command(command))
     twins = [runtime.twin for runtime in runnable.values() if runtime.twin]
     wanted = [("dense", name) for name in dict.fromkeys([*runnable, *twins])]
     wanted += [(name, runtime) for name in folders if name != "dense" for runtime in runnable]

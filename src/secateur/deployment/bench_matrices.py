@@ -9,7 +9,6 @@ what is read, which is what a product that only waits for memory can gain.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from secateur.models.stored import stored_matrices
 from secateur.system.clock import spread, turns
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
+from secateur.system.json_files import write_json
 from secateur.system.machine import machine, versions
 from secateur.system.progress import Progress
 from secateur.system.settings import TimedRuns
@@ -221,4 +221,4 @@ def write_timings(timings: Sequence[LayerTiming], file: Path, command: Sequence[
         "layers": [asdict(timing) for timing in timings],
     }
     with disk_errors(file):
-        file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(file, content)

@@ -7,8 +7,7 @@ expert's slice of a 3-D parameter. Routers, and whatever else is no such matrix,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,58 +104,10 @@ def coverage(block: nn.Module) -> tuple[int, int]:
     return covered, sum(p.numel() for p in block.parameters() if p.dim() > 1)
 
 
-Visit = Callable[[list[tuple[str, Tensor]]], None]
-
-
-@contextmanager
-def visited(block: nn.Module, visit: Visit) -> Iterator[None]:
-    """While open, `visit([(site name, x [tokens, in]), …])` is called wherever a forward of the
-    block reaches sites.
-
-    A linear layer comes alone; the first matrices of fused experts come together, and after them
-    the second ones, whose inputs are computed when the first call has returned.
-    """
-
-    def linear(name: str) -> Callable[..., None]:
-        return lambda module, args: visit([(name, args[0])])
-
-    def fused(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, chosen, *_ = *args, *kwargs.values()
-            first, second = experts.matrices(module)
-            visit([(f"{name}.{e}.{first}", x) for e, x in experts.routed(module, hidden, chosen)])
-            inner = (
-                (e, experts.inner(module, e, x)) for e, x in experts.routed(module, hidden, chosen)
-            )
-            visit([(f"{name}.{e}.{second}", x) for e, x in inner])
-
-        return hook
-
-    known, handles = weight_matrices(block), []
-    for name, module in block.named_modules():
-        if experts.is_experts(module):
-            handles.append(module.register_forward_pre_hook(fused(name), with_kwargs=True))
-        elif name in known:
-            handles.append(module.register_forward_pre_hook(linear(name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `record(site name, x [tokens, in])` is called for every site a forward of the
-    block reaches.
-    """
-
-    def visit(reached: list[tuple[str, Tensor]]) -> None:
-        for name, x in reached:
-            record(name, x)
-
-    with visited(block, visit):
-        yield
+def model_coverage(language_model: LanguageModel) -> float:
+    """The share of the weights of all blocks' matrices that can be pruned."""
+    counts = [coverage(block) for block in language_model.blocks]
+    return sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
 
 
 def matrix_shapes(language_model: LanguageModel) -> Shapes:

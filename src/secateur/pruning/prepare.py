@@ -18,16 +18,17 @@ from secateur.data.windows import Windows
 from secateur.errors import UnsupportedModel
 from secateur.methods import Method, find_method
 from secateur.methods.patterns import kind_of, parse, parse_pattern
-from secateur.models.load import check_windows
-from secateur.models.matrices import coverage, matrix_shapes
+from secateur.models.context import check_windows
+from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.pruning.planning.allocation import Plan, is_file, label
 from secateur.pruning.planning.measured import make_plan
 from secateur.pruning.planning.memory import UNKNOWN_COST, way_through
-from secateur.system.devices import calibration_dtype, find_devices, find_dtype, find_size
-from secateur.system.machine import release_memory
+from secateur.system.devices import calibration_dtype, find_devices, find_dtype
+from secateur.system.memory import release_memory
 from secateur.system.progress import Progress
+from secateur.system.sizes import find_size
 
 MINIMUM_COVERAGE = 0.95
 
@@ -92,8 +93,7 @@ def decide(
     ranks cannot share.
     """
     check_windows(language_model, windows, batch_size)
-    counts = [coverage(block) for block in language_model.blocks]
-    share = sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
+    share = model_coverage(language_model)
     if share < MINIMUM_COVERAGE and not allow_low_coverage:
         raise UnsupportedModel(
             f"Only {share:.1%} of the block weights of {type(language_model.model).__name__} are prunable matrices; "

@@ -9,7 +9,6 @@ loop `pruned_blocks` with something different done to each finished block.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,9 +25,10 @@ from secateur.errors import Interrupted, UnsupportedModel
 from secateur.methods.patterns import parse, parse_pattern
 from secateur.methods.structures import Structure
 from secateur.models.channels.groups import ChannelGroup, interchangeable_groups
-from secateur.models.load import check_source, checkpoint_tensors, load_blocks
+from secateur.models.load import load_blocks
 from secateur.models.matrices import signature
 from secateur.models.replay import LanguageModel
+from secateur.models.stored import check_source, checkpoint_tensors
 from secateur.models.stream.blocks import stream
 from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
@@ -39,12 +39,14 @@ from secateur.pruning.planning.memory import check_passes
 from secateur.pruning.planning.passes import needs_dense
 from secateur.pruning.prepare import Pruning, decide
 from secateur.pruning.structured.program import shrink_checkpoint
-from secateur.system.devices import calibration_dtype, find_devices, find_dtype, find_size
+from secateur.system.devices import calibration_dtype, find_devices, find_dtype
 from secateur.system.files import file_sha256
 from secateur.system.interrupt import asked_to_stop
-from secateur.system.machine import versions
-from secateur.system.progress import PeakMemory, Progress
+from secateur.system.machine import typed_command, versions
+from secateur.system.memory import PeakMemory
+from secateur.system.progress import Progress
 from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust
+from secateur.system.sizes import find_size
 
 
 def prune(
@@ -278,9 +280,7 @@ def prune_checkpoint(
                 {
                     "schema": "secateur.pruning/1",
                     "model": str(source.folder),
-                    "command": list(command)
-                    if command is not None
-                    else [Path(sys.argv[0]).name, *sys.argv[1:]],
+                    "command": typed_command(command),
                     "versions": versions(),
                     **report.record(),
                     "options": {

@@ -11,8 +11,9 @@ from torch import nn
 
 from secateur.models.channels.groups import ChannelGroup, removable_groups
 from secateur.models.channels.trace import entering, trace
+from secateur.models.hooks import recorded_inputs
 from secateur.models.load import replayable
-from secateur.models.matrices import recorded_inputs, weight_matrices
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel, divergence
 from secateur.models.stream.blocks import stream
 from secateur.pruning.structured.block import _error_left

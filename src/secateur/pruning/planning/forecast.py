@@ -23,7 +23,8 @@ from secateur.methods import Method, find_method
 from secateur.methods.cost import Cost
 from secateur.methods.patterns import Pattern, parse
 from secateur.methods.structures import Structure
-from secateur.models.load import check_length, context, load_config, resolve
+from secateur.models.context import check_length, context
+from secateur.models.load import load_config, resolve
 from secateur.models.mapped_experts import too_large
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.planning.memory import (
@@ -40,9 +41,10 @@ from secateur.pruning.planning.outline import Outline, build
 from secateur.pruning.planning.passes import MODES, Mode
 from secateur.pruning.planning.passes import passes as passes_of
 from secateur.system.clock import best_seconds
-from secateur.system.devices import calibration_dtype, find_devices, find_dtype, find_size
+from secateur.system.devices import calibration_dtype, find_devices, find_dtype
 from secateur.system.machine import matrix_rate, square_side
 from secateur.system.settings import CalibrationText, Compute, Recipe, Trust
+from secateur.system.sizes import find_size, in_words
 
 GRAM = "Gram matrices"
 """What their rate is called: two operations for each product of two inputs, though half of them are
@@ -391,7 +393,7 @@ def lines(found: Forecast) -> list[str]:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:10.4g} GB" if size >= 10**9 or not size else f"{size / 1e6:10.4g} MB"
+    return in_words(size, ("GB", "MB") if size else ("GB",), "10.4g")
 
 
 def _span(seconds: float) -> str:

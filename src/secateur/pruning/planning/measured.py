@@ -9,7 +9,6 @@ arithmetic is in allocation.py.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -21,7 +20,7 @@ from secateur.errors import BadPlan, OutputRefused, UnknownName
 from secateur.methods import find_method
 from secateur.methods.base import importance
 from secateur.methods.patterns import Unstructured, parse_pattern
-from secateur.models.load import check_windows
+from secateur.models.context import check_windows
 from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import Step
@@ -41,6 +40,7 @@ from secateur.pruning.planning.search import search
 from secateur.pruning.planning.sensitivity import Measuring, levels_around, pruned_at, solvable
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors
+from secateur.system.machine import typed_command
 from secateur.system.progress import Progress
 from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust
 
@@ -116,9 +116,7 @@ def plan(
             "method": method,
             "pattern": pattern,
             "calibration": windows.fingerprint(),
-            "command": list(command)
-            if command is not None
-            else [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": typed_command(command),
         }
         write_plan(out, found, matrix_shapes(language_model), made)
     progress.end()

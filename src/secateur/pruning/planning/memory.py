@@ -26,13 +26,13 @@ from secateur.errors import UnknownName, UnsupportedModel
 from secateur.kernels.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
 from secateur.methods.cost import Cost
-from secateur.models.load import width
+from secateur.models.context import width
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS
 from secateur.pruning.planning.outline import Kind, Outline, Read, build, outline
 from secateur.pruning.planning.passes import MODES, Mode, needs_dense
-from secateur.system.machine import available_bytes
+from secateur.system.memory import available_bytes
 
 PLENTY = 200
 """A run fits for certain where so many times its hidden states and its largest block do."""

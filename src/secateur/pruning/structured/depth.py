@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateur.models.matrices import WeightMatrix, recorded_inputs, weight_matrices
+from secateur.models.hooks import recorded_inputs
+from secateur.models.matrices import WeightMatrix, weight_matrices
 from secateur.models.replay import (
     Call,
     LanguageModel,
