@@ -93,7 +93,7 @@ def test_what_was_altered_is_refused(half, tmp_path_factory, part, place, by):
     folder = tmp_path_factory.mktemp("altered")
     secateur.export(half, out=folder / "packed", to="packed")
     file = shards(folder / "packed")[0].file
-    told, tensors = shards(folder / "packed")[0].told, load_file(file)
+    told, tensors = shards(folder / "packed")[0].description, load_file(file)
     name = sorted(told["columns"])[place % len(told["columns"])]
     if part == "columns":
         told["columns"][name] += by

@@ -144,7 +144,7 @@ def test_each_layer_uses_what_was_fastest_for_its_rows(monkeypatch):
     assert len(used) == 28
     layer = model.get_submodule(PROJECTION)
     assert isinstance(layer, SemiStructuredLinear)
-    assert layer.held.keys() == {"dense", "unpacked"}
+    assert layer.prepared.keys() == {"dense", "unpacked"}
     assert layer.bytes == 2 * 128 * 64
 
 

@@ -1,6 +1,4 @@
-"""Which product a linear layer uses for how many rows of x: timed where the layer will run, once for
-each kind of matrix, and the fastest kept.
-"""
+"""Which product a layer uses for how many rows of x: timed once for each kind of matrix."""
 
 from __future__ import annotations
 
@@ -22,19 +20,17 @@ from secateur.system.clock import fastest, turns
 Choice = TypeVar("Choice")
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-"""Rows of x for which packed products are timed on the CPU; between, the next smaller one counts."""
+"""Rows of x for which packed products are timed on the CPU; between, the smaller one counts."""
 REPEATS, ENOUGH, HOPELESS = 5, 0.05, 3.0
-"""Calls of each way, seconds after which no more are made, and how many times slower than the best
-is not tried on.
-"""
+"""Calls of each way, seconds that are enough, and how many times the best is hopeless."""
 Way = Callable[[Packed, Tensor], Tensor]
 WAYS: dict[str, Way] = {
     "packed": multiply,
     "unpacked": multiply_unpacked,
     "unpacked to float32": lambda packed, x: multiply_unpacked(packed, x, torch.float32),
 }
-"""How a packed matrix can be multiplied on the CPU. A large batch is better served by unpacking some
-rows at a time for a dense product, in whichever dtype this machine is better at.
+"""How a packed matrix can be multiplied on the CPU. A large batch is better served by a dense
+product of some unpacked rows at a time, in whichever dtype this machine is better at.
 """
 
 

@@ -338,9 +338,7 @@ def _ratio(dense: Sequence[float], own: Sequence[float]) -> tuple[float, float, 
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that a product reads of 256 MiB, more than the cache: the best of ten, ours or
-    torch's sum.
-    """
+    """Bytes a second that a product reads of 256 MiB, more than a cache: the best of all tries."""
     weight = torch.ones(2**14, 2**13, dtype=torch.bfloat16)
     x = weight[0].clone()
     works = [lambda: weight.view(torch.float32).sum()] * 5

@@ -42,9 +42,7 @@ WARM_UP = 3
 
 
 class Prepared(NamedTuple):
-    """A matrix as a kernel wants it: its product with x `[batch, columns]`, and the bytes that one
-    reads.
-    """
+    """A matrix as a kernel wants it: its product with x `[batch, columns]`, and the bytes read."""
 
     product: Callable[[Tensor], object]
     bytes: int
@@ -86,9 +84,7 @@ KERNELS: dict[str, Callable[[Tensor], Prepared | None]] = {
     "packed": _packed,
     "packed int8": _packed_int8,
 }
-"""By name, what makes it from a matrix; None where this machine or the dtype has none. The own ones
-are for batch 1.
-"""
+"""What makes it from a matrix; None where there is no such kernel. The own ones are for batch 1."""
 
 
 @dataclass
@@ -112,9 +108,7 @@ class LayerTiming:
 def time_matrices(
     matrices: Mapping[str, Tensor], runs: TimedRuns, progress: Progress | None = None
 ) -> list[LayerTiming]:
-    """Time every kernel on matrices `[rows, columns]` on the CPU, by the name of their site, for
-    each batch and as many rounds as `runs` says.
-    """
+    """Time every kernel on matrices `[rows, columns]` on the CPU, by the name of each matrix."""
     progress = progress or Progress()
     timings = []
     for number, (site, weight) in enumerate(matrices.items()):
@@ -188,9 +182,7 @@ def _ratios(name: str, seconds: Mapping[str, list[float]]) -> dict[str, float]:
 def time_layers(
     models: Sequence[str | Path], runs: TimedRuns, progress: Progress | None = None
 ) -> list[LayerTiming]:
-    """Time a matrix of each shape of every model, dense and with its zeros used. Raises
-    UnknownName, BadCheckpoint.
-    """
+    """Time a matrix of each shape of every model. Raises UnknownName, BadCheckpoint."""
     dtype = timed_dtype(runs.dtype)
     progress = progress or Progress()
     matrices: dict[str, Tensor] = {}
@@ -211,9 +203,7 @@ def time_layers(
 
 
 def write_timings(timings: Sequence[LayerTiming], file: Path, command: Sequence[str]) -> None:
-    """Write what was timed to a JSON file, with the machine and the versions. Raises OutputRefused
-    or DiskFull.
-    """
+    """Write timings, the machine and the versions as JSON. Raises OutputRefused or DiskFull."""
     content = {
         "command": list(command),
         "machine": machine(),

@@ -1,6 +1,4 @@
-"""A checkpoint in another form: for a runtime that wants one, or back to the dense folder that
-every loader reads.
-"""
+"""A checkpoint in another form: for a runtime that wants one, or back to a dense folder."""
 
 from __future__ import annotations
 
@@ -94,9 +92,7 @@ def _formats(
 
 
 def _refuse_other_shapes(source: Checkpoint, trusted: bool) -> None:
-    """Raise BadCheckpoint or UnsupportedModel unless config.json, which formats go by, says what
-    the weights are.
-    """
+    """Raise BadCheckpoint or UnsupportedModel unless the weights are what config.json says."""
     config = load_config(source.folder, trust_remote_code=trusted)
     try:
         model = without_weights(source, config, trust_remote_code=trusted)

@@ -55,9 +55,7 @@ class Inspection:
 def inspect(
     model: str | Path | None = None, *, trust_remote_code: bool = Trust.trust_remote_code
 ) -> Inspection:
-    """The realised sparsity and patterns of every weight matrix of a checkpoint folder. Raises
-    BadCheckpoint.
-    """
+    """Sparsity and patterns of every weight matrix of a checkpoint folder. Raises BadCheckpoint."""
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
     try:

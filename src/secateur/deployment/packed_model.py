@@ -23,7 +23,7 @@ LEAST = 0.4
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a packed weight, and with the dense one where that is `kept` beside it."""
+    """A linear layer with a packed weight, and the dense one where that is `kept` beside it."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ def pack_model(
 
 
 def put_packed(model: nn.Module, name: str, packed: Packed, crossovers: Crossovers | None) -> None:
-    """Replace a linear layer by a packed one, which keeps the dense weight if that is ever faster."""
+    """Replace a linear layer by a packed one, with the dense weight if that is ever faster."""
     layer: Any = model.get_submodule(name)
     crossover = crossovers.of(packed) if crossovers else UNMEASURED
     kept = layer.weight.data if "dense" in crossover.ways.values() else None

@@ -68,9 +68,7 @@ def fastest(works: Mapping[Name, Callable[[], object]], device: torch.device) ->
 
 
 def _cold_milliseconds(work: Callable[[], object], flush: Tensor) -> float:
-    """The median of seven calls that find nothing of theirs in the cache, which `flush` fills, after
-    one that may compile.
-    """
+    """The median of seven calls with a cache full of `flush`, after one that may compile."""
     work()
     times = []
     for _ in range(7):

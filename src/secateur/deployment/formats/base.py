@@ -37,9 +37,7 @@ class Format(NamedTuple):
 
 
 def architecture_of(config: Any) -> str:
-    """The causal LM that transformers makes of a configuration, whatever `architectures` in
-    config.json says.
-    """
+    """The causal LM of a configuration, whatever `architectures` in config.json says."""
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__))
 
 
@@ -55,9 +53,7 @@ def tensors_of(source: Checkpoint, shard: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def refuse_odd_values(name: str, weight: Tensor, wanted_by: str) -> None:
-    """Raise NonFinite for NaN or Inf in a matrix, BadCheckpoint for -0.0, which sparse kernels and
-    formats get wrong.
-    """
+    """Raise NonFinite for NaN or Inf, BadCheckpoint for -0.0, which sparse kernels get wrong."""
     if not weight.isfinite().all():
         raise NonFinite(f"{name} holds NaN or Inf. Prune the dense model again, or mend it first.")
     if (weight.signbit() & (weight == 0)).any():

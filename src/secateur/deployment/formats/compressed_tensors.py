@@ -45,13 +45,11 @@ CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
 _VERSION = "0.14.0.1"
 _PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 _PADDING = {0b0000: 0b1100, 0b0001: 0b0101, 0b0010: 0b1010, 0b0100: 0b1100, 0b1000: 0b1100}
-"""Which two of four are stored where fewer are not zero, bit j for input j: what torch.topk takes."""
+"""Which two of four are stored where fewer are not zero, bit j for input j; as torch.topk."""
 
 
 class _Layout(NamedTuple):
-    """What differs between the two. `keep(site, weight)` is the mask [out, in] of what is stored,
-    half or any share.
-    """
+    """What differs between the two; `keep(site, weight)` is the mask [out, in] of what stays."""
 
     name: str
     structure: str
@@ -61,9 +59,7 @@ class _Layout(NamedTuple):
 
 
 def _two_of_four(site: str, weight: Tensor) -> Tensor:
-    """Exactly two of every four consecutive inputs, all that are not zero among them. Raises
-    BadPattern.
-    """
+    """Two of every four inputs, all that are not zero among them. Raises BadPattern."""
     if weight.shape[1] % 4:
         raise BadPattern(
             f"2:4 needs inputs in fours; {site} has {weight.shape[1]}. "
@@ -199,9 +195,7 @@ def _holds(folder: Path, *, layout: _Layout) -> bool:
 
 
 def _read(folder: Path, *, layout: _Layout) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the dense checkpoint by name, one at a time, in the order of the shards.
-    Raises BadCheckpoint.
-    """
+    """The dense checkpoint's tensors by name, in the order of the shards. Raises BadCheckpoint."""
     if not _holds(folder, layout=layout):
         raise BadCheckpoint(
             f"{folder} is not in {layout.name}: its config.json names no such sparsity_config."
@@ -224,9 +218,7 @@ def _read(folder: Path, *, layout: _Layout) -> Iterator[tuple[str, Tensor]]:
 
 
 def _dense_names(checkpoint: Checkpoint, layout: _Layout) -> dict[str, str]:
-    """The dense tensor's name for everything that is packed. Raises BadCheckpoint unless all parts
-    are there, once.
-    """
+    """Dense names of everything packed. Raises BadCheckpoint unless all parts are there, once."""
     parts_of: dict[str, set[str]] = {}
     for name in checkpoint.places:
         base, _, part = name.rpartition(".")
@@ -249,9 +241,7 @@ def _dense_names(checkpoint: Checkpoint, layout: _Layout) -> dict[str, str]:
 
 
 def _unpacked(checkpoint: Checkpoint, base: str, layout: _Layout) -> Tensor:
-    """The dense tensor of one name. What it takes is bounded by the stored bitmask, never by what
-    `shape` claims.
-    """
+    """A dense tensor. Its memory is bounded by the stored bitmask, not by what `shape` claims."""
     sizes = _sizes(checkpoint, base, layout)
     rows, columns = sizes[:-1], sizes[-1]
     _check_place(checkpoint, f"{base}.bitmask", ("U8",), (*rows, -(-columns // 8)))

@@ -41,9 +41,7 @@ ARCHITECTURES = {
 
 
 class Entry(NamedTuple):
-    """A tensor's name in GGUF, the number of heads whose rows change places, and its
-    `GGMLQuantizationType`.
-    """
+    """A tensor's name in GGUF, its heads whose rows change places, its `GGMLQuantizationType`."""
 
     name: str
     heads: int
@@ -61,9 +59,7 @@ def gguf_package() -> ModuleType:
 
 
 def write(source: Checkpoint, folder: Path, *, values: str = "as stored") -> None:
-    """Write `model.gguf`. Raises UnknownName, UnsupportedModel; BadPattern where rows do not fit
-    q8_0; NonFinite.
-    """
+    """Write `model.gguf`. Raises UnknownName, UnsupportedModel, BadPattern, NonFinite."""
     write_gguf(source, folder / FILE, values=values)
 
 
@@ -138,9 +134,7 @@ def _architecture(folder: Path, config: Any) -> str:
 def _tensor_names(
     gguf: Any, source: Checkpoint, config: Any, architecture: str
 ) -> dict[str, tuple[str, int]]:
-    """(GGUF name, number of heads whose rows change places) of every tensor by its name in the
-    checkpoint.
-    """
+    """By name in the checkpoint: the name in GGUF, and how many heads' rows change places."""
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     llama = architecture == "llama"

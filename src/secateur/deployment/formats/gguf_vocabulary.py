@@ -28,7 +28,8 @@ _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*|\p{{N}}"
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT2 = "as GPT-2"
@@ -91,9 +92,7 @@ def add_vocabulary(gguf: Any, writer: Any, folder: Path, size: int) -> None:
 
 
 def _ends(tokenizer: Any, folder: Path) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its first and its last token around a text. Raises
-    UnsupportedModel.
-    """
+    """Whether a text gets a first and a last token. Raises UnsupportedModel."""
     plain = encode(tokenizer, ["a"], add_special_tokens=False)[0]
     whole = encode(tokenizer, ["a"])[0]
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]

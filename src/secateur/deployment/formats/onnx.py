@@ -72,9 +72,7 @@ class Steps(nn.Module):
 
 
 def write(source: Checkpoint, folder: Path) -> None:
-    """Write `model.onnx`, its data and `onnx.json`. Raises UnsupportedModel; BadPattern where zeros
-    were lost.
-    """
+    """Write graph, data and note. Raises UnsupportedModel; BadPattern where zeros were lost."""
     if absent := [name for name in PACKAGES if find_spec(name) is None]:
         raise UnsupportedModel(
             f"ONNX needs the package {' and '.join(absent)}. "
@@ -178,9 +176,7 @@ def _quiet() -> Iterator[None]:
 
 
 def refuse_lost_zeros(weights: dict[str, Tensor], file: Path) -> None:
-    """Raise BadPattern unless the graph multiplies by each of these matrices `[out, in]`,
-    contracting `in`.
-    """
+    """Raise BadPattern unless the graph multiplies by each of these `[out, in]`, along `in`."""
     present = {sha256(matrix.tobytes()).digest() for matrix in multiplied(file)}
     for name, weight in weights.items():
         if sha256(weight.float().numpy().tobytes()).digest() not in present:
@@ -192,9 +188,7 @@ def refuse_lost_zeros(weights: dict[str, Tensor], file: Path) -> None:
 
 
 def multiplied(file: Path) -> Iterator[np.ndarray]:
-    """Every constant matrix that a MatMul or Gemm multiplies by, as `[out, in]`: the contracted
-    axis last.
-    """
+    """Every constant of a MatMul or Gemm, as `[out, in]`: the contracted axis last."""
     onnx = import_module("onnx")
     graph = onnx.load(str(file), load_external_data=False).graph
     constants = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
@@ -213,9 +207,7 @@ def multiplied(file: Path) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, file: Path) -> dict[str, Any]:
-    """How far the graph's logits are from the model's, and by what they were computed. Raises
-    UnsupportedModel.
-    """
+    """How far the graph's logits are from the model's, and by what. Raises UnsupportedModel."""
     name, run = _evaluator(model, file)
     if run is None:
         return {"logits_checked_by": None}

@@ -6,7 +6,7 @@ enough zeros is in it
 
     <tensor>.bitmap   int64 [rows, words]   bit j of word k: is the weight in column 64 k + j kept?
     <tensor>.values   [kept + slack]        the kept weights, row by row, then 64 bytes of zeros
-    <tensor>.scales   float32 [rows]        with int8 values alone: weight = value * scale of its row
+    <tensor>.scales   float32 [rows]        with int8 values alone: weight = value * its row's scale
 
 and everything else as it was. The file's metadata hold one entry, `secateur.packed`, a JSON object:
 `layout` 1, `values`, `columns` by tensor, and of the dense shard its `header` and `sha256`, from
@@ -92,12 +92,10 @@ def _dense_shard(file: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Shard:
-    """A packed shard: its file, what its metadata tell, and where each dense tensor is, packed or
-    not.
-    """
+    """A packed shard: its file, what its metadata say, and the dense tensors in it by name."""
 
     file: Path
-    told: dict[str, Any]
+    description: dict[str, Any]
     names: tuple[str, ...]
 
     def dense(self, name: str) -> Tensor:
@@ -110,7 +108,7 @@ class Shard:
         where = f"{name} in {self.file}"
         try:
             with safe_open(self.file, framework="pt") as file:
-                if name not in self.told["columns"]:
+                if name not in self.description["columns"]:
                     return file.get_tensor(name)
                 bitmap, values = (
                     file.get_tensor(f"{name}.{part}") for part in ("bitmap", "values")
@@ -121,7 +119,7 @@ class Shard:
             raise BadCheckpoint(f"{where} cannot be read: {in_one_line(error)}.") from error
         if bitmap.dtype != torch.int64 or bitmap.dim() != 2:
             raise BadCheckpoint(f"{where} has a bitmap of {bitmap.dtype} {list(bitmap.shape)}.")
-        columns = self.told["columns"][name]
+        columns = self.description["columns"][name]
         packed = Packed(bitmap, values, row_starts(bitmap), columns, scales)
         check(packed, where)
         return packed
@@ -133,39 +131,39 @@ ODD = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, Recu
 
 def shards(folder: Path) -> list[Shard]:
     """The packed shards of a folder. Raises BadCheckpoint where one is not sound."""
-    found = []
+    packed_shards = []
     for path in sorted(folder.glob(f"{PREFIX}*.safetensors")):
         try:
-            found.append(_shard(path))
+            packed_shards.append(_shard(path))
         except ODD as error:
             raise BadCheckpoint(
                 f"{path} is no packed shard ({in_one_line(error)}). Pack the model again."
             ) from error
-    if not found:
+    if not packed_shards:
         raise BadCheckpoint(f"{folder} holds no packed shards ({PREFIX}*.safetensors).")
-    return found
+    return packed_shards
 
 
 def _shard(path: Path) -> Shard:
     """Raises one of `ODD` where a file is no packed shard, or its parts do not agree."""
     with safe_open(path, framework="pt") as file:
-        told, stored = json.loads((file.metadata() or {})[KEY]), set(file.keys())
-    columns, header = told["columns"], json.loads(told["header"])
+        description, stored = json.loads((file.metadata() or {})[KEY]), set(file.keys())
+    columns, header = description["columns"], json.loads(description["header"])
     names = [name for name in header if name != "__metadata__"]
     wanted = {f"{name}.{part}" for name in columns for part in ("bitmap", "values")}
     wanted |= set(names) - set(columns)
     sound = (
-        told["layout"] == 1
+        description["layout"] == 1
         and all(type(count) is int for count in columns.values())
-        and told["values"] in VALUES
-        and isinstance(told["sha256"], str)
+        and description["values"] in VALUES
+        and isinstance(description["sha256"], str)
         and _adjoin([header[name]["data_offsets"] for name in names])
         and wanted <= stored
         and set(columns) <= set(names)
     )
     if not sound:
         raise ValueError("tensors are missing, or the layout is another")
-    return Shard(path, told, tuple(names))
+    return Shard(path, description, tuple(names))
 
 
 def _adjoin(offsets: list[list[int]]) -> bool:
@@ -188,11 +186,11 @@ def restore(folder: Path, target: Path) -> None:
     """
     for shard in shards(folder):
         out = target / shard.file.name.removeprefix(PREFIX)
-        if shard.told["values"] == "int8":
+        if shard.description["values"] == "int8":
             save({name: shard.dense(name) for name in shard.names}, out)
             continue
         _restore_bytes(shard, out)
-        if file_sha256(out) != shard.told["sha256"]:
+        if file_sha256(out) != shard.description["sha256"]:
             raise BadCheckpoint(
                 f"{shard.file} does not give the dense shard that was packed. "
                 "It was altered; pack again."
@@ -202,7 +200,7 @@ def restore(folder: Path, target: Path) -> None:
 
 
 def _restore_bytes(shard: Shard, out: Path) -> None:
-    header = shard.told["header"].encode()
+    header = shard.description["header"].encode()
     places = json.loads(header)
     with out.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
@@ -264,7 +262,7 @@ def load_packed(
 def _read(
     packed_shards: list[Shard], skeleton: Any, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Packed]]:
-    """The tensors by name, a packed linear layer's with nothing behind it; those by their module."""
+    """Tensors by name, with nothing behind those of packed linear layers, which come by module."""
     linear = {name for name, module in skeleton.named_modules() if type(module) is nn.Linear}
     prefix = f"{skeleton.base_model_prefix}."
     state: dict[str, Tensor] = {}

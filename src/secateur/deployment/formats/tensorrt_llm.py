@@ -83,9 +83,7 @@ OUT_MULTIPLE, IN_MULTIPLE = 16, 32
 
 
 class Part(NamedTuple):
-    """A tensor there, the tensors here that it is made of, and the axis along which ranks share it
-    (None: not).
-    """
+    """A tensor there, those here that it is made of, and the axis that ranks share (None: not)."""
 
     name: str
     sources: tuple[str, ...]
@@ -171,9 +169,7 @@ def _config(source: Checkpoint, ranks: int) -> Any:
 
 
 def _parts(source: Checkpoint, config: Any) -> list[Part]:
-    """All tensors of the checkpoint in order. Raises UnsupportedModel where the source has others,
-    BadCheckpoint.
-    """
+    """All tensors of the checkpoint in order. Raises UnsupportedModel, BadCheckpoint."""
     parts = [Part("transformer.vocab_embedding.weight", ("model.embed_tokens.weight",), 0)]
     biases = ARCHITECTURES[architecture_of(config)]
     for index in range(config.num_hidden_layers):
@@ -283,9 +279,7 @@ def fault(weight: Tensor) -> str | None:
 
 
 def _refuse(name: str, weight: Tensor, rank: int, *, site: bool) -> None:
-    """Raise what `FAULTS` says of a rank's part of a tensor; what is no pruned site is asked for
-    NaN and Inf alone.
-    """
+    """Raise what `FAULTS` says of a rank's part; of no pruned matrix only for NaN and Inf."""
     pruned = site and weight.dim() == 2 and count_zeros(weight) >= PRUNED * weight.numel()
     trouble = fault(weight) if pruned else None if weight.isfinite().all() else NOT_FINITE
     if trouble:

@@ -84,9 +84,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrai
 
 
 def bytes_read(model: nn.Module) -> int:
-    """What one decoded token reads of the weights: all but embeddings, each once; a tied head is
-    read as a whole.
-    """
+    """What one decoded token reads: all weights but embeddings, each once, a tied head whole."""
     sizes = {}
     for module in model.modules():
         if not isinstance(module, nn.Embedding):

@@ -1,6 +1,4 @@
-"""Plain transformers, on the CPU or a CUDA device: zeros are multiplied like all other numbers, so
-only a smaller model is faster.
-"""
+"""Plain transformers, on the CPU or a CUDA device: zeros are multiplied like other numbers."""
 
 from pathlib import Path
 

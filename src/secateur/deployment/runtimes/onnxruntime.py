@@ -29,9 +29,7 @@ def missing() -> str | None:
 
 
 def load(folder: Path, dtype: torch.dtype) -> Running:
-    """Raises UnsupportedModel for another dtype than float32, and where the model cannot be
-    exported.
-    """
+    """Raises UnsupportedModel for other dtypes than float32 and what cannot be exported."""
     if dtype != torch.float32:
         raise UnsupportedModel(
             "ONNX Runtime's CPU provider computes these graphs in float32 only; "

@@ -1,4 +1,4 @@
-"""transformers with packed matrices: what is zero is neither stored nor read. For decoding on the CPU.
+"""transformers with packed matrices on the CPU: what is zero is neither stored nor read.
 
 Beside them the same with dense matrices, so that one sees what the kernels give without zeros: the
 ratio of `packed` to `own-dense` is the gain by zeros alone. Both exist with int8 values too.

@@ -159,9 +159,7 @@ def promised(folder: Path) -> frozenset[str]:
 
 
 def sparse_linears(model: nn.Module, promised: Set[str]) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers that are 2:4 and fit a backend. Raises BadPattern where a promised one is
-    not 2:4.
-    """
+    """The linear layers that are 2:4 and fit a backend. Raises BadPattern for a broken promise."""
     backends = [product.multiples for product in PRODUCTS.values() if product.multiples]
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
@@ -227,13 +225,13 @@ class SemiStructuredLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = None if layer.bias is None else layer.bias.detach()
         names = {choice.product for choice in choices}
-        self.held = {name: PRODUCTS[name].prepare(layer.weight, site) for name in names}
+        self.prepared = {name: PRODUCTS[name].prepare(layer.weight, site) for name in names}
         self.bytes = int(layer.weight.nbytes * PRODUCTS[choices[0].product].share)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
         name, algorithm = choice_for(self.choices, CLASSES, len(flat))
-        y = PRODUCTS[name].multiply(self.held[name], flat, self.bias, algorithm)
+        y = PRODUCTS[name].multiply(self.prepared[name], flat, self.bias, algorithm)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -243,9 +241,7 @@ Measure = Callable[[Tensor, Tensor | None, str], tuple[Choice, ...]]
 def use_products(
     model: nn.Module, promised: Set[str], measure: Measure
 ) -> dict[str, tuple[Choice, ...]]:
-    """Replace the 2:4 layers in place; what each uses, by name. Layers of one shape are measured
-    once.
-    """
+    """Replace the 2:4 layers in place; what each uses. Layers of one shape are measured once."""
     known: dict[tuple[int, int, bool], tuple[Choice, ...]] = {}
     used = {}
     for name, layer in list(sparse_linears(model, promised)):
@@ -259,9 +255,7 @@ def use_products(
 
 @torch.no_grad()
 def load(folder: Path, dtype: torch.dtype) -> Stepped:
-    """Raises UnsupportedModel where no layer is 2:4 and has a kernel, BadPattern where one should
-    be 2:4 and is not.
-    """
+    """Raises UnsupportedModel where no layer is 2:4 and has a kernel, BadPattern as above."""
     model = load_model(folder, dtype, "cuda")
     reasons = usable(dtype, model.device)
     names = [name for name, reason in reasons.items() if reason is None]

@@ -104,9 +104,7 @@ class Engine(Running):
             self.engine.add_request(name, {"prompt_token_ids": row}, parameters)
 
     def _next(self) -> Tensor:
-        """Step until every row has one token more; a one at that token, float32 `[batch,
-        vocabulary]`.
-        """
+        """Step until every row has one token more; one-hot float32 `[batch, vocabulary]`."""
         wanted = {name: len(tokens) + 1 for name, tokens in self.tokens.items()}
         while any(len(self.tokens[name]) < count for name, count in wanted.items()):
             if not self.engine.has_unfinished_requests():
