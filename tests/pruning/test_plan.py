@@ -17,6 +17,7 @@ from secateur.methods import find_method
 from secateur.methods.patterns import Unstructured, parse_pattern
 from secateur.models.load import replayable
 from secateur.models.matrices import matrix_shapes
+from secateur.models.stream.blocks import BlockRun
 from secateur.pruning.planning.allocation import (
     by_outliers,
     label,
@@ -31,7 +32,6 @@ from secateur.pruning.planning.measured import ALLOCATIONS, make_plan
 from secateur.pruning.planning.search import _Judge, _Library
 from secateur.pruning.planning.sensitivity import Measuring, levels_around
 from secateur.pruning.prune import prune_model
-from secateur.system.progress import Progress
 
 SHAPES = {"a.q": (4, 8), "a.down": (8, 16), "b.q": (4, 8), "b.down": (8, 16)}
 
@@ -147,7 +147,7 @@ def test_the_judge_of_a_search_sees_what_a_plain_forward_sees(tmp_path):
     base = uniform(matrix_shapes(language_model), parse_pattern("60%"))
     cpu = torch.device("cpu")
     pattern = Unstructured(0.6)
-    measuring = Measuring(language_model, TOKENS, find_method("wanda"), base, pattern, [cpu], None, 3, Progress())
+    measuring = Measuring(BlockRun(language_model, TOKENS, [cpu], None, 3), find_method("wanda"), base, pattern)
     levels = levels_around(0.6)
     library = _Library(tmp_path, measuring, levels)
     judge = _Judge(measuring, library)

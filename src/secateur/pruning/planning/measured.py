@@ -23,7 +23,7 @@ from secateur.methods.patterns import Unstructured, parse_pattern
 from secateur.models.context import check_windows
 from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
-from secateur.models.stream.blocks import Step
+from secateur.models.stream.blocks import BlockRun, Step
 from secateur.pruning.opening import opened
 from secateur.pruning.planning.allocation import (
     Plan,
@@ -85,17 +85,11 @@ def plan(
         raise OutputRefused(
             f"{out} exists already. Choose another --out, or replace it with --overwrite."
         )
-    _, language_model, windows = opened(
-        model,
-        calibration,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        data_dir=data_dir,
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-        out=out,
+    text = CalibrationText(
+        calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir
     )
+    trust = Trust(trust_remote_code=trust_remote_code)
+    _, language_model, windows = opened(model, text, Compute(), trust, out=out, progress=progress)
     found = make_plan(
         language_model,
         windows,
@@ -155,17 +149,9 @@ def make_plan(
     assert isinstance(wanted, Unstructured), "check_allocation refuses others"
     progress, devices = progress or Progress(), find_devices(device)
     progress.begin(f"planning by {allocate}")
-    measuring = Measuring(
-        language_model,
-        windows.ids,
-        find_method(method),
-        base,
-        wanted,
-        devices,
-        forward_dtype(find_dtype(dtype), devices[0]),
-        batch_size,
-        progress,
-    )
+    forward = forward_dtype(find_dtype(dtype), devices[0])
+    run = BlockRun(language_model, windows.ids, devices, forward, batch_size, progress=progress)
+    measuring = Measuring(run, find_method(method), base, wanted)
     return scaled(base, ALLOCATIONS[allocate](measuring))
 
 
@@ -237,7 +223,7 @@ def by_error(measuring: Measuring) -> Mapping[str, float]:
                     curves.setdefault(f"{step.name}.{name}", []).append((level, error))
 
     measuring.each("errors of", look)
-    shapes = matrix_shapes(measuring.language_model)
+    shapes = matrix_shapes(measuring.run.language_model)
     sizes = {name: prod(shapes[name]) for name in curves}
     unseen = dict.fromkeys(
         measuring.plan.keys() - curves.keys(), measuring.sparsity

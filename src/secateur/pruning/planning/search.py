@@ -69,7 +69,7 @@ def search(measuring: Measuring) -> Mapping[str, float]:
                     left = 0
                     break
                 left -= 1
-                measuring.progress.advance(
+                measuring.run.progress.advance(
                     f"searching, KL {best:.4f}", 12 * len(names) - left, 12 * len(names)
                 )
                 trial = {**chosen, a: chosen[a] + 1, b: chosen[b] - 1}
@@ -78,7 +78,7 @@ def search(measuring: Measuring) -> Mapping[str, float]:
                     break
             if not stale:
                 break
-    shapes, found = matrix_shapes(measuring.language_model), {}
+    shapes, found = matrix_shapes(measuring.run.language_model), {}
     for name, level in chosen.items():
         inside = {
             site: curve for site, curve in library.curves.items() if site.startswith(f"{name}.")
@@ -96,7 +96,9 @@ class _Library:
     def __init__(self, folder: Path, measuring: Measuring, levels: Sequence[float]) -> None:
         self.folder = folder
         self.curves: dict[str, list[tuple[float, float]]] = {}
-        dtypes = {name: p.dtype for name, p in measuring.language_model.model.named_parameters()}
+        dtypes = {
+            name: p.dtype for name, p in measuring.run.language_model.model.named_parameters()
+        }
 
         def look(step: Step) -> None:
             groups = list(solvable(step, measuring))
@@ -132,9 +134,9 @@ class _Judge:
 
     def __init__(self, measuring: Measuring, library: _Library) -> None:
         self.measuring, self.library = measuring, library
-        self.model, device = measuring.language_model, measuring.devices[0]
-        self.shell = Shell(self.model, device, measuring.dtype)
-        self.tokens = list(measuring.tokens[:SEARCH_WINDOWS].split(measuring.batch_size))
+        self.model, device = measuring.run.language_model, measuring.run.devices[0]
+        self.shell = Shell(self.model, device, measuring.run.dtype)
+        self.tokens = list(measuring.run.tokens[:SEARCH_WINDOWS].split(measuring.run.batch_size))
         entered = [self.shell.enter(batch) for batch in self.tokens]
         self.calls = [calls for _, calls in entered]
         self.hidden: list[list[Tensor]] = [
@@ -167,7 +169,7 @@ class _Judge:
             same += 1
         del self.hidden[same + 1 :], self.ran[same:]
         for index in range(same, len(blocks)):
-            block = working_copy(blocks[index], self.shell.device, self.measuring.dtype)
+            block = working_copy(blocks[index], self.shell.device, self.measuring.run.dtype)
             level = wanted[index]
             if level is not None:
                 self.library.put(block, self.model.block_name(index), level)

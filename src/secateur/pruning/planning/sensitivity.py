@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from secateur.errors import BadPlan
@@ -17,10 +16,8 @@ from secateur.methods import Method, prune_together
 from secateur.methods.patterns import Unstructured
 from secateur.methods.statistics import Stats
 from secateur.models.matrices import matrix_shapes
-from secateur.models.replay import LanguageModel
-from secateur.models.stream.blocks import Step, stream
+from secateur.models.stream.blocks import BlockRun, Step, stream
 from secateur.pruning.planning.allocation import Plan
-from secateur.system.progress import Progress
 
 STEPS = (-0.20, -0.15, -0.10, -0.05, 0.0, 0.05, 0.10, 0.15, 0.20)
 """The sparsities that are tried, from the one asked for."""
@@ -29,17 +26,12 @@ MOST = 0.95
 
 @dataclass(frozen=True)
 class Measuring:
-    """A model and the text on which a plan for it is measured."""
+    """What a plan is measured by, on the blocks of a dense model."""
 
-    language_model: LanguageModel
-    tokens: Tensor
+    run: BlockRun
     method: Method
     plan: Plan
     pattern: Unstructured
-    devices: Sequence[torch.device]
-    dtype: torch.dtype | None
-    batch_size: int
-    progress: Progress
 
     @property
     def sparsity(self) -> float:
@@ -55,9 +47,10 @@ class Measuring:
         """How many weights the plan covers in each block, by its name; blocks without any are left
         out.
         """
-        shapes, found = matrix_shapes(self.language_model), {}
-        for index in range(len(self.language_model.blocks)):
-            start = self.language_model.block_name(index)
+        language_model = self.run.language_model
+        shapes, found = matrix_shapes(language_model), {}
+        for index in range(len(language_model.blocks)):
+            start = language_model.block_name(index)
             inside = (shapes[name] for name in self.plan if name.startswith(f"{start}."))
             if size := sum(rows * columns for rows, columns in inside):
                 found[start] = size
@@ -67,18 +60,12 @@ class Measuring:
         """`look` at the blocks of the dense model in order, with their inputs; none of them is held
         after that.
         """
-        count = len(self.language_model.blocks)
-        for step in stream(
-            self.language_model,
-            self.tokens,
-            devices=self.devices,
-            dtype=self.dtype,
-            batch_size=self.batch_size,
-        ):
-            self.progress.advance(f"{what} {step.name}", step.index, count)
+        progress, count = self.run.progress, len(self.run.language_model.blocks)
+        for step in stream(self.run):
+            progress.advance(f"{what} {step.name}", step.index, count)
             look(step)
             del step
-        self.progress.advance(what, count, count)
+        progress.advance(what, count, count)
 
 
 def levels_around(sparsity: float) -> list[float]:
