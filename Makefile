@@ -22,6 +22,7 @@ bench-prune: .venv/ready  ## what pruning costs beside llm-compressor (fetched i
 	OMP_NUM_THREADS=1 $(BIN)/python bench/prune.py --json bench/results/prune.json
 
 docs: .venv/ready  ## the documentation site, warnings as errors: out/site/index.html
+	$(BIN)/python bench/tables.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 page: .venv/ready  ## the page of a demo comparison and its pictures in docs/images (Chromium, some minutes)

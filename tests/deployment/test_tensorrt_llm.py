@@ -18,7 +18,8 @@ from support.families import HEAD_DIM, tiny_model
 from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
-from secateur.deployment.formats.tensorrt_llm import BUILD_COMMAND, SILENTLY_DENSE, eligible, tensorrt_llm, write
+from secateur.deployment.formats.tensorrt_llm import eligible, tensorrt_llm, write
+from secateur.deployment.sparsity_support import RULES
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnsupportedModel
 
 SITE = "model.layers.1.mlp.down_proj"
@@ -319,12 +320,12 @@ def test_narrow_parts_are_not_eligible(made):
 
 
 def test_the_build_command_disables_what_makes_it_dense():
-    command = BUILD_COMMAND.format(folder="x", engine="y")
+    command, silently_dense = RULES["tensorrt-llm"].build, RULES["tensorrt-llm"].silently_dense
     assert "--weight_sparsity" in command
     assert "--gemm_plugin disable" in command
-    bad = [option for option in SILENTLY_DENSE if option.startswith("--") and "gemm_plugin auto" not in option]
+    bad = [option for option in silently_dense if option.startswith("--") and "gemm_plugin auto" not in option]
     assert not any(option in command for option in bad)
-    assert all(reason for reason in SILENTLY_DENSE.values())
+    assert all(reason for reason in silently_dense.values())
 
 
 def test_the_format_is_data():

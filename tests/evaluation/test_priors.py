@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
+import runpy
 
 import pytest
 from support.paths import ROOT
 from support.recommending import MACHINE
 
 from secateur.deployment.runtimes import RUNTIMES
-from secateur.deployment.sparsity_support import RULES
+from secateur.deployment.sparsity_support import OBJECTIONS, RULES, RUNTIME_FACTS
 from secateur.evaluation.advice.goals import GOALS
 from secateur.evaluation.advice.hardware import ACCELERATED, HARDWARE, is_measured
-from secateur.evaluation.advice.priors import ALIKE, PRIORS, known_of, uses_zeros
+from secateur.evaluation.advice.priors import PRIORS, known_of, uses_zeros
 from secateur.evaluation.results.schema import KINDS
 
-DOCS = ROOT / "docs"
+TABLES = runpy.run_path(str(ROOT / "bench" / "tables.py"))
 
 
 def test_every_prior_rule_and_hardware_has_a_source_and_a_date():
@@ -34,8 +35,12 @@ def test_every_prior_rule_and_hardware_has_a_source_and_a_date():
 def test_every_runtime_is_known_of_and_placed():
     for name in {*RULES, *RUNTIMES}:
         assert known_of(name, "latency") or any(name in prior.runtimes for prior in PRIORS), name
-    assert set(ALIKE) <= RUNTIMES.keys()
-    assert set(ALIKE.values()) <= RULES.keys()
+    alike = {name: facts.alike for name, facts in RUNTIME_FACTS.items() if facts.alike}
+    assert alike.keys() <= RUNTIMES.keys()
+    assert set(alike.values()) <= RULES.keys()
+    assert RUNTIME_FACTS.keys() == {*RULES, *RUNTIMES}
+    assert {name for name, rule in RULES.items() if not rule.never} == OBJECTIONS.keys()
+    assert {name for name in RULES if RULES[name].build} == RULES.keys() - RUNTIMES.keys()
     assert set(ACCELERATED) <= RUNTIMES.keys()
     assert uses_zeros("packed", "50%")
     assert uses_zeros("packed", "2:4")
@@ -80,14 +85,15 @@ def test_every_card_belongs_to_its_generation():
     }  # fmt: skip
 
 
-def test_the_page_has_the_table_of_priors_as_it_is():
-    page = (DOCS / "recommend.md").read_text(encoding="utf-8")
-    wanted = [
-        f"| {prior.kind} | {', '.join(prior.goals)} | {', '.join(prior.makers) or 'all'} | "
-        f"{', '.join(prior.runtimes) or 'all'} | {prior.says} | {prior.source} | {prior.date} |"
-        for prior in PRIORS
-    ]
-    start = page.index("| kind | goals |")
-    assert page[start:].split("\n\n")[0].splitlines()[2:] == wanted
+def test_the_pages_have_the_tables_of_what_is_known_as_they_are():
+    for name in TABLES["PAGES"]:
+        page = (ROOT / name).read_text(encoding="utf-8")
+        assert TABLES["renewed"](page) == page, f"{name} is old: python bench/tables.py"
+    made = TABLES["tables"]()
     for name in HARDWARE:
-        assert f"`{name}`" in page
+        assert f"`{name}`" in made["hardware"]
+    assert len(made["priors"].splitlines()) == 2 + len(PRIORS)
+    assert all(prior.says in made["priors"] and prior.source in made["priors"] for prior in PRIORS)
+    assert all(f"| {rule.uses} | {rule.source} | {rule.date} |" in made["rules"] for rule in RULES.values())
+    pages = "".join((ROOT / name).read_text(encoding="utf-8") for name in TABLES["PAGES"])
+    assert all(text in pages for text in made.values())

@@ -26,6 +26,7 @@ from secateur.system.settings import (
     Compute,
     Destination,
     EvaluationText,
+    PlannedRecipe,
     Recipe,
     Trust,
     ZeroShot,
@@ -51,7 +52,6 @@ def _options(
         raise typer.Exit
 
 
-@app.command()
 @options(Recipe, CalibrationText, Compute, Destination, Trust)
 def prune(
     given: dict[str, Any], model: Model = None, quiet: Quiet = False, as_json: AsJson = False
@@ -65,15 +65,13 @@ def prune(
     show(report, as_json, lambda: map(escape, summary(report)))
 
 
-@app.command()
 @options(
-    Recipe,
+    PlannedRecipe,
     CalibrationText,
     Compute,
     Destination,
     Trust,
     without=("align", "out", "restart", "allow_low_coverage"),
-    allocate="error",
 )
 def plan(
     given: dict[str, Any],
@@ -112,7 +110,6 @@ def _but(given: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in names}
 
 
-@app.command()
 @options(
     EvaluationText, ZeroShot, Compute, Trust, without=("passes", "memory", "allow_low_coverage")
 )
@@ -136,7 +133,6 @@ def evaluate(
     show(found, as_json, lambda: map(escape, evaluation_lines(found)))
 
 
-@app.command()
 @options(Trust, without=("allow_low_coverage",))
 def inspect(
     given: dict[str, Any],
@@ -154,17 +150,13 @@ def inspect(
     show(found, as_json, lambda: [inspection_table(found), *map(escape, inspection_summary(found))])
 
 
-for one in (
-    recover.recover,
-    compare.compare,
-    compare.report,
-    deployment.bench,
-    deployment.export,
-    deployment.validate,
-    deployment.doctor,
-    recommend.recommend,
-):
-    app.command()(one)
+for heading, commands in {
+    "Prune": (plan, prune, recover.recover),
+    "Measure and choose": (inspect, evaluate, compare.compare, compare.report, recommend.recommend),
+    "Deploy": (deployment.validate, deployment.export, deployment.bench, deployment.doctor),
+}.items():
+    for run in commands:
+        app.command(rich_help_panel=heading)(run)
 
 
 def guarded(run: Callable[[], Any]) -> int:

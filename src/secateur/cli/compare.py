@@ -27,14 +27,14 @@ from secateur.system.settings import (
 
 
 @options(
-    Destination,
     Grid,
-    RecoveredRows,
-    ZeroShot,
-    TimedRows,
     CalibrationDraws,
     EvaluationText,
+    ZeroShot,
+    RecoveredRows,
+    TimedRows,
     Compute,
+    Destination,
     Trust,
     without=("overwrite",),
 )

@@ -5,12 +5,13 @@ down twice.
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
@@ -19,94 +20,109 @@ from secateur.system.settings import Option
 Model = Annotated[
     str | None, typer.Argument(help="A checkpoint folder or hub name. Default: the embedded demo.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document last.")]
+Quiet = Annotated[bool, typer.Option("--quiet", metavar="", help="Show no progress.")]
+AsJson = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document.")]
+
+
+class Declared(NamedTuple):
+    """A field of an options class, its type, and the heading under which `--help` lists it."""
+
+    field: Field[Any]
+    hint: Any
+    heading: str
+
+    @property
+    def option(self) -> Option:
+        return self.field.metadata["option"]
+
+    @property
+    def members(self) -> tuple[Any, ...]:
+        """The types that a value may have."""
+        return (
+            typing.get_args(self.hint) if isinstance(self.hint, types.UnionType) else (self.hint,)
+        )
 
 
 def options(
-    *classes: type, without: Sequence[str] = (), **defaults: Any
-) -> Callable[[Callable[..., None]], Any]:
-    """Give a command the options of these classes, but those `without`, some with other `defaults`.
+    *classes: type, without: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of these classes, but those `without`.
 
     The command takes them as its first argument, a dictionary by name of field; its other
-    parameters are typer's.
+    parameters are typer's. In `--help` what must be given comes first, then what the command
+    declares itself, then the classes in this order, each under the first words of its docstring.
     """
     made = {
-        one.name: (one, typing.get_type_hints(cls)[one.name])
+        declared.field.name: declared
         for cls in classes
-        for one in sorted(
-            fields(cls), key=lambda one, cls=cls: one.name not in cls.__annotations__
-        )  # inherited last
-        if "option" in one.metadata and one.name not in without
+        for declared in _declared(cls)
+        if declared.field.name not in without
     }
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
-        arguments = [parameter for parameter in own if parameter.name not in ("quiet", "as_json")]
-        flags = [parameter for parameter in own if parameter not in arguments]
-        parameters = [
-            *arguments,
-            *(
-                _parameter(one, hint, defaults.get(name, one.default))
-                for name, (one, hint) in made.items()
-            ),
-            *flags,
-        ]
+        parameters = [*own, *map(_parameter, made.values())]
+        parameters = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+        parameters.sort(key=lambda one: one.default is not ...)
 
         def run(**values: Any) -> None:
-            given = {name: _read(one, hint, values.pop(name)) for name, (one, hint) in made.items()}
+            given = {name: _read(declared, values.pop(name)) for name, declared in made.items()}
             command(given, **values)
 
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        parameters = [
-            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters
-        ]
+        paragraphs = (inspect.getdoc(command) or "").split("\n\n")
+        run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        run.__name__ = command.__name__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__annotations__ = {one.name: one.annotation for one in parameters}
         return run
 
     return decorate
 
 
-def _parameter(one: Field[Any], hint: Any, default: Any) -> inspect.Parameter:
+def _declared(cls: type) -> list[Declared]:
+    """The options of a class in the order of their declaration, those of its bases last."""
+    hints = typing.get_type_hints(cls)
+    heading = " ".join(re.split(r"[.,:;]", cls.__doc__ or cls.__name__)[0].split())
+    origin = {name: base for base in cls.__mro__ for name in inspect.get_annotations(base)}
+    own_first = sorted(fields(cls), key=lambda one: cls.__mro__.index(origin[one.name]))
+    return [
+        Declared(one, hints[one.name], heading) for one in own_first if "option" in one.metadata
+    ]
+
+
+def _parameter(declared: Declared) -> inspect.Parameter:
     """What typer is told of a field."""
-    option: Option = one.metadata["option"]
-    kinds = _kinds(hint)
-    kind: Any = str
-    if not option.listed:
-        if any(typing.get_origin(member) is not None for member in kinds):
-            kind, default = list[str] | None, None
-        else:
-            kind = next(
-                (member for member in (Path, str, bool, int, float) if member in kinds), str
-            )
-            if types.NoneType in kinds:
-                kind = kind | None
-    elif isinstance(default, Sequence) and not isinstance(default, str):
-        default = ",".join(map(str, default))
-    else:
-        default = str(default)
-    flags = option.flags or (
-        (f"--{one.name.replace('_', '-')}",) if kind is bool or one.name == "windows" else ()
+    option, members, default = declared.option, declared.members, declared.field.default
+    kind: Any = next((one for one in (Path, str, bool, int, float) if one in members), str)
+    if option.listed:
+        kind, values = str, default if isinstance(default, Sequence) else [default]
+        default = ",".join(map(str, [values] if isinstance(values, str) else values))
+    elif any(typing.get_origin(one) is not None for one in members):
+        kind, default = list[str] | None, None
+    elif types.NoneType in members:
+        kind = kind | None
+    flag = f"--{declared.field.name.replace('_', '-')}"
+    shape = {"": kind is bool, "<str>": kind == list[str] | None, "<int>": option.least is not None}
+    told = typer.Option(
+        *(option.flags or (flag,)),
+        help=option.help,
+        min=option.least,
+        metavar=next((text for text, wanted in shape.items() if wanted), None),
+        rich_help_panel=None if default is MISSING else declared.heading,
     )
-    told = typer.Option(*flags, help=option.help, min=option.least)
     return inspect.Parameter(
-        one.name,
+        declared.field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=... if default is MISSING else default,
         annotation=Annotated[kind, told],
     )
 
 
-def _read(one: Field[Any], hint: Any, value: Any) -> Any:
+def _read(declared: Declared, value: Any) -> Any:
     """A value as the field holds it, from what typer has read."""
-    if not one.metadata["option"].listed:
-        return () if value is None and isinstance(one.default, tuple) else value
-    return numbers(value) if "int" in str(hint) else split(value)
-
-
-def _kinds(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not declared.option.listed:
+        return () if value is None and isinstance(declared.field.default, tuple) else value
+    return numbers(value) if "int" in str(declared.hint) else split(value)
 
 
 def split(text: str) -> list[str]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from secateur.recovery.job import Recovery
 
 
-@options(Destination, Training, TrainingText, Trust, without=("allow_low_coverage",))
+@options(Training, TrainingText, Destination, Trust, without=("allow_low_coverage",))
 def recover(
     given: dict[str, Any],
     model: Annotated[

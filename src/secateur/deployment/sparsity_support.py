@@ -1,24 +1,30 @@
-"""What each runtime does with zeros in the weights: an entry a runtime, with where that is known
-from, and when.
+"""What each runtime does with zeros in the weights, by a rule that judges one matrix and says why.
 
-A rule judges one matrix and says why. It knows shapes, dtypes, patterns and what has been published
-of the kernels; it runs nothing, so where a runtime times its kernels and takes the faster one, a
-yes means that it may. A new runtime is a line in `RULES`. Runtimes change: each entry carries the
-versions that it was read or measured in and the date. What TensorRT did in the end is in its log,
-which `parse_build_log` reads.
+What is known, with its sources and dates, stands in `sparsity_support.toml`; here are the functions
+that judge by it. They know shapes, dtypes and patterns and run nothing, so where a runtime times
+its kernels and takes the faster one, a yes means that it may. What TensorRT did in the end is in
+its log, which `parse_build_log` reads. A new runtime is a table of the file, and a function in
+`OBJECTIONS` if it uses any zeros.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from secateur.checkpoints.folder import Checkpoint
-from secateur.deployment.formats.tensorrt_llm import BUILD_COMMAND, PRUNED, SILENTLY_DENSE, eligible
+from secateur.deployment.formats.tensorrt_llm import eligible
 from secateur.deployment.packed_model import LEAST
 from secateur.kernels.packed import MOST
+
+KNOWN: Mapping[str, Any] = tomllib.loads(
+    Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+)
+"""Everything that is known of runtimes and hardware, as the file has it."""
 
 LINEAR, CONV1D, EXPERTS = "linear layer", "Conv1D", "stack of experts"
 
@@ -32,17 +38,10 @@ DTYPES = {
 }
 
 MULTIPLES: Mapping[str, Mapping[str, tuple[int, int]]] = {
-    "cuSPARSELt": {"F16": (16, 16), "BF16": (16, 16), "I8": (32, 32), "F8_E4M3": (32, 32)},
-    "CUTLASS": {"F16": (32, 64), "BF16": (32, 64), "I8": (16, 128)},
+    backend: {dtype: (rows, columns) for dtype, (rows, columns) in table.items()}
+    for backend, table in KNOWN["torch_multiples"].items()
 }
-"""What torch's two backends for 2:4 want outputs and inputs to be multiples of (torch 2.13,
-semi_structured.py).
-"""
-
-WIDE = 256
-"""Inputs and outputs from which on sparse kernels were seen to win in TensorRT (TensorRT#3849,
-#4065).
-"""
+"""What torch's two backends for 2:4 want outputs and inputs to be multiples of, by dtype."""
 
 FEW_ROWS = 64
 """So many rows of x or fewer are bound by what is read of the weights, and torch's sparse products
@@ -52,7 +51,7 @@ then lose.
 
 @dataclass(frozen=True)
 class Matrix:
-    """What a rule is told of a tensor that is a site, or several. `rows` are its outputs, `columns`
+    """What a rule is told of a tensor that is a weight matrix, or several. `rows` are its outputs, `columns`
     its inputs.
 
     `crowded` is the share of groups of four consecutive inputs that keep more than two weights: 0
@@ -79,21 +78,48 @@ class Verdict(NamedTuple):
     reason: str
 
 
-class Rule(NamedTuple):
-    """How one runtime treats zeros. `judge(matrix, rows of x)` is asked for matrices that have
-    zeros.
+@dataclass(frozen=True)
+class Rule:
+    """What is known of a runtime's use of zeros: a table of `runtimes` in the file, which says what
+    each field means.
 
-    `whole(checkpoint, ranks)` adds why not, by site, for what one matrix does not show; it may
-    raise UnsupportedModel. `notes` are printed with the answer; they may name `{folder}`. Where the
-    runtime times its kernels and chooses, a yes is not `certain`.
+    `build` is the command that makes an engine from what `export` writes; it may name `{folder}`.
     """
 
-    judge: Callable[[Matrix, int], Verdict]
-    source: str
-    date: str
-    notes: tuple[str, ...] = ()
-    whole: Callable[[Checkpoint, int], Mapping[str, str]] | None = None
+    name: str
+    source: str = ""
+    date: str = ""
+    uses: str = ""
+    never: str = ""
+    yes: str = ""
+    wide: int = 0
     certain: bool = True
+    notes: Sequence[str] = ()
+    build: str = ""
+    build_remark: str = ""
+    silently_dense: Mapping[str, str] = field(default_factory=dict)
+    export: str = ""
+    accelerated: bool = False
+    alike: str = ""
+
+    def judge(self, matrix: Matrix, rows: int) -> Verdict:
+        """Whether it uses the zeros of a matrix that has some, multiplied by so many rows of x."""
+        if why := self.never or OBJECTIONS[self.name](matrix, rows):
+            return Verdict(False, why)
+        if min(matrix.rows, matrix.columns) < self.wide:
+            seen = f"but NVIDIA saw them win from {self.wide} inputs and outputs on"
+            return Verdict(True, f"{self.yes}, {seen}")
+        return Verdict(True, self.yes)
+
+    def remarks(self, folder: str) -> list[str]:
+        """What is to be told with the answer for a checkpoint folder."""
+        build = self.build.replace("{folder}", folder)
+        return [
+            *([f"Build: {', '.join(filter(None, (build, self.build_remark)))}"] if build else ()),
+            *(f"Dense in silence with {how}: {why}." for how, why in self.silently_dense.items()),
+            *(() if self.certain else (KNOWN["uncertain"]["note"],)),
+            *self.notes,
+        ]
 
 
 @dataclass(frozen=True)
@@ -106,11 +132,6 @@ class SparsityReport:
     picked: int
     eligible_layers: tuple[str, ...] = ()
     picked_layers: tuple[str, ...] = ()
-
-
-def never(reason: str) -> Callable[[Matrix, int], Verdict]:
-    """The rule of a runtime that multiplies by zeros as by other numbers."""
-    return lambda matrix, batch: Verdict(False, reason)
 
 
 def not_two_of_four(matrix: Matrix) -> str | None:
@@ -126,64 +147,43 @@ def not_two_of_four(matrix: Matrix) -> str | None:
     )
 
 
-def _two_of_four(
-    objection: Callable[[Matrix, int], str | None], yes: Callable[[Matrix], str]
-) -> Callable[[Matrix, int], Verdict]:
-    """A rule that wants 2:4 and then has no objection of its own; `yes(matrix)` is the reason of a
-    yes.
-    """
-
-    def judge(matrix: Matrix, batch: int) -> Verdict:
-        why = not_two_of_four(matrix) or objection(matrix, batch)
-        return Verdict(not why, why or yes(matrix))
-
-    return judge
-
-
-def _packed(matrix: Matrix, batch: int) -> Verdict:
+def _packed(matrix: Matrix, rows: int) -> str | None:
     if matrix.kind != LINEAR:
-        return Verdict(False, f"a {matrix.kind}; only linear layers are packed")
+        return f"a {matrix.kind}; only linear layers are packed"
     if matrix.dtype not in ("F32", "BF16"):
-        return Verdict(False, f"{_dtype(matrix)}; float32 and bfloat16 are packed")
+        return f"{_dtype(matrix)}; float32 and bfloat16 are packed"
     if matrix.sparsity < LEAST:
-        return Verdict(
-            False, f"{matrix.sparsity:.1%} zeros; from {LEAST:.0%} on a matrix is packed"
-        )
-    if batch > MOST:
-        return Verdict(
-            False,
-            f"{batch} rows of x: for more than {MOST} a packed matrix is unpacked and multiplied densely",
-        )
-    return Verdict(True, "its zeros are neither stored nor read")
+        return f"{matrix.sparsity:.1%} zeros; from {LEAST:.0%} on a matrix is packed"
+    if rows > MOST:
+        dense = f"for more than {MOST} a packed matrix is unpacked and multiplied densely"
+        return f"{rows} rows of x: {dense}"
+    return None
 
 
-def _semi_structured(matrix: Matrix, batch: int) -> str | None:
+def _semi_structured(matrix: Matrix, rows: int) -> str | None:
+    if why := not_two_of_four(matrix):
+        return why
     if matrix.kind != LINEAR:
         return f"a {matrix.kind}; torch converts the weights of linear layers"
     if matrix.dtype == "F32":
         return "float32: its sparse tensor cores take 1:2, not 2:4; cast the model to bfloat16"
     tables = {
-        backend: table[matrix.dtype]
-        for backend, table in MULTIPLES.items()
-        if matrix.dtype in table
+        name: table[matrix.dtype] for name, table in MULTIPLES.items() if matrix.dtype in table
     }
     if not tables:
         return f"{_dtype(matrix)}: float16 or bfloat16 was wanted"
-    if all(matrix.rows % rows or matrix.columns % columns for rows, columns in tables.values()):
+    if all(matrix.rows % outputs or matrix.columns % inputs for outputs, inputs in tables.values()):
         wanted = ", ".join(f"{multiples} for {backend}" for backend, multiples in tables.items())
         return f"[{matrix.rows}, {matrix.columns}] is no multiple of {wanted}"
-    if batch <= FEW_ROWS:
-        return f"{batch} rows of x: with {FEW_ROWS} or fewer the sparse product is no faster than the dense one"
+    if rows <= FEW_ROWS:
+        few = f"with {FEW_ROWS} or fewer the sparse product is no faster than the dense one"
+        return f"{rows} rows of x: {few}"
     return None
 
 
-def _auctioned(matrix: Matrix) -> str:
-    if min(matrix.rows, matrix.columns) < WIDE:
-        return f"TensorRT may take a sparse kernel, but NVIDIA saw them win from {WIDE} inputs and outputs on"
-    return "TensorRT may take a sparse kernel"
-
-
-def _tensorrt(matrix: Matrix, batch: int) -> str | None:
+def _tensorrt(matrix: Matrix, rows: int) -> str | None:
+    if why := not_two_of_four(matrix):
+        return why
     if matrix.dtype not in ("F16", "BF16", "I8", "F8_E4M3"):
         return f"{_dtype(matrix)}: float16, bfloat16, int8 or float8 was wanted"
     if matrix.rows % 8 or matrix.columns % 16:
@@ -193,24 +193,52 @@ def _tensorrt(matrix: Matrix, batch: int) -> str | None:
     return None
 
 
-def _tensorrt_llm(checkpoint: Checkpoint, ranks: int) -> dict[str, str]:
-    """By tensor, why TensorRT takes no sparse kernel for the layers that it is part of."""
-    found: dict[str, str] = {}
+def _dtype(matrix: Matrix) -> str:
+    return DTYPES.get(matrix.dtype, matrix.dtype)
+
+
+OBJECTIONS: Mapping[str, Callable[[Matrix, int], str | None]] = {
+    "packed": _packed,
+    "packed-int8": _packed,
+    "semi-structured": _semi_structured,
+    "tensorrt": _tensorrt,
+    "tensorrt-llm": lambda matrix, rows: not_two_of_four(matrix),
+}
+"""Why a runtime that uses some zeros does not use those of a matrix at so many rows of x, or None.
+"""
+
+RUNTIME_FACTS: Mapping[str, Rule] = {
+    name: Rule(name, **facts) for name, facts in KNOWN["runtimes"].items()
+}
+"""All that the file says of runtimes, those included that only the priors are about."""
+
+RULES: Mapping[str, Rule] = {name: rule for name, rule in RUNTIME_FACTS.items() if rule.source}
+"""How each runtime treats zeros. A smaller model needs no rule: it is smaller everywhere."""
+
+
+def fused_layers(checkpoint: Checkpoint, ranks: int) -> dict[str, str]:
+    """By tensor, why TensorRT-LLM has no sparse kernel for the layers that it is part of.
+
+    A layer is several matrices, split by ranks, which no judge of one matrix sees. Raises
+    UnsupportedModel and BadCheckpoint.
+    """
+    reasons: dict[str, str] = {}
     for layer in eligible(checkpoint, ranks=ranks):
-        if not layer.eligible:
-            for site in layer.sites:
-                found.setdefault(
-                    f"{site}.weight", f"{layer.name} on rank {layer.rank}: {layer.reason}"
-                )
-    return found
+        for name in () if layer.eligible else layer.sites:
+            reason = f"{layer.name} on rank {layer.rank}: {layer.reason}"
+            reasons.setdefault(f"{name}.weight", reason)
+    return reasons
 
 
-_ELIGIBLE = re.compile(
-    r"\(Sparsity\) (?:Layers eligible for sparse math|Found (\d+) layer\S* eligible[^:\n]*):?(.*)"
-)
-_PICKED = re.compile(
-    r"\(Sparsity\) (?:TRT inference plan picked sparse implementation for layers|Chose (\d+) layer[^:\n]*):?(.*)"
-)
+_LINES = {
+    "eligible": re.compile(
+        r"\(Sparsity\) (?:Layers eligible for sparse math|Found (\d+) layer\S* eligible[^:\n]*):?(.*)"
+    ),
+    "picked": re.compile(
+        r"\(Sparsity\) (?:TRT inference plan picked sparse implementation for layers"
+        r"|Chose (\d+) layer[^:\n]*):?(.*)"
+    ),
+}
 
 
 def parse_build_log(text: str) -> tuple[SparsityReport, ...]:
@@ -219,121 +247,19 @@ def parse_build_log(text: str) -> tuple[SparsityReport, ...]:
 
     TensorRT 8 gives names, later versions counts and, in some, names. Whatever stands before
     `(Sparsity)` in a line is ignored. Empty where the log says nothing: --weight_sparsity or
-    --log_level verbose was missing, or no product reached TensorRT
-    (`formats.tensorrt_llm.SILENTLY_DENSE`).
+    --log_level verbose was missing, or no product reached TensorRT (`Rule.silently_dense`).
     """
     reports, waiting = [], None
     for line in text.splitlines():
-        if found := _ELIGIBLE.search(line):
-            waiting = _counted(found)
-        elif (found := _PICKED.search(line)) and waiting:
-            picked = _counted(found)
-            reports.append(SparsityReport(waiting[0], picked[0], waiting[1], picked[1]))
+        if match := _LINES["eligible"].search(line):
+            waiting = _counted(match)
+        elif (match := _LINES["picked"].search(line)) and waiting:
+            (count, names), (picked, picked_names) = waiting, _counted(match)
+            reports.append(SparsityReport(count, picked, names, picked_names))
             waiting = None
     return tuple(reports)
 
 
-def _counted(found: re.Match[str]) -> tuple[int, tuple[str, ...]]:
-    names = tuple(name for part in found[2].split(", ") if (name := part.strip(" ,")))
-    return int(found[1]) if found[1] else len(names), names
-
-
-def _dtype(matrix: Matrix) -> str:
-    return DTYPES.get(matrix.dtype, matrix.dtype)
-
-
-_READ = "2026-11-22"
-_AUCTION = (
-    "A yes means eligible: the builder times sparse against dense and takes the faster, in silence. Look in the "
-    "verbose build log for '(Sparsity)', and whether any layer was picked (TensorRT#2169: many eligible, none picked).",
-)
-_PUBLISHED = (
-    "Published for cuSPARSELt 0.8.1 with its best algorithm, bfloat16, linear layers of Qwen2.5-7B on an H100: 1.03 "
-    "times as fast as dense at 64 rows of x, 1.13 at 128, 1.25 at 256, 1.43 at 512, 1.74 at 1,024 (arXiv:2603.05232).",
-    "One row through torch: 4096 × 4096 in 0.022 ms dense, 0.196 ms sparse (pytorch#111339).",
-    "Rows of x are the batch in decoding, batch × tokens in prefill: ask again with a larger batch.",
-    "torch does not check the pattern: a matrix that is not 2:4 is converted to a wrong one without an error.",
-)
-
-RULES: dict[str, Rule] = {
-    "eager": Rule(
-        never("torch multiplies by zeros as by other numbers"), "torch 2.13, measured", _READ
-    ),
-    "compiled": Rule(never("torch.compile fuses, but its products are dense"), "torch 2.13", _READ),
-    "packed": Rule(_packed, "kernels/packed.py", "2026-11-26", ("On the CPU, for decoding.",)),
-    "packed-int8": Rule(
-        _packed,
-        "kernels/packed.py",
-        "2026-11-26",
-        ("On the CPU, for decoding, with weights rounded to int8.",),
-    ),
-    "semi-structured": Rule(
-        _two_of_four(
-            _semi_structured,
-            lambda matrix: "torch has a 2:4 kernel for it, and x enough rows to gain by it",
-        ),
-        "torch 2.13, torch/sparse/semi_structured.py",
-        _READ,
-        _PUBLISHED,
-    ),
-    "tensorrt-llm": Rule(
-        _two_of_four(lambda matrix, batch: None, _auctioned),
-        "TensorRT-LLM 1.2.1, builder.py and layers/linear.py; TensorRT-LLM#1559, #1731, #1802, #1913",
-        _READ,
-        (
-            f"Build: {BUILD_COMMAND.replace('{engine}', 'ENGINE')}",
-            *(f"Dense in silence with {option}: {why}." for option, why in SILENTLY_DENSE.items()),
-            *_AUCTION,
-            "TensorRT-LLM 1.3 and later have no engine backend: their PyTorch backend multiplies densely.",
-            "Published gains on whole models: none to 5 % (TensorRT-LLM#1731, #1802, Model-Optimizer#1974).",
-        ),
-        _tensorrt_llm,
-        certain=False,
-    ),
-    "tensorrt": Rule(
-        _two_of_four(_tensorrt, _auctioned),
-        "TensorRT#2169, #2271, #3849, #4056; alignments of NVIDIA's ASP, since TensorRT publishes none",
-        _READ,
-        (
-            "Build: trtexec --onnx=MODEL.onnx --sparsity=enable --verbose, with constant weights; --sparsity=force "
-            "overwrites weights and is for timing only.",
-            *_AUCTION,
-        ),
-        certain=False,
-    ),
-    "vllm": Rule(
-        never(
-            "vLLM 0.19.1 and later have no sparse kernels; the checkpoint loads and runs densely"
-        ),
-        "vllm#32688, #36799",
-        _READ,
-    ),
-    "onnxruntime": Rule(
-        never("ONNX Runtime multiplies densely"),
-        "ONNX Runtime 1.31, measured with 0, 50 and 90 % zeros",
-        _READ,
-        (
-            "With its TensorRT provider and ORT_TENSORRT_SPARSITY_ENABLE=1 the rules of `tensorrt` hold.",
-        ),
-    ),
-    "llamacpp": Rule(
-        never("llama.cpp stores and multiplies zeros like other weights"),
-        "llama.cpp#931, #3594",
-        _READ,
-    ),
-}
-"""How each runtime treats zeros. A smaller model needs no rule: it is smaller everywhere."""
-
-__all__ = [
-    "CONV1D",
-    "EXPERTS",
-    "LINEAR",
-    "MULTIPLES",
-    "PRUNED",
-    "RULES",
-    "Matrix",
-    "Rule",
-    "SparsityReport",
-    "Verdict",
-    "parse_build_log",
-]
+def _counted(match: re.Match[str]) -> tuple[int, tuple[str, ...]]:
+    names = tuple(name for part in match[2].split(", ") if (name := part.strip(" ,")))
+    return int(match[1]) if match[1] else len(names), names

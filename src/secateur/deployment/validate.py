@@ -20,15 +20,16 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.checkpoints.record import record_of
+from secateur.deployment.formats.tensorrt_llm import PRUNED
 from secateur.deployment.sparsity_support import (
     CONV1D,
     EXPERTS,
     LINEAR,
-    PRUNED,
     RULES,
     Matrix,
     Rule,
     Verdict,
+    fused_layers,
 )
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line, printable
 from secateur.methods.patterns import TWO_OF_FOUR
@@ -105,7 +106,7 @@ def validate(
     checkpoint = open_checkpoint(folder)
     record = record_of(folder) or {}
     smaller = record.get("parameters")
-    notes = [] if smaller else [note.format(folder=folder) for note in rule.notes]
+    notes = [] if smaller else rule.remarks(str(folder))
     try:
         stored, _ = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)
     except UnsupportedModel:
@@ -186,10 +187,10 @@ def _lacking(
     rule: Rule, checkpoint: Checkpoint, stored: Mapping[str, Stored], ranks: int
 ) -> Mapping[str, str]:
     """By tensor, why not, of what one matrix does not show."""
-    if rule.whole is None:
+    if rule.name != "tensorrt-llm":
         return {}
     try:
-        return rule.whole(checkpoint, ranks)
+        return fused_layers(checkpoint, ranks)
     except (BadCheckpoint, UnsupportedModel) as error:
         return dict.fromkeys(stored, in_one_line(error))
 

@@ -1,6 +1,7 @@
 """Every option of Secateur, declared once: its default, its words of help and its bounds.
 
-The command line is made from these fields (`cli.options`). The public functions keep flat keywords,
+The command line is made from these fields (`cli.options`); the first words of a class's docstring
+are the heading of its options in `--help`. The public functions keep flat keywords,
 whose defaults are these, and build the objects in their first lines; everything below takes the
 objects. Nothing here needs torch.
 """
@@ -53,7 +54,8 @@ class Recipe(Exceptions):
         "default", "A method of the table in the README, or a preset: fast, default, best."
     )
     pattern: str = option(
-        "50%", "50%, '50% of row', 2:4, '25% of channels', '4 blocks', 'to 75% of parameters' …"
+        "50%",
+        "What to remove: 50%, '50% of row', 2:4, '25% of channels', '4 blocks', 'to 75% of parameters' …",
     )
     allocate: str = option(
         "uniform",
@@ -62,15 +64,25 @@ class Recipe(Exceptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedRecipe(Recipe):
+    """What is removed, where how much each matrix can lose is measured."""
+
+    allocate: str = option(
+        "error", "How sparsity is shared out in what is measured: error, owl, search, uniform."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CalibrationText:
-    """The text whose tokens go through the model while it is pruned."""
+    """The calibration text, whose tokens go through the model while it is pruned."""
 
     calibration: str | None = option(
-        None, "Text to calibrate on: demo, c4, wikitext2, or files separated by commas."
+        None,
+        "Text to calibrate on: c4, wikitext2, demo, or files separated by commas. Default: c4, demo for the demo.",
     )
     samples: int = option(128, "Calibration windows.", least=1)
     seq_len: int | None = option(
-        None, "Tokens a window. Default: the smaller of 2048 and the context.", least=2
+        None, "Tokens in a window. Default: 2048, or the context if smaller.", least=2
     )
     seed: int = option(0, "Seed of the calibration windows.")
     data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
@@ -78,19 +90,23 @@ class CalibrationText:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationText:
-    """The text that a model is judged on."""
+    """The evaluation text, on which a model is judged."""
 
-    evaluation: str | None = option(None, "Text to measure perplexity on: as for --calibration.")
+    evaluation: str | None = option(
+        None,
+        "Text to measure perplexity on: wikitext2, c4, demo, or files separated by commas. "
+        "Default: wikitext2, demo for the demo.",
+    )
     windows: int | None = option(None, "Evaluation windows. Default: all.", least=2)
     seq_len: int | None = option(
-        None, "Tokens a window. Default: the smaller of 2048 and the context.", least=2
+        None, "Tokens in a window. Default: 2048, or the context if smaller.", least=2
     )
     data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot:
-    """Zero-shot tasks that a model answers."""
+    """Zero-shot tasks, which a model answers."""
 
     tasks: Sequence[str] = option(
         (),
@@ -104,14 +120,14 @@ class ZeroShot:
 class Compute:
     """Where and in which numbers a model runs, and what it may take."""
 
-    device: str = option("auto", "auto, cpu, cuda, cuda:0,cuda:1 …")
+    device: str = option("auto", "Where it runs: auto, cpu, cuda, cuda:0,cuda:1 …")
     dtype: str = option(
         "auto",
         "dtype of forward passes: auto, float32, bfloat16, float16. auto: on a CPU float32, or in calibration "
         "bfloat16 as stored if the processor multiplies it.",
     )
     batch_size: int = option(
-        8, "Windows a forward pass; calibration takes fewer where memory is short.", least=1
+        8, "Windows in a forward pass; calibration takes fewer where memory is short.", least=1
     )
     passes: str = option(
         "auto", "How often blocks run: one, two (less memory), auto: one where that fits."
@@ -124,22 +140,23 @@ class Compute:
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """The folder of a result, and what may be done to what lies there. `command` is what was typed,
-    for the record.
+    """The result: the folder that it is written to, and what may be done to what lies there.
+
+    `command` is what was typed, for the record.
     """
 
     out: str | Path = option(MISSING, "The folder to write.")
-    overwrite: bool = option(False, "Replace a checkpoint at --out.")
+    overwrite: bool = option(False, "Replace what was written to --out before.")
     restart: bool = option(False, "Discard a half-finished run at --out.")
     command: Sequence[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trust:
-    """What a user lets pass that is refused otherwise."""
+    """What is refused unless a user lets it pass."""
 
     allow_low_coverage: bool = option(
-        False, "Prune although most weights are no prunable matrices."
+        False, "Prune although most weights are in no matrix that can be pruned."
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
 
@@ -173,13 +190,12 @@ class Grid(Exceptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationDraws:
-    """The calibration texts of a comparison: every row is made for every draw of them, the first is
-    the table's.
-    """
+    """The calibration texts: every row is made for every draw of them, the first is the table's."""
 
     calibration: str | Sequence[str] | None = option(
         None,
-        "Text to calibrate on: demo, c4, wikitext2, or files separated by commas. May be repeated.",
+        "Text to calibrate on: c4, wikitext2, demo, or files separated by commas. May be repeated. "
+        "Default: c4, demo for the demo.",
     )
     samples: int | Sequence[int] = option(
         128, "Calibration windows; several, as in 1,16,128, for a row each.", listed=True
@@ -195,7 +211,7 @@ class CalibrationDraws:
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveredRows:
-    """Rows of a comparison that are fine-tuned after they were pruned."""
+    """Fine-tuned rows, which a comparison trains after they were pruned."""
 
     recover: Sequence[str] = option(
         (),
@@ -210,7 +226,7 @@ class RecoveredRows:
 
 @dataclass(frozen=True, kw_only=True)
 class TimedRows:
-    """Rows of a comparison that are timed beside the dense model."""
+    """Timed rows, which run beside the dense model."""
 
     bench: Sequence[str] = option(
         (),
@@ -237,7 +253,7 @@ class Training:
     save_every: int = option(100, "Steps between checkpoints of the training.", least=1)
     gradient_checkpointing: bool = option(False, "Less memory for more time.")
     seed: int = option(0, "Seed of the text, its order and the adapters.")
-    device: str = option("auto", "auto, cpu, cuda, cuda:0,cuda:1 …")
+    device: str = option("auto", "Where it runs: auto, cpu, cuda, cuda:0,cuda:1 …")
     dtype: str = option(
         "auto",
         "What is multiplied: float32, bfloat16 (under autocast), auto: bfloat16 for what is stored in 16 bits "
@@ -247,16 +263,17 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingText:
-    """The text that a pruned model is fine-tuned on."""
+    """The training text of a pruned model."""
 
     text: str | None = option(
-        None, "Text to train on: c4, wikitext2, demo, or files separated by commas."
+        None,
+        "Text to train on: c4, wikitext2, demo, or files separated by commas. Default: c4, demo for the demo.",
     )
     evaluation: str | None = option(
         None, "Text that will judge the result, and is not trained on: as for --text."
     )
     seq_len: int | None = option(
-        None, "Tokens a window. Default: the smaller of 2048 and the context.", least=2
+        None, "Tokens in a window. Default: 2048, or the context if smaller.", least=2
     )
     data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
 

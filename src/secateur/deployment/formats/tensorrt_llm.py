@@ -39,23 +39,6 @@ from secateur.system.tensors import count_zeros
 ARCHITECTURES = {"LlamaForCausalLM": False, "MistralForCausalLM": False, "Qwen2ForCausalLM": True}
 """The models that can be written, and whether their q, k and v have biases."""
 
-BUILD_COMMAND = (
-    "trtllm-build --checkpoint_dir {folder} --output_dir {engine} --gemm_plugin disable "
-    "--weight_sparsity --log_level verbose"
-)
-
-SILENTLY_DENSE = {
-    "--gemm_plugin auto|float16|bfloat16|fp8": "products go to cuBLASLt, so TensorRT never "
-    "sees them (TensorRT-LLM#1559, Model-Optimizer#603, #1974)",
-    "--low_latency_gemm_plugin": "the same, by another plugin",
-    "--fast_build": "weights become inputs of the network, and only constants are looked at",
-    "--strip_plan": "an engine that gets its weights later cannot know that they are 2:4",
-    "weight-only and SmoothQuant quantisation": "their kernels are plugins of "
-    "TensorRT-LLM, all of them dense",
-    "--weight_sparsity left out": "sparse kernels are not tried",
-}
-"""Options of the build under which all products are dense, without a word about it, and why."""
-
 HF_CONFIG = "hf_config.json"
 """Where the config.json of the source goes: TensorRT-LLM's own has that name."""
 

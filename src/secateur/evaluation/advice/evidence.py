@@ -1,4 +1,4 @@
-"""What a comparison says of its rows that an advice can rest on: increases with their intervals,
+"""What a comparison says of its rows that advice can rest on: increases with their intervals,
 speeds, ties.
 """
 
@@ -11,11 +11,60 @@ from typing import Any
 
 import numpy as np
 
+from secateur.deployment.runtimes import RUNTIMES
 from secateur.evaluation.advice.hardware import is_measured
+from secateur.evaluation.advice.priors import STRUCTURED, uses_zeros
 from secateur.evaluation.perplexity import perplexity_difference
 from secateur.evaluation.results.schema import Results, Row
 
 Triple = tuple[float, float, float]
+"""A figure and its 95 % interval."""
+
+CHANCE = 1.1
+"""A gain whose interval begins below this is taken for chance where the runtime is not known to use
+such zeros: it does the same work as with the dense model, and of a dozen such timings one begins
+above 1.
+"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a recommendation is wanted for; `limit` is a share of the dense perplexity, None: any.
+
+    Timings count where they were taken on `hardware`, in `runtime`; None: in all.
+    """
+
+    goal: str
+    limit: float | None
+    hardware: str | None
+    runtime: str | None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the runtime rounds weights."""
+        return self.runtime in RUNTIMES and RUNTIMES[self.runtime].rounded
+
+    def loads(self, row: Row) -> bool:
+        """Whether a row's values are those that the runtime multiplies by: rounded in those that
+        round, and in no others.
+        """
+        return self.runtime is None or self.rounds == (row.values != "as stored")
+
+    def admits(self, row: Row, dense: Row) -> bool:
+        """Whether a row may be chosen: it runs there, and the upper end of its interval is within
+        the limit.
+        """
+        within = self.limit is None or increase(row, dense)[2] <= self.limit
+        return within and self.loads(row)
+
+    def timings(self, results: Results, row: Row) -> list[dict[str, Any]]:
+        """The timings of a row that count."""
+        return [
+            entry
+            for entry in row.latency
+            if self.runtime in (None, entry["runtime"])
+            and is_measured(self.hardware, results.machine, entry["runtime"])
+        ]
 
 
 @dataclass(frozen=True)
@@ -50,6 +99,21 @@ class Speed:
         """Whether the interval of the ratio contains 1."""
         return self.ratio[1] <= 1 <= self.ratio[2]
 
+    @property
+    def doubted(self) -> bool:
+        """Whether a gain has no known cause: zeros, in a runtime whose rule says that it does not
+        use them.
+        """
+        _, batch, prompt = self.conditions
+        rows = batch * (1 if self.phase == "decode" else prompt)
+        zeros = self.row.kind != STRUCTURED
+        return zeros and uses_zeros(self.runtime, self.row.pattern, rows) is False
+
+    @property
+    def chance(self) -> bool:
+        """Whether it is faster, and that is taken for chance."""
+        return self.faster and self.ratio[1] < CHANCE and self.doubted
+
 
 def increase(row: Row, dense: Row) -> Triple:
     """Perplexity added to the dense model's, as a share of that, and its 95 % interval."""
@@ -69,66 +133,35 @@ def told_apart(one: Row, other: Row) -> tuple[bool, str]:
         return not low <= 0 <= high, f"paired difference 95% interval {low:+.3g} to {high:+.3g}"
     if one.peers == other.peers and (one.rank or other.rank):
         tie = other.name in one.ties or one.name in other.ties
-        return (
-            not tie,
-            "the paired difference may be zero"
-            if tie
-            else "the paired difference is apart from zero",
-        )
-    (low, high), (from_, to) = one.delta_interval, other.delta_interval
-    apart = high < from_ or to < low
-    return apart, "their intervals are apart" if apart else "their intervals overlap"
+        is_zero = "may be zero" if tie else "is apart from zero"
+        return not tie, f"the paired difference {is_zero}"
+    (low, high), (other_low, other_high) = one.delta_interval, other.delta_interval
+    apart = high < other_low or other_high < low
+    return apart, f"their intervals {'are apart' if apart else 'overlap'}"
 
 
 def speeds(
-    results: Results, rows: Iterable[Row], hardware: str | None, runtime: str | None
-) -> list[Speed]:
-    """What was timed of rows on that hardware, in that runtime; None: in all.
+    results: Results, rows: Iterable[Row], question: Question
+) -> tuple[list[Speed], list[tuple[str, int, int]]]:
+    """The speeds of rows under the conditions under which most was timed, and the other conditions.
 
-    Decoding, or where no entry has it prefill. All under the conditions under which most was timed.
+    Of decoding, or where no timing that counts has it of prefill.
     """
-    found = _timings(results, rows, hardware, runtime)
-    counted = Counter(speed.conditions for speed in found)
-    most = min(counted, key=lambda held: (-counted[held], held[1:], held[0]), default=None)
-    return [speed for speed in found if speed.conditions == most]
-
-
-def conditions(
-    results: Results, rows: Iterable[Row], hardware: str | None, runtime: str | None
-) -> set[tuple[str, int, int]]:
-    """All conditions under which rows were timed there: dtype, batch, prompt."""
-    return {speed.conditions for speed in _timings(results, rows, hardware, runtime)}
-
-
-def _timings(
-    results: Results, rows: Iterable[Row], hardware: str | None, runtime: str | None
-) -> list[Speed]:
-    entries = [
-        (row, entry)
-        for row in rows
-        for entry in row.latency
-        if runtime in (None, entry["runtime"])
-        and is_measured(hardware, results.machine, entry["runtime"])
-    ]
-    phase = "decode" if any("decode" in entry for _, entry in entries) else "prefill"
-    return [_speed(row, entry, phase) for row, entry in entries if phase in entry]
+    timings = [(row, entry) for row in rows for entry in question.timings(results, row)]
+    phase = "decode" if any("decode" in entry for _, entry in timings) else "prefill"
+    timed = [_speed(row, entry, phase) for row, entry in timings if phase in entry]
+    counts = Counter(speed.conditions for speed in timed)
+    order = sorted(
+        counts, key=lambda conditions: (-counts[conditions], *conditions[1:], conditions)
+    )
+    return [speed for speed in timed if speed.conditions == order[0]], sorted(order[1:])
 
 
 def _speed(row: Row, entry: dict[str, Any], phase: str) -> Speed:
-    low, middle, high = entry[phase]
-    rate = tuple(entry["over_eager"]) if phase == "decode" else (1 / middle, 1 / high, 1 / low)
-    return Speed(
-        row,
-        entry["runtime"],
-        phase,
-        entry["against"],
+    low, median, high = entry[phase]
+    rate = tuple(entry["over_eager"]) if phase == "decode" else (1 / median, 1 / high, 1 / low)
+    ratio, conditions = (
         tuple(entry[f"{phase}_ratio"]),
-        rate,
-        middle,
         (entry["dtype"], entry["batch"], entry["prompt"]),
     )
-
-
-def timed_runtimes(results: Results) -> set[str]:
-    """The runtimes in which any row was timed."""
-    return {entry["runtime"] for row in results.table for entry in row.latency}
+    return Speed(row, entry["runtime"], phase, entry["against"], ratio, rate, median, conditions)

@@ -1,19 +1,21 @@
 """What each goal takes among the rows that are let in, and what it says of that: a function a goal,
 in `GOALS`.
 
-A function gets the comparison, the pruned rows that satisfy what was asked for, and the hardware
-and runtime. It measures nothing and knows no priors.
+A goal filters the rows, orders them by a key, takes the first, and says in sentences of one form
+why: what was found, what it costs, and how far the runner-up is. It measures nothing and knows no
+priors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from secateur.evaluation.advice.evidence import Speed, conditions, increase, speeds, told_apart
-from secateur.evaluation.advice.hardware import place
-from secateur.evaluation.advice.priors import SEMI, STRUCTURED, UNSTRUCTURED, uses_zeros
-from secateur.evaluation.report.tables import number
+from secateur.evaluation.advice.evidence import Question, Speed, increase, speeds, told_apart
+from secateur.evaluation.advice.hardware import timed_on
+from secateur.evaluation.advice.priors import SEMI, STRUCTURED, UNSTRUCTURED
+from secateur.evaluation.report.tables import number, ratio
 from secateur.evaluation.results.schema import Results, Row
 from secateur.system.sizes import in_words
 
@@ -22,15 +24,10 @@ SAME_SIZE = 0.01
 thousandth.
 """
 
-CHANCE = 1.1
-"""A gain whose interval begins below this is taken for chance where the runtime is not known to use
-such zeros: it does the same work as with the dense model, and of a dozen such timings one begins
-above 1.
-"""
-
 KINDS: Mapping[str, str] = {
     "dense": "the model as it came",
-    UNSTRUCTURED: "zeros anywhere: good where a format leaves zeros out or a runtime has kernels for them",
+    UNSTRUCTURED: "zeros anywhere: "
+    "good where a format leaves zeros out or a runtime has kernels for them",
     SEMI: "N:M zeros: loads everywhere, good where a runtime and its hardware have kernels for 2:4",
     STRUCTURED: "a smaller dense model: good in every runtime that loads the dense one",
 }
@@ -56,135 +53,120 @@ def title(row: Row) -> str:
 
 def shown(row: Row, dense: Row) -> str:
     """The perplexity of a row beside the dense model's."""
-    middle, low, high = increase(row, dense)
     if row.kind == "dense":
         return f"perplexity {number(row.perplexity)}"
-    beside = f"{middle:+.1%} [{low:+.1%}, {high:+.1%}]"
-    return (
-        f"perplexity {number(row.perplexity)}, {beside} over the dense {number(dense.perplexity)}"
-    )
+    share, low, high = increase(row, dense)
+    beside = f"{share:+.1%} [{low:+.1%}, {high:+.1%}] over the dense {number(dense.perplexity)}"
+    return f"perplexity {number(row.perplexity)}, {beside}"
 
 
-def quality(
-    results: Results, rows: Sequence[Row], hardware: str | None, runtime: str | None
-) -> Choice:
+def _cost(row: Row, dense: Row) -> str:
+    return f"Cost: {shown(row, dense)}."
+
+
+def _runner_up(row: Row, how_far: str, dense: Row) -> str:
+    return f"Runner-up: {title(row)}{how_far}; {shown(row, dense)}."
+
+
+def quality(results: Results, rows: Sequence[Row], question: Question) -> Choice:
     """The row of least perplexity. Kinds are not equal, so the best of each kind stands beside
     it.
     """
     ordered = sorted(rows, key=lambda row: row.perplexity)
-    best, dense = ordered[0], results.dense
-    choice = Choice(best, ordered[1] if len(ordered) > 1 else None)
-    choice.reasons.append(f"Least perplexity of {_count(len(rows))}: {shown(best, dense)}.")
+    best, second, dense = ordered[0], next(iter(ordered[1:]), None), results.dense
+    reasons = [f"Least perplexity of {_count(rows)}: {shown(best, dense)}."]
     if best.delta_interval[1] < 0:
-        choice.reasons.append("That is less than the dense model's own.")
+        reasons.append("That is less than the dense model's own.")
     elif best.delta_interval[0] <= 0:
-        choice.reasons.append("The interval contains 0: no loss against the dense model is shown.")
-    if choice.runner_up:
-        choice.reasons.append(_behind(best, choice.runner_up, dense))
-    if best.recovered:
-        bare = next((row for row in ordered if not row.recovered), None)
-        choice.reasons.append(
-            f"It was fine-tuned after pruning: {best.recovered.tokens:,} tokens, {best.recovered.seconds:.0f} s."
-            + (f" Best without: {bare.name}, {shown(bare, dense)}." if bare else "")
+        reasons.append("The interval contains 0: no loss against the dense model is shown.")
+    if second:
+        apart, why = told_apart(best, second)
+        more = f"{second.perplexity - best.perplexity:+.3g} perplexity"
+        reasons.append(
+            _runner_up(second, f", {more}, {'behind' if apart else 'a tie'}: {why}", dense)
         )
-    kinds = dict.fromkeys(row.kind for row in ordered)
-    if len(kinds) > 1:
-        for kind in kinds:
-            first = next(row for row in ordered if row.kind == kind)
-            choice.reasons.append(
-                f"Best {kind} row: {first.name}, {shown(first, dense)}; {KINDS[kind]}."
-            )
-    first_places: dict[str, list[str]] = {}
+    if best.recovered:
+        spent = f"{best.recovered.tokens:,} tokens, {best.recovered.seconds:.0f} s"
+        bare = next((row for row in ordered if not row.recovered), None)
+        without = f" Best without: {bare.name}, {shown(bare, dense)}." if bare else ""
+        reasons.append(f"It was fine-tuned after pruning: {spent}.{without}")
+    best_of_kind: dict[str, Row] = {}
+    for row in ordered:
+        best_of_kind.setdefault(row.kind, row)
+    if len(best_of_kind) > 1:
+        reasons += [
+            f"Best {kind} row: {row.name}, {shown(row, dense)}; {KINDS[kind]}."
+            for kind, row in best_of_kind.items()
+        ]
+    first: dict[str, list[str]] = {}
     for row in ordered:
         if row.rank.startswith("1"):
-            place = f"{row.pattern} recovered" if row.recovered else row.pattern
-            first_places.setdefault(place, []).append(row.method)
-    if len(first_places) > 1:
-        places = (
-            f"{pattern} {' and '.join(methods)}{_tied(methods)}"
-            for pattern, methods in first_places.items()
-        )
-        choice.reasons.append(f"First at each pattern: {', '.join(places)}.")
+            pattern = f"{row.pattern} recovered" if row.recovered else row.pattern
+            first.setdefault(pattern, []).append(row.method)
+    if len(first) > 1:
+        places = [
+            f"{pattern} {' and '.join(methods)}{' (a tie)' if len(methods) > 1 else ''}"
+            for pattern, methods in first.items()
+        ]
+        reasons.append(f"First at each pattern: {', '.join(places)}.")
     if len({row.pattern for row in ordered}) > 1:
-        choice.reasons.append(
+        reasons.append(
             "Kinds and amounts are not equal: least perplexity favours what removes least."
         )
-    return choice
+    return Choice(best, second, reasons)
 
 
-def _tied(methods: Sequence[str]) -> str:
-    return " (a tie)" if len(methods) > 1 else ""
-
-
-def latency(
-    results: Results, rows: Sequence[Row], hardware: str | None, runtime: str | None
-) -> Choice:
+def latency(results: Results, rows: Sequence[Row], question: Question) -> Choice:
     """The row that decodes fastest, among those that are faster than the dense model with intervals
     apart from 1.
 
-    Small gains by zeros that the runtime is not known to use do not count (`CHANCE`): they would
-    cost quality. A row in another runtime than the dense model's fastest one has to beat that too,
-    intervals apart: otherwise the dense model there would do as well.
+    Small gains by zeros that the runtime is not known to use do not count (`evidence.CHANCE`): they
+    would cost quality. A row in another runtime than the dense model's fastest one has to beat that
+    too, intervals apart: otherwise the dense model there would do as well.
     """
-    timed = speeds(results, rows, hardware, runtime)
-    missing = [row for row in rows if row.name not in {speed.row.name for speed in timed}]
+    dense = results.dense
+    timed, other_conditions = speeds(results, rows, question)
     if not timed:
         return Choice(None)
-    known = [
+    dense_speeds, _ = speeds(results, [dense], replace(question, runtime=None))
+    comparable = [
         speed
-        for speed in speeds(results, [results.dense], hardware, None)
-        if speed.conditions == timed[0].conditions
+        for speed in dense_speeds
+        if speed.conditions == timed[0].conditions and question.runtime in (None, speed.runtime)
     ]
-    plain = max(
-        (speed for speed in known if runtime in (None, speed.runtime)), key=_rate, default=None
-    )
-    chance = [
-        speed for speed in timed if speed.faster and speed.ratio[1] < CHANCE and _doubted(speed)
-    ]
-    winners = [
-        speed for speed in timed if speed.faster and speed not in chance and _beats(speed, plain)
-    ]
-    left = _not_timed(results, rows, missing, runtime)
+    plain = max(comparable, key=_rate, default=None)
+    left = _not_timed(results, rows, timed, question.runtime)
     left += [
-        f"{speed.row.name} in {speed.runtime}, {_span(speed.ratio)} times as fast: taken for chance, since "
-        f"{speed.runtime} is not known to use such zeros. More rounds tell: secateur bench --rounds 40."
-        for speed in chance
+        f"{speed.row.name} in {speed.runtime}, {ratio(speed.ratio)} times as fast: taken for chance, "
+        f"since {speed.runtime} is not known to use such zeros. "
+        "More rounds tell: secateur bench --rounds 40."
+        for speed in timed
+        if speed.chance
     ]
-    if others := conditions(results, rows, hardware, runtime) - {timed[0].conditions}:
-        left.append(
-            "Timings under other conditions: "
-            + "; ".join(_condition(one) for one in sorted(others))
-            + "."
-        )
+    if other_conditions:
+        conditions = "; ".join(map(_condition, other_conditions))
+        left.append(f"Timings under other conditions: {conditions}.")
+    gains = [speed for speed in timed if speed.faster and not speed.chance]
+    winners = [speed for speed in gains if _beats(speed, plain)]
     if not winners:
-        return Choice(results.dense, None, _no_gain(timed, plain, runtime), left)
+        return Choice(dense, None, _no_gain(timed, gains, plain, question.runtime), left)
     best = max(winners, key=_rate)
     second = max((speed for speed in winners if speed.row is not best.row), key=_rate, default=None)
-    choice = Choice(
-        best.row, second.row if second else results.dense, [_speed(results, best)], left
-    )
-    if _doubted(best):
-        choice.reasons.append(
-            f"Doubt it: {best.runtime} is not known to use such zeros. Time it again."
-        )
-    choice.reasons.append(f"Cost: {shown(best.row, results.dense)}.")
+    reasons = [_as_measured(results, best)]
+    if best.doubted:
+        reasons.append(f"Doubt it: {best.runtime} is not known to use such zeros. Time it again.")
+    reasons.append(_cost(best.row, dense))
     if second is None:
-        choice.reasons.append(
-            "No other row that qualifies was shown to be faster than the dense model."
-        )
-    else:
-        tie = second.rate[2] >= best.rate[1]
-        how = "a tie: the intervals overlap" if tie else "behind, intervals apart"
-        choice.reasons.append(
-            f"Runner-up: {title(second.row)} in {second.runtime}, {_span(second.rate)} against {_span(best.rate)}, "
-            f"{how}; {shown(second.row, results.dense)}."
-        )
-    return choice
+        reasons.append("No other row that qualifies was shown to be faster than the dense model.")
+        return Choice(best.row, dense, reasons, left)
+    tie = second.rate[2] >= best.rate[1]
+    how = "a tie: the intervals overlap" if tie else "behind, intervals apart"
+    rates = f"{ratio(second.rate)} against {ratio(best.rate)}"
+    reasons.append(_runner_up(second.row, f" in {second.runtime}, {rates}, {how}", dense))
+    return Choice(best.row, second.row, reasons, left)
 
 
-def memory(
-    results: Results, rows: Sequence[Row], hardware: str | None, runtime: str | None
-) -> Choice:
+def memory(results: Results, rows: Sequence[Row], question: Question) -> Choice:
     """The row of least bytes: of weights in the runtime that is asked for, else of the stored
     files.
 
@@ -192,67 +174,50 @@ def memory(
     differs between equal models by more than they differ from smaller ones. Among sizes within
     `SAME_SIZE` of the least the lower perplexity decides.
     """
-    dense, left = results.dense, []
-    if runtime is None:
-        sizes, what, where = {row.name: row.disk_bytes for row in rows}, "on disk", ""
-        whole = dense.disk_bytes
-    else:
-        timed = speeds(results, rows, hardware, runtime)
-        if not timed or all(entry["runtime"] != timed[0].against for entry in dense.latency):
+    dense, runtime, left = results.dense, question.runtime, list[str]()
+    sizes, what, whole, where = (
+        {row.name: row.disk_bytes for row in rows},
+        "on disk",
+        dense.disk_bytes,
+        "",
+    )
+    if runtime is not None:
+        timed, _ = speeds(results, rows, question)
+        if not timed or not _entry(dense, timed[0].against):
             return Choice(None)
-        sizes = {speed.row.name: _weights(speed.row, runtime) for speed in timed}
+        sizes = {speed.row.name: _entry(speed.row, runtime)["weight_bytes"] for speed in timed}
         what, where = f"of weights read for a token in {runtime}", f" in {timed[0].against}"
-        whole = _weights(dense, timed[0].against)
-        left = [
-            f"{row.name} ({row.kind}) was not run in {runtime}."
-            for row in rows
-            if row.name not in sizes
-        ]
+        whole = _entry(dense, timed[0].against)["weight_bytes"]
+        absent = [row for row in rows if row.name not in sizes]
+        left = [f"{title(row)} was not run in {runtime}." for row in absent]
     small = [row for row in rows if sizes.get(row.name, whole) < whole * (1 - SAME_SIZE)]
     if not small:
-        said = f"No row that qualifies has fewer bytes {what} than the dense model's {_bytes(whole)}{where}."
-        return Choice(dense, None, [said, "Zeros in a plain checkpoint save no bytes."], left)
-    least = min(sizes[row.name] for row in small)
-    ordered = sorted(
-        small,
-        key=lambda row: (sizes[row.name] > least * (1 + SAME_SIZE), *_by_size(row, sizes, least)),
-    )
-    best = ordered[0]
-    second = ordered[1] if len(ordered) > 1 else dense
-    choice = Choice(
-        best,
-        second,
-        [f"{_bytes(sizes[best.name])} {what}, the dense model {_bytes(whole)}{where}."],
-        left,
-    )
-    if runtime is not None and (grown := _grown(best, runtime)):
-        choice.reasons.append(
-            f"Loading and running it made the process grow by {_bytes(grown)}, which includes the work."
-        )
-    choice.reasons.append(f"Cost: {shown(best, dense)}.")
-    other = sizes.get(second.name, whole)
-    same = other <= least * (1 + SAME_SIZE)
-    how = (
-        "the same size, so the lower perplexity decided"
-        if same
-        else f"{other / sizes[best.name] - 1:.1%} more"
-    )
-    choice.reasons.append(
-        f"Runner-up: {title(second)}, {_bytes(other)}, {how}; {shown(second, dense)}."
-    )
+        fewer = f"fewer bytes {what} than the dense model's {_bytes(whole)}{where}"
+        reasons = [f"No row that qualifies has {fewer}."]
+        return Choice(dense, None, [*reasons, "Zeros in a plain checkpoint save no bytes."], left)
+    same_size = min(sizes[row.name] for row in small) * (1 + SAME_SIZE)
+
+    def by_size(row: Row) -> tuple[bool, float, float]:
+        size = sizes[row.name]
+        return (False, row.perplexity, size) if size <= same_size else (True, size, row.perplexity)
+
+    best, second, *_ = [*sorted(small, key=by_size), dense]
+    size, other = sizes[best.name], sizes.get(second.name, whole)
+    reasons = [f"{_bytes(size)} {what}, the dense model {_bytes(whole)}{where}."]
+    if runtime is not None and (grown := _entry(best, runtime).get("memory_bytes")):
+        grew = f"Loading and running it made the process grow by {_bytes(grown)}"
+        reasons.append(f"{grew}, which includes the work.")
+    decided = "the same size, so the lower perplexity decided"
+    how = decided if other <= same_size else f"{other / size - 1:.1%} more"
+    reasons += [_cost(best, dense), _runner_up(second, f", {_bytes(other)}, {how}", dense)]
     if best.values != "as stored" and runtime is None:
-        choice.reasons.append(
-            f"Its values are rounded to {best.values}, which saves bytes without any zeros too."
-        )
-        choice.not_considered.append(
-            f"The dense model rounded to {best.values} is not in this table."
-        )
-    return choice
+        rounded = f"rounded to {best.values}"
+        reasons.append(f"Its values are {rounded}, which saves bytes without any zeros too.")
+        left.append(f"The dense model {rounded} is not in this table.")
+    return Choice(best, second, reasons, left)
 
 
-def portability(
-    results: Results, rows: Sequence[Row], hardware: str | None, runtime: str | None
-) -> Choice:
+def portability(results: Results, rows: Sequence[Row], question: Question) -> Choice:
     """The smallest structured row in a stock checkpoint, which every loader takes as dense; else
     the dense model.
 
@@ -260,38 +225,26 @@ def portability(
     perplexity.
     """
     dense = results.dense
-    stock = [row for row in rows if row.kind == STRUCTURED and row.values == "as stored"]
-    ordered = sorted(stock, key=lambda row: (_parameters(row), row.perplexity))
-    zeros = [row for row in rows if row.kind != STRUCTURED and row.values == "as stored"]
-    said = (
-        [
-            f"Left out, since their checkpoints are the dense model's with zeros in it: {_count(len(zeros))}."
-        ]
-        if zeros
-        else []
-    )
-    if not ordered:
-        return Choice(dense, None, ["No structured row qualifies.", *said])
-    best = ordered[0]
-    second = ordered[1] if len(ordered) > 1 else dense
-    choice = Choice(
-        best,
-        second,
-        ["A stock dense configuration with fewer numbers in it: every loader takes it."],
-    )
+    stock = [row for row in rows if row.values == "as stored"]
+    smaller = [row for row in stock if row.kind == STRUCTURED]
+    zeros, left_out = len(stock) - len(smaller), []
+    if zeros:
+        why = "since their checkpoints are the dense model's with zeros in it"
+        left_out = [f"Left out, {why}: {_count(range(zeros))}."]
+    if not smaller:
+        return Choice(dense, None, ["No structured row qualifies.", *left_out])
+    ordered = sorted(smaller, key=lambda row: (row.parameters or float("inf"), row.perplexity))
+    best, second, *_ = [*ordered, dense]
+    reasons = ["A stock dense configuration with fewer numbers in it: every loader takes it."]
     if best.parameters and dense.parameters:
-        choice.reasons.append(
-            f"{best.parameters:,} of {dense.parameters:,} parameters ({best.parameters / dense.parameters:.1%})."
-        )
-    choice.reasons.append(f"Cost: {shown(best, dense)}.")
-    choice.reasons.append(
-        f"Runner-up: {title(second)}, {second.parameters or 0:,} parameters; {shown(second, dense)}."
-    )
-    choice.reasons += said
-    return choice
+        share = f"{best.parameters / dense.parameters:.1%}"
+        reasons.append(f"{best.parameters:,} of {dense.parameters:,} parameters ({share}).")
+    parameters = f", {second.parameters or 0:,} parameters"
+    reasons += [_cost(best, dense), _runner_up(second, parameters, dense), *left_out]
+    return Choice(best, second, reasons)
 
 
-GOALS: Mapping[str, Callable[[Results, Sequence[Row], str | None, str | None], Choice]] = {
+GOALS: Mapping[str, Callable[[Results, Sequence[Row], Question], Choice]] = {
     "quality": quality,
     "latency": latency,
     "memory": memory,
@@ -300,132 +253,87 @@ GOALS: Mapping[str, Callable[[Results, Sequence[Row], str | None, str | None], C
 """The goals."""
 
 
-def _behind(best: Row, second: Row, dense: Row) -> str:
-    apart, why = told_apart(best, second)
-    return (
-        f"Runner-up: {title(second)}, {second.perplexity - best.perplexity:+.3g} perplexity, "
-        f"{'behind' if apart else 'a tie'}: {why}; {shown(second, dense)}."
-    )
-
-
-def _doubted(speed: Speed) -> bool:
-    """Whether a gain has no known cause: zeros, in a runtime whose rule says that it does not use
-    them.
-    """
-    rows = speed.conditions[1] * (1 if speed.phase == "decode" else speed.conditions[2])
-    return (
-        speed.row.kind != STRUCTURED and uses_zeros(speed.runtime, speed.row.pattern, rows) is False
-    )
-
-
 def _beats(speed: Speed, plain: Speed | None) -> bool:
     """Whether a row that is faster than its own dense baseline also beats the dense model's fastest
     runtime.
     """
+    if plain is None or plain.runtime in (speed.runtime, speed.against):
+        return True
+    return speed.rate[1] > plain.rate[2]
+
+
+def _as_measured(results: Results, speed: Speed) -> str:
+    """How fast a row is, with the conditions."""
+    decodes = speed.phase == "decode"
+    does, step = ("decodes", "step") if decodes else ("takes a prompt", "prompt")
+    over = f", {ratio(speed.rate)} times the dense model in eager" if decodes else ""
+    where = f"{_condition(speed.conditions)}, {timed_on(results.machine, speed.runtime)}"
     return (
-        plain is None
-        or plain.runtime in (speed.runtime, speed.against)
-        or speed.rate[1] > plain.rate[2]
+        f"In {speed.runtime} it {does} {ratio(speed.ratio)} times as fast as the dense model in "
+        f"{speed.against}{over}: {1e3 * speed.seconds:.3g} ms a {step} ({where})."
     )
 
 
-def _speed(results: Results, speed: Speed) -> str:
-    does = "decodes" if speed.phase == "decode" else "takes a prompt"
-    time = f"{1e3 * speed.seconds:.3g} ms a {'step' if speed.phase == 'decode' else 'prompt'}"
-    over = (
-        f", {_span(speed.rate)} times the dense model in eager" if speed.phase == "decode" else ""
-    )
-    return (
-        f"In {speed.runtime} it {does} {_span(speed.ratio)} times as fast as the dense model in {speed.against}{over}: "
-        f"{time} ({_condition(speed.conditions)}, {place(results.machine, speed.runtime)})."
-    )
-
-
-def _condition(held: tuple[str, int, int]) -> str:
-    return f"{held[0]}, batch {held[1]}, prompt {held[2]}"
+def _condition(conditions: tuple[str, int, int]) -> str:
+    dtype, batch, prompt = conditions
+    return f"{dtype}, batch {batch}, prompt {prompt}"
 
 
 def _not_timed(
-    results: Results, rows: Sequence[Row], missing: Sequence[Row], runtime: str | None
+    results: Results, rows: Sequence[Row], timed: Sequence[Speed], runtime: str | None
 ) -> list[str]:
     """Which rows were not timed, with the reason where the comparison has one; in one runtime, or
     in any.
     """
-    said, told = [], set[str]()
+    reasons: list[tuple[Row, str]] = []
     for what, why in results.not_timed.items():
-        row = next(
-            (row for row in rows if what == row.name or what.startswith(f"{row.name}:")), None
-        )
-        if row is not None and (
-            runtime is None or " in " not in what or what.endswith(f" in {runtime}")
-        ):
-            where = what[what.rindex(" in ") :] if " in " in what else ""
-            said.append(f"{row.name}{where}: not timed, {why}")
-            told.add(row.name)
+        named = (row for row in rows if what == row.name or what.startswith(f"{row.name}:"))
+        _, within, where = what.rpartition(" in ")
+        if (row := next(named, None)) and (not within or runtime in (None, where)):
+            reasons.append((row, f"{row.name}{within}{where if within else ''}: not timed, {why}"))
+    explained = {row.name for row, _ in reasons} | {speed.row.name for speed in timed}
     there = "" if runtime is None else f" in {runtime}"
-    return said + [f"{row.name}{there}: not timed." for row in missing if row.name not in told]
+    return [reason for _, reason in reasons] + [
+        f"{row.name}{there}: not timed." for row in rows if row.name not in explained
+    ]
 
 
-def _no_gain(timed: Sequence[Speed], plain: Speed | None, runtime: str | None) -> list[str]:
+def _no_gain(
+    timed: Sequence[Speed], gains: Sequence[Speed], plain: Speed | None, runtime: str | None
+) -> list[str]:
     """Why no row was shown to be faster, the nearest one first."""
-    gains = [
-        speed
-        for speed in timed
-        if speed.faster and not (_doubted(speed) and speed.ratio[1] < CHANCE)
-    ]
-    near = max(gains or timed, key=_rate if gains else lambda speed: speed.ratio)
-    said = [
-        f"No row that qualifies was shown to be faster than the dense model, of {len(timed)} timings."
-    ]
+    slower = "No row that qualifies was shown to be faster than the dense model"
+    reasons = [f"{slower}, of {len(timed)} timings."]
     if gains and plain:
-        return [
-            *said,
-            f"The dense model in {plain.runtime} stands at {_span(plain.rate)}, the best row, {title(near.row)} in "
-            f"{near.runtime}, at {_span(near.rate)}: not faster with intervals apart.",
-        ]
-    if plain and runtime is None and plain.runtime != near.runtime:
-        said.append(
-            f"The dense model is fastest in {plain.runtime}, of the runtimes that were timed."
+        near = max(gains, key=_rate)
+        reasons.append(
+            f"The dense model in {plain.runtime} stands at {ratio(plain.rate)}, the best row, "
+            f"{title(near.row)} in {near.runtime}, at {ratio(near.rate)}: "
+            "not faster with intervals apart."
         )
+        return reasons
+    near = max(timed, key=lambda speed: speed.ratio)
+    if plain and runtime is None and plain.runtime != near.runtime:
+        fastest = f"The dense model is fastest in {plain.runtime}"
+        reasons.append(f"{fastest}, of the runtimes that were timed.")
     why = "its interval contains 1, so it is not faster" if near.unsettled else "it is slower"
-    if near.faster:
-        why = "taken for chance"
-    return [
-        *said,
-        f"Nearest: {title(near.row)} in {near.runtime}, {_span(near.ratio)} times the dense speed in {near.against}: "
-        f"{why}.",
-    ]
+    why = "taken for chance" if near.faster else why
+    times = f"{ratio(near.ratio)} times the dense speed in {near.against}"
+    return [*reasons, f"Nearest: {title(near.row)} in {near.runtime}, {times}: {why}."]
 
 
 def _rate(speed: Speed) -> float:
     return speed.rate[0]
 
 
-def _weights(row: Row, runtime: str) -> int:
-    return next(entry["weight_bytes"] for entry in row.latency if entry["runtime"] == runtime)
-
-
-def _grown(row: Row, runtime: str) -> int | None:
-    return next(entry.get("memory_bytes") for entry in row.latency if entry["runtime"] == runtime)
-
-
-def _by_size(row: Row, sizes: Mapping[str, int], least: int) -> tuple[float, float]:
-    """Among the least, by perplexity; among the others, by size."""
-    size = sizes[row.name]
-    return (row.perplexity, size) if size <= least * (1 + SAME_SIZE) else (size, row.perplexity)
-
-
-def _parameters(row: Row) -> float:
-    return float("inf") if row.parameters is None else row.parameters
-
-
-def _span(held: tuple[float, float, float]) -> str:
-    return f"{held[0]:.2f} [{held[1]:.2f}, {held[2]:.2f}]"
+def _entry(row: Row, runtime: str) -> dict[str, Any]:
+    """The timing of a row in a runtime; empty where there is none."""
+    return next((entry for entry in row.latency if entry["runtime"] == runtime), {})
 
 
 def _bytes(count: int) -> str:
     return in_words(count) if count >= 2**10 else f"{count} bytes"
 
 
-def _count(rows: int) -> str:
-    return "one row" if rows == 1 else f"{rows} rows"
+def _count(rows: Sequence[Any]) -> str:
+    return "one row" if len(rows) == 1 else f"{len(rows)} rows"

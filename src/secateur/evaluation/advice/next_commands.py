@@ -18,9 +18,6 @@ START = ("--methods", "default", "--patterns", "50%,2:4,25% of channels")
 """A comparison of one row of each kind, where there is none yet."""
 USUAL = {True: ("eager-cuda", "semi-structured"), False: ("eager", "packed")}
 """Runtimes to time in where none was asked for: on an accelerator, on a processor."""
-BUILD = "Build: "
-FORMS = {"tensorrt": "onnx", "tensorrt-llm": "tensorrt-llm"}
-"""What runtimes that this package does not drive are given: a format of `export`."""
 _CALIBRATION = {
     "source": "--calibration",
     "samples": "--samples",
@@ -45,25 +42,10 @@ def measuring(
     accelerated = hardware is not None and find_hardware(hardware).maker in ("nvidia", "amd")
     wanted = list(runtimes) or (list(USUAL[accelerated]) if timed else [])
     if results is None:
-        return [
-            shlex.join(
-                [
-                    "secateur",
-                    "compare",
-                    "MODEL",
-                    *START,
-                    *_listed("--bench", wanted),
-                    "--out",
-                    "OUT",
-                ]
-            )
-        ]
-    typed = (
-        list(results.command)
-        if results.command[:2] == ["secateur", "compare"]
-        else _from_rows(results)
-    )
-    typed, before = _without(typed, "--bench")
+        typed = ["secateur", "compare", "MODEL", *START, *_listed("--bench", wanted)]
+        return [shlex.join([*typed, "--out", "OUT"])]
+    was_typed = results.command[:2] == ["secateur", "compare"]
+    typed, before = _without(results.command if was_typed else _from_rows(results), "--bench")
     typed, out = _without(typed, "--out")
     there = hardware is None or any(is_measured(hardware, results.machine, name) for name in wanted)
     benched = [*(before.split(",") if before and there else []), *wanted]
@@ -75,23 +57,18 @@ def tasks_of(results: Results, row: Row) -> str:
     """The command that measures accuracy of a row on tasks beside the dense model."""
     name = str(results.model["name"])
     _, out = _without(results.command, "--out")
-    model = [] if name == "demo" else ["--dense", name]
-    return shlex.join(
-        ["secateur", "evaluate", f"{out or 'OUT'}/{row.checkpoint}", *model, "--tasks", "papers"]
-    )
+    dense = [] if name == "demo" else ["--dense", name]
+    folder = f"{out or 'OUT'}/{row.checkpoint}"
+    return shlex.join(["secateur", "evaluate", folder, *dense, "--tasks", "papers"])
 
 
 def _foreign(runtime: str) -> list[str]:
     """What to type for a runtime that has a rule and is not driven by this package."""
-    build = next(
-        note.removeprefix(BUILD) for note in RULES[runtime].notes if note.startswith(BUILD)
-    )
+    rule = RULES[runtime]
     return [
         f"secateur validate CHECKPOINT --for {runtime}",
-        f"secateur export CHECKPOINT --to {FORMS[runtime]} --out EXPORTED",
-        build.split(", ")[0]
-        .replace("{folder}", "EXPORTED")
-        .replace("MODEL.onnx", "EXPORTED/model.onnx"),
+        f"secateur export CHECKPOINT --to {rule.export} --out EXPORTED",
+        rule.build.format(folder="EXPORTED").replace("MODEL.onnx", "EXPORTED/model.onnx"),
     ]
 
 

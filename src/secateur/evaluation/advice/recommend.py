@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from secateur.deployment.runtimes import RUNTIMES
-from secateur.deployment.sparsity_support import RULES
+from secateur.deployment.sparsity_support import RUNTIME_FACTS
 from secateur.errors import UnknownName
-from secateur.evaluation.advice.evidence import increase, timed_runtimes
+from secateur.evaluation.advice.evidence import Question, increase
 from secateur.evaluation.advice.goals import GOALS, KINDS, Choice, shown, title
 from secateur.evaluation.advice.hardware import ACCELERATED, find_hardware, is_measured
 from secateur.evaluation.advice.next_commands import measuring, tasks_of
@@ -54,18 +54,6 @@ class Recommendation:
     priors: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a recommendation is wanted for; `limit` is a share of the dense perplexity, None:
-    any.
-    """
-
-    goal: str
-    limit: float | None
-    hardware: str | None
-    runtime: str | None
-
-
 def recommend(
     results: Results | str | Path | None = None,
     *,
@@ -83,198 +71,166 @@ def recommend(
     """
     if goal not in GOALS:
         raise UnknownName("goal", goal, GOALS)
-    if runtime is not None and runtime not in {*RULES, *RUNTIMES}:
-        raise UnknownName("runtime", runtime, {*RULES, *RUNTIMES})
+    if runtime is not None and runtime not in RUNTIME_FACTS:
+        raise UnknownName("runtime", runtime, RUNTIME_FACTS)
     if hardware is not None:
         find_hardware(hardware)
         hardware = hardware.lower()
-    limit = find_tolerance(max_perplexity_increase)
-    asked = Asked(
-        goal, DEFAULT_INCREASE if limit is None and goal != "quality" else limit, hardware, runtime
-    )
-    said = _limit(asked, default=limit is None)
+    limit, default = find_tolerance(max_perplexity_increase), ""
+    if limit is None and goal != "quality":
+        limit, default = DEFAULT_INCREASE, ", the default"
+    allowed = f"Limit: at most {_percent(limit)} more perplexity than the dense model{default}."
+    constraint = "No limit on perplexity was set." if limit is None else allowed
+    question = Question(goal, limit, hardware, runtime)
     if results is None:
-        return _unmeasured(asked, said, None, ["There are no results: nothing was measured."], [])
-    held = results if isinstance(results, Results) else read_results(Path(results))
-    check(held)
-    return _from_rows(held, asked, said)
+        reasons = ["There are no results: nothing was measured."]
+        return _unmeasured(question, constraint, None, reasons, [])
+    results = results if isinstance(results, Results) else read_results(Path(results))
+    check(results)
+    return _from_rows(results, question, constraint)
 
 
-def _from_rows(results: Results, asked: Asked, said: str) -> Recommendation:
+def _from_rows(results: Results, question: Question, constraint: str) -> Recommendation:
     dense, pruned = results.dense, _pruned(results)
-    fitting = [row for row in pruned if _loads(row, asked.runtime)]
-    within = [row for row in pruned if _admitted(row, dense, asked)]
-    left = _left_out(results, asked, pruned, fitting)
+    fitting = [row for row in pruned if question.loads(row)]
+    within = [row for row in pruned if question.admits(row, dense)]
+    left = _left_out(results, question, pruned, fitting)
     if not fitting:
-        why = "No pruned row was measured" + (
-            f" with the values that {asked.runtime} runs." if pruned else "."
-        )
-        return _unmeasured(asked, said, results, [why], left)
-    choice = _choose(results, asked, within)
+        values = f" with the values that {question.runtime} runs" if pruned else ""
+        reasons = [f"No pruned row was measured{values}."]
+        return _unmeasured(question, constraint, results, reasons, left)
+    choice = _choose(results, question, within)
     if choice.row is None:
-        where = "".join(
-            f" {word} {name}"
-            for word, name in (("in", asked.runtime), ("on", asked.hardware))
-            if name
-        )
-        why = [f"No row that qualifies was {'timed' if asked.goal == 'latency' else 'run'}{where}."]
-        if asked.hardware:
-            why.append(
-                f"The rows are from {_machine(results)}: run the command below on {asked.hardware}."
-            )
-        return _unmeasured(asked, said, results, why, left)
-    reasons = choice.reasons if within else [_missed(fitting, dense, asked.limit)]
-    head = "Keep the dense model." if choice.row is dense else f"Take {choice.row.name}."
-    kind = [] if choice.row is dense else [f"It is {choice.row.kind}, {KINDS[choice.row.kind]}."]
-    known = _known(results, asked, choice.row)
-    lacking = (
-        [asked.runtime]
-        if known and asked.runtime and asked.goal != "portability"
-        else _absent(results, asked)
-    )
-    measure = measuring(results, lacking, asked.hardware) if lacking else []
-    if (
-        choice.row is not dense
-        and not choice.row.tasks
-        and choice.row.checkpoint
-        and choice.row.values == "as stored"
-    ):
+        reasons = _not_measured_there(results, question)
+        return _unmeasured(question, constraint, results, reasons, left)
+    row, known = choice.row, _known(results, question, choice.row)
+    reasons = ["Keep the dense model."]
+    if row is not dense:
+        reasons = [f"Take {row.name}.", f"It is {row.kind}, {KINDS[row.kind]}."]
+    reasons += choice.reasons if within else [_missed(fitting, dense, question.limit)]
+    lacking = _absent(results, question)
+    if known and question.runtime and question.goal != "portability":
+        lacking = [question.runtime]
+    measure = measuring(results, lacking, question.hardware) if lacking else []
+    if row is not dense and not row.tasks and row.checkpoint and row.values == "as stored":
         left.append("Accuracy on tasks was not measured.")
-        measure.append(tasks_of(results, choice.row))
+        measure.append(tasks_of(results, row))
     return Recommendation(
-        asked.goal,
-        choice.row.name,
-        choice.row.kind,
-        choice.runner_up.name if choice.runner_up else None,
-        _binding(results, asked, said, choice.row),
-        [head, *kind, *reasons, *_accuracy(choice.row)],
-        [*left, *choice.not_considered],
-        measure,
-        known,
+        goal=question.goal,
+        chosen=row.name,
+        kind=row.kind,
+        runner_up=choice.runner_up.name if choice.runner_up else None,
+        constraint=_binding(results, question, constraint, row),
+        reasons=[*reasons, *_accuracy(row)],
+        not_considered=[*left, *choice.not_considered],
+        measure=measure,
+        priors=known,
     )
+
+
+def _unmeasured(
+    question: Question,
+    constraint: str,
+    results: Results | None,
+    reasons: list[str],
+    left: list[str],
+) -> Recommendation:
+    """Nothing to choose from: what is known in general, and how to measure."""
+    goal, hardware, runtime = question.goal, question.hardware, question.runtime
+    runtimes = [] if runtime is None else [runtime]
+    return Recommendation(
+        goal=goal,
+        chosen=None,
+        kind=None,
+        runner_up=None,
+        constraint=constraint,
+        reasons=["Nothing measured answers this.", *reasons],
+        not_considered=left,
+        measure=measuring(results, runtimes, hardware, timed=goal == "latency"),
+        priors=priors(goal, hardware, runtime),
+    )
+
+
+def _not_measured_there(results: Results, question: Question) -> list[str]:
+    """That no row was timed, or run, in the runtime and on the hardware that were asked for."""
+    where = f" in {question.runtime}" if question.runtime else ""
+    where += f" on {question.hardware}" if question.hardware else ""
+    done = "timed" if question.goal == "latency" else "run"
+    reasons = [f"No row that qualifies was {done}{where}."]
+    if question.hardware:
+        machine = " with ".join([results.machine["processor"], *results.machine["accelerators"]])
+        again = f"run the command below on {question.hardware}"
+        reasons.append(f"The rows are from {machine}: {again}.")
+    return reasons
 
 
 def _missed(rows: Sequence[Row], dense: Row, limit: float | None) -> str:
     """That no row is within the limit, and by how much the nearest misses it."""
     near = min(rows, key=lambda row: increase(row, dense)[2])
+    above = f"{increase(near, dense)[2] - (limit or 0):.2%} above that"
     return (
-        f"No row is within {_percent(limit)} of the dense perplexity. The upper end of the nearest, {near.name} "
-        f"({near.kind}), is {increase(near, dense)[2] - (limit or 0):.2%} above that: {shown(near, dense)}."
+        f"No row is within {_percent(limit)} of the dense perplexity. The upper end of the nearest, "
+        f"{title(near)}, is {above}: {shown(near, dense)}."
     )
 
 
-def _choose(results: Results, asked: Asked, rows: Sequence[Row]) -> Choice:
-    return (
-        GOALS[asked.goal](results, rows, asked.hardware, asked.runtime)
-        if rows
-        else Choice(results.dense)
-    )
-
-
-def _loads(row: Row, runtime: str | None) -> bool:
-    """Whether a row's values are those that a runtime multiplies by: rounded in those that round,
-    and in no others.
-    """
-    if runtime is None:
-        return True
-    return _rounds(runtime) == (row.values != "as stored")
-
-
-def _rounds(runtime: str | None) -> bool:
-    return runtime in RUNTIMES and RUNTIMES[runtime].rounded
+def _choose(results: Results, question: Question, rows: Sequence[Row]) -> Choice:
+    return GOALS[question.goal](results, rows, question) if rows else Choice(results.dense)
 
 
 def _pruned(results: Results) -> list[Row]:
     return [row for row in results.table if row.kind != "dense"]
 
 
-def _admitted(row: Row, dense: Row, asked: Asked) -> bool:
-    """Whether a row may be chosen: it runs there, and the upper end of its interval is within the
-    limit.
-    """
-    return _loads(row, asked.runtime) and (
-        asked.limit is None or increase(row, dense)[2] <= asked.limit
-    )
-
-
-def _unmeasured(
-    asked: Asked, said: str, results: Results | None, reasons: list[str], left: list[str]
-) -> Recommendation:
-    """Nothing to choose from: what is known in general, and how to measure."""
-    return Recommendation(
-        asked.goal,
-        None,
-        None,
-        None,
-        said,
-        ["Nothing measured answers this.", *reasons],
-        left,
-        measuring(
-            results,
-            [asked.runtime] if asked.runtime else [],
-            asked.hardware,
-            timed=asked.goal == "latency",
-        ),
-        priors(asked.goal, asked.hardware, asked.runtime),
-    )
-
-
 def _left_out(
-    results: Results, asked: Asked, pruned: Sequence[Row], fitting: Sequence[Row]
+    results: Results, question: Question, pruned: Sequence[Row], fitting: Sequence[Row]
 ) -> list[str]:
     """What is not considered, whatever the goal takes."""
-    dense, said = results.dense, []
+    dense, limit, sentences = results.dense, question.limit, list[str]()
     if other := [row.name for row in pruned if row not in fitting]:
-        does = "rounds" if _rounds(asked.runtime) else "does not round"
-        said.append(
-            f"{asked.runtime} {does} weights, so these rows are not its: {', '.join(other)}."
-        )
-    unsure = [
-        row
-        for row in fitting
-        if asked.limit is not None
-        and increase(row, dense)[0] <= asked.limit < increase(row, dense)[2]
-    ]
-    for row in unsure:
-        said.append(
-            f"{row.name} may be within {_percent(asked.limit)} or not: {shown(row, dense)}. More windows tell."
-        )
-    if asked.goal == "latency" and (absent := _absent(results, asked)):
-        said.append(f"Runtimes in which nothing was timed: {', '.join(absent)}.")
-    return said
+        does = "rounds" if question.rounds else "does not round"
+        rows = f"these rows are not its: {', '.join(other)}"
+        sentences.append(f"{question.runtime} {does} weights, so {rows}.")
+    for row in fitting:
+        estimate, _, upper = increase(row, dense)
+        if limit is not None and estimate <= limit < upper:
+            unsure = f"{row.name} may be within {_percent(limit)} or not"
+            sentences.append(f"{unsure}: {shown(row, dense)}. More windows tell.")
+    if absent := _absent(results, question):
+        sentences.append(f"Runtimes in which nothing was timed: {', '.join(absent)}.")
+    return sentences
 
 
-def _absent(results: Results, asked: Asked) -> list[str]:
+def _absent(results: Results, question: Question) -> list[str]:
     """The runtimes that the machine has and in which nothing was timed, but for baselines; none
-    where one was asked.
+    where one was asked for, or another goal.
     """
-    if asked.goal != "latency" or asked.runtime is not None:
+    if question.goal != "latency" or question.runtime is not None:
         return []
-    apart = timed_runtimes(results) | {runtime.twin for runtime in RUNTIMES.values()}
+    timed = {entry["runtime"] for row in results.table for entry in row.latency}
+    without = timed | {runtime.twin for runtime in RUNTIMES.values()}
     if not results.machine["accelerators"]:
-        apart |= set(ACCELERATED)
+        without |= set(ACCELERATED)
     return [
         name
         for name in RUNTIMES
-        if name not in apart and is_measured(asked.hardware, results.machine, name)
+        if name not in without and is_measured(question.hardware, results.machine, name)
     ]
 
 
-def _known(results: Results, asked: Asked, row: Row) -> list[str]:
+def _known(results: Results, question: Question, row: Row) -> list[str]:
     """Priors, where a runtime or hardware was asked for in which the chosen row was not timed; and
     for portability.
     """
-    if asked.goal == "portability":
-        return priors(asked.goal, asked.hardware, asked.runtime)
-    timed = any(
-        asked.runtime in (None, entry["runtime"])
-        and is_measured(asked.hardware, results.machine, entry["runtime"])
-        for entry in row.latency
-    )
-    if timed or row.kind in ("dense", STRUCTURED):
+    hardware, runtime = question.hardware, question.runtime
+    if question.goal == "portability":
+        return priors(question.goal, hardware, runtime)
+    if question.timings(results, row) or row.kind in ("dense", STRUCTURED):
         return []
-    said = [] if asked.runtime is None else known_of(asked.runtime, "latency")
-    return said if asked.hardware is None else [*said, known_of_hardware(asked.hardware)]
+    return [
+        *(known_of(runtime, "latency") if runtime else ()),
+        *([known_of_hardware(hardware)] if hardware else ()),
+    ]
 
 
 def _accuracy(row: Row) -> list[str]:
@@ -284,46 +240,27 @@ def _accuracy(row: Row) -> list[str]:
         return []
     low, high = mean["delta_interval"]
     tie = ", not told apart from the dense model" if low <= 0 <= high else ""
-    return [
-        f"Mean accuracy on tasks {mean['accuracy']:.1%}, {mean['delta']:+.1%} [{low:+.1%}, {high:+.1%}]{tie}."
-    ]
+    difference = f"{mean['delta']:+.1%} [{low:+.1%}, {high:+.1%}]"
+    return [f"Mean accuracy on tasks {mean['accuracy']:.1%}, {difference}{tie}."]
 
 
-def _limit(asked: Asked, default: bool) -> str:
-    if asked.limit is None:
-        return "No limit on perplexity was set."
-    return f"Limit: at most {_percent(asked.limit)} more perplexity than the dense model{', the default' * default}."
-
-
-def _binding(results: Results, asked: Asked, said: str, chosen: Row) -> str:
+def _binding(results: Results, question: Question, constraint: str, chosen: Row) -> str:
     """What was asked for besides the goal, and of each whether another row would be taken without
     it.
     """
-    found = [said]
-    for what, value, name in (
-        ("limit", asked.limit, "it"),
-        ("runtime", asked.runtime, asked.runtime),
-        ("hardware", asked.hardware, asked.hardware),
-    ):
-        if value is None:
+    dense, sentences = results.dense, [constraint]
+    for what in ("limit", "runtime", "hardware"):
+        if (value := getattr(question, what)) is None:
             continue
-        loose = replace(asked, **{what: None})
-        free = _choose(
-            results,
-            loose,
-            [row for row in _pruned(results) if _admitted(row, results.dense, loose)],
-        ).row
-        if free is not None and free.name != chosen.name:
-            found.append(
-                f"Without {name} the answer is {title(free)}, {shown(free, results.dense)}."
-            )
+        loose = replace(question, **{what: None})
+        admitted = [row for row in _pruned(results) if loose.admits(row, dense)]
+        row = _choose(results, loose, admitted).row
+        if row is not None and row.name != chosen.name:
+            without = f"Without {'it' if what == 'limit' else value}"
+            sentences.append(f"{without} the answer is {title(row)}, {shown(row, dense)}.")
         elif what == "limit":
-            found.append("It does not bind: without it the answer is the same.")
-    return " ".join(found)
-
-
-def _machine(results: Results) -> str:
-    return " with ".join([results.machine["processor"], *results.machine["accelerators"]])
+            sentences.append("It does not bind: without it the answer is the same.")
+    return " ".join(sentences)
 
 
 def _percent(limit: float | None) -> str:

@@ -42,7 +42,14 @@ from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors
 from secateur.system.machine import typed_command
 from secateur.system.progress import Progress
-from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust
+from secateur.system.settings import (
+    CalibrationText,
+    Compute,
+    Destination,
+    PlannedRecipe,
+    Recipe,
+    Trust,
+)
 
 OUTLIER, SPREAD = 5.0, 0.08
 """OWL's M, from how many times the mean a score is an outlier, and λ, how far a block may go from
@@ -54,7 +61,7 @@ def plan(
     model: str | Path | None = None,
     *,
     out: str | Path,
-    allocate: str = "error",
+    allocate: str = PlannedRecipe.allocate,
     method: str = Recipe.method,
     pattern: str = Recipe.pattern,
     calibration: str | None = CalibrationText.calibration,
