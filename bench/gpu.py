@@ -34,8 +34,8 @@ from secateur.deployment.runtimes.semi_structured import PRODUCTS, Algorithm
 from secateur.errors import in_one_line
 from secateur.kernels import bitmap
 from secateur.kernels import two_of_four as nm
+from secateur.kernels.device import milliseconds
 from secateur.kernels.packed import Packed
-from secateur.system.clock import milliseconds
 from secateur.system.machine import machine, versions
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 11008), (14336, 4096), (28672, 8192)]

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from secateur.kernels.device import fastest
 from secateur.kernels.library import library
 from secateur.kernels.packed import KINDS, MOST, Packed, multiply, multiply_unpacked
-from secateur.system.clock import fastest, turns
+from secateur.system.clock import turns
 
 Choice = TypeVar("Choice")
 

@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite
-from secateur.kernels.device import no_device
+from secateur.kernels.device import fastest, no_device
 from secateur.kernels.masks import crowded
-from secateur.system.clock import fastest
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP, UNIT, MOST = 4, 8, 8

@@ -1,4 +1,7 @@
-"""How long work takes, on the processor and on a device: the one clock of this package."""
+"""How long work takes: wall time, on the processor and on devices.
+
+Single products on a GPU are timed by the device itself (kernels/device.py).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 Name = TypeVar("Name")
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
-BEYOND_CACHE = 256 * 2**20
-"""Bytes several times as large as the cache of any device of today."""
 
 
 def timed(work: Callable[[], Result], device: torch.device = CPU) -> tuple[Result, float]:
@@ -49,29 +49,3 @@ def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
     """The lower tenth, the median and the upper tenth of some times."""
     low, middle, high = np.percentile(seconds, [10, 50, 90])
     return float(low), float(middle), float(high)
-
-
-def milliseconds(work: Callable[[], object]) -> float:
-    """What `work` takes on the current CUDA stream."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def fastest(works: Mapping[Name, Callable[[], object]], device: torch.device) -> Name:
-    """The name of the work that takes least on a CUDA device; of equals the first."""
-    flush = torch.empty(BEYOND_CACHE, dtype=torch.uint8, device=device)
-    return min(works, key=lambda name: _cold_milliseconds(works[name], flush))
-
-
-def _cold_milliseconds(work: Callable[[], object], flush: Tensor) -> float:
-    """The median of seven calls with a cache full of `flush`, after one that may compile."""
-    work()
-    times = []
-    for _ in range(7):
-        flush.zero_()
-        times.append(milliseconds(work))
-    return sorted(times)[3]
