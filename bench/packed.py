@@ -17,6 +17,7 @@ from rich.console import Console
 from secateur.cli.tables import layer_table
 from secateur.deployment.bench_matrices import time_matrices
 from secateur.kernels.library import isa
+from secateur.system.settings import TimedRuns
 
 if __name__ == "__main__":
     chosen = options(
@@ -30,7 +31,8 @@ if __name__ == "__main__":
         weight = torch.randn(*map(int, shape.split("x"))).bfloat16()
         for sparsity in map(float, chosen.sparsity.split(",")):
             matrices[f"{shape} {sparsity:.0%}"] = weight.masked_fill(torch.rand(weight.shape) < sparsity, 0)
-    found = time_matrices(matrices, batch=[int(b) for b in chosen.batches.split(",")], rounds=chosen.rounds)
+    batch = [int(size) for size in chosen.batches.split(",")]
+    found = time_matrices(matrices, TimedRuns(batch=batch, rounds=chosen.rounds))
     print(f"{isa()}, {torch.get_num_threads()} threads, bfloat16")
     Console(width=140).print(layer_table(found))
     write(chosen.json, isa=isa(), lines=[asdict(line) for line in found])

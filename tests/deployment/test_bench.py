@@ -15,6 +15,7 @@ from secateur.deployment.runtimes.base import Stepped
 from secateur.errors import UnknownName, UnsupportedModel
 from secateur.kernels.library import isa, library
 from secateur.system.machine import matrix_rate
+from secateur.system.settings import TimedRuns
 
 needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
 
@@ -127,7 +128,7 @@ def test_the_compiled_runtime_has_a_cache_of_fixed_length(tiny_llama, monkeypatc
 @needs_library
 def test_single_matrices_are_timed_with_every_kernel(pruned, tmp_path, monkeypatch):
     monkeypatch.setattr(layers, "BEYOND_CACHE", 1e5)
-    found = layers.time_layers([pruned["half"], pruned["smaller"]], dtype="bf16", batch=[1, 3], rounds=3)
+    found = layers.time_layers([pruned["half"], pruned["smaller"]], TimedRuns(dtype="bf16", batch=[1, 3], rounds=3))
     shapes = {(row.site.split()[0], row.shape) for row in found}
     assert len({shape for name, shape in shapes if name == "half"}) == 4
     for row in found:
@@ -139,7 +140,7 @@ def test_single_matrices_are_timed_with_every_kernel(pruned, tmp_path, monkeypat
     assert "over torch" in said
     assert json.loads((tmp_path / "layers.json").read_text()).keys() == {"command", "machine", "versions", "layers"}
     with pytest.raises(UnknownName, match="dtype that can be timed"):
-        layers.time_layers([pruned["half"]], dtype="float16")
+        layers.time_layers([pruned["half"]], TimedRuns(dtype="float16"))
 
 
 def test_the_machine_is_measured():

@@ -19,8 +19,8 @@ from support.families import tiny_config, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from secateur.checkpoints import shards
 from secateur.checkpoints.folder import INDEX, SINGLE, open_checkpoint
-from secateur.deployment.formats import base
 from secateur.deployment.formats.compressed_tensors import CONFIG_KEYS, sparse_24_bitmask, sparse_bitmask
 from secateur.errors import BadCheckpoint, BadPattern, DiskFull, NonFinite, OutputRefused, UnsupportedModel
 
@@ -273,7 +273,7 @@ def test_other_refusals_to_write(tmp_path, monkeypatch):
     def full(*arguments: object, **options: object) -> None:
         raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(28)} (os error 28)")
 
-    monkeypatch.setattr(base, "save_file", full)
+    monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(DiskFull, match="No space left on device"):
         packed(odd, tmp_path / "c", "sparse-bitmask")
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from support.families import tiny_model
 from transformers import AutoModelForCausalLM
 
 import secateur
+from secateur.checkpoints.shards import save_in_shards
 from secateur.deployment.formats import FORMATS, format_of
 from secateur.deployment.formats.packed import load_packed, shards
 from secateur.deployment.packed_model import PackedLinear
@@ -91,7 +93,7 @@ def test_what_was_altered_is_refused(half, tmp_path_factory, part, place, by):
     folder = tmp_path_factory.mktemp("altered")
     secateur.export(half, out=folder / "packed", to="packed")
     file = shards(folder / "packed")[0].file
-    told, tensors = shards(folder / "packed")[0].told, load_file(file)
+    told, tensors = shards(folder / "packed")[0].description, load_file(file)
     name = sorted(told["columns"])[place % len(told["columns"])]
     if part == "columns":
         told["columns"][name] += by
@@ -151,7 +153,8 @@ def test_what_cannot_be_exported_says_why(half, tiny_llama, tmp_path):
 
 @torch.no_grad()
 def test_orphaned_formats_become_dense_checkpoints_again(half, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["secateur.deployment.export"], "SHARD_BYTES", 100_000)
+    module = sys.modules["secateur.deployment.export"]
+    monkeypatch.setattr(module, "save_in_shards", partial(save_in_shards, most=100_000))
     secateur.export(half, out=tmp_path / "old", to="sparse-bitmask")
     secateur.export(tmp_path / "old", out=tmp_path / "back", to="dense")
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2

@@ -185,12 +185,12 @@ def test_rows_are_sequences_of_llama_cpp():
 @pytest.mark.parametrize("module", ["onnxruntime", "llamacpp", "vllm"])
 def test_what_is_missing_is_said(module, monkeypatch):
     runtime = {"onnxruntime": onnxruntime, "llamacpp": llamacpp, "vllm": vllm}[module]
-    monkeypatch.setattr(f"secateur.deployment.runtimes.{module}.find_spec", lambda name: None)
+    monkeypatch.setattr("secateur.deployment.runtimes.base.find_spec", lambda name: None)
     assert "not installed: pip install" in (runtime.missing() or "")
 
 
 def test_vllm_wants_an_accelerator(monkeypatch):
-    monkeypatch.setattr("secateur.deployment.runtimes.vllm.find_spec", lambda name: name)
+    monkeypatch.setattr("secateur.deployment.runtimes.base.find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert vllm.missing() == "vllm is installed, but there is no accelerator that torch sees"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -12,6 +12,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from secateur.checkpoints.folder import RECORD
+from secateur.deployment.runtimes.eager import eager_cuda
 from secateur.deployment.runtimes.semi_structured import (
     CLASSES,
     CUTLASS_MULTIPLES,
@@ -20,10 +21,8 @@ from secateur.deployment.runtimes.semi_structured import (
     Product,
     SemiStructuredLinear,
     compress_cutlass,
-    eager_cuda,
     fits,
     load,
-    load_dense,
     promised,
     semi_structured,
     sparse_linears,
@@ -145,7 +144,7 @@ def test_each_layer_uses_what_was_fastest_for_its_rows(monkeypatch):
     assert len(used) == 28
     layer = model.get_submodule(PROJECTION)
     assert isinstance(layer, SemiStructuredLinear)
-    assert layer.held.keys() == {"dense", "unpacked"}
+    assert layer.prepared.keys() == {"dense", "unpacked"}
     assert layer.bytes == 2 * 128 * 64
 
 
@@ -183,7 +182,7 @@ def test_a_model_on_a_device_gives_the_same_logits(tmp_path):
     prune_to_two_of_four(model)
     model.save_pretrained(tmp_path / "sparse")
     ids = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(0))
-    plain = load_dense(tmp_path / "sparse", torch.bfloat16)
+    plain = eager_cuda.load(tmp_path / "sparse", torch.bfloat16)
     fast = load(tmp_path / "sparse", torch.bfloat16)
     for wanted, got in ((plain.prefill(ids), fast.prefill(ids)), (plain.decode(ids[:, :1]), fast.decode(ids[:, :1]))):
         assert (got - wanted).norm() <= 5e-2 * wanted.norm()

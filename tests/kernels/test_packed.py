@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from support.families import tiny_model
 from torch import Tensor
 
-from secateur.deployment.packed_model import BATCHES, Crossovers, OwnLinear, PackedLinear, measure_crossover, pack_model
+from secateur.deployment.autotune import BATCHES, Crossovers, measure_crossover
+from secateur.deployment.packed_model import OwnLinear, PackedLinear, pack_model
 from secateur.errors import BadCheckpoint
 from secateur.kernels import packed as module
 from secateur.kernels.library import ISAS, isa, library
@@ -212,7 +213,7 @@ def test_every_way_that_a_crossover_can_choose_gives_the_same(monkeypatch):
             assert torch.allclose(layer(x), x @ weight.T + bias, atol=1e-4)
     counted = []
     monkeypatch.setattr(
-        "secateur.deployment.packed_model.measure_crossover", lambda *args, **kwargs: counted.append(args) or found
+        "secateur.deployment.autotune.measure_crossover", lambda *args, **kwargs: counted.append(args) or found
     )
     crossovers = Crossovers(torch.float32)
     for seed, sparsity in ((1, 0.6), (2, 0.6), (3, 0.8)):

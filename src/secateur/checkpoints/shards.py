@@ -20,6 +20,7 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import DTYPES, INDEX, SINGLE, Checkpoint, TensorLocation
 from secateur.errors import DiskFull, OutputRefused, in_one_line
+from secateur.system.json_files import write_json
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, tuple[str, Shape]]
@@ -59,7 +60,7 @@ def header(
 def write_index(folder: Path, shard_of: Mapping[str, str], total_size: int) -> None:
     """Write the index of a sharded checkpoint: the shard of every tensor, and the bytes of all."""
     index = {"metadata": {"total_size": total_size}, "weight_map": shard_of}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index, 2)
 
 
 def save(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:

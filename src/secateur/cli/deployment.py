@@ -40,9 +40,8 @@ def bench(
     from secateur.deployment.bench_matrices import time_layers, write_timings
 
     if layers:
-        wanted = {name: given[name] for name in ("dtype", "batch", "rounds")}
         with display(quiet) as shows:
-            timings = time_layers(models, **wanted, progress=shows)
+            timings = time_layers(models, TimedRuns(**given), shows)
         if out is not None:
             write_timings(timings, out, command())
         return show([asdict(timing) for timing in timings], as_json, lambda: [layer_table(timings)])

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from secateur.deployment.runtimes import RUNTIMES, Running, find_runtime
 from secateur.errors import UnsupportedModel
 from secateur.kernels.packed import dense_product
 from secateur.models.load import resolve
+from secateur.system.clock import spread, timed
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
 from secateur.system.intervals import bootstrap_interval
@@ -33,6 +34,7 @@ from secateur.system.memory import PeakMemory, resident_bytes
 from secateur.system.progress import Progress
 from secateur.system.settings import TimedRuns
 
+Key = tuple[str, str]  # a model and a runtime
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """How far the logits of a runtime may be from those of plain transformers, ‖a − b‖ / ‖b‖."""
 ROUNDED = 0.1
@@ -112,56 +114,25 @@ def bench(
     Raises UnknownName, BadCheckpoint; UnsupportedModel where a runtime gives other outputs than
     plain transformers.
     """
-    progress = progress or Progress()
-    found = {name: find_runtime(name) for name in dict.fromkeys(["eager", *runtimes])}
-    kind = timed_dtype(dtype)
-    names = [Path(model).name for model in models]
-    alone = [
-        name if names.count(name) == 1 and name != "dense" else str(m)
-        for name, m in zip(names, models, strict=True)
-    ]
-    folders = {
-        "dense": resolve(dense),
-        **{name: resolve(m) for name, m in zip(alone, models, strict=True)},
-    }
-    for folder in folders.values():
-        open_checkpoint(folder)
-    results = BenchResults(
-        SCHEMA,
-        typed_command(command),
-        machine(),
-        versions(),
-        str(kind).removeprefix("torch."),
-        new,
-        rounds,
-        read_bandwidth(),
-        max(matrix_rate(kind), matrix_rate(torch.float32)),
-        [],
-        {},
+    runs = TimedRuns(
+        runtimes=runtimes, batch=batch, prompt=prompt, new=new, rounds=rounds, dtype=dtype
     )
-    twins = [runtime.twin for runtime in found.values() if runtime.twin]
-    wanted = [("dense", name) for name in dict.fromkeys([*found, *twins])]
-    wanted += [(name, runtime) for name in alone for runtime in found]
-    loaded: dict[tuple[str, str], Loaded] = {}
-    for name, runtime in wanted:
-        progress.begin(f"loading {name} in {runtime}")
-        try:
-            loaded[name, runtime] = held = _load(runtime, folders[name], kind)
-        except UnsupportedModel as error:
-            results.skipped[f"{name} in {runtime}"] = str(error)
-            continue
-        if runtime != "eager":
-            allowed = ROUNDED if RUNTIMES[runtime].rounded else TOLERANCE[kind]
-            _same_outputs(
-                loaded[name, "eager"].running, held.running, f"{name} in {runtime}", allowed
-            )
-    asked = [
-        key for key in loaded if key[0] == "dense" or key[1] in runtimes
-    ]  # eager may be there to compare with
+    progress = progress or Progress()
+    runnable = {name: find_runtime(name) for name in dict.fromkeys(["eager", *runtimes])}
+    kind = timed_dtype(dtype)
+    folders = _folders(models, dense)
+    results = _nothing_timed(runs, kind, typed_command(command))
+    twins = [runtime.twin for runtime in runnable.values() if runtime.twin]
+    wanted = [("dense", name) for name in dict.fromkeys([*runnable, *twins])]
+    wanted += [(name, runtime) for name in folders if name != "dense" for runtime in runnable]
+    loaded = _load_all(wanted, folders, kind, results.skipped, progress)
+    # `eager` may be there to compare with only.
+    asked = [key for key in loaded if key[0] == "dense" or key[1] in runtimes]
     for size in batch:
         for length in prompt:
             progress.begin(f"timing batch {size}, prompt {length}")
-            results.timings += _timed(loaded, asked, size, length, kind, results, progress)
+            times = _times(loaded, asked, size, length, results, progress)
+            results.timings += [_timing(key, times, loaded, size, length, results) for key in times]
     progress.end()
     if out is not None:
         with disk_errors(Path(out)):
@@ -169,12 +140,65 @@ def bench(
     return results
 
 
-@dataclass
-class Loaded:
+def _folders(models: Sequence[str | Path], dense: str | Path | None) -> dict[str, Path]:
+    """The checkpoint folders by the names in the table, `dense` first."""
+    names = [Path(model).name for model in models]
+    folders = {"dense": resolve(dense)}
+    for name, model in zip(names, models, strict=True):
+        alone = names.count(name) == 1 and name != "dense"
+        folders[name if alone else str(model)] = resolve(model)
+    for folder in folders.values():
+        open_checkpoint(folder)
+    return folders
+
+
+def _nothing_timed(runs: TimedRuns, dtype: torch.dtype, command: list[str]) -> BenchResults:
+    """The results before anything was timed, with the rates of this machine."""
+    return BenchResults(
+        SCHEMA,
+        command,
+        machine(),
+        versions(),
+        str(dtype).removeprefix("torch."),
+        runs.new,
+        runs.rounds,
+        read_bandwidth(),
+        max(matrix_rate(dtype), matrix_rate(torch.float32)),
+        [],
+        {},
+    )
+
+
+class Loaded(NamedTuple):
     """A model in a runtime, and the memory that it took."""
 
     running: Running
     memory_bytes: int | None
+
+
+def _load_all(
+    wanted: Sequence[Key],
+    folders: dict[str, Path],
+    dtype: torch.dtype,
+    skipped: dict[str, str],
+    progress: Progress,
+) -> dict[Key, Loaded]:
+    """Every model in every runtime that takes it; why not goes to `skipped`. Raises
+    UnsupportedModel where one gives other outputs than plain transformers.
+    """
+    loaded: dict[Key, Loaded] = {}
+    for name, runtime in wanted:
+        progress.begin(f"loading {name} in {runtime}")
+        try:
+            model = loaded[name, runtime] = _load(runtime, folders[name], dtype)
+        except UnsupportedModel as error:
+            skipped[f"{name} in {runtime}"] = str(error)
+            continue
+        if runtime != "eager":
+            allowed = ROUNDED if RUNTIMES[runtime].rounded else TOLERANCE[dtype]
+            plain = loaded[name, "eager"].running
+            _check_outputs(plain, model.running, f"{name} in {runtime}", allowed)
+    return loaded
 
 
 def _load(runtime: str, folder: Path, dtype: torch.dtype) -> Loaded:
@@ -189,12 +213,11 @@ def _load(runtime: str, folder: Path, dtype: torch.dtype) -> Loaded:
 
 
 def _ids(running: Running, batch: int, length: int, seed: int) -> Tensor:
-    return torch.randint(
-        running.vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed)
-    )
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(running.vocabulary, (batch, length), generator=draw)
 
 
-def _same_outputs(plain: Running, fast: Running, what: str, tolerance: float) -> None:
+def _check_outputs(plain: Running, fast: Running, what: str, tolerance: float) -> None:
     """Raise UnsupportedModel unless prefill and three decoded tokens give the same logits and
     greedy tokens.
 
@@ -203,14 +226,14 @@ def _same_outputs(plain: Running, fast: Running, what: str, tolerance: float) ->
     """
     for wanted, got in _logits(plain, fast):
         difference = ((got - wanted).norm() / wanted.norm().clamp_min(1e-30)).item()
-        behind = wanted.amax(1) - wanted.gather(1, got.argmax(1, keepdim=True)).squeeze(1)
-        if (
-            not difference <= tolerance
-            or (behind > tolerance * (wanted.amax(1) - wanted.mean(1))).any()
-        ):
+        best = wanted.amax(1)
+        behind = best - wanted.gather(1, got.argmax(1, keepdim=True)).squeeze(1)
+        greedy = (behind <= tolerance * (best - wanted.mean(1))).all()
+        if not difference <= tolerance or not greedy:
             raise UnsupportedModel(
-                f"{what} gives logits that differ by {difference:.1e} of their norm from plain transformers'; "
-                f"{tolerance:g} and the same greedy tokens are wanted. Nothing was timed."
+                f"{what} gives logits that differ by {difference:.1e} of their norm from plain "
+                f"transformers'; {tolerance:g} and the same greedy tokens are wanted. "
+                "Nothing was timed."
             )
 
 
@@ -221,101 +244,104 @@ def _logits(plain: Running, fast: Running) -> Iterator[tuple[Tensor, Tensor]]:
     ids = _ids(plain, 2, 8, 0)
     ask = getattr(fast, "logits", None)
     try:
-        yield plain.prefill(ids), fast.prefill(ids) if ask is None else ask(ids)
+        yield plain.prefill(ids), (ask or fast.prefill)(ids)
     except UnsupportedModel:  # for single rows
         ids = ids[:1]
-        yield plain.prefill(ids), fast.prefill(ids) if ask is None else ask(ids)
+        yield plain.prefill(ids), (ask or fast.prefill)(ids)
     for seed in range(1, 4):
         token = _ids(plain, len(ids), 1, seed)
         ids = torch.cat([ids, token], 1)
         yield plain.decode(token), fast.decode(token) if ask is None else ask(ids)
 
 
-def _timed(
-    loaded: dict[tuple[str, str], Loaded],
-    asked: Sequence[tuple[str, str]],
+class Times(NamedTuple):
+    """Seconds of each round: of the prefill, and of one step of decoding."""
+
+    prefill: list[float]
+    decode: list[float]
+
+
+def _times(
+    loaded: dict[Key, Loaded],
+    asked: Sequence[Key],
     batch: int,
     length: int,
-    kind: torch.dtype,
     results: BenchResults,
     progress: Progress,
-) -> list[Timing]:
-    prefill: dict[tuple[str, str], list[float]] = {key: [] for key in asked}
-    decode: dict[tuple[str, str], list[float]] = {key: [] for key in asked}
+) -> dict[Key, Times]:
+    """Time every model in turn, round after round, the first of which warms up."""
+    times = {key: Times([], []) for key in asked}
     for number in range(-1, results.rounds):
-        for key in list(prefill):
+        for key in list(times):
             model = loaded[key].running
             model.room = results.new_tokens
             ids = _ids(model, batch, length, number + 1)
             try:
-                started = perf_counter()
-                logits = model.prefill(ids)
-                first = perf_counter()
+                logits, prefill = timed(partial(model.prefill, ids))
             except UnsupportedModel as error:
                 results.skipped[f"{key[0]} in {key[1]} at batch {batch}"] = str(error)
-                del prefill[key], decode[key]
+                del times[key]
                 continue
-            for _ in range(results.new_tokens):
-                logits = model.decode(logits.argmax(-1, keepdim=True))
-            done = perf_counter()
-            if number >= 0:  # the first round warms up
-                prefill[key].append(first - started)
-                decode[key].append((done - first) / results.new_tokens)
+            _, decode = timed(partial(_decode, model, logits, results.new_tokens))
+            if number >= 0:
+                times[key].prefill.append(prefill)
+                times[key].decode.append(decode / results.new_tokens)
         progress.advance("rounds", number + 1, results.rounds)
-    timings = []
-    for key in prefill:
-        name, runtime = key
-        choices = [runtime, RUNTIMES[runtime].twin, "eager"]
-        against = next(other for other in choices if other and ("dense", other) in prefill)
-        before, step = ("dense", against), float(np.median(decode[key]))
-        multiplied = 2 * loaded[name, "eager"].running.weight_bytes / kind.itemsize * batch * length
-        timings.append(
-            Timing(
-                *key,
-                batch,
-                length,
-                _spread(prefill[key]),
-                _spread(decode[key]),
-                batch / step,
-                against,
-                _ratio(prefill[before], prefill[key]),
-                _ratio(decode[before], decode[key]),
-                _ratio(decode["dense", "eager"], decode[key]),
-                loaded[key].memory_bytes,
-                loaded[key].running.weight_bytes,
-                loaded[key].running.weight_bytes / step / results.read_bandwidth,
-                multiplied / float(np.median(prefill[key])) / results.matrix_rate,
-            )
-        )
-    return timings
+    return times
 
 
-def _spread(seconds: Sequence[float]) -> tuple[float, float, float]:
-    low, middle, high = np.percentile(seconds, [10, 50, 90])
-    return float(low), float(middle), float(high)
+def _decode(model: Running, logits: Tensor, count: int) -> None:
+    for _ in range(count):
+        logits = model.decode(logits.argmax(-1, keepdim=True))
 
 
-def _ratio(dense: Sequence[float], mine: Sequence[float]) -> tuple[float, float, float]:
+def _timing(
+    key: Key,
+    times: dict[Key, Times],
+    loaded: dict[Key, Loaded],
+    batch: int,
+    length: int,
+    results: BenchResults,
+) -> Timing:
+    """What the rounds of one model come to."""
+    name, runtime = key
+    own, model = times[key], loaded[key]
+    choices = [runtime, RUNTIMES[runtime].twin, "eager"]
+    against = next(other for other in choices if other and ("dense", other) in times)
+    dense, step = times["dense", against], float(np.median(own.decode))
+    weights = loaded[name, "eager"].running.weight_bytes / getattr(torch, results.dtype).itemsize
+    return Timing(
+        name,
+        runtime,
+        batch,
+        length,
+        spread(own.prefill),
+        spread(own.decode),
+        batch / step,
+        against,
+        _ratio(dense.prefill, own.prefill),
+        _ratio(dense.decode, own.decode),
+        _ratio(times["dense", "eager"].decode, own.decode),
+        model.memory_bytes,
+        model.running.weight_bytes,
+        model.running.weight_bytes / step / results.read_bandwidth,
+        2 * weights * batch * length / float(np.median(own.prefill)) / results.matrix_rate,
+    )
+
+
+def _ratio(dense: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
     """The median of the paired ratios, and its 95 % interval by bootstrap over rounds."""
-    ratios = np.asarray(dense) / np.asarray(mine)
+    ratios = np.asarray(dense) / np.asarray(own)
     return float(np.median(ratios)), *bootstrap_interval(
         lambda chosen: np.median(ratios[chosen], axis=1), len(ratios), resamples=2000
     )
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that a product reads of 256 MiB, more than the cache: the best of ten, ours or
-    torch's sum.
-    """
-    held = torch.ones(2**14, 2**13, dtype=torch.bfloat16)
-    x = held[0].clone()
-    best = min(_seconds(lambda: held.view(torch.float32).sum()) for _ in range(5))
-    if dense_product(held, x) is not None:
-        best = min(best, *(_seconds(lambda: dense_product(held, x)) for _ in range(10)))
-    return held.numel() * 2 / best
-
-
-def _seconds(call: Any) -> float:
-    started = perf_counter()
-    call()
-    return perf_counter() - started
+    """Bytes a second that a product reads of 256 MiB, more than a cache: the best of all tries."""
+    weight = torch.ones(2**14, 2**13, dtype=torch.bfloat16)
+    x = weight[0].clone()
+    works = [lambda: weight.view(torch.float32).sum()] * 5
+    if dense_product(weight, x) is not None:
+        works += [lambda: dense_product(weight, x)] * 10
+    return weight.nbytes / min(timed(work)[1] for work in works)

@@ -9,10 +9,11 @@ what is read, which is what a product that only waits for memory can gain.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
@@ -25,65 +26,65 @@ from secateur.deployment.packed_model import LEAST
 from secateur.kernels.packed import dense_product, multiply, pack, pack_int8, quantised
 from secateur.models.load import resolve
 from secateur.models.stored import stored_matrices
+from secateur.system.clock import spread, turns
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
 from secateur.system.json_files import write_json
 from secateur.system.machine import machine, versions
 from secateur.system.progress import Progress
+from secateur.system.settings import TimedRuns
 from secateur.system.tensors import count_zeros
 
 BEYOND_CACHE, IN_A_ROW = 400e6, 4
-"""Bytes of the copies of one matrix, together, and how many a kernel multiplies by before the next
-takes its turn.
-"""
+"""Bytes of the copies of one matrix, together, and how many a kernel multiplies by in its turn."""
+WARM_UP = 3
+"""Rounds that are not counted."""
 
 
-class Held(NamedTuple):
-    """A matrix as a kernel wants it: its product with x `[batch, columns]`, and the bytes that one
-    reads.
-    """
+class Prepared(NamedTuple):
+    """A matrix as a kernel wants it: its product with x `[batch, columns]`, and the bytes read."""
 
     product: Callable[[Tensor], object]
     bytes: int
 
 
-def _torch(weight: Tensor) -> Held:
-    return Held(lambda x: linear(x, weight), weight.nbytes)
+def _torch(weight: Tensor) -> Prepared:
+    return Prepared(lambda x: linear(x, weight), weight.nbytes)
 
 
-def _own(weight: Tensor) -> Held | None:
+def _own(weight: Tensor) -> Prepared | None:
     if dense_product(weight, torch.zeros(weight.shape[1], dtype=weight.dtype)) is None:
         return None
-    return Held(lambda x: dense_product(weight, x[0]), weight.nbytes)
+    return Prepared(lambda x: dense_product(weight, x[0]), weight.nbytes)
 
 
-def _own_int8(weight: Tensor) -> Held | None:
+def _own_int8(weight: Tensor) -> Prepared | None:
     whole, scales = quantised(weight)
     if dense_product(whole, torch.zeros(weight.shape[1]), scales) is None:
         return None
-    return Held(lambda x: dense_product(whole, x[0].float(), scales), whole.nbytes + scales.nbytes)
+    return Prepared(
+        lambda x: dense_product(whole, x[0].float(), scales), whole.nbytes + scales.nbytes
+    )
 
 
-def _packed(weight: Tensor) -> Held:
-    held = pack(weight)
-    return Held(lambda x: multiply(held, x), held.bytes)
+def _packed(weight: Tensor) -> Prepared:
+    packed = pack(weight)
+    return Prepared(lambda x: multiply(packed, x), packed.bytes)
 
 
-def _packed_int8(weight: Tensor) -> Held:
-    held = pack_int8(weight)
-    return Held(lambda x: multiply(held, x), held.bytes)
+def _packed_int8(weight: Tensor) -> Prepared:
+    packed = pack_int8(weight)
+    return Prepared(lambda x: multiply(packed, x), packed.bytes)
 
 
-KERNELS: dict[str, Callable[[Tensor], Held | None]] = {
+KERNELS: dict[str, Callable[[Tensor], Prepared | None]] = {
     "torch": _torch,
     "own dense": _own,
     "own int8": _own_int8,
     "packed": _packed,
     "packed int8": _packed_int8,
 }
-"""By name, what makes it from a matrix; None where this machine or the dtype has none. The own ones
-are for batch 1.
-"""
+"""What makes it from a matrix; None where there is no such kernel. The own ones are for batch 1."""
 
 
 @dataclass
@@ -105,109 +106,109 @@ class LayerTiming:
 
 @torch.no_grad()
 def time_matrices(
-    matrices: Mapping[str, Tensor],
-    *,
-    batch: Sequence[int] = (1, 4, 8),
-    rounds: int = 30,
-    progress: Progress | None = None,
+    matrices: Mapping[str, Tensor], runs: TimedRuns, progress: Progress | None = None
 ) -> list[LayerTiming]:
-    """Time every kernel on matrices `[rows, columns]` on the CPU, by the name of their site."""
+    """Time every kernel on matrices `[rows, columns]` on the CPU, by the name of each matrix."""
     progress = progress or Progress()
-    found = []
+    timings = []
     for number, (site, weight) in enumerate(matrices.items()):
         sparsity = count_zeros(weight) / weight.numel()
-        copies: dict[str, list[Held]] = {}
-        for name, make in KERNELS.items():
-            if (sparsity < LEAST and name.startswith("packed")) or (first := make(weight)) is None:
-                continue
-            count = int(BEYOND_CACHE // first.bytes) + 1
-            rolled = (make(weight.roll(place, 0)) for place in range(1, count))
-            copies[name] = [first, *(held for held in rolled if held is not None)]
-        for size in batch:
-            x = torch.randn(size, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(
-                weight.dtype
-            )
-            usable = {
-                name: held
-                for name, held in copies.items()
-                if size == 1 or not name.startswith("own")
-            }
-            seconds: dict[str, list[float]] = {name: [] for name in usable}
-            for turn in range(-3, rounds):
-                for name, held in usable.items():
-                    products = [
-                        held[(IN_A_ROW * turn + i) % len(held)].product for i in range(IN_A_ROW)
-                    ]
-                    started = perf_counter()
-                    for product in products:
-                        product(x)
-                    if turn >= 0:
-                        seconds[name].append((perf_counter() - started) / IN_A_ROW)
-            for name, times in seconds.items():
-                twin = "own int8" if name.endswith("int8") else "own dense"
-                over = {
-                    other: float(np.median(np.asarray(seconds[other]) / np.asarray(times)))
-                    for other in ("torch", twin)
-                    if other in seconds
-                }
-                low, middle, high = np.percentile(times, [10, 50, 90])
-                found.append(
-                    LayerTiming(
-                        site,
-                        (weight.shape[0], weight.shape[1]),
-                        sparsity,
-                        size,
-                        name,
-                        (float(low), float(middle), float(high)),
-                        weight.nbytes / usable[name][0].bytes,
-                        over,
-                    )
+        copies = _copies(weight, sparsity)
+        shape = (weight.shape[0], weight.shape[1])
+        for size in runs.batch:
+            seconds = _rounds(copies, weight, size, runs.rounds)
+            timings += [
+                LayerTiming(
+                    site,
+                    shape,
+                    sparsity,
+                    size,
+                    name,
+                    spread(times),
+                    weight.nbytes / copies[name][0].bytes,
+                    _ratios(name, seconds),
                 )
+                for name, times in seconds.items()
+            ]
         progress.advance("matrices", number + 1, len(matrices))
-    return found
+    return timings
+
+
+def _copies(weight: Tensor, sparsity: float) -> dict[str, list[Prepared]]:
+    """For each kernel that takes a matrix, so many copies of it that they exceed the cache."""
+    copies = {}
+    for name, prepare in KERNELS.items():
+        if sparsity < LEAST and name.startswith("packed"):
+            continue
+        if (first := prepare(weight)) is not None:
+            rolled = (
+                weight.roll(rows, 0) for rows in range(1, int(BEYOND_CACHE // first.bytes) + 1)
+            )
+            copies[name] = [first, *filter(None, map(prepare, rolled))]
+    return copies
+
+
+def _rounds(
+    copies: Mapping[str, list[Prepared]], weight: Tensor, batch: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of one product by kernel, in each round."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, weight.shape[1], generator=draw).to(weight.dtype)
+    works = {
+        name: partial(_multiply_in_a_row, cycle(same), x)
+        for name, same in copies.items()
+        if batch == 1 or not name.startswith("own")
+    }
+    kept = list(islice(turns(works), WARM_UP, WARM_UP + rounds))
+    return {name: [seconds[name] / IN_A_ROW for seconds in kept] for name in works}
+
+
+def _multiply_in_a_row(copies: Iterator[Prepared], x: Tensor) -> None:
+    for prepared in islice(copies, IN_A_ROW):
+        prepared.product(x)
+
+
+def _ratios(name: str, seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """How many times faster a kernel is than torch and than our dense one with the same values."""
+    own = np.asarray(seconds[name])
+    others = ("torch", "own int8" if name.endswith("int8") else "own dense")
+    return {
+        other: float(np.median(np.asarray(seconds[other]) / own))
+        for other in others
+        if other in seconds
+    }
 
 
 def time_layers(
-    models: Sequence[str | Path],
-    *,
-    dtype: str = "bfloat16",
-    batch: Sequence[int] = (1, 4, 8),
-    rounds: int = 30,
-    progress: Progress | None = None,
+    models: Sequence[str | Path], runs: TimedRuns, progress: Progress | None = None
 ) -> list[LayerTiming]:
-    """Time a matrix of each shape of every model, dense and with its zeros used. Raises
-    UnknownName, BadCheckpoint.
-    """
-    kind = timed_dtype(dtype)
+    """Time a matrix of each shape of every model. Raises UnknownName, BadCheckpoint."""
+    dtype = timed_dtype(runs.dtype)
     progress = progress or Progress()
     matrices: dict[str, Tensor] = {}
     for model in models:
         checkpoint = open_checkpoint(resolve(model))
-        shapes = set()
-        for name, held in stored_matrices(checkpoint)[0].items():
-            shape = checkpoint.places[name].shape
-            if len(shape) == 2 and (shape, held.transposed) not in shapes:
-                shapes.add((shape, held.transposed))
-                tensor = checkpoint.tensor(name).to(kind)
-                matrices[f"{Path(model).name} {name}"] = (
-                    tensor.T if held.transposed else tensor
-                ).contiguous()
+        kinds = set()
+        for name, stored in stored_matrices(checkpoint)[0].items():
+            kind = (checkpoint.places[name].shape, stored.transposed)
+            if len(kind[0]) == 2 and kind not in kinds:
+                kinds.add(kind)
+                tensor = checkpoint.tensor(name).to(dtype)
+                lying = tensor.T if stored.transposed else tensor
+                matrices[f"{Path(model).name} {name}"] = lying.contiguous()
     progress.begin("timing single matrices")
-    found = time_matrices(matrices, batch=batch, rounds=rounds, progress=progress)
+    timings = time_matrices(matrices, runs, progress)
     progress.end()
-    return found
+    return timings
 
 
 def write_timings(timings: Sequence[LayerTiming], file: Path, command: Sequence[str]) -> None:
-    """Write what was timed to a JSON file, with the machine and the versions. Raises OutputRefused
-    or DiskFull.
-    """
-    layers = [asdict(timing) for timing in timings]
-    held = {
+    """Write timings, the machine and the versions as JSON. Raises OutputRefused or DiskFull."""
+    content = {
         "command": list(command),
         "machine": machine(),
         "versions": versions(),
-        "layers": layers,
+        "layers": [asdict(timing) for timing in timings],
     }
     with disk_errors(file):
-        write_json(file, held)
+        write_json(file, content)

@@ -1,6 +1,4 @@
-"""What this machine can run: each runtime and format with the reason where it cannot, and what
-would help.
-"""
+"""What this machine can run: each runtime and format, and the reason where it cannot."""
 
 from __future__ import annotations
 

@@ -1,20 +1,15 @@
-"""A checkpoint in another form: for a runtime that wants one, or back to the dense folder that
-every loader reads.
-"""
+"""A checkpoint in another form: for a runtime that wants one, or back to a dense folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
-
-from secateur.checkpoints.folder import INDEX, SINGLE, Checkpoint, open_checkpoint
+from secateur.checkpoints.folder import INDEX, Checkpoint, open_checkpoint
 from secateur.checkpoints.record import record_of
 from secateur.checkpoints.result import output
-from secateur.deployment.formats import FORMATS, find_format, format_of
-from secateur.deployment.formats.base import save
+from secateur.checkpoints.shards import save_in_shards
+from secateur.deployment.formats import FORMATS, Format, find_format, format_of
 from secateur.errors import BadCheckpoint, UnknownName
 from secateur.models.checks import LOAD_ERRORS, bad_weights, foreign, other_shape, without_weights
 from secateur.models.load import load_config, resolve
@@ -24,28 +19,62 @@ from secateur.system.machine import typed_command, versions
 from secateur.system.progress import Progress
 from secateur.system.settings import Destination
 
-SHARD_BYTES = 5 * 10**9
-
 
 def export(
     model: str | Path | None = None,
     *,
     out: str | Path,
     to: str,
+    values: str | None = None,
+    ranks: int | None = None,
+    trust_remote_code: bool | None = None,
     overwrite: bool = Destination.overwrite,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
-    **options: Any,
 ) -> str:
     """Write a checkpoint in the format `to`, or with `dense` one of those formats as a dense
-    checkpoint again.
+    checkpoint again. Returns what loads the result.
 
-    `options` are those of the format: `values` for `packed` and `gguf`, `ranks` for `tensorrt-llm`.
-    Returns what loads the result. Raises UnknownName, BadCheckpoint, BadPattern, NonFinite,
-    UnsupportedModel, OutputRefused, DiskFull.
+    Some formats have options: `packed` and `gguf` the `values` that are stored, `tensorrt-llm` the
+    number of `ranks`, `packed` whether to `trust_remote_code`. Raises UnknownName, BadCheckpoint,
+    BadPattern, NonFinite, UnsupportedModel, OutputRefused, DiskFull.
     """
     progress = progress or Progress()
     folder, out = resolve(model), Path(out)
+    given = {"values": values, "ranks": ranks, "trust_remote_code": trust_remote_code}
+    options = {name: value for name, value in given.items() if value is not None}
+    wanted, stored_as = _formats(folder, to, options)
+    progress.begin(f"writing {to}")
+    source = open_checkpoint(folder) if wanted else Checkpoint(folder, (), {})
+    loaded_by = wanted.loaded_by if wanted else "every loader of safetensors checkpoints"
+    record = record_of(folder) or {}
+    record["exported"] = {
+        "to": to,
+        "from": stored_as or "dense",
+        "options": options,
+        "loaded_by": loaded_by,
+        "versions": versions(),
+        "command": typed_command(command),
+        "source_shards": source.sha256(),
+    }
+    if wanted is not None:
+        _refuse_other_shapes(source, bool(trust_remote_code))
+    with output(source, out, overwrite=overwrite, other_weights=source.bytes) as result:
+        if wanted is not None:
+            wanted.write(source, result.partial, **options)
+        elif stored_as is not None:
+            _densify(folder, result.partial, FORMATS[stored_as])
+        result.finish(record)
+    progress.end()
+    return loaded_by
+
+
+def _formats(
+    folder: Path, to: str, options: Mapping[str, object]
+) -> tuple[Format | None, str | None]:
+    """The format to write and the name of the one that a folder is in, None for dense. Raises
+    UnknownName; BadCheckpoint where both are dense, or neither.
+    """
     wanted = None if to == "dense" else find_format(to)
     allowed = frozenset() if wanted is None else wanted.options
     for option in options:
@@ -59,36 +88,11 @@ def export(
         raise BadCheckpoint(
             f"{folder} is stored as {stored_as}. Export it to 'dense' first, then to {to}."
         )
-    progress.begin(f"writing {to}")
-    source = Checkpoint(folder, (), {}) if wanted is None else open_checkpoint(folder)
-    record = record_of(folder) or {}
-    said = "every loader of safetensors checkpoints" if wanted is None else wanted.loaded_by
-    record["exported"] = {
-        "to": to,
-        "from": stored_as or "dense",
-        "options": options,
-        "loaded_by": said,
-        "versions": versions(),
-        "command": typed_command(command),
-        "source_shards": source.sha256(),
-    }
-    if wanted is not None:
-        _refuse_other_shapes(source, options.get("trust_remote_code", False))
-    with output(source, out, overwrite=overwrite, other_weights=source.bytes) as result:
-        if wanted is not None:
-            wanted.write(source, result.partial, **options)
-        else:
-            assert stored_as is not None
-            _densify(folder, result.partial, stored_as)
-        result.finish(record)
-    progress.end()
-    return said
+    return wanted, stored_as
 
 
 def _refuse_other_shapes(source: Checkpoint, trusted: bool) -> None:
-    """Raise BadCheckpoint or UnsupportedModel unless config.json, which formats go by, says what
-    the weights are.
-    """
+    """Raise BadCheckpoint or UnsupportedModel unless the weights are what config.json says."""
     config = load_config(source.folder, trust_remote_code=trusted)
     try:
         model = without_weights(source, config, trust_remote_code=trusted)
@@ -98,55 +102,17 @@ def _refuse_other_shapes(source: Checkpoint, trusted: bool) -> None:
         raise foreign(source.folder, other)
 
 
-def _densify(folder: Path, target: Path, stored_as: str) -> None:
-    """Write the dense shards of a folder in another format, and what its config.json says without
-    that format.
-    """
-    held = FORMATS[stored_as]
+def _densify(folder: Path, target: Path, stored_as: Format) -> None:
+    """Write the dense shards of a folder, and what its config.json says but for the format."""
     with disk_errors(target):
-        if held.restore is not None:
-            held.restore(folder, target)
-        elif held.read is not None:
+        if stored_as.restore is not None:
+            stored_as.restore(folder, target)
+        elif stored_as.read is not None:
             (target / INDEX).unlink(missing_ok=True)
-            _save_in_shards(held.read(folder), target)
-        if held.foreign:
+            save_in_shards(stored_as.read(folder), target)
+        if stored_as.foreign:
             file = target / "config.json"
             config = read_json(file)
-            kept = {key: value for key, value in config.items() if key not in held.foreign}
+            kept = {key: value for key, value in config.items() if key not in stored_as.foreign}
             write_json(file, kept, 2)
     open_checkpoint(target)
-
-
-def _save_in_shards(tensors: Iterator[tuple[str, Tensor]], target: Path) -> None:
-    """Write tensors one after the other, a new shard where one is full; no more than a shard is in
-    memory.
-    """
-    where: list[list[str]] = []
-    shard: dict[str, Tensor] = {}
-    size = total = 0
-
-    def finish() -> None:
-        save(shard, target / f"part-{len(where)}.safetensors")
-        where.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            finish()
-            size = 0
-        shard[name] = tensor.contiguous()
-        size, total = size + tensor.nbytes, total + tensor.nbytes
-    finish()
-    names = (
-        [SINGLE]
-        if len(where) == 1
-        else [f"model-{i + 1:05d}-of-{len(where):05d}.safetensors" for i in range(len(where))]
-    )
-    for index, name in enumerate(names):
-        (target / f"part-{index}.safetensors").rename(target / name)
-    if len(names) > 1:
-        weight_map = {
-            tensor: name for name, held in zip(names, where, strict=True) for tensor in held
-        }
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(target / INDEX, index, 2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,7 @@ PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One tensor of the checkpoint that is a site, or several. `patterns` are the N:M patterns it
-    satisfies.
-    """
+    """A tensor of the checkpoint that is a weight matrix, or several; the N:M patterns it meets."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,9 +43,7 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` returns. `coverage` is the share of block weights that are sites, None where
-    unknown.
-    """
+    """What `inspect` returns. `coverage` is the share of block weights in matrices, if known."""
 
     folder: str
     sparsity: float
@@ -58,24 +55,21 @@ class Inspection:
 def inspect(
     model: str | Path | None = None, *, trust_remote_code: bool = Trust.trust_remote_code
 ) -> Inspection:
-    """The realised sparsity and patterns of every site of a checkpoint folder. Raises
-    BadCheckpoint.
-    """
+    """Sparsity and patterns of every weight matrix of a checkpoint folder. Raises BadCheckpoint."""
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
     try:
         stored, coverage = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)
     except UnsupportedModel:
         stored, coverage = unknown_matrices(checkpoint), None
-    reports = [_read(checkpoint, name, held.transposed) for name, held in stored.items()]
-    sizes = [torch.Size(report.shape).numel() for report in reports]
+    reports = tuple(_report(checkpoint, name, matrix.transposed) for name, matrix in stored.items())
+    sizes = [prod(report.shape) for report in reports]
     zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
-    return Inspection(
-        str(folder), zeros / max(sum(sizes), 1), coverage, tuple(reports), record_of(folder)
-    )
+    sparsity = zeros / max(sum(sizes), 1)
+    return Inspection(str(folder), sparsity, coverage, reports, record_of(folder))
 
 
-def _read(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
+def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
     tensor = checkpoint.tensor(name)
     place = checkpoint.places[name]
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or not tensor.numel():
@@ -94,24 +88,15 @@ def _read(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
     )
 
 
-def rows(found: Inspection) -> Iterator[tuple[str, ...]]:
+def rows(inspection: Inspection) -> Iterator[tuple[str, ...]]:
     """The lines of the table that the command prints."""
-    for tensor in found.tensors:
-        odd = [
-            f"{count} {what}"
-            for count, what in (
-                (tensor.negative_zeros, "-0.0"),
-                (tensor.nans, "NaN"),
-                (tensor.infs, "Inf"),
-            )
-            if count
-        ]
-        shape = "×".join(map(str, tensor.shape))
+    for tensor in inspection.tensors:
+        counts = {"-0.0": tensor.negative_zeros, "NaN": tensor.nans, "Inf": tensor.infs}
         yield (
             tensor.name,
-            shape,
+            "×".join(map(str, tensor.shape)),
             tensor.dtype,
             f"{tensor.sparsity:.2%}",
             " ".join(tensor.patterns),
-            ", ".join(odd),
+            ", ".join(f"{count} {what}" for what, count in counts.items() if count),
         )

@@ -27,9 +27,7 @@ from secateur.kernels.packed import MOST, Packed
 SOURCE = Path(__file__).with_name("bitmap.cu")
 DTYPES = (torch.float16, torch.bfloat16)
 ROWS, THREADS, STEP = 4, 128, 128
-"""Of the kernel: rows of W and threads of a block, and columns that x is padded to a multiple
-of.
-"""
+"""Of the kernel: rows of W and threads of a block, and columns that x is padded to multiples of."""
 
 
 def missing() -> str | None:
@@ -37,7 +35,10 @@ def missing() -> str | None:
     if (reason := no_device()) is not None:
         return reason
     if not hasattr(torch.cuda, "_compile_kernel"):
-        return f"torch {torch.__version__} cannot compile kernels at run time; install torch 2.10 or later"
+        return (
+            f"torch {torch.__version__} cannot compile kernels at run time; "
+            "install torch 2.10 or later"
+        )
     return None
 
 
@@ -48,8 +49,8 @@ def pack(weight: Tensor, *, site: str, device: torch.device | str = "cuda") -> P
     """
     if weight.dtype not in DTYPES or weight.dim() != 2:
         raise BadCheckpoint(
-            f"{site} is {weight.dtype} {list(weight.shape)}; a matrix in float16 or bfloat16 was wanted. "
-            "Load the model with --dtype bfloat16."
+            f"{site} is {weight.dtype} {list(weight.shape)}; "
+            "a matrix in float16 or bfloat16 was wanted. Load the model with --dtype bfloat16."
         )
     if weight.isnan().any():
         raise NonFinite(
@@ -64,9 +65,7 @@ def unpack(packed: Packed) -> Tensor:
 
 
 def _moved(packed: Packed, device: torch.device | str) -> Packed:
-    bitmap, values, starts = (
-        tensor.to(device) for tensor in (packed.bitmap, packed.values, packed.starts)
-    )
+    bitmap, values, starts = (tensor.to(device) for tensor in packed.tensors)
     return replace(packed, bitmap=bitmap, values=values, starts=starts)
 
 
@@ -86,9 +85,7 @@ def multiply(packed: Packed, x: Tensor) -> Tensor:
 
 
 def _launch(packed: Packed, x: Tensor, y: Tensor) -> None:
-    """Write x `[batch, columns]` Wᵀ to y `[batch, rows]`, float32 or as the values, on the device's
-    current stream.
-    """
+    """Write x `[batch, columns]` Wᵀ to y `[batch, rows]`, float32 or as the values."""
     values, width = packed.values, -(-packed.columns // STEP) * STEP
     if width > packed.columns:
         x = nn.functional.pad(x, (0, width - packed.columns))
@@ -99,21 +96,9 @@ def _launch(packed: Packed, x: Tensor, y: Tensor) -> None:
     assert values.data_ptr() % 16 == 0, "the kernel copies 16 bytes at once"
     with torch.cuda.device(x.device):
         kernel = _compiled(len(x), values.dtype == torch.bfloat16, torch.cuda.current_device())
-        kernel(
-            grid=(-(-packed.rows // ROWS), 1, 1),
-            block=(THREADS, 1, 1),
-            args=[
-                packed.bitmap,
-                values,
-                packed.starts,
-                x,
-                y,
-                packed.rows,
-                2 * packed.bitmap.shape[1],
-                width,
-                int(y.dtype == values.dtype),
-            ],
-        )
+        sizes = (packed.rows, 2 * packed.bitmap.shape[1], width, int(y.dtype == values.dtype))
+        arguments = [packed.bitmap, values, packed.starts, x, y, *sizes]
+        kernel(grid=(-(-packed.rows // ROWS), 1, 1), block=(THREADS, 1, 1), args=arguments)
 
 
 @cache
@@ -123,8 +108,7 @@ def _compiled(batch: int, bfloat: bool, device: int) -> Callable[..., Any]:
 
     toolkit = cpp_extension.CUDA_HOME
     try:
-        # torch asks for the headers of a toolkit before it compiles, though this source includes
-        # none.
+        # torch asks for a toolkit's headers before it compiles; this source includes none.
         cpp_extension.CUDA_HOME = toolkit or "/usr"
         return torch.cuda._compile_kernel(
             SOURCE.read_text("utf-8"), f"multiply<{batch}, {str(bfloat).lower()}>"

@@ -1,18 +1,18 @@
-"""What the kernels and runtimes for GPUs share: whether there is a device, and what a product takes
-on it.
-"""
+"""Whether there is a GPU that the products here can run on, and what a product takes on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Name = TypeVar("Name")
+BEYOND_CACHE = 256 * 2**20
+"""Bytes several times as large as the cache of any device of today."""
 LEAST_CAPABILITY = (8, 0)
-"""The first devices that multiply bfloat16 and 2:4 matrices, and copy to shared memory without
-registers.
-"""
+"""The first that multiplies bfloat16 and 2:4, and copies to shared memory past registers."""
 
 
 def no_device() -> str | None:
@@ -21,36 +21,33 @@ def no_device() -> str | None:
         return "there is no CUDA device"
     if torch.version.hip:
         return "torch for ROCm was not tried here; an NVIDIA device is wanted"
-    found = torch.cuda.get_device_capability()
-    if found < LEAST_CAPABILITY:
-        return "the device has compute capability {}.{}; 8.0 or more is wanted".format(*found)
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        return "the device has compute capability {}.{}; 8.0 or more is wanted".format(*capability)
     return None
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """What a call takes on the current stream."""
+def milliseconds(work: Callable[[], object]) -> float:
+    """What `work` takes on the current CUDA stream."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    call()
+    work()
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
 
 
-def cold_milliseconds(call: Callable[[], object], flush: Tensor) -> float:
-    """The median of seven calls that find nothing of theirs in the cache, after one that may
-    compile.
+def fastest(works: Mapping[Name, Callable[[], object]], device: torch.device) -> Name:
+    """The name of the work that takes least on a CUDA device; of equals the first."""
+    flush = torch.empty(BEYOND_CACHE, dtype=torch.uint8, device=device)
+    return min(works, key=lambda name: _cold_milliseconds(works[name], flush))
 
-    `flush` is written before each call; it is larger than the device's cache.
-    """
-    call()
+
+def _cold_milliseconds(work: Callable[[], object], flush: Tensor) -> float:
+    """The median of seven calls with a cache full of `flush`, after one that may compile."""
+    work()
     times = []
     for _ in range(7):
         flush.zero_()
-        times.append(milliseconds(call))
+        times.append(milliseconds(work))
     return sorted(times)[3]
-
-
-def beyond_cache(device: torch.device) -> Tensor:
-    """Memory to write to, several times as large as the cache of any device of today."""
-    return torch.empty(256 * 2**20, dtype=torch.uint8, device=device)

@@ -12,7 +12,7 @@ from ctypes import CDLL
 import torch
 from torch import Tensor
 
-from secateur.kernels.library import best, isa, library
+from secateur.kernels.library import addresses, best, isa, library
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 """The dtypes of inputs that gram.c reads, as it calls them."""
@@ -23,22 +23,14 @@ SHORT = 512
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += leftᵀ right: inputs `[tokens, in]` of one dtype, total `[in, in]` float64, all on
-    one device.
-    """
+    """total += leftᵀ right: `[tokens, in]` of one dtype, `[in, in]` float64, on one device."""
     compiled, failed = _compiled(total, left, right), True
     if compiled:
         same, left = left is right, left.contiguous()
         right = left if same else right.contiguous()
-        failed = compiled.secateur_add_products(
-            best(),
-            KINDS[left.dtype],
-            left.data_ptr(),
-            right.data_ptr(),
-            total.data_ptr(),
-            *left.shape,
-            torch.get_num_threads(),
-        )
+        places, threads = addresses(left, right, total), torch.get_num_threads()
+        kind = KINDS[left.dtype]
+        failed = compiled.secateur_add_products(best(), kind, *places, *left.shape, threads)
     if failed:
         total.add_(products_in_torch(left, right))
 
@@ -47,14 +39,8 @@ def add_squares(total: Tensor, x: Tensor) -> None:
     """total += the squares of inputs x `[tokens, in]`, total `[in]` float64."""
     if compiled := _compiled(total, x):
         x = x.contiguous()
-        compiled.secateur_add_squares(
-            best(),
-            KINDS[x.dtype],
-            x.data_ptr(),
-            total.data_ptr(),
-            *x.shape,
-            torch.get_num_threads(),
-        )
+        kind, places, threads = KINDS[x.dtype], addresses(x, total), torch.get_num_threads()
+        compiled.secateur_add_squares(best(), kind, *places, *x.shape, threads)
     else:
         total.add_(summed(x.float().square()))
 
@@ -75,15 +61,12 @@ def panel_width(dtype: torch.dtype) -> int | None:
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum of float32 x `[tokens, in]` over tokens: float32 for some at a time, float64 over
-    these.
-    """
+    """The sum of float32 x `[tokens, in]` over tokens, `SHORT` at a time, float64 over these."""
     return torch.stack([part.sum(0) for part in x.split(SHORT)]).double().sum(0)
 
 
 def _compiled(total: Tensor, *inputs: Tensor) -> CDLL | None:
     """The library where there is one and gram.c takes these."""
-    plain = all(
-        x.device.type == "cpu" and x.dtype in KINDS and x.dtype == inputs[0].dtype for x in inputs
-    )
-    return library() if plain and total.is_contiguous() else None
+    plain = inputs[0].dtype in KINDS and total.is_contiguous()
+    same = all(x.device.type == "cpu" and x.dtype == inputs[0].dtype for x in inputs)
+    return library() if plain and same else None

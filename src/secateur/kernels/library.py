@@ -1,5 +1,4 @@
-"""The C library that is compiled with the package where there is a compiler, and which instructions
-it may use.
+"""The C library that is compiled with the package where there is a compiler.
 
 A plain C library in the clothes of an extension: no Python and no torch in it, so one build serves
 every version of both. Everything in it has a slower equal in torch, for where there is no compiler.
@@ -11,6 +10,8 @@ import ctypes
 from functools import cache
 from importlib.util import find_spec
 
+from torch import Tensor
+
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 PACKED_KINDS = ("f32", "bf16", "i8")
 """The values of packed matrices, as packed.c calls them."""
@@ -19,10 +20,8 @@ PACKED_KINDS = ("f32", "bf16", "i8")
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, None where the package was installed without a compiler."""
-    found = find_spec("secateur.kernels._native")
-    if found is None or found.origin is None:
-        return None
-    return declared(ctypes.CDLL(found.origin))
+    spec = find_spec("secateur.kernels._native")
+    return declared(ctypes.CDLL(spec.origin)) if spec and spec.origin else None
 
 
 def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
@@ -50,9 +49,14 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
 @cache
 def best() -> int:
     """The place in `ISAS` of the instruction set that this machine uses; -1 without the library."""
-    return -1 if (found := library()) is None else found.secateur_isa()
+    return -1 if (compiled := library()) is None else compiled.secateur_isa()
 
 
 def isa() -> str | None:
     """The instruction set that this machine uses, one of `ISAS`; None without the library."""
     return None if best() < 0 else ISAS[best()]
+
+
+def addresses(*tensors: Tensor) -> list[int]:
+    """Where tensors lie in memory, as the library takes them."""
+    return [tensor.data_ptr() for tensor in tensors]

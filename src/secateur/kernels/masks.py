@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from secateur.kernels.library import library
+from secateur.kernels.library import addresses, library
 
 MOST = 2**31
 """The scores that masks.c counts at most."""
@@ -21,24 +21,18 @@ SORTED = 2**24
 
 
 def without_lowest(scores: Tensor, removed: int) -> Tensor:
-    """Each row of scores `[groups, n]` without its `removed` lowest: bool `[groups, n]`, True is
-    kept.
-    """
+    """Rows of scores `[groups, n]` without their `removed` lowest: bool, True is kept."""
     if removed == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     if (compiled := library()) is None or not _plain_memory(scores):
         return without_lowest_in_torch(scores, removed)
     scores = scores.contiguous()
     kept = torch.empty(scores.shape, dtype=torch.bool)
-    threads, (groups, size) = torch.get_num_threads(), scores.shape
+    places, threads, (groups, size) = addresses(scores, kept), torch.get_num_threads(), scores.shape
     if groups == 1:
-        failed = compiled.secateur_without_lowest(
-            scores.data_ptr(), kept.data_ptr(), size, removed, threads
-        )
+        failed = compiled.secateur_without_lowest(*places, size, removed, threads)
     else:
-        failed = compiled.secateur_without_lowest_rows(
-            scores.data_ptr(), kept.data_ptr(), groups, size, removed, threads
-        )
+        failed = compiled.secateur_without_lowest_rows(*places, groups, size, removed, threads)
     return without_lowest_in_torch(scores, removed) if failed else kept
 
 
@@ -49,21 +43,14 @@ def best_of_groups(scores: Tensor, n: int, m: int) -> Tensor:
     scores = scores.contiguous()
     kept = torch.empty(scores.shape, dtype=torch.bool)
     groups = scores.numel() // m
-    failed = compiled.secateur_best_of_groups(
-        scores.data_ptr(),
-        kept.data_ptr(),
-        groups,
-        m,
-        n,
-        min(torch.get_num_threads(), max(groups // 4096, 1)),
-    )
+    threads = min(torch.get_num_threads(), max(groups // 4096, 1))
+    failed = compiled.secateur_best_of_groups(*addresses(scores, kept), groups, m, n, threads)
     return best_of_groups_in_torch(scores, n, m) if failed else kept
 
 
 def _plain_memory(scores: Tensor) -> bool:
-    return (
-        scores.device.type == "cpu" and scores.dtype == torch.float32 and 0 < scores.numel() < MOST
-    )
+    plain = scores.device.type == "cpu" and scores.dtype == torch.float32
+    return plain and 0 < scores.numel() < MOST
 
 
 def without_lowest_in_torch(scores: Tensor, removed: int) -> Tensor:
@@ -73,9 +60,8 @@ def without_lowest_in_torch(scores: Tensor, removed: int) -> Tensor:
         _lowest(scores[0], removed) if alone else scores.kthvalue(removed, 1, keepdim=True).values
     )
     above = ~(scores <= threshold)
-    spare = (scores.shape[1] - removed) - above.sum(
-        1, keepdim=True
-    )  # of those tied at the threshold, how many stay
+    # Of those tied at the threshold, how many stay.
+    spare = (scores.shape[1] - removed) - above.sum(1, keepdim=True)
     if not spare.any():
         return above
     equal = scores == threshold
@@ -95,10 +81,8 @@ def _lowest(scores: Tensor, count: int) -> Tensor:
         return scores.sort().values[count - 1]
     if size >= 2**17:
         sample = scores[:: size // 2**15 | 1]  # an odd step, so that it meets every column
-        place, margin = (
-            round(count * len(sample) / size),
-            round(2 * len(sample) ** 0.5),
-        )  # four standard deviations
+        place = round(count * len(sample) / size)
+        margin = round(2 * len(sample) ** 0.5)  # four standard deviations
         low = sample.kthvalue(max(place - margin, 1)).values
         high = sample.kthvalue(min(place + margin, len(sample))).values
         below = int((scores < low).sum())
@@ -114,9 +98,8 @@ def best_of_groups_in_torch(scores: Tensor, n: int, m: int) -> Tensor:
     small = torch.int8 if m < 128 else torch.int32
     ahead = torch.zeros_like(groups, dtype=small)  # how many of its group a weight gives way to
     for j in range(1, m):
-        wins = (groups[j] >= groups[:j]).view(
-            torch.int8
-        )  # [j, out, in / m]; the later of two equal stays
+        # [j, out, in / m]; the later of two equal stays
+        wins = (groups[j] >= groups[:j]).view(torch.int8)
         ahead[:j] += wins
         ahead[j] += j - wins.sum(0, dtype=small)
     return (ahead < n).permute(1, 2, 0).reshape(scores.shape)  # [out, in]

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import BadCheckpoint
-from secateur.kernels.library import ISAS, PACKED_KINDS, best, library
+from secateur.kernels.library import ISAS, PACKED_KINDS, addresses, best, library
 
 WORD, SLACK, MOST = 64, 64, 8
-"""Columns of a word of the bitmap, bytes that must follow the last value, rows of x that one
-product takes.
-"""
+"""Columns of a word of the bitmap, bytes that follow the last value, rows of x of one product."""
 ROWS_AT_ONCE = 1024
 """How many rows are unpacked at a time for a larger batch."""
 KINDS = dict(zip((torch.float32, torch.bfloat16, torch.int8), PACKED_KINDS, strict=True))
@@ -48,19 +46,20 @@ class Packed:
     def rows(self) -> int:
         return len(self.bitmap)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        scales = () if self.scales is None else (self.scales,)
+        return (self.bitmap, self.values, self.starts, *scales)
+
     @cached_property
     def places(self) -> list[int]:
-        """Where its tensors lie, as products take them; looked up once, since small products take
-        microseconds.
-        """
-        held = (self.bitmap, self.values, self.starts, self.scales)
-        return [t.data_ptr() for t in held if t is not None]
+        """Where its tensors lie; looked up once, since small products take microseconds."""
+        return addresses(*self.tensors)
 
     @property
     def bytes(self) -> int:
         """What is read for one product."""
-        held = (self.bitmap, self.values, self.starts, self.scales)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def dense(
         self, start: int = 0, stop: int | None = None, dtype: torch.dtype | None = None
@@ -77,17 +76,10 @@ class Packed:
             words = self.bitmap.shape[1]
             out = torch.empty(stop - start, words * WORD, dtype=out_dtype)
             unpack = getattr(compiled, f"secateur_{'widen' if wide else 'unpack'}_{KINDS[given]}")
-            unpack(
-                best(),
-                self.bitmap[start:].data_ptr(),
-                self.values.data_ptr(),
-                self.starts[start:].data_ptr(),
-                None if self.scales is None else self.scales[start:].data_ptr(),
-                out.data_ptr(),
-                stop - start,
-                words,
-                torch.get_num_threads(),
-            )
+            places = addresses(self.bitmap[start:], self.values, self.starts[start:])
+            scales = None if self.scales is None else self.scales[start:].data_ptr()
+            size = (stop - start, words, torch.get_num_threads())
+            unpack(best(), *places, scales, out.data_ptr(), *size)
             return out[:, : self.columns].to(dtype)
         mask = _bits(self.bitmap[start:stop])[:, : self.columns]
         weight = torch.zeros(stop - start, self.columns, dtype=out_dtype)
@@ -96,9 +88,7 @@ class Packed:
 
 
 def pack(weight: Tensor) -> Packed:
-    """Pack a matrix `[rows, columns]` on the CPU. Raises BadCheckpoint for a dtype that is none of
-    `Packed`'s.
-    """
+    """Pack a matrix `[rows, columns]` on the CPU. Raises BadCheckpoint for another dtype."""
     if weight.dtype not in (*KINDS, torch.float16):
         raise BadCheckpoint(
             f"Matrices of float32, bfloat16 and float16 can be packed; found {weight.dtype}."
@@ -126,9 +116,7 @@ def pack_int8(weight: Tensor) -> Packed:
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix `[rows, columns]` as int8 of the same shape and a scale float32 for each row, the
-    largest weight 127.
-    """
+    """A matrix as int8 `[rows, columns]`, the largest of a row 127, and scales float32 `[rows]`."""
     wide = weight.float()
     scales = wide.abs().amax(1) / 127
     steps = wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
@@ -142,25 +130,20 @@ def _bits(bitmap: Tensor) -> Tensor:
 
 
 def row_starts(bitmap: Tensor) -> Tensor:
-    """The place of the first value of every row, and how many there are: int64 `[rows + 1]`, from
-    the bitmap.
-    """
+    """Where the values of every row begin, and their number last: int64 `[rows + 1]`."""
     counts = np.bitwise_count(bitmap.numpy().view(np.uint64)).sum(1, dtype=np.int64)
     return torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(counts)]).cumsum(0)
 
 
 def check(packed: Packed, name: str = "A packed matrix") -> None:
-    """Raise BadCheckpoint unless no product can read beyond the tensors: what comes from a file is
-    checked first.
-    """
+    """Raise BadCheckpoint unless no product of what came from a file reads beyond its tensors."""
     bitmap, values, starts, columns = packed.bitmap, packed.values, packed.starts, packed.columns
-    held = [t for t in (bitmap, values, starts, packed.scales) if t is not None]
     sound = (
         bitmap.dtype == starts.dtype == torch.int64
         and values.dtype in (*KINDS, torch.float16)
         and bitmap.dim() == 2
         and values.dim() == starts.dim() == 1
-        and all(t.is_contiguous() and t.device.type == "cpu" for t in held)
+        and all(t.is_contiguous() and t.device.type == "cpu" for t in packed.tensors)
         and 0 < columns <= bitmap.shape[1] * WORD < columns + WORD
         and len(starts) == len(bitmap) + 1
         and (values.dtype == torch.int8) == (packed.scales is not None)
@@ -176,7 +159,7 @@ def check(packed: Packed, name: str = "A packed matrix") -> None:
         raise BadCheckpoint(
             f"{name} has a bitmap that does not agree with where its rows start. Pack it again."
         )
-    if len(values) * values.element_size() < int(starts[-1]) * values.element_size() + SLACK:
+    if values.nbytes < int(starts[-1]) * values.element_size() + SLACK:
         raise BadCheckpoint(
             f"{name} has {len(values)} values; {int(starts[-1])} and slack were wanted."
         )
@@ -194,9 +177,8 @@ def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     if product is None or not x.numel():
         return multiply_unpacked(packed, x)
     count, words = len(packed.bitmap), packed.bitmap.shape[1]
-    flat = x.reshape(-1, packed.columns).to(
-        packed.values.dtype if packed.scales is None else torch.float32
-    )
+    dtype = packed.values.dtype if packed.scales is None else torch.float32
+    flat = x.reshape(-1, packed.columns).to(dtype)
     if packed.columns < words * WORD:
         flat = nn.functional.pad(flat, (0, words * WORD - packed.columns))
     flat = flat.contiguous()
@@ -204,16 +186,9 @@ def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     instructions, threads = best() if use is None else ISAS.index(use), torch.get_num_threads()
     read, written, step = flat.data_ptr(), y.data_ptr(), words * WORD * flat.element_size()
     for start in range(0, len(flat), MOST):
-        failed = product(
-            instructions,
-            *packed.places,
-            read + start * step,
-            written + start * count * 4,
-            count,
-            words,
-            min(MOST, len(flat) - start),
-            threads,
-        )
+        places = (*packed.places, read + start * step, written + start * count * 4)
+        batch = min(MOST, len(flat) - start)
+        failed = product(instructions, *places, count, words, batch, threads)
         assert not failed, f"the packed product failed with {failed}"
     return y.to(x.dtype).view(*x.shape[:-1], count)
 
@@ -227,9 +202,7 @@ def _product(dtype: torch.dtype) -> Callable[..., int] | None:
 
 
 def multiply_unpacked(packed: Packed, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The same by unpacking some rows after the other and multiplying them with torch, in `dtype`
-    (None: as stored).
-    """
+    """The same with torch, some rows unpacked at a time, in `dtype` (None: as stored)."""
     flat = x.reshape(-1, x.shape[-1])
     parts = []
     for start in range(0, packed.rows, ROWS_AT_ONCE):
@@ -247,17 +220,11 @@ def dense_product(weight: Tensor, x: Tensor, scales: Tensor | None = None) -> Te
     """
     if (compiled := library()) is None:
         return None
-    y = torch.empty(len(weight))
+    y, size = torch.empty(len(weight)), (*weight.shape, torch.get_num_threads())
     if scales is not None:
-        places = (weight.data_ptr(), scales.data_ptr(), x.data_ptr(), y.data_ptr())
-        missing = compiled.secateur_dense_i8(
-            best(), *places, *weight.shape, torch.get_num_threads()
-        )
+        missing = compiled.secateur_dense_i8(best(), *addresses(weight, scales, x, y), *size)
     elif weight.dtype == x.dtype == torch.bfloat16:
-        places = (weight.data_ptr(), x.data_ptr(), y.data_ptr())
-        missing = compiled.secateur_dense_bf16(
-            best(), *places, *weight.shape, torch.get_num_threads()
-        )
+        missing = compiled.secateur_dense_bf16(best(), *addresses(weight, x, y), *size)
     else:
         return None
     return None if missing else y

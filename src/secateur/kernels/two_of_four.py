@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite
-from secateur.kernels.device import beyond_cache, cold_milliseconds, no_device
+from secateur.kernels.device import fastest, no_device
 from secateur.kernels.masks import crowded
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -31,19 +31,9 @@ GROUP, UNIT, MOST = 4, 8, 8
 """Columns of a group and of a byte of metadata, rows of x that one product takes."""
 ROWS_AT_ONCE = 1024
 """How many rows are packed at a time, which bounds the memory that it takes."""
-PLACES = {
-    0b0000: (0, 1),
-    0b0001: (0, 1),
-    0b0010: (0, 1),
-    0b0011: (0, 1),
-    0b0100: (0, 2),
-    0b0101: (0, 2),
-    0b0110: (1, 2),
-    0b1000: (0, 3),
-    0b1001: (0, 3),
-    0b1010: (1, 3),
-    0b1100: (2, 3),
-}
+PLACES = dict.fromkeys([0b0000, 0b0001, 0b0010, 0b0011], (0, 1))
+PLACES |= {0b0100: (0, 2), 0b0101: (0, 2), 0b0110: (1, 2)}
+PLACES |= {0b1000: (0, 3), 0b1001: (0, 3), 0b1010: (1, 3), 0b1100: (2, 3)}
 """Which two columns of a group are stored, by what is not zero in it: bit j for column j."""
 
 
@@ -72,9 +62,7 @@ class TwoOfFour:
 
 
 class Configuration(NamedTuple):
-    """How the kernel is launched: rows of W that a program takes, which share what it reads of x,
-    and its warps.
-    """
+    """How the kernel is launched: rows of W that share what a program reads of x, and its warps."""
 
     rows_at_once: int
     warps: int
@@ -105,12 +93,13 @@ def pack(weight: Tensor, *, site: str, device: torch.device | str = "cuda") -> T
     """
     if weight.dtype not in DTYPES or weight.dim() != 2:
         raise BadCheckpoint(
-            f"{site} is {weight.dtype} {list(weight.shape)}; a matrix in float16 or bfloat16 was wanted. "
-            "Load the model with --dtype bfloat16."
+            f"{site} is {weight.dtype} {list(weight.shape)}; "
+            "a matrix in float16 or bfloat16 was wanted. Load the model with --dtype bfloat16."
         )
     if weight.shape[1] % UNIT:
         raise BadPattern(
-            f"{site} has {weight.shape[1]} inputs; packed 2:4 matrices need a multiple of {UNIT}. Leave it dense."
+            f"{site} has {weight.shape[1]} inputs; "
+            f"packed 2:4 matrices need a multiple of {UNIT}. Leave it dense."
         )
     check_two_of_four(weight, site=site)
     parts = [_pack_rows(part) for part in weight.detach().split(ROWS_AT_ONCE)]
@@ -119,9 +108,7 @@ def pack(weight: Tensor, *, site: str, device: torch.device | str = "cuda") -> T
 
 
 def check_two_of_four(weight: Tensor, *, site: str) -> None:
-    """Raise NonFinite where a weight `[out, in]` is NaN, BadPattern unless every four inputs keep
-    two or fewer.
-    """
+    """Raise NonFinite for NaN in a weight `[out, in]`, BadPattern unless it is 2:4."""
     if weight.shape[1] % GROUP:
         raise BadPattern(
             f"2:4 needs inputs in fours; {site} has {weight.shape[1]}. Leave it dense."
@@ -136,8 +123,8 @@ def check_two_of_four(weight: Tensor, *, site: str) -> None:
             row, group = full[0].tolist()
             kept = int(part[row, GROUP * group : GROUP * group + GROUP].count_nonzero())
             raise BadPattern(
-                f"{site} is not 2:4: inputs {GROUP * group} to {GROUP * group + 3} of output {start + row} keep "
-                f"{kept} weights, two were wanted. Prune it with --pattern 2:4."
+                f"{site} is not 2:4: inputs {GROUP * group} to {GROUP * group + 3} of output "
+                f"{start + row} keep {kept} weights, two were wanted. Prune it with --pattern 2:4."
             )
 
 
@@ -178,22 +165,19 @@ def multiply(packed: TwoOfFour, x: Tensor, *, configuration: Configuration | Non
     y = torch.empty(len(flat), packed.rows, dtype=x.dtype, device=x.device)
     for start in range(0, len(flat), MOST):
         part = flat[start : start + MOST]
-        chosen = configuration or best_configuration(
-            packed.rows, packed.columns, len(part), part.dtype, x.device
-        )
+        shape = (packed.rows, packed.columns, len(part))
+        chosen = configuration or best_configuration(*shape, part.dtype, x.device)
         launch(packed, part, y[start : start + MOST], chosen)
     return y.view(*x.shape[:-1], packed.rows)
 
 
 def launch(packed: TwoOfFour, x: Tensor, y: Tensor, configuration: Configuration) -> None:
-    """Write x `[batch, columns]` Wᵀ, summed in float32, to y `[batch, rows]` of any dtype, on the
-    current stream.
-    """
+    """Write x `[batch, columns]` Wᵀ to y `[batch, rows]` of any dtype, on the current stream."""
     import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-    from secateur.kernels import two_of_four_triton as nm_triton
+    from secateur.kernels import two_of_four_triton
 
-    kernel: Any = nm_triton.multiply
+    kernel: Any = two_of_four_triton.multiply
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
         kernel[(-(-packed.rows // configuration.rows_at_once),)](
             packed.values.view(torch.uint64),
@@ -215,19 +199,16 @@ def launch(packed: TwoOfFour, x: Tensor, y: Tensor, configuration: Configuration
 def best_configuration(
     rows: int, columns: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> Configuration:
-    """The fastest of `CONFIGURATIONS` for a shape, measured once on the device; `FIXED` on a
-    CPU.
-    """
+    """The fastest of `CONFIGURATIONS` for a shape, measured once on a device; `FIXED` on a CPU."""
     if device.type != "cuda":
         return FIXED
     values = torch.zeros(rows, columns // 2, dtype=dtype, device=device)
     meta = torch.full((rows, columns // UNIT), 0b01000100, dtype=torch.uint8, device=device)
     x, y = (torch.zeros(batch, size, dtype=dtype, device=device) for size in (columns, rows))
     packed = TwoOfFour(values, meta)
-    flush = beyond_cache(device)
-    tried = [
-        configuration
+    works = {
+        configuration: lambda configuration=configuration: launch(packed, x, y, configuration)
         for configuration in CONFIGURATIONS
         if configuration.rows_at_once * batch <= MOST_SUMS
-    ]
-    return min(tried, key=lambda one: cold_milliseconds(lambda: launch(packed, x, y, one), flush))
+    }
+    return fastest(works, device)

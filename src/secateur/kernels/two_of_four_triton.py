@@ -74,14 +74,14 @@ def multiply(
         for b in tl.static_range(batch):
             at = x + b * 2 * units + 2 * unit
             activations = activations + (tl.load(at, inside, 0), tl.load(at + 1, inside, 0))  # noqa: RUF005
-        held = ()
+        stored = ()
         places = ()
         for r in tl.static_range(rows_at_once):
             # Rows beyond the last one repeat it, which is cheaper than a mask; they are not stored.
             at = tl.minimum(first_row + r, rows - 1).to(tl.int64) * units + unit
-            held = held + (tl.load(values + at, inside, 0),)  # noqa: RUF005
+            stored = stored + (tl.load(values + at, inside, 0),)  # noqa: RUF005
             places = places + (tl.load(meta + at, inside, 0),)  # noqa: RUF005
-        sums = add_products(sums, activations, held, places, rows_at_once, batch, dtype)
+        sums = add_products(sums, activations, stored, places, rows_at_once, batch, dtype)
     for r in tl.static_range(rows_at_once):
         for b in tl.static_range(batch):
             row = first_row + r

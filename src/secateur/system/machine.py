@@ -3,16 +3,15 @@
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
 
-CPU = torch.device("cpu")
+from secateur.system.clock import CPU, best_seconds
 
 
 def typed_command(command: Sequence[str] | None) -> list[str]:
@@ -71,17 +70,3 @@ def multiplies_bfloat16() -> bool:
     float32.
     """
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def best_seconds(
-    work: Callable[[], object], device: torch.device = CPU, seconds: float = 0.2
-) -> float:
-    """Wall time of `work` on a device, the best of those that fit into `seconds`, at least two."""
-    best, count, started = float("inf"), 0, perf_counter()
-    while count < 2 or perf_counter() - started < seconds:
-        before = perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best, count = min(best, perf_counter() - before), count + 1
-    return best

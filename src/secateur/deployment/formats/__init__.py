@@ -1,6 +1,4 @@
-"""How a checkpoint can be written for others to load. A new format is a file here and its line in
-`FORMATS`.
-"""
+"""Forms of a checkpoint for others to load. A new one is a file here and its line in `FORMATS`."""
 
 from pathlib import Path
 
@@ -27,14 +25,8 @@ def find_format(name: str) -> Format:
 
 def format_of(folder: Path) -> str | None:
     """The format that a folder is in, None for dense checkpoints and all else."""
-    return next(
-        (
-            name
-            for name, known in FORMATS.items()
-            if known.holds is not None and known.holds(folder)
-        ),
-        None,
-    )
+    names = (name for name, known in FORMATS.items() if known.holds and known.holds(folder))
+    return next(names, None)
 
 
 __all__ = ["FORMATS", "Format", "find_format", "format_of"]

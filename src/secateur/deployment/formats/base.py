@@ -1,20 +1,16 @@
-"""What a format is: how a dense checkpoint is written in another form, and read back where that can
-be.
-"""
+"""What a format is, how a dense checkpoint is written in another form, and what formats share."""
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from secateur.errors import BadCheckpoint, DiskFull, NonFinite, OutputRefused, in_one_line
+from secateur.checkpoints.folder import Checkpoint
+from secateur.errors import BadCheckpoint, NonFinite
 
 
 class Format(NamedTuple):
@@ -22,7 +18,7 @@ class Format(NamedTuple):
 
     `write(source, folder, **options)` puts the weights of a dense checkpoint into `folder`, which
     holds the source's other files (config.json, tokenizer) already and gets its final name
-    afterwards; it may change those files. It raises SecateurError, naming the site, where the
+    afterwards; it may change those files. It raises SecateurError, naming the matrix, where the
     weights do not fit the format. `loaded_by` says what loads the result, by version. `options` are
     the keywords that `write` takes. `holds(folder)` tells whether a folder is in this format; None
     where it is for other programs only. Where it is not, it can be made dense: `restore(folder,
@@ -41,33 +37,26 @@ class Format(NamedTuple):
 
 
 def architecture_of(config: Any) -> str:
-    """The causal LM that transformers makes of a configuration, whatever `architectures` in
-    config.json says.
-    """
+    """The causal LM of a configuration, whatever `architectures` in config.json says."""
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__))
 
 
-def save(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a shard beside a config.json, whose permissions it gets. Raises DiskFull or
-    OutputRefused.
-    """
-    try:
-        save_file(tensors, file, metadata=dict(metadata or {"format": "pt"}))
-    except SafetensorError as error:  # which tells errors of the disk in words alone
-        kind = DiskFull if f"os error {errno.ENOSPC}" in str(error) else OutputRefused
-        raise kind(f"{file} cannot be written: {in_one_line(error)}.") from error
-    file.chmod(
-        (file.parent / "config.json").stat().st_mode
-    )  # safetensors lets only the owner read its files
+def head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def refuse_odd_values(site: str, weight: Tensor, wanted_by: str) -> None:
-    """Raise NonFinite for NaN or Inf in a site, BadCheckpoint for -0.0, which sparse kernels and
-    formats get wrong.
-    """
+def tensors_of(source: Checkpoint, shard: str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one shard by name, read one at a time."""
+    for name, place in source.places.items():
+        if place.shard == shard:
+            yield name, source.tensor(name)
+
+
+def refuse_odd_values(name: str, weight: Tensor, wanted_by: str) -> None:
+    """Raise NonFinite for NaN or Inf, BadCheckpoint for -0.0, which sparse kernels get wrong."""
     if not weight.isfinite().all():
-        raise NonFinite(f"{site} holds NaN or Inf. Prune the dense model again, or mend it first.")
+        raise NonFinite(f"{name} holds NaN or Inf. Prune the dense model again, or mend it first.")
     if (weight.signbit() & (weight == 0)).any():
         raise BadCheckpoint(
-            f"{site} holds -0.0, which {wanted_by} loses. Prune again, which writes +0.0."
+            f"{name} holds -0.0, which {wanted_by} loses. Prune again, which writes +0.0."
         )

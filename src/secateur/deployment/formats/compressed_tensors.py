@@ -30,8 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.folder import FLOATS, INDEX, Checkpoint, TensorLocation, open_checkpoint
-from secateur.deployment.formats.base import Format, refuse_odd_values, save
+from secateur.checkpoints.folder import FLOATS, INDEX, Checkpoint, open_checkpoint
+from secateur.checkpoints.shards import save, write_index
+from secateur.deployment.formats.base import Format, refuse_odd_values, tensors_of
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.stored import stored_matrices
@@ -39,22 +40,16 @@ from secateur.system.json_files import read_json, write_json
 from secateur.system.tensors import count_zeros
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
-"""Where config.json names the format: in 0.14, in 0.5 and in 0.3. A dense checkpoint has none of
-them.
-"""
+"""Where config.json names the format, in 0.14, in 0.5 and in 0.3; a dense one has none of them."""
 
 _VERSION = "0.14.0.1"
 _PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 _PADDING = {0b0000: 0b1100, 0b0001: 0b0101, 0b0010: 0b1010, 0b0100: 0b1100, 0b1000: 0b1100}
-"""Which two of four are stored where fewer are not zero, bit j for input j: the choice of
-torch.topk among equals.
-"""
+"""Which two of four are stored where fewer are not zero, bit j for input j; as torch.topk."""
 
 
 class _Layout(NamedTuple):
-    """What differs between the two. `keep(site, weight)` is the mask [out, in] of what is stored,
-    half or any share.
-    """
+    """What differs between the two; `keep(site, weight)` is the mask [out, in] of what stays."""
 
     name: str
     structure: str
@@ -64,18 +59,17 @@ class _Layout(NamedTuple):
 
 
 def _two_of_four(site: str, weight: Tensor) -> Tensor:
-    """Exactly two of every four consecutive inputs, all that are not zero among them. Raises
-    BadPattern.
-    """
+    """Two of every four inputs, all that are not zero among them. Raises BadPattern."""
     if weight.shape[1] % 4:
         raise BadPattern(
-            f"2:4 needs inputs in fours; {site} has {weight.shape[1]}. Write sparse-bitmask, which takes any number."
+            f"2:4 needs inputs in fours; {site} has {weight.shape[1]}. "
+            "Write sparse-bitmask, which takes any number."
         )
     groups = (weight != 0).unflatten(1, (-1, 4))  # [out, in/4, 4]
     if crowded := int(TWO_OF_FOUR.crowded(weight).sum()):
         raise BadPattern(
-            f"{site} is not 2:4: {crowded} of its {groups[..., 0].numel()} groups of four inputs hold more than two "
-            "weights. Prune it with '2:4', or write sparse-bitmask."
+            f"{site} is not 2:4: {crowded} of its {groups[..., 0].numel()} groups of four inputs "
+            "hold more than two weights. Prune it with '2:4', or write sparse-bitmask."
         )
     bits = torch.tensor([1, 2, 4, 8], dtype=torch.uint8)
     padded = torch.arange(16, dtype=torch.uint8)
@@ -98,33 +92,29 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
     DiskFull and OutputRefused.
     """
     stored, _ = stored_matrices(source)
-    chosen = {
-        name for name, held in stored.items() if not held.transposed and _is_matrix(name, source)
-    }
+    lying = (name for name, matrix in stored.items() if not matrix.transposed)
+    chosen = {name for name in lying if _is_matrix(name, source)}
     if not chosen:
         raise UnsupportedModel(
-            f"{source.folder} has no linear layer that lies [outputs, inputs] on disk, so {layout.name} would pack "
-            "nothing. Keep it as it is."
+            f"{source.folder} has no linear layer that lies [outputs, inputs] on disk, "
+            f"so {layout.name} would pack nothing. Keep it as it is."
         )
     zeros = total = size = 0
-    where: dict[str, str] = {}
+    shard_of: dict[str, str] = {}
     for shard in source.shards:
         tensors: dict[str, Tensor] = {}
-        for name in (name for name, place in source.places.items() if place.shard == shard):
-            tensor = source.tensor(name)
+        for name, tensor in tensors_of(source, shard):
             zeros += count_zeros(tensor)
             total += tensor.numel()
-            tensors |= (
-                _packed(name.removesuffix(".weight"), tensor, layout)
-                if name in chosen
-                else {name: tensor}
-            )
+            if name in chosen:
+                tensors |= _packed(name.removesuffix(".weight"), tensor, layout)
+            else:
+                tensors[name] = tensor
         save(tensors, folder / shard)
         size += sum(tensor.nbytes for tensor in tensors.values())
-        where |= dict.fromkeys(tensors, shard)
+        shard_of |= dict.fromkeys(tensors, shard)
     if (source.folder / INDEX).exists():
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
-        write_json(folder / INDEX, index, 2)
+        write_index(folder, dict(sorted(shard_of.items())), size)
     config = read_json(folder / "config.json")
     config["quantization_config"] = _description(layout, zeros / total, _left_dense(source, chosen))
     write_json(folder / "config.json", config, 2)
@@ -135,21 +125,15 @@ def _is_matrix(name: str, source: Checkpoint) -> bool:
 
 
 def _left_dense(source: Checkpoint, chosen: set[str]) -> list[str]:
-    """The modules that a loader must not take for packed: the head, and matrices of the blocks that
-    are no sites.
-    """
+    """What a loader must not take for packed: the head, and other matrices of the blocks."""
     stacks = tuple({re.split(r"\.\d+\.", name)[0] + "." for name in chosen})
-    names = (name for name in source.places if name.startswith(stacks) and _is_matrix(name, source))
-    return [
-        "lm_head",
-        *sorted(name.removesuffix(".weight") for name in names if name not in chosen),
-    ]
+    names = (name for name in source.places.keys() - chosen if name.startswith(stacks))
+    matrices = (name.removesuffix(".weight") for name in names if _is_matrix(name, source))
+    return ["lm_head", *sorted(matrices)]
 
 
 def _description(layout: _Layout, sparsity: float, ignore: list[str]) -> dict[str, Any]:
-    """What config.json says of the format. `sparsity` is the share of zeros among all weights of
-    the model.
-    """
+    """What config.json says of the format; `sparsity` is the share of zeros in the whole model."""
     return {
         "quant_method": "compressed-tensors",
         "version": _VERSION,
@@ -174,13 +158,12 @@ def _packed(site: str, weight: Tensor, layout: _Layout) -> dict[str, Tensor]:
     refuse_odd_values(site, weight, layout.name)
     kept = layout.keep(site, weight)
     parts = {
-        "shape": torch.tensor(weight.shape).reshape(2, 1)
-        if layout.halves
-        else torch.tensor(weight.shape),
+        "shape": torch.tensor(weight.shape),
         "compressed": weight.masked_select(kept),
         "bitmask": torch.from_numpy(np.packbits(kept.numpy(), axis=-1, bitorder="little")),
     }
     if layout.halves:
+        parts["shape"] = parts["shape"].reshape(2, 1)
         parts["compressed"] = parts["compressed"].reshape(weight.shape[0], weight.shape[1] // 2)
     else:
         parts["row_offsets"] = _row_offsets(kept)
@@ -196,38 +179,33 @@ def _row_offsets(kept: Tensor) -> Tensor:
 def _config(folder: Path) -> dict[str, Any]:
     """config.json, empty where there is none that can be read."""
     try:
-        held = read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return {}
-    return held if isinstance(held, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _holds(folder: Path, *, layout: _Layout) -> bool:
     """Whether config.json names the format, in any of the places it once had."""
     config = _config(folder)
     outer = [config, *(config.get(key) for key in CONFIG_KEYS[:2])]
-    named = [held.get("sparsity_config") for held in outer if isinstance(held, dict)]
-    return any(
-        str(held.get("format")).replace("_", "-") == layout.name
-        for held in named
-        if isinstance(held, dict)
-    )
+    inner = [entry.get("sparsity_config") for entry in outer if isinstance(entry, dict)]
+    names = [str(entry.get("format")) for entry in inner if isinstance(entry, dict)]
+    return layout.name in [name.replace("_", "-") for name in names]
 
 
 def _read(folder: Path, *, layout: _Layout) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the dense checkpoint by name, one at a time, in the order of the shards.
-    Raises BadCheckpoint.
-    """
+    """The dense checkpoint's tensors by name, in the order of the shards. Raises BadCheckpoint."""
     if not _holds(folder, layout=layout):
         raise BadCheckpoint(
             f"{folder} is not in {layout.name}: its config.json names no such sparsity_config."
         )
     for key in CONFIG_KEYS[:2]:
-        held = _config(folder).get(key)
-        if isinstance(held, dict) and held.get("config_groups"):
+        entry = _config(folder).get(key)
+        if isinstance(entry, dict) and entry.get("config_groups"):
             raise BadCheckpoint(
-                f"{folder} is quantised as well ({key}.config_groups in config.json); weights that are only sparse "
-                "were wanted. Take the model that it was made from."
+                f"{folder} is quantised as well ({key}.config_groups in config.json); weights that "
+                "are only sparse were wanted. Take the model that it was made from."
             )
     checkpoint = open_checkpoint(folder)
     dense = _dense_names(checkpoint, layout)
@@ -240,20 +218,19 @@ def _read(folder: Path, *, layout: _Layout) -> Iterator[tuple[str, Tensor]]:
 
 
 def _dense_names(checkpoint: Checkpoint, layout: _Layout) -> dict[str, str]:
-    """The dense tensor's name for everything that is packed. Raises BadCheckpoint unless all parts
-    are there, once.
-    """
-    found: dict[str, set[str]] = {}
+    """Dense names of everything packed. Raises BadCheckpoint unless all parts are there, once."""
+    parts_of: dict[str, set[str]] = {}
     for name in checkpoint.places:
         base, _, part = name.rpartition(".")
         if part in _PARTS:
-            found.setdefault(base, set()).add(part)
-    whole = any(base.endswith(".weight") for base in found)  # as until 0.8
-    names = {base: base if whole else f"{base}.weight" for base in found}
-    for base, parts in found.items():
+            parts_of.setdefault(base, set()).add(part)
+    whole = any(base.endswith(".weight") for base in parts_of)  # as until 0.8
+    names = {base: base if whole else f"{base}.weight" for base in parts_of}
+    for base, parts in parts_of.items():
         if parts != set(layout.parts):
             raise BadCheckpoint(
-                f"{base} is stored as {', '.join(sorted(parts))}; {', '.join(sorted(layout.parts))} were wanted. "
+                f"{base} is stored as {', '.join(sorted(parts))}; "
+                f"{', '.join(sorted(layout.parts))} were wanted. "
                 "A shard may be missing; fetch the folder again."
             )
         if names[base] in checkpoint.places:
@@ -264,71 +241,52 @@ def _dense_names(checkpoint: Checkpoint, layout: _Layout) -> dict[str, str]:
 
 
 def _unpacked(checkpoint: Checkpoint, base: str, layout: _Layout) -> Tensor:
-    """The dense tensor of one name. What it takes is bounded by the stored bitmask, never by what
-    `shape` claims.
-    """
-    places = {part: checkpoint.places[f"{base}.{part}"] for part in layout.parts}
+    """A dense tensor. Its memory is bounded by the stored bitmask, not by what `shape` claims."""
     sizes = _sizes(checkpoint, base, layout)
     rows, columns = sizes[:-1], sizes[-1]
-    _check_place(base, "bitmask", places["bitmask"], ("U8",), (*rows, -(-columns // 8)))
-    stored = (
-        (*rows, columns // 2) if layout.halves else places["compressed"].shape[:1]
-    )  # how many, the bitmask tells
-    _check_place(base, "compressed", places["compressed"], tuple(FLOATS), stored)
+    _check_place(checkpoint, f"{base}.bitmask", ("U8",), (*rows, -(-columns // 8)))
+    count = checkpoint.places[f"{base}.compressed"].shape[:1]  # whether right, the bitmask tells
+    stored = (*rows, columns // 2) if layout.halves else count
+    _check_place(checkpoint, f"{base}.compressed", tuple(FLOATS), stored)
     if not layout.halves:
-        _check_place(base, "row_offsets", places["row_offsets"], ("I64",), rows)
-
+        _check_place(checkpoint, f"{base}.row_offsets", ("I64",), rows)
     bits = np.unpackbits(checkpoint.tensor(f"{base}.bitmask").numpy(), axis=-1, bitorder="little")
     kept = torch.from_numpy(bits[..., :columns]).bool()  # [*rows, columns]
     values = checkpoint.tensor(f"{base}.compressed").flatten()
-    _require(
-        not bits[..., columns:].any(), f"{base}.bitmask", f"marks inputs past the last of {columns}"
-    )
-    marked, given = int(kept.sum()), values.numel()
+    marked, given, beyond = int(kept.sum()), values.numel(), bits[..., columns:].any()
+    _require(not beyond, f"{base}.bitmask", f"marks inputs past the last of {columns}")
     _require(marked == given, f"{base}.bitmask", f"marks {marked} weights where {given} are stored")
     if layout.halves:
         twos = bool((kept.reshape(-1, 4).sum(-1) == 2).all())
         _require(twos, f"{base}.bitmask", "does not mark two of every four inputs")
     else:
-        offsets = checkpoint.tensor(f"{base}.row_offsets")
-        _require(
-            torch.equal(offsets, _row_offsets(kept)),
-            f"{base}.row_offsets",
-            "does not fit the bitmask",
-        )
+        same = torch.equal(checkpoint.tensor(f"{base}.row_offsets"), _row_offsets(kept))
+        _require(same, f"{base}.row_offsets", "does not fit the bitmask")
     return torch.zeros(sizes, dtype=values.dtype).masked_scatter_(kept, values)
 
 
 def _sizes(checkpoint: Checkpoint, base: str, layout: _Layout) -> tuple[int, ...]:
-    """The dense shape that is claimed, its dimensions positive: [out, in], or [in] for a vector in
-    sparse-bitmask.
-    """
-    place = checkpoint.places[f"{base}.shape"]
+    """The dense shape that is claimed: [out, in], or [in] for a vector in sparse-bitmask."""
+    name = f"{base}.shape"
+    place = checkpoint.places[name]
     allowed = ((2, 1), (2,)) if layout.halves else ((2,), (1,))
-    _require(
-        place.dtype == "I64" and place.shape in allowed,
-        f"{base}.shape",
-        "is no list of one or two sizes",
-    )
-    sizes = tuple(checkpoint.tensor(f"{base}.shape").flatten().tolist())
-    _require(min(sizes) > 0, f"{base}.shape", f"claims the sizes {sizes}")
-    if layout.halves:
-        fours = (
-            sizes[1] % 2 == 0 and sizes[0] * sizes[1] % 4 == 0
-        )  # a group may reach over the end of a row
-        _require(fours, f"{base}.shape", f"claims {sizes}, which hold no groups of four")
+    listed = place.dtype == "I64" and place.shape in allowed
+    _require(listed, name, "is no list of one or two sizes")
+    sizes = tuple(checkpoint.tensor(name).flatten().tolist())
+    _require(min(sizes) > 0, name, f"claims the sizes {sizes}")
+    if layout.halves:  # a group may reach over the end of a row
+        fours = sizes[1] % 2 == 0 and sizes[0] * sizes[1] % 4 == 0
+        _require(fours, name, f"claims {sizes}, which hold no groups of four")
     return sizes
 
 
 def _check_place(
-    base: str, part: str, place: TensorLocation, dtypes: tuple[str, ...], shape: tuple[int, ...]
+    checkpoint: Checkpoint, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]
 ) -> None:
-    found, wanted = f"{place.dtype} {list(place.shape)}", f"{' or '.join(dtypes)} {list(shape)}"
-    _require(
-        place.dtype in dtypes and place.shape == shape,
-        f"{base}.{part}",
-        f"is stored as {found}, not as {wanted}",
-    )
+    place = checkpoint.places[name]
+    stored = f"{place.dtype} {list(place.shape)}"
+    sound = place.dtype in dtypes and place.shape == shape
+    _require(sound, name, f"is stored as {stored}, not as {' or '.join(dtypes)} {list(shape)}")
 
 
 def _require(sound: bool, tensor: str, trouble: str) -> None:
@@ -338,14 +296,14 @@ def _require(sound: bool, tensor: str, trouble: str) -> None:
 
 def _format(layout: _Layout, loaded_by: str) -> Format:
     holds, read = partial(_holds, layout=layout), partial(_read, layout=layout)
-    return Format(
-        partial(_write, layout=layout), loaded_by, holds=holds, read=read, foreign=CONFIG_KEYS
-    )
+    write = partial(_write, layout=layout)
+    return Format(write, loaded_by, holds=holds, read=read, foreign=CONFIG_KEYS)
 
 
 sparse_24_bitmask = _format(
     _TWO_OF_FOUR,
-    "vLLM 0.8 to 0.18 on Hopper, outputs in eights; transformers 4.57 with compressed-tensors 0.14; no current loader",
+    "vLLM 0.8 to 0.18 on Hopper, outputs in eights; "
+    "transformers 4.57 with compressed-tensors 0.14; no current loader",
 )
 sparse_bitmask = _format(
     _ANY, "compressed-tensors up to 0.14.0.1, tensor by tensor; no current loader"

@@ -16,15 +16,14 @@ from importlib import import_module
 from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.checkpoints.folder import FLOATS, Checkpoint
-from secateur.deployment.formats.base import Format, architecture_of
+from secateur.deployment.formats.base import Format, architecture_of, head_size
 from secateur.deployment.formats.gguf_vocabulary import add_vocabulary
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnknownName, UnsupportedModel
 from secateur.models.load import load_config
@@ -41,6 +40,14 @@ ARCHITECTURES = {
 }
 
 
+class Entry(NamedTuple):
+    """A tensor's name in GGUF, its heads whose rows change places, its `GGMLQuantizationType`."""
+
+    name: str
+    heads: int
+    type: Any
+
+
 def gguf_package() -> ModuleType:
     """The `gguf` package. Raises UnsupportedModel where it is not installed."""
     try:
@@ -52,9 +59,7 @@ def gguf_package() -> ModuleType:
 
 
 def write(source: Checkpoint, folder: Path, *, values: str = "as stored") -> None:
-    """Write `model.gguf`. Raises UnknownName, UnsupportedModel; BadPattern where rows do not fit
-    q8_0; NonFinite.
-    """
+    """Write `model.gguf`. Raises UnknownName, UnsupportedModel, BadPattern, NonFinite."""
     write_gguf(source, folder / FILE, values=values)
 
 
@@ -65,8 +70,10 @@ def write_gguf(source: Checkpoint, file: Path, *, values: str, vocabulary: bool 
     gguf = gguf_package()
     config = load_config(source.folder).get_text_config()
     architecture = _architecture(source.folder, config)
-    names = _tensor_names(gguf, source, config, architecture)
-    types = {name: _tensor_type(gguf, source, name, values) for name in names}
+    entries = {
+        name: Entry(called, heads, _tensor_type(gguf, source, name, values))
+        for name, (called, heads) in _tensor_names(gguf, source, config, architecture).items()
+    }
     factors = _rotary_factors(source.folder, config, architecture)
     with disk_errors(file.parent), closing(gguf.GGUFWriter(file, architecture)) as writer:
         _add_settings(gguf, writer, config, values)
@@ -74,29 +81,34 @@ def write_gguf(source: Checkpoint, file: Path, *, values: str, vocabulary: bool 
             add_vocabulary(gguf, writer, source.folder, config.vocab_size)
         else:
             writer.add_tokenizer_model("no_vocab")
-        for name, (called, _) in names.items():
+        for name, (called, _, kind) in entries.items():
             shape = source.places[name].shape
-            size = prod(gguf.quant_shape_to_byte_shape(shape, types[name]))
-            writer.add_tensor_info(called, shape, np.dtype(np.float32), size, raw_dtype=types[name])
+            size = prod(gguf.quant_shape_to_byte_shape(shape, kind))
+            writer.add_tensor_info(called, shape, np.dtype(np.float32), size, raw_dtype=kind)
         if factors is not None:
             called = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
             writer.add_tensor_info(called, factors.shape, factors.dtype, factors.nbytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, (_, heads) in names.items():
-            value = source.tensor(name).float()
-            value = (_neighbours(value, heads) if heads else value).numpy()
-            if (
-                types[name] is gguf.GGMLQuantizationType.F16
-                and np.abs(value).max() > np.finfo(np.float16).max
-            ):
-                raise NonFinite(
-                    f"{name} holds {np.abs(value).max():.0f}, more than f16 can hold. Write bf16 or f32."
-                )
-            writer.write_tensor_data(gguf.quantize(np.ascontiguousarray(value), types[name]))
+        for name, entry in entries.items():
+            writer.write_tensor_data(gguf.quantize(_value(gguf, source, name, entry), entry.type))
         if factors is not None:
             writer.write_tensor_data(factors)
+
+
+def _value(gguf: Any, source: Checkpoint, name: str, entry: Entry) -> np.ndarray:
+    """A tensor as llama.cpp wants its rows, float32. Raises NonFinite where f16 cannot hold it."""
+    tensor = source.tensor(name).float()
+    if entry.heads:  # the rows of each head in the order 0, half, 1, half + 1, …
+        half = tensor.shape[0] // entry.heads // 2
+        halves = tensor.reshape(entry.heads, 2, half, -1)
+        tensor = halves.transpose(1, 2).reshape(tensor.shape)  # [heads, half, 2, in] → [out, in]
+    value = tensor.contiguous().numpy()
+    narrow = entry.type is gguf.GGMLQuantizationType.F16
+    if narrow and (largest := np.abs(value).max()) > np.finfo(np.float16).max:
+        raise NonFinite(f"{name} holds {largest:.0f}, more than f16 can hold. Write bf16 or f32.")
+    return value
 
 
 def _architecture(folder: Path, config: Any) -> str:
@@ -110,54 +122,46 @@ def _architecture(folder: Path, config: Any) -> str:
         raise UnsupportedModel(
             f"{folder} computes with {config.hidden_act}; llama.cpp's {name} has silu only."
         )
-    rows = config.num_attention_heads * _head_size(config)
+    rows = config.num_attention_heads * head_size(config)
     if name == "Qwen2ForCausalLM" and rows != config.hidden_size:
         raise UnsupportedModel(
-            f"{folder} has {rows} query rows and a hidden size of {config.hidden_size}; llama.cpp loads a Qwen2 only "
-            "where they are equal. Prune channels or blocks instead of heads."
+            f"{folder} has {rows} query rows and a hidden size of {config.hidden_size}; llama.cpp "
+            "loads a Qwen2 only where they are equal. Prune channels or blocks instead of heads."
         )
     return ARCHITECTURES[name]
-
-
-def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _tensor_names(
     gguf: Any, source: Checkpoint, config: Any, architecture: str
 ) -> dict[str, tuple[str, int]]:
-    """(GGUF name, number of heads whose rows change places) of every tensor by its name in the
-    checkpoint.
-    """
+    """By name in the checkpoint: the name in GGUF, and how many heads' rows change places."""
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    found: dict[str, tuple[str, int]] = {}
+    llama = architecture == "llama"
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    names: dict[str, tuple[str, int]] = {}
     for name, place in source.places.items():
-        if name.endswith("rotary_emb.inv_freq") or (
-            name == "lm_head.weight" and config.tie_word_embeddings
-        ):
+        tied = name == "lm_head.weight" and config.tie_word_embeddings
+        if tied or name.endswith("rotary_emb.inv_freq"):
             continue
         layer, _, kind = name.rpartition(".")
         called = known.get_name(name, try_suffixes=(".weight", ".bias"))
-        biased = (
-            kind != "bias"
-            or architecture == "llama"
-            or layer.endswith(("q_proj", "k_proj", "v_proj"))
-        )
-        if called is None or not biased:
+        allowed = kind != "bias" or llama or layer.endswith(("q_proj", "k_proj", "v_proj"))
+        if called is None or not allowed:
             raise UnsupportedModel(f"{name} has no place in llama.cpp's {architecture}.")
-        moved = heads.get(layer.rpartition(".")[2], 0) if architecture == "llama" else 0
-        if moved and place.shape[0] != moved * _head_size(config):
+        heads = rotated.get(layer.rpartition(".")[2], 0) if llama else 0
+        if heads and place.shape[0] != heads * head_size(config):
             raise UnsupportedModel(
-                f"{name} has {place.shape[0]} rows, config.json says {moved} heads of {_head_size(config)}."
+                f"{name} has {place.shape[0]} rows, "
+                f"config.json says {heads} heads of {head_size(config)}."
             )
-        found[name] = called, moved
+        names[name] = called, heads
     if "lm_head.weight" not in source.places and not config.tie_word_embeddings:
         raise BadCheckpoint(
-            f"{source.folder} has no lm_head.weight, and config.json does not tie it to the embedding."
+            f"{source.folder} has no lm_head.weight, "
+            "and config.json does not tie it to the embedding."
         )
-    return found
+    return names
 
 
 def _tensor_type(gguf: Any, source: Checkpoint, name: str, values: str) -> Any:
@@ -180,34 +184,24 @@ def _tensor_type(gguf: Any, source: Checkpoint, name: str, values: str) -> Any:
     return gguf.GGMLQuantizationType[place.dtype if values == "as stored" else values.upper()]
 
 
-def _neighbours(tensor: Tensor, heads: int) -> Tensor:
-    """The rows of each head in the order 0, half, 1, half + 1, …"""
-    rows = tensor.shape[0] // heads // 2
-    return (
-        tensor.reshape(heads, 2, rows, -1).transpose(1, 2).reshape(tensor.shape)
-    )  # [heads, half, 2, in]
-
-
 def _add_settings(gguf: Any, writer: Any, config: Any, values: str) -> None:
     """The sizes and constants of the model."""
     if values in FILE_TYPES:
         writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[values]])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    windowed = (
-        getattr(config, "layer_types", None) is None or "sliding_attention" in config.layer_types
-    )
+    layer_types = getattr(config, "layer_types", None)
+    windowed = layer_types is None or "sliding_attention" in layer_types
     window = getattr(config, "sliding_window", None) if windowed else None
-    writer.add_context_length(
-        min(config.max_position_embeddings, window or config.max_position_embeddings)
-    )
+    length = config.max_position_embeddings
+    writer.add_context_length(min(length, window or length))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(_head_size(config))
-    writer.add_value_length(_head_size(config))
-    writer.add_rope_dimension_count(_head_size(config))
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+    writer.add_rope_dimension_count(head_size(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     rope = config.rope_parameters
@@ -218,9 +212,7 @@ def _add_settings(gguf: Any, writer: Any, config: Any, values: str) -> None:
 
 
 def _rotary_factors(folder: Path, config: Any, architecture: str) -> np.ndarray | None:
-    """What the rotation's frequencies are divided by, `[half a head] float32`; None where they are
-    the plain ones.
-    """
+    """What the rotation's frequencies are divided by, `[half a head] float32`; None: by nothing."""
     rope = config.rope_parameters
     kind = rope.get("rope_type", "of each layer")
     if rope.get("partial_rotary_factor", 1) != 1:
@@ -231,10 +223,11 @@ def _rotary_factors(folder: Path, config: Any, architecture: str) -> np.ndarray 
         return None
     if kind != "llama3" or architecture != "llama":
         raise UnsupportedModel(
-            f"{folder} has a {architecture} rotation {kind!r}; default, linear, or llama3 in a Llama."
+            f"{folder} has a {architecture} rotation {kind!r}; "
+            "default, linear, or llama3 in a Llama."
         )
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    exponents = torch.arange(0, _head_size(config), 2, dtype=torch.float32) / _head_size(config)
+    exponents = torch.arange(0, head_size(config), 2, dtype=torch.float32) / head_size(config)
     return (rope["rope_theta"] ** -exponents / scaled).numpy()
 
 

@@ -15,7 +15,7 @@ of a token's first merge.
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*|\p{{N}}"
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*|\p{{N}}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _GPT2 = "as GPT-2"
@@ -40,9 +41,7 @@ SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}",), False): "dbrx",
     ((_TEKKEN,), True): "tekken",
 }
-"""llama.cpp's name for (expressions that split a text, one after the other; whether whole words
-skip the merges).
-"""
+"""llama.cpp's name for (expressions that split a text in turn; whether whole words skip merges)."""
 
 
 class Vocabulary(NamedTuple):
@@ -60,9 +59,7 @@ class Vocabulary(NamedTuple):
 
 
 def add_vocabulary(gguf: Any, writer: Any, folder: Path, size: int) -> None:
-    """Add the vocabulary, filled up to `size`, and what its tokens mean. Raises UnsupportedModel,
-    BadCheckpoint.
-    """
+    """Add `size` tokens and what they mean. Raises UnsupportedModel, BadCheckpoint."""
     tokenizer: Any = load_tokenizer(folder)
     file = folder / "tokenizer.json"
     if not file.is_file():
@@ -70,20 +67,20 @@ def add_vocabulary(gguf: Any, writer: Any, folder: Path, size: int) -> None:
             f"{folder} has no tokenizer.json. Load its tokenizer and call save_pretrained."
         )
     try:
-        found = read_vocabulary(read_json(file), size)
+        vocabulary = read_vocabulary(read_json(file), size)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UnsupportedModel(
             f"{file} is of a form that is not known here: {in_one_line(error)}."
         ) from error
-    writer.add_tokenizer_model("llama" if found.pre is None else "gpt2")
-    writer.add_tokenizer_pre(found.pre or "default")
-    writer.add_token_list(found.tokens)
-    writer.add_token_types([gguf.TokenType[kind] for kind in found.types])
-    if found.scores is not None:
-        writer.add_token_scores(found.scores)
-        writer.add_add_space_prefix(found.space_prefix)
+    writer.add_tokenizer_model("llama" if vocabulary.pre is None else "gpt2")
+    writer.add_tokenizer_pre(vocabulary.pre or "default")
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types([gguf.TokenType[kind] for kind in vocabulary.types])
+    if vocabulary.scores is not None:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(vocabulary.space_prefix)
     else:
-        writer.add_token_merges(found.merges)
+        writer.add_token_merges(vocabulary.merges)
     first, last = _ends(tokenizer, folder)
     writer.add_add_bos_token(first)
     writer.add_add_eos_token(last)
@@ -95,36 +92,30 @@ def add_vocabulary(gguf: Any, writer: Any, folder: Path, size: int) -> None:
 
 
 def _ends(tokenizer: Any, folder: Path) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its first and its last token around a text. Raises
-    UnsupportedModel.
-    """
-    plain, whole = (
-        encode(tokenizer, ["a"], add_special_tokens=False)[0],
-        encode(tokenizer, ["a"])[0],
-    )
+    """Whether a text gets a first and a last token. Raises UnsupportedModel."""
+    plain = encode(tokenizer, ["a"], add_special_tokens=False)[0]
+    whole = encode(tokenizer, ["a"])[0]
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    for first in (False, True):
-        for last in (False, True):
-            if eos != [None] and whole == bos * first + plain + eos * last:
-                return first, last
+    for first, last in product((False, True), repeat=2):
+        if eos != [None] and whole == bos * first + plain + eos * last:
+            return first, last
     raise UnsupportedModel(
-        f"The tokenizer of {folder} makes {whole} of 'a', with {eos[0]} for the end; llama.cpp knows one token before "
-        "a text, one after it, and wants the end named."
+        f"The tokenizer of {folder} makes {whole} of 'a', with {eos[0]} for the end; llama.cpp "
+        "knows one token before a text, one after it, and wants the end named."
     )
 
 
-def read_vocabulary(held: dict[str, Any], size: int) -> Vocabulary:
-    """The vocabulary in a tokenizer.json, filled up to `size` tokens. Raises UnsupportedModel for a
-    kind not known.
-    """
-    model, added = held["model"], {token["id"]: token for token in held["added_tokens"]}
+def read_vocabulary(tokenizer: dict[str, Any], size: int) -> Vocabulary:
+    """The vocabulary in a tokenizer.json, filled up to `size` tokens. Raises UnsupportedModel."""
+    model, added = tokenizer["model"], {token["id"]: token for token in tokenizer["added_tokens"]}
     if model["type"] != "BPE":
         raise UnsupportedModel(f"The tokenizer is a {model['type']}; for GGUF a BPE was wanted.")
     text = {number: token for token, number in model["vocab"].items()}
     text |= {number: token["content"] for number, token in added.items()}
     if max(text) >= size:
         raise UnsupportedModel(
-            f"The tokenizer gives token {max(text)}, the model has {size}: they do not belong together."
+            f"The tokenizer gives token {max(text)}, the model has {size}: "
+            "they do not belong together."
         )
     fallback = bool(model.get("byte_fallback"))
 
@@ -135,25 +126,19 @@ def read_vocabulary(held: dict[str, Any], size: int) -> Vocabulary:
             return "UNKNOWN"
         if number in added:
             return "CONTROL" if added[number]["special"] else "USER_DEFINED"
-        return (
-            "BYTE"
-            if fallback and len(text[number]) == 6 and text[number].startswith("<0x")
-            else "NORMAL"
-        )
+        byte = fallback and len(text[number]) == 6 and text[number].startswith("<0x")
+        return "BYTE" if byte else "NORMAL"
 
     tokens = [text.get(number, f"[unused {number}]") for number in range(size)]
     types = [kind(number) for number in range(size)]
+    merges = [_pair(merge) for merge in model["merges"]]
     if not fallback:
-        return Vocabulary(
-            tokens, types, _split_name(held), [" ".join(_pair(merge)) for merge in model["merges"]]
-        )
+        return Vocabulary(tokens, types, _split_name(tokenizer), list(map(" ".join, merges)))
     normal = {token for token, kind in zip(tokens, types, strict=True) if kind == "NORMAL"}
-    prefix = _space_prefix(held, normal)
-    scores = _scores([_pair(merge) for merge in model["merges"]], normal)
-    lowest = -1.0 - len(model["merges"])
-    return Vocabulary(
-        tokens, types, None, None, [scores.get(token, lowest) for token in tokens], prefix
-    )
+    prefix = _space_prefix(tokenizer, normal)
+    first, lowest = _scores(merges, normal), -1.0 - len(merges)
+    scores = [first.get(token, lowest) for token in tokens]
+    return Vocabulary(tokens, types, scores=scores, space_prefix=prefix)
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
@@ -179,34 +164,27 @@ def _rule(step: dict[str, Any]) -> str:
     return f"{step['type']} {step}"
 
 
-def _split_name(held: dict[str, Any]) -> str:
+def _split_name(tokenizer: dict[str, Any]) -> str:
     """llama.cpp's name for the way a byte-level tokenizer splits a text."""
-    steps = _steps(held.get("pre_tokenizer"), "pretokenizers")
+    steps = _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
     rules = tuple(rule for step in steps if (rule := _rule(step)))
-    others = [
-        step["type"]
-        for step in _steps(held.get("normalizer"), "normalizers")
-        if step["type"] != "NFC"
-    ]
-    name = SPLITS.get((rules, bool(held["model"].get("ignore_merges"))))
+    normalizers = _steps(tokenizer.get("normalizer"), "normalizers")
+    others = [step["type"] for step in normalizers if step["type"] != "NFC"]
+    name = SPLITS.get((rules, bool(tokenizer["model"].get("ignore_merges"))))
     if name is None or others or steps[-1]["type"] != "ByteLevel":
-        said = ", ".join([*others, *rules]) or "not at all"
+        way = ", ".join([*others, *rules]) or "not at all"
         raise UnsupportedModel(
-            f"llama.cpp is not known to split text as this tokenizer does: {said}. "
+            f"llama.cpp is not known to split text as this tokenizer does: {way}. "
             f"Known: {', '.join(SPLITS.values())}. Try llama.cpp's own convert_hf_to_gguf.py."
         )
     return name
 
 
-def _space_prefix(held: dict[str, Any], normal: set[str]) -> bool:
-    """Whether a space is put before a text; UnsupportedModel where spaces are treated as llama.cpp
-    does not.
-    """
+def _space_prefix(tokenizer: dict[str, Any], normal: set[str]) -> bool:
+    """Whether a space is put before a text. Raises UnsupportedModel for what llama.cpp does not."""
     prefix, inner = False, False
-    steps = _steps(held.get("normalizer"), "normalizers") + _steps(
-        held.get("pre_tokenizer"), "pretokenizers"
-    )
-    for step in steps:
+    steps = _steps(tokenizer.get("normalizer"), "normalizers")
+    for step in steps + _steps(tokenizer.get("pre_tokenizer"), "pretokenizers"):
         kind = step["type"]
         if kind == "Prepend" and step["prepend"] == "▁":
             prefix = True

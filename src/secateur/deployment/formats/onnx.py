@@ -65,31 +65,29 @@ class Steps(nn.Module):
         cache = DynamicCache()
         for index, (key, value) in enumerate(zip(keys, values, strict=True)):
             cache.update(key, value, index)
-        logits = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-            :, -1
-        ]
+        output = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         layers: Any = cache.layers
-        return logits, [layer.keys for layer in layers], [layer.values for layer in layers]
+        present = [layer.keys for layer in layers], [layer.values for layer in layers]
+        return output.logits[:, -1], *present
 
 
 def write(source: Checkpoint, folder: Path) -> None:
-    """Write `model.onnx`, its data and `onnx.json`. Raises UnsupportedModel; BadPattern where zeros
-    were lost.
-    """
+    """Write graph, data and note. Raises UnsupportedModel; BadPattern where zeros were lost."""
     if absent := [name for name in PACKAGES if find_spec(name) is None]:
         raise UnsupportedModel(
-            f"ONNX needs the package {' and '.join(absent)}. Install it: pip install 'secateur[onnx]'."
+            f"ONNX needs the package {' and '.join(absent)}. "
+            "Install it: pip install 'secateur[onnx]'."
         )
     load_config(source.folder)
     model = AutoModelForCausalLM.from_pretrained(
         source.folder, dtype=torch.float32, local_files_only=True
     ).eval()
-    found = named_sites(model)
-    if any(site.expert for site in found.values()):
+    matrices = named_matrices(model)
+    if any(matrix.expert for matrix in matrices.values()):
         raise UnsupportedModel(
             f"{source.folder} has fused experts, whose matrices are no constants of an ONNX graph."
         )
-    pruned = {name: site.weight for name, site in found.items() if (site.weight == 0).any()}
+    pruned = {name: m.weight for name, m in matrices.items() if (m.weight == 0).any()}
     for name, weight in pruned.items():
         refuse_odd_values(name, weight, "TensorRT")
     with disk_errors(folder):
@@ -104,14 +102,14 @@ def write(source: Checkpoint, folder: Path) -> None:
         write_json(folder / NOTE, note)
 
 
-def named_sites(model: PreTrainedModel) -> dict[str, WeightMatrix]:
+def named_matrices(model: PreTrainedModel) -> dict[str, WeightMatrix]:
     """Every prunable matrix by its full name."""
     stack = find_stack(model)
     blocks: Any = model.get_submodule(stack)
     return {
-        f"{stack}.{index}.{name}": site
+        f"{stack}.{index}.{name}": matrix
         for index, block in enumerate(blocks)
-        for name, site in weight_matrices(block).items()
+        for name, matrix in weight_matrices(block).items()
     }
 
 
@@ -119,18 +117,15 @@ def named_sites(model: PreTrainedModel) -> dict[str, WeightMatrix]:
 def empty_cache(
     model: PreTrainedModel, batch: int, past: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of zeros, `[batch, heads, past, size]` a layer. UnsupportedModel where it
-    keeps others.
-    """
+    """Keys and values of zeros, `[batch, heads, past, size]` a layer. Raises UnsupportedModel."""
     cache: Any = DynamicCache()
     try:
         model(torch.zeros(1, 2, dtype=torch.long), past_key_values=cache, use_cache=True)
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
-        sides = [
-            [t.new_zeros(batch, t.shape[1], past, t.shape[3]) for t in side]
-            for side in zip(*layers, strict=True)
-        ]
-        keys, values = sides
+        sides = zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
+        keys, values = (
+            [tensor.new_zeros(batch, tensor.shape[1], past, tensor.shape[3]) for tensor in side]
+            for side in sides
+        )
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModel(
             f"{type(model).__name__} keeps other things than keys and values of every block."
@@ -140,33 +135,22 @@ def empty_cache(
 
 def export(model: PreTrainedModel, file: Path) -> None:
     """Write the graph of a float32 model. Raises UnsupportedModel where torch cannot export it."""
-    keys, values = empty_cache(
-        model, 2, 7
-    )  # sizes that no constant of a model has: a size of 1 would become fixed
-    sizes = [{0: torch.export.Dim("batch"), 2: torch.export.Dim("past")} for _ in keys]
-    shapes = {
-        "ids": {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")},
-        "keys": sizes,
-        "values": sizes,
-    }
+    # Sizes that no constant of a model has: a size of 1 would become fixed.
+    keys, values = empty_cache(model, 2, 7)
+    batch, past, length = (torch.export.Dim(name) for name in ("batch", "past", "length"))
+    sizes = [{0: batch, 2: past} for _ in keys]
     numbers = range(len(keys))
+    past_names = [f"past_{kind}_{i}" for kind in ("key", "value") for i in numbers]
+    present_names = [f"{kind}_{i}" for kind in ("key", "value") for i in numbers]
     try:
         with _quiet():
             torch.onnx.export(
                 Steps(model).eval(),
                 (torch.zeros(2, 5, dtype=torch.long), keys, values),
                 file,
-                input_names=[
-                    "ids",
-                    *(f"past_key_{i}" for i in numbers),
-                    *(f"past_value_{i}" for i in numbers),
-                ],
-                output_names=[
-                    "logits",
-                    *(f"key_{i}" for i in numbers),
-                    *(f"value_{i}" for i in numbers),
-                ],
-                dynamic_shapes=shapes,
+                input_names=["ids", *past_names],
+                output_names=["logits", *present_names],
+                dynamic_shapes={"ids": {0: batch, 1: length}, "keys": sizes, "values": sizes},
                 external_data=True,
                 dynamo=True,
                 verbose=False,
@@ -192,22 +176,19 @@ def _quiet() -> Iterator[None]:
 
 
 def refuse_lost_zeros(weights: dict[str, Tensor], file: Path) -> None:
-    """Raise BadPattern unless the graph multiplies by each of these matrices `[out, in]`,
-    contracting `in`.
-    """
-    held = {sha256(matrix.tobytes()).digest() for matrix in multiplied(file)}
+    """Raise BadPattern unless the graph multiplies by each of these `[out, in]`, along `in`."""
+    present = {sha256(matrix.tobytes()).digest() for matrix in multiplied(file)}
     for name, weight in weights.items():
-        if sha256(weight.float().numpy().tobytes()).digest() not in held:
+        if sha256(weight.float().numpy().tobytes()).digest() not in present:
             raise BadPattern(
-                f"{name} has zeros along its {weight.shape[1]} inputs, but no MatMul or Gemm of {file.name} contracts "
-                "with that matrix: the export changed it. Try another version of torch."
+                f"{name} has zeros along its {weight.shape[1]} inputs, but no MatMul or Gemm of "
+                f"{file.name} contracts with that matrix: the export changed it. "
+                "Try another version of torch."
             )
 
 
 def multiplied(file: Path) -> Iterator[np.ndarray]:
-    """Every constant matrix that a MatMul or Gemm multiplies by, as `[out, in]`: the contracted
-    axis last.
-    """
+    """Every constant of a MatMul or Gemm, as `[out, in]`: the contracted axis last."""
     onnx = import_module("onnx")
     graph = onnx.load(str(file), load_external_data=False).graph
     constants = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
@@ -226,9 +207,7 @@ def multiplied(file: Path) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def compare(model: PreTrainedModel, file: Path) -> dict[str, Any]:
-    """How far the graph's logits are from the model's, and by what they were computed. Raises
-    UnsupportedModel.
-    """
+    """How far the graph's logits are from the model's, and by what. Raises UnsupportedModel."""
     name, run = _evaluator(model, file)
     if run is None:
         return {"logits_checked_by": None}
@@ -247,23 +226,17 @@ def compare(model: PreTrainedModel, file: Path) -> dict[str, Any]:
 
 
 def _evaluator(model: PreTrainedModel, file: Path) -> tuple[str, Run | None]:
-    """What runs the graph here, by name; None where only onnx's own evaluator is here and the model
-    is too large.
-    """
+    """What runs the graph here, by name; None where that would take too long."""
     if find_spec("onnxruntime") is not None:
-        session = import_module("onnxruntime").InferenceSession(
-            str(file), providers=["CPUExecutionProvider"]
-        )
-        names = [held.name for held in session.get_inputs()]
-        return f"onnxruntime {version('onnxruntime')}", lambda x: session.run(
-            None, dict(zip(names, x, strict=True))
-        )
-    if model.num_parameters() > MOST_BY_REFERENCE:
+        runtime = import_module("onnxruntime")
+        session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        names, name = [given.name for given in session.get_inputs()], "onnxruntime"
+    elif model.num_parameters() > MOST_BY_REFERENCE:
         return "nothing", None
-    reference = import_module("onnx.reference").ReferenceEvaluator(str(file))
-    return f"onnx {version('onnx')}", lambda x: reference.run(
-        None, dict(zip(reference.input_names, x, strict=True))
-    )
+    else:
+        session = import_module("onnx.reference").ReferenceEvaluator(str(file))
+        names, name = session.input_names, "onnx"
+    return f"{name} {version(name)}", lambda x: session.run(None, dict(zip(names, x, strict=True)))
 
 
 onnx = Format(

@@ -13,14 +13,12 @@ the gate and `mlp.gate` the up projection. Only models that this is true of are 
 (`ARCHITECTURES`). A sliding window is not part of such a checkpoint: there it is an option of the
 runtime, `--max_attention_window_size`.
 
-safetensors' own `save_file` wants all tensors of a file in memory, and cannot append. The header
-needs only shapes, so it is written first and the tensors follow one by one: never more than one of
-them, and what it is put together from, is in memory.
+The header of a file needs only shapes, so it is written first and the tensors follow one by one:
+never more than one of them, and what it is put together from, is in memory.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.folder import FLOATS, INDEX, Checkpoint
-from secateur.deployment.formats.base import Format, architecture_of
+from secateur.checkpoints.folder import INDEX, Checkpoint
+from secateur.checkpoints.shards import header
+from secateur.deployment.formats.base import Format, architecture_of, head_size
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, SecateurError, UnsupportedModel
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import load_config
@@ -44,9 +43,7 @@ HF_CONFIG = "hf_config.json"
 """Where the config.json of the source goes: TensorRT-LLM's own has that name."""
 
 PRUNED = 0.01
-"""The share of zeros from which on a matrix counts as pruned: a few weights are zero in dense
-models, too.
-"""
+"""The share of zeros from which on a matrix counts as pruned: dense models have a few, too."""
 
 NOT_FINITE, NEGATIVE_ZERO = "holds NaN or Inf", "holds zeros that are -0.0"
 NOT_TWO_OF_FOUR = "is not 2:4 along its inputs"
@@ -54,7 +51,8 @@ FAULTS: dict[str, tuple[type[SecateurError], str]] = {
     NOT_FINITE: (NonFinite, "Prune it again from a sound model."),
     NOT_TWO_OF_FOUR: (
         BadPattern,
-        "TensorRT would ignore its zeros: prune it with --pattern 2:4, or serve the Hugging Face folder.",
+        "TensorRT would ignore its zeros: prune it with --pattern 2:4, "
+        "or serve the Hugging Face folder.",
     ),
     NEGATIVE_ZERO: (
         BadCheckpoint,
@@ -68,9 +66,7 @@ OUT_MULTIPLE, IN_MULTIPLE = 16, 32
 
 
 class Part(NamedTuple):
-    """A tensor there, the tensors here that it is made of, and the axis along which ranks share it
-    (None: not).
-    """
+    """A tensor there, those here that it is made of, and the axis that ranks share (None: not)."""
 
     name: str
     sources: tuple[str, ...]
@@ -149,15 +145,14 @@ def _config(source: Checkpoint, ranks: int) -> Any:
     rope = rope if config.rope_parameters.get("partial_rotary_factor", 1) == 1 else "partial"
     if rope not in ("default", *ROPES):
         raise UnsupportedModel(
-            f"{source.folder} has rotary embeddings of type {rope!r}; default, {', '.join(ROPES)} were wanted."
+            f"{source.folder} has rotary embeddings of type {rope!r}; "
+            f"default, {', '.join(ROPES)} were wanted."
         )
     return config
 
 
 def _parts(source: Checkpoint, config: Any) -> list[Part]:
-    """All tensors of the checkpoint in order. Raises UnsupportedModel where the source has others,
-    BadCheckpoint.
-    """
+    """All tensors of the checkpoint in order. Raises UnsupportedModel, BadCheckpoint."""
     parts = [Part("transformer.vocab_embedding.weight", ("model.embed_tokens.weight",), 0)]
     biases = ARCHITECTURES[architecture_of(config)]
     for index in range(config.num_hidden_layers):
@@ -166,9 +161,7 @@ def _parts(source: Checkpoint, config: Any) -> list[Part]:
                 sources = tuple(f"model.layers.{index}.{name}" for name in part.sources)
                 parts.append(Part(f"transformer.layers.{index}.{part.name}", sources, part.axis))
     parts.append(Part("transformer.ln_f.weight", ("model.norm.weight",), None))
-    if (
-        not config.tie_word_embeddings
-    ):  # a tied head is not written: the loader takes the embedding, split alike
+    if not config.tie_word_embeddings:  # a tied head is the embedding, for the loader as well
         parts.append(Part("lm_head.weight", ("lm_head.weight",), 0))
     wanted = {name for part in parts for name in part.sources}
     if missing := sorted(wanted - source.places.keys()):
@@ -181,25 +174,21 @@ def _parts(source: Checkpoint, config: Any) -> list[Part]:
             raise UnsupportedModel(
                 f"{source.folder} holds {name}, which TensorRT-LLM has no place for."
             )
-    if (
-        len(dtypes := sorted({source.places[name].dtype for name in wanted})) > 1
-        or dtypes[0] not in DTYPES
-    ):
+    dtypes = sorted({source.places[name].dtype for name in wanted})
+    if len(dtypes) > 1 or dtypes[0] not in DTYPES:
         raise BadCheckpoint(
-            f"{source.folder} holds tensors of {', '.join(dtypes)}; one dtype of {', '.join(DTYPES)} was wanted. "
-            "Cast the model first."
+            f"{source.folder} holds tensors of {', '.join(dtypes)}; "
+            f"one dtype of {', '.join(DTYPES)} was wanted. Cast the model first."
         )
     return parts
 
 
 def _their_config(source: Checkpoint, config: Any, parts: list[Part], ranks: int) -> dict[str, Any]:
-    """TensorRT-LLM's config.json. transformers 5 keeps what rotary embeddings need in
-    `rope_parameters`.
-    """
+    """TensorRT-LLM's config.json."""
     rope = dict(config.rope_parameters)
     base, kind = rope.pop("rope_theta"), rope["rope_type"]
     name = architecture_of(config)
-    held = {
+    theirs = {
         "producer": {"name": "secateur"},
         "architecture": name,
         "dtype": DTYPES[source.places[parts[0].sources[0]].dtype],
@@ -209,8 +198,7 @@ def _their_config(source: Checkpoint, config: Any, parts: list[Part], ranks: int
         "num_key_value_heads": config.num_key_value_heads,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
-        "head_size": getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
+        "head_size": head_size(config),
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_position_embeddings,
         "hidden_act": config.hidden_act,
@@ -227,45 +215,33 @@ def _their_config(source: Checkpoint, config: Any, parts: list[Part], ranks: int
         "mapping": {"world_size": ranks, "tp_size": ranks, "pp_size": 1},
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
     }
-    return held | ({"qwen_type": "qwen2"} if name == "Qwen2ForCausalLM" else {})
+    return theirs | ({"qwen_type": "qwen2"} if name == "Qwen2ForCausalLM" else {})
 
 
 def _rank_files(source: Checkpoint, folder: Path, parts: list[Part], ranks: int) -> None:
     """Write the tensors of every rank, the header of a file first."""
+    dtype = source.places[parts[0].sources[0]].dtype
+    shapes = {part.name: (dtype, _shape(source, part, ranks)) for part in parts}
     for rank in range(ranks):
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        stop = 0
-        for part in parts:
-            shape = _shape(source, part, ranks)
-            place = source.places[part.sources[0]]
-            start, stop = stop, stop + torch.Size(shape).numel() * FLOATS[place.dtype].itemsize
-            header[part.name] = {
-                "dtype": place.dtype,
-                "shape": shape,
-                "data_offsets": [start, stop],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / f"rank{rank}.safetensors").open("wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
+        file = folder / f"rank{rank}.safetensors"
+        first, places = header(file.name, shapes)
+        with file.open("wb") as stream:
+            stream.write(first)
             for part in parts:
                 pieces = _pieces(source, part, rank, ranks)
                 for name, piece in pieces.items():
                     _refuse(name.removesuffix(".weight"), piece, rank, site=".layers." in part.name)
                 tensor = torch.cat(list(pieces.values()))
-                if list(tensor.shape) != header[part.name]["shape"]:
-                    raise AssertionError(
-                        f"{part.name} has shape {tuple(tensor.shape)}, {header[part.name]} was said"
-                    )
+                assert tensor.shape == places[part.name].shape, f"{part.name} is {tensor.shape}"
                 stream.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
-def _shape(source: Checkpoint, part: Part, ranks: int) -> list[int]:
+def _shape(source: Checkpoint, part: Part, ranks: int) -> tuple[int, ...]:
     shapes = [source.places[name].shape for name in part.sources]
     shape = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
     if part.axis is not None:
         shape[part.axis] //= ranks
-    return shape
+    return tuple(shape)
 
 
 def _pieces(source: Checkpoint, part: Part, rank: int, ranks: int) -> dict[str, Tensor]:
@@ -277,9 +253,7 @@ def _pieces(source: Checkpoint, part: Part, rank: int, ranks: int) -> dict[str, 
 
 
 def fault(weight: Tensor) -> str | None:
-    """Why no sparse kernel takes a matrix `[out, in]`, one of `FAULTS`; None where it is 2:4 along
-    its inputs.
-    """
+    """Why no sparse kernel takes a matrix `[out, in]`, one of `FAULTS`; None where one may."""
     if not weight.isfinite().all():
         return NOT_FINITE
     if not TWO_OF_FOUR.holds(weight):
@@ -288,14 +262,12 @@ def fault(weight: Tensor) -> str | None:
 
 
 def _refuse(name: str, weight: Tensor, rank: int, *, site: bool) -> None:
-    """Raise what `FAULTS` says of a rank's part of a tensor; what is no pruned site is asked for
-    NaN and Inf alone.
-    """
+    """Raise what `FAULTS` says of a rank's part; of no pruned matrix only for NaN and Inf."""
     pruned = site and weight.dim() == 2 and count_zeros(weight) >= PRUNED * weight.numel()
-    found = fault(weight) if pruned else None if weight.isfinite().all() else NOT_FINITE
-    if found:
-        error, advice = FAULTS[found]
-        raise error(f"{name}, in the part {list(weight.shape)} of rank {rank}, {found}. {advice}")
+    trouble = fault(weight) if pruned else None if weight.isfinite().all() else NOT_FINITE
+    if trouble:
+        error, advice = FAULTS[trouble]
+        raise error(f"{name}, in the part {list(weight.shape)} of rank {rank}, {trouble}. {advice}")
 
 
 def eligible(source: Checkpoint, *, ranks: int = 1) -> tuple[Layer, ...]:
@@ -309,38 +281,37 @@ def eligible(source: Checkpoint, *, ranks: int = 1) -> tuple[Layer, ...]:
 def _layers(source: Checkpoint, parts: list[Part], ranks: int) -> Iterator[Layer]:
     for rank in range(ranks):
         for part in parts:
-            if part.axis is not None and part.name.endswith(".weight"):
-                pieces = {
-                    n.removesuffix(".weight"): p
-                    for n, p in _pieces(source, part, rank, ranks).items()
-                }
-                rows, columns = _shape(source, part, ranks)
-                reasons = _objections(pieces, rows, columns, ranks if part.axis == 1 else 1)
-                name = part.name.removesuffix(".weight")
-                yield Layer(
-                    rank, name, tuple(pieces), (rows, columns), not reasons, "; ".join(reasons)
-                )
+            if part.axis is None or not part.name.endswith(".weight"):
+                continue
+            shares = _pieces(source, part, rank, ranks).items()
+            pieces = {name.removesuffix(".weight"): share for name, share in shares}
+            rows, columns = _shape(source, part, ranks)
+            reasons = _objections(pieces, rows, columns, ranks if part.axis == 1 else 1)
+            name, reason = part.name.removesuffix(".weight"), "; ".join(reasons)
+            yield Layer(rank, name, tuple(pieces), (rows, columns), not reasons, reason)
 
 
 def _objections(pieces: dict[str, Tensor], rows: int, columns: int, ranks: int) -> list[str]:
     """Why TensorRT takes no sparse kernel for a product; empty where it may."""
-    found = []
+    reasons = []
     dtype = next(iter(pieces.values())).dtype
     if dtype not in (torch.float16, torch.bfloat16):
-        found.append(
-            f"{str(dtype).removeprefix('torch.')}: float16 or bfloat16 was wanted (int8, fp8 are not written)"
+        reasons.append(
+            f"{str(dtype).removeprefix('torch.')}: float16 or bfloat16 was wanted "
+            "(int8, fp8 are not written)"
         )
     if rows % OUT_MULTIPLE:
-        found.append(f"{rows} outputs a rank are no multiple of {OUT_MULTIPLE}")
+        reasons.append(f"{rows} outputs a rank are no multiple of {OUT_MULTIPLE}")
     if columns % 4:
-        found.append(f"{columns * ranks} inputs on {ranks} ranks are no groups of 4 on each")
+        reasons.append(f"{columns * ranks} inputs on {ranks} ranks are no groups of 4 on each")
     elif columns % IN_MULTIPLE:
-        found.append(f"{columns} inputs a rank are no multiple of {IN_MULTIPLE}")
-    return found + [f"{name} {what}" for name, piece in pieces.items() if (what := fault(piece))]
+        reasons.append(f"{columns} inputs a rank are no multiple of {IN_MULTIPLE}")
+    return reasons + [f"{name} {what}" for name, piece in pieces.items() if (what := fault(piece))]
 
 
 tensorrt_llm = Format(
     write=write,
-    loaded_by="TensorRT-LLM up to 1.2.1 (trtllm-build); 1.3 has no engine backend any more, only dense products",
+    loaded_by="TensorRT-LLM up to 1.2.1 (trtllm-build); "
+    "1.3 has no engine backend any more, only dense products",
     options=frozenset({"ranks"}),
 )

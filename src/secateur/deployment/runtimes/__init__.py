@@ -28,7 +28,7 @@ RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": onnxruntime.onnxruntime,
     "llamacpp": llamacpp.llamacpp,
     "llamacpp-q8": llamacpp.llamacpp_q8,
-    "eager-cuda": semi_structured.eager_cuda,
+    "eager-cuda": eager.eager_cuda,
     "packed-cuda": packed_cuda.packed_cuda,
     "semi-structured": semi_structured.semi_structured,
     "vllm": vllm.vllm,
@@ -36,9 +36,7 @@ RUNTIMES: dict[str, Runtime] = {
 
 
 def find_runtime(name: str) -> Runtime:
-    """The runtime of that name. Raises UnknownName for one that does not exist, or is not available
-    here.
-    """
+    """The runtime of that name. Raises UnknownName."""
     if name not in RUNTIMES:
         raise UnknownName("runtime", name, RUNTIMES)
     return RUNTIMES[name]

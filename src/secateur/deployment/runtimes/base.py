@@ -1,46 +1,46 @@
-"""What a runtime is, and how a transformers model is run step by step."""
+"""What a runtime is, what runs in one, and a transformers model that runs step by step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 
-class Running(Protocol):
+class Running:
     """A loaded model that is run token by token, with its keys and values kept.
 
     `weight_bytes` are read for one token: all weights but the input embedding, of which a row is
-    looked up. Logits are float32 `[batch, vocabulary]`, those after the last token. `room` is set
-    to the number of tokens that will be decoded after a prompt, for those that have to know.
+    looked up. Logits are float32 `[batch, vocabulary]` on the CPU, those after the last token.
+    `room` is set to the number of tokens that will be decoded after a prompt.
     """
 
-    vocabulary: int
-    weight_bytes: int
-    room: int
+    def __init__(self, vocabulary: int, weight_bytes: int) -> None:
+        self.vocabulary, self.weight_bytes, self.room = vocabulary, weight_bytes, 64
 
     def prefill(self, ids: Tensor) -> Tensor:
-        """The logits after tokens int64 `[batch, length]`, from an empty cache. UnsupportedModel:
-        not this batch.
+        """The logits after tokens int64 `[batch, length]`, from an empty cache. Raises
+        UnsupportedModel for a batch that the runtime cannot take.
         """
-        ...
+        raise NotImplementedError
 
     def decode(self, ids: Tensor) -> Tensor:
         """The logits after one more token for each row, `[batch, 1]`."""
-        ...
+        raise NotImplementedError
 
 
-class Stepped:
-    """A transformers model as `Running`; the cache grows with every token."""
+class Stepped(Running):
+    """A transformers model as `Running`, on whatever device it is; its cache grows."""
 
-    def __init__(self, model: PreTrainedModel, weight_bytes: int) -> None:
+    def __init__(self, model: PreTrainedModel, weight_bytes: int | None = None) -> None:
+        read = bytes_read(model) if weight_bytes is None else weight_bytes
+        super().__init__(model.config.get_text_config().vocab_size, read)
         self.model: Any = model
-        self.vocabulary = model.config.get_text_config().vocab_size
-        self.weight_bytes, self.room = weight_bytes, 64
         self.cache: Any = None
 
     def prefill(self, ids: Tensor) -> Tensor:
@@ -49,8 +49,10 @@ class Stepped:
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        output = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return output.logits[:, -1].float()
+        output = self.model(
+            ids.to(self.model.device), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits[:, -1].float().cpu()
 
 
 class Runtime(NamedTuple):
@@ -67,3 +69,25 @@ class Runtime(NamedTuple):
     load: Callable[[Path, torch.dtype], Running]
     twin: str | None = None
     rounded: bool = False
+
+
+def not_installed(modules: Sequence[str], extra: str) -> str | None:
+    """Which of these modules are missing and how to install them, None where all are there."""
+    absent = [name for name in modules if find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed: pip install {extra}" if absent else None
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """The model of a checkpoint folder, in eval mode."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()
+
+
+def bytes_read(model: nn.Module) -> int:
+    """What one decoded token reads: all weights but embeddings, each once, a tied head whole."""
+    sizes = {}
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding):
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                sizes[tensor.data_ptr(), tensor.shape] = tensor.nbytes
+    return sum(sizes.values())

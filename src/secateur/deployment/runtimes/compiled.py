@@ -9,36 +9,31 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StaticCache
+from transformers import PreTrainedModel, StaticCache
 
-from secateur.deployment.runtimes.base import Running, Runtime
-from secateur.deployment.runtimes.eager import bytes_read, load_model
+from secateur.deployment.runtimes.base import Runtime, Stepped, load_model
 from secateur.errors import UnsupportedModel, in_one_line
 
 ERRORS = (RuntimeError, ValueError, TypeError)
 """What a model that cannot be compiled, or that has no static cache, fails with."""
 
 
-class Compiled:
-    """A transformers model as `Running`, each step compiled, keys and values in a cache of fixed
-    length.
-    """
+class Compiled(Stepped):
+    """A transformers model whose steps are compiled, with a cache of fixed length."""
 
-    def __init__(self, model: Any) -> None:
-        self.model, self.vocabulary = model, model.config.get_text_config().vocab_size
-        self.weight_bytes, self.room = bytes_read(model), 64
-        self.cache: Any = None
-        self.place = 0
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        self.position = 0
+        self.cache_shape = (0, 0)  # batch, tokens
         self._step = torch.compile(self._forward, dynamic=False)
 
-    def _forward(self, ids: Tensor, places: Tensor) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         output = self.model(
             ids,
-            position_ids=places[None].expand(len(ids), -1),
+            position_ids=positions[None].expand(len(ids), -1),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -46,21 +41,20 @@ class Compiled:
         return output.logits[:, -1].float()
 
     def prefill(self, ids: Tensor) -> Tensor:
-        batch, length = ids.shape
-        wanted = (batch, length + self.room)
-        if self.cache is None or self.held != wanted:
-            self.held = wanted
-            self.cache = StaticCache(config=self.model.config, max_cache_len=wanted[1])
+        shape = (len(ids), ids.shape[1] + self.room)
+        if self.cache_shape != shape:
+            self.cache_shape = shape
+            self.cache = StaticCache(config=self.model.config, max_cache_len=shape[1])
         self.cache.reset()
-        self.place = 0
+        self.position = 0
         return self.decode(ids)
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        places = torch.arange(self.place, self.place + ids.shape[1])
-        self.place += ids.shape[1]
+        positions = torch.arange(self.position, self.position + ids.shape[1])
+        self.position += ids.shape[1]
         try:
-            return self._step(ids, places)
+            return self._step(ids, positions)
         except ERRORS as error:
             raise UnsupportedModel(
                 f"torch.compile cannot run this model: {in_one_line(error)}."
@@ -73,7 +67,7 @@ def missing() -> str | None:
     return None
 
 
-def load(folder: Path, dtype: torch.dtype) -> Running:
+def load(folder: Path, dtype: torch.dtype) -> Compiled:
     return Compiled(load_model(folder, dtype))
 
 

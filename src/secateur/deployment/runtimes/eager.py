@@ -1,36 +1,23 @@
-"""Plain transformers: zeros are multiplied like all other numbers; only a smaller model is
-faster.
-"""
+"""Plain transformers, on the CPU or a CUDA device: zeros are multiplied like other numbers."""
 
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.deployment.runtimes.base import Running, Runtime, Stepped
+from secateur.deployment.runtimes.base import Runtime, Stepped, load_model
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint folder on the CPU, in eval mode."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+def load(folder: Path, dtype: torch.dtype) -> Stepped:
+    return Stepped(load_model(folder, dtype))
 
 
-def bytes_read(model: nn.Module) -> int:
-    """What one decoded token reads of the weights: all but embeddings, each once; a tied head is
-    read as a whole.
-    """
-    held = {}
-    for module in model.modules():
-        if not isinstance(module, nn.Embedding):
-            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-                held[tensor.data_ptr(), tensor.shape] = tensor.numel() * tensor.element_size()
-    return sum(held.values())
+def load_on_device(folder: Path, dtype: torch.dtype) -> Stepped:
+    return Stepped(load_model(folder, dtype, "cuda"))
 
 
-def load(folder: Path, dtype: torch.dtype) -> Running:
-    model = load_model(folder, dtype)
-    return Stepped(model, bytes_read(model))
+def no_cuda() -> str | None:
+    return None if torch.cuda.is_available() else "there is no CUDA device"
 
 
 eager = Runtime(lambda: None, load)
+eager_cuda = Runtime(no_cuda, load_on_device)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.deployment.formats.gguf import FILE, gguf_package, write_gguf
-from secateur.deployment.runtimes.base import Running, Runtime
+from secateur.deployment.runtimes.base import Running, Runtime, not_installed
 from secateur.errors import BadPattern, UnsupportedModel
 
 VALUES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -35,20 +34,13 @@ MOST_ROWS = 256
 
 
 def missing() -> str | None:
-    absent = [name for name in ("gguf", "llama_cpp") if find_spec(name) is None]
-    return (
-        f"{' and '.join(absent)} not installed: pip install 'secateur[llamacpp]'"
-        if absent
-        else None
-    )
+    return not_installed(("gguf", "llama_cpp"), "'secateur[llamacpp]'")
 
 
 def load(folder: Path, dtype: torch.dtype, *, eight_bits: bool = False) -> Running:
     """Raises UnsupportedModel for what cannot be written as GGUF, or llama.cpp does not load."""
     llama_cpp = import_module("llama_cpp")
-    logging.getLogger("llama-cpp-python").setLevel(
-        logging.CRITICAL
-    )  # it would print a page a model
+    logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it prints a page a model
     with TemporaryDirectory() as temporary:  # the mapped file stays readable after its name is gone
         file = Path(temporary) / FILE
         values = "q8_0" if eight_bits else VALUES[dtype]
@@ -62,31 +54,24 @@ def load(folder: Path, dtype: torch.dtype, *, eight_bits: bool = False) -> Runni
         model = llama_cpp.llama_model_load_from_file(str(file).encode(), settings)
     if not model:
         raise UnsupportedModel(
-            f"llama.cpp does not load what was written of {folder}. Export the folder as gguf and ask llama-cli why."
+            f"llama.cpp does not load what was written of {folder}. "
+            "Export the folder as gguf and ask llama-cli why."
         )
     looked_up = "token_embd.weight" if "output.weight" in tensors else None
     read = sum(int(tensor.n_bytes) for name, tensor in tensors.items() if name != looked_up)
     vocabulary = int(tensors["token_embd.weight"].shape[1])
-    return Sequences(
-        llama_cpp, model, vocabulary, read, exact=dtype == torch.float32 and not eight_bits
-    )
+    exact = dtype == torch.float32 and not eight_bits
+    return Sequences(llama_cpp, model, vocabulary, read, exact=exact)
 
 
-class Sequences:
-    """A llama.cpp model as `Running`; a context is made for the first prompt that needs one of its
-    size.
-    """
+class Sequences(Running):
+    """A llama.cpp model; a context is made for the first prompt that needs one of its size."""
 
     def __init__(
         self, library: Any, model: Any, vocabulary: int, weight_bytes: int, *, exact: bool
     ) -> None:
-        self.library, self.model = library, model
-        self.vocabulary, self.weight_bytes, self.exact, self.room = (
-            vocabulary,
-            weight_bytes,
-            exact,
-            64,
-        )
+        super().__init__(vocabulary, weight_bytes)
+        self.library, self.model, self.exact = library, model, exact
         self.context: Any = None
         self.rows = self.capacity = self.length = 0
 
@@ -94,7 +79,8 @@ class Sequences:
         rows, length = ids.shape
         if rows > MOST_ROWS:
             raise UnsupportedModel(
-                f"llama.cpp keeps at most {MOST_ROWS} sequences apart; a batch of {rows} was asked for."
+                f"llama.cpp keeps at most {MOST_ROWS} sequences apart; "
+                f"a batch of {rows} was asked for."
             )
         if self.context is None or rows != self.rows or length + self.room > self.capacity:
             self._make_context(rows, -(-(length + self.room) // UNIT) * UNIT)
@@ -104,9 +90,10 @@ class Sequences:
 
     def decode(self, ids: Tensor) -> Tensor:
         rows, length = ids.shape
-        if self.length + length > self.capacity:
+        if (total := self.length + length) > self.capacity:
             raise UnsupportedModel(
-                f"The context of llama.cpp was made for {self.capacity} tokens; {self.length + length} are too many."
+                f"The context of llama.cpp was made for {self.capacity} tokens; "
+                f"{total} are too many."
             )
         batch = self.library.llama_batch_init(rows * length, 0, 1)
         try:
@@ -116,25 +103,23 @@ class Sequences:
             self.library.llama_batch_free(batch)
         if status:
             raise UnsupportedModel(
-                f"llama.cpp could not compute {length} tokens of {rows} sequences (status {status})."
+                f"llama.cpp could not compute {length} tokens of {rows} sequences "
+                f"(status {status})."
             )
-        self.length += length
-        logits = np.ctypeslib.as_array(
-            self.library.llama_get_logits(self.context), (rows, self.vocabulary)
-        )
-        return torch.from_numpy(logits.copy())
+        self.length = total
+        logits = self.library.llama_get_logits(self.context)
+        return torch.from_numpy(np.ctypeslib.as_array(logits, (rows, self.vocabulary)).copy())
 
     def _fill(self, batch: Any, ids: Tensor) -> None:
         """One row after the other; logits are wanted of the last token of each."""
         rows, length = ids.shape
-        count = rows * length
-        batch.n_tokens = count
+        count = batch.n_tokens = rows * length
+        last = np.arange(count) % length == length - 1
+        positions = np.tile(np.arange(self.length, self.length + length), rows)
         np.ctypeslib.as_array(batch.token, (count,))[:] = ids.flatten().numpy()
-        np.ctypeslib.as_array(batch.pos, (count,))[:] = np.tile(
-            np.arange(self.length, self.length + length), rows
-        )
+        np.ctypeslib.as_array(batch.pos, (count,))[:] = positions
         np.ctypeslib.as_array(batch.n_seq_id, (count,))[:] = 1
-        np.ctypeslib.as_array(batch.logits, (count,))[:] = np.arange(count) % length == length - 1
+        np.ctypeslib.as_array(batch.logits, (count,))[:] = last
         for index in range(count):
             batch.seq_id[index][0] = index // length
 
@@ -147,8 +132,7 @@ class Sequences:
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
         if self.exact:
             settings.type_k = settings.type_v = self.library.GGML_TYPE_F32
-            # Its flash attention rounds to half precision whatever the cache holds: 1e-3 of the
-            # logits' norm.
+            # Flash attention rounds to half precision whatever the cache: 1e-3 of the logits' norm.
             settings.flash_attn_type = self.library.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = self.library.llama_init_from_model(self.model, settings)
         if not self.context:

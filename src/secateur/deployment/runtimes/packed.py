@@ -1,5 +1,4 @@
-"""transformers with packed matrices: what is zero is neither stored nor read (packed.py). For
-decoding on the CPU.
+"""transformers with packed matrices on the CPU: what is zero is neither stored nor read.
 
 Beside them the same with dense matrices, so that one sees what the kernels give without zeros: the
 ratio of `packed` to `own-dense` is the gain by zeros alone. Both exist with int8 values too.
@@ -11,15 +10,17 @@ from pathlib import Path
 import torch
 
 from secateur.deployment.packed_model import LEAST, own_products, pack_model
-from secateur.deployment.runtimes.base import Running, Runtime, Stepped
-from secateur.deployment.runtimes.eager import bytes_read, load_model
+from secateur.deployment.runtimes.base import Runtime, Stepped, load_model
 from secateur.errors import UnsupportedModel
 from secateur.kernels.library import isa
 
 
 def missing() -> str | None:
     if isa() is None:
-        return "the package was installed without a C compiler; install gcc or clang and install it again"
+        return (
+            "the package was installed without a C compiler; "
+            "install gcc or clang and install it again"
+        )
     return None
 
 
@@ -28,25 +29,24 @@ def no_dense() -> str | None:
     return missing() or ("there is none for this processor" if isa() == "portable" else None)
 
 
-def load_packed(folder: Path, dtype: torch.dtype, *, values: str) -> Running:
+def load_packed(folder: Path, dtype: torch.dtype, *, values: str) -> Stepped:
     """Raises UnsupportedModel where no matrix has enough zeros to be packed."""
     model = load_model(folder, dtype)
     if not pack_model(model, values=values):
         raise UnsupportedModel(
             f"{folder} has no matrix with {LEAST:.0%} zeros or more, so there is nothing to pack."
         )
-    return Stepped(model, bytes_read(model))
+    return Stepped(model)
 
 
-def load_dense(folder: Path, dtype: torch.dtype, *, int8: bool) -> Running:
+def load_dense(folder: Path, dtype: torch.dtype, *, int8: bool) -> Stepped:
     """Raises UnsupportedModel for a dtype that our dense product does not take."""
     if not int8 and dtype != torch.bfloat16:
-        raise UnsupportedModel(
-            f"Our own dense product is for bfloat16, not for {str(dtype).removeprefix('torch.')}."
-        )
+        name = str(dtype).removeprefix("torch.")
+        raise UnsupportedModel(f"Our own dense product is for bfloat16, not for {name}.")
     model = load_model(folder, dtype)
     own_products(model, int8=int8)
-    return Stepped(model, bytes_read(model))
+    return Stepped(model)
 
 
 packed = Runtime(missing, partial(load_packed, values="as stored"), twin="own-dense")

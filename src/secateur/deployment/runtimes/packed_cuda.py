@@ -9,25 +9,20 @@ rows, and dense products are used where they are not slower.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from secateur.deployment.packed_model import LEAST, put
-from secateur.deployment.runtimes.base import Running, Runtime
-from secateur.deployment.runtimes.eager import bytes_read, load_model
-from secateur.deployment.runtimes.semi_structured import OnDevice
+from secateur.deployment.autotune import choice_for, fastest_by_rows
+from secateur.deployment.packed_model import LEAST, packable
+from secateur.deployment.runtimes.base import Runtime, Stepped, bytes_read, load_model
 from secateur.errors import BadPattern, UnsupportedModel
 from secateur.kernels import bitmap
 from secateur.kernels import two_of_four as nm
-from secateur.kernels.device import beyond_cache, cold_milliseconds
-from secateur.system.tensors import count_zeros
 
 CLASSES = (1, 2, 4, 8)
 """Rows of x that are timed; another number uses what was measured for the next larger one."""
@@ -36,35 +31,26 @@ Measure = Callable[[Product, Tensor], tuple[bool, ...]]
 
 
 def packed_product(weight: Tensor, site: str) -> tuple[Product, int]:
-    """The product with a packed matrix `[rows, columns]`, and the bytes that it reads: 2:4 where it
-    is 2:4.
-    """
+    """The product with a packed matrix `[rows, columns]`, and the bytes that it reads."""
     if nm.missing() is None and weight.shape[1] % 8 == 0:
         try:
             two_of_four = nm.pack(weight, site=site, device=weight.device)
             return partial(nm.multiply, two_of_four), two_of_four.bytes
         except BadPattern:
             pass
-    held = bitmap.pack(weight, site=site, device=weight.device)
-    return partial(bitmap.multiply, held), held.bytes
+    packed = bitmap.pack(weight, site=site, device=weight.device)
+    return partial(bitmap.multiply, packed), packed.bytes
 
 
 def faster(product: Product, weight: Tensor) -> tuple[bool, ...]:
-    """For each of `CLASSES` whether the packed product is faster than the dense one, timed out of
-    the cache.
-    """
-    flush, found = beyond_cache(weight.device), []
-    for rows in CLASSES:
-        x = torch.randn(rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        packed = cold_milliseconds(partial(product, x), flush)
-        found.append(packed < cold_milliseconds(partial(linear, x, weight), flush))
-    return tuple(found)
+    """For each of `CLASSES` whether the packed product is faster than the dense one."""
+    return fastest_by_rows(
+        CLASSES, weight, lambda x: {False: partial(linear, x, weight), True: partial(product, x)}
+    )
 
 
 class DeviceLinear(nn.Module):
-    """A linear layer that multiplies few rows of x by its packed weight where that is faster, more
-    by the dense one.
-    """
+    """A linear layer that multiplies few rows of x by its packed weight where that is faster."""
 
     def __init__(self, dense: nn.Linear, product: Product, chosen: tuple[bool, ...]) -> None:
         super().__init__()
@@ -72,53 +58,47 @@ class DeviceLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.dense.in_features
-        if rows > CLASSES[-1] or not self.chosen[bisect_left(CLASSES, rows)]:
+        if rows > CLASSES[-1] or not choice_for(self.chosen, CLASSES, rows):
             return self.dense(x)
         y = self.product(x)
         return y if self.dense.bias is None else y + self.dense.bias
 
 
 def use_packed(model: nn.Module, measure: Measure) -> int:
-    """Replace the layers with enough zeros in place; how many bytes less batch 1 reads. Each kind
-    is timed once.
+    """Replace the layers with enough zeros in place; how many bytes less batch 1 reads.
+
+    Layers of one shape and about one share of zeros are measured once.
     """
-    known: dict[tuple[torch.Size, int], tuple[bool, ...]] = {}
+    chosen: dict[tuple[torch.Size, int], tuple[bool, ...]] = {}
     saved = 0
-    for name, module in list(model.named_modules()):
-        if (
-            type(module) is not nn.Linear
-            or count_zeros(module.weight) < LEAST * module.weight.numel()
-        ):
-            continue
+    for name, module in list(packable(model)):
         weight = module.weight.detach()
         product, size = packed_product(weight, name)
-        key = (weight.shape, round(5 * size / weight.nbytes))
-        if key not in known:
-            known[key] = measure(product, weight)
-        if any(known[key]):
-            put(model, name, DeviceLinear(module, product, known[key]))
-            saved += weight.nbytes - size if known[key][0] else 0
+        kind = (weight.shape, round(5 * size / weight.nbytes))
+        if kind not in chosen:
+            chosen[kind] = measure(product, weight)
+        if any(chosen[kind]):
+            model.set_submodule(name, DeviceLinear(module, product, chosen[kind]))
+            saved += weight.nbytes - size if chosen[kind][0] else 0
     return saved
 
 
 @torch.no_grad()
-def load(folder: Path, dtype: torch.dtype) -> Running:
-    """Raises UnsupportedModel for float32, and where no packed product is faster than the dense
-    one.
-    """
+def load(folder: Path, dtype: torch.dtype) -> Stepped:
+    """Raises UnsupportedModel for float32, and where no packed product is faster."""
     if dtype not in (torch.bfloat16, torch.float16):
         raise UnsupportedModel(
             "The packed products for GPUs take bfloat16 and float16; use --dtype bfloat16."
         )
-    model: Any = load_model(folder, dtype)
-    model.to("cuda")
+    model = load_model(folder, dtype, "cuda")
     read = bytes_read(model)
     saved = use_packed(model, faster)
     if not saved:
         raise UnsupportedModel(
-            f"{folder} has no matrix with {LEAST:.0%} zeros or more whose packed product is faster on this device."
+            f"{folder} has no matrix with {LEAST:.0%} zeros or more "
+            "whose packed product is faster on this device."
         )
-    return OnDevice(model, read - saved)
+    return Stepped(model, read - saved)
 
 
 packed_cuda = Runtime(bitmap.missing, load, twin="eager-cuda")

@@ -14,7 +14,6 @@ here first, and what the folder's own record says is 2:4 must be.
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Set
 from functools import partial
 from pathlib import Path
@@ -22,21 +21,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, pad
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
 from secateur.checkpoints.record import record_of
-from secateur.deployment.packed_model import put
-from secateur.deployment.runtimes.base import Running, Runtime, Stepped
-from secateur.deployment.runtimes.eager import bytes_read, load_model
+from secateur.deployment.autotune import choice_for, fastest_by_rows
+from secateur.deployment.runtimes.base import Runtime, Stepped, bytes_read, load_model
 from secateur.deployment.sparsity_support import MULTIPLES
 from secateur.errors import BadPattern, UnsupportedModel, in_one_line
-from secateur.kernels.device import beyond_cache, cold_milliseconds, no_device
+from secateur.kernels.device import no_device
 from secateur.kernels.two_of_four import check_two_of_four
 
 CLASSES = (1, 2, 4, 8, 16, 64, 256, 1024, 4096)
-"""Rows of x that are timed; other numbers use what was fastest for the next larger one, or for the
-last.
-"""
+"""Rows of x that are timed; other numbers use what was fastest for the next larger, or the last."""
 CUTLASS_MULTIPLES, CUSPARSELT_MULTIPLES = (
     {torch.float16: MULTIPLES[backend]["F16"], torch.bfloat16: MULTIPLES[backend]["BF16"]}
     for backend in ("CUTLASS", "cuSPARSELt")
@@ -78,9 +75,7 @@ class Choice(NamedTuple):
 
 
 def checked(weight: Tensor, site: str) -> Tensor:
-    """The matrix with -0.0 made +0.0. Raises BadPattern where it is not 2:4, NonFinite where it
-    holds NaN.
-    """
+    """The matrix with -0.0 made +0.0. Raises BadPattern unless it is 2:4, NonFinite for NaN."""
     check_two_of_four(weight, site=site)
     return weight.detach().contiguous() + 0
 
@@ -96,38 +91,36 @@ def compress_cutlass(weight: Tensor, site: str) -> tuple[Tensor, Tensor]:
     """(values `[out, in / 2]`, metadata `[out, in / 16]` int16 in the order of CUTLASS) of a 2:4
     matrix, on any device.
 
-    Raises BadPattern where it is not 2:4 or its shape or dtype does not fit, NonFinite where it
-    holds NaN.
+    Raises BadPattern where it is not 2:4 or its shape or dtype does not fit, NonFinite for NaN.
     """
     if not fits(weight, CUTLASS_MULTIPLES):
         raise BadPattern(
-            f"{site} is {weight.dtype} {list(weight.shape)}; CUTLASS wants float16 or bfloat16, outputs in multiples "
-            "of 32 and inputs in multiples of 64. Leave it dense."
+            f"{site} is {weight.dtype} {list(weight.shape)}; CUTLASS wants float16 or bfloat16, "
+            "outputs in multiples of 32 and inputs in multiples of 64. Leave it dense."
         )
     return sparse_semi_structured_from_dense_cutlass(checked(weight, site))
 
 
 def _padded(x: Tensor) -> Tensor:
     beyond = -len(x) % PADDED
-    return (nn.functional.pad(x, (0, 0, 0, beyond)) if beyond else x).t()
+    return (pad(x, (0, 0, 0, beyond)) if beyond else x).t()
 
 
 def _multiply_cutlass(
-    held: tuple[Tensor, Tensor], x: Tensor, bias: Tensor | None, _: Algorithm
+    compressed: tuple[Tensor, Tensor], x: Tensor, bias: Tensor | None, _: Algorithm
 ) -> Tensor:
-    values, meta = held
     if bias is None:
-        y = _TORCH._sparse_semi_structured_mm(values, meta, _padded(x))
+        y = _TORCH._sparse_semi_structured_mm(*compressed, _padded(x))
     else:
-        y = _TORCH._sparse_semi_structured_addmm(bias, values, meta, _padded(x))
+        y = _TORCH._sparse_semi_structured_addmm(bias, *compressed, _padded(x))
     return y[:, : len(x)].t().contiguous()  # [out, padded tokens] → [tokens, out]
 
 
 def _multiply_cusparselt(
-    held: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorithm
+    compressed: Tensor, x: Tensor, bias: Tensor | None, algorithm: Algorithm
 ) -> Tensor:
     y = _TORCH._cslt_sparse_mm(
-        held,
+        compressed,
         _padded(x),
         bias=bias,
         transpose_result=True,
@@ -138,20 +131,16 @@ def _multiply_cusparselt(
     return y[: len(x)]
 
 
-def _search_cusparselt(held: Tensor, x: Tensor, bias: Tensor | None) -> Algorithm:
-    library = _TORCH._C._cusparselt
+def _search_cusparselt(compressed: Tensor, x: Tensor, bias: Tensor | None) -> Algorithm:
+    library, arguments = _TORCH._C._cusparselt, (compressed, _padded(x), bias, None, None, True)
     if not hasattr(library, "mm_search"):  # an older torch gives the number alone
-        return Algorithm(
-            int(_TORCH._cslt_sparse_mm_search(held, _padded(x), bias, None, None, True))
-        )
-    return Algorithm(*library.mm_search(held, _padded(x), bias, None, None, True)[:3])
+        return Algorithm(int(_TORCH._cslt_sparse_mm_search(*arguments)))
+    return Algorithm(*library.mm_search(*arguments)[:3])
 
 
 PRODUCTS = {
     "dense": Product(
-        lambda weight, _: weight.detach(),
-        lambda w, x, b, _: nn.functional.linear(x, w, b),
-        share=1.0,
+        lambda weight, _: weight.detach(), lambda w, x, b, _: linear(x, w, b), share=1.0
     ),
     "CUTLASS": Product(compress_cutlass, _multiply_cutlass, CUTLASS_MULTIPLES),
     "cuSPARSELt": Product(
@@ -164,17 +153,14 @@ PRODUCTS = {
 
 
 def promised(folder: Path) -> frozenset[str]:
-    """The sites that the folder's pruning.json says are 2:4; none without one. Raises
-    BadCheckpoint.
-    """
+    """The matrices that pruning.json says are 2:4; none without one. Raises BadCheckpoint."""
     sites = (record_of(folder) or {}).get("sites") or ()
     return frozenset(site["site"] for site in sites if site.get("pattern") == "2:4")
 
 
 def sparse_linears(model: nn.Module, promised: Set[str]) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers that are 2:4 and fit a backend. Raises BadPattern where a promised one is
-    not 2:4.
-    """
+    """The linear layers that are 2:4 and fit a backend. Raises BadPattern for a broken promise."""
+    backends = [product.multiples for product in PRODUCTS.values() if product.multiples]
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             continue
@@ -184,10 +170,7 @@ def sparse_linears(model: nn.Module, promised: Set[str]) -> Iterator[tuple[str, 
             if name in promised:
                 raise
             continue
-        if any(
-            product.multiples and fits(module.weight, product.multiples)
-            for product in PRODUCTS.values()
-        ):
+        if any(fits(module.weight, multiples) for multiples in backends):
             yield name, module
 
 
@@ -201,10 +184,7 @@ def usable(dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
             y = product.multiply(product.prepare(weight, "a trial"), weight[:8], None, Algorithm())
             right = bool((y == weight[:8] @ weight.T).all())
             reasons[name] = None if right else "a small product gave wrong numbers"
-        except (
-            RuntimeError,
-            AttributeError,
-        ) as error:  # torch built without a backend has no functions for it
+        except (RuntimeError, AttributeError) as error:  # a torch without it has no function for it
             reasons[name] = in_one_line(error)
     return reasons
 
@@ -212,60 +192,46 @@ def usable(dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
 def measured(
     weight: Tensor, bias: Tensor | None, site: str, names: list[str]
 ) -> tuple[Choice, ...]:
-    """The fastest product for each of `CLASSES`, timed on the device with nothing of the matrix in
-    the cache.
+    """The fastest product for each of `CLASSES`. Raises UnsupportedModel where one fails here."""
 
-    Raises UnsupportedModel where a product fails on this shape.
-    """
-    flush = beyond_cache(weight.device)
-    choices = []
+    def products(x: Tensor) -> dict[Choice, Callable[[], Tensor]]:
+        calls = {}
+        for name, matrix in prepared.items():
+            algorithm = PRODUCTS[name].search(matrix, x, bias)
+            multiply = partial(PRODUCTS[name].multiply, matrix, x, bias, algorithm)
+            calls[Choice(name, algorithm)] = multiply
+        return calls
+
+    fitting = [name for name in names if fits(weight, PRODUCTS[name].multiples)]
     try:
-        held = {
-            name: PRODUCTS[name].prepare(weight, site)
-            for name in names
-            if fits(weight, PRODUCTS[name].multiples)
-        }
-        for tokens in CLASSES:
-            x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
-            times = {}
-            for name, prepared in held.items():
-                product = PRODUCTS[name]
-                algorithm = product.search(prepared, x, bias)
-                call = partial(product.multiply, prepared, x, bias, algorithm)
-                times[Choice(name, algorithm)] = cold_milliseconds(call, flush)
-            choices.append(min(times, key=times.__getitem__))
+        prepared = {name: PRODUCTS[name].prepare(weight, site) for name in fitting}
+        return fastest_by_rows(CLASSES, weight, products)
     except RuntimeError as error:
         raise UnsupportedModel(
-            f"A 2:4 product of the shape of {site}, {list(weight.shape)}, fails on this device: {in_one_line(error)}."
+            f"A 2:4 product of the shape of {site}, {list(weight.shape)}, fails on this device: "
+            f"{in_one_line(error)}."
         ) from error
-    return tuple(choices)
 
 
 class SemiStructuredLinear(nn.Module):
-    """A linear layer that keeps its weight in each form it uses; `choices` has one for each of
-    `CLASSES`.
+    """A linear layer that keeps its weight in each form it uses; a choice for each of `CLASSES`.
 
     For inference where it was made: it is not moved, converted or saved.
     """
 
-    def __init__(self, linear: nn.Linear, site: str, choices: tuple[Choice, ...]) -> None:
+    def __init__(self, layer: nn.Linear, site: str, choices: tuple[Choice, ...]) -> None:
         super().__init__()
-        self.choices, self.in_features, self.out_features = (
-            choices,
-            linear.in_features,
-            linear.out_features,
-        )
-        self.bias = None if linear.bias is None else linear.bias.detach()
-        self.held = {
-            name: PRODUCTS[name].prepare(linear.weight, site)
-            for name in {c.product for c in choices}
-        }
-        self.bytes = int(linear.weight.nbytes * PRODUCTS[choices[0].product].share)
+        self.choices = choices
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = None if layer.bias is None else layer.bias.detach()
+        names = {choice.product for choice in choices}
+        self.prepared = {name: PRODUCTS[name].prepare(layer.weight, site) for name in names}
+        self.bytes = int(layer.weight.nbytes * PRODUCTS[choices[0].product].share)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
-        name, algorithm = self.choices[min(bisect_left(CLASSES, len(flat)), len(CLASSES) - 1)]
-        y = PRODUCTS[name].multiply(self.held[name], flat, self.bias, algorithm)
+        name, algorithm = choice_for(self.choices, CLASSES, len(flat))
+        y = PRODUCTS[name].multiply(self.prepared[name], flat, self.bias, algorithm)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -275,69 +241,41 @@ Measure = Callable[[Tensor, Tensor | None, str], tuple[Choice, ...]]
 def use_products(
     model: nn.Module, promised: Set[str], measure: Measure
 ) -> dict[str, tuple[Choice, ...]]:
-    """Replace the 2:4 layers in place; what each uses, by name. Layers of one shape are measured
-    once.
-    """
+    """Replace the 2:4 layers in place; what each uses. Layers of one shape are measured once."""
     known: dict[tuple[int, int, bool], tuple[Choice, ...]] = {}
     used = {}
-    for name, linear in list(sparse_linears(model, promised)):
-        shape = (linear.out_features, linear.in_features, linear.bias is not None)
+    for name, layer in list(sparse_linears(model, promised)):
+        shape = (layer.out_features, layer.in_features, layer.bias is not None)
         if shape not in known:
-            known[shape] = measure(linear.weight.detach(), linear.bias, name)
-        put(model, name, SemiStructuredLinear(linear, name, known[shape]))
+            known[shape] = measure(layer.weight.detach(), layer.bias, name)
+        model.set_submodule(name, SemiStructuredLinear(layer, name, known[shape]))
         used[name] = known[shape]
     return used
 
 
-class OnDevice(Stepped):
-    """A transformers model on a device; tokens come from the CPU and logits go back, so a clock
-    waits for them.
-    """
-
-    def decode(self, ids: Tensor) -> Tensor:
-        return super().decode(ids.to(self.model.device)).cpu()
-
-
 @torch.no_grad()
-def load(folder: Path, dtype: torch.dtype) -> Running:
-    """Raises UnsupportedModel where no layer is 2:4 and has a kernel, BadPattern where one should
-    be 2:4 and is not.
-    """
-    device = torch.device("cuda")
-    model: Any = load_model(folder, dtype)
-    model.to(device)
-    reasons = usable(dtype, device)
+def load(folder: Path, dtype: torch.dtype) -> Stepped:
+    """Raises UnsupportedModel where no layer is 2:4 and has a kernel, BadPattern as above."""
+    model = load_model(folder, dtype, "cuda")
+    reasons = usable(dtype, model.device)
     names = [name for name, reason in reasons.items() if reason is None]
     if names == ["dense"]:
+        failed = (f"{name}: {reason}" for name, reason in reasons.items() if reason)
         raise UnsupportedModel(
-            f"No 2:4 product of torch works here in {dtype}: "
-            + "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-            + ". Use --dtype bfloat16, or install a torch that has them."
+            f"No 2:4 product of torch works here in {dtype}: {'; '.join(failed)}. "
+            "Use --dtype bfloat16, or install a torch that has them."
         )
     read = bytes_read(model)
-    sizes = {
-        name: linear.weight.nbytes
-        for name, linear in model.named_modules()
-        if isinstance(linear, nn.Linear)
-    }
+    before: dict[str, Any] = dict(model.named_modules())
     used = use_products(model, promised(folder), partial(measured, names=names))
     if not used:
         raise UnsupportedModel(
-            f"{folder} has no linear layer in float16 or bfloat16 that is 2:4 and has outputs and inputs in multiples "
-            "of 16. Prune it with --pattern 2:4."
+            f"{folder} has no linear layer in float16 or bfloat16 that is 2:4 and has outputs and "
+            "inputs in multiples of 16. Prune it with --pattern 2:4."
         )
-    saved = sum(sizes[name] - model.get_submodule(name).bytes for name in used)
-    return OnDevice(model, read - saved)
+    after: dict[str, Any] = dict(model.named_modules())
+    saved = sum(before[name].weight.nbytes - after[name].bytes for name in used)
+    return Stepped(model, read - saved)
 
 
-def load_dense(folder: Path, dtype: torch.dtype) -> Running:
-    """Plain transformers on the device."""
-    model: Any = load_model(folder, dtype)
-    model.to("cuda")
-    return OnDevice(model, bytes_read(model))
-
-
-eager_cuda = Runtime(
-    lambda: None if torch.cuda.is_available() else "there is no CUDA device", load_dense
-)
 semi_structured = Runtime(no_device, load, twin="eager-cuda")

@@ -13,15 +13,19 @@ the accelerator's memory, so that the dense model and a few pruned ones take tur
 """
 
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.deployment.runtimes.base import Running, Runtime
-from secateur.deployment.runtimes.eager import bytes_read, load_model
+from secateur.deployment.runtimes.base import (
+    Running,
+    Runtime,
+    bytes_read,
+    load_model,
+    not_installed,
+)
 from secateur.errors import UnsupportedModel, in_one_line
 from secateur.models.load import load_config
 
@@ -30,22 +34,19 @@ SHARE = 0.25
 
 
 def missing() -> str | None:
-    if find_spec("vllm") is None:
-        return "vllm not installed: pip install vllm, on a machine with an accelerator"
-    return (
-        None
-        if torch.cuda.is_available()
-        else "vllm is installed, but there is no accelerator that torch sees"
-    )
+    absent = not_installed(["vllm"], "vllm, on a machine with an accelerator")
+    if absent or torch.cuda.is_available():
+        return absent
+    return "vllm is installed, but there is no accelerator that torch sees"
 
 
 def load(folder: Path, dtype: torch.dtype) -> Running:
     """Raises UnsupportedModel where vLLM does not load the folder."""
     vllm = import_module("vllm")
-    config = load_config(folder)
+    vocabulary = load_config(folder).get_text_config().vocab_size
     weight_bytes = bytes_read(load_model(folder, dtype))
     try:
-        engine = vllm.LLM(
+        model = vllm.LLM(
             model=str(folder),
             dtype=str(dtype).removeprefix("torch."),
             skip_tokenizer_init=True,
@@ -53,26 +54,23 @@ def load(folder: Path, dtype: torch.dtype) -> Running:
             gpu_memory_utilization=SHARE,
             max_logprobs=-1,
             logprobs_mode="raw_logits",
-        ).llm_engine
+        )
     except (ValueError, RuntimeError) as error:
         raise UnsupportedModel(f"vLLM does not load {folder}: {in_one_line(error)}.") from error
-    return Engine(engine, vllm.SamplingParams, config.get_text_config().vocab_size, weight_bytes)
+    return Engine(model.llm_engine, vllm.SamplingParams, vocabulary, weight_bytes)
 
 
-class Engine:
-    """A vLLM engine as `Running`, but for what the returned values mean: see the top of this
-    file.
-    """
+class Engine(Running):
+    """A vLLM engine, but for what the returned values mean: see the top of this file."""
 
     def __init__(self, engine: Any, settings: Any, vocabulary: int, weight_bytes: int) -> None:
-        self.engine, self.settings = engine, settings
-        self.vocabulary, self.weight_bytes, self.room = vocabulary, weight_bytes, 64
-        self.asked = 0
+        super().__init__(vocabulary, weight_bytes)
+        self.engine, self.settings, self.asked = engine, settings, 0
         self.tokens: dict[str, list[int]] = {}
         self.logprobs: dict[str, Any] = {}
 
     def prefill(self, ids: Tensor) -> Tensor:
-        self._ask(ids)
+        self._ask(ids, max_tokens=self.room + 1)
         return self._next()
 
     def decode(self, ids: Tensor) -> Tensor:
@@ -87,36 +85,26 @@ class Engine:
         """The logits after tokens int64 `[batch, length]`, float32 `[batch, vocabulary]`. Slow."""
         self._ask(ids, max_tokens=1, logprobs=-1)
         self._next()
-        found = torch.full(
-            (len(ids), self.vocabulary), float("nan")
-        )  # a value that is not given fails a comparison
+        logits = torch.full((len(ids), self.vocabulary), float("nan"))  # NaN fails a comparison
         for row, given in enumerate(self.logprobs.values()):
             numbers = torch.tensor([number for number in given if number < self.vocabulary])
-            found[row, numbers] = torch.tensor([given[int(number)].logprob for number in numbers])
-        return found
+            logits[row, numbers] = torch.tensor([given[int(number)].logprob for number in numbers])
+        return logits
 
-    def _ask(self, ids: Tensor, **settings: Any) -> None:
+    def _ask(self, ids: Tensor, **settings: int) -> None:
         """Drop what the engine was at and give it a prompt for each row."""
         self.engine.abort_request(list(self.tokens))
         self.tokens, self.logprobs = {}, {}
         for row in ids.tolist():
             name, self.asked = str(self.asked), self.asked + 1
             self.tokens[name] = []
-            self.engine.add_request(
-                name,
-                {"prompt_token_ids": row},
-                self.settings(
-                    temperature=0.0,
-                    ignore_eos=True,
-                    detokenize=False,
-                    **({"max_tokens": self.room + 1} | settings),
-                ),
+            parameters = self.settings(
+                temperature=0.0, ignore_eos=True, detokenize=False, **settings
             )
+            self.engine.add_request(name, {"prompt_token_ids": row}, parameters)
 
     def _next(self) -> Tensor:
-        """Step until every row has one token more; a one at that token, float32 `[batch,
-        vocabulary]`.
-        """
+        """Step until every row has one token more; one-hot float32 `[batch, vocabulary]`."""
         wanted = {name: len(tokens) + 1 for name, tokens in self.tokens.items()}
         while any(len(self.tokens[name]) < count for name, count in wanted.items()):
             if not self.engine.has_unfinished_requests():
@@ -129,10 +117,8 @@ class Engine:
                     if output.outputs[0].logprobs:
                         self.logprobs[output.request_id] = output.outputs[0].logprobs[-1]
         self.logprobs = {name: self.logprobs[name] for name in self.tokens if name in self.logprobs}
-        found = torch.zeros(len(self.tokens), self.vocabulary)
-        for row, tokens in enumerate(self.tokens.values()):
-            found[row, tokens[-1]] = 1
-        return found
+        chosen = torch.tensor([tokens[-1] for tokens in self.tokens.values()])
+        return torch.nn.functional.one_hot(chosen, self.vocabulary).float()
 
 
 vllm = Runtime(missing, load)

@@ -40,8 +40,9 @@ from secateur.pruning.planning.memory import (
 from secateur.pruning.planning.outline import Outline, build
 from secateur.pruning.planning.passes import MODES, Mode
 from secateur.pruning.planning.passes import passes as passes_of
+from secateur.system.clock import best_seconds
 from secateur.system.devices import calibration_dtype, find_devices, find_dtype
-from secateur.system.machine import best_seconds, matrix_rate, square_side
+from secateur.system.machine import matrix_rate, square_side
 from secateur.system.settings import CalibrationText, Compute, Recipe, Trust
 from secateur.system.sizes import find_size, in_words
 
