@@ -339,7 +339,7 @@ def test_odd_fields_of_a_tokenizer_are_not_talked_about(spoilt, refused):
         ('{"method": "\\ud800"}', "is no JSON ('utf-8' codec can't encode character"),
         ('{"a": ' + "[" * 900 + "]" * 900 + "}", "is no JSON (it is nested deeper than 64)"),
         ('{"parameters": true}', "is no record of a pruning run: parameters is True, which should be"),
-        ('{"parameters": ["a", "b"]}', "is no record of a pruning run: parameters is "),
+        ('{"parameters": ["a", "b"]}', "is no record of a pruning run: parameters.0 is 'a', which should be"),
         ('{"sites": [1]}', "is no record of a pruning run: sites.0 is 1, which should be"),
         ('{"sites": [{"pattern": "2:4"}]}', "is no record of a pruning run: sites.0 lacks field 'site'"),
         ('{"method": {}}', "is no record of a pruning run: method is {}, which should be"),

@@ -223,10 +223,14 @@ def rte(count: int, **change: Any) -> list[dict[str, Any]]:
 def asked(tiny_llama, tmp_path):
     """Answers of the tiny model on an RTE of these rows."""
 
-    def ask(rows: list[Any], **options: Any) -> Answers:
+    def ask(rows: list[Any], limit: int | None = None, **options: Any) -> Answers:
         write_rows(tmp_path / "rte.jsonl", rows)
         return answer_tasks(
-            load(tiny_llama), load_tokenizer(tiny_llama), ZeroShot(tasks=["rte"], **options), data_dir=tmp_path
+            load(tiny_llama),
+            load_tokenizer(tiny_llama),
+            ZeroShot(tasks=["rte"], limit=limit),
+            data_dir=tmp_path,
+            **options,
         )["rte"]
 
     return ask
