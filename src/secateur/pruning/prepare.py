@@ -25,9 +25,10 @@ from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.pruning.planning.allocation import Plan, is_file, label
 from secateur.pruning.planning.measured import make_plan
 from secateur.pruning.planning.memory import UNKNOWN_COST, way_through
-from secateur.system.devices import calibration_dtype, find_devices, find_dtype, find_size
+from secateur.system.devices import calibration_dtype, find_devices, find_dtype
 from secateur.system.machine import release_memory
 from secateur.system.progress import Progress
+from secateur.system.settings import Compute
 
 MINIMUM_COVERAGE = 0.95
 
@@ -124,18 +125,10 @@ def decide(
             batch_size=batch_size,
             progress=progress,
         )
-        way = way_through(
-            language_model,
-            windows.ids.shape,
-            found,
-            plan,
-            passes=passes,
-            limit=find_size(memory),
-            dtype=forward,
-            device=devices[0],
-            devices=len(devices) * ranks.size,
-            batch_size=batch_size,
-        )
+        compute = Compute(passes=passes, memory=memory, batch_size=batch_size)
+        shared = devices * ranks.size
+        shape = windows.ids.shape
+        way = way_through(language_model, shape, found, plan, compute, forward, shared)
         return {**way, "plan": {name: str(part) for name, part in plan.items()}}
 
     decided = decided or ranks.same(made)

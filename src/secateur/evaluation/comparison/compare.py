@@ -20,6 +20,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.data.windows import Windows, evaluation_windows, load_tokenizer
 from secateur.deployment.formats.packed import VALUES
@@ -189,17 +191,15 @@ def compare(
     )
     check_windows(language_model, judged, batch_size)
     calibrating = calibration_dtype(dtype, chosen, language_model.model.dtype)
+    compute = Compute(passes=passes, memory=room, batch_size=batch_size)
     passes = _passes(
-        passes,
         RowStore(out / "rows", {}, []).recorded("passes"),
         language_model,
         draws[0].windows,
         grid,
-        limit=room,
-        dtype=calibrating,
-        device=chosen,
-        devices=len(find_devices(device)),
-        batch_size=batch_size,
+        compute,
+        calibrating,
+        [chosen] * len(find_devices(device)),
     )
     results = Results(
         SCHEMA,
@@ -352,30 +352,26 @@ def _draws(
 
 
 def _passes(
-    passes: str,
-    kept: str | None,
+    recorded: str | None,
     language_model: LanguageModel,
     calibrated: Windows,
     grid: Sequence[Cell],
-    **options: Any,
+    compute: Compute,
+    forward: torch.dtype | None,
+    devices: Sequence[torch.device],
 ) -> str:
     """How often blocks run, the same for all rows: once where that fits for each."""
-    if passes != "auto":
-        return passes
-    if (
-        kept is not None
-    ):  # what is free changes from run to run, and rows that are there must go on as they are
-        return kept
+    if compute.passes != "auto":
+        return compute.passes
+    if recorded is not None:  # what is free changes, and rows that are there must go on as they are
+        return recorded
+    shape, shapes = calibrated.ids.shape, matrix_shapes(language_model)
+    methods = dict.fromkeys(cell.method for cell in grid if not cell.structured)
     ways = (
-        way_through(
-            language_model,
-            calibrated.ids.shape,
-            find_method(method),
-            matrix_shapes(language_model),
-            passes=passes,
-            **options,
-        )["passes"]
-        for method in dict.fromkeys(cell.method for cell in grid if not cell.structured)
+        way_through(language_model, shape, find_method(method), shapes, compute, forward, devices)[
+            "passes"
+        ]
+        for method in methods
     )
     return "two" if "two" in ways else "one"
 
