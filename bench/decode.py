@@ -22,8 +22,10 @@ from secateur.checkpoints.folder import open_checkpoint
 from secateur.cli.tables import speed_table
 from secateur.data.windows import Windows
 from secateur.models.load import load
+from secateur.pruning.opening import Opened
 from secateur.pruning.prune import prune_checkpoint
 from secateur.system.progress import show
+from secateur.system.settings import Compute, Destination, Recipe, Trust
 
 if __name__ == "__main__":
     chosen = options(
@@ -47,9 +49,12 @@ if __name__ == "__main__":
         folders.append(chosen.out / pattern.replace("%", "pct").replace(" ", "-").replace(":", "of"))
         if not folders[-1].exists():
             prune_checkpoint(
-                open_checkpoint(dense), load(dense), Windows(ids, "random", "none", 0, None), folders[-1],
-                method="random" if "channels" in pattern else "magnitude", pattern=pattern,
-            )  # fmt: skip
+                Opened(open_checkpoint(dense), load(dense), Windows(ids, "random", "none", 0, None)),
+                Recipe(method="random" if "channels" in pattern else "magnitude", pattern=pattern),
+                Compute(),
+                Destination(out=folders[-1]),
+                Trust(),
+            )
     results = secateur.bench(
         folders, dense=dense, runtimes=chosen.runtimes.split(","), prompt=(chosen.prompt,), new=chosen.new,
         batch=[int(size) for size in chosen.batch.split(",")], rounds=chosen.rounds, dtype=chosen.dtype,

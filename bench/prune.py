@@ -167,15 +167,20 @@ def run_secateur(job: Job) -> dict[str, float]:
     from secateur.checkpoints.folder import open_checkpoint
     from secateur.data.windows import Windows
     from secateur.models.load import load
+    from secateur.pruning.opening import Opened
     from secateur.pruning.prune import prune_checkpoint
+    from secateur.system.settings import Compute, Destination, Recipe, Trust
 
     windows = Windows(torch.load(job.work / "calibration.pt"), "demo", "calibration", 0, None)
     source, language_model = open_checkpoint(job.work / "model"), load(job.work / "model")
     with Meter() as meter:
         prune_checkpoint(
-            source, language_model, windows, job.out, method=job.method, pattern="50%", device="cpu",
-            dtype=job.dtype, batch_size=job.batch, overwrite=True,
-        )  # fmt: skip
+            Opened(source, language_model, windows),
+            Recipe(method=job.method, pattern="50%"),
+            Compute(device="cpu", dtype=job.dtype, batch_size=job.batch),
+            Destination(out=job.out, overwrite=True),
+            Trust(),
+        )
     return meter.record()
 
 

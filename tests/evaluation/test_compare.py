@@ -66,9 +66,9 @@ def test_a_finished_row_is_kept_and_only_what_is_missing_is_computed(options, tm
     pruned = []
     real = rows.prune_checkpoint
 
-    def counted(*args, **kwargs):
-        pruned.append((kwargs["method"], kwargs["pattern"]))
-        return real(*args, **kwargs)
+    def counted(opened, recipe, *args):
+        pruned.append((recipe.method, recipe.pattern))
+        return real(opened, recipe, *args)
 
     monkeypatch.setattr(rows, "prune_checkpoint", counted)
     (tmp_path / "rows" / "wanda-50pct.json").unlink()

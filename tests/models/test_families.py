@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.families import FAMILIES, tiny_model
+from support.pruning import prune_opened
 from transformers import AutoModelForCausalLM
 
 from secateur.checkpoints.folder import open_checkpoint
@@ -17,7 +18,7 @@ from secateur.data.windows import Windows
 from secateur.deployment.inspect import inspect
 from secateur.errors import UnsupportedModel
 from secateur.models.load import load, replayable
-from secateur.pruning.prune import prune_checkpoint, prune_model
+from secateur.pruning.prune import prune_model
 
 REFUSED = {
     "jetmoe": "Only 3.9% of the block weights of JetMoeForCausalLM are prunable matrices",
@@ -49,7 +50,7 @@ def test_family_is_pruned_to_half_of_every_site_and_reloads(family: str, tmp_pat
     arguments = {"method": "wanda", "pattern": "2:4", "batch_size": 3}
 
     checkpoint = open_checkpoint(source)
-    report = prune_checkpoint(checkpoint, load(source), windows(), out, **arguments)
+    report = prune_opened(checkpoint, load(source), windows(), out, **arguments)
     assert report.coverage >= 0.95
     unseen = {site.site.rsplit(".", 1)[-1] for site in report.sites if site.note == UNSEEN}
     assert unseen == ({READ_DIRECTLY[family]} if family in READ_DIRECTLY else set())

@@ -8,7 +8,7 @@ from torch import nn
 
 from secateur.models.load import replayable
 from secateur.models.replay import Call
-from secateur.models.stream.blocks import stream
+from secateur.models.stream.blocks import BlockRun, stream
 from secateur.models.stream.forward import Batch
 from secateur.models.stream.refine import error, refine
 from secateur.pruning.prune import prune_model
@@ -139,7 +139,7 @@ def test_targets_are_what_the_dense_model_computes(family):
         block.register_forward_hook(lambda m, args, output: expected.append(output))
     with torch.no_grad():
         dense(TOKENS[:3], use_cache=False)
-    run = stream(replayable(tiny_model(family)), TOKENS, devices=[CPU], dtype=None, batch_size=3, dense=True)
+    run = stream(BlockRun(replayable(tiny_model(family)), TOKENS, [CPU], None, 3), dense=True)
     for index, step in enumerate(run):
         assert torch.allclose(step.batches()[0].target, expected[index], rtol=1e-4, atol=1e-5)
         for site in step.sites.values():

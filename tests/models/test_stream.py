@@ -19,7 +19,7 @@ from secateur.methods.statistics import Stats
 from secateur.models.load import load, replayable
 from secateur.models.matrices import matrix_shapes, weight_matrices
 from secateur.models.stream import prefetch
-from secateur.models.stream.blocks import stream
+from secateur.models.stream.blocks import BlockRun, stream
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.prepare import Pruning
 from secateur.pruning.prune import prune, prune_model, pruned_blocks
@@ -27,7 +27,7 @@ from secateur.system.devices import calibration_dtype, find_devices, forward_dty
 
 
 def steps(model, tokens=TOKENS, devices=(CPU,), batch_size=3):
-    return stream(replayable(model), tokens, devices=devices, dtype=None, batch_size=batch_size)
+    return stream(BlockRun(replayable(model), tokens, devices, None, batch_size))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,8 @@ def test_two_devices_give_the_masks_of_one(family, passes, method):
     for devices in ([CPU], [CPU, CPU]):
         language_model = replayable(tiny_model(family))
         plan = uniform(matrix_shapes(language_model), parse_pattern("50%"))
-        blocks = pruned_blocks(language_model, TOKENS, Pruning(METHODS[method], plan, devices, None, 2, passes=passes))
+        run = BlockRun(language_model, TOKENS, devices, None, 2)
+        blocks = pruned_blocks(Pruning(run, METHODS[method], plan, passes))
         masks.append({name: tensor == 0 for block in blocks for name, tensor in block.tensors.items()})
     assert masks[0].keys() == masks[1].keys()
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
@@ -212,7 +213,7 @@ def test_weights_stay_mapped_and_untouched(tiny_llama: Path):
     language_model = load(tiny_llama)
     before = {name: p.clone() for name, p in language_model.model.named_parameters()}
     plan = uniform(matrix_shapes(language_model), parse_pattern("2:4"))
-    for _ in pruned_blocks(language_model, TOKENS, Pruning(METHODS["sparsegpt"], plan, [CPU], None, 2)):
+    for _ in pruned_blocks(Pruning(BlockRun(language_model, TOKENS, [CPU], None, 2), METHODS["sparsegpt"], plan)):
         pass
     assert all(torch.equal(p, before[name]) for name, p in language_model.model.named_parameters())
 
@@ -286,7 +287,7 @@ def test_groups_cover_every_site_once_in_order(family):
 @pytest.mark.parametrize("devices", [[CPU], [CPU, CPU]])
 def test_cross_products_pair_dense_inputs_with_those_of_the_pruned_model(devices):
     model, dense = tiny_model("llama"), tiny_model("llama")
-    run = stream(replayable(tiny_model("llama")), TOKENS, devices=devices, dtype=None, batch_size=3, dense=True)
+    run = stream(BlockRun(replayable(tiny_model("llama")), TOKENS, devices, None, 3), dense=True)
     for step in run:
         stats = step.observe({"gram", "cross"}, 0).stats
         names = [f"{step.name}.{site}" for site in step.sites]
@@ -313,8 +314,8 @@ def test_blocks_that_are_moved_ahead_change_nothing(devices, monkeypatch):
     def run() -> dict[str, torch.Tensor]:
         language_model = replayable(tiny_model("llama"))
         plan = uniform(matrix_shapes(language_model), parse_pattern("2:4"))
-        pruning = Pruning(METHODS["sparsegpt"], plan, devices, None, 2)
-        return {n: t for b in pruned_blocks(language_model, TOKENS, pruning) for n, t in b.tensors.items()}
+        pruning = Pruning(BlockRun(language_model, TOKENS, devices, None, 2), METHODS["sparsegpt"], plan)
+        return {n: t for b in pruned_blocks(pruning) for n, t in b.tensors.items()}
 
     expected, made = run(), []
     monkeypatch.setattr(prefetch, "wanted", lambda devices: True)

@@ -15,7 +15,7 @@ from secateur.models.load import replayable
 from secateur.models.mapped_tensors import HiddenStateStore
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import run_block, working_copy
-from secateur.models.stream.blocks import stream
+from secateur.models.stream.blocks import BlockRun, stream
 from secateur.models.stream.paused import InputGroups, PausedForwards, find_groups
 from secateur.pruning.planning.memory import arrange, way_through
 from secateur.pruning.planning.meta import storage
@@ -81,7 +81,7 @@ def test_how_often_a_block_runs(passes, monkeypatch):
 def test_stages_of_blocks():
     def stages(family: str) -> InputGroups:
         language_model = replayable(tiny_model(family))
-        step = next(stream(language_model, TOKENS, devices=[CPU], dtype=None, batch_size=3))
+        step = next(stream(BlockRun(language_model, TOKENS, [CPU], None, 3)))
         return find_groups(step.block, *step.first())
 
     attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
@@ -101,7 +101,7 @@ def test_stages_of_blocks():
 
 def test_a_batch_that_takes_another_way_is_refused():
     model = tiny_model("llama")
-    step = next(stream(replayable(model), TOKENS, devices=[CPU], dtype=None, batch_size=3))
+    step = next(stream(BlockRun(replayable(model), TOKENS, [CPU], None, 3)))
     hidden, call = step.first()
     stages = find_groups(step.block, hidden, call)
     backwards = PausedForwards(step.block, stages.order[::-1], {0: lambda: run_block(step.block, hidden, call)})
@@ -112,7 +112,7 @@ def test_a_batch_that_takes_another_way_is_refused():
 
 
 def test_what_is_given_up_leaves_the_block_as_it_was():
-    step = next(stream(replayable(tiny_model("llama")), TOKENS, devices=[CPU], dtype=None, batch_size=3))
+    step = next(stream(BlockRun(replayable(tiny_model("llama")), TOKENS, [CPU], None, 3)))
     hidden, call = step.first()
     before = run_block(step.block, hidden, call)
     stages = find_groups(step.block, hidden, call)
@@ -189,7 +189,7 @@ def test_what_waits_is_forecast_from_the_configuration(family):
     """Against the tensors that the frames of a stopped forward really hold."""
     language_model = replayable(tiny_model(family))
     tokens = TOKENS[:4]
-    step = next(stream(language_model, tokens, devices=[CPU], dtype=None, batch_size=4))
+    step = next(stream(BlockRun(language_model, tokens, [CPU], None, 4)))
     hidden, call = step.first()
     found = find_groups(step.block, hidden, call)
     reads = outline(build(language_model.model.config, torch.float32), *tokens.shape).kinds[0].reads

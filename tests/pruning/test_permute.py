@@ -8,6 +8,7 @@ import torch
 from reference.permutation import best_kept_score
 from reference.permutation import kept_score as slow_kept_score
 from support.families import tiny_model
+from support.pruning import prune_opened
 from support.streams import windows
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -23,11 +24,12 @@ from secateur.models.channels.groups import ChannelGroup, interchangeable
 from secateur.models.channels.trace import entering, trace
 from secateur.models.load import load, replayable
 from secateur.models.matrices import matrix_shapes, weight_matrices
+from secateur.models.stream.blocks import BlockRun
 from secateur.pruning import permute
 from secateur.pruning.permute import best_order, input_order, kept_score, permuted, reorder, same_output, verified
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.prepare import Pruning
-from secateur.pruning.prune import prune_checkpoint, prune_model, pruned_blocks
+from secateur.pruning.prune import prune_model, pruned_blocks
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -253,7 +255,7 @@ def test_a_permuted_model_is_pruned_exactly_and_loads_as_it_was(family: str, met
         torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1)), "random", "none", 1, None
     )
     arguments = {"method": method, "pattern": "2:4", "batch_size": 3}
-    report = prune_checkpoint(
+    report = prune_opened(
         open_checkpoint(tmp_path / "source"), load(tmp_path / "source"), tokens, tmp_path / "out", **arguments
     )
     assert sum("inputs permuted" in site.note for site in report.sites) >= 4
@@ -278,7 +280,7 @@ def test_permuting_alone_changes_no_output(family: str):
     keep_all = METHODS["wanda"]._replace(permute=True, prune=lambda w, s, p: Pruned(w, torch.ones_like(w).bool()))
     language_model = replayable(model)
     plan = uniform(matrix_shapes(language_model), NM(2, 4))
-    for block in pruned_blocks(language_model, TOKENS, Pruning(keep_all, plan, [CPU], None, 2)):
+    for block in pruned_blocks(Pruning(BlockRun(language_model, TOKENS, [CPU], None, 2), keep_all, plan)):
         for name, tensor in block.tensors.items():
             model.get_parameter(name).data.copy_(tensor)
     moved = [name for name, p in model.named_parameters() if not torch.equal(p, dense.get_parameter(name))]

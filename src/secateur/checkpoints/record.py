@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,6 +106,11 @@ def output_error(inputs: Tensor, change: Tensor, weight: Tensor) -> float:
             (inputs.double() @ part.double().T).square().sum() for part in (change, weight)
         )
     return (lost / whole.clamp_min(1e-30)).item()
+
+
+def command_line(command: Sequence[str] | None) -> list[str]:
+    """The command as a record holds it: what this process was started with, unless it is given."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
 
 
 @dataclass

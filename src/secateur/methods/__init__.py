@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from secateur.errors import UnknownName
 from secateur.methods.alps import alps
-from secateur.methods.base import Method, Pruned, prune_together, scored
+from secateur.methods.base import Method, Pruned, prune_together, scored, solved_together
 from secateur.methods.dense_target import dense_target
 from secateur.methods.magnitude import magnitude
 from secateur.methods.refit import refit
@@ -69,4 +69,5 @@ __all__ = [
     "find_method",
     "prune_together",
     "scored",
+    "solved_together",
 ]

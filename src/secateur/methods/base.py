@@ -4,7 +4,7 @@ SparseGPT picks its mask while it updates the weights, so score, mask and update
 hooks; one function does it all, and `scored` lifts the easy case of a score alone.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +27,9 @@ class Pruned(NamedTuple):
 
 
 def importance(weight: Tensor, stats: Stats) -> Tensor:
-    """|w| · the root mean square of its input, `[out, in]`: what a weight adds to the output (Wanda's score)."""
+    """|w| · the root mean square of its input, `[out, in]`: what a weight adds to the output
+    (Wanda's score).
+    """
     return weight.abs().mul_(stats.power().sqrt().to(weight.device))
 
 
@@ -84,6 +86,19 @@ def scored(
         )
 
     return Method(frozenset(need), group, prune, row_wise=row_wise, score=score, cost=cost)
+
+
+def solved_together(
+    method: Method, names: Iterable[str], stats: Mapping[str, Stats]
+) -> list[list[str]]:
+    """The weight matrices in order; those that read the same input together, where a solver can
+    use its Gram matrix for all of them.
+    """
+    together: dict[object, list[str]] = {}
+    for name in names:
+        shared = "gram" in method.need and name in stats
+        together.setdefault(id(stats[name]) if shared else name, []).append(name)
+    return list(together.values())
 
 
 def prune_together(

@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 from secateur.errors import BadPattern
-from secateur.methods import METHODS, find_method
-from secateur.methods.patterns import parse
+from secateur.methods import METHODS, Method, find_method
+from secateur.methods.patterns import Pattern, parse
 from secateur.methods.structures import Structure
 from secateur.pruning.planning.measured import check_allocation
 from secateur.pruning.structured.channel_scores import SELECTIONS
 from secateur.pruning.structured.depth import BLOCKS
 from secateur.pruning.structured.expert_scores import EXPERTS
 from secateur.pruning.structured.method import PRESETS, check_structure
+from secateur.system.settings import Recipe
 
 
-def check_method(
-    method: str,
-    pattern: str,
-    allocate: str = "uniform",
-    skip: Sequence[str] = (),
-    align: int | None = None,
-) -> None:
-    """Raise UnknownName, BadPattern or BadPlan for a method, a pattern and options that do not go
+class Zeros(NamedTuple):
+    """A recipe for zeros, with the method of the table and the pattern that it names."""
+
+    recipe: Recipe
+    method: Method
+    pattern: Pattern
+
+
+def check_method(recipe: Recipe) -> None:
+    """Raise UnknownName, BadPattern or BadPlan where method, pattern and options do not go
     together.
     """
-    structure, name = parse(pattern), method.split("+")[0]
-    if isinstance(structure, Structure):
+    find_recipe(recipe)
+
+
+def find_recipe(recipe: Recipe) -> Zeros | Structure:
+    """Read a recipe: what makes zeros, or the structure that goes.
+
+    Raises UnknownName, BadPattern or BadPlan where method, pattern and options do not go together.
+    """
+    pattern, name = parse(recipe.pattern), recipe.method.split("+")[0]
+    if isinstance(pattern, Structure):
         if name in METHODS and name not in PRESETS:
             raise BadPattern(
-                f"{name!r} chooses single weights; {structure} takes out whole structures. Say '50%' or '2:4'."
+                f"{name!r} chooses single weights; {pattern} takes out whole structures. "
+                "Say '50%' or '2:4'."
             )
-        if allocate != "uniform":
-            check_allocation(allocate, "50%")
-        check_structure(structure, method, allocate, skip, align)
-        return
+        if recipe.allocate != "uniform":
+            check_allocation(recipe.allocate, "50%")
+        check_structure(pattern, recipe.method, recipe.allocate, recipe.skip, recipe.align)
+        return pattern
     if name in {*SELECTIONS, *BLOCKS, *EXPERTS}:
         raise BadPattern(
-            f"{name!r} chooses whole structures; {structure} is a pattern of zeros. Say '25% of channels'."
+            f"{name!r} chooses whole structures; {pattern} is a pattern of zeros. "
+            "Say '25% of channels'."
         )
-    find_method(method)
-    check_allocation(allocate, pattern)
-    if align is not None:
-        raise BadPattern(f"--align is for the channels of a structure; {structure} removes none.")
+    method = find_method(recipe.method)
+    check_allocation(recipe.allocate, recipe.pattern)
+    if recipe.align is not None:
+        raise BadPattern(f"--align is for the channels of a structure; {pattern} removes none.")
+    return Zeros(recipe, method, pattern)

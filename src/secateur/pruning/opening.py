@@ -1,6 +1,7 @@
 """A model, its checkpoint and the calibration windows of a run, opened together."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.data.windows import Windows, calibration_windows, load_tokenizer
@@ -9,67 +10,57 @@ from secateur.models.mapped_experts import spill_folder
 from secateur.models.replay import LanguageModel
 from secateur.system.devices import find_size
 from secateur.system.progress import Progress
+from secateur.system.settings import CalibrationText, Compute, Trust
+
+
+class Opened(NamedTuple):
+    """A checkpoint, the model that was loaded from it, and the calibration windows of a run."""
+
+    source: Checkpoint
+    language_model: LanguageModel
+    windows: Windows
+
+
+def opened(
+    model: str | Path | None,
+    text: CalibrationText,
+    compute: Compute,
+    trust: Trust,
+    *,
+    out: Path,
+    progress: Progress,
+) -> Opened:
+    """Load a model and draw the calibration windows for a run that writes `out`.
+
+    `model` is a checkpoint folder, a hub name, or None for the demo model. Weights that do not fit
+    into memory go to a file beside `out`. Raises SecateurError.
+    """
+    folder = resolve(model)
+    source = open_checkpoint(folder)
+    progress.begin(f"loading {model or 'the demo model'}")
+    spill = spill_folder(out, source.bytes, find_size(compute.memory))
+    language_model = load(folder, trust_remote_code=trust.trust_remote_code, spill=spill)
+    windows = draw_calibration(language_model, folder, model, text, trust)
+    return Opened(source, language_model, windows)
 
 
 def draw_calibration(
     language_model: LanguageModel,
     folder: Path,
     model: str | Path | None,
-    corpus: str | None,
-    *,
-    samples: int,
-    seq_len: int | None,
-    seed: int,
-    data_dir: str | Path | None,
-    trust_remote_code: bool,
+    text: CalibrationText,
+    trust: Trust,
 ) -> Windows:
-    """The calibration windows of a run: `corpus` (default: c4, or the demo's own text) through the
-    model's tokenizer.
+    """Draw calibration windows from `text` with the tokenizer in `folder`.
 
-    Raises NotEnoughText, UnknownName, BadText, BadCheckpoint.
+    Without a corpus that is c4, or the demo's own text where `model` is the demo. Raises
+    NotEnoughText, UnknownName, BadText, BadCheckpoint.
     """
     return calibration_windows(
-        load_tokenizer(folder, trust_remote_code=trust_remote_code),
-        default_corpus(model, corpus, "c4"),
-        samples=samples,
-        length=seq_len or default_length(language_model),
-        seed=seed,
-        data_dir=Path(data_dir) if data_dir else None,
+        load_tokenizer(folder, trust_remote_code=trust.trust_remote_code),
+        default_corpus(model, text.calibration, "c4"),
+        samples=text.samples,
+        length=text.seq_len or default_length(language_model),
+        seed=text.seed,
+        data_dir=Path(text.data_dir) if text.data_dir else None,
     )
-
-
-def opened(
-    model: str | Path | None,
-    calibration: str | None,
-    *,
-    samples: int,
-    seq_len: int | None,
-    seed: int,
-    data_dir: str | Path | None,
-    trust_remote_code: bool,
-    progress: Progress,
-    out: Path,
-    memory: str | int | None = None,
-) -> tuple[Checkpoint, LanguageModel, Windows]:
-    """A model's checkpoint, the model, and the calibration windows of a run on it that writes
-    `out`.
-
-    Raises SecateurError.
-    """
-    folder = resolve(model)
-    source = open_checkpoint(folder)
-    progress.begin(f"loading {model or 'the demo model'}")
-    spill = spill_folder(out, source.bytes, find_size(memory))
-    language_model = load(folder, trust_remote_code=trust_remote_code, spill=spill)
-    windows = draw_calibration(
-        language_model,
-        folder,
-        model,
-        calibration,
-        samples=samples,
-        seq_len=seq_len,
-        seed=seed,
-        data_dir=data_dir,
-        trust_remote_code=trust_remote_code,
-    )
-    return source, language_model, windows

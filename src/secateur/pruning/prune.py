@@ -1,6 +1,6 @@
 """The program: a model and some text in, a pruned checkpoint and a record of what was done out.
 
-    tokens → hidden states entering block i → statistics per site → (weight, kept) per site
+    tokens → hidden states entering block i → statistics per weight matrix → (weight, kept) of each
            → the block's bytes in the result → hidden states entering block i+1 → …
 
 `prune` is the whole of it on disk; `prune_model` does the same to a model in memory; both are the
@@ -9,37 +9,37 @@ loop `pruned_blocks` with something different done to each finished block.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
 
-from torch import Tensor
+from torch import nn
 
-from secateur.checkpoints.folder import Checkpoint
-from secateur.checkpoints.record import Report, total_sparsity
+from secateur.checkpoints.record import Report, command_line, total_sparsity
 from secateur.checkpoints.result import BLOCK, Output, output, refuse_output
 from secateur.data.windows import Windows
 from secateur.errors import Interrupted, UnsupportedModel
-from secateur.methods.patterns import parse, parse_pattern
+from secateur.methods import find_method
+from secateur.methods.patterns import parse_pattern
 from secateur.methods.structures import Structure
 from secateur.models.channels.groups import ChannelGroup, interchangeable_groups
 from secateur.models.load import check_source, checkpoint_tensors, load_blocks
 from secateur.models.matrices import signature
 from secateur.models.replay import LanguageModel
-from secateur.models.stream.blocks import stream
+from secateur.models.stream.blocks import BlockRun, stream
 from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
-from secateur.pruning.check import check_method
-from secateur.pruning.opening import opened
+from secateur.pruning.check import Zeros, check_method, find_recipe
+from secateur.pruning.opening import Opened, opened
 from secateur.pruning.planning.allocation import is_file
 from secateur.pruning.planning.memory import check_passes
 from secateur.pruning.planning.passes import needs_dense
-from secateur.pruning.prepare import Pruning, decide
+from secateur.pruning.prepare import Pruning, block_run, prepare
 from secateur.pruning.structured.program import shrink_checkpoint
-from secateur.system.devices import calibration_dtype, find_devices, find_dtype, find_size
+from secateur.system.devices import find_devices, find_dtype, find_size
 from secateur.system.files import file_sha256
 from secateur.system.interrupt import asked_to_stop
 from secateur.system.machine import versions
@@ -78,9 +78,9 @@ def prune(
 
     `model` is a checkpoint folder, a hub name, or None for the embedded demo model. `pattern` is
     read by `patterns.parse`; `method` is a key of `METHODS`, with refinements, or for structures
-    what `structured.method.find_structured_method` knows; `allocate` says how sparsity is shared out:
-    `uniform`, a rule of `measured.ALLOCATIONS`, or a plan's .json file, which decides instead of
-    `pattern`. `align`: the channels that stay are a multiple of it. `device` may list several,
+    what `structured.method.find_structured_method` knows; `allocate` says how sparsity is shared
+    out: `uniform`, a rule of `measured.ALLOCATIONS`, or a plan's .json file, which decides instead
+    of `pattern`. `align`: the channels that stay are a multiple of it. `device` may list several,
     separated by commas. `dtype` is that of the forward passes (`auto`: as stored; on a CPU float32,
     but for bfloat16 where it can multiply it); statistics and solving are float32, the result has
     the dtype of the source. `passes`: how often blocks run, see `Pruning`; `auto` is one where that
@@ -89,140 +89,72 @@ def prune(
     same arguments; `restart` discards it. Raises SecateurError in all its kinds; then `out` is
     untouched.
     """
+    recipe = Recipe(method=method, pattern=pattern, allocate=allocate, align=align, skip=skip)
+    text = CalibrationText(
+        calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir
+    )
+    compute = Compute(
+        device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory
+    )
+    destination = Destination(out=out, overwrite=overwrite, restart=restart, command=command)
+    trust = Trust(allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code)
     # Whatever can be refused is refused before the model is touched.
-    check_method(method, pattern, allocate, skip, align)
+    check_method(recipe)
     find_dtype(dtype)
     find_size(memory)
     check_passes(passes)
     refuse_output(Path(out), overwrite=overwrite)
     with joined(device) as (ranks, device):
         find_devices(device)
+        compute = replace(compute, device=device)
         progress = (progress if ranks.first else None) or Progress()
-        source, language_model, windows = opened(
-            model,
-            calibration,
-            samples=samples,
-            seq_len=seq_len,
-            seed=seed,
-            data_dir=data_dir,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-            out=Path(out),
-            memory=memory,
-        )
-        report = prune_checkpoint(
-            source,
-            language_model,
-            windows,
-            Path(out),
-            method=method,
-            pattern=pattern,
-            allocate=allocate,
-            align=align,
-            skip=skip,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            passes=passes,
-            memory=memory,
-            overwrite=overwrite,
-            restart=restart,
-            allow_low_coverage=allow_low_coverage,
-            trust_remote_code=trust_remote_code,
-            command=command,
-            progress=progress,
-            ranks=ranks,
-        )
+        found = opened(model, text, compute, trust, out=Path(out), progress=progress)
+        report = prune_checkpoint(found, recipe, compute, destination, trust, progress, ranks)
     progress.end()
     return report
 
 
 def prune_checkpoint(
-    source: Checkpoint,
-    language_model: LanguageModel,
-    windows: Windows,
-    out: Path,
-    *,
-    method: str,
-    pattern: str,
-    allocate: str = "uniform",
-    align: int | None = None,
-    skip: Sequence[str] = (),
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_size: int = 8,
-    passes: str = "auto",
-    memory: str | int | None = None,
-    overwrite: bool = False,
-    restart: bool = False,
-    allow_low_coverage: bool = False,
-    trust_remote_code: bool = False,
-    command: Sequence[str] | None = None,
+    opened: Opened,
+    recipe: Recipe,
+    compute: Compute,
+    destination: Destination,
+    trust: Trust,
     progress: Progress | None = None,
     ranks: Ranks = ALONE,
 ) -> Report:
-    """`prune` for a model that is loaded from `source` already and calibration windows that are
-    drawn already.
+    """`prune` for a model that is loaded already, and calibration windows that are drawn already.
 
     A structure makes a smaller model and is another program, `shrink_checkpoint`; from here on
     there are zeros only.
     """
-    progress = progress or Progress()
-    check_method(method, pattern, allocate, skip, align)
-    if isinstance(structure := parse(pattern), Structure):
+    progress, (source, language_model, windows) = progress or Progress(), opened
+    zeros, out = find_recipe(recipe), Path(destination.out)
+    if isinstance(zeros, Structure):
         if ranks.size > 1:
-            raise UnsupportedModel(f"{structure} is taken out in one process; found {ranks.size}.")
-        return shrink_checkpoint(
-            source,
-            language_model,
-            windows,
-            out,
-            method=method,
-            structure=structure,
-            align=align,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            memory=memory,
-            overwrite=overwrite,
-            restart=restart,
-            trust_remote_code=trust_remote_code,
-            command=command,
-            progress=progress,
-        )
-    first, stored = find_devices(device)[0], language_model.model.dtype
-    forward = calibration_dtype(find_dtype(dtype), first, stored) or stored
-    options = {
-        "dtype": str(forward).removeprefix("torch."),
-        "batch_size": batch_size,
-        "skip": list(skip),
-    }
-    run = {
-        "method": method,
-        "pattern": str(structure),
-        "allocate": allocate,
-        "passes": passes,
-        **options,
-        "plan": file_sha256(Path(allocate)) if is_file(allocate) else None,
-        "calibration": windows.fingerprint(),
-        "device": first.type,
-        "versions": versions(),
-    }
+            raise UnsupportedModel(f"{zeros} is taken out in one process; found {ranks.size}.")
+        return _prune_structure(opened, zeros, recipe, compute, destination, trust, progress)
+    run = block_run(language_model, windows, compute, out.resolve().parent, progress, ranks)
+    conditions = _conditions(run, windows, zeros, compute)
     count = len(language_model.blocks)
     with ExitStack() as stack:
         entered: list[Output] = []
         ranks.same(  # rank 0 writes
             lambda: entered.append(
                 stack.enter_context(
-                    output(source, out, overwrite=overwrite, run=run, restart=restart)
+                    output(
+                        source,
+                        out,
+                        overwrite=destination.overwrite,
+                        run=conditions,
+                        restart=destination.restart,
+                    )
                 )
             )
         )
         result = entered[0] if entered else None
-        peak, stopping = (
-            stack.enter_context(PeakMemory()),
-            stack.enter_context(asked_to_stop("after this block")),
-        )
+        peak = stack.enter_context(PeakMemory())
+        stopping = stack.enter_context(asked_to_stop("after this block"))
         finished, decided, partial = ranks.same(
             lambda: (
                 (result.recorded(BLOCK), result.recorded("decided"), result.partial)
@@ -230,68 +162,97 @@ def prune_checkpoint(
                 else ([], [], out)
             )
         )
-        report, pruning = decide(
-            language_model,
+        report, pruning = prepare(
+            run,
             windows,
-            method=method,
-            pattern=pattern,
-            allocate=allocate,
-            skip=skip,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            passes=passes,
-            memory=memory,
-            allow_low_coverage=allow_low_coverage,
-            progress=progress,
-            spill=partial.parent,
-            decided=decided[0] if decided else None,
-            ranks=ranks,
+            zeros,
+            compute,
+            trust,
+            decided[0] if decided else None,
+            lambda decided: result.record("decided", decided) if result else None,
         )
-        if result and not decided:
-            result.record("decided", pruning.decisions())
         for entry in finished:
             report.take(entry)
+        again: list[nn.Module] = []
         if 0 < len(finished) < count:
             spill = partial.parent if language_model.spilled else None
-            loaded = load_blocks(partial, trust_remote_code=trust_remote_code, spill=spill)
-            pruning.finished = loaded[: len(finished)]
-        for block in (
-            pruned_blocks(language_model, windows.ids, pruning) if len(finished) < count else ()
-        ):
+            loaded = load_blocks(partial, trust_remote_code=trust.trust_remote_code, spill=spill)
+            again = loaded[: len(finished)]
+        for block in pruned_blocks(pruning, again) if len(finished) < count else ():
             entry = block.entry(language_model.block_name(block.index))
             report.take(entry)
             if result:
                 check_source(source, language_model, list(block.tensors))
-                result.commit(
-                    checkpoint_tensors(language_model, block.tensors, source.places), entry
-                )
+                tensors = checkpoint_tensors(language_model, block.tensors, source.places)
+                result.commit(tensors, entry)
             if ranks.same(stopping) and block.index < count - 1:
                 raise Interrupted("Stopped.")
-        report.sparsity, report.peak_bytes, report.out = (
-            total_sparsity(report.sites),
-            peak.bytes,
-            out,
-        )
+        report.sparsity = total_sparsity(report.sites)
+        report.peak_bytes, report.out = peak.bytes, out
         if result:
             result.finish(
                 {
                     "schema": "secateur.pruning/1",
                     "model": str(source.folder),
-                    "command": list(command)
-                    if command is not None
-                    else [Path(sys.argv[0]).name, *sys.argv[1:]],
+                    "command": command_line(destination.command),
                     "versions": versions(),
                     **report.record(),
                     "options": {
-                        **options,
+                        "dtype": conditions["dtype"],
+                        "batch_size": pruning.run.batch_size,
+                        "skip": list(recipe.skip),
                         "passes": pruning.passes,
-                        "batch_size": pruning.batch_size,
                     },
                 }
             )
         ranks.together(lambda: None)  # nobody leaves before the result has its name
     return report
+
+
+def _conditions(run: BlockRun, windows: Windows, zeros: Zeros, compute: Compute) -> dict[str, Any]:
+    """Under which a run that died can be gone on with."""
+    recipe = zeros.recipe
+    forward = run.dtype or run.language_model.model.dtype
+    return {
+        "method": recipe.method,
+        "pattern": str(zeros.pattern),
+        "allocate": recipe.allocate,
+        "passes": compute.passes,
+        "dtype": str(forward).removeprefix("torch."),
+        "batch_size": compute.batch_size,
+        "skip": list(recipe.skip),
+        "plan": file_sha256(Path(recipe.allocate)) if is_file(recipe.allocate) else None,
+        "calibration": windows.fingerprint(),
+        "device": run.devices[0].type,
+        "versions": versions(),
+    }
+
+
+def _prune_structure(
+    opened: Opened,
+    structure: Structure,
+    recipe: Recipe,
+    compute: Compute,
+    destination: Destination,
+    trust: Trust,
+    progress: Progress,
+) -> Report:
+    return shrink_checkpoint(
+        *opened,
+        Path(destination.out),
+        method=recipe.method,
+        structure=structure,
+        align=recipe.align,
+        device=compute.device,
+        dtype=compute.dtype,
+        batch_size=compute.batch_size,
+        memory=compute.memory,
+        overwrite=destination.overwrite,
+        restart=destination.restart,
+        trust_remote_code=trust.trust_remote_code,
+        command=destination.command,
+        progress=progress,
+    )
 
 
 def prune_model(
@@ -314,25 +275,17 @@ def prune_model(
 
     Raises BadPattern for a structure, which leaves another model: use `prune`.
     """
-    parse_pattern(pattern)
+    recipe = Recipe(method=method, pattern=pattern, allocate=allocate, skip=skip)
+    compute = Compute(
+        device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory
+    )
+    trust = Trust(allow_low_coverage=allow_low_coverage)
+    zeros = Zeros(recipe, pattern=parse_pattern(pattern), method=find_method(method))
+    spill = Path(gettempdir())
     with PeakMemory() as peak:
-        report, pruning = decide(
-            language_model,
-            windows,
-            method=method,
-            pattern=pattern,
-            allocate=allocate,
-            skip=skip,
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-            passes=passes,
-            memory=memory,
-            allow_low_coverage=allow_low_coverage,
-            progress=progress or Progress(),
-            spill=Path(gettempdir()),
-        )
-        for block in pruned_blocks(language_model, windows.ids, pruning):
+        run = block_run(language_model, windows, compute, spill, progress or Progress())
+        report, pruning = prepare(run, windows, zeros, compute, trust, None, lambda decided: None)
+        for block in pruned_blocks(pruning):
             for name, tensor in block.tensors.items():
                 language_model.model.get_parameter(name).data.copy_(tensor)
             report.take(block.entry(language_model.block_name(block.index)))
@@ -340,37 +293,26 @@ def prune_model(
     return report
 
 
-def pruned_blocks(
-    language_model: LanguageModel, tokens: Tensor, pruning: Pruning
-) -> Iterator[PrunedBlock]:
-    """Every block in order, pruned on calibration tokens `[samples, length]`."""
-    method, progress, count = pruning.method, pruning.progress, len(language_model.blocks)
-    kinds: dict[
-        Any, dict[str, list[list[ChannelGroup]]]
-    ] = {}  # units that may change places, by kind of block
-    if not method.need and not method.refine:
-        tokens = tokens[: pruning.batch_size]  # enough for the probe on which errors are measured
-    steps = stream(
-        language_model,
-        tokens,
-        devices=pruning.devices,
-        dtype=pruning.dtype,
-        batch_size=pruning.batch_size,
-        seconds=pruning.seconds,
-        dense=needs_dense(method),
-        finished=pruning.finished,
-        spill=pruning.spill,
-        ranks=pruning.ranks,
-    )
-    for step in steps:
+def pruned_blocks(pruning: Pruning, finished: Sequence[nn.Module] = ()) -> Iterator[PrunedBlock]:
+    """Prune every block in order, and give it; the first may be `finished` and are not given
+    again.
+    """
+    run, method = pruning.run, pruning.method
+    progress, count = run.progress, len(run.language_model.blocks)
+    interchangeable: dict[Any, dict[str, list[list[ChannelGroup]]]] = {}  # by kind of block
+    if not method.need and not method.refine:  # enough for the probe on which errors are measured
+        run = replace(run, tokens=run.tokens[: run.batch_size])
+    for step in stream(run, dense=needs_dense(method), finished=finished):
         progress.advance(f"{step.name} inputs", step.index, count)
-        original = language_model.blocks[step.index]
+        original = run.language_model.blocks[step.index]
         units = {}
         if method.permute:
-            if (kind := signature(original)) not in kinds:
+            if (kind := signature(original)) not in interchangeable:
                 progress.advance(f"{step.name} traced", step.index, count)
-                kinds[kind] = interchangeable_groups(language_model, step.index, pruning.devices[0])
-            units = kinds[kind]
+                interchangeable[kind] = interchangeable_groups(
+                    run.language_model, step.index, run.devices[0]
+                )
+            units = interchangeable[kind]
         block = prune_block(
             step,
             original,
@@ -379,7 +321,7 @@ def pruned_blocks(
             lambda name, index=step.index: progress.advance(name, index, count),
             units,
             one_pass=pruning.passes == "one" and not method.permute,
-            ranks=pruning.ranks,
+            ranks=run.ranks,
         )
         del step  # with its copy of the block: the next is made before the name is used again
         yield block

@@ -22,7 +22,7 @@ from secateur.errors import Interrupted, NonFinite
 from secateur.models.load import checkpoint_tensors, load_blocks, width
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import working_copy
-from secateur.models.stream.blocks import Step, stream
+from secateur.models.stream.blocks import BlockRun, Step, stream
 from secateur.models.stream.refine import refine
 from secateur.recovery.checks import refuse_blocks
 from secateur.recovery.job import Job, Recovery
@@ -60,16 +60,15 @@ def recover_blocks(job: Job) -> Recovery:
                 spill=folder if job.pruned.spilled else None,
             )
             again = loaded[: len(finished)]
-        steps = stream(
+        run = BlockRun(
             job.dense,
             job.windows.ids,
-            devices=[job.device],
-            dtype=torch.float32,
-            batch_size=job.schedule.batch_size,
-            dense=True,
-            finished=again,
+            [job.device],
+            torch.float32,
+            job.schedule.batch_size,
             spill=folder if held > available_bytes(job.device) / 2 else None,
         )
+        steps = stream(run, dense=True, finished=again)
         for step in steps if len(finished) < count else ():
             job.progress.advance(step.name, step.index, count)
             block, entry = _recovered(step, job)

@@ -1,10 +1,30 @@
 """Devices, dtypes and sizes as they are named in options."""
 
+from typing import NamedTuple
+
 import torch
 
 from secateur.errors import UnknownName
 from secateur.system.machine import multiplies_bfloat16
+from secateur.system.settings import Compute
 from secateur.system.sizes import parse_size
+
+
+class Resources(NamedTuple):
+    """What the text of `Compute` names: the devices, the dtype of forward passes or "auto", and how
+    many bytes a run may take, None for all that are free.
+    """
+
+    devices: list[torch.device]
+    dtype: str
+    limit: int | None
+
+
+def find_resources(compute: Compute) -> Resources:
+    """Read devices, dtype and memory limit. Raises UnknownName."""
+    return Resources(
+        find_devices(compute.device), find_dtype(compute.dtype), find_size(compute.memory)
+    )
 
 
 def find_devices(text: str) -> list[torch.device]:

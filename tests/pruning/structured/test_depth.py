@@ -14,14 +14,13 @@ from secateur.models.channels.trace import entering, trace
 from secateur.models.load import replayable
 from secateur.models.matrices import recorded_inputs, weight_matrices
 from secateur.models.replay import LanguageModel, divergence
-from secateur.models.stream.blocks import stream
+from secateur.models.stream.blocks import BlockRun, stream
 from secateur.pruning.structured.block import _error_left
 from secateur.pruning.structured.channel_scores import taylor
-from secateur.pruning.structured.depth import Looking, angular, influence, kl, last_matrix, missing
+from secateur.pruning.structured.depth import angular, influence, kl, last_matrix, missing
 from secateur.pruning.structured.expert_scores import EXPERTS, routed_to
 from secateur.pruning.structured.feasibility import holds
 from secateur.pruning.structured.reconstruct import NEED, reconstructed
-from secateur.system.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -29,8 +28,8 @@ CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 128, (6, 20), generator=torch.Generator().manual_seed(3))
 
 
-def looking(language_model: LanguageModel, batch_size: int = 4) -> Looking:
-    return Looking(language_model, TOKENS, CPU, torch.float32, batch_size, Progress())
+def looking(language_model: LanguageModel, batch_size: int = 4) -> BlockRun:
+    return BlockRun(language_model, TOKENS, [CPU], torch.float32, batch_size)
 
 
 @torch.no_grad()
@@ -124,7 +123,7 @@ def test_the_matrix_that_adds_to_the_output(family, site):
 @torch.no_grad()
 def test_a_fold_is_the_best_linear_stand_in_for_the_blocks_that_are_gone():
     language_model = replayable(tiny_model("llama"))
-    step = next(stream(language_model, TOKENS, devices=[CPU], dtype=torch.float32, batch_size=4))
+    step = next(stream(BlockRun(language_model, TOKENS, [CPU], torch.float32, 4)))
     stats = step.observe(NEED, 0, ["mlp.down_proj"]).stats["mlp.down_proj"]
     span = [(i, language_model.blocks[i]) for i in (1, 2)]
     added = missing(step.block, span, "mlp.down_proj", step.windows(), 0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from support.families import tiny_config, tiny_model
+from support.pruning import prune_opened
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,13 +20,14 @@ from secateur.methods.patterns import parse
 from secateur.models import experts
 from secateur.models.load import load
 from secateur.models.matrices import bias, weight_matrices
-from secateur.pruning.prune import check_method, prune_checkpoint
+from secateur.pruning.check import check_method
 from secateur.pruning.structured import block as shrunk
 from secateur.pruning.structured import feasibility as survey
 from secateur.pruning.structured import program as shrink
 from secateur.pruning.structured import verify
 from secateur.pruning.structured.expert_scores import highest_in_groups
 from secateur.pruning.structured.slicing import without_units
+from secateur.system.settings import Recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # each family warns about itself in its own way
 
@@ -88,7 +90,7 @@ def smaller(family: str, folder: Path, pattern: str, method: str = "energy", **o
     if not source.exists():
         tiny_model(family).save_pretrained(source)
     arguments = {"method": method, "pattern": pattern, "batch_size": 3, **options}
-    report = prune_checkpoint(open_checkpoint(source), load(source), windows(), out, **arguments)
+    report = prune_opened(open_checkpoint(source), load(source), windows(), out, **arguments)
     return report, source, out
 
 
@@ -417,7 +419,7 @@ def test_expert_biases_and_biases_follow(tmp_path: Path, in_process):
 )
 def test_what_does_not_go_together_is_refused(arguments, kind, words):
     with pytest.raises(kind, match=words):
-        check_method(*arguments)
+        check_method(Recipe(**dict(zip(("method", "pattern", "allocate", "skip", "align"), arguments, strict=False))))
 
 
 @pytest.mark.parametrize(
@@ -471,7 +473,7 @@ def test_a_trained_mixture_can_spare_the_experts_that_reap_names(
     lost = {}
     for name, score in (("least", shrunk.EXPERTS["reap"]), ("most", lambda routed: -shrunk.EXPERTS["reap"](routed))):
         monkeypatch.setitem(shrunk.EXPERTS, "frequency", score)
-        prune_checkpoint(
+        prune_opened(
             open_checkpoint(source), load(source), Windows(rows[:16], "text", "none", 0, None), tmp_path / name,
             method="frequency", pattern="25% of experts",
         )  # fmt: skip

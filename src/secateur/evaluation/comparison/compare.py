@@ -64,10 +64,12 @@ from secateur.system.machine import machine, versions
 from secateur.system.progress import Progress
 from secateur.system.settings import (
     CalibrationDraws,
+    CalibrationText,
     Compute,
     Destination,
     EvaluationText,
     Grid,
+    Recipe,
     RecoveredRows,
     TimedRows,
     Trust,
@@ -164,6 +166,7 @@ def compare(
         if isinstance(structure, Structure):
             refuse_structure(language_model, structure, source.bytes, align, chosen)
     length = seq_len or default_length(language_model)
+    trust = Trust(allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code)
     draws = [
         Draw(
             number,
@@ -171,12 +174,10 @@ def compare(
                 language_model,
                 folder,
                 model,
-                text,
-                samples=count,
-                seq_len=length,
-                seed=start,
-                data_dir=data_dir,
-                trust_remote_code=trust_remote_code,
+                CalibrationText(
+                    calibration=text, samples=count, seq_len=length, seed=start, data_dir=data_dir
+                ),
+                trust,
             ),
             texts.index(text),
         )
@@ -249,20 +250,17 @@ def compare(
         batch_size,
         spill=out / "dense.hidden",
     )
-    pruning = {
-        "skip": skip,
-        "device": device,
-        "dtype": dtype,
-        "batch_size": batch_size,
-        "passes": passes,
-        "memory": room,
-        "restart": restart,
-        "allow_low_coverage": allow_low_coverage,
-        "trust_remote_code": trust_remote_code,
-        "command": results.command,
-    }
     ground = ComparisonContext(
-        source, dense, out, store, draws, pruning, align, trust_remote_code, progress
+        source,
+        dense,
+        out,
+        store,
+        draws,
+        Recipe(skip=skip, align=align),
+        Compute(device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=room),
+        Destination(out=out, overwrite=True, restart=restart, command=results.command),
+        trust,
+        progress,
     )
     try:
         results.rows = [ground.dense_row()]

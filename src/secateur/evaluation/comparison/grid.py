@@ -16,6 +16,7 @@ from secateur.methods.patterns import parse
 from secateur.methods.structures import Structure
 from secateur.pruning.check import check_method
 from secateur.pruning.planning.measured import ALLOCATIONS, check_allocation
+from secateur.system.settings import Recipe
 
 RANGE = re.compile(r"(\d+)%\.\.(\d+)%(?:/(\d+)%)?((?: of [a-z]+)?)")
 """`10%..80%`, in steps of ten; `30%..60%/5%`; either with ` of channels` and the like behind."""
@@ -106,7 +107,7 @@ def cells(
         wanted = parse(pattern)
         for method in methods:
             try:
-                check_method(method, pattern)
+                check_method(Recipe(method=method, pattern=pattern))
             except (UnknownName, BadPattern) as error:
                 refused[method] = refused[pattern] = error
                 continue
@@ -117,7 +118,15 @@ def cells(
                 else allocate
             )
             for rule in rules:
-                check_method(method, pattern, rule, skip, align if structure else None)
+                check_method(
+                    Recipe(
+                        method=method,
+                        pattern=pattern,
+                        allocate=rule,
+                        skip=skip,
+                        align=align if structure else None,
+                    )
+                )
                 if rule not in ("uniform", *ALLOCATIONS):
                     check_allocation(rule, str(wanted), files=False)
                 found.append(Cell(method, str(wanted), rule))

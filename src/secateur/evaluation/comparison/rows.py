@@ -25,8 +25,10 @@ from secateur.evaluation.results.schema import Row, row_name
 from secateur.models.load import load
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
+from secateur.pruning.opening import Opened
 from secateur.pruning.prune import prune_checkpoint
 from secateur.system.progress import Progress
+from secateur.system.settings import Compute, Destination, Recipe, Trust
 from secateur.system.tensors import count_zeros
 
 
@@ -35,7 +37,7 @@ class ComparisonContext:
     """What all rows of a comparison have in common: the model, the text that it is judged on, how
     it is pruned.
 
-    `pruning` are the arguments of `prune_checkpoint` that no row has for itself.
+    `recipe` and `destination` are those of every row, but for what a row has for itself.
     """
 
     source: Checkpoint
@@ -43,9 +45,10 @@ class ComparisonContext:
     out: Path
     store: RowStore
     draws: Sequence[Draw]
-    pruning: dict[str, Any]
-    align: int | None
-    trust_remote_code: bool
+    recipe: Recipe
+    compute: Compute
+    destination: Destination
+    trust: Trust
     progress: Progress
 
     @cached_property
@@ -97,17 +100,18 @@ class ComparisonContext:
             return kept
         place = self.out / CHECKPOINTS / file_name(cell.name() + label)
         report = prune_checkpoint(
-            self.source,
-            self.dense.language_model,
-            draw.windows,
-            place,
-            method=cell.method,
-            pattern=cell.pattern,
-            allocate=cell.rule,
-            align=self.align if cell.structured else None,
-            overwrite=True,
-            progress=self.progress,
-            **self.pruning,
+            Opened(self.source, self.dense.language_model, draw.windows),
+            replace(
+                self.recipe,
+                method=cell.method,
+                pattern=cell.pattern,
+                allocate=cell.rule,
+                align=self.recipe.align if cell.structured else None,
+            ),
+            self.compute,
+            replace(self.destination, out=place),
+            self.trust,
+            self.progress,
         )
         row = self._judged(report, place)
         row.calibration, row.checkpoint, row.searched = (
@@ -164,7 +168,7 @@ class ComparisonContext:
             to="packed",
             values="int8",
             overwrite=True,
-            trust_remote_code=self.trust_remote_code,
+            trust_remote_code=self.trust.trust_remote_code,
         )
         back = self.out / CHECKPOINTS / ".unpacked"
         export(
@@ -222,7 +226,7 @@ class ComparisonContext:
 
     def _loaded(self, place: Path) -> LanguageModel:
         spill = self.out if self.dense.language_model.spilled else None
-        return load(place, trust_remote_code=self.trust_remote_code, spill=spill)
+        return load(place, trust_remote_code=self.trust.trust_remote_code, spill=spill)
 
     def _evaluated(self, model: LanguageModel) -> dict[str, Any]:
         """What a row says of the quality of a model, beside the dense one's."""

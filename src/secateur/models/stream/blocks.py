@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +19,7 @@ from secateur.checkpoints.record import Seconds
 from secateur.errors import NonFinite
 from secateur.models.matrices import WeightMatrix, weight_matrices
 from secateur.models.replay import Call, LanguageModel, Shell
-from secateur.models.stream.distributed import ALONE, Ranks
-from secateur.models.stream.forward import Batch, ForwardPass
+from secateur.models.stream.forward import Batch, BlockRun, ForwardPass
 from secateur.models.stream.observe import CalibrationStatistics, observe, suspended
 from secateur.system.tensors import is_finite
 
@@ -128,38 +126,22 @@ class Step:
 
 
 def stream(
-    language_model: LanguageModel,
-    tokens: Tensor,
+    run: BlockRun,
     *,
-    devices: Sequence[torch.device],
-    dtype: torch.dtype | None,
-    batch_size: int,
-    seconds: Seconds | None = None,
     dense: bool = False,
     kept: Collection[int] | None = None,
     finished: Sequence[nn.Module] = (),
-    spill: Path | None = None,
-    ranks: Ranks = ALONE,
 ) -> Iterator[Step]:
-    """The blocks in order with the inputs that `tokens` `[samples, length]` give them; those in
-    `kept`, or all.
+    """The blocks in order with the inputs that the tokens of the run give them; those in `kept`, or
+    all.
 
     With `dense`, a second stream goes through the dense blocks, for the statistic "cross" and for
     `Step.batches`. The first blocks may be `finished`: these stand in for them, and no step is
-    given. `spill`: a folder for hidden states that should not lie in memory.
+    given.
     """
     # Not under no_grad as a whole: torch's wrapper of a generator would hold on to the step before.
-    flow = ForwardPass(
-        language_model,
-        list(tokens.split(batch_size)),
-        devices,
-        dtype,
-        seconds or Seconds(),
-        dense=dense,
-        spill=spill,
-        ranks=ranks,
-    )
-    order = list(range(len(language_model.blocks))) if kept is None else sorted(kept)
+    flow = ForwardPass(run, dense=dense)
+    order = list(range(len(run.language_model.blocks))) if kept is None else sorted(kept)
     for index in range(order[-1] + 1):
         if index not in order:
             flow.skip(index)
@@ -202,14 +184,8 @@ def final_hidden(
 
     Most families have nothing before the samples; Gemma 3n has several streams there.
     """
-    flow = ForwardPass(
-        language_model,
-        list(tokens.split(batch_size)),
-        [shell.device],
-        dtype,
-        Seconds(),
-        shell=shell,
-    )
+    run = BlockRun(language_model, tokens, [shell.device], dtype, batch_size)
+    flow = ForwardPass(run, shell=shell)
     for index in range(len(language_model.blocks)):
         flow.open(index)
         flow.advance(index)

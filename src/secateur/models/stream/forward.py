@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -25,6 +26,27 @@ from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.models.stream.paused import InputGroups, find_groups
 from secateur.models.stream.prefetch import Prefetch
 from secateur.system.machine import release_memory, will_need
+from secateur.system.progress import Progress
+
+
+@dataclass(frozen=True)
+class BlockRun:
+    """A model and the text that goes through its blocks one by one, and on what that is computed.
+
+    `tokens` `[samples, length]` go through in batches of `batch_size` windows, shared by `devices`
+    and `ranks`, in `dtype` (None: as stored). `spill` is a folder for hidden states that should not
+    lie in memory. `seconds` counts where the time goes.
+    """
+
+    language_model: LanguageModel
+    tokens: Tensor
+    devices: Sequence[torch.device]
+    dtype: torch.dtype | None
+    batch_size: int
+    spill: Path | None = None
+    ranks: Ranks = ALONE
+    seconds: Seconds = field(default_factory=Seconds)
+    progress: Progress = field(default_factory=Progress)
 
 
 class Batch(NamedTuple):
@@ -41,28 +63,16 @@ class ForwardPass:
     """The state of one pass over the blocks: hidden states, recorded calls, replicas of the current
     block.
 
-    With `dense`, a second stream goes through the dense blocks beside the first. With `spill`, a
-    folder, hidden states lie in a file there. With several `ranks`, every one has its share of the
-    batches, and statistics are those of all.
+    With `dense`, a second stream goes through the dense blocks beside the first. With several
+    ranks, every one has its share of the batches, and statistics are those of all.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        language_model: LanguageModel,
-        batches: Sequence[Tensor],
-        devices: Sequence[torch.device],
-        dtype: torch.dtype | None,
-        seconds: Seconds,
-        *,
-        shell: Shell | None = None,
-        dense: bool = False,
-        spill: Path | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.ranks = ranks
-        self.language_model, self.devices, self.dtype = language_model, devices, dtype
-        self.seconds, self.prefetch = seconds, Prefetch(devices, dtype)
+    def __init__(self, run: BlockRun, *, shell: Shell | None = None, dense: bool = False) -> None:
+        devices, spill = run.devices, run.spill
+        self.ranks = run.ranks
+        self.language_model, self.devices, self.dtype = run.language_model, devices, run.dtype
+        self.seconds, self.prefetch = run.seconds, Prefetch(devices, run.dtype)
         self.hidden = HiddenStateStore(spill)
         self.calls: list[list[Call]] = []
         self.replicas: list[nn.Module] = []
@@ -77,9 +87,9 @@ class ForwardPass:
         self.originals: list[nn.Module] = []
         self._stages: dict[tuple[Any, ...], InputGroups] = {}
         self._threads = [ThreadPoolExecutor(1) for _ in devices] if len(devices) > 1 else []
-        shell = shell or Shell(language_model, devices[0], dtype, head=False)
+        shell = shell or Shell(run.language_model, devices[0], run.dtype, head=False)
         started = perf_counter()
-        for number, batch in enumerate(ranks.mine(batches)):
+        for number, batch in enumerate(run.ranks.mine(run.tokens.split(run.batch_size))):
             hidden, calls = shell.enter(batch)
             self.hidden.append(hidden if spill else hidden.to(devices[number % len(devices)]))
             self.calls.append(

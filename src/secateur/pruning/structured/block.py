@@ -16,13 +16,19 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoints.record import MatrixReport, Seconds, output_error
+from secateur.checkpoints.record import MatrixReport, output_error
 from secateur.methods.statistics import OF_DENSE, Stats
 from secateur.methods.structures import NAMES
 from secateur.models.channels.groups import ChannelGroup
 from secateur.models.matrices import bias, weight_matrices
-from secateur.models.replay import LanguageModel, run_block, working_copy
-from secateur.models.stream.blocks import PROBE_TOKENS, Step, put, refuse_non_finite_weights
+from secateur.models.replay import run_block, working_copy
+from secateur.models.stream.blocks import (
+    PROBE_TOKENS,
+    BlockRun,
+    Step,
+    put,
+    refuse_non_finite_weights,
+)
 from secateur.models.stream.forward import Batch
 from secateur.models.stream.refine import Tuned, refine
 from secateur.pruning.structured.channel_scores import SELECTIONS, lowest, taylor
@@ -32,7 +38,6 @@ from secateur.pruning.structured.feasibility import BlockCut, Consumer
 from secateur.pruning.structured.method import StructuredMethod
 from secateur.pruning.structured.reconstruct import NEED, reconstructed
 from secateur.pruning.structured.slicing import State, without_experts, without_units
-from secateur.system.progress import Progress
 from secateur.system.tensors import count_zeros
 
 MANY_ZEROS = 0.2
@@ -43,19 +48,13 @@ MANY_ZEROS = 0.2
 class Run:
     """What every step of a run needs to know."""
 
-    language_model: LanguageModel
-    tokens: Tensor
+    blocks: BlockRun
     shrinking: StructuredMethod
-    devices: Sequence[torch.device]
-    dtype: torch.dtype | None
-    batch_size: int
-    seconds: Seconds
-    progress: Progress
 
     @property
     def routing_groups(self) -> int:
         """In how many groups a router looks for experts: of every one the same number goes."""
-        return getattr(self.language_model.model.config, "n_group", None) or 1
+        return getattr(self.blocks.language_model.model.config, "n_group", None) or 1
 
 
 @torch.no_grad()
@@ -104,7 +103,9 @@ def refined(
     """
     batches = step.batches()
     for number in span:
-        block = working_copy(run.language_model.blocks[number], step.device, run.dtype)
+        block = working_copy(
+            run.blocks.language_model.blocks[number], step.device, run.blocks.dtype
+        )
         calls = [calls[number] for _, calls in step.windows()]
         batches = [
             Batch(b.hidden, b.call, run_block(block, b.target.to(step.device), call))
@@ -158,7 +159,8 @@ def _remove(
     added = None
     if fold in consumers:
         blocks = [
-            (i, working_copy(run.language_model.blocks[i], step.device, run.dtype)) for i in span
+            (i, working_copy(run.blocks.language_model.blocks[i], step.device, run.blocks.dtype))
+            for i in span
         ]
         dense = (
             [batch.target.to(step.device) for batch in step.batches()]

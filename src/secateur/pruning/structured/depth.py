@@ -16,50 +16,28 @@ of the block's output instead; that is contained in this.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from secateur.models.matrices import WeightMatrix, recorded_inputs, weight_matrices
-from secateur.models.replay import (
-    Call,
-    LanguageModel,
-    Shell,
-    divergence,
-    in_float32,
-    run_block,
-    working_copy,
-)
-from secateur.models.stream.blocks import stream
-from secateur.system.progress import Progress
+from secateur.models.replay import Call, Shell, divergence, in_float32, run_block, working_copy
+from secateur.models.stream.blocks import BlockRun, stream
 
 KL_WINDOWS = 32
 
 
-@dataclass(frozen=True)
-class Looking:
-    """A dense model and the windows `[samples, length]` on which its blocks are judged."""
-
-    language_model: LanguageModel
-    tokens: Tensor
-    device: torch.device
-    dtype: torch.dtype | None
-    batch_size: int
-    progress: Progress
-
-
-Blocks = Callable[[Looking, int, Callable[[Sequence[int]], bool]], list[int]]
+Blocks = Callable[[BlockRun, int, Callable[[Sequence[int]], bool]], list[int]]
 """(model, how many go, whether a stock configuration holds the model without these) → the blocks
 that go, ascending.
 """
 
 
 @torch.no_grad()
-def influence(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
+def influence(run: BlockRun, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
     """The blocks with the least block influence."""
-    score = [1.0 - value for value in _cosines(looking, 1, last=False)]
+    score = [1.0 - value for value in _cosines(run, 1, last=False)]
     gone: list[int] = []
     for index in sorted(range(len(score)), key=lambda i: (score[i], i)):
         if len(gone) < count and holds(sorted([*gone, index])):
@@ -68,30 +46,24 @@ def influence(looking: Looking, count: int, holds: Callable[[Sequence[int]], boo
 
 
 @torch.no_grad()
-def angular(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
+def angular(run: BlockRun, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
     """The span of `count` blocks with the least angle."""
-    cosine = _cosines(looking, count, last=True)
+    cosine = _cosines(run, count, last=True)
     for start in sorted(range(len(cosine)), key=lambda i: (-cosine[i], i)):
         if holds(span := list(range(start, start + count))):
             return span
     return []
 
 
-def _cosines(looking: Looking, span: int, *, last: bool) -> list[float]:
+def _cosines(run: BlockRun, span: int, *, last: bool) -> list[float]:
     """The mean cosine of what enters block i and what leaves block i + span − 1; at the last token,
     or at all.
     """
     entering: list[list[Tensor]] = []
     found: list[float] = []
-    count = len(looking.language_model.blocks)
-    for step in stream(
-        looking.language_model,
-        looking.tokens,
-        devices=[looking.device],
-        dtype=looking.dtype,
-        batch_size=looking.batch_size,
-    ):
-        looking.progress.advance(f"influence of {step.name}", step.index, count)
+    count = len(run.language_model.blocks)
+    for step in stream(run):
+        run.progress.advance(f"influence of {step.name}", step.index, count)
         hidden = [h[..., -1:, :] if last else h for h, _ in step.windows()]
         entering.append([h.to("cpu", copy=True) for h in hidden])
         if len(entering) > span:
@@ -113,16 +85,14 @@ def _cosine(before: list[Tensor], after: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def kl(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
+def kl(run: BlockRun, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
     """Greedily, the blocks without which the predictions stay nearest to the dense model's."""
-    model, total = looking.language_model, len(looking.language_model.blocks)
-    shell = Shell(model, looking.device, looking.dtype)
-    batches = [
-        _Windows(shell, part) for part in looking.tokens[:KL_WINDOWS].split(looking.batch_size)
-    ]
+    model, total = run.language_model, len(run.language_model.blocks)
+    shell = Shell(model, run.devices[0], run.dtype)
+    batches = [_Windows(shell, part) for part in run.tokens[:KL_WINDOWS].split(run.batch_size)]
     left, gone, done = list(range(total)), list[int](), 0
     for block in left:
-        _run(batches, model.blocks[block], block, looking)
+        _run(batches, model.blocks[block], block, run)
     for batch in batches:
         batch.expected = batch.hidden
     work = sum((total - n) for n in range(count))
@@ -130,20 +100,20 @@ def kl(looking: Looking, count: int, holds: Callable[[Sequence[int]], bool]) -> 
         best: tuple[float, int] | None = None
         states = [batch.entering for batch in batches]  # before the block that is left out
         for position, out in enumerate(left):
-            looking.progress.advance(f"the model without block {out}", done, work)
+            run.progress.advance(f"the model without block {out}", done, work)
             done += 1
             if holds(sorted([*gone, out])):
                 for batch, state in zip(batches, states, strict=True):
                     batch.hidden = state
                 for block in left[position + 1 :]:
-                    _run(batches, model.blocks[block], block, looking)
+                    _run(batches, model.blocks[block], block, run)
                 distance = sum(batch.distance(shell) for batch in batches) / len(
-                    looking.tokens[:KL_WINDOWS]
+                    run.tokens[:KL_WINDOWS]
                 )
                 best = min(best or (torch.inf, -1), (distance, out))
             for batch, state in zip(batches, states, strict=True):
                 batch.hidden = state
-            _run(batches, model.blocks[out], out, looking)
+            _run(batches, model.blocks[out], out, run)
             states = [batch.hidden for batch in batches]
         if best is None:
             return gone
@@ -175,8 +145,8 @@ class _Windows:
         return total
 
 
-def _run(batches: list[_Windows], original: nn.Module, index: int, looking: Looking) -> None:
-    block = working_copy(original, looking.device, looking.dtype)
+def _run(batches: list[_Windows], original: nn.Module, index: int, run: BlockRun) -> None:
+    block = working_copy(original, run.devices[0], run.dtype)
     for batch in batches:
         batch.hidden = run_block(block, batch.hidden, batch.calls[index])
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.checkpoints.folder import Checkpoint
-from secateur.checkpoints.record import Report, Seconds
+from secateur.checkpoints.record import Report
 from secateur.checkpoints.result import BLOCK, Output, output
 from secateur.checkpoints.shards import resized, size_of
 from secateur.data.windows import Windows
@@ -33,9 +33,9 @@ from secateur.models.load import check_source, check_windows, load_blocks, width
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.matrices import coverage, weight_matrices
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
-from secateur.models.stream.blocks import stream
+from secateur.models.stream.blocks import BlockRun, stream
 from secateur.pruning.structured.block import Run, refined, smaller_block
-from secateur.pruning.structured.depth import BLOCKS, Looking
+from secateur.pruning.structured.depth import BLOCKS
 from secateur.pruning.structured.feasibility import Feasibility, block_parameters, holds, survey
 from secateur.pruning.structured.method import find_structured_method
 from secateur.pruning.structured.names import Names
@@ -78,9 +78,8 @@ def shrink_checkpoint(
     check_windows(language_model, windows, batch_size)
     devices, chosen = find_devices(device), find_dtype(dtype)
     forward = forward_dtype(chosen, devices[0])
-    run = Run(
-        language_model, windows.ids, shrinking, devices, forward, batch_size, Seconds(), progress
-    )
+    blocks = BlockRun(language_model, windows.ids, devices, forward, batch_size, progress=progress)
+    run = Run(blocks, shrinking)
     options = {"dtype": dtype, "batch_size": batch_size, "align": align}
     conditions = {
         "method": method,
@@ -96,7 +95,7 @@ def shrink_checkpoint(
         if isinstance(structure, Budget):
             wanted = within_budget(language_model, structure, source.bytes, align, devices[0])
         found = _surveyed(run, wanted, align)
-        run.seconds.plan = perf_counter() - started
+        run.blocks.seconds.plan = perf_counter() - started
         counts = [coverage(block) for block in language_model.blocks]
         share = sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
         dense = language_model.model.num_parameters()
@@ -107,7 +106,7 @@ def shrink_checkpoint(
             0.0,
             share,
             [],
-            run.seconds,
+            run.blocks.seconds,
             None,
             windows.fingerprint(),
             parameters=(
@@ -189,33 +188,30 @@ def refuse_structure(
 
 def _surveyed(run: Run, structure: Structure, align: int | None) -> Feasibility:
     """What goes, blocks included. Raises BadPattern or UnsupportedModel."""
-    total = len(run.language_model.blocks)
+    total = len(run.blocks.language_model.blocks)
     kept, gone = list(range(total)), list[int]()
-    run.progress.begin("finding what belongs together")
-    found = survey(run.language_model, structure, kept, align, run.devices[0])
+    run.blocks.progress.begin("finding what belongs together")
+    found = survey(run.blocks.language_model, structure, kept, align, run.blocks.devices[0])
     for part in parts(structure):
         if isinstance(part, Depth):
             count = part.removed(total)
-            looking = Looking(
-                run.language_model,
-                run.tokens,
-                run.devices[0],
-                run.dtype,
-                run.batch_size,
-                run.progress,
-            )
-            run.progress.begin(f"choosing {part} by {run.shrinking.selections['blocks']}")
+            run.blocks.progress.begin(f"choosing {part} by {run.shrinking.selections['blocks']}")
             gone = BLOCKS[run.shrinking.selections["blocks"]](
-                looking, count, holds(run.language_model)
+                run.blocks, count, holds(run.blocks.language_model)
             )
             if len(gone) < count:
                 raise BadPattern(
-                    f"No configuration of {type(run.language_model.model).__name__} holds it without {part}: its kinds "
+                    f"No configuration of {type(run.blocks.language_model.model).__name__} holds "
+                    f"it without {part}: its kinds "
                     f"of block come in a fixed order. {len(gone)} could go."
                 )
     if gone:
         found = survey(
-            run.language_model, structure, [i for i in kept if i not in gone], align, run.devices[0]
+            run.blocks.language_model,
+            structure,
+            [i for i in kept if i not in gone],
+            align,
+            run.blocks.devices[0],
         )
     return found
 
@@ -238,29 +234,25 @@ def _shrink(
     be compared closely. The first blocks may be done `again`: they are gone through as they are.
     Hidden states that would take half of `limit`, or of what is free, lie in a file.
     """
-    model, count, device = run.language_model, len(found.kept), run.devices[0]
-    tokens = run.tokens[:1, :CHECKED_TOKENS]
+    model, count, device = run.blocks.language_model, len(found.kept), run.blocks.devices[0]
+    tokens = run.blocks.tokens[:1, :CHECKED_TOKENS]
     hidden, calls = Shell(model, device, torch.float32, head=False).enter(tokens)
     for index, block in zip(found.kept, again, strict=False):
         hidden = run_block(working_copy(block, device, torch.float32), hidden, calls[index])
-    held = hidden_bytes(run.tokens.shape, width(model), run.dtype or model.model.dtype)
+    held = hidden_bytes(
+        run.blocks.tokens.shape, width(model), run.blocks.dtype or model.model.dtype
+    )
     held *= 2 if run.shrinking.second_stream else 1
     free = available_bytes(device) if limit is None else limit
     spill = result.out.parent if held > free / 2 else None
     steps = stream(
-        model,
-        run.tokens,
-        devices=run.devices,
-        dtype=run.dtype,
-        batch_size=run.batch_size,
-        seconds=run.seconds,
+        replace(run.blocks, spill=spill),
         dense=run.shrinking.second_stream,
         kept=found.kept,
         finished=again,
-        spill=spill,
     )
     for position, step in enumerate(steps, len(again)):
-        run.progress.advance(step.name, position, count)
+        run.blocks.progress.advance(step.name, position, count)
         original, empty = model.blocks[step.index], found.stock.language_model.blocks[position]
         span = _span(found.kept, position, len(model.blocks))
         state, reports = smaller_block(step, original, found.of(original), span, run)
@@ -270,7 +262,7 @@ def _shrink(
             "refined": None,
         }
         if run.shrinking.refine:
-            run.progress.advance(f"{step.name} as a whole", position, count)
+            run.blocks.progress.advance(f"{step.name} as a whole", position, count)
             state, tuned = refined(step, module_of(empty, state, original), state, span, run)
             entry["refined"] = (tuned.before, tuned.after)
         smaller = module_of(empty, state, original)
@@ -289,7 +281,7 @@ def _shrink(
         release_memory()
         if stopping() and position < count - 1:
             raise Interrupted("Stopped.")
-    run.progress.advance("done", count, count)
+    run.blocks.progress.advance("done", count, count)
     return Shell(model, device, torch.float32).leave(tokens, hidden).cpu()
 
 
