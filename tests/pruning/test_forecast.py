@@ -45,7 +45,7 @@ def test_the_formula_of_a_method_is_what_it_does(name):
     pattern = parse_pattern("50%").within(method.group)
     found = counted(lambda: method.prune(weight, Stats(256, sums), pattern))
     assert method.cost
-    assert found == pytest.approx(method.cost.site(rows, columns) + method.cost.shared(columns), rel=1e-9)
+    assert found == pytest.approx(method.cost.of_matrix(rows, columns) + method.cost.shared(columns), rel=1e-9)
 
 
 def test_swaps_are_counted_at_most():

@@ -199,7 +199,7 @@ def _solve(work: Workload, batch: int, kind: Kind) -> float:
         if rows := work.rows(kind, read):
             errors = 4 * work.probe_tokens(batch, read) * read.columns * sum(rows)
             stacks = [sum(rows)] if method.row_wise and "gram" in method.need else rows
-            solving = sum(work.cost.site(stack, read.columns) for stack in stacks)
+            solving = sum(work.cost.of_matrix(stack, read.columns) for stack in stacks)
             flops += kind.count * (work.cost.shared(read.columns) + solving + errors)
     return flops
 
