@@ -1,8 +1,8 @@
-"""Plans that are measured: how much each block or site can lose, asked of the dense model before
-anything is pruned.
+"""Plans that are measured: how much each block or weight matrix can lose, asked of the dense model
+before anything is pruned.
 
 `ALLOCATIONS` is the table of rules; `uniform` needs none. `owl` reads the norms of inputs; `error`
-prunes every site at several sparsities and looks at what is left of its output; `search` moves
+prunes every matrix at several sparsities and looks at what is left of its output; `search` moves
 sparsity between blocks. Only percentages can be shared out: N:M removes the same everywhere. The
 arithmetic is in allocation.py.
 """
@@ -178,10 +178,10 @@ def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None
     if allocate not in ("uniform", *ALLOCATIONS):
         known = ["uniform", *ALLOCATIONS, *(["a plan's .json file"] if files else [])]
         raise UnknownName("allocation", allocate, known)
-    wanted = parse_pattern(pattern)
-    if allocate in ALLOCATIONS and not isinstance(wanted, Unstructured):
+    parsed = parse_pattern(pattern)
+    if allocate in ALLOCATIONS and not isinstance(parsed, Unstructured):
         raise BadPlan(
-            f"{wanted} removes the same of every site; --allocate {allocate} needs a percentage "
+            f"{parsed} removes the same of every site; --allocate {allocate} needs a percentage "
             "such as '70%'."
         )
 
