@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from secateur.checkpoints.folder import RECORD
 from secateur.errors import BadCheckpoint, in_one_line
 from secateur.system.files import fits, read_json
+from secateur.system.machine import versions
 
 _RECORD = {
     "method": str,
@@ -106,6 +107,20 @@ def output_error(inputs: Tensor, change: Tensor, weight: Tensor) -> float:
             (inputs.double() @ part.double().T).square().sum() for part in (change, weight)
         )
     return (lost / whole.clamp_min(1e-30)).item()
+
+
+def pruning_record(
+    source: Path, report: Report, command: Sequence[str] | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `pruning.json` holds of a run on the checkpoint in `source`."""
+    return {
+        "schema": "secateur.pruning/1",
+        "model": str(source),
+        "command": command_line(command),
+        "versions": versions(),
+        **report.record(),
+        "options": dict(options),
+    }
 
 
 def command_line(command: Sequence[str] | None) -> list[str]:

@@ -4,7 +4,7 @@ through the blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -80,12 +80,11 @@ def prepare(
     zeros: Zeros,
     compute: Compute,
     trust: Trust,
-    decided: Mapping[str, Any] | None,
-    keep: Callable[[Mapping[str, Any]], None],
+    once: Callable[[str, Callable[[], Any]], Any],
 ) -> tuple[Report, Pruning]:
-    """The run as it is decided, and its report, still empty.
+    """Decide how a run goes; returns its report, still empty, and the run.
 
-    `decided`: what a run that goes on had decided, else it is decided now, and given to `keep`.
+    `once(what, decide)` gives what `decide` gives, or what it gave to a run that is gone on with.
     Raises UnsupportedModel for too low a coverage, or for what several ranks cannot share.
     """
     recipe, method, pattern = zeros
@@ -96,11 +95,9 @@ def prepare(
             f"{recipe.method} looks at whole blocks with all windows, which several processes do "
             f"not share; found {run.ranks.size}. Run it in one, or leave +refine and +permute out."
         )
-    if not decided:
-        started = perf_counter()
-        decided = run.ranks.same(lambda: _decide(run, windows, zeros, compute))
-        run.seconds.plan = perf_counter() - started
-        keep(decided)
+    started = perf_counter()
+    decided = once("decided", lambda: _decide(run, windows, zeros, compute))
+    run.seconds.plan = perf_counter() - started
     release_memory()
     plan = {name: parse_pattern(part) for name, part in decided["plan"].items()}
     shapes = matrix_shapes(run.language_model)

@@ -10,7 +10,6 @@ loop `pruned_blocks` with something different done to each finished block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
@@ -18,17 +17,17 @@ from typing import Any
 
 from torch import nn
 
-from secateur.checkpoints.record import Report, command_line, total_sparsity
-from secateur.checkpoints.result import BLOCK, Output, output, refuse_output
+from secateur.checkpoints.record import Report, pruning_record, total_sparsity
+from secateur.checkpoints.result import refuse_output
 from secateur.data.windows import Windows
-from secateur.errors import Interrupted, UnsupportedModel
+from secateur.errors import UnsupportedModel
 from secateur.methods import find_method
 from secateur.methods.patterns import parse_pattern
 from secateur.methods.structures import Structure
 from secateur.models.channels.groups import ChannelGroup, interchangeable_groups
-from secateur.models.load import check_source, checkpoint_tensors, load_blocks
 from secateur.models.matrices import signature
 from secateur.models.replay import LanguageModel
+from secateur.models.stream.block_writer import block_writer
 from secateur.models.stream.blocks import BlockRun, stream
 from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
@@ -41,7 +40,6 @@ from secateur.pruning.prepare import Pruning, block_run, prepare
 from secateur.pruning.structured.program import shrink_checkpoint
 from secateur.system.devices import find_devices, find_dtype, find_size
 from secateur.system.files import file_sha256
-from secateur.system.interrupt import asked_to_stop
 from secateur.system.machine import versions
 from secateur.system.progress import PeakMemory, Progress
 from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust
@@ -135,77 +133,28 @@ def prune_checkpoint(
             raise UnsupportedModel(f"{zeros} is taken out in one process; found {ranks.size}.")
         return _prune_structure(opened, zeros, recipe, compute, destination, trust, progress)
     run = block_run(language_model, windows, compute, out.resolve().parent, progress, ranks)
-    conditions = _conditions(run, windows, zeros, compute)
-    count = len(language_model.blocks)
-    with ExitStack() as stack:
-        entered: list[Output] = []
-        ranks.same(  # rank 0 writes
-            lambda: entered.append(
-                stack.enter_context(
-                    output(
-                        source,
-                        out,
-                        overwrite=destination.overwrite,
-                        run=conditions,
-                        restart=destination.restart,
-                    )
-                )
-            )
-        )
-        result = entered[0] if entered else None
-        peak = stack.enter_context(PeakMemory())
-        stopping = stack.enter_context(asked_to_stop("after this block"))
-        finished, decided, partial = ranks.same(
-            lambda: (
-                (result.recorded(BLOCK), result.recorded("decided"), result.partial)
-                if result
-                else ([], [], out)
-            )
-        )
-        report, pruning = prepare(
-            run,
-            windows,
-            zeros,
-            compute,
-            trust,
-            decided[0] if decided else None,
-            lambda decided: result.record("decided", decided) if result else None,
-        )
-        for entry in finished:
+    conditions, count = _conditions(run, windows, zeros, compute), len(language_model.blocks)
+    with (
+        PeakMemory() as peak,
+        block_writer(source, language_model, destination, trust, conditions, ranks) as writer,
+    ):
+        report, pruning = prepare(run, windows, zeros, compute, trust, writer.once)
+        for entry in writer.entries:
             report.take(entry)
-        again: list[nn.Module] = []
-        if 0 < len(finished) < count:
-            spill = partial.parent if language_model.spilled else None
-            loaded = load_blocks(partial, trust_remote_code=trust.trust_remote_code, spill=spill)
-            again = loaded[: len(finished)]
-        for block in pruned_blocks(pruning, again) if len(finished) < count else ():
-            entry = block.entry(language_model.block_name(block.index))
-            report.take(entry)
-            if result:
-                check_source(source, language_model, list(block.tensors))
-                tensors = checkpoint_tensors(language_model, block.tensors, source.places)
-                result.commit(tensors, entry)
-            if ranks.same(stopping) and block.index < count - 1:
-                raise Interrupted("Stopped.")
+        if len(writer.entries) < count:
+            for block in pruned_blocks(pruning, writer.finished()):
+                entry = block.entry(language_model.block_name(block.index))
+                report.take(entry)
+                writer.commit(block.tensors, entry, last=block.index == count - 1)
         report.sparsity = total_sparsity(report.sites)
         report.peak_bytes, report.out = peak.bytes, out
-        if result:
-            result.finish(
-                {
-                    "schema": "secateur.pruning/1",
-                    "model": str(source.folder),
-                    "command": command_line(destination.command),
-                    "versions": versions(),
-                    **report.record(),
-                    "options": {
-                        "dtype": conditions["dtype"],
-                        "batch_size": pruning.run.batch_size,
-                        "skip": list(recipe.skip),
-                        "passes": pruning.passes,
-                    },
-                }
-            )
-        ranks.together(lambda: None)  # nobody leaves before the result has its name
+        options = {
+            "dtype": conditions["dtype"],
+            "batch_size": pruning.run.batch_size,
+            "skip": list(recipe.skip),
+            "passes": pruning.passes,
+        }
+        writer.finish(pruning_record(source.folder, report, destination.command, options))
     return report
 
 
@@ -284,7 +233,9 @@ def prune_model(
     spill = Path(gettempdir())
     with PeakMemory() as peak:
         run = block_run(language_model, windows, compute, spill, progress or Progress())
-        report, pruning = prepare(run, windows, zeros, compute, trust, None, lambda decided: None)
+        report, pruning = prepare(
+            run, windows, zeros, compute, trust, lambda what, decide: decide()
+        )
         for block in pruned_blocks(pruning):
             for name, tensor in block.tensors.items():
                 language_model.model.get_parameter(name).data.copy_(tensor)

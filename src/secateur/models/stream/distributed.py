@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -54,6 +54,14 @@ class Ranks:
     def together(self, compute: Callable[[], Value]) -> list[Value]:
         """What `compute()` gives on each rank, in order."""
         return [compute()] if self.size == 1 else self._answers(compute)
+
+    @contextmanager
+    def on_first(self, context: AbstractContextManager[Value]) -> Iterator[Value | None]:
+        """Enter a context on rank 0 alone, which gives its value there and None elsewhere."""
+        with ExitStack() as stack:
+            entered: list[Value] = []
+            self.same(lambda: entered.append(stack.enter_context(context)))
+            yield entered[0] if entered else None
 
     def add(self, stats: Mapping[str, Stats]) -> dict[str, Stats]:
         """The sums of all ranks, by site; one that has seen no token of a site has nothing to
