@@ -44,7 +44,7 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "default", "best")
 
 RUN = """
 import sys, torch
-from secateur.system.progress import PeakMemory
+from secateur.system.memory import PeakMemory
 with PeakMemory() as peak:
     import secateur
     folder, out, method, samples, length, passes = sys.argv[1:]

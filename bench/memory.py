@@ -42,7 +42,7 @@ print(1024 * int(status.split("RssAnon:")[1].split()[0]))
 """
 PRUNE = """
 import sys, torch
-from secateur.system.progress import PeakMemory
+from secateur.system.memory import PeakMemory
 with PeakMemory() as peak:
     import secateur
     report = secateur.prune(sys.argv[1], out=sys.argv[2], method=sys.argv[3], pattern="2:4", calibration="demo",

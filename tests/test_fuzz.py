@@ -25,7 +25,7 @@ from secateur.checkpoints.result import output
 from secateur.errors import BadCheckpoint, ConditionsDiffer, UnsupportedModel
 from secateur.evaluation.comparison.row_store import RowStore
 from secateur.models.load import load
-from secateur.system import files
+from secateur.system import files, json_files
 
 SHARD = "model.safetensors"
 
@@ -515,18 +515,18 @@ def test_fits(hint):
         int: [1], float: [1, 1.5], str: ["a"], list[int]: [[1, 2], [1, 2, 3]], tuple[int, int]: [[1, 2]],
         dict[str, int]: [{"a": 1}], int | None: [1, None],
     }  # fmt: skip
-    assert [value for value in values if files.fits(value, hint)] == wanted[hint]
+    assert [value for value in values if json_files.fits(value, hint)] == wanted[hint]
 
 
 def test_read_json(tmp_path):
     file = tmp_path / "a.json"
     file.write_text('{"a": [NaN, "\\u00e9"]}')
-    assert str(files.read_json(file)) == "{'a': [nan, 'é']}"
+    assert str(json_files.read_json(file)) == "{'a': [nan, 'é']}"
     with pytest.raises(ValueError, match="it holds nan"):
-        files.read_json(file, finite=True)
+        json_files.read_json(file, finite=True)
     file.write_text('{"\\ud800": 1}')
     with pytest.raises(ValueError, match="surrogates not allowed"):
-        files.read_json(file)
+        json_files.read_json(file)
     os.truncate(file, 2**29)
     with pytest.raises(BadCheckpoint, match=r"a\.json has .* bytes"):
         files.refuse_odd_files(tmp_path)

@@ -22,9 +22,9 @@ from secateur.pruning.planning.meta import storage
 from secateur.pruning.planning.outline import build, outline
 from secateur.pruning.planning.passes import Workload
 from secateur.pruning.prune import prune_model
-from secateur.system.devices import find_size
-from secateur.system.machine import available_bytes, will_need
+from secateur.system.memory import available_bytes, will_need
 from secateur.system.settings import Compute
+from secateur.system.sizes import find_size
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 128, (7, 24), generator=torch.Generator().manual_seed(2))
@@ -242,8 +242,8 @@ def test_the_limits_of_control_groups_count(line, place, names, tmp_path, monkey
     (folder / names[1]).write_text("5000\n")
     (folder / "memory.stat").write_text(f"file 7\n{names[2]} 300\n")
     (tmp_path / "own").write_text(line + "\n")
-    monkeypatch.setattr("secateur.system.machine._CGROUP", tmp_path)
-    monkeypatch.setattr("secateur.system.machine._OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr("secateur.system.memory._CGROUP", tmp_path)
+    monkeypatch.setattr("secateur.system.memory._OWN_CGROUP", tmp_path / "own")
     assert available_bytes(CPU) == 4300
     (folder / names[0]).write_text("max\n")
     assert available_bytes(CPU) > 2**20

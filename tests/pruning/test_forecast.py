@@ -13,8 +13,8 @@ from secateur.data.windows import Windows
 from secateur.methods import METHODS, find_method
 from secateur.methods.patterns import parse_pattern
 from secateur.methods.statistics import Stats
+from secateur.models.hooks import recorded_inputs
 from secateur.models.load import replayable
-from secateur.models.matrices import recorded_inputs
 from secateur.models.replay import Shell, run_block
 from secateur.models.stream.observe import Watch
 from secateur.pruning.planning.forecast import lines

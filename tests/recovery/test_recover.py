@@ -50,7 +50,7 @@ from secateur.recovery.masks import masks
 from secateur.recovery.recover import recover
 from secateur.recovery.text import recovery_windows
 from secateur.system.devices import training_dtype
-from secateur.system.machine import freed_memory_kept
+from secateur.system.memory import freed_memory_kept
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of their own
 

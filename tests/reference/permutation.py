@@ -6,7 +6,8 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
-from secateur.models.matrices import recorded_inputs, weight_matrices
+from secateur.models.hooks import recorded_inputs
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import Call, run_block
 
 

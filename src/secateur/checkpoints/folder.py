@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
-from secateur.system.files import file_sha256, json_object
+from secateur.system.files import file_sha256
+from secateur.system.json_files import json_object
 
 MOST_NAME = 1000
 """Characters in the name of a tensor. Real ones have less than 200."""

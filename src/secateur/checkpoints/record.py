@@ -4,7 +4,6 @@ them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import RECORD
 from secateur.errors import BadCheckpoint, in_one_line
-from secateur.system.files import fits, read_json
-from secateur.system.machine import versions
+from secateur.system.json_files import fits, read_json
+from secateur.system.machine import typed_command, versions
 
 _RECORD = {
     "method": str,
@@ -116,16 +115,11 @@ def pruning_record(
     return {
         "schema": "secateur.pruning/1",
         "model": str(source),
-        "command": command_line(command),
+        "command": typed_command(command),
         "versions": versions(),
         **report.record(),
         "options": dict(options),
     }
-
-
-def command_line(command: Sequence[str] | None) -> list[str]:
-    """The command as a record holds it: what this process was started with, unless it is given."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
 
 
 @dataclass

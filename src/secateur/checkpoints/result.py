@@ -16,7 +16,6 @@ A result may lie in a folder of its own, or over a checkpoint that may be replac
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,7 +38,9 @@ from secateur.errors import (
     RankLost,
     SecateurError,
 )
-from secateur.system.files import disk_errors, file_sha256, json_object, refuse_links_out, sync
+from secateur.system.files import disk_errors, file_sha256, refuse_links_out, sync
+from secateur.system.json_files import json_object, write_json
+from secateur.system.sizes import in_words
 
 _OTHER_WEIGHTS = (
     ".safetensors",
@@ -102,7 +103,7 @@ class Output:
             )
         parts[0].update(changes)
         with disk_errors(self.out):
-            file.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(file, held, 2)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrite tensors by checkpoint name; shapes as in `places`, cast to the dtype stored
@@ -177,8 +178,7 @@ class Output:
                     f"{self.source.folder / name} was changed while it was read, so the result would be of neither. "
                     "Run again."
                 )
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-        (self.partial / RECORD).write_text(text + "\n", encoding="utf-8")
+        write_json(self.partial / RECORD, record, finite=True)
         self.sync()
 
     def sync(self) -> None:
@@ -343,7 +343,7 @@ def stamps(source: Checkpoint) -> dict[str, list[int]]:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
+    return in_words(count, ("GiB", "MiB"), least=1 / 8)
 
 
 def journal_of(out: Path) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.checkpoints.folder import INDEX, Checkpoint, TensorLocation
+from secateur.system.json_files import write_json
 
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 """By the name of every tensor of a smaller checkpoint: the tensor of the source that it comes from,
@@ -61,7 +62,7 @@ def resized(
             "metadata": {"total_size": total},
             "weight_map": {n: p.shard for n, p in sorted(places.items())},
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, index, 2)
     return places
 
 

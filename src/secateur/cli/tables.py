@@ -17,6 +17,7 @@ from secateur.deployment.validate import rows as validation_rows
 from secateur.errors import printable
 from secateur.evaluation.report.tables import ratio
 from secateur.evaluation.tasks.answer import lines as task_lines
+from secateur.system.sizes import in_words
 
 if TYPE_CHECKING:
     from secateur.checkpoints.record import Report
@@ -151,7 +152,7 @@ def speed_table(results: BenchResults) -> Table:
     for column in columns:
         shown.add_column(column, justify="left" if column in columns[:2] else "right")
     for row in results.timings:
-        memory = "-" if row.memory_bytes is None else f"{row.memory_bytes / 2**20:.0f} MiB"
+        memory = "-" if row.memory_bytes is None else in_words(row.memory_bytes, ("MiB",), ".0f")
         shown.add_row(
             escape(row.model),
             row.runtime,
@@ -165,7 +166,7 @@ def speed_table(results: BenchResults) -> Table:
             row.against,
             _interval(row.over_eager),
             memory,
-            f"{row.weight_bytes / 2**20:.0f} MiB",
+            in_words(row.weight_bytes, ("MiB",), ".0f"),
             f"{row.share_of_bandwidth:.0%}",
             f"{row.share_of_matrix_rate:.0%}",
         )
@@ -227,7 +228,8 @@ def doctor_lines(found: Examination) -> list[str]:
     held = found.machine
     packed = found.packed or "not compiled: install gcc or clang, then install the package again"
     lines = [
-        f"{held['processor']}, {held['cores']} cores, {held['memory_bytes'] / 2**30:.0f} GiB, {held['system']}",
+        f"{held['processor']}, {held['cores']} cores, "
+        f"{in_words(held['memory_bytes'], ('GiB',), '.0f')}, {held['system']}",
         ", ".join(f"{name} {version}" for name, version in found.versions.items()),
         f"packed products: {packed}",
         f"accelerator: {found.cuda or 'none that torch can use'}",

@@ -9,8 +9,6 @@ gives for the same folder; otherwise there is no figure.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,8 +26,10 @@ from secateur.kernels.packed import dense_product
 from secateur.models.load import resolve
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
-from secateur.system.machine import machine, matrix_rate, versions
-from secateur.system.progress import PeakMemory, Progress, resident_bytes
+from secateur.system.json_files import json_text
+from secateur.system.machine import machine, matrix_rate, typed_command, versions
+from secateur.system.memory import PeakMemory, resident_bytes
+from secateur.system.progress import Progress
 from secateur.system.settings import TimedRuns
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -88,7 +88,7 @@ class BenchResults:
     skipped: dict[str, str]
 
     def json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(asdict(self), finite=True)
 
 
 def bench(
@@ -127,7 +127,7 @@ def bench(
         open_checkpoint(folder)
     results = BenchResults(
         SCHEMA,
-        list(command or sys.argv),
+        typed_command(command),
         machine(),
         versions(),
         str(kind).removeprefix("torch."),

@@ -9,7 +9,6 @@ what is read, which is what a product that only waits for memory can gain.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from secateur.models.load import resolve
 from secateur.models.stored import stored_matrices
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
+from secateur.system.json_files import write_json
 from secateur.system.machine import machine, versions
 from secateur.system.progress import Progress
 from secateur.system.tensors import count_zeros
@@ -210,4 +210,4 @@ def write_timings(timings: Sequence[LayerTiming], file: Path, command: Sequence[
         "layers": layers,
     }
     with disk_errors(file):
-        file.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(file, held)

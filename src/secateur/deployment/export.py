@@ -4,8 +4,6 @@ every loader reads.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ from secateur.deployment.formats.base import save
 from secateur.errors import BadCheckpoint, UnknownName
 from secateur.models.checks import LOAD_ERRORS, bad_weights, foreign, other_shape, without_weights
 from secateur.models.load import load_config, resolve
-from secateur.system.files import disk_errors, read_json
-from secateur.system.machine import versions
+from secateur.system.files import disk_errors
+from secateur.system.json_files import read_json, write_json
+from secateur.system.machine import typed_command, versions
 from secateur.system.progress import Progress
 from secateur.system.settings import Destination
 
@@ -70,7 +69,7 @@ def export(
         "options": options,
         "loaded_by": said,
         "versions": versions(),
-        "command": list(command or sys.argv),
+        "command": typed_command(command),
         "source_shards": source.sha256(),
     }
     if wanted is not None:
@@ -114,7 +113,7 @@ def _densify(folder: Path, target: Path, stored_as: str) -> None:
             file = target / "config.json"
             config = read_json(file)
             kept = {key: value for key, value in config.items() if key not in held.foreign}
-            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(file, kept, 2)
     open_checkpoint(target)
 
 
@@ -149,7 +148,5 @@ def _save_in_shards(tensors: Iterator[tuple[str, Tensor]], target: Path) -> None
         weight_map = {
             tensor: name for name, held in zip(names, where, strict=True) for tensor in held
         }
-        index_text = json.dumps(
-            {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2
-        )
-        (target / INDEX).write_text(index_text + "\n", encoding="utf-8")
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(target / INDEX, index, 2)

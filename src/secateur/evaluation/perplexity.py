@@ -27,8 +27,10 @@ from secateur.checkpoints.folder import open_checkpoint
 from secateur.data.windows import evaluation_windows, load_tokenizer
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, summarise
-from secateur.models.load import check_windows, default_corpus, default_length, load, resolve
-from secateur.models.replay import LanguageModel, Shell, divergence
+from secateur.models.context import check_windows, default_corpus, default_length
+from secateur.models.divergence import divergence
+from secateur.models.load import load, resolve
+from secateur.models.replay import LanguageModel, Shell
 from secateur.models.stream.blocks import final_hidden
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors, reserve

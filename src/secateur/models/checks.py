@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.errors import BadCheckpoint, NonFinite, SecateurError, UnsupportedModel, in_one_line
-from secateur.system.files import read_json
+from secateur.system.json_files import read_json
 
 # What transformers raises for a configuration or weights that it cannot take, whatever it is that
 # is wrong.

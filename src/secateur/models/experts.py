@@ -1,4 +1,4 @@
-"""Mixture-of-experts weights as sites, and the inputs that each expert's matrices see.
+"""The weight matrices of a mixture of experts, and the inputs that each expert's matrices see.
 
 transformers 5 stores the experts of a block as 3-D parameters of one module, `[experts, out, in]`,
 so a walk over `nn.Linear` would miss most of the model. That module is called with the hidden
@@ -17,20 +17,21 @@ def is_experts(module: nn.Module) -> bool:
     """Whether a module holds fused experts: both matrices 3-D, and the flags that say how they are
     applied.
     """
-    flags = all(hasattr(module, flag) for flag in ("is_transposed", "has_bias", "has_gate"))
-    return flags and all(
-        isinstance(w := getattr(module, n, None), Tensor) and w.dim() == 3 for n in matrices(module)
-    )
+    if not all(hasattr(module, flag) for flag in ("is_transposed", "has_bias", "has_gate")):
+        return False
+    weights = [getattr(module, part, None) for part in matrices(module)]
+    return all(isinstance(weight, Tensor) and weight.dim() == 3 for weight in weights)
+
+
+def fused_experts(block: nn.Module) -> dict[str, nn.Module]:
+    """The modules of a block that hold fused experts, by name."""
+    return {name: module for name, module in block.named_modules() if is_experts(module)}
 
 
 def matrices(module: nn.Module) -> tuple[str, str]:
     """The names of an experts module's two matrices, in the order in which they are applied."""
-    first = (
-        "gate_up_proj"
-        if getattr(module, "has_gate", hasattr(module, "gate_up_proj"))
-        else "up_proj"
-    )
-    return first, "down_proj"
+    gated = getattr(module, "has_gate", hasattr(module, "gate_up_proj"))
+    return "gate_up_proj" if gated else "up_proj", "down_proj"
 
 
 def count(module: nn.Module) -> int:
@@ -41,6 +42,11 @@ def count(module: nn.Module) -> int:
 def is_transposed(module: nn.Module) -> bool:
     """Whether the weights lie as `[experts, in, out]`."""
     return bool(getattr(module, "is_transposed", False))
+
+
+def outputs(module: nn.Module, part: str) -> int:
+    """How many outputs a matrix of every expert has."""
+    return getattr(module, part).shape[2 if is_transposed(module) else 1]
 
 
 def routed(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
@@ -55,14 +61,16 @@ def routed(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[
             yield expert, hidden[(chosen == expert).any(1)]
 
 
+def product(module: nn.Module, part: str, expert: int, x: Tensor) -> Tensor:
+    """What a matrix of an expert gives, `[tokens, out]`, for inputs `[tokens, in]`, with its bias."""
+    weight: Tensor = getattr(module, part)[expert]
+    z = x @ weight if is_transposed(module) else x @ weight.T
+    return z + getattr(module, f"{part}_bias")[expert] if getattr(module, "has_bias", False) else z
+
+
 def inner(module: nn.Module, expert: int, x: Tensor) -> Tensor:
     """The inputs of an expert's second matrix, `[tokens, in]`, for those of its first."""
-    first, _ = matrices(module)
-    weight: Tensor = getattr(module, first)[expert]
-    z = x @ weight if is_transposed(module) else x @ weight.T
-    if getattr(module, "has_bias", False):
-        z = z + getattr(module, f"{first}_bias")[expert]
-    return activated(module, z)
+    return activated(module, product(module, matrices(module)[0], expert, x))
 
 
 def activated(module: nn.Module, z: Tensor) -> Tensor:
@@ -81,17 +89,15 @@ def routers(block: nn.Module) -> set[nn.Module]:
     shared expert). Only the parent of the experts is searched: elsewhere in a block a width may
     equal the number of experts.
     """
-    found: set[nn.Module] = set()
+    routing: set[nn.Module] = set()
     for parent in block.modules():
         for child in parent.children():
-            if (held := _experts_in(child)) is None:
+            if (number := _experts_in(child)) is None:
                 continue
-            for sibling in parent.children():
-                if sibling is not child:
-                    found |= {
-                        module for module in sibling.modules() if _outputs(module) in (1, held)
-                    }
-    return found
+            siblings = (sibling for sibling in parent.children() if sibling is not child)
+            modules = (module for sibling in siblings for module in sibling.modules())
+            routing |= {module for module in modules if _outputs(module) in (1, number)}
+    return routing
 
 
 def has_list(block: nn.Module) -> bool:
@@ -107,13 +113,8 @@ def _experts_in(module: nn.Module) -> int | None:
     """
     if is_experts(module):
         return count(module)
-    if (
-        isinstance(module, nn.ModuleList)
-        and len(module) > 1
-        and len({type(expert) for expert in module}) == 1
-    ):
-        return len(module)
-    return None
+    alike = isinstance(module, nn.ModuleList) and len({type(expert) for expert in module}) == 1
+    return len(module) if alike and len(module) > 1 else None  # type: ignore[arg-type]
 
 
 def _outputs(module: nn.Module) -> int | None:

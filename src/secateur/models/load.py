@@ -7,7 +7,7 @@ wrongly. Weights stay where `from_pretrained` mapped them.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
-from secateur.checkpoints.folder import Checkpoint, open_checkpoint, stored_dtype
+from secateur.checkpoints.folder import open_checkpoint, stored_dtype
 from secateur.data import demo
-from secateur.data.windows import Windows
-from secateur.errors import BadCheckpoint, NotEnoughText, UnsupportedModel, in_one_line
+from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
 from secateur.models.checks import (
     LOAD_ERRORS,
     bad_config,
@@ -33,6 +31,7 @@ from secateur.models.checks import (
     refuse_non_finite_ends,
     without_weights,
 )
+from secateur.models.context import vocabulary_size
 from secateur.models.mapped_experts import spill_folder, stacked_on_disk
 from secateur.models.replay import LanguageModel, Shell, run_block
 from secateur.system.files import refuse_odd_files
@@ -69,8 +68,8 @@ def replayable(model: PreTrainedModel) -> LanguageModel:
         raise UnsupportedModel(
             f"{type(model).__name__} shares weights between its blocks; that is not supported."
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    tokens = torch.randint(int(vocabulary), (3, 16), generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocabulary_size(model), (3, 16), generator=draw)
     tokens[2, :-1] = tokens[1, :-1]  # for the check that no token sees a later one
     try:
         found, wanted = _with_tuples(model, stack, tokens)
@@ -173,34 +172,6 @@ def _mapped(
     return model.eval(), spill
 
 
-def checkpoint_tensors(
-    language_model: LanguageModel,
-    tensors: Mapping[str, Tensor],
-    known: Container[str],
-    optional: Container[str] = (),
-) -> dict[str, Tensor]:
-    """Parameters by their name in the model, turned into the tensors by their name in the
-    checkpoint.
-
-    transformers renames and re-stacks weights when it loads them (experts above all) and knows the
-    way back; `known` holds the names of the checkpoint. Raises UnsupportedModel for a name that it
-    does not hold, unless that is `optional`.
-    """
-    prefix = f"{language_model.model.base_model_prefix}."
-    stored: dict[str, Tensor] = {}
-    for name, tensor in revert_weight_conversion(language_model.model, dict(tensors)).items():
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in known:
-                stored[candidate] = tensor
-                break
-        else:
-            if name not in optional:
-                raise UnsupportedModel(
-                    f"The checkpoint has no tensor {name!r}, which the model was loaded from."
-                )
-    return stored
-
-
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a checkpoint folder. Raises UnsupportedModel or BadCheckpoint."""
     refuse_counts(folder)
@@ -218,54 +189,6 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         None  # ours to choose, not the folder's: flex_attention compiles for a minute
     )
     return config
-
-
-def default_length(language_model: LanguageModel) -> int:
-    """The window length where none is asked for: the smaller of 2048 and the model's context."""
-    return min(2048, context(language_model.model.config) or 2048)
-
-
-def context(config: Any) -> int | None:
-    """The longest window that a model was made for, None where its configuration does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def check_length(config: Any, length: int) -> None:
-    """Raise UnsupportedModel for windows that are longer than the model's context."""
-    most = context(config)
-    if most and length > most:
-        raise UnsupportedModel(
-            f"Windows of {length} tokens were asked for; the model has a context of {most}. "
-            f"Use --seq-len {most} or less."
-        )
-
-
-def default_corpus(model: str | Path | None, corpus: str | None, otherwise: str) -> str:
-    """The corpus where none is asked for: the demo's own text for the demo model."""
-    return corpus or ("demo" if model is None else otherwise)
-
-
-def width(language_model: LanguageModel) -> int:
-    """Numbers of a token between the blocks of a model, at least: some families have several
-    streams of them.
-    """
-    return language_model.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
-
-
-def check_windows(language_model: LanguageModel, windows: Windows, batch_size: int) -> None:
-    """Raise UnsupportedModel where the windows have tokens that the model lacks, or are longer than
-    its context.
-
-    Raises NotEnoughText for batches of nothing.
-    """
-    if batch_size < 1:
-        raise NotEnoughText(f"A batch needs at least one window; found --batch-size {batch_size}.")
-    check_length(language_model.model.config, windows.ids.shape[1])
-    size = language_model.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    if windows.ids.max() >= size:
-        raise UnsupportedModel(
-            f"The tokenizer gives token {int(windows.ids.max())}, the model has {size}: they do not belong together."
-        )
 
 
 def resolve(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
@@ -290,24 +213,3 @@ def resolve(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
         raise BadCheckpoint(
             f"{model} is neither a folder here nor a model that the hub gives out: {in_one_line(error)}."
         ) from error
-
-
-def check_source(source: Checkpoint, language_model: LanguageModel, names: Iterable[str]) -> None:
-    """Raise UnsupportedModel unless the tensors, by their name in the model, are the bytes that the
-    source holds.
-
-    transformers turns some into others when it loads them; turned back, they must be what they
-    were.
-    """
-    loaded = {name: _tensor(language_model.model, name) for name in names}
-    for name, tensor in checkpoint_tensors(language_model, loaded, source.places).items():
-        held = source.tensor(name)
-        if held.dtype != tensor.dtype or not torch.equal(held, tensor):
-            raise UnsupportedModel(
-                f"{name} in {source.folder} is not what the model was loaded with."
-            )
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf).data

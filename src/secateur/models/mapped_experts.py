@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers.core_model_loading import WeightConverter
 
 from secateur.models.mapped_tensors import HiddenStateStore
-from secateur.system.machine import CPU, available_bytes
+from secateur.system.machine import CPU
+from secateur.system.memory import available_bytes
 
 SMALL = 2**20
 """Tensors of fewer bytes stay in memory."""

@@ -1,14 +1,13 @@
-"""The prunable matrices of a block, and the inputs that each of them sees.
+"""The weight matrices of a block that may be pruned.
 
-A site is a matrix view `[out, in]`: a linear layer, a Conv1D (GPT-2 stores `[in, out]`), or one
-expert's slice of a 3-D parameter. Routers, and whatever else is no such matrix, are not sites;
+Each is a view `[out, in]`: of a linear layer, of a Conv1D (GPT-2 stores `[in, out]`), or of one
+expert's slice of a 3-D parameter. Routers, and whatever else is no such matrix, are not among them;
 `coverage` says how much that leaves out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,40 +42,45 @@ class WeightMatrix:
         self.weight.copy_(weight.to(self.stored.dtype) + 0)
 
 
-def weight_matrices(block: nn.Module) -> dict[str, WeightMatrix]:
-    """The prunable matrices of a block by name: linear layers and single experts, routers left
-    out.
-    """
-    found: dict[str, WeightMatrix] = {}
+def linear_layers(block: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers of a block that may be pruned, by name: routers are left out."""
     left_out = experts.routers(block)
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module not in left_out
+    }
+
+
+def weight_matrices(block: nn.Module) -> dict[str, WeightMatrix]:
+    """The prunable matrices of a block by name, in its order: linear layers and single experts."""
+    linear, fused = linear_layers(block), experts.fused_experts(block)
+    matrices: list[WeightMatrix] = []
     for name, module in block.named_modules():
-        if module in left_out:
-            continue
-        if isinstance(module, (nn.Linear, Conv1D)):
-            found[name] = WeightMatrix(
-                name, f"{name}.weight", module.weight.data, isinstance(module, Conv1D)
+        if name in linear:
+            weight: Tensor = module.weight.data  # type: ignore[assignment]
+            matrices.append(
+                WeightMatrix(name, f"{name}.weight", weight, isinstance(module, Conv1D))
             )
-        elif experts.is_experts(module):
-            for matrix in experts.matrices(module):
-                for expert, weight in enumerate(getattr(module, matrix).data):
-                    site = f"{name}.{expert}.{matrix}"
-                    found[site] = WeightMatrix(
-                        site, f"{name}.{matrix}", weight, experts.is_transposed(module), expert=True
-                    )
-    return found
+        for part in experts.matrices(module) if name in fused else ():
+            transposed = experts.is_transposed(module)
+            matrices += [
+                WeightMatrix(f"{name}.{expert}.{part}", f"{name}.{part}", weight, transposed, True)
+                for expert, weight in enumerate(getattr(module, part).data)
+            ]
+    return {matrix.name: matrix for matrix in matrices}
 
 
-def bias(block: nn.Module, site: WeightMatrix) -> tuple[str, Tensor] | None:
-    """(name, values `[out]`) of a site's bias, a view; None where it has none."""
-    if site.expert:
-        owner, expert, matrix = site.name.rsplit(".", 2)
+def bias(block: nn.Module, matrix: WeightMatrix) -> tuple[str, Tensor] | None:
+    """(name, values `[out]`) of the bias beside a weight matrix, a view; None where it has none."""
+    if matrix.expert:
+        owner, expert, part = matrix.name.rsplit(".", 2)
         if not getattr(block.get_submodule(owner), "has_bias", False):
             return None
-        return f"{owner}.{matrix}_bias", block.get_parameter(f"{owner}.{matrix}_bias").data[
-            int(expert)
-        ]
-    held = block.get_submodule(site.name).bias
-    return None if held is None else (f"{site.name}.bias", held.data)  # type: ignore[return-value]
+        name = f"{owner}.{part}_bias"
+        return name, block.get_parameter(name).data[int(expert)]
+    values = block.get_submodule(matrix.name).bias
+    return None if values is None else (f"{matrix.name}.bias", values.data)  # type: ignore[return-value]
 
 
 def signature(block: nn.Module) -> tuple[Any, ...]:
@@ -85,84 +89,32 @@ def signature(block: nn.Module) -> tuple[Any, ...]:
     Module types, shapes of parameters, and flags and factors (a block may reuse the keys of
     another, or gate sparsely).
     """
-    modules = [
-        (
-            name,
-            type(module),
-            *((k, v) for k, v in sorted(vars(module).items()) if isinstance(v, (bool, float))),
-        )
-        for name, module in block.named_modules()
-    ]
-    return (
-        *modules,
-        *((name, tuple(parameter.shape)) for name, parameter in block.named_parameters()),
-    )
+    signs: list[Any] = [(name, tuple(p.shape)) for name, p in block.named_parameters()]
+    for name, module in block.named_modules():
+        settings = [(k, v) for k, v in vars(module).items() if isinstance(v, (bool, float))]
+        signs.append((name, type(module), *sorted(settings)))
+    return tuple(signs)
 
 
 def coverage(block: nn.Module) -> tuple[int, int]:
-    """(weights that are sites, weights of all matrices) of a block; vectors are not counted."""
-    covered = sum(site.stored.numel() for site in weight_matrices(block).values())
+    """(weights that can be pruned, weights of all matrices) of a block; vectors are not counted."""
+    covered = sum(matrix.stored.numel() for matrix in weight_matrices(block).values())
     return covered, sum(p.numel() for p in block.parameters() if p.dim() > 1)
 
 
-Visit = Callable[[list[tuple[str, Tensor]]], None]
-
-
-@contextmanager
-def visited(block: nn.Module, visit: Visit) -> Iterator[None]:
-    """While open, `visit([(site name, x [tokens, in]), …])` is called wherever a forward of the
-    block reaches sites.
-
-    A linear layer comes alone; the first matrices of fused experts come together, and after them
-    the second ones, whose inputs are computed when the first call has returned.
-    """
-
-    def linear(name: str) -> Callable[..., None]:
-        return lambda module, args: visit([(name, args[0])])
-
-    def fused(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, chosen, *_ = *args, *kwargs.values()
-            first, second = experts.matrices(module)
-            visit([(f"{name}.{e}.{first}", x) for e, x in experts.routed(module, hidden, chosen)])
-            inner = (
-                (e, experts.inner(module, e, x)) for e, x in experts.routed(module, hidden, chosen)
-            )
-            visit([(f"{name}.{e}.{second}", x) for e, x in inner])
-
-        return hook
-
-    known, handles = weight_matrices(block), []
-    for name, module in block.named_modules():
-        if experts.is_experts(module):
-            handles.append(module.register_forward_pre_hook(fused(name), with_kwargs=True))
-        elif name in known:
-            handles.append(module.register_forward_pre_hook(linear(name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `record(site name, x [tokens, in])` is called for every site a forward of the
-    block reaches.
-    """
-
-    def visit(reached: list[tuple[str, Tensor]]) -> None:
-        for name, x in reached:
-            record(name, x)
-
-    with visited(block, visit):
-        yield
+def model_coverage(language_model: LanguageModel) -> float:
+    """The share of the weights of all blocks' matrices that can be pruned."""
+    counts = [coverage(block) for block in language_model.blocks]
+    return sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
 
 
 def matrix_shapes(language_model: LanguageModel) -> Shapes:
-    """`[out, in]` of every site by full name."""
+    """`[out, in]` of every weight matrix by full name."""
     return {
-        f"{language_model.block_name(index)}.{name}": (site.weight.shape[0], site.weight.shape[1])
+        f"{language_model.block_name(index)}.{name}": (
+            matrix.weight.shape[0],
+            matrix.weight.shape[1],
+        )
         for index, block in enumerate(language_model.blocks)
-        for name, site in weight_matrices(block).items()
+        for name, matrix in weight_matrices(block).items()
     }

@@ -266,10 +266,3 @@ def close(wanted: Tensor, got: Tensor) -> bool:
     wanted, got = wanted.float().flatten(0, -2), got.float().flatten(0, -2)
     norm = wanted.norm(dim=0)
     return bool(((wanted - got).norm(dim=0) <= rtol * norm.clamp_min(0.01 * norm.median())).all())
-
-
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; what p cannot say costs
-    nothing.
-    """
-    return (log_p.exp() * (log_p - log_q)).where(log_p > -torch.inf, 0.0).sum(-1)

@@ -30,7 +30,7 @@ from secateur.models.stream.observe import CalibrationStatistics
 from secateur.models.stream.refine import Tuned, refine
 from secateur.pruning.permute import input_order, permuted, reorder, verified
 from secateur.pruning.planning.allocation import Plan
-from secateur.system.machine import release_memory
+from secateur.system.memory import release_memory
 from secateur.system.tensors import count_zeros
 
 Classes = list[list[ChannelGroup]]

@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.data.windows import Windows, calibration_windows, load_tokenizer
-from secateur.models.load import default_corpus, default_length, load, resolve
+from secateur.models.context import default_corpus, default_length
+from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.replay import LanguageModel
-from secateur.system.devices import find_size
 from secateur.system.progress import Progress
 from secateur.system.settings import CalibrationText, Compute, Trust
+from secateur.system.sizes import find_size
 
 
 class Opened(NamedTuple):

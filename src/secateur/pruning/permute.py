@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from secateur.methods.patterns import NM
 from secateur.methods.statistics import Stats
 from secateur.models.channels.groups import ChannelGroup
-from secateur.models.matrices import WeightMatrix, bias, recorded_inputs, weight_matrices
+from secateur.models.hooks import recorded_inputs
+from secateur.models.matrices import WeightMatrix, bias, weight_matrices
 from secateur.models.replay import Call, close, run_block
 
 ROUNDS = 4

@@ -15,8 +15,8 @@ from secateur.data.windows import Windows
 from secateur.errors import UnsupportedModel
 from secateur.methods import Method
 from secateur.methods.patterns import kind_of, parse_pattern
-from secateur.models.load import check_windows
-from secateur.models.matrices import coverage, matrix_shapes
+from secateur.models.context import check_windows
+from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import BlockRun
 from secateur.models.stream.distributed import ALONE, Ranks
@@ -25,7 +25,7 @@ from secateur.pruning.planning.allocation import Plan, is_file, label
 from secateur.pruning.planning.measured import make_plan
 from secateur.pruning.planning.memory import UNKNOWN_COST, way_through
 from secateur.system.devices import calibration_dtype, find_resources
-from secateur.system.machine import release_memory
+from secateur.system.memory import release_memory
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, Trust
 
@@ -125,8 +125,7 @@ def _checked_coverage(language_model: LanguageModel, zeros: Zeros, trust: Trust)
     """The share of the block weights that are prunable matrices. Raises UnsupportedModel where it
     is too low.
     """
-    counts = [coverage(block) for block in language_model.blocks]
-    share = sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
+    share = model_coverage(language_model)
     if share < MINIMUM_COVERAGE and not trust.allow_low_coverage:
         raise UnsupportedModel(
             f"Only {share:.1%} of the block weights of {type(language_model.model).__name__} are "

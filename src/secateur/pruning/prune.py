@@ -38,11 +38,13 @@ from secateur.pruning.planning.memory import check_passes
 from secateur.pruning.planning.passes import needs_dense
 from secateur.pruning.prepare import Pruning, block_run, prepare
 from secateur.pruning.structured.program import shrink_checkpoint
-from secateur.system.devices import find_devices, find_dtype, find_size
+from secateur.system.devices import find_devices, find_dtype
 from secateur.system.files import file_sha256
 from secateur.system.machine import versions
-from secateur.system.progress import PeakMemory, Progress
+from secateur.system.memory import PeakMemory
+from secateur.system.progress import Progress
 from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust
+from secateur.system.sizes import find_size
 
 
 def prune(

@@ -19,16 +19,18 @@ from torch import nn
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.checkpoints.result import BLOCK, output
 from secateur.errors import Interrupted, NonFinite
-from secateur.models.load import checkpoint_tensors, load_blocks, width
+from secateur.models.context import width
+from secateur.models.load import load_blocks
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import working_copy
+from secateur.models.stored import checkpoint_tensors
 from secateur.models.stream.blocks import BlockRun, Step, stream
 from secateur.models.stream.refine import refine
 from secateur.recovery.checks import refuse_blocks
 from secateur.recovery.job import Job, Recovery
 from secateur.recovery.masks import block_masks, keep_masks, refuse_other_masks
 from secateur.system.interrupt import asked_to_stop
-from secateur.system.machine import available_bytes
+from secateur.system.memory import available_bytes
 
 STREAMS = 3
 """Hidden states that are held: of the pruned model, of the dense one, and what its block at hand

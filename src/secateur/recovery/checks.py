@@ -19,7 +19,7 @@ from secateur.errors import BadCheckpoint, NonFinite, UnknownName, UnsupportedMo
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
 from secateur.system.devices import find_dtype
-from secateur.system.files import fits
+from secateur.system.json_files import fits
 from secateur.system.tensors import count_zeros, is_finite
 
 WAYS = {

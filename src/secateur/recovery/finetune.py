@@ -26,7 +26,7 @@ from secateur.recovery.masks import masks, refuse_other_masks, written
 from secateur.recovery.training import train
 from secateur.recovery.training_state import TrainingState
 from secateur.system.interrupt import asked_to_stop
-from secateur.system.machine import freed_memory_kept
+from secateur.system.memory import freed_memory_kept
 
 
 def recover_whole(job: Job) -> Recovery:

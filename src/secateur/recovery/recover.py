@@ -12,7 +12,6 @@ it is trained as the dense model that it is.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from secateur.checkpoints.folder import open_checkpoint, stored_dtype
 from secateur.checkpoints.result import check_output_folder
 from secateur.data.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 from secateur.errors import SecateurError
-from secateur.models.load import check_windows, default_length, load, resolve, width
+from secateur.models.context import check_windows, default_length, width
+from secateur.models.load import load, resolve
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.distributed import joined
 from secateur.models.stream.refine import RATE
@@ -40,6 +40,7 @@ from secateur.recovery.checks import (
 from secateur.recovery.job import Job, Recovery, Schedule
 from secateur.recovery.text import RUN, recovery_windows
 from secateur.system.devices import find_devices, training_dtype
+from secateur.system.machine import typed_command
 from secateur.system.progress import Progress
 from secateur.system.settings import Destination, Training, TrainingText, Trust
 
@@ -162,7 +163,7 @@ def recover(
             Path(out),
             overwrite,
             restart,
-            list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+            typed_command(command),
             progress,
             ranks,
             other,

@@ -1,13 +1,13 @@
-"""Devices, dtypes and sizes as they are named in options."""
+"""Devices and dtypes as they are named in options."""
 
 from typing import NamedTuple
 
 import torch
 
 from secateur.errors import UnknownName
-from secateur.system.machine import multiplies_bfloat16
+from secateur.system.machine import CPU, multiplies_bfloat16
 from secateur.system.settings import Compute
-from secateur.system.sizes import parse_size
+from secateur.system.sizes import find_size
 
 
 class Resources(NamedTuple):
@@ -32,11 +32,10 @@ def find_devices(text: str) -> list[torch.device]:
     UnknownName.
     """
     if text == "auto":
-        count = torch.cuda.device_count()
-        return [torch.device("cuda", i) for i in range(count)] or [torch.device("cpu")]
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [CPU]
+    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     devices = []
     for part in text.split(","):
-        known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if part not in known and not (part == "cuda" and torch.cuda.is_available()):
             raise UnknownName("device here", part, [*known, "auto"])
         devices.append(torch.device(part))
@@ -52,24 +51,14 @@ def find_dtype(name: str) -> str:
     return names[name]
 
 
-def find_size(text: str | int | None) -> int | None:
-    """Bytes for "6GB", "512MiB" or a plain number; None for none. Raises UnknownName."""
-    if text is None or isinstance(text, int):
-        return text
-    found = int(text) if text.isdecimal() else parse_size(text.strip())
-    if found is None or found < 0:
-        raise UnknownName("size", text, ["6GB", "512MiB", "6000000000"])
-    return found
-
-
 def timed_dtype(name: str) -> torch.dtype:
     """The dtype of models that are timed on the CPU. Raises UnknownName for one without fast
     products there.
     """
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    if (found := find_dtype(name)) not in kinds:
+    if (full := find_dtype(name)) not in kinds:
         raise UnknownName("dtype that can be timed", name, kinds)
-    return kinds[found]
+    return kinds[full]
 
 
 def forward_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -95,9 +84,9 @@ def training_dtype(name: str, device: torch.device, stored: torch.dtype) -> str:
     `auto` takes bfloat16 for what is stored in 16 bits where the device multiplies it. Raises
     UnknownName for float16, in which gradients vanish.
     """
-    if (found := find_dtype(name)) == "float16":
+    if (full := find_dtype(name)) == "float16":
         raise UnknownName("dtype to train in", name, ["auto", "float32", "bfloat16"])
     multiplies = torch.cuda.is_bf16_supported if device.type == "cuda" else multiplies_bfloat16
-    if found == "auto":
+    if full == "auto":
         return "bfloat16" if stored.itemsize == 2 and multiplies() else "float32"
-    return found
+    return full

@@ -1,29 +1,23 @@
 """Where a figure was measured: the machine and the versions that stand beside it."""
 
-import ctypes
 import os
 import platform
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
 
 CPU = torch.device("cpu")
-_C_LIBRARY = ctypes.CDLL(None)
-_CGROUP, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-_CGROUP_FILES = [  # the limit, what is used, and how much of that is cache which can be had back; version 2, version 1
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-]
+
+
+def typed_command(command: Sequence[str] | None) -> list[str]:
+    """The command that stands in a record: `command`, for None what this process was started as."""
+    return list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def versions() -> dict[str, str]:
@@ -35,62 +29,21 @@ def versions() -> dict[str, str]:
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and accelerators of this machine."""
     return {
-        "processor": _processor(),
+        "processor": (_of_cores("model name") or [platform.processor() or platform.machine()])[0],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "megahertz": _clocks(),
+        "megahertz": [float(clock) for clock in _of_cores("cpu MHz")],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
         "accelerators": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
-def _clocks() -> list[float]:
-    """What each core runs at now, as the system says; empty where it does not."""
+def _of_cores(key: str) -> list[str]:
+    """The values of a key in /proc/cpuinfo, one a core; none where the system has no such file."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device; of the processor, what the system and the process's
-    group allow.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    memory = Path("/proc/meminfo")
-    lines = memory.read_text().splitlines() if memory.exists() else []
-    free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
-    for folder, names in product(_memory_groups(), _CGROUP_FILES):
-        with suppress(OSError, ValueError):  # not there, not readable, or "max"
-            limit, used = (int((folder / name).read_text()) for name in names[:2])
-            free.append(max(limit - used + _cached(folder, names[2]), 0))
-    return min(free, default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-
-
-def _cached(folder: Path, name: str) -> int:
-    """Of what a control group uses, the cache that can be had back; 0 where it does not say."""
-    with suppress(OSError, ValueError, KeyError):
-        return int(
-            dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())[
-                name
-            ]
-        )
-    return 0
-
-
-def _memory_groups() -> set[Path]:
-    """The folders of the memory control group of this process and of those that it is in, all of
-    which may limit it.
-    """
-    found = {_CGROUP, _CGROUP / "memory"}
-    with suppress(OSError):
-        for kinds, name in re.findall(r"^\d+:(.*?):/?(.*)$", _OWN_CGROUP.read_text(), re.MULTILINE):
-            if not kinds or "memory" in kinds.split(","):
-                base = _CGROUP / "memory" if kinds else _CGROUP
-                own = base / name
-                found |= {folder for folder in (own, *own.parents) if folder.is_relative_to(base)}
-    return found
+    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float = 0.2) -> float:
@@ -132,59 +85,3 @@ def best_seconds(
             torch.cuda.synchronize(device)
         best, count = min(best, perf_counter() - before), count + 1
     return best
-
-
-def release_memory() -> None:
-    """Give freed memory back to the system. glibc keeps blocks between live tensors, about a block
-    of the model.
-    """
-    if sys.platform == "linux" and hasattr(_C_LIBRARY, "malloc_trim"):
-        _C_LIBRARY.malloc_trim(0)
-
-
-@contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Let the process keep what it frees, for work that wants blocks of the same sizes again and
-    again.
-
-    glibc gives blocks of more than 32 MiB back at once, and each page of the next is a fault: a
-    tenth of the time of a training step on the demo model.
-    """
-    if sys.platform != "linux" or not hasattr(_C_LIBRARY, "mallopt"):
-        yield
-        return
-    map_from, trim_from = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-    _C_LIBRARY.mallopt(map_from, 2**30)
-    _C_LIBRARY.mallopt(trim_from, 2**31 - 1)
-    try:
-        yield
-    finally:  # what glibc comes to by itself
-        _C_LIBRARY.mallopt(map_from, 2**25)
-        _C_LIBRARY.mallopt(trim_from, 2**26)
-        release_memory()
-
-
-def will_need(tensors: Iterable[Tensor]) -> None:
-    """Ask the system to read the mapped files behind tensors ahead, while something else is
-    computed.
-    """
-    if sys.platform != "linux":
-        return
-    page = os.sysconf("SC_PAGE_SIZE")
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.nbytes:
-            start = tensor.data_ptr() // page * page
-            _C_LIBRARY.madvise(
-                ctypes.c_void_p(start),
-                ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start),
-                3,
-            )
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -11,9 +11,11 @@ from torch import nn
 
 from secateur.models.channels.groups import ChannelGroup, removable_groups
 from secateur.models.channels.trace import entering, trace
+from secateur.models.divergence import divergence
+from secateur.models.hooks import recorded_inputs
 from secateur.models.load import replayable
-from secateur.models.matrices import recorded_inputs, weight_matrices
-from secateur.models.replay import LanguageModel, divergence
+from secateur.models.matrices import weight_matrices
+from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import BlockRun, stream
 from secateur.pruning.structured.block import _error_left
 from secateur.pruning.structured.channel_scores import taylor

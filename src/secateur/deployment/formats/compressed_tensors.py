@@ -20,7 +20,6 @@ formats too, are refused: unpacked, they would not be dense models.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,7 +35,7 @@ from secateur.deployment.formats.base import Format, refuse_odd_values, save
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.stored import stored_matrices
-from secateur.system.files import read_json
+from secateur.system.json_files import read_json, write_json
 from secateur.system.tensors import count_zeros
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
@@ -124,13 +123,11 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
         size += sum(tensor.nbytes for tensor in tensors.values())
         where |= dict.fromkeys(tensors, shard)
     if (source.folder / INDEX).exists():
-        _write_json(
-            {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))},
-            folder / INDEX,
-        )
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+        write_json(folder / INDEX, index, 2)
     config = read_json(folder / "config.json")
     config["quantization_config"] = _description(layout, zeros / total, _left_dense(source, chosen))
-    _write_json(config, folder / "config.json")
+    write_json(folder / "config.json", config, 2)
 
 
 def _is_matrix(name: str, source: Checkpoint) -> bool:
@@ -194,10 +191,6 @@ def _row_offsets(kept: Tensor) -> Tensor:
     """How many are kept in all rows before each: int64 [out], and one zero for a vector."""
     counts = kept.sum(-1)
     return counts.cumsum(0) - counts
-
-
-def _write_json(held: dict[str, Any], file: Path) -> None:
-    file.write_text(json.dumps(held, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from secateur.data.windows import encode, load_tokenizer
 from secateur.errors import UnsupportedModel, in_one_line
-from secateur.system.files import read_json
+from secateur.system.json_files import read_json
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"

@@ -17,7 +17,6 @@ are those with fused experts, whose slices are no constants of their own.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,6 +40,7 @@ from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import find_stack, load_config
 from secateur.models.matrices import WeightMatrix, weight_matrices
 from secateur.system.files import disk_errors
+from secateur.system.json_files import write_json
 
 FILE, NOTE = "model.onnx", "onnx.json"
 PACKAGES = ("onnx", "onnxscript")
@@ -101,7 +101,7 @@ def write(source: Checkpoint, folder: Path) -> None:
             "matrices_in_2:4": sum(TWO_OF_FOUR.holds(weight) for weight in pruned.values()),
             **compare(model, folder / FILE),
         }
-        (folder / NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / NOTE, note)
 
 
 def named_sites(model: PreTrainedModel) -> dict[str, WeightMatrix]:

@@ -34,6 +34,7 @@ from secateur.deployment.formats.base import Format, architecture_of
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, SecateurError, UnsupportedModel
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import load_config
+from secateur.system.json_files import write_json
 from secateur.system.tensors import count_zeros
 
 ARCHITECTURES = {"LlamaForCausalLM": False, "MistralForCausalLM": False, "Qwen2ForCausalLM": True}
@@ -136,8 +137,7 @@ def write(source: Checkpoint, folder: Path, *, ranks: int = 1) -> None:
     _rank_files(source, folder, parts, ranks)
     (folder / INDEX).unlink(missing_ok=True)
     (folder / "config.json").replace(folder / HF_CONFIG)
-    text = json.dumps(_their_config(source, config, parts, ranks), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(folder / "config.json", _their_config(source, config, parts, ranks), 2)
 
 
 def _config(source: Checkpoint, ranks: int) -> Any:

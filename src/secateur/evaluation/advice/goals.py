@@ -15,6 +15,7 @@ from secateur.evaluation.advice.hardware import place
 from secateur.evaluation.advice.priors import SEMI, STRUCTURED, UNSTRUCTURED, uses_zeros
 from secateur.evaluation.report.tables import number
 from secateur.evaluation.results.schema import Results, Row
+from secateur.system.sizes import in_words
 
 SAME_SIZE = 0.01
 """Sizes that differ by less are the same: what is kept of two prunings packs to within a
@@ -423,10 +424,7 @@ def _span(held: tuple[float, float, float]) -> str:
 
 
 def _bytes(count: int) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"
+    return in_words(count) if count >= 2**10 else f"{count} bytes"
 
 
 def _count(rows: int) -> str:

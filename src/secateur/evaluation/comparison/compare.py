@@ -13,7 +13,6 @@ a tie.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import product
@@ -42,7 +41,8 @@ from secateur.evaluation.tasks.answer import check_tasks
 from secateur.methods import find_method
 from secateur.methods.patterns import parse
 from secateur.methods.structures import Structure
-from secateur.models.load import check_windows, default_corpus, default_length, load, resolve
+from secateur.models.context import check_windows, default_corpus, default_length
+from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
@@ -52,15 +52,9 @@ from secateur.pruning.structured.program import refuse_structure
 from secateur.recovery.checks import check_way
 from secateur.recovery.job import BATCH_SIZE
 from secateur.recovery.text import recovery_windows
-from secateur.system.devices import (
-    calibration_dtype,
-    find_devices,
-    find_dtype,
-    find_size,
-    forward_dtype,
-)
+from secateur.system.devices import calibration_dtype, find_devices, find_dtype, forward_dtype
 from secateur.system.files import file_sha256, write_whole
-from secateur.system.machine import machine, versions
+from secateur.system.machine import machine, typed_command, versions
 from secateur.system.progress import Progress
 from secateur.system.settings import (
     CalibrationDraws,
@@ -75,6 +69,7 @@ from secateur.system.settings import (
     Trust,
     ZeroShot,
 )
+from secateur.system.sizes import find_size
 
 
 def compare(
@@ -223,7 +218,7 @@ def compare(
         },
         machine(),
         versions(),
-        list(command) if command is not None else [Path(sys.argv[0]).name, *sys.argv[1:]],
+        typed_command(command),
         [],
     )
     recovering = _recovering(

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from secateur.errors import ConditionsDiffer
 from secateur.evaluation.results.schema import MOST_LOSS, Row, read_row
-from secateur.system.files import fits, read_json, write_whole
+from secateur.system.files import write_whole
+from secateur.system.json_files import fits, read_json
 
 CHECKPOINTS = "checkpoints"
 """Where the pruned checkpoints of a comparison lie, each under the name of its row's file."""

@@ -22,7 +22,8 @@ from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, summaris
 from secateur.evaluation.tasks.items import find_items
 from secateur.evaluation.tasks.lm_eval import Answers
 from secateur.models.load import load
-from secateur.system.files import file_sha256, fits, read_json, write_whole
+from secateur.system.files import file_sha256, write_whole
+from secateur.system.json_files import fits, read_json
 from secateur.system.progress import Progress
 
 FOLDER = "tasks"

@@ -15,6 +15,7 @@ from typing import Any
 
 from secateur.evaluation.results.schema import Recovered, Results, Row
 from secateur.methods.patterns import share_of
+from secateur.system.sizes import in_words
 
 FIRST = ("method", "pattern", "kind")
 """The columns that name a row; whatever is left out, these stand."""
@@ -391,7 +392,7 @@ def _missing(absent: bool) -> Figure | None:
 
 
 def _mebibytes(count: int, digits: int) -> Figure:
-    return f"{count / 2**20:.{digits}f} MiB", count
+    return in_words(count, ("MiB",), f".{digits}f"), count
 
 
 def _parameters(count: int) -> str:

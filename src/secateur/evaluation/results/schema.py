@@ -4,14 +4,13 @@ means.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from secateur.errors import BadPattern, BadResults
-from secateur.system.files import fits, read_json
+from secateur.system.json_files import fits, json_text, read_json
 
 SCHEMA = "secateur.results/5"
 KINDS = ("dense", "unstructured", "semi-structured", "structured")
@@ -124,7 +123,7 @@ class Results:
         return [row for row in self.rows if not row.calibration and not row.searched]
 
     def json(self) -> str:
-        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json_text(asdict(self), finite=True)
 
 
 def read_results(file: Path) -> Results:

@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.errors import BadResults
 from secateur.evaluation.results.schema import KINDS, MOST_LOSS, Results, Row
-from secateur.system.files import fits
+from secateur.system.json_files import fits
 
 MACHINE = {"processor": str, "system": str, "threads": int, "accelerators": list}
 TEXT = {"source": str, "split": str, "samples": int, "length": int, "sha256": str}

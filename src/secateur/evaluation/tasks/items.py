@@ -20,7 +20,7 @@ from typing import Any
 
 from secateur.data.corpora import rows
 from secateur.errors import BadText, in_one_line
-from secateur.system.files import fits
+from secateur.system.json_files import fits
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")

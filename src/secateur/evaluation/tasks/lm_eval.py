@@ -36,6 +36,7 @@ from transformers import (
 
 from secateur.errors import BadText, NonFinite, SecateurError, UnsupportedModel, in_one_line
 from secateur.evaluation.tasks.items import TASKS, Row, find_items, read_items
+from secateur.models.context import vocabulary_size
 from secateur.system.progress import Progress
 
 Floats = NDArray[np.float64]
@@ -156,7 +157,7 @@ def wrapped(
         raise UnsupportedModel(
             f"The tokenizer of {where} has no token that begins or ends a text; lm-eval needs one."
         )
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocabulary = vocabulary_size(model)
 
     class Wrapper(base):
         task, rows, total = "", 0, 0

@@ -1,23 +1,24 @@
-"""Where each output channel of a block's sites arrives: found by tracing, with no table of
+"""Where each output channel of a block's weight matrices arrives: by tracing, with no table of
 families.
 
-NaN is put into one output channel of one site, and one looks where it arrives: at which inputs of
-which sites, or at the block's output. NaN passes through every activation, product and softmax, and
-never turns back into a number, so it arrives wherever the channel could matter. It stops at the
-first site that it reaches. Item c of a batch carries the NaN of channel c, so that one forward
-traces a whole chunk of channels.
+NaN is put into one output channel of one weight matrix, and one looks where it arrives: at which
+inputs of which matrices, or at the block's output. NaN passes through every activation, product and
+softmax, and never turns back into a number, so it arrives wherever the channel could matter. It
+stops at the first matrix that it reaches. Item c of a batch carries the NaN of channel c, so that
+one forward traces a whole chunk of channels.
 
-What has parameters but is no site, such as a norm, is traced as well: its channels stay where they
-are, and tell apart what they feed. Yet NaN says that a channel arrives, not how: a vector of scales
-that is no module of its own, or a short convolution, is not seen. Whoever moves channels must
-compare numbers afterwards (`permute.verified`).
+What has parameters but is no such matrix, a norm for one, is traced as well: its channels stay
+where they are, and tell apart what they feed. Yet NaN says that a channel arrives, not how: a
+vector of scales that is no module of its own, or a short convolution, is not seen. Whoever moves
+channels must compare numbers afterwards (`permute.verified`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secateur.models import experts
-from secateur.models.matrices import weight_matrices
+from secateur.models.hooks import watched
+from secateur.models.matrices import linear_layers, weight_matrices
 from secateur.models.replay import Call, LanguageModel, Shell, run_block, working_copy
 
 TOKENS = 2
@@ -34,13 +36,13 @@ TOKENS = 2
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """Where the outputs of a block's sites arrive first.
+    """Where the outputs of a block's weight matrices arrive first.
 
     `reach`: for every (producer, consumer) that meet, which output channel arrives at which input,
-    bool `[out, in]`. `leaks`: for every site, the channels that arrive elsewhere than at a site,
-    bool `[out]`: in the block's output, in a router, or where they cannot be followed. `direct`:
-    the consumers that see the block's own input. A producer without `leaks` is no site (a norm,
-    say) but stands between one and the consumer.
+    bool `[out, in]`. `leaks`: for every weight matrix, the channels that arrive elsewhere than at
+    one, bool `[out]`: in the block's output, in a router, or where they cannot be followed.
+    `direct`: the consumers that see the block's own input. A producer without `leaks` is no weight
+    matrix (a norm, say) but stands between one and the consumer.
     """
 
     reach: Mapping[tuple[str, str], Tensor]
@@ -51,11 +53,11 @@ class Trace:
         """The channels of a producer that arrive at something else than this consumer, bool
         `[out]`.
         """
-        found = self.leaks[producer].clone()
+        channels = self.leaks[producer].clone()
         for (source, other), reach in self.reach.items():
             if source == producer and other != consumer:
-                found |= reach.any(1)
-        return found
+                channels |= reach.any(1)
+        return channels
 
 
 @torch.no_grad()
@@ -67,9 +69,9 @@ def trace(
     dtype: torch.dtype | None = None,
     batch: int = 256,
 ) -> Trace:
-    """Trace every output channel of every site of a block. `dtype` None: as stored.
+    """Trace every output channel of every weight matrix of a block. `dtype` None: as stored.
 
-    Costs about (outputs of all sites) x 2 tokens through the block: 85 thousand for Llama 2 7B,
+    Costs about (outputs of all matrices) x 2 tokens through the block: 85 thousand for Llama 2 7B,
     less than one pass of calibration through one block (128 x 2048). `batch` channels are traced at
     a time. The matrices take (out x in) bytes: 121 MB each for the gate and the up matrix of that
     model. Experts of a module share one.
@@ -85,10 +87,11 @@ def trace(
     def forward() -> Tensor:
         return run_block(block, hidden, call)
 
+    def all_poisoned() -> Tensor:
+        return run_block(block, torch.full_like(hidden, torch.nan), call)
+
     with poison.hooked(), sdpa_kernel(SDPBackend.MATH):  # a fused kernel might drop a NaN
-        direct, _ = poison.run(
-            lambda: run_block(block, torch.full_like(hidden, torch.nan), call), call, None
-        )
+        direct, _ = poison.run(all_poisoned, call, None)
         for producer, outputs in [*poison.outputs.items(), *poison.between(forward, call, direct)]:
             lost = torch.zeros(outputs, dtype=torch.bool)
             for start in range(0, outputs, batch):
@@ -96,10 +99,9 @@ def trace(
                 arrived, missed = poison.run(forward, call, producer, part)
                 lost[start : part.stop] = missed[: len(part)]
                 for consumer, inputs in arrived.items():
-                    whole = torch.zeros(outputs, inputs.shape[1], dtype=torch.bool)
-                    reach.setdefault((producer, consumer), whole)[start : part.stop] = inputs[
-                        : len(part)
-                    ]
+                    none = torch.zeros(outputs, inputs.shape[1], dtype=torch.bool)
+                    whole = reach.setdefault((producer, consumer), none)
+                    whole[start : part.stop] = inputs[: len(part)]
             if producer in poison.outputs:
                 leaks[producer] = lost
     return _with_experts(block, Trace(reach, leaks, frozenset(direct)), batch)
@@ -125,39 +127,32 @@ def entering(
     return working_copy(language_model.blocks[index], device, dtype), hidden, calls[index]
 
 
-def _with_experts(block: nn.Module, found: Trace, batch: int) -> Trace:
-    """The trace with every expert as a site of its own, and the way from its first matrix to its
-    second.
+def _with_experts(block: nn.Module, traced: Trace, batch: int) -> Trace:
+    """The trace with the matrices of every expert, and the way from its first one to its second.
 
     An expert's matrices are no modules, so the forward traced the experts module as a whole.
     Between the two matrices there is only the gate, the same for all experts.
     """
-    reach, leaks, direct = dict(found.reach), dict(found.leaks), set(found.direct)
-    for name, module in block.named_modules():
-        if not experts.is_experts(module):
-            continue
+    reach, leaks, direct = dict(traced.reach), dict(traced.leaks), set(traced.direct)
+    for name, module in experts.fused_experts(block).items():
         first, second = (
-            [f"{name}.{e}.{m}" for e in range(len(getattr(module, m)))]
-            for m in experts.matrices(module)
+            [f"{name}.{expert}.{part}" for expert in range(experts.count(module))]
+            for part in experts.matrices(module)
         )
         for producer, consumer in list(reach):
             if name in (producer, consumer):
-                matrix = reach.pop((producer, consumer))
-                for source in second if producer == name else [producer]:
-                    reach |= {
-                        (source, target): matrix
-                        for target in (first if consumer == name else [consumer])
-                    }
-        lost = leaks.pop(name) | getattr(
-            module, "has_post_expert_norm", False
-        )  # its output is no longer the matrix's
-        direct |= set(first) if name in direct else set()
-        direct.discard(name)
+                arrives = reach.pop((producer, consumer))
+                sources = second if producer == name else [producer]
+                targets = first if consumer == name else [consumer]
+                reach |= dict.fromkeys(product(sources, targets), arrives)
+        if name in direct:
+            direct = direct - {name} | set(first)
         gate = _through_gate(module, batch)
         reach |= dict.fromkeys(zip(first, second, strict=True), gate)
-        leaks |= dict.fromkeys(second, lost) | dict.fromkeys(
-            first, torch.zeros(len(gate), dtype=torch.bool)
-        )
+        leaks |= dict.fromkeys(first, torch.zeros(len(gate), dtype=torch.bool))
+        # A norm after the experts: what they give is no longer the matrix's output.
+        lost = leaks.pop(name) | getattr(module, "has_post_expert_norm", False)
+        leaks |= dict.fromkeys(second, lost)
     return Trace(reach, leaks, frozenset(direct))
 
 
@@ -165,31 +160,28 @@ def _through_gate(module: nn.Module, batch: int) -> Tensor:
     """Which output of an expert's first matrix arrives at which input of its second: bool `[out,
     in]`.
     """
-    weight = getattr(module, experts.matrices(module)[0])
-    outputs = weight.shape[2 if experts.is_transposed(module) else 1]
+    first, _ = experts.matrices(module)
+    weight, outputs = getattr(module, first), experts.outputs(module, first)
     parts = []
     for start in range(0, outputs, batch):
-        z = torch.zeros(
-            min(batch, outputs - start), outputs, dtype=weight.dtype, device=weight.device
-        )
+        z = weight.new_zeros(min(batch, outputs - start), outputs)
         z.diagonal(start).fill_(torch.nan)
         parts.append(experts.activated(module, z).isnan().cpu())
     return torch.cat(parts)
 
 
 class _Poison:
-    """Hooks on a block that put NaN into a site's output, stop it at the next site and note where
-    it was seen.
+    """Hooks on a block that put NaN into the output of a weight matrix, stop it at the next one and
+    note where it was seen.
     """
 
     def __init__(self, block: nn.Module, batch: int) -> None:
         self.block, self.batch = block, batch
-        self.modules = {name: m for name, m in block.named_modules() if experts.is_experts(m)}
-        self.outputs = {name: _outputs(module) for name, module in self.modules.items()}
-        for name, site in weight_matrices(block).items():
-            if not site.expert:
-                self.modules[name] = block.get_submodule(name)
-                self.outputs[name] = site.weight.shape[0]
+        fused, linear = experts.fused_experts(block), linear_layers(block)
+        matrices = weight_matrices(block)
+        self.modules: dict[str, nn.Module] = {**fused, **linear}
+        self.outputs = {name: experts.outputs(m, "down_proj") for name, m in fused.items()}
+        self.outputs |= {name: matrices[name].weight.shape[0] for name in linear}
         others = experts.routers(block) | set(self.modules.values())
         self.others = {
             name: module
@@ -216,7 +208,7 @@ class _Poison:
         self.spoken = producer is None
         self._lose(forward())
         if not self.spoken:
-            self.lost[:] = True  # the weight is read without calling the site
+            self.lost[:] = True  # the weight is read without calling its module
         for tensor in _left_behind(call):
             if tensor.dim() and len(tensor) == self.batch:
                 self.lost |= tensor.isnan().flatten(1).any(1).cpu()
@@ -225,7 +217,7 @@ class _Poison:
     def between(
         self, forward: Callable[[], Tensor], call: Call, direct: Container[str]
     ) -> Iterator[tuple[str, int]]:
-        """(name, outputs) of what has parameters and is no site, where it stands between sites."""
+        """(name, outputs) of what has parameters and stands between two weight matrices."""
         for name in self.others:
             arrived, _ = self.run(forward, call, name)
             if any(consumer not in direct for consumer in arrived):
@@ -234,34 +226,21 @@ class _Poison:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """While open, forwards of the block are poisoned."""
-        routers = experts.routers(self.block)
-        handles = [
-            module.register_forward_pre_hook(self._routed, with_kwargs=True) for module in routers
-        ]
-        for name, module in self.modules.items():
-            handles.append(module.register_forward_pre_hook(self._entered(name), with_kwargs=True))
-        for name, module in (self.modules | self.others).items():
-            handles.append(module.register_forward_hook(self._returned(name)))
-        try:
+        routers = {str(number): m for number, m in enumerate(experts.routers(self.block))}
+        with ExitStack() as hooks:
+            hooks.enter_context(watched(routers, lambda name, inputs: self._lose(inputs[0])))
+            hooks.enter_context(watched(self.modules, self._entered))
+            for name, module in (self.modules | self.others).items():
+                hooks.enter_context(module.register_forward_hook(self._returned(name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _routed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._lose([*args, *kwargs.values()][0])
-
-    def _entered(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = [*args, *kwargs.values()][0]
-            bad = x.isnan()
-            if bad.any() and (items := self._items(bad)) is not None:
-                items = items.any(2).any(0).cpu()  # [batch, in]
-                self.arrived[name] = self.arrived.get(name, torch.zeros_like(items)) | items
-            elif bad.any():
-                self.lost[:] = True
-
-        return hook
+    def _entered(self, name: str, inputs: list[Any]) -> None:
+        bad = inputs[0].isnan()
+        if bad.any() and (items := self._items(bad)) is not None:
+            items = items.any(2).any(0).cpu()  # [batch, in]
+            self.arrived[name] = self.arrived.get(name, torch.zeros_like(items)) | items
+        elif bad.any():
+            self.lost[:] = True
 
     def _returned(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -290,8 +269,8 @@ class _Poison:
         return output
 
     def _lose(self, x: Tensor) -> None:
-        """Note the items with a NaN in x, which is no site's input; all of them where they cannot
-        be told apart.
+        """Note the items with a NaN in x, which enters no weight matrix; all of them where they
+        cannot be told apart.
         """
         items = self._items(x.isnan())
         if items is not None:
@@ -309,20 +288,10 @@ class _Poison:
         return x.reshape(-1, self.batch, TOKENS, x.shape[-1])
 
 
-def _outputs(module: nn.Module) -> int:
-    """The outputs of an experts module."""
-    return getattr(module, experts.matrices(module)[1]).shape[
-        2 if experts.is_transposed(module) else 1
-    ]
-
-
 def _left_behind(value: Any) -> Iterator[Tensor]:
     """The floating-point tensors in a call: a block may leave something there for a later one."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, (tuple, list)):
-        for part in value:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
             yield from _left_behind(part)
-    elif isinstance(value, Mapping):
-        yield from _left_behind(list(value.values()))

@@ -25,7 +25,7 @@ from secateur.models.replay import Call, LanguageModel, Shell, own, run_block, s
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.models.stream.paused import InputGroups, find_groups
 from secateur.models.stream.prefetch import Prefetch
-from secateur.system.machine import release_memory, will_need
+from secateur.system.memory import release_memory, will_need
 from secateur.system.progress import Progress
 
 

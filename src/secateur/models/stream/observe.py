@@ -20,8 +20,9 @@ from torch import Tensor
 
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods.statistics import OF_DENSE, Stats
+from secateur.models.hooks import recorded_inputs
 from secateur.models.mapped_tensors import HiddenStateStore
-from secateur.models.matrices import recorded_inputs, weight_matrices
+from secateur.models.matrices import weight_matrices
 from secateur.models.stream.forward import ForwardPass
 from secateur.models.stream.paused import PausedForwards
 from secateur.system.tensors import is_finite

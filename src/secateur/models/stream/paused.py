@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from secateur.errors import UnsupportedModel
 from secateur.models import experts
-from secateur.models.matrices import visited, weight_matrices
+from secateur.models.hooks import visited
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import Call, run_block
 
 

@@ -12,7 +12,6 @@ out of numbers; `measured.py` measures them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -23,7 +22,7 @@ from typing import Any
 from secateur.errors import BadPlan, UnknownName, in_one_line
 from secateur.methods.patterns import Pattern, Unstructured, parse_pattern
 from secateur.models.matrices import Shapes
-from secateur.system.files import read_json
+from secateur.system.json_files import read_json, write_json
 
 Plan = Mapping[str, Pattern]
 Curve = Sequence[tuple[float, float]]
@@ -170,7 +169,7 @@ def write_plan(file: Path, plan: Plan, shapes: Shapes, made: Mapping[str, Any]) 
         **made,
         "sites": sites,
     }
-    file.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(file, document)
 
 
 def read_plan(file: Path, shapes: Shapes) -> Plan:

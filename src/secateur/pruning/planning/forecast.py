@@ -23,9 +23,10 @@ from secateur.errors import BadPattern, NotEnoughText
 from secateur.methods import find_method
 from secateur.methods.patterns import Pattern, parse
 from secateur.methods.structures import Structure
-from secateur.models.load import check_length, context, load_config, resolve
+from secateur.models.context import check_length, context
+from secateur.models.load import load_config, resolve
 from secateur.models.mapped_experts import too_large
-from secateur.models.matrices import coverage, matrix_shapes
+from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.models.replay import LanguageModel
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.planning.memory import (
@@ -45,8 +46,9 @@ from secateur.pruning.planning.passes import (
     rates,
     seconds_of,
 )
-from secateur.system.devices import calibration_dtype, find_devices, find_dtype, find_size
+from secateur.system.devices import calibration_dtype, find_devices, find_dtype
 from secateur.system.settings import CalibrationText, Compute, Recipe, Trust
+from secateur.system.sizes import find_size, in_words
 
 LEFT_OUT = (
     "Seconds are operations over the rate of products alone: no scores, masks, norms and other "
@@ -159,7 +161,6 @@ def _forecast(
     blocks, shapes = work.built.blocks, matrix_shapes(work.built)
     in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
     changed = sum(prod(shapes[name]) for name in work.planned)
-    covered, weights = (sum(count) for count in zip(*map(coverage, blocks), strict=True))
     return Forecast(
         model=str(model or "demo"),
         architecture=type(work.built.model).__name__,
@@ -175,7 +176,7 @@ def _forecast(
         blocks=len(blocks),
         sites=len(shapes),
         pruned_sites=len(work.planned),
-        coverage=covered / max(weights, 1),
+        coverage=model_coverage(work.built),
         checkpoint_bytes=size,
         exact=exact,
         # the check at load, the copy, every block, and the digests of source and result
@@ -332,7 +333,7 @@ def _work_lines(forecast: Forecast) -> Iterator[str]:
 
 
 def _gb(size: int) -> str:
-    return f"{size / 1e9:10.4g} GB" if size >= 10**9 or not size else f"{size / 1e6:10.4g} MB"
+    return in_words(size, ("GB", "MB") if size else ("GB",), "10.4g")
 
 
 def _span(seconds: float) -> str:

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import torch
 
-from secateur.checkpoints.record import command_line
 from secateur.data.windows import Windows
 from secateur.errors import BadPlan, OutputRefused, UnknownName
 from secateur.methods import find_method
 from secateur.methods.base import importance
 from secateur.methods.patterns import Unstructured, parse_pattern
-from secateur.models.load import check_windows
+from secateur.models.context import check_windows
 from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import BlockRun, Step
@@ -40,6 +39,7 @@ from secateur.pruning.planning.search import search
 from secateur.pruning.planning.sensitivity import Sensitivity, levels_around
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors
+from secateur.system.machine import typed_command
 from secateur.system.progress import Progress
 from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust
 
@@ -113,7 +113,7 @@ def _plan(
         "method": recipe.method,
         "pattern": recipe.pattern,
         "calibration": windows.fingerprint(),
-        "command": command_line(destination.command),
+        "command": typed_command(destination.command),
     }
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)

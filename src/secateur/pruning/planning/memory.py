@@ -26,15 +26,15 @@ import torch
 from secateur.errors import UnknownName, UnsupportedModel
 from secateur.kernels.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
-from secateur.models.load import width
+from secateur.models.context import width
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS
 from secateur.pruning.planning.outline import Kind, Read, build
 from secateur.pruning.planning.passes import MODES, Mode, Workload, needs_dense
-from secateur.system.devices import find_size
-from secateur.system.machine import available_bytes
+from secateur.system.memory import available_bytes
 from secateur.system.settings import Compute
+from secateur.system.sizes import find_size
 
 PLENTY = 200
 """A run fits for certain where so many times its hidden states and its largest block do."""

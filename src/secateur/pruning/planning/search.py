@@ -5,15 +5,16 @@ the dense one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
+from secateur.models.divergence import DenseReference
 from secateur.models.matrices import weight_matrices
-from secateur.models.replay import Shell, divergence, run_block, working_copy
 from secateur.models.stream.blocks import Step
 from secateur.pruning.planning.allocation import least_error
 from secateur.pruning.planning.sensitivity import Sensitivity, levels_around
@@ -119,45 +120,26 @@ class _Judge:
     """How far the whole model is from the dense one, with each block at some level."""
 
     def __init__(self, sensitivity: Sensitivity, library: _Library) -> None:
-        run, self.library = sensitivity.run, library
-        self.model, self.dtype = run.language_model, run.dtype
-        self.shell = Shell(self.model, run.devices[0], run.dtype)
-        self.tokens = list(run.tokens[:SEARCH_WINDOWS].split(run.batch_size))
-        entered = [self.shell.enter(batch) for batch in self.tokens]
-        self.calls = [calls for _, calls in entered]
-        # what enters each block by batches, as last run, and at which level each block was run
-        self.hidden: list[list[Tensor]] = [[hidden for hidden, _ in entered]]
-        self.ran: list[int | None] = []
-        self.dense = self._run({})
+        self.library, self.model = library, sensitivity.run.language_model
+        self.dense = DenseReference(sensitivity.run, SEARCH_WINDOWS)
+        self.entering = [self.dense.entering]  # of each block, as last run
+        self.ran: list[int | None] = []  # at which level each block was run for it
 
     def divergence(self, chosen: Mapping[str, int]) -> float:
-        """KL(dense ‖ pruned), nats a token, with each named block at that level."""
-        distances = []
-        for batch, hidden, dense in zip(self.tokens, self._run(chosen), self.dense, strict=True):
-            for window in range(len(batch)):  # one at a time: the logits of all of them may not fit
-                part = slice(window, window + 1)
-                p, q = (self._leave(batch[part], x[..., part, :, :]) for x in (dense, hidden))
-                distances.append(divergence(p, q).double().mean())
-        return torch.stack(distances).mean().item()
+        """KL(dense ‖ pruned), nats a token, with each named block at that level.
 
-    def _leave(self, batch: Tensor, hidden: Tensor) -> Tensor:
-        return self.shell.leave(batch, hidden)[:, :-1].float().log_softmax(-1)
-
-    def _run(self, chosen: Mapping[str, int]) -> list[Tensor]:
-        """What leaves the last block; blocks before the first that differs from the last run are
-        not run again.
+        Blocks before the first that differs from the last run are not run again.
         """
-        blocks = self.model.blocks
-        wanted = [chosen.get(self.model.block_name(index)) for index in range(len(blocks))]
+        names = [self.model.block_name(index) for index in range(len(self.dense.blocks))]
+        wanted = [chosen.get(name) for name in names]
         same = 0
         while same < len(self.ran) and self.ran[same] == wanted[same]:
             same += 1
-        del self.hidden[same + 1 :], self.ran[same:]
+        del self.entering[same + 1 :], self.ran[same:]
         for index, level in enumerate(wanted[same:], same):
-            block = working_copy(blocks[index], self.shell.device, self.dtype)
-            if level is not None:
-                self.library.put(block, self.model.block_name(index), level)
-            pairs = zip(self.hidden[index], self.calls, strict=True)
-            self.hidden.append([run_block(block, hidden, calls[index]) for hidden, calls in pairs])
+            put = (
+                None if level is None else partial(self.library.put, name=names[index], level=level)
+            )
+            self.entering.append(self.dense.run(index, self.entering[index], put))
             self.ran.append(level)
-        return self.hidden[-1]
+        return self.dense.divergence(self.entering[-1], last=False)

@@ -158,17 +158,12 @@ def taylor(
 
     draw = torch.Generator().manual_seed(0)
     score = torch.zeros(len(units), dtype=torch.float64)
-    handle = block.get_submodule(consumer).register_forward_pre_hook(catch)
-    try:
-        with torch.enable_grad():
-            for hidden, call in batches:
-                output = run_block(block, hidden.float(), in_float32(call))
-                projection = torch.randn(output.shape, generator=draw).to(output.device)
-                (gradient,) = torch.autograd.grad(output, held[0], projection)
-                change = (held[0].detach() * gradient).flatten(0, -2)[
-                    :, units
-                ]  # [tokens, units, inputs]
-                score += change.sum(-1).double().square().sum(0).cpu()
-    finally:
-        handle.remove()
+    with block.get_submodule(consumer).register_forward_pre_hook(catch), torch.enable_grad():
+        for hidden, call in batches:
+            output = run_block(block, hidden.float(), in_float32(call))
+            projection = torch.randn(output.shape, generator=draw).to(output.device)
+            (gradient,) = torch.autograd.grad(output, held[0], projection)
+            change = (held[0].detach() * gradient).flatten(0, -2)
+            change = change[:, units]  # [tokens, units, inputs]
+            score += change.sum(-1).double().square().sum(0).cpu()
     return score

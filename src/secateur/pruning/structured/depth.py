@@ -21,8 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from secateur.models.matrices import WeightMatrix, recorded_inputs, weight_matrices
-from secateur.models.replay import Call, Shell, divergence, in_float32, run_block, working_copy
+from secateur.models.divergence import DenseReference
+from secateur.models.hooks import recorded_inputs
+from secateur.models.matrices import WeightMatrix, weight_matrices
+from secateur.models.replay import Call, in_float32, run_block, working_copy
 from secateur.models.stream.blocks import BlockRun, stream
 
 KL_WINDOWS = 32
@@ -87,68 +89,25 @@ def _cosine(before: list[Tensor], after: list[Tensor]) -> float:
 @torch.no_grad()
 def kl(run: BlockRun, count: int, holds: Callable[[Sequence[int]], bool]) -> list[int]:
     """Greedily, the blocks without which the predictions stay nearest to the dense model's."""
-    model, total = run.language_model, len(run.language_model.blocks)
-    shell = Shell(model, run.devices[0], run.dtype)
-    batches = [_Windows(shell, part) for part in run.tokens[:KL_WINDOWS].split(run.batch_size)]
+    dense, total = DenseReference(run, KL_WINDOWS), len(run.language_model.blocks)
     left, gone, done = list(range(total)), list[int](), 0
-    for block in left:
-        _run(batches, model.blocks[block], block, run)
-    for batch in batches:
-        batch.expected = batch.hidden
     work = sum((total - n) for n in range(count))
     for _ in range(count):
         best: tuple[float, int] | None = None
-        states = [batch.entering for batch in batches]  # before the block that is left out
+        entering = dense.entering  # of the block that is left out
         for position, out in enumerate(left):
             run.progress.advance(f"the model without block {out}", done, work)
             done += 1
             if holds(sorted([*gone, out])):
-                for batch, state in zip(batches, states, strict=True):
-                    batch.hidden = state
+                hidden = entering
                 for block in left[position + 1 :]:
-                    _run(batches, model.blocks[block], block, run)
-                distance = sum(batch.distance(shell) for batch in batches) / len(
-                    run.tokens[:KL_WINDOWS]
-                )
-                best = min(best or (torch.inf, -1), (distance, out))
-            for batch, state in zip(batches, states, strict=True):
-                batch.hidden = state
-            _run(batches, model.blocks[out], out, run)
-            states = [batch.hidden for batch in batches]
+                    hidden = dense.run(block, hidden)
+                best = min(best or (torch.inf, -1), (dense.divergence(hidden), out))
+            entering = dense.run(out, entering)
         if best is None:
             return gone
         gone, left = sorted([*gone, best[1]]), [block for block in left if block != best[1]]
     return gone
-
-
-class _Windows:
-    """A batch of windows on its way through the blocks, and what the dense model predicts for
-    it.
-    """
-
-    def __init__(self, shell: Shell, tokens: Tensor) -> None:
-        self.tokens = tokens
-        self.entering, self.calls = shell.enter(tokens)
-        self.hidden = self.entering
-        self.expected: Tensor | None = None
-
-    def distance(self, shell: Shell) -> float:
-        """The sum over windows of the mean KL(dense ‖ pruned), one window's logits at a time."""
-        assert self.expected is not None
-        total = 0.0
-        for i in range(len(self.tokens)):
-            pair = []
-            for hidden in (self.expected, self.hidden):
-                logits = shell.leave(self.tokens[i : i + 1], hidden[..., i : i + 1, :, :])
-                pair.append(logits.float().log_softmax(-1))
-            total += divergence(*pair).mean().item()
-        return total
-
-
-def _run(batches: list[_Windows], original: nn.Module, index: int, run: BlockRun) -> None:
-    block = working_copy(original, run.devices[0], run.dtype)
-    for batch in batches:
-        batch.hidden = run_block(block, batch.hidden, batch.calls[index])
 
 
 BLOCKS: dict[str, Blocks] = {"influence": influence, "angular": angular, "kl": kl}

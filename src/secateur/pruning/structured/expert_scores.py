@@ -8,8 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.models import experts
+from secateur.models.hooks import watched
 from secateur.models.replay import Call, run_block
 
 
@@ -62,51 +62,26 @@ def highest_in_groups(score: Tensor, count: int, groups: int) -> Tensor:
 @torch.no_grad()
 def routed_to(block: nn.Module, batches: Iterable[tuple[Tensor, Call]]) -> dict[str, Routed]:
     """What every fused experts module of a block sees while batches go through it, by its name."""
-    found: dict[str, Routed] = {}
-    with _watched(block, found):
+    fused = experts.fused_experts(block)
+    routed: dict[str, Routed] = {}
+
+    def see(name: str, arguments: list[Any]) -> None:
+        module, (hidden, chosen, gates) = fused[name], arguments[:3]
+        nothing = torch.zeros(experts.count(module), dtype=torch.float64)
+        seen = routed.setdefault(name, Routed(nothing, nothing.clone()))
+        chosen = chosen.reshape(-1, chosen.shape[-1])
+        gates = gates.reshape(len(chosen), -1)
+        for expert, x in experts.routed(module, hidden, chosen):
+            _, second = experts.matrices(module)
+            output = experts.product(module, second, expert, experts.inner(module, expert, x))
+            mine = chosen == expert
+            whole = gates.shape != chosen.shape  # one gate for every expert, chosen or not
+            gate = gates[mine.any(1), expert] if whole else (gates * mine).sum(1)[mine.any(1)]
+            seen.tokens[expert] += len(output)
+            norms = gate.double().abs() * output.double().norm(dim=1)
+            seen.contribution[expert] += norms.sum().cpu()
+
+    with watched(fused, see):
         for hidden, call in batches:
             run_block(block, hidden, call)
-    return found
-
-
-@contextmanager
-def _watched(block: nn.Module, found: dict[str, Routed]) -> Iterator[None]:
-    def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, chosen, gates, *_ = *args, *kwargs.values()
-            _, second = experts.matrices(module)
-            count = experts.count(module)
-            routed = found.setdefault(
-                name,
-                Routed(
-                    torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-                ),
-            )
-            chosen = chosen.reshape(-1, chosen.shape[-1])
-            gates = gates.reshape(len(chosen), -1)
-            for expert, x in experts.routed(module, hidden, chosen):
-                inner = experts.inner(module, expert, x)
-                weight = getattr(module, second)[expert]
-                output = inner @ (weight if experts.is_transposed(module) else weight.T)
-                if getattr(module, "has_bias", False):
-                    output = output + getattr(module, f"{second}_bias")[expert]
-                mine = chosen == expert
-                whole = gates.shape != chosen.shape  # one gate for every expert, chosen or not
-                gate = gates[mine.any(1), expert] if whole else (gates * mine).sum(1)[mine.any(1)]
-                routed.tokens[expert] += len(output)
-                routed.contribution[expert] += (
-                    (gate.double().abs() * output.double().norm(dim=1)).sum().cpu()
-                )
-
-        return hook
-
-    handles = [
-        module.register_forward_pre_hook(watch(name), with_kwargs=True)
-        for name, module in block.named_modules()
-        if experts.is_experts(module)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return routed

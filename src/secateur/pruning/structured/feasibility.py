@@ -22,6 +22,7 @@ from secateur.errors import BadPattern, SecateurError, UnsupportedModel
 from secateur.methods.structures import Structure, Units, default_alignment, parts
 from secateur.models.channels.groups import ChannelGroup, removable_groups
 from secateur.models.channels.trace import trace
+from secateur.models.context import vocabulary_size
 from secateur.models.matrices import signature, weight_matrices
 from secateur.models.replay import LanguageModel, Shell, close, own, run_block, working_copy
 from secateur.pruning.structured import target_config as stock
@@ -375,8 +376,8 @@ def _try(language_model: LanguageModel, found: Feasibility, device: torch.device
     own number. Blocks that lose experts route otherwise than before and are left out; the reloaded
     model is compared at the end.
     """
-    vocabulary = language_model.model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    tokens = torch.randint(int(vocabulary), (2, 16), generator=torch.Generator().manual_seed(0))
+    vocabulary = vocabulary_size(language_model.model)
+    tokens = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     hidden, calls = Shell(language_model, device, torch.float32, head=False).enter(tokens)
     seen, fewer = set(), len(found.kept) < len(language_model.blocks)
     wanted = [i for i in found.kept if fewer or found.of(language_model.blocks[i]).consumers]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint
-from secateur.models.load import checkpoint_tensors
 from secateur.models.replay import LanguageModel
+from secateur.models.stored import checkpoint_tensors
 
 
 class Names:

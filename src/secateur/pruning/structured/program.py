@@ -12,7 +12,6 @@ Whatever can be refused is refused by the survey, before any work.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,10 +28,12 @@ from secateur.checkpoints.shards import resized, size_of
 from secateur.data.windows import Windows
 from secateur.errors import BadPattern, Interrupted
 from secateur.methods.structures import NAMES, Budget, Depth, Structure, parts
-from secateur.models.load import check_source, check_windows, load_blocks, width
+from secateur.models.context import check_windows, width
+from secateur.models.load import load_blocks
 from secateur.models.mapped_tensors import hidden_bytes
-from secateur.models.matrices import coverage, weight_matrices
+from secateur.models.matrices import model_coverage, weight_matrices
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
+from secateur.models.stored import check_source
 from secateur.models.stream.blocks import BlockRun, stream
 from secateur.pruning.structured.block import Run, refined, smaller_block
 from secateur.pruning.structured.depth import BLOCKS
@@ -42,10 +43,12 @@ from secateur.pruning.structured.names import Names
 from secateur.pruning.structured.size_budget import within_budget
 from secateur.pruning.structured.slicing import module_of
 from secateur.pruning.structured.verify import refuse_unequal
-from secateur.system.devices import find_devices, find_dtype, find_size, forward_dtype
+from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.interrupt import asked_to_stop
-from secateur.system.machine import available_bytes, release_memory, versions
-from secateur.system.progress import PeakMemory, Progress
+from secateur.system.machine import typed_command, versions
+from secateur.system.memory import PeakMemory, available_bytes, release_memory
+from secateur.system.progress import Progress
+from secateur.system.sizes import find_size
 
 CHECKED_TOKENS = 256
 """How many tokens of the first window the reloaded model is compared on."""
@@ -96,8 +99,7 @@ def shrink_checkpoint(
             wanted = within_budget(language_model, structure, source.bytes, align, devices[0])
         found = _surveyed(run, wanted, align)
         run.blocks.seconds.plan = perf_counter() - started
-        counts = [coverage(block) for block in language_model.blocks]
-        share = sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1)
+        share = model_coverage(language_model)
         dense = language_model.model.num_parameters()
         report = Report(
             method,
@@ -157,9 +159,7 @@ def shrink_checkpoint(
                 {
                     "schema": "secateur.pruning/1",
                     "model": str(source.folder),
-                    "command": list(command)
-                    if command is not None
-                    else [Path(sys.argv[0]).name, *sys.argv[1:]],
+                    "command": typed_command(command),
                     "versions": versions(),
                     **report.record(),
                     "options": options,

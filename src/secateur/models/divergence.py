@@ -1,0 +1,65 @@
+"""How far a changed model is from the dense one, by what both predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from secateur.models.replay import Shell, run_block, working_copy
+from secateur.models.stream.blocks import BlockRun
+
+
+def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; what p cannot say costs
+    nothing.
+    """
+    return (log_p.exp() * (log_p - log_q)).where(log_p > -torch.inf, 0.0).sum(-1)
+
+
+class DenseReference:
+    """What the dense model makes of the first windows of a run, to compare changed models with.
+
+    Hidden states are lists with a tensor for each batch: `entering` enters the first block,
+    `leaving` leaves the last. A changed model is run from the first block that differs by whoever
+    kept what enters it.
+    """
+
+    def __init__(self, run: BlockRun, windows: int) -> None:
+        self.blocks = run.language_model.blocks
+        self.shell = Shell(run.language_model, run.devices[0], run.dtype)
+        self.batches = run.tokens[:windows].split(run.batch_size)
+        entered = [self.shell.enter(batch) for batch in self.batches]
+        self.entering, self.calls = [h for h, _ in entered], [calls for _, calls in entered]
+        self.leaving = self.entering
+        for index in range(len(self.blocks)):
+            self.leaving = self.run(index, self.leaving)
+
+    def run(
+        self,
+        index: int,
+        entering: Sequence[Tensor],
+        change: Callable[[nn.Module], None] | None = None,
+    ) -> list[Tensor]:
+        """What leaves block `index`, after `change` was done to a copy of it."""
+        block = working_copy(self.blocks[index], self.shell.device, self.shell.dtype)
+        if change:
+            change(block)
+        pairs = zip(entering, self.calls, strict=True)
+        return [run_block(block, hidden, calls[index]) for hidden, calls in pairs]
+
+    def divergence(self, leaving: Sequence[Tensor], *, last: bool = True) -> float:
+        """KL(dense ‖ changed), nats a token, for what leaves the last block of a changed model.
+
+        `last`: whether the prediction after the last token of a window counts too.
+        """
+        positions = slice(None) if last else slice(-1)
+        means = []
+        for batch, *hidden in zip(self.batches, self.leaving, leaving, strict=True):
+            for window in range(len(batch)):  # one at a time: the logits of all of them may not fit
+                part = slice(window, window + 1)
+                logits = (self.shell.leave(batch[part], x[..., part, :, :]) for x in hidden)
+                p, q = (one[:, positions].float().log_softmax(-1) for one in logits)
+                means.append(divergence(p, q).double().mean())
+        return torch.stack(means).mean().item()

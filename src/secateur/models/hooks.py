@@ -1,0 +1,70 @@
+"""Hooks that see what enters the linear layers and the fused experts of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from secateur.models import experts
+from secateur.models.matrices import linear_layers
+
+
+@contextmanager
+def watched(
+    modules: Mapping[str, nn.Module], see: Callable[[str, list[Any]], None]
+) -> Iterator[None]:
+    """While open, `see(name, arguments)` is called before every forward of the modules.
+
+    The arguments are those given by position, then those given by name.
+    """
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: see(name, [*args, *kwargs.values()])
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.enter_context(module.register_forward_pre_hook(hook(name), with_kwargs=True))
+        yield
+
+
+@contextmanager
+def visited(block: nn.Module, visit: Callable[[list[tuple[str, Tensor]]], None]) -> Iterator[None]:
+    """While open, `visit([(name, x [tokens, in]), …])` is called wherever a forward of the block
+    reaches weight matrices.
+
+    A linear layer comes alone; the first matrices of fused experts come together, and after them
+    the second ones, whose inputs are computed when the first call has returned.
+    """
+    fused = experts.fused_experts(block)
+
+    def linear(name: str, arguments: list[Any]) -> None:
+        visit([(name, arguments[0])])
+
+    def both(name: str, arguments: list[Any]) -> None:
+        module, (hidden, chosen) = fused[name], arguments[:2]
+        first, second = experts.matrices(module)
+        visit([(f"{name}.{e}.{first}", x) for e, x in experts.routed(module, hidden, chosen)])
+        inner = (
+            (e, experts.inner(module, e, x)) for e, x in experts.routed(module, hidden, chosen)
+        )
+        visit([(f"{name}.{e}.{second}", x) for e, x in inner])
+
+    with watched(linear_layers(block), linear), watched(fused, both):
+        yield
+
+
+@contextmanager
+def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While open, `record(name, x [tokens, in])` is called for every weight matrix that a forward
+    of the block reaches.
+    """
+
+    def visit(reached: list[tuple[str, Tensor]]) -> None:
+        for name, x in reached:
+            record(name, x)
+
+    with visited(block, visit):
+        yield
