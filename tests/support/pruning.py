@@ -24,5 +24,6 @@ def prune_opened(
         return kind(**{each.name: options.pop(each.name) for each in fields(kind) if each.name in options})
 
     options["out"] = out
-    recipe, compute, destination, trust = (settings(kind) for kind in (Recipe, Compute, Destination, Trust))
+    recipe, compute = settings(Recipe), settings(Compute)
+    destination, trust = settings(Destination), settings(Trust)
     return prune_checkpoint(Opened(source, language_model, windows), recipe, compute, destination, trust, **options)

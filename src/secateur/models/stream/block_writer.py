@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from secateur.checkpoints.folder import Checkpoint
 from secateur.checkpoints.result import BLOCK, Output, output
 from secateur.errors import Interrupted
-from secateur.models.load import check_source, checkpoint_tensors, load_blocks, width
+from secateur.models.context import width
+from secateur.models.load import load_blocks
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import LanguageModel
+from secateur.models.stored import check_source, checkpoint_tensors
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.models.stream.forward import BlockRun
 from secateur.system.interrupt import asked_to_stop
-from secateur.system.machine import available_bytes
+from secateur.system.memory import available_bytes
 from secateur.system.settings import Destination, Trust
 
 
