@@ -110,8 +110,8 @@ def levels_around(sparsity: float) -> list[float]:
     """
     if sparsity > MOST:
         raise BadPlan(
-            f"Up to {MOST:.0%} can be shared out by measuring; found {sparsity:.1%}. Use --allocate "
-            "uniform."
+            f"Up to {MOST:.0%} can be shared out by measuring; found {sparsity:.1%}. "
+            "Use --allocate uniform."
         )
     around = [sparsity + step for step in STEPS if step]
     return sorted([sparsity, *(level for level in around if -1e-9 <= level <= MOST + 1e-9)])
