@@ -68,7 +68,7 @@ def check() -> list[dict]:
     for rows, columns in ((192, 320), (448, 160)):
         for name in METHODS:
             found, costs = count(name, rows, columns), cost(name)
-            formula = costs.site(rows, columns) + costs.shared(columns)
+            formula = costs.of_matrix(rows, columns) + costs.shared(columns)
             if abs(found - formula) > 1e-9 * found:
                 sys.exit(f"{name} at {rows}x{columns}: counted {found:.0f} operations, the formula says {formula:.0f}")
             lines.append({"kind": "counted", "method": name, "layer": f"{rows}x{columns}", "flops": found})
@@ -88,7 +88,7 @@ def model_lines() -> list[dict]:
     whole = {}
     for name in METHODS:
         costs, method = cost(name), find_method(name)
-        solving = sum(costs.site(*shape) for shape in sites)
+        solving = sum(costs.of_matrix(*shape) for shape in sites)
         solving += sum(costs.shared(group[0][1]) for group in SITES.values())
         parts[name] = (solving, steps(costs, sites))
         windows = SAMPLES if method.need else BATCH
@@ -130,7 +130,7 @@ def measure(size: int, one_thread: float) -> list[dict]:
             resolved = parse_pattern(pattern).within(method.group)
             fresh = [Stats(stats.tokens, stats.sums) for _ in range(3)]  # nothing derived yet
             seconds = min(_seconds(time.process_time, method.prune, weight, each, resolved) for each in fresh)
-            flops = costs.site(size, size) + costs.shared(size)
+            flops = costs.of_matrix(size, size) + costs.shared(size)
             lines.append({"kind": "measured", "method": name, "layer": f"{size}x{size}", "pattern": pattern,
                           "cpu_seconds": seconds, "flops": flops,
                           "seconds_over_arithmetic": seconds * one_thread / flops if flops else None})  # fmt: skip

@@ -21,8 +21,8 @@ import torch
 from common import options, write
 from memory import run, write_model
 
-from secateur.pruning.planning.forecast import Forecast, forecast, seconds_of
-from secateur.pruning.planning.passes import MODES
+from secateur.pruning.planning.forecast import Forecast, forecast
+from secateur.pruning.planning.passes import MODES, seconds_of
 
 LLAMA = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float16", "num_hidden_layers": 32,

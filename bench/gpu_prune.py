@@ -24,7 +24,7 @@ from common import options, write
 from memory import write_model
 
 import secateur
-from secateur.pruning.planning.forecast import GRAM
+from secateur.pruning.planning.passes import GRAM
 
 
 def measure(folder: Path, out: Path, method: str, chosen: Namespace) -> dict[str, Any]:

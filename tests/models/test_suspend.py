@@ -17,11 +17,13 @@ from secateur.models.matrices import weight_matrices
 from secateur.models.replay import run_block, working_copy
 from secateur.models.stream.blocks import BlockRun, stream
 from secateur.models.stream.paused import InputGroups, PausedForwards, find_groups
-from secateur.pruning.planning.memory import Load, arrange, way_through
+from secateur.pruning.planning.memory import arrange, way_through
 from secateur.pruning.planning.meta import storage
-from secateur.pruning.planning.outline import Outline, build, outline
+from secateur.pruning.planning.outline import build, outline
+from secateur.pruning.planning.passes import Workload
 from secateur.pruning.prune import prune_model
 from secateur.system.memory import available_bytes, will_need
+from secateur.system.settings import Compute
 from secateur.system.sizes import find_size
 
 CPU = torch.device("cpu")
@@ -157,22 +159,15 @@ def test_what_does_not_fit_runs_in_smaller_batches_or_twice_or_goes_to_a_file():
     planned = [f"model.layers.{index}.mlp.down_proj" for index in range(4)]
 
     def way(limit: int | None, passes: str = "auto", shape=(512, 128)) -> tuple[str, bool, int]:
-        found = way_through(
-            language_model, shape, METHODS["wanda"], planned, passes=passes, limit=limit,
-            dtype=torch.float32, device=CPU, devices=1, batch_size=8,
-        )  # fmt: skip
+        compute = Compute(passes=passes, memory=limit, batch_size=8)
+        found = way_through(language_model, shape, METHODS["wanda"], planned, compute, torch.float32, [CPU])
         return found["passes"], found["spill"], found["batch_size"]
 
-    model = build(language_model.model.config, torch.float32)
-
-    def at(batch: int) -> tuple[Outline, Load]:
-        return outline(model, batch, 128), Load(512, batch, 128, torch.float32, 4, 1, True)
-
-    cost = METHODS["wanda"].cost
-    assert cost
+    built = build(language_model.model.config, torch.float32)
+    work = Workload(built, METHODS["wanda"], planned, 512, 128, torch.float32, torch.float32, [CPU])
 
     def bytes_of(passes: str, batch: int) -> int:
-        found = arrange(at, batch, METHODS["wanda"], cost, planned, passes, None)
+        found = arrange(work, batch, passes, None)
         assert (found.passes, found.spill, found.batch) == (passes, False, batch)
         return found.peaks[passes].bytes
 

@@ -45,7 +45,7 @@ def test_the_formula_of_a_method_is_what_it_does(name):
     pattern = parse_pattern("50%").within(method.group)
     found = counted(lambda: method.prune(weight, Stats(256, sums), pattern))
     assert method.cost
-    assert found == pytest.approx(method.cost.site(rows, columns) + method.cost.shared(columns), rel=1e-9)
+    assert found == pytest.approx(method.cost.of_matrix(rows, columns) + method.cost.shared(columns), rel=1e-9)
 
 
 def test_swaps_are_counted_at_most():
@@ -61,7 +61,8 @@ def test_every_method_has_a_formula():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "falcon", "mixtral", "deepseek_v3", "mamba"])
 def test_the_outline_is_what_a_real_model_does(family):
     language_model = replayable(tiny_model(family))
-    found = outline(build(tiny_config(family), torch.float32), 2, 32)
+    built = build(tiny_config(family), torch.float32)
+    found = outline(built, 2, 32)
     with torch.no_grad():
         hidden, calls = Shell(language_model, torch.device("cpu"), None).enter(torch.randint(0, 128, (2, 32)))
         operations, shared = 0.0, set()
@@ -78,7 +79,7 @@ def test_the_outline_is_what_a_real_model_does(family):
             hidden = after[0]
     assert sum(kind.flops * kind.count for kind in found.kinds) == operations
     assert {str(sorted(sorted(read.rows) for read in kind.reads)) for kind in found.kinds} == shared
-    assert found.parameters == sum(parameter.numel() for parameter in language_model.model.parameters())
+    assert built.model.num_parameters() == language_model.model.num_parameters()
     assert found.hidden_bytes == 2 * 32 * 64 * 4
 
 

@@ -30,8 +30,17 @@ from secateur.pruning.planning.allocation import (
 )
 from secateur.pruning.planning.measured import ALLOCATIONS, make_plan
 from secateur.pruning.planning.search import _Judge, _Library
-from secateur.pruning.planning.sensitivity import Measuring, levels_around
+from secateur.pruning.planning.sensitivity import Sensitivity, levels_around
 from secateur.pruning.prune import prune_model
+from secateur.system.progress import Progress
+from secateur.system.settings import Compute, Recipe
+
+
+def planned(language_model, windows, allocate, **options):
+    """`make_plan` with loose options, batches of 8 windows, or so many."""
+    compute = Compute(batch_size=options.pop("batch_size", 8))
+    return make_plan(language_model, windows, Recipe(allocate=allocate, **options), compute, Progress())
+
 
 SHAPES = {"a.q": (4, 8), "a.down": (8, 16), "b.q": (4, 8), "b.down": (8, 16)}
 
@@ -89,7 +98,7 @@ def test_every_rule_removes_what_was_asked(rule, family):
     model = tiny_model(family)
     language_model = replayable(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    plan = make_plan(language_model, windows(), rule, method="default", pattern="60%", batch_size=4)
+    plan = planned(language_model, windows(), rule, method="default", pattern="60%", batch_size=4)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     shapes = matrix_shapes(language_model)
     assert plan.keys() == shapes.keys()
@@ -103,7 +112,7 @@ def test_owl_counts_outliers_of_whole_blocks():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[2].self_attn.q_proj.weight[:, :3] *= 30
-    plan = make_plan(replayable(model), windows(), "owl", method="wanda", pattern="70%", batch_size=4)
+    plan = planned(replayable(model), windows(), "owl", method="wanda", pattern="70%", batch_size=4)
     shares = []
     for index in range(4):
         names = [name for name in matrix_shapes(replayable(model)) if f"layers.{index}." in name]
@@ -127,7 +136,7 @@ def test_search_ends_nearer_to_the_dense_model_than_it_began():
         for name in ("self_attn.o_proj", "mlp.down_proj"):
             model.get_parameter(f"model.layers.1.{name}.weight").mul_(0.02)
     language_model = replayable(model)
-    plan = make_plan(language_model, windows(), "search", method="wanda", pattern="60%", batch_size=4)
+    plan = planned(language_model, windows(), "search", method="wanda", pattern="60%", batch_size=4)
     ratios = {i: plan[f"model.layers.{i}.mlp.up_proj"].sparsity for i in range(4)}
     assert ratios[1] == max(ratios.values()) > 0.6
     kl = {}
@@ -147,10 +156,10 @@ def test_the_judge_of_a_search_sees_what_a_plain_forward_sees(tmp_path):
     base = uniform(matrix_shapes(language_model), parse_pattern("60%"))
     cpu = torch.device("cpu")
     pattern = Unstructured(0.6)
-    measuring = Measuring(BlockRun(language_model, TOKENS, [cpu], None, 3), find_method("wanda"), base, pattern)
+    sensitivity = Sensitivity(BlockRun(language_model, TOKENS, [cpu], None, 3), find_method("wanda"), base, pattern)
     levels = levels_around(0.6)
-    library = _Library(tmp_path, measuring, levels)
-    judge = _Judge(measuring, library)
+    library = _Library(tmp_path, sensitivity, levels)
+    judge = _Judge(sensitivity, library)
     assert judge.divergence({}) == 0
     chosen = {"model.layers.1": 0, "model.layers.3": 8}
     found = judge.divergence(chosen)
@@ -225,7 +234,7 @@ def test_a_written_plan_prunes_as_the_rule_does(tiny_llama, text_file, tmp_path)
 @pytest.mark.parametrize("pattern", ["90%", "33.33333333%", "4.66666667%", "95%"])
 def test_any_sparsity_can_be_shared_out(rule, pattern):
     language_model = replayable(tiny_model("llama"))
-    plan = make_plan(language_model, windows(), rule, method="wanda", pattern=pattern, batch_size=4)
+    plan = planned(language_model, windows(), rule, method="wanda", pattern=pattern, batch_size=4)
     wanted = parse_pattern(pattern).sparsity
     assert sparsity_of(plan, matrix_shapes(language_model)) == pytest.approx(wanted, abs=1e-5)
     if pattern == "90%" and rule == "error":
@@ -235,20 +244,20 @@ def test_any_sparsity_can_be_shared_out(rule, pattern):
 
 def test_more_than_can_be_measured_is_refused():
     with pytest.raises(BadPlan, match=r"Up to 95% can be shared out by measuring; found 96.0%"):
-        make_plan(replayable(tiny_model("llama")), windows(), "search", method="wanda", pattern="96%")
+        planned(replayable(tiny_model("llama")), windows(), "search", method="wanda", pattern="96%")
 
 
 @pytest.mark.parametrize("rule", ["uniform", *ALLOCATIONS])
 def test_nothing_to_prune_is_refused(rule):
     with pytest.raises(BadPlan, match="Every site is left out; nothing would be pruned"):
-        make_plan(replayable(tiny_model("llama")), windows(), rule, method="wanda", pattern="50%", skip=["*"])
+        planned(replayable(tiny_model("llama")), windows(), rule, method="wanda", pattern="50%", skip=["*"])
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_owl_leaves_blocks_without_tokens_at_the_mean():
     language_model = replayable(tiny_model("mixtral"))
     skip = ["self_attn.*", "*.experts.0.*", "*.experts.1.*"]
-    plan = make_plan(language_model, windows(TOKENS[:1, :1]), "owl", method="wanda", pattern="60%", skip=skip)
+    plan = planned(language_model, windows(TOKENS[:1, :1]), "owl", method="wanda", pattern="60%", skip=skip)
     assert sparsity_of(plan, {name: matrix_shapes(language_model)[name] for name in plan}) == pytest.approx(
         0.6, abs=1e-5
     )
@@ -260,7 +269,7 @@ def test_a_plan_s_file_decides_instead_of_the_pattern(tmp_path):
     written = {name: parse_pattern("50%") for name in shapes if "layers.1." in name}
     write_plan(tmp_path / "plan.json", written, shapes, {})
     file = str(tmp_path / "plan.json")
-    found = make_plan(language_model, windows(), file, method="wanda", pattern="3:7", skip=["q_proj"])
+    found = planned(language_model, windows(), file, method="wanda", pattern="3:7", skip=["q_proj"])
     assert found.keys() == {name for name in written if not name.endswith("q_proj")}
     with pytest.raises(BadPlan, match="Every site is left out"):
-        make_plan(language_model, windows(), file, method="wanda", pattern="50%", skip=["*.1.*"])
+        planned(language_model, windows(), file, method="wanda", pattern="50%", skip=["*.1.*"])

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secateur.kernels import gram
 from secateur.methods import column_sweep as sweep
-from secateur.pruning.planning.passes import attention
+from secateur.pruning.planning.meta import attention
 
 
 def counted(work: Callable[[], object]) -> float:

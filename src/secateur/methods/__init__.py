@@ -8,9 +8,8 @@ presets, by what they cost: `fast` factorises nothing, `default` is about as fas
 
 from collections.abc import Callable
 
-from secateur.errors import UnknownName
 from secateur.methods.alps import alps
-from secateur.methods.base import Method, Pruned, prune_together, scored
+from secateur.methods.base import Method, Pruned, prune_together, read_name, scored, solved_together
 from secateur.methods.dense_target import dense_target
 from secateur.methods.magnitude import magnitude
 from secateur.methods.refit import refit
@@ -37,7 +36,7 @@ METHODS: dict[str, Method] = {
 `wanda+refit`.
 """
 REFINEMENTS: dict[str, Callable[[Method], Method]] = {"refit": refit, "swap": swap}
-"""What is done to a method's result, site by site."""
+"""What is done to a method's result, matrix by matrix."""
 SWITCHES: dict[str, Callable[[Method], Method]] = {
     "sequential": lambda method: method._replace(sequential=True),
     "dense-target": dense_target,
@@ -49,13 +48,10 @@ SWITCHES: dict[str, Callable[[Method], Method]] = {
 
 def find_method(name: str) -> Method:
     """The method of that name, with its refinements and switches. Raises UnknownName."""
-    first, *refinements = name.split("+")
-    if first not in METHODS:
-        raise UnknownName("method", first, METHODS)
-    method, known = METHODS[first], REFINEMENTS | SWITCHES
+    known = REFINEMENTS | SWITCHES
+    first, refinements = read_name(name, METHODS, known)
+    method = METHODS[first]
     for refinement in refinements:
-        if refinement not in known:
-            raise UnknownName("refinement", refinement, known)
         method = known[refinement](method)
     return method
 
@@ -68,5 +64,7 @@ __all__ = [
     "Pruned",
     "find_method",
     "prune_together",
+    "read_name",
     "scored",
+    "solved_together",
 ]

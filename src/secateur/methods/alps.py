@@ -1,5 +1,5 @@
 """ALPS: the mask and the weights together, by ADMM on the l0 or N:M constraint (Meng et al. 2024,
-arXiv:2406.07831), then refit on the mask found.
+arXiv:2406.07831), then a refit on that mask.
 
 ADMM alternates a ridge solution X, which ignores the mask, with a projection D of X + V/ρ onto the
 pattern; the multiplier V and a growing penalty ρ pull the two together until the support stands
@@ -27,10 +27,9 @@ def alps(
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)
-        kept, found = _admm(
-            problem, pattern, torch.logspace(0, 1, stages, last / first) * first, updates
-        )
-        solution = masked_least_squares(problem, kept, found, iterations)
+        penalties = torch.logspace(0, 1, stages, last / first) * first
+        kept, free = _admm(problem, pattern, penalties, updates)
+        solution = masked_least_squares(problem, kept, free, iterations)
         return Pruned(problem.restore(solution, kept, weight), kept)
 
     products = stages * updates + refit_products(iterations)

@@ -4,19 +4,20 @@ SparseGPT picks its mask while it updates the weights, so score, mask and update
 hooks; one function does it all, and `scored` lifts the easy case of a score alone.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from secateur.errors import UnknownName
 from secateur.methods.cost import Cost
 from secateur.methods.patterns import Group, Pattern, Stacked
 from secateur.methods.statistics import Stats
 
 
 class Pruned(NamedTuple):
-    """What a method returns for one site: `weight` float32 and `kept` bool, both `[out, in]`.
+    """What a method returns for a weight matrix: `weight` float32 and `kept` bool, `[out, in]`.
 
     `note` says in words what the reader of the report must know, such as a raised damping.
     """
@@ -27,7 +28,9 @@ class Pruned(NamedTuple):
 
 
 def importance(weight: Tensor, stats: Stats) -> Tensor:
-    """|w| · the root mean square of its input, `[out, in]`: what a weight adds to the output (Wanda's score)."""
+    """|w| · the root mean square of its input, `[out, in]`: what a weight adds to the output
+    (Wanda's score).
+    """
     return weight.abs().mul_(stats.power().sqrt().to(weight.device))
 
 
@@ -41,10 +44,10 @@ class Method(NamedTuple):
     read the same input can be solved as one. `cost`: its operations and working memory; None where
     they are not known, and then a run's memory and time are not forecast.
 
-    The rest says what the stream of blocks does for it. `sequential`: inside a block too, a site's
-    inputs come from the sites pruned before it. `permute`: inputs change places before an N:M mask
-    is chosen, so that it keeps most of `score`. `refine`: how many times the finished block is
-    tuned on all calibration tokens.
+    The rest says what the stream of blocks does for it. `sequential`: inside a block too, the
+    inputs of a matrix come from the matrices pruned before it. `permute`: inputs change places
+    before an N:M mask is chosen, so that it keeps most of `score`. `refine`: how many times the
+    finished block is tuned on all calibration tokens.
     """
 
     need: frozenset[str]
@@ -59,6 +62,25 @@ class Method(NamedTuple):
     cost: Cost | None = None
 
 
+def read_name(
+    name: str,
+    methods: Collection[str],
+    refinements: Collection[str],
+    method: str = "method",
+    refinement: str = "refinement",
+) -> tuple[str, list[str]]:
+    """The method and the refinements that `a+b+c` names. Raises UnknownName for what is in neither
+    table, which it calls `method` or `refinement`.
+    """
+    first, *rest = name.split("+")
+    if first not in methods:
+        raise UnknownName(method, first, methods)
+    for other in rest:
+        if other not in refinements:
+            raise UnknownName(refinement, other, refinements)
+    return first, rest
+
+
 def scored(
     need: Iterable[str],
     group: Group,
@@ -67,7 +89,7 @@ def scored(
     row_wise: bool = True,
     cost: Cost | None = None,
 ) -> Method:
-    """The method that removes the lowest `score(weight, stats)` `[out, in]` and changes no other
+    """Make a method that removes the lowest `score(weight, stats)` `[out, in]` and changes no other
     weight.
 
     The pruned weights take the place of the scores: asking the system for new memory would cost
@@ -84,6 +106,19 @@ def scored(
         )
 
     return Method(frozenset(need), group, prune, row_wise=row_wise, score=score, cost=cost)
+
+
+def solved_together(
+    method: Method, names: Iterable[str], stats: Mapping[str, Stats]
+) -> list[list[str]]:
+    """The weight matrices in order; those that read the same input together, where a solver can
+    use its Gram matrix for all of them.
+    """
+    together: dict[object, list[str]] = {}
+    for name in names:
+        shared = "gram" in method.need and name in stats
+        together.setdefault(id(stats[name]) if shared else name, []).append(name)
+    return list(together.values())
 
 
 def prune_together(

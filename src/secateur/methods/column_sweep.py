@@ -71,15 +71,15 @@ def sweep(
     kept = torch.empty_like(swept, dtype=torch.bool)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        here, inverse = slice(start, stop), answers[start:stop, start:stop]
+        block, inverse = slice(start, stop), answers[start:stop, start:stop]
         part = pattern.columns(rows, start, stop)
-        values = swept[:, here].clone(memory_format=torch.contiguous_format)
+        values = swept[:, block].clone(memory_format=torch.contiguous_format)
         given = None
         if pattern.chunk is None:
-            given = part.mask((values / inverse.diagonal()).square_() * alive[here])
-        kept[:, here] = sweep_block(values, inverse, alive[here], part, given)
-        swept[:, here] = values
-        swept[:, stop:].addmm_(weight[:, here] - values, answers[here, stop:])
+            given = part.mask((values / inverse.diagonal()).square_() * alive[block])
+        kept[:, block] = sweep_block(values, inverse, alive[block], part, given)
+        swept[:, block] = values
+        swept[:, stop:].addmm_(weight[:, block] - values, answers[block, stop:])
     return kept, swept
 
 
@@ -98,17 +98,17 @@ def sweep_block(
         return sweep_block_in_torch(values, inverse, alive, pattern, given)
     kept = torch.empty_like(values, dtype=torch.bool) if given is None else given.contiguous()
     if values.is_cuda and on_gpu.usable(width):
-        for part, of, n in zip(*_split(groups, values, kept), strict=True):
-            on_gpu.sweep_block(part, of, inverse, alive, pattern.chunk or width, n)
+        for part, mask, n in zip(*_split(groups, values, kept), strict=True):
+            on_gpu.sweep_block(part, mask, inverse, alive, pattern.chunk or width, n)
         return kept
     if values.device.type != "cpu" or (compiled := library()) is None:
         return sweep_block_in_torch(values, inverse, alive, pattern, given)
     columns, usable = inverse.T.contiguous(), alive.float().contiguous()
-    for part, of, n in zip(*_split(groups, values, kept), strict=True):
+    for part, mask, n in zip(*_split(groups, values, kept), strict=True):
         failed = compiled.secateur_sweep_block(
             best(),
             part.data_ptr(),
-            of.data_ptr(),
+            mask.data_ptr(),
             columns.data_ptr(),
             usable.data_ptr(),
             *part.shape,
@@ -142,7 +142,7 @@ def _split(groups: list[tuple[int, int]], values: Tensor, kept: Tensor) -> tuple
 def sweep_block_in_torch(
     values: Tensor, inverse: Tensor, alive: Tensor, pattern: Pattern, given: Tensor | None
 ) -> Tensor:
-    """What `sweep_block` says, on the transpose, so that a column is contiguous."""
+    """`sweep_block` in torch, on the transpose, so that a column is contiguous."""
     rows, width = values.shape
     chunk = pattern.chunk or width
     columns, diagonal = values.T.contiguous(), inverse.diagonal()  # [width, out]
@@ -150,9 +150,8 @@ def sweep_block_in_torch(
     for first in range(0, width, chunk):
         last = min(first + chunk, width)
         if given is None:
-            scores = (columns[first:last] / diagonal[first:last, None]).square() * alive[
-                first:last, None
-            ]
+            scores = (columns[first:last] / diagonal[first:last, None]).square()
+            scores = scores * alive[first:last, None]
             kept[first:last] = pattern.columns(rows, first, last).mask(scores.T).T
         for j in range(first, last):
             error = columns[j].where(~kept[j], 0.0) / diagonal[j]

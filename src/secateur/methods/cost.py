@@ -18,8 +18,8 @@ WIDTH = 128
 
 
 class Cost(NamedTuple):
-    """What a method does to one site `[out, in]`, or to several that read the same input, on top of
-    each other.
+    """What a method does to a weight matrix `[out, in]`, or to several that read the same input, on
+    top of each other.
 
     `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the
     columns; `factors`, Cholesky and what sweeps need of it, made once for all that read the same
@@ -47,7 +47,7 @@ class Cost(NamedTuple):
         """Products, those for dense inputs included."""
         return self.products + self.targets * self.dense_target
 
-    def site(self, rows: int, columns: int) -> float:
+    def of_matrix(self, rows: int, columns: int) -> float:
         """Operations of one matrix, without what matrices share."""
         return (
             self.all_products * 2 * rows * columns**2
@@ -58,9 +58,8 @@ class Cost(NamedTuple):
     def shared(self, columns: int) -> float:
         """Operations for all matrices with the same inputs."""
         blocks = [(start, min(WIDTH, columns - start)) for start in range(0, columns, WIDTH)]
-        responses = sum(
-            width**3 + 2 * start * width**2 for start, width in blocks
-        )  # a triangular solve, a product
+        # a triangular solve and a product for each
+        responses = sum(width**3 + 2 * start * width**2 for start, width in blocks)
         return self.factors * (columns**3 / 3 + responses)
 
     def workspace_bytes(self, rows: int, columns: int) -> int:

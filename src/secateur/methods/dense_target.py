@@ -2,7 +2,7 @@
 weights.
 
 With x the inputs that the pruned prefix gives and x_dense those of the same tokens in the dense
-model, a solver that is given B = W E[x_dense xᵀ] makes up for the error of the sites before
+model, a solver that is given B = W E[x_dense xᵀ] makes up for the error of the matrices before
 (FISTAPruner, arXiv:2408.03728, does so inside a block). It takes `sequential` along: else q, k, v
 and down of one block would each make up for the whole error of the blocks before, and together they
 do too much.

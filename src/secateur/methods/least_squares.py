@@ -1,7 +1,7 @@
-"""The best weights on a fixed mask: ridge least squares on the inputs a site saw, in coordinates
-that behave.
+"""The best weights on a fixed mask: ridge least squares on the inputs that a weight matrix saw, in
+coordinates that behave.
 
-A site's output error is ‖(W − V) X‖² = tr (W − V) H (W − V)ᵀ with H the Gram matrix of its inputs.
+The output error is ‖(W − V) X‖² = tr (W − V) H (W − V)ᵀ with H the Gram matrix of its inputs.
 Channels of language models differ in scale by orders of magnitude, so everything is done in
 normalised coordinates: with d_j = √H_jj the weights are T = W·d, and H becomes a matrix with unit
 diagonal. There the Wanda score is |T|, the Jacobi preconditioner is the identity, and damping is
@@ -23,7 +23,7 @@ from secateur.methods.statistics import Stats
 
 
 class Problem(NamedTuple):
-    """Least squares for one site in normalised coordinates.
+    """Least squares for one weight matrix in normalised coordinates.
 
     `weight` T `[out, in]`, `gram` `[in, in]` with diagonal 1 + λ, `target` B `[out, in]` (its
     solution without a mask is what `weight` would become), `scale` d `[in]`, `alive` `[in]`: which
@@ -52,15 +52,14 @@ def ridge(stats: Stats) -> float:
 
 
 def normalise(weight: Tensor, stats: Stats) -> Problem:
-    """The least-squares problem of a site with weight `[out, in]` float32."""
+    """The least-squares problem of a weight `[out, in]` float32."""
     damping = ridge(stats)
-    gram, scale, alive = stats.once("normalised", lambda: _normalised(stats, damping))
-    gram, scale, alive = gram.to(weight.device), scale.to(weight.device), alive.to(weight.device)
+    shared = stats.once("normalised", lambda: _normalised(stats, damping))
+    gram, scale, alive = (tensor.to(weight.device) for tensor in shared)
     scaled = weight * scale * alive
     target = scaled @ gram
-    if (
-        "cross" in stats.sums
-    ):  # what the dense model gives: W E[x_dense xᵀ], with the ridge to W as before
+    if "cross" in stats.sums:
+        # what the dense model gives: W E[x_dense xᵀ], with the ridge to W as before
         cross = stats.mean("cross").to(weight.device)
         target = (weight @ cross / scale + damping * scaled) * alive
     return Problem(scaled, gram, target, scale, alive)
@@ -91,17 +90,15 @@ def masked_least_squares(problem: Problem, kept: Tensor, start: Tensor, iteratio
     residual = (problem.target - image) * kept  # `*`: a third of the time of `where` on a processor
     direction = residual.clone()
     size = residual.square().sum(1, keepdim=True)
-    enough = 1e-12 * size
+    enough, tiny = 1e-12 * size, torch.finfo(size.dtype).tiny
     for _ in range(iterations):
         image = direction @ problem.gram
-        step = size / (direction * image).sum(1, keepdim=True).clamp_min(
-            torch.finfo(size.dtype).tiny
-        )
+        step = size / (direction * image).sum(1, keepdim=True).clamp_min(tiny)
         step = step.where(size > enough, 0.0)
         solution += step * direction
         residual -= step * (image * kept)
         previous, size = size, residual.square().sum(1, keepdim=True)
-        direction = residual + direction * (size / previous.clamp_min(torch.finfo(size.dtype).tiny))
+        direction = residual + direction * (size / previous.clamp_min(tiny))
     worse = ~(objective(problem, solution) <= before)
     return start.where(worse[:, None], solution)
 

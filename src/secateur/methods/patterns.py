@@ -56,7 +56,7 @@ class Pattern(Protocol):
         """
         ...
 
-    def check(self, shape: tuple[int, int], site: str) -> None:
+    def check(self, shape: tuple[int, int], name: str) -> None:
         """Raise BadPattern where a matrix `[out, in]` cannot hold this pattern."""
         ...
 
@@ -83,7 +83,8 @@ class Unstructured:
 
     def _out_of_range(self) -> BadPattern:
         return BadPattern(
-            f"Sparsity is the share removed, at least 0% and under 100%; found {100 * self.ratio:g}%."
+            "Sparsity is the share removed, at least 0% and under 100%; found "
+            f"{100 * self.ratio:g}%."
         )
 
     def __str__(self) -> str:
@@ -105,7 +106,7 @@ class Unstructured:
         removed = round(self.ratio * (rows * stop)) - round(self.ratio * (rows * start))
         return replace(self, ratio=removed / (rows * (stop - start)))
 
-    def check(self, shape: tuple[int, int], site: str) -> None:
+    def check(self, shape: tuple[int, int], name: str) -> None:
         if self.ratio == 1:
             raise self._out_of_range()
 
@@ -148,11 +149,11 @@ class NM:
             raise AssertionError(f"columns {start}:{stop} cut a group of {self.m}")
         return self
 
-    def check(self, shape: tuple[int, int], site: str) -> None:
+    def check(self, shape: tuple[int, int], name: str) -> None:
         if shape[1] % self.m:
             raise BadPattern(
-                f"{self} needs inputs in groups of {self.m}; {site} has {shape[1]}. "
-                f"Leave it out with --skip '*{site.rsplit('.', 1)[-1]}' or use '{100 * self.sparsity:g}%'."
+                f"{self} needs inputs in groups of {self.m}; {name} has {shape[1]}. Leave it out "
+                f"with --skip '*{name.rsplit('.', 1)[-1]}' or use '{100 * self.sparsity:g}%'."
             )
 
     def crowded(self, weight: Tensor) -> Tensor:
@@ -190,9 +191,8 @@ class Stacked:
 
     @property
     def sparsity(self) -> float:
-        return sum(r * p.sparsity for r, p in zip(self.rows, self.parts, strict=True)) / sum(
-            self.rows
-        )
+        removed = (r * p.sparsity for r, p in zip(self.rows, self.parts, strict=True))
+        return sum(removed) / sum(self.rows)
 
     @property
     def chunk(self) -> int | None:
@@ -205,9 +205,9 @@ class Stacked:
         parts = zip(self.parts, self.rows, strict=True)
         return replace(self, parts=tuple(part.columns(count, start, stop) for part, count in parts))
 
-    def check(self, shape: tuple[int, int], site: str) -> None:
+    def check(self, shape: tuple[int, int], name: str) -> None:
         for part, rows in zip(self.parts, self.rows, strict=True):
-            part.check((rows, shape[1]), site)
+            part.check((rows, shape[1]), name)
 
     def mask(self, scores: Tensor) -> Tensor:
         stacked = zip(self.parts, scores.split(self.rows), strict=True)
@@ -228,21 +228,22 @@ def parse_pattern(text: str) -> Pattern:
     """The pattern of zeros that `text` names. Raises BadPattern for anything else, structures
     too.
     """
-    if found := re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip()):
-        return NM(int(found[1]), int(found[2]))
-    if found := re.fullmatch(r"(-?\d+(?:\.\d+)?)%(?: of (row|matrix))?", text.strip()):
-        over: Group | None = found[2]  # type: ignore[assignment]
-        pattern = Unstructured(float(found[1]) / 100, over)
+    if match := re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip()):
+        return NM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(-?\d+(?:\.\d+)?)%(?: of (row|matrix))?", text.strip()):
+        over: Group | None = match[2]  # type: ignore[assignment]
+        pattern = Unstructured(float(match[1]) / 100, over)
         pattern.check((1, 1), text)
         return pattern
     if parse_structure(text.strip()):
         raise BadPattern(
-            f"{text} takes out whole structures, which need no plan; a pattern of zeros is wanted here, such as '50%' "
-            "or '2:4'. Structures go to 'secateur prune' as they are."
+            f"{text} takes out whole structures, which need no plan; a pattern of zeros is wanted "
+            "here, such as '50%' or '2:4'. Structures go to 'secateur prune' as they are."
         )
     raise BadPattern(
-        f"{text!r} is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', 'N:M' such as '2:4', "
-        "'25% of channels', '25% of heads', '25% of experts', '4 blocks', '12% of blocks', or 'to 75% of parameters'."
+        f"{text!r} is no sparsity pattern. Say '50%', '50% of row', '50% of matrix', 'N:M' such as "
+        "'2:4', '25% of channels', '25% of heads', '25% of experts', '4 blocks', '12% of blocks', "
+        "or 'to 75% of parameters'."
     )
 
 
@@ -253,5 +254,5 @@ def share_of(text: str) -> tuple[float, str] | None:
     None for a pattern that is no share. Patterns with the same end are one family, whose members
     have an order.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)%((?: of [a-z]+)?)", text)
-    return (float(found[1]), found[2]) if found else None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%((?: of [a-z]+)?)", text)
+    return (float(match[1]), match[2]) if match else None

@@ -21,11 +21,11 @@ def refit(method: Method, iterations: int | None = None) -> Method:
     steps = iterations or (10 if method.updates else 20)
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
-        found = method.prune(weight, stats, pattern)
+        pruned = method.prune(weight, stats, pattern)
         problem = normalise(weight, stats)
-        start = found.weight * problem.scale * problem.alive
-        solution = masked_least_squares(problem, found.kept, start, steps)
-        return found._replace(weight=problem.restore(solution, found.kept, weight))
+        start = pruned.weight * problem.scale * problem.alive
+        solution = masked_least_squares(problem, pruned.kept, start, steps)
+        return pruned._replace(weight=problem.restore(solution, pruned.kept, weight))
 
     cost = method.cost and method.cost.followed_by(refit_products(steps))
     return method._replace(need=method.need | {"gram"}, prune=prune, updates=True, cost=cost)

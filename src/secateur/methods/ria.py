@@ -19,10 +19,8 @@ def ria(exponent: float = 0.5) -> Method:
 
     def score(weight: Tensor, stats: Stats) -> Tensor:
         size = weight.abs()
-        tiny = 1e-30
-        relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(
-            tiny
-        )
+        of_column, of_row = (size.sum(axis, keepdim=True).clamp_min(1e-30) for axis in (0, 1))
+        relative = size / of_column + size / of_row
         return relative * stats.mean("square").sqrt().pow(exponent).to(weight.device)
 
     return scored({"square"}, "matrix", score, row_wise=False, cost=Cost(matrices=5))

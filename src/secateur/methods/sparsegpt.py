@@ -37,9 +37,8 @@ def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         block = block_width(pattern, width)
-        answers, used = stats.once(
-            ("responses", damping, block), lambda: _answers(stats, damping, block)
-        )
+        shared = ("responses", damping, block)
+        answers, used = stats.once(shared, lambda: _answers(stats, damping, block))
         alive = stats.sums["gram"].diagonal() > 0
         kept, swept = sweep_columns(
             weight, answers.to(weight.device), alive.to(weight.device), pattern, block
@@ -59,12 +58,9 @@ def sweep(width: int = 128) -> Method:
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)
         block = block_width(pattern, width)
-        answers = stats.once(
-            ("normalised responses", block), lambda: responses(problem.gram, block)
-        )
-        kept, swept = sweep_columns(
-            problem.weight, answers.to(weight.device), problem.alive, pattern, block
-        )
+        shared = ("normalised responses", block)
+        answers = stats.once(shared, lambda: responses(problem.gram, block)).to(weight.device)
+        kept, swept = sweep_columns(problem.weight, answers, problem.alive, pattern, block)
         return Pruned(problem.restore(swept, kept, weight), kept)
 
     cost = Cost(products=1, sweeps=1, factors=1, targets=1, matrices=5.5, squares=3, kept=2)
@@ -80,8 +76,9 @@ def _answers(stats: Stats, damping: float, block: int) -> tuple[Tensor, float]:
         except RuntimeError:  # what torch.linalg.cholesky raises, LinAlgError, is one
             continue
     raise NotSolved(
-        f"The input statistics of {len(gram)} channels over {stats.tokens} tokens are not positive definite, "
-        f"even with damping {1000 * damping:g}. Use more calibration samples, or method 'wanda'."
+        f"The input statistics of {len(gram)} channels over {stats.tokens} tokens are not positive "
+        f"definite, even with damping {1000 * damping:g}. Use more calibration samples, or method "
+        "'wanda'."
     )
 
 

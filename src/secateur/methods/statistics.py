@@ -1,4 +1,5 @@
-"""What is remembered of a site's inputs: sums over tokens, so that parts of the work merge exactly.
+"""What is remembered of the inputs of a weight matrix: sums over tokens, so that parts of the work
+merge exactly.
 
 Batches, devices, ranks and resumed runs each see some tokens; adding what they saw gives what one
 run over all tokens would have seen. Every token weighs the same, whatever sequence it came from.
@@ -36,7 +37,9 @@ OF_DENSE = frozenset({"cross", "dense sum"})
 
 @dataclass(frozen=True, eq=False)
 class Stats:
-    """Sums over the tokens that a site saw. `derived` keeps what was computed from them once."""
+    """Sums over the tokens that a weight matrix saw. `derived` keeps what was computed from them
+    once.
+    """
 
     tokens: int
     sums: Mapping[str, Tensor]
@@ -47,12 +50,14 @@ class Stats:
         """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE`
         only with it.
         """
-        empty = {
-            name: torch.zeros(
-                x.shape[1:] * (2 if name in MATRICES else 1), dtype=torch.float64, device=x.device
-            )
+        shapes = {
+            name: x.shape[1:] * (2 if name in MATRICES else 1)
             for name in need
             if name not in OF_DENSE or dense is not None
+        }
+        empty = {
+            name: torch.zeros(shape, dtype=torch.float64, device=x.device)
+            for name, shape in shapes.items()
         }
         return cls(0, empty).add(x, empty, dense)
 
@@ -66,10 +71,9 @@ class Stats:
         return Stats(self.tokens + len(x), self.sums)
 
     def __add__(self, other: "Stats") -> "Stats":
-        return Stats(
-            self.tokens + other.tokens,
-            {name: total + other.sums[name].to(total.device) for name, total in self.sums.items()},
-        )
+        sums = self.sums.items()
+        both = {name: total + other.sums[name].to(total.device) for name, total in sums}
+        return Stats(self.tokens + other.tokens, both)
 
     def mean(self, name: str) -> Tensor:
         """A statistic divided by the number of tokens, float32."""
@@ -80,7 +84,7 @@ class Stats:
         return self.mean("square") if "square" in self.sums else self.mean("gram").diagonal()
 
     def once(self, key: object, compute: Callable[[], Value]) -> Value:
-        """`compute()`, evaluated once for these statistics and shared by all sites that have
+        """`compute()`, evaluated once for these statistics and shared by all matrices that have
         them.
         """
         if key not in self.derived:

@@ -1,8 +1,8 @@
 """What structured pruning takes out whole: channels, heads, experts, blocks. `parse` reads what
 `str` writes.
 
-    25% of channels    of the feed-forward channels of every block (of every expert, where there are experts)
-    25% of heads       of the key-value heads of every block, each with the query heads that read it
+    25% of channels    of the feed-forward channels of every block, or of every expert
+    25% of heads       of the key-value heads of every block, with the query heads that read them
     25% of experts     of the experts of every block
     4 blocks           whole decoder blocks; `12% of blocks` likewise
     A + B              several of these, one after the other
@@ -63,7 +63,8 @@ class Units:
         if least > 50:
             can = "None can go; ask for a smaller --align." if align > 1 else "None can go."
         raise BadPattern(
-            f"{where} has {total} {NAMES[self.of]}, which go{steps}; {self} was asked, and {wanted}. {can}"
+            f"{where} has {total} {NAMES[self.of]}, which go{steps}; {self} was asked, and "
+            f"{wanted}. {can}"
         )
 
 
@@ -107,7 +108,8 @@ class Depth:
         if not 0 < count < total:
             which = "" if self.count is not None else f", which is {count} of them"
             raise BadPattern(
-                f"The model has {total} blocks; {self} was asked{which}. From 1 to {total - 1} can be removed."
+                f"The model has {total} blocks; {self} was asked{which}. From 1 to {total - 1} can "
+                "be removed."
             )
         return count
 
@@ -143,7 +145,8 @@ class Budget:
             raise BadPattern("A model has more than 0 bytes of weights; found 0.")
         if self.share is not None and not 0 < self.share < 1:
             raise BadPattern(
-                f"A smaller model has over 0% and under 100% of the parameters; found {100 * self.share:g}%."
+                "A smaller model has over 0% and under 100% of the parameters; found "
+                f"{100 * self.share:g}%."
             )
 
     def __str__(self) -> str:
@@ -178,21 +181,23 @@ def parse_structure(text: str) -> Structure | None:
     impossible one.
     """
     text = re.sub(r"\s*%", "%", text.strip())
-    if found := re.fullmatch(rf"to ({NUMBER})% of parameters", text):
-        return Budget(share=float(found[1]) / 100)
+    if match := re.fullmatch(rf"to ({NUMBER})% of parameters", text):
+        return Budget(share=float(match[1]) / 100)
     if text.startswith("to ") and (size := parse_size(text.removeprefix("to "))) is not None:
         return Budget(bytes=size)
-    found = [_parse_part(part.strip()) for part in text.split("+")]
-    whole = tuple(part for part in found if part is not None)
-    if len(whole) < len(found):
+    parts = [_parse_part(part.strip()) for part in text.split("+")]
+    known = tuple(part for part in parts if part is not None)
+    if len(known) < len(parts):
         return None
-    return whole[0] if len(whole) == 1 else Several(whole)
+    return known[0] if len(known) == 1 else Several(known)
 
 
 def _parse_part(text: str) -> Units | Depth | None:
-    if found := re.fullmatch(rf"({NUMBER})% of (channel|head|expert|block)s?", text):
-        ratio, of = float(found[1]) / 100, f"{found[2]}s"
-        return Depth(ratio=ratio) if of == "blocks" else Units(ratio, of)  # type: ignore[arg-type]
-    if found := re.fullmatch(r"([0-9]{1,6}) blocks?", text):
-        return Depth(count=int(found[1]))
+    if match := re.fullmatch(rf"({NUMBER})% of (channel|head|expert|block)s?", text):
+        ratio, kind = float(match[1]) / 100, f"{match[2]}s"
+        if kind == "blocks":
+            return Depth(ratio=ratio)
+        return Units(ratio, kind)  # type: ignore[arg-type]
+    if match := re.fullmatch(r"([0-9]{1,6}) blocks?", text):
+        return Depth(count=int(match[1]))
     return None

@@ -32,9 +32,9 @@ def swap(method: Method, steps: int = 100, candidates: int = 64) -> Method:
         )
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
-        found = method.prune(weight, stats, pattern)
+        pruned = method.prune(weight, stats, pattern)
         problem = normalise(weight, stats)
-        kept = found.kept.clone()
+        kept = pruned.kept.clone()
         for _ in range(steps):
             out, back, change = _best_exchanges(problem, kept, pattern.chunk, candidates)
             rows = (change < 0).nonzero()[:, 0]
@@ -42,11 +42,9 @@ def swap(method: Method, steps: int = 100, candidates: int = 64) -> Method:
                 break
             kept[rows, out[rows]] = False
             kept[rows, back[rows]] = True
-        return found._replace(weight=weight.where(kept, 0.0), kept=kept)
+        return pruned._replace(weight=weight.where(kept, 0.0), kept=kept)
 
-    cost = method.cost and method.cost.followed_by(
-        steps + 1
-    )  # at most: it stops when no exchange helps
+    cost = method.cost and method.cost.followed_by(steps + 1)  # at most: it stops when none helps
     return method._replace(need=method.need | {"gram"}, prune=prune, cost=cost)
 
 
@@ -62,26 +60,20 @@ def _best_exchanges(
     removing = (2 * w * image + square).where(kept, torch.inf)
     restoring = (square - 2 * w * image).where(~kept, torch.inf)
     if chunk:
-        blocks = torch.stack(
-            [gram[i : i + chunk, i : i + chunk] for i in range(0, len(gram), chunk)]
-        )
+        starts = range(0, len(gram), chunk)
+        blocks = torch.stack([gram[i : i + chunk, i : i + chunk] for i in starts])
         a, b, values = (x.unflatten(1, (-1, chunk)) for x in (removing, restoring, w))
-        change = (
-            a[..., :, None]
-            + b[..., None, :]
-            - 2 * values[..., :, None] * values[..., None, :] * blocks
-        )
-        best, where = change.flatten(1).min(1)
-        start = where // chunk**2 * chunk
-        return start + where % chunk**2 // chunk, start + where % chunk, best
+        pairs = 2 * values[..., :, None] * values[..., None, :] * blocks
+        change = a[..., :, None] + b[..., None, :] - pairs  # [out, in / chunk, chunk, chunk]
+        best, position = change.flatten(1).min(1)
+        start = position // chunk**2 * chunk
+        return start + position % chunk**2 // chunk, start + position % chunk, best
     count = min(candidates, w.shape[1])
     a, out = removing.topk(count, dim=1, largest=False)
     b, back = restoring.topk(count, dim=1, largest=False)
-    pairs = (
-        gram[out[:, :, None], back[:, None, :]]
-        * w.gather(1, out)[:, :, None]
-        * w.gather(1, back)[:, None, :]
-    )
-    best, where = (a[:, :, None] + b[:, None, :] - 2 * pairs).flatten(1).min(1)
+    pairs = gram[out[:, :, None], back[:, None, :]]
+    pairs = pairs * w.gather(1, out)[:, :, None] * w.gather(1, back)[:, None, :]
+    change = a[:, :, None] + b[:, None, :] - 2 * pairs  # [out, count, count]
+    best, position = change.flatten(1).min(1)
     rows = torch.arange(len(w), device=w.device)
-    return out[rows, where // count], back[rows, where % count], best
+    return out[rows, position // count], back[rows, position % count], best

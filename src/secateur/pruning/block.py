@@ -8,7 +8,7 @@ whatever dtype the forward has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from time import perf_counter
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.checkpoints.record import LEFT_OUT, UNSEEN, MatrixReport, output_error
-from secateur.methods import Method, prune_together
+from secateur.methods import Method, prune_together, solved_together
 from secateur.methods.patterns import NM, Pattern
 from secateur.methods.statistics import Stats
 from secateur.models.channels.groups import ChannelGroup
@@ -97,7 +97,7 @@ def prune_block(
     def solve(group: Sequence[str], observed: CalibrationStatistics) -> dict[str, str]:
         """Prune the sites of a group in both copies; the notes on those that were."""
         said: dict[str, str] = {}
-        for names in _solved_together(group, observed, method):
+        for names in solved_together(method, group, observed.stats):
             stats = observed.stats.get(names[0], Stats(0, {}))
             chosen = {name: plan[f"{step.name}.{name}"] for name in names}
             if method.need and not stats.tokens:
@@ -169,17 +169,6 @@ def _order(
     if classes is None or not isinstance(pattern, NM):
         return None
     return input_order(method.score(site.weight.float(), stats), classes, pattern)
-
-
-def _solved_together(
-    group: Sequence[str], observed: CalibrationStatistics, method: Method
-) -> Iterator[list[str]]:
-    """The sites of a group in order; those that share the statistics of a solver together."""
-    together: dict[int, list[str]] = {}
-    for position, name in enumerate(group):
-        shared = "gram" in method.need and name in observed.stats
-        together.setdefault(id(observed.stats[name]) if shared else -position - 1, []).append(name)
-    yield from together.values()
 
 
 def _refine(

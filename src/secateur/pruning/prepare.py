@@ -140,28 +140,8 @@ def _decide(run: BlockRun, windows: Windows, zeros: Zeros, compute: Compute) -> 
     over rather than decide again.
     """
     recipe, language_model = zeros.recipe, run.language_model
-    plan = make_plan(
-        language_model,
-        windows,
-        recipe.allocate,
-        method=recipe.method,
-        pattern=recipe.pattern,
-        skip=recipe.skip,
-        device=compute.device,
-        dtype=compute.dtype,
-        batch_size=compute.batch_size,
-        progress=run.progress,
-    )
-    way = way_through(
-        language_model,
-        windows.ids.shape,
-        zeros.method,
-        plan,
-        passes=compute.passes,
-        limit=find_resources(compute).limit,
-        dtype=run.dtype,
-        device=run.devices[0],
-        devices=len(run.devices) * run.ranks.size,
-        batch_size=compute.batch_size,
-    )
+    plan = make_plan(language_model, windows, recipe, compute, run.progress)
+    devices = [*run.devices] * run.ranks.size
+    shape, method = windows.ids.shape, zeros.method
+    way = way_through(language_model, shape, method, plan, compute, run.dtype, devices)
     return {**way, "plan": {name: str(part) for name, part in plan.items()}}

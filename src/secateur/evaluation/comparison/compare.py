@@ -388,20 +388,18 @@ def _passes(
     recorded = RowStore(Path(asked.destination.out) / "rows", {}, []).recorded("passes")
     if checked.compute.passes != "auto" or recorded is not None:
         return checked.compute.passes if checked.compute.passes != "auto" else recorded
+    shape, shapes = calibration.ids.shape, matrix_shapes(language_model)
+    stored, devices = language_model.model.dtype, find_devices(checked.compute.device)
+    forward = calibration_dtype(checked.compute.dtype, checked.device, stored)
     ways = (
         way_through(
             language_model,
-            calibration.ids.shape,
+            shape,
             find_method(method),
-            matrix_shapes(language_model),
-            passes="auto",
-            limit=checked.memory,
-            dtype=calibration_dtype(
-                checked.compute.dtype, checked.device, language_model.model.dtype
-            ),
-            device=checked.device,
-            devices=len(find_devices(checked.compute.device)),
-            batch_size=checked.compute.batch_size,
+            shapes,
+            checked.compute,
+            forward,
+            [checked.device] * len(devices),
         )["passes"]
         for method in dict.fromkeys(cell.method for cell in checked.cells if not cell.structured)
     )

@@ -1,11 +1,11 @@
-"""How much is removed from which site: a plan, which is data.
+"""How much is removed from which weight matrix: a plan, which is data.
 
-A plan maps full site names to patterns; a site that is missing from it stays dense. It is a JSON
-file that can be written, read, edited and used again. Here are the rules that make one out of
-numbers; `measured.py` measures them.
+A plan maps the full names of weight matrices to patterns; one that is missing from it stays dense.
+It is a JSON file that can be written, read, edited and used again. Here are the rules that make one
+out of numbers; `measured.py` measures them.
 
-* `uniform`: the same for every site. The default: at 50 % independent audits found every other rule
-  no better.
+* `uniform`: the same for every matrix. The default: at 50 % independent audits found every other
+  rule no better.
 * `by_outliers`: blocks with many outliers lose less (OWL, Yin et al. 2024, arXiv:2310.05175).
 * `least_error`: error curves are given, and each weight is removed where the next one costs least.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ MOST = 0.99
 
 
 def uniform(shapes: Shapes, pattern: Pattern, skip: Sequence[str] = ()) -> Plan:
-    """The same pattern for every site but those whose name matches a glob in `skip`.
+    """The same pattern for every weight matrix but those whose name matches a glob in `skip`.
 
-    `shapes` gives `[out, in]` of every site by full name. A glob matches the full name or its end
+    `shapes` gives `[out, in]` of every matrix by full name. A glob matches the full name or its end
     (`down_proj`, `mlp.*`). Raises UnknownName for a glob that matches nothing, BadPattern where a
-    site cannot hold the pattern.
+    matrix cannot hold the pattern.
     """
     plan = dict.fromkeys(names_left(shapes, skip), pattern)
     for name in plan:
@@ -47,8 +48,14 @@ def names_left(names: Iterable[str], skip: Sequence[str]) -> list[str]:
     """The names that match no glob in `skip`. Raises UnknownName for a glob that matches
     nothing.
     """
-    names = list(names)
-    left_out = {name for glob in skip for name in _matching(names, glob)}
+    names, left_out = list(names), set[str]()
+    for glob in skip:
+        globs = (glob, f"*.{glob}")
+        matching = {name for name in names if any(fnmatchcase(name, each) for each in globs)}
+        if not matching:
+            ends = {name.rsplit(".", 1)[-1] for name in names}
+            raise UnknownName("site that matches", glob, ends)
+        left_out |= matching
     return [name for name in names if name not in left_out]
 
 
@@ -63,9 +70,8 @@ def by_outliers(
     where a block would lose more than 99 %.
     """
     low, high = min(shares.values()), max(shares.values())
-    raw = {
-        name: -2 * spread * (share - low) / max(high - low, 1e-30) for name, share in shares.items()
-    }
+    width = max(high - low, 1e-30)
+    raw = {name: -2 * spread * (share - low) / width for name, share in shares.items()}
     shift = sparsity - sum(raw[name] * sizes[name] for name in raw) / sum(sizes.values())
     return _checked({name: value + shift for name, value in raw.items()}, sparsity)
 
@@ -80,21 +86,21 @@ def least_error(
     always goes where the error grows least, and that is exact. Raises BadPlan where the curves do
     not reach as far as `sparsity`.
     """
-    found, pieces = {}, []
+    ratios, pieces = {}, []
     for name, curve in curves.items():
         hull = _lower_hull(curve)
-        found[name] = hull[0][0]
+        ratios[name] = hull[0][0]
         for (start, low), (stop, high) in pairwise(hull):
             weights = (stop - start) * sizes[name]
             pieces.append(((high - low) / weights, name, weights))
-    budget = sum((sparsity - found[name]) * sizes[name] for name in curves)
+    budget = sum((sparsity - ratios[name]) * sizes[name] for name in curves)
     if budget < 0 or budget > sum(weights for _, _, weights in pieces) * (1 + 1e-9):
         raise BadPlan(f"The error curves do not hold a mean sparsity of {sparsity:.1%}.")
     for _, name, weights in sorted(pieces):
         taken = min(weights, budget)
-        found[name] += taken / sizes[name]
+        ratios[name] += taken / sizes[name]
         budget -= taken
-    return _checked(found, sparsity)
+    return _checked(ratios, sparsity)
 
 
 def _lower_hull(curve: Curve) -> list[tuple[float, float]]:
@@ -114,41 +120,38 @@ def _checked(ratios: dict[str, float], sparsity: float) -> dict[str, float]:
     for name, ratio in ratios.items():
         if not 0 <= ratio <= MOST:
             raise BadPlan(
-                f"{name} would lose {ratio:.1%} of its weights for a mean of {sparsity:.1%}; between 0 and {MOST:.0%} "
-                "is possible. Ask for another sparsity, or use --allocate uniform."
+                f"{name} would lose {ratio:.1%} of its weights for a mean of {sparsity:.1%}; "
+                f"between 0 and {MOST:.0%} is possible. Ask for another sparsity, or use "
+                "--allocate uniform."
             )
     return ratios
 
 
 def scaled(plan: Plan, ratios: Mapping[str, float]) -> Plan:
-    """The plan with other sparsities: `ratios` by site or by the block that the site's name begins
-    with.
+    """The plan with other sparsities: `ratios` by weight matrix, or by the block that its name
+    begins with. Raises BadPlan for a pattern that is no percentage.
     """
-    blocks = {name: name + "." for name in ratios}
-    found: dict[str, Pattern] = {}
-    for site, pattern in plan.items():
+    shared: dict[str, Pattern] = {}
+    for name, pattern in plan.items():
         if not isinstance(pattern, Unstructured):
             raise BadPlan(
-                f"{pattern} removes the same of every site; only a percentage such as '70%' can be shared out."
+                f"{pattern} removes the same of every site; only a percentage such as '70%' can be "
+                "shared out."
             )
-        ratio = ratios.get(site)
-        if ratio is None:
-            ratio = next(ratios[name] for name, start in blocks.items() if site.startswith(start))
-        found[site] = Unstructured(round(ratio, 6), pattern.over)
-    return found
+        owner = name if name in ratios else next(b for b in ratios if name.startswith(f"{b}."))
+        shared[name] = Unstructured(round(ratios[owner], 6), pattern.over)
+    return shared
 
 
 def sparsity_of(plan: Plan, shapes: Shapes) -> float:
-    """The share of weights that the plan removes, over all sites."""
-    sizes = {name: rows * columns for name, (rows, columns) in shapes.items()}
-    return sum(sizes[name] * pattern.sparsity for name, pattern in plan.items()) / sum(
-        sizes.values()
-    )
+    """The share of weights that the plan removes, over all matrices."""
+    removed = sum(prod(shapes[name]) * pattern.sparsity for name, pattern in plan.items())
+    return removed / sum(map(prod, shapes.values()))
 
 
 def label(plan: Plan, shapes: Shapes) -> str:
-    """The pattern that a plan holds: the one that every site has, else the mean sparsity of its
-    sites.
+    """The pattern that a plan holds: the one that every matrix has, else the mean sparsity of
+    them.
     """
     patterns = {str(pattern) for pattern in plan.values()}
     if len(patterns) == 1:
@@ -170,26 +173,23 @@ def write_plan(file: Path, plan: Plan, shapes: Shapes, made: Mapping[str, Any]) 
 
 
 def read_plan(file: Path, shapes: Shapes) -> Plan:
-    """The plan in a JSON file: `sites` gives a pattern or "dense" by full site name; what is not
-    named stays dense.
+    """The plan in a JSON file: `sites` gives a pattern or "dense" by the full name of a weight
+    matrix; what is not named stays dense.
 
-    Raises BadPlan for what is no plan, UnknownName for a site that the model does not have,
-    BadPattern for a pattern that a site cannot hold.
+    Raises BadPlan for what is no plan, UnknownName for a matrix that the model does not have,
+    BadPattern for a pattern that a matrix cannot hold.
     """
     try:
-        held = read_json(file)
+        document = read_json(file)
     except (OSError, ValueError) as error:
         raise BadPlan(f"{file} cannot be read as a plan: {in_one_line(error)}.") from error
-    if (
-        not isinstance(held, dict)
-        or held.get("schema") != SCHEMA
-        or not isinstance(held.get("sites"), dict)
-    ):
+    known = isinstance(document, dict) and document.get("schema") == SCHEMA
+    if not known or not isinstance(document.get("sites"), dict):
         raise BadPlan(
             f"{file} is no plan: an object with schema {SCHEMA!r} and 'sites' was wanted."
         )
     plan: dict[str, Pattern] = {}
-    for name, text in held["sites"].items():
+    for name, text in document["sites"].items():
         if name not in shapes:
             raise UnknownName("site in this model", name, shapes)
         if not isinstance(text, str):
@@ -202,14 +202,6 @@ def read_plan(file: Path, shapes: Shapes) -> Plan:
     if not plan:
         raise BadPlan(f"{file} leaves every site dense; nothing would be pruned.")
     return plan
-
-
-def _matching(names: Iterable[str], glob: str) -> list[str]:
-    names = list(names)
-    found = [name for name in names if fnmatchcase(name, glob) or fnmatchcase(name, f"*.{glob}")]
-    if not found:
-        raise UnknownName("site that matches", glob, {name.rsplit(".", 1)[-1] for name in names})
-    return found
 
 
 def is_file(allocate: str) -> bool:

@@ -1,8 +1,8 @@
-"""Plans that are measured: how much each block or site can lose, asked of the dense model before
-anything is pruned.
+"""Plans that are measured: how much each block or weight matrix can lose, asked of the dense model
+before anything is pruned.
 
 `ALLOCATIONS` is the table of rules; `uniform` needs none. `owl` reads the norms of inputs; `error`
-prunes every site at several sparsities and looks at what is left of its output; `search` moves
+prunes every matrix at several sparsities and looks at what is left of its output; `search` moves
 sparsity between blocks. Only percentages can be shared out: N:M removes the same everywhere. The
 arithmetic is in allocation.py.
 """
@@ -10,7 +10,6 @@ arithmetic is in allocation.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import prod
 from pathlib import Path
 
 import torch
@@ -37,7 +36,7 @@ from secateur.pruning.planning.allocation import (
     write_plan,
 )
 from secateur.pruning.planning.search import search
-from secateur.pruning.planning.sensitivity import Measuring, levels_around, pruned_at, solvable
+from secateur.pruning.planning.sensitivity import Sensitivity, levels_around
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors
 from secateur.system.machine import typed_command
@@ -78,88 +77,93 @@ def plan(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """How much to remove from which site of `model`, measured and written to the JSON file `out`.
+    """How much to remove from which weight matrix of `model`, measured and written to the JSON file
+    `out`.
 
     The file may be edited, and given to `prune` as `allocate`. Arguments as for `prune`. Raises
     SecateurError.
     """
-    progress, out = progress or Progress(), Path(out)
-    find_method(method)
-    check_allocation(allocate, pattern, files=False)
-    find_devices(device)
-    find_dtype(dtype)
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise OutputRefused(
-            f"{out} exists already. Choose another --out, or replace it with --overwrite."
-        )
+    recipe = Recipe(method=method, pattern=pattern, allocate=allocate, skip=skip)
     text = CalibrationText(
         calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir
     )
+    compute = Compute(device=device, dtype=dtype, batch_size=batch_size)
+    destination = Destination(out=out, overwrite=overwrite, command=command)
     trust = Trust(trust_remote_code=trust_remote_code)
-    _, language_model, windows = opened(model, text, Compute(), trust, out=out, progress=progress)
-    found = make_plan(
-        language_model,
-        windows,
-        allocate,
-        method=method,
-        pattern=pattern,
-        skip=skip,
-        device=device,
-        dtype=dtype,
-        batch_size=batch_size,
-        progress=progress,
-    )
+    return _plan(model, recipe, text, compute, destination, trust, progress or Progress())
+
+
+def _plan(
+    model: str | Path | None,
+    recipe: Recipe,
+    text: CalibrationText,
+    compute: Compute,
+    destination: Destination,
+    trust: Trust,
+    progress: Progress,
+) -> Plan:
+    """The same, of options as they travel."""
+    out = Path(destination.out)
+    find_method(recipe.method)
+    check_allocation(recipe.allocate, recipe.pattern, files=False)
+    find_devices(compute.device)
+    find_dtype(compute.dtype)
+    if out.is_dir() or (out.exists() and not destination.overwrite):
+        raise OutputRefused(
+            f"{out} exists already. Choose another --out, or replace it with --overwrite."
+        )
+    _, language_model, windows = opened(model, text, compute, trust, out=out, progress=progress)
+    plan = make_plan(language_model, windows, recipe, compute, progress)
+    made = {
+        "model": str(model or "demo"),
+        "allocation": recipe.allocate,
+        "method": recipe.method,
+        "pattern": recipe.pattern,
+        "calibration": windows.fingerprint(),
+        "command": typed_command(destination.command),
+    }
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        made = {
-            "model": str(model or "demo"),
-            "allocation": allocate,
-            "method": method,
-            "pattern": pattern,
-            "calibration": windows.fingerprint(),
-            "command": typed_command(command),
-        }
-        write_plan(out, found, matrix_shapes(language_model), made)
+        write_plan(out, plan, matrix_shapes(language_model), made)
     progress.end()
-    return found
+    return plan
 
 
 @torch.no_grad()
 def make_plan(
     language_model: LanguageModel,
     windows: Windows,
-    allocate: str,
-    *,
-    method: str,
-    pattern: str,
-    skip: Sequence[str] = (),
-    device: str = "auto",
-    dtype: str = "auto",
-    batch_size: int = 8,
-    progress: Progress | None = None,
+    recipe: Recipe,
+    compute: Compute,
+    progress: Progress,
 ) -> Plan:
-    """The plan that `allocate` names: `uniform`, a key of `ALLOCATIONS`, or a JSON file.
+    """The plan that `recipe.allocate` names: `uniform`, a key of `ALLOCATIONS`, or a JSON file.
 
-    Raises UnknownName, BadPlan, BadPattern.
+    The model is not changed. Raises UnknownName, BadPlan, BadPattern.
     """
-    check_windows(language_model, windows, batch_size)
-    shapes = matrix_shapes(language_model)
+    check_windows(language_model, windows, compute.batch_size)
+    shapes, allocate = matrix_shapes(language_model), recipe.allocate
     if is_file(allocate):
-        held = read_plan(Path(allocate), shapes)
-        left = names_left(shapes, skip)
-        return _not_empty({name: pattern for name, pattern in held.items() if name in left})
-    check_allocation(allocate, pattern)
-    wanted = parse_pattern(pattern)
-    base = _not_empty(uniform(shapes, wanted, skip))
+        plan, left = read_plan(Path(allocate), shapes), names_left(shapes, recipe.skip)
+        return _not_empty({name: pattern for name, pattern in plan.items() if name in left})
+    check_allocation(allocate, recipe.pattern)
+    pattern = parse_pattern(recipe.pattern)
+    plan = _not_empty(uniform(shapes, pattern, recipe.skip))
     if allocate == "uniform":
-        return base
-    assert isinstance(wanted, Unstructured), "check_allocation refuses others"
-    progress, devices = progress or Progress(), find_devices(device)
+        return plan
+    assert isinstance(pattern, Unstructured), "check_allocation refuses others"
     progress.begin(f"planning by {allocate}")
-    forward = forward_dtype(find_dtype(dtype), devices[0])
-    run = BlockRun(language_model, windows.ids, devices, forward, batch_size, progress=progress)
-    measuring = Measuring(run, find_method(method), base, wanted)
-    return scaled(base, ALLOCATIONS[allocate](measuring))
+    devices = find_devices(compute.device)
+    run = BlockRun(
+        language_model,
+        windows.ids,
+        devices,
+        forward_dtype(find_dtype(compute.dtype), devices[0]),
+        compute.batch_size,
+        progress=progress,
+    )
+    sensitivity = Sensitivity(run, find_method(recipe.method), plan, pattern)
+    return scaled(plan, ALLOCATIONS[allocate](sensitivity))
 
 
 def _not_empty(plan: Plan) -> Plan:
@@ -181,14 +185,15 @@ def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None
     if allocate not in ("uniform", *ALLOCATIONS):
         known = ["uniform", *ALLOCATIONS, *(["a plan's .json file"] if files else [])]
         raise UnknownName("allocation", allocate, known)
-    wanted = parse_pattern(pattern)
-    if allocate in ALLOCATIONS and not isinstance(wanted, Unstructured):
+    parsed = parse_pattern(pattern)
+    if allocate in ALLOCATIONS and not isinstance(parsed, Unstructured):
         raise BadPlan(
-            f"{wanted} removes the same of every site; --allocate {allocate} needs a percentage such as '70%'."
+            f"{parsed} removes the same of every site; --allocate {allocate} needs a percentage "
+            "such as '70%'."
         )
 
 
-def owl(measuring: Measuring) -> Mapping[str, float]:
+def owl(sensitivity: Sensitivity) -> Mapping[str, float]:
     """The sparsity of each block by its share of outlying scores |w|·‖x‖ (Yin et al. 2024,
     arXiv:2310.05175).
     """
@@ -196,49 +201,40 @@ def owl(measuring: Measuring) -> Mapping[str, float]:
 
     def look(step: Step) -> None:
         stats = step.observe({"square"}, 0).stats
-        inside = [name for name in stats if f"{step.name}.{name}" in measuring.plan]
         scores = [
-            importance(step.sites[name].weight.float(), stats[name]).flatten() for name in inside
+            importance(step.sites[name].weight.float(), stats[name]).flatten()
+            for name in stats
+            if f"{step.name}.{name}" in sensitivity.plan
         ]
         if scores:
             whole = torch.cat(scores)
             shares[step.name] = (whole > OUTLIER * whole.mean()).float().mean().item()
 
-    measuring.each("outliers of", look)
-    sizes = measuring.blocks
-    unseen = dict.fromkeys(
-        sizes.keys() - shares.keys(), measuring.sparsity
-    )  # blocks without tokens
-    return (
-        by_outliers(shares, {name: sizes[name] for name in shares}, measuring.sparsity, SPREAD)
-        | unseen
-    )
+    sensitivity.each("outliers of", look)
+    sizes, sparsity = sensitivity.blocks, sensitivity.sparsity
+    unseen = dict.fromkeys(sizes.keys() - shares.keys(), sparsity)  # blocks without tokens
+    return by_outliers(shares, {name: sizes[name] for name in shares}, sparsity, SPREAD) | unseen
 
 
-def by_error(measuring: Measuring) -> Mapping[str, float]:
-    """The sparsity of each site that makes the sum of relative output errors least, by the method's
-    own errors.
+def by_error(sensitivity: Sensitivity) -> Mapping[str, float]:
+    """The sparsity of each weight matrix that makes the sum of relative output errors least, by the
+    method's own errors.
     """
     curves: dict[str, list[tuple[float, float]]] = {}
 
     def look(step: Step) -> None:
-        for names, weights, stats in solvable(step, measuring):
-            for level in levels_around(measuring.sparsity):
-                for name, error, _ in pruned_at(
-                    measuring.at(level), names, weights, stats, measuring.method
-                ):
+        for group in sensitivity.groups(step):
+            for level in levels_around(sensitivity.sparsity):
+                for name, error, _ in sensitivity.pruned(group, level):
                     curves.setdefault(f"{step.name}.{name}", []).append((level, error))
 
-    measuring.each("errors of", look)
-    shapes = matrix_shapes(measuring.run.language_model)
-    sizes = {name: prod(shapes[name]) for name in curves}
-    unseen = dict.fromkeys(
-        measuring.plan.keys() - curves.keys(), measuring.sparsity
-    )  # sites without tokens
-    return least_error(curves, sizes, measuring.sparsity) | unseen
+    sensitivity.each("errors of", look)
+    sizes, sparsity = sensitivity.sizes, sensitivity.sparsity
+    unseen = dict.fromkeys(sizes.keys() - curves.keys(), sparsity)  # matrices without tokens
+    return least_error(curves, {name: sizes[name] for name in curves}, sparsity) | unseen
 
 
-ALLOCATIONS: dict[str, Callable[[Measuring], Mapping[str, float]]] = {
+ALLOCATIONS: dict[str, Callable[[Sensitivity], Mapping[str, float]]] = {
     "owl": owl,
     "error": by_error,
     "search": search,

@@ -10,8 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,59 +20,58 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from secateur.models import experts
-from secateur.pruning.planning.passes import attention
 
 META = torch.device("meta")
 
 
-@dataclass(frozen=True)
-class ExpertLayer:
-    """What an experts module does with a batch: `tokens` are pairs of a token and one of its
-    experts.
+class ExpertLayer(NamedTuple):
+    """What a module of fused experts does with a batch.
+
+    There are `number` of them. `shapes` are the `[out, in]` of an expert's two matrices, `tokens`
+    the pairs of a token and one of its experts, `share` the part of the batch that one expert sees.
     """
 
-    count: int
-    all_tokens: int
+    shapes: list[tuple[int, int]]
+    number: int
     tokens: int
-    columns: tuple[int, int]
-    rows: tuple[int, int]
+    share: float
     itemsize: int
 
     @classmethod
     def of(cls, module: nn.Module, arguments: Sequence[Any]) -> ExpertLayer:
+        """Read from the module and the arguments of its call."""
         hidden, chosen = arguments[:2]
         shapes = [getattr(module, name).shape[1:] for name in experts.matrices(module)]
         if experts.is_transposed(module):
             shapes = [shape[::-1] for shape in shapes]
-        (first_rows, first_columns), (second_rows, second_columns) = shapes
-        tokens = hidden.numel() // hidden.shape[-1]
-        return cls(
-            experts.count(module),
-            tokens,
-            chosen.numel(),
-            (first_columns, second_columns),
-            (first_rows, second_rows),
-            hidden.dtype.itemsize,
-        )
+        number, tokens = experts.count(module), chosen.numel()
+        share = tokens / (hidden.numel() // hidden.shape[-1]) / number
+        return cls([(out, into) for out, into in shapes], number, tokens, share, hidden.itemsize)
 
     @property
     def inner_bytes(self) -> int:
-        """The inputs of the second matrices."""
-        return self.tokens * self.columns[1] * self.itemsize
+        """Bytes of the inputs of the second matrices."""
+        return self.tokens * self.shapes[1][1] * self.itemsize
 
     @property
-    def flops(self) -> tuple[int, int]:
-        """Operations of the first and the second matrices."""
-        one, two = (
-            2 * self.tokens * rows * columns
-            for rows, columns in zip(self.rows, self.columns, strict=True)
-        )
-        return one, two
+    def flops(self) -> list[int]:
+        """Operations of the first and of the second matrices."""
+        return [2 * self.tokens * rows * columns for rows, columns in self.shapes]
 
 
-class _Rules(TorchFunctionMode):
-    """Answers what cannot be run without numbers; `flops` of that, and of what watching experts
-    repeats.
+def attention(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> int:
+    """Operations of attention for shapes `[batch, heads, tokens, width]`: the scores, and the sum
+    of the values.
+    """
+    batch, heads, tokens, width = q
+    return 2 * batch * heads * tokens * k[-2] * (width + v[-1])
+
+
+class Rules(TorchFunctionMode):
+    """Answers what cannot be run without numbers.
+
+    `flops` are the operations of what was answered, `watching` those that are repeated where the
+    inputs of experts are looked at.
     """
 
     def __init__(self) -> None:
@@ -83,20 +81,19 @@ class _Rules(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            q, k, v = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[
-                :3
-            ]
-            self.flops += attention(q.shape, k.shape, v.shape)
-            scores = [
-                q.new_empty(*q.shape[:-1], k.shape[-2])
-                for _ in range(2 * (q.shape[-1] != v.shape[-1]))
-            ]
-            result = q.new_empty(*q.shape[:-1], v.shape[-1])
-            scores.clear()
-            return result
+            names = ("query", "key", "value")[len(args) :]
+            return self._attend(*[*args, *(kwargs[name] for name in names)][:3])
         if args and isinstance(args[0], Tensor) and args[0].is_meta and func in _ANSWERS:
             return _ANSWERS[func]
         return func(*args, **kwargs)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.flops += attention(q.shape, k.shape, v.shape)
+        matrices = 2 if q.shape[-1] != v.shape[-1] else 0
+        scores = [q.new_empty(*q.shape[:-1], k.shape[-2]) for _ in range(matrices)]
+        result = q.new_empty(*q.shape[:-1], v.shape[-1])
+        scores.clear()  # they live until the result is there
+        return result
 
     def experts(self, module: nn.Module) -> Callable[..., Tensor]:
         """A forward for an experts module that only allocates, as the products of sorted tokens
@@ -108,10 +105,10 @@ class _Rules(TorchFunctionMode):
             self.flops += sum(layer.flops)
             self.watching += layer.flops[0]
             hidden: Tensor = [*args, *kwargs.values()][0]
-            widths = (*layer.columns, *layer.rows)
-            held = [hidden.new_empty(layer.tokens, width) for width in widths]
+            widths = [into for _, into in layer.shapes] + [out for out, _ in layer.shapes]
+            waiting = [hidden.new_empty(layer.tokens, width) for width in widths]
             result = torch.empty_like(hidden)
-            held.clear()
+            waiting.clear()
             return result
 
         return forward
@@ -121,11 +118,11 @@ _ANSWERS: dict[Any, Any] = {Tensor.__bool__: True, Tensor.__contains__: False, T
 
 
 @contextmanager
-def without_numbers(module: nn.Module) -> Iterator[_Rules]:
+def without_numbers(module: nn.Module) -> Iterator[Rules]:
     """While open, forwards of a module run on the meta device; the rules that answer for
     numbers.
     """
-    rules = _Rules()
+    rules = Rules()
     fused = [part for part in module.modules() if experts.is_experts(part)]
     try:
         for part in fused:
@@ -149,18 +146,18 @@ class Live(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = {storage(t)._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
-            if (
-                isinstance(tensor, Tensor)
-                and (key := storage(tensor)._cdata) not in given | self._known
-            ):
-                size = storage(tensor).nbytes()
+            if not isinstance(tensor, Tensor):
+                continue
+            memory = storage(tensor)
+            key, size = memory._cdata, memory.nbytes()
+            if key not in given | self._known:
                 self._known.add(key)
                 self.now += size
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage(tensor), self._gone, key, size)
+                weakref.finalize(memory, self._freed, key, size)
         return result
 
-    def _gone(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
 

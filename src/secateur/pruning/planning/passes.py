@@ -1,16 +1,34 @@
-"""How often tokens go through a block, which follows from what a method says of itself, and what
-attention costs.
+"""How often tokens go through a block, and the operations that a run takes.
+
+Both follow from what a method says of itself (`Method.need`, `sequential`, `refine`, `cost`) and
+from what the blocks do to a batch (`outline`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import ceil
 from typing import Literal, NamedTuple
 
+import torch
+
+from secateur.kernels.gram import add_products
 from secateur.methods import Method
+from secateur.methods.cost import Cost
 from secateur.methods.statistics import OF_DENSE
+from secateur.models.replay import LanguageModel
+from secateur.models.stream.blocks import PROBE_TOKENS
+from secateur.pruning.planning.outline import Kind, Outline, Read, outline, restacked
+from secateur.system.machine import best_seconds, matrix_rate, square_side
 
 Mode = Literal["one", "two"]
 MODES: tuple[Mode, ...] = ("one", "two")
+GRAM = "Gram matrices"
+"""What their rate is called: two operations for each product of two inputs, though half of them are
+not computed.
+"""
 
 
 class Passes(NamedTuple):
@@ -26,14 +44,13 @@ class Passes(NamedTuple):
 
     def windows(self, samples: int, batch_size: int, last: bool) -> int:
         """Windows through one block."""
-        return (self.whole + (0 if last else self.after)) * samples + self.first * min(
-            samples, batch_size
-        )
+        whole = self.whole + (0 if last else self.after)
+        return whole * samples + self.first * min(samples, batch_size)
 
 
 def passes(method: Method, groups: int, mode: Mode) -> Passes:
-    """The passes through a block whose sites fall into `groups`, where those of a group read the
-    same input.
+    """The passes through a block whose weight matrices fall into `groups`, where those of a group
+    read the same input.
 
     `two`: one pass looks and the next goes on; a method that is `sequential` looks at every group.
     `one`: the block runs once, all batches waiting at each group until it is solved.
@@ -56,9 +73,156 @@ def needs_dense(method: Method) -> bool:
     return not OF_DENSE.isdisjoint(method.need) or method.refine > 0
 
 
-def attention(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> int:
-    """Operations of attention for shapes `[batch, heads, tokens, width]`: scores, and the sum of
-    the values.
+@dataclass(frozen=True)
+class Workload:
+    """A run, as far as its memory and its operations depend on it.
+
+    `built` is the model on the meta device, `planned` names the weight matrices that are pruned,
+    `samples` windows of `length` tokens go through it, shared by `devices`, in the dtype `forward`.
+    `spilled`: weights that the loader stacks lie in a file.
     """
-    batch, heads, tokens, width = q
-    return 2 * batch * heads * tokens * k[-2] * (width + v[-1])
+
+    built: LanguageModel
+    method: Method
+    planned: Collection[str]
+    samples: int
+    length: int
+    forward: torch.dtype
+    stored: torch.dtype
+    devices: Sequence[torch.device]
+    spilled: bool = False
+    _outlines: dict[int, Outline] = field(default_factory=dict, repr=False)
+
+    @property
+    def cost(self) -> Cost:
+        """What the method says of its cost; where it says nothing, nothing is asked for."""
+        assert self.method.cost is not None, "a method without `cost` is not forecast"
+        return self.method.cost
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the blocks run on the processor."""
+        return self.devices[0].type == "cpu"
+
+    @cached_property
+    def stacked_bytes(self) -> int:
+        """Weights that the loader puts together, as they are stored."""
+        return restacked(self.built) * self.stored.itemsize
+
+    def outline(self, batch: int) -> Outline:
+        """What batches of so many windows make of the model; found once for each size."""
+        if batch not in self._outlines:
+            tuning = self.method.refine > 0
+            self._outlines[batch] = outline(self.built, batch, self.length, tuning=tuning)
+        return self._outlines[batch]
+
+    def windows(self, batch: int) -> int:
+        """How many windows go through the blocks: without need of any, those of the first batch."""
+        return self.samples if self.method.need or self.method.refine else batch
+
+    def rows(self, kind: Kind, read: Read) -> list[int]:
+        """The outputs of each matrix that reads an input and is pruned."""
+        return [rows for name, rows in read.rows.items() if f"{kind.name}.{name}" in self.planned]
+
+    def probe_tokens(self, batch: int, read: Read) -> int:
+        """Of the first batch's tokens, those that the output error is measured on, evenly
+        spaced.
+        """
+        tokens = batch * self.length * read.share
+        return ceil(tokens / max(ceil(tokens / PROBE_TOKENS), 1))
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Operations of a run in its three parts; a multiplication and an addition are two.
+
+    `solve` includes the output errors that are reported.
+    """
+
+    forward: float
+    statistics: float
+    solve: float
+
+    @property
+    def total(self) -> float:
+        return self.forward + self.statistics + self.solve
+
+
+def operations(work: Workload, batch: int, mode: Mode) -> Operations:
+    """The operations of all blocks, in batches of so many windows."""
+    kinds = work.outline(batch).kinds
+    return Operations(
+        sum(_forward(work, batch, mode, kind) for kind in kinds),
+        sum(_statistics(work, batch, kind) for kind in kinds),
+        sum(_solve(work, batch, kind) for kind in kinds),
+    )
+
+
+def _forward(work: Workload, batch: int, mode: Mode, kind: Kind) -> float:
+    """Forward passes through blocks of a kind; the last of the model has fewer, since nothing comes
+    after it.
+    """
+    windows, count = work.windows(batch), kind.count
+    often = passes(work.method, kind.groups, mode)
+    inner = often.windows(windows, batch, last=True) * count
+    outer = often.after * windows * (count - kind.has_last)
+    flops = (kind.flops * (inner + outer) + kind.watch_flops * inner) / batch
+    if mode == "one" or work.method.sequential:
+        flops += kind.flops  # one batch, to find the stages
+    if mode == "one" and kind.has_last and not work.method.refine:  # it ends at its last matrices
+        tokens, end = windows * work.length, kind.reads[-1].group
+        last = [read for read in kind.reads if read.group == end and read.share == 1]
+        flops -= sum(2 * tokens * read.columns * sum(read.rows.values()) for read in last)
+    return flops
+
+
+def _statistics(work: Workload, batch: int, kind: Kind) -> float:
+    """Gram matrices of all inputs, and their products with those of the dense model."""
+    tokens, need = work.windows(batch) * work.length, work.method.need
+    return sum(
+        kind.count
+        * (("gram" in need) + ("cross" in need and read.share == 1))
+        * 2
+        * (tokens * read.share)
+        * read.columns**2
+        for read in kind.reads
+    )
+
+
+def _solve(work: Workload, batch: int, kind: Kind) -> float:
+    """The method itself, and what a matrix gives before and after, for the error that is reported.
+
+    Matrices that read the same input are solved as one where their rows are independent.
+    """
+    method, flops = work.method, 0.0
+    for read in kind.reads:
+        if rows := work.rows(kind, read):
+            errors = 4 * work.probe_tokens(batch, read) * read.columns * sum(rows)
+            stacks = [sum(rows)] if method.row_wise and "gram" in method.need else rows
+            solving = sum(work.cost.of_matrix(stack, read.columns) for stack in stacks)
+            flops += kind.count * (work.cost.shared(read.columns) + solving + errors)
+    return flops
+
+
+def rates(device: torch.device, forward: torch.dtype) -> dict[str, float]:
+    """Operations a second of matrix products in the dtypes of a run and of its Gram matrices,
+    measured now.
+    """
+    dtypes = dict.fromkeys((forward, torch.float32))
+    measured = {str(dtype).removeprefix("torch."): matrix_rate(dtype, device) for dtype in dtypes}
+    side = square_side(device)
+    x = torch.randn(side, side, dtype=forward, device=device)
+    total = torch.zeros(side, side, dtype=torch.float64, device=device)
+    seconds = best_seconds(lambda: add_products(total, x, x), device)
+    return measured | {GRAM: 2 * side**3 / seconds}
+
+
+def seconds_of(operations: Operations, rates: Mapping[str, float]) -> Operations:
+    """Seconds in place of operations, at the rates that were measured; that of the forward passes
+    comes first.
+    """
+    return Operations(
+        operations.forward / next(iter(rates.values())),
+        operations.statistics / rates[GRAM],
+        operations.solve / rates["float32"],
+    )

@@ -1,18 +1,19 @@
-"""Trials: the blocks of the dense model pruned at several sparsities, to see what each of them
-would lose.
+"""The blocks of the dense model pruned at several sparsities, to see what each of them would lose.
 
 Nothing is written into the model; every block sees the inputs that the dense blocks before it give.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
+from typing import NamedTuple
 
 from torch import Tensor
 
 from secateur.errors import BadPlan
-from secateur.methods import Method, prune_together
+from secateur.methods import Method, prune_together, solved_together
 from secateur.methods.patterns import Unstructured
 from secateur.methods.statistics import Stats
 from secateur.models.matrices import matrix_shapes
@@ -24,9 +25,21 @@ STEPS = (-0.20, -0.15, -0.10, -0.05, 0.0, 0.05, 0.10, 0.15, 0.20)
 MOST = 0.95
 
 
+class Group(NamedTuple):
+    """Weight matrices that are solved together, by their name in the block, float32 `[out, in]`,
+    and the statistics of their input.
+    """
+
+    weights: dict[str, Tensor]
+    stats: Stats
+
+
 @dataclass(frozen=True)
-class Measuring:
-    """What a plan is measured by, on the blocks of a dense model."""
+class Sensitivity:
+    """What the blocks of a dense model lose by a method, to plan how `pattern` is shared out.
+
+    `plan` holds the weight matrices that are pruned, all to `pattern` as yet.
+    """
 
     run: BlockRun
     method: Method
@@ -38,23 +51,24 @@ class Measuring:
         """The mean sparsity that is asked for."""
         return self.pattern.ratio
 
-    def at(self, level: float) -> Unstructured:
-        """The pattern with another sparsity."""
-        return replace(self.pattern, ratio=max(level, 0.0))
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many weights each matrix of the plan has."""
+        shapes = matrix_shapes(self.run.language_model)
+        return {name: prod(shapes[name]) for name in self.plan}
 
     @property
     def blocks(self) -> dict[str, int]:
         """How many weights the plan covers in each block, by its name; blocks without any are left
         out.
         """
-        language_model = self.run.language_model
-        shapes, found = matrix_shapes(language_model), {}
-        for index in range(len(language_model.blocks)):
-            start = language_model.block_name(index)
-            inside = (shapes[name] for name in self.plan if name.startswith(f"{start}."))
-            if size := sum(rows * columns for rows, columns in inside):
-                found[start] = size
-        return found
+        sizes, model = self.sizes, self.run.language_model
+        names = [model.block_name(index) for index in range(len(model.blocks))]
+        covered = {
+            block: sum(size for name, size in sizes.items() if name.startswith(f"{block}."))
+            for block in names
+        }
+        return {block: size for block, size in covered.items() if size}
 
     def each(self, what: str, look: Callable[[Step], None]) -> None:
         """`look` at the blocks of the dense model in order, with their inputs; none of them is held
@@ -67,6 +81,26 @@ class Measuring:
             del step
         progress.advance(what, count, count)
 
+    def groups(self, step: Step) -> Iterator[Group]:
+        """The weight matrices of a block in the plan that saw a token."""
+        stats = step.observe((self.method.need - {"cross"}) | {"gram"}, 0).stats
+        planned = [name for name in stats if f"{step.name}.{name}" in self.plan]
+        for names in solved_together(self.method, planned, stats):
+            weights = {name: step.sites[name].weight.float() for name in names}
+            yield Group(weights, stats[names[0]])
+
+    def pruned(self, group: Group, level: float) -> Iterator[tuple[str, float, Tensor]]:
+        """(name, relative output error, weight `[out, in]`) of the matrices of a group, pruned to a
+        sparsity.
+        """
+        pattern = replace(self.pattern, ratio=max(level, 0.0))
+        weights, gram = list(group.weights.values()), group.stats.mean("gram")
+        solved = prune_together(self.method, weights, group.stats, [pattern] * len(weights))
+        for (name, weight), pruned in zip(group.weights.items(), solved, strict=True):
+            change = weight - pruned.weight
+            power = ((weight @ gram) * weight).sum().clamp_min(1e-30)
+            yield name, (((change @ gram) * change).sum() / power).item(), pruned.weight
+
 
 def levels_around(sparsity: float) -> list[float]:
     """The sparsities to try, rising: the one asked for, and around it what is not below 0 or above
@@ -76,36 +110,8 @@ def levels_around(sparsity: float) -> list[float]:
     """
     if sparsity > MOST:
         raise BadPlan(
-            f"Up to {MOST:.0%} can be shared out by measuring; found {sparsity:.1%}. Use --allocate uniform."
+            f"Up to {MOST:.0%} can be shared out by measuring; found {sparsity:.1%}. "
+            "Use --allocate uniform."
         )
     around = [sparsity + step for step in STEPS if step]
     return sorted([sparsity, *(level for level in around if -1e-9 <= level <= MOST + 1e-9)])
-
-
-def solvable(step: Step, measuring: Measuring) -> Iterator[tuple[list[str], list[Tensor], Stats]]:
-    """The sites of a block in the plan: those that share an input, with their weights and its
-    statistics.
-    """
-    together: dict[int, list[str]] = {}
-    found = step.observe((measuring.method.need - {"cross"}) | {"gram"}, 0).stats
-    for name, stats in found.items():
-        if f"{step.name}.{name}" in measuring.plan:
-            together.setdefault(id(stats), []).append(name)
-    for names in together.values():
-        yield names, [step.sites[name].weight.float() for name in names], found[names[0]]
-
-
-def pruned_at(
-    pattern: Unstructured,
-    names: Sequence[str],
-    weights: Sequence[Tensor],
-    stats: Stats,
-    method: Method,
-) -> Iterator[tuple[str, float, Tensor]]:
-    """(site, relative output error, weight) of sites that share an input, pruned to `pattern`."""
-    gram = stats.mean("gram")
-    found = prune_together(method, weights, stats, [pattern] * len(weights))
-    for name, weight, pruned in zip(names, weights, found, strict=True):
-        change = weight - pruned.weight
-        power = ((weight @ gram) * weight).sum().clamp_min(1e-30)
-        yield name, (((change @ gram) * change).sum() / power).item(), pruned.weight

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from secateur.errors import BadPattern, BadPlan, UnknownName
-from secateur.methods import REFINE_EPOCHS
+from secateur.methods import REFINE_EPOCHS, read_name
 from secateur.methods.structures import Budget, Depth, Structure, Units, parts
 from secateur.pruning.structured.channel_scores import SELECTIONS
 from secateur.pruning.structured.depth import BLOCKS
@@ -50,7 +50,6 @@ def find_structured_method(name: str, structure: Structure) -> StructuredMethod:
     `PRESETS`. In a structure of several kinds, those that a selection does not know are selected as
     by default.
     """
-    first, *suffixes = name.split("+")
     tables: dict[str, Mapping[str, Any]] = {
         "channels": SELECTIONS,
         "heads": SELECTIONS,
@@ -61,15 +60,14 @@ def find_structured_method(name: str, structure: Structure) -> StructuredMethod:
         tables
     )
     known = {*PRESETS, *(selection for kind in kinds for selection in tables[kind])}
-    if first not in known:
-        raise UnknownName(f"method for {structure}", first, known)
-    for suffix in suffixes:
-        if kinds == ["experts"] and suffix in ("repair", "dense-target"):
+    first, suffixes = read_name(
+        name, known, SUFFIXES, f"method for {structure}", "refinement of a structured method"
+    )
+    for suffix in suffixes if kinds == ["experts"] else ():
+        if suffix in ("repair", "dense-target"):
             raise UnknownName(
                 f"refinement for {structure}, where no matrix reads what goes,", suffix, ("refine",)
             )
-        if suffix not in SUFFIXES:
-            raise UnknownName("refinement of a structured method", suffix, SUFFIXES)
     otherwise, more = PRESETS.get(first, (BEST, ()))
     chosen = {kind: first if first in tables[kind] else otherwise[kind] for kind in kinds}
     suffixes = [*suffixes, *more]
