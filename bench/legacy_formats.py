@@ -80,7 +80,7 @@ def write_all(folder: Path) -> None:
 
     import secateur
     from secateur.checkpoints.folder import open_checkpoint
-    from secateur.checkpoints.result import output
+    from secateur.checkpoints.result_folder import output
     from secateur.data import demo
     from secateur.system.progress import Progress
 

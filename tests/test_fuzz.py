@@ -21,7 +21,7 @@ from support.spoilt_shards import KEY, parts, write
 
 from secateur import errors
 from secateur.checkpoints.folder import open_checkpoint
-from secateur.checkpoints.result import output
+from secateur.checkpoints.result_folder import output
 from secateur.errors import BadCheckpoint, ConditionsDiffer, UnsupportedModel
 from secateur.evaluation.comparison.row_store import RowStore
 from secateur.models.load import load

@@ -43,7 +43,7 @@ def link(name: str, packages: Path) -> None:
     assert files, f"{name} does not say what it consists of"
     for top in {file.parts[0] for file in files} - {"..", "__pycache__"}:
         if not (packages / top).exists():
-            (packages / top).symlink_to(distribution(name).locate_file(top))
+            (packages / top).symlink_to(str(distribution(name).locate_file(top)))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from support.dying import MOMENTS, started
 
 from secateur.checkpoints import folder as checkpoint
 from secateur.checkpoints import result as output
+from secateur.checkpoints import result_folder
 from secateur.checkpoints.journal import Journal, differences
 from secateur.errors import Interrupted, OutputRefused
 from secateur.pruning.prune import prune
@@ -145,6 +146,7 @@ def test_power_cut(tiny_llama, text_file, out, monkeypatch):
     out.parent.mkdir(exist_ok=True)
     limit = -1
     monkeypatch.setattr(output, "sync", sync)
+    monkeypatch.setattr(result_folder, "sync", sync)
     run()
     expected = contents(out)
     for limit in range(1, syncs):

@@ -960,12 +960,12 @@ def test_foreign_code_of_a_tokenizer_is_not_run(prune, copy, tmp_path):
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("where", ["_copy", "Output.write"])
+@pytest.mark.parametrize("where", ["result_folder._copy", "result.Output.write"])
 def test_an_interruption(refused, prune, tiny_llama, out, text_file, monkeypatch, where):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"secateur.checkpoints.result.{where}", interrupt)
+    monkeypatch.setattr(f"secateur.checkpoints.{where}", interrupt)
     refused(
         "prune", tiny_llama, "--out", out / "a" / "b", "--calibration", text_file, "--samples", 4,
         "--seq-len", 16, "--method", "wanda", "--quiet", code=130,

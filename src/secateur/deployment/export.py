@@ -7,7 +7,7 @@ from pathlib import Path
 
 from secateur.checkpoints.folder import INDEX, Checkpoint, open_checkpoint
 from secateur.checkpoints.record import record_of
-from secateur.checkpoints.result import output
+from secateur.checkpoints.result_folder import output
 from secateur.checkpoints.shards import save_in_shards
 from secateur.deployment.formats import FORMATS, Format, find_format, format_of
 from secateur.errors import BadCheckpoint, UnknownName

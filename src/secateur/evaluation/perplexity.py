@@ -31,7 +31,7 @@ from secateur.models.context import check_windows, default_corpus, default_lengt
 from secateur.models.divergence import divergence
 from secateur.models.load import load, resolve
 from secateur.models.replay import LanguageModel, Shell
-from secateur.models.stream.blocks import final_hidden
+from secateur.models.stream.forward import final_hidden
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors, reserve
 from secateur.system.intervals import Floats, bootstrap_interval

@@ -14,19 +14,24 @@ order is a hard problem; this finds a good one. What no trace can see is compare
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from secateur.methods.patterns import NM
+from secateur.methods.patterns import NM, Pattern
 from secateur.methods.statistics import Stats
-from secateur.models.channels.groups import ChannelGroup
+from secateur.models.channels.groups import ChannelGroup, interchangeable_groups
 from secateur.models.hooks import recorded_inputs
-from secateur.models.matrices import WeightMatrix, bias, weight_matrices
+from secateur.models.matrices import WeightMatrix, bias, signature, weight_matrices
 from secateur.models.replay import Call, close, run_block
+from secateur.models.stream.blocks import BlockRun, Step
+
+Classes = list[list[ChannelGroup]]
+"""Channels that may change places, class by class."""
 
 ROUNDS = 4
 """How often every position is reassigned, at most; it stops sooner where a round gains less than
@@ -125,7 +130,7 @@ def _reassigned(by_column: Tensor, groups: Tensor, n: int) -> Tensor:
     return groups
 
 
-def input_order(score: Tensor, classes: list[list[ChannelGroup]], pattern: NM) -> Tensor | None:
+def input_order(score: Tensor, classes: Classes, pattern: NM) -> Tensor | None:
     """The order of a consumer's inputs, int64 `[in]`, that keeps most score `[out, in]`, or None to
     leave it.
 
@@ -147,9 +152,7 @@ def input_order(score: Tensor, classes: list[list[ChannelGroup]], pattern: NM) -
 
 
 @torch.no_grad()
-def reorder(
-    block: nn.Module, consumer: str, classes: list[list[ChannelGroup]], order: Tensor
-) -> list[str]:
+def reorder(block: nn.Module, consumer: str, classes: Classes, order: Tensor) -> list[str]:
     """Give a consumer's inputs another order, and whatever feeds them; returns the parameters that
     changed, by name.
 
@@ -174,7 +177,7 @@ def reorder(
 
 
 def _output_orders(
-    known: Mapping[str, WeightMatrix], classes: list[list[ChannelGroup]], order: Tensor
+    known: Mapping[str, WeightMatrix], classes: Classes, order: Tensor
 ) -> dict[str, Tensor]:
     """For every site that feeds what moves, the order of its outputs, int64 `[out]`."""
     rows: dict[str, Tensor] = {}
@@ -229,8 +232,8 @@ def same_output(
 
 @torch.no_grad()
 def verified(
-    block: nn.Module, hidden: Tensor, call: Call, classes: Mapping[str, list[list[ChannelGroup]]]
-) -> dict[str, list[list[ChannelGroup]]]:
+    block: nn.Module, hidden: Tensor, call: Call, classes: Mapping[str, Classes]
+) -> dict[str, Classes]:
     """Those consumers of a block whose units may really change places: moving each by one changes
     nothing.
 
@@ -252,3 +255,56 @@ def verified(
         if same_output(block, copy, consumer, order, hidden, call):
             found[consumer] = units
     return found
+
+
+class Permutation:
+    """Better orders for the inputs of a block's weight matrices, given to all its copies alike.
+
+    `copies` of the block are the working copy of `step`, the one as it is stored, and the original
+    that weights are taken from. `moved`: parameters of which rows or columns have changed places.
+    """
+
+    def __init__(
+        self, step: Step, copies: Sequence[nn.Module], classes: Mapping[str, Classes]
+    ) -> None:
+        self.copies, self.moved = copies, set[str]()
+        self.classes = verified(step.block, *step.first(), classes)
+
+    def apply(
+        self,
+        name: str,
+        score: Callable[[Stats], Tensor],
+        stats: Stats,
+        pattern: Pattern,
+        probes: dict[str, Tensor],
+    ) -> tuple[Stats, str]:
+        """Reorder the inputs of one matrix, where N:M can keep more of `score(stats)` `[out, in]`
+        by it; the statistics in the new order, and a note. Its probe is reordered as well.
+        """
+        if name not in self.classes or not isinstance(pattern, NM):
+            return stats, ""
+        order = input_order(score(stats), self.classes[name], pattern)
+        if order is None:
+            return stats, ""
+        if name in probes:  # the first batch may have missed an expert
+            probes[name] = probes[name][:, order]
+        for copy in self.copies:
+            self.moved.update(reorder(copy, name, self.classes[name], order))
+        return permuted(stats, order), "inputs permuted"
+
+
+def groups_by_kind(run: BlockRun) -> Callable[[Step], dict[str, Classes]]:
+    """A function that gives the channels of a block that may change places, by the matrix that
+    reads them; blocks of one kind are traced once.
+    """
+    kinds: dict[Any, dict[str, Classes]] = {}
+
+    def find(step: Step) -> dict[str, Classes]:
+        blocks = run.language_model.blocks
+        if (kind := signature(blocks[step.index])) not in kinds:
+            run.progress.advance(f"{step.name} traced", step.index, len(blocks))
+            device = run.devices[0]
+            kinds[kind] = interchangeable_groups(run.language_model, step.index, device)
+        return kinds[kind]
+
+    return find

@@ -17,15 +17,13 @@ from typing import Any
 
 from torch import nn
 
+from secateur.checkpoints.output_folder import refuse_output
 from secateur.checkpoints.record import Report, pruning_record, total_sparsity
-from secateur.checkpoints.result import refuse_output
 from secateur.data.windows import Windows
 from secateur.errors import UnsupportedModel
 from secateur.methods import find_method
 from secateur.methods.patterns import parse_pattern
 from secateur.methods.structures import Structure
-from secateur.models.channels.groups import ChannelGroup, interchangeable_groups
-from secateur.models.matrices import signature
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.block_writer import block_writer
 from secateur.models.stream.blocks import BlockRun, stream
@@ -33,6 +31,7 @@ from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
 from secateur.pruning.check import Zeros, check_method, find_recipe
 from secateur.pruning.opening import Opened, opened
+from secateur.pruning.permute import groups_by_kind
 from secateur.pruning.planning.allocation import is_file
 from secateur.pruning.planning.memory import check_passes
 from secateur.pruning.planning.passes import needs_dense
@@ -224,32 +223,13 @@ def pruned_blocks(pruning: Pruning, finished: Sequence[nn.Module] = ()) -> Itera
     again.
     """
     run, method = pruning.run, pruning.method
-    progress, count = run.progress, len(run.language_model.blocks)
-    interchangeable: dict[Any, dict[str, list[list[ChannelGroup]]]] = {}  # by kind of block
+    count, classes = len(run.language_model.blocks), groups_by_kind(run)
     if not method.need and not method.refine:  # enough for the probe on which errors are measured
         run = replace(run, tokens=run.tokens[: run.batch_size])
     for step in stream(run, dense=needs_dense(method), finished=finished):
-        progress.advance(f"{step.name} inputs", step.index, count)
-        original = run.language_model.blocks[step.index]
-        units = {}
-        if method.permute:
-            if (kind := signature(original)) not in interchangeable:
-                progress.advance(f"{step.name} traced", step.index, count)
-                interchangeable[kind] = interchangeable_groups(
-                    run.language_model, step.index, run.devices[0]
-                )
-            units = interchangeable[kind]
-        block = prune_block(
-            step,
-            original,
-            method,
-            pruning.plan,
-            lambda name, index=step.index: progress.advance(name, index, count),
-            units,
-            one_pass=pruning.passes == "one" and not method.permute,
-            ranks=run.ranks,
-        )
+        run.progress.advance(f"{step.name} inputs", step.index, count)
+        block = prune_block(step, pruning, classes(step) if method.permute else {})
         del step  # with its copy of the block: the next is made before the name is used again
         yield block
         block.tensors.clear()
-    progress.advance("done", count, count)
+    run.progress.advance("done", count, count)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import open_checkpoint
-from secateur.checkpoints.result import output
+from secateur.checkpoints.result_folder import output
 from secateur.errors import Interrupted, UnsupportedModel
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import open_checkpoint, stored_dtype
-from secateur.checkpoints.result import check_output_folder
+from secateur.checkpoints.output_folder import check_output_folder
 from secateur.data.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
 from secateur.errors import SecateurError
 from secateur.models.context import check_windows, default_length, width

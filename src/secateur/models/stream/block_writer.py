@@ -21,7 +21,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from secateur.checkpoints.folder import Checkpoint
-from secateur.checkpoints.result import BLOCK, Output, output
+from secateur.checkpoints.result import BLOCK, Output
+from secateur.checkpoints.result_folder import output
 from secateur.errors import Interrupted
 from secateur.models.context import width
 from secateur.models.load import load_blocks

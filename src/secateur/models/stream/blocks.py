@@ -3,43 +3,56 @@
 `stream` records what enters block 0, then yields one `Step` per block. While a step is open its
 user reads statistics of the block's inputs and writes new weights into the working copy; asking for
 the next step runs the changed block, so the inputs of block i+1 come from the pruned block i, and
-overwrites the hidden states. With `Step.stages` that is one forward, which stops wherever sites are
-to be pruned and goes on through them.
+overwrites the hidden states. With `Step.stages` that is one forward, which stops wherever weight
+matrices are to be pruned and goes on through them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from time import perf_counter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoints.record import Seconds
 from secateur.errors import NonFinite
-from secateur.models.matrices import WeightMatrix, weight_matrices
-from secateur.models.replay import Call, LanguageModel, Shell
+from secateur.methods.statistics import OF_DENSE
+from secateur.models.mapped_tensors import HiddenStateStore
+from secateur.models.matrices import WeightMatrix, signature, weight_matrices
+from secateur.models.replay import Call
 from secateur.models.stream.forward import Batch, BlockRun, ForwardPass
-from secateur.models.stream.observe import CalibrationStatistics, observe, suspended
+from secateur.models.stream.observe import CalibrationStatistics, observe
+from secateur.models.stream.paused import InputGroups, PausedPass, find_groups
 from secateur.system.tensors import is_finite
 
 PROBE_TOKENS = 256
-"""On how many calibration tokens, about, the output error of every site is measured."""
+"""On how many calibration tokens, about, the output error of every weight matrix is measured."""
+Outputs = Callable[[int], Iterator[tuple[int, Tensor]]]
 
 
-@dataclass
 class Step:
     """One block with its calibration inputs. `block` is a working copy; `sites` are views of its
-    weights.
+    weight matrices, by name.
     """
 
-    index: int
-    name: str
-    block: nn.Module
-    sites: dict[str, WeightMatrix]
-    seconds: Seconds
-    last: bool
-    _flow: ForwardPass = field(repr=False)
+    def __init__(
+        self,
+        flow: ForwardPass,
+        dense: ForwardPass | None,
+        groups: dict[Any, InputGroups],
+        *,
+        last: bool,
+    ) -> None:
+        self._flow, self._dense, self._groups = flow, dense, groups
+        self.index, self.last = flow.index, last
+        self.name = flow.run.language_model.block_name(flow.index)
+        self.seconds = flow.run.seconds
+        self.block = flow.replicas[0]
+        self.sites = weight_matrices(self.block)
+        self._left = False  # whether the hidden states are those behind the block already
+        self._targets: HiddenStateStore | None = None  # what the dense block gives on dense inputs
 
     @property
     def device(self) -> torch.device:
@@ -49,13 +62,13 @@ class Step:
     def observe(
         self, need: Iterable[str], probe: int, only: Collection[str] | None = None
     ) -> CalibrationStatistics:
-        """One forward of the block as it is now, in which the inputs of its sites are seen, or
+        """Run the block as it is now once, and look at the inputs of its weight matrices, or of
         those in `only`.
 
         The probe takes evenly spaced tokens of the first batch, about `probe` of them. Raises
         NonFinite.
         """
-        return observe(self._flow, self.index, need, probe, only)
+        return self._timed(observe(self._flow, self._dense, tuple(need), probe, only))
 
     def stages(
         self,
@@ -67,27 +80,48 @@ class Step:
         sequential: bool,
         again: bool,
     ) -> Iterator[tuple[list[str], CalibrationStatistics]]:
-        """The sites in `only`, some at a time, with what is seen of their inputs; before the next,
-        they are pruned.
+        """The weight matrices in `only`, some at a time, with what is seen of their inputs; before
+        the next, they are pruned.
 
         In one pass, those that share an input come together, in the order in which a forward
         reaches them, and it goes on through what was pruned; to the end of the block, unless the
         block will be run `again`. In two, all come at once, and inputs are those of the dense
         block; or, if `sequential`, in stages with a forward for each.
         """
-        if one_pass and (stages := self._flow.stages(self.index)).plain:
-            if unreached := [name for name in stages.unreached if name in only]:
-                yield unreached, CalibrationStatistics({}, {}, {})  # before any forward starts
-            wanted = [
-                kept for stage in stages.order if (kept := [name for name in stage if name in only])
-            ]
-            yield from suspended(
-                self._flow, self.index, wanted, need, probe, finish=not again and not self.last
-            )
+        groups = self._input_groups() if one_pass else None
+        if groups and groups.plain:
+            if unreached := [name for name in groups.unreached if name in only]:
+                yield unreached, CalibrationStatistics({}, {})  # before any forward starts
+            stages = [kept for group in groups.order if (kept := [n for n in group if n in only])]
+            yield from self._paused(stages, tuple(need), probe, leave=not again and not self.last)
             return
         for group in self.groups() if sequential else [list(self.sites)]:
             if kept := [name for name in group if name in only]:
                 yield kept, self.observe(need, probe, kept)
+
+    def _paused(
+        self, stages: Sequence[list[str]], need: Collection[str], probe: int, *, leave: bool
+    ) -> Iterator[tuple[list[str], CalibrationStatistics]]:
+        """Every stage of one forward, which goes on through what is pruned, to its end if it is to
+        `leave` the block.
+        """
+        paired = self._dense if OF_DENSE.intersection(need) else None
+        with closing(PausedPass(self._flow, paired, stages)) as paused:
+            for number, names in enumerate(stages):
+                yield names, self._timed(paused.statistics(number, need, probe))
+                self._flow.align()
+            started = perf_counter()
+            if paired:
+                self._targets = _stored(paired, paused.dense_outputs, _room_for(paired))
+            if leave:
+                _stored(self._flow, paused.outputs, self._flow.hidden)
+            self._left = leave
+            self.seconds.forward += perf_counter() - started
+
+    def _timed(self, statistics: CalibrationStatistics) -> CalibrationStatistics:
+        self.seconds.forward += statistics.forward_seconds
+        self.seconds.statistics += statistics.statistics_seconds
+        return statistics
 
     def first(self) -> tuple[Tensor, Call]:
         """The hidden states of the first batch as they enter the block, and its call."""
@@ -97,32 +131,74 @@ class Step:
         """The hidden states of every batch as they enter the block, and the calls of all blocks of
         the model.
         """
-        return [
-            (h.to(self.device), calls)
-            for h, calls in zip(self._flow.hidden, self._flow.calls, strict=True)
-        ]
+        batches = zip(self._flow.hidden, self._flow.calls, strict=True)
+        return [(hidden.to(self.device), calls) for hidden, calls in batches]
 
     def replace(self, block: nn.Module) -> None:
-        """Go on with this block instead of the working copy, which is dropped; it may have other
-        shapes.
-        """
+        """Go on with this block instead of the working copy; it may have other shapes."""
         self._flow.replace(block)
 
-    @torch.no_grad()
     def batches(self) -> list[Batch]:
         """The inputs of the block, and what the dense block gives on the dense inputs; `stream`
         with `dense` only.
         """
-        return self._flow.batches(self.index)
+        started = perf_counter()
+        targets = self._dense_outputs()
+        self.seconds.forward += perf_counter() - started
+        calls = (calls[self.index] for calls in self._flow.calls)
+        return [Batch(*parts) for parts in zip(self._flow.hidden, calls, targets, strict=True)]
 
     def groups(self) -> list[list[str]]:
-        """The sites in the order in which the block reaches them, those that share an input
-        together.
+        """The weight matrices in the order in which the block reaches them, those that share an
+        input together.
 
-        Sites that the first batch does not reach come last.
+        Those that the first batch does not reach come last.
         """
-        stages = self._flow.stages(self.index)
-        return [*stages.order, *([stages.unreached] if stages.unreached else [])]
+        groups = self._input_groups()
+        return [*groups.order, *([groups.unreached] if groups.unreached else [])]
+
+    def leave(self) -> None:
+        """Run the block over all batches, where that is not done yet; outputs replace inputs."""
+        started = perf_counter()
+        if self._dense:
+            self._dense.hidden = self._dense_outputs()
+        if not self._left:
+            self._flow.align()
+            _stored(self._flow, self._flow.outputs, self._flow.hidden)
+        self.seconds.forward += perf_counter() - started
+
+    def _dense_outputs(self) -> HiddenStateStore:
+        """What the dense block gives on the dense inputs, batch by batch; computed once."""
+        assert self._dense
+        if self._targets is None:
+            self._targets = _stored(self._dense, self._dense.outputs, _room_for(self._dense))
+        return self._targets
+
+    @torch.no_grad()
+    def _input_groups(self) -> InputGroups:
+        """Which weight matrices share an input, asked of one forward for each kind of block."""
+        run = self._flow.run
+        kind = signature(run.language_model.blocks[self.index])
+        if kind not in self._groups:
+            self._groups[kind] = run.ranks.same(lambda: find_groups(self.block, *self.first()))
+        return self._groups[kind]
+
+
+def _room_for(flow: ForwardPass) -> HiddenStateStore:
+    """Room for what the block at hand makes of every batch."""
+    return HiddenStateStore(flow.run.spill, flow.hidden)
+
+
+@torch.no_grad()
+def _stored(flow: ForwardPass, outputs: Outputs, into: HiddenStateStore) -> HiddenStateStore:
+    """Put what leaves the block into a store as it comes, on all devices at once."""
+
+    def store(share: int) -> None:
+        for number, output in outputs(share):
+            into[number] = output
+
+    flow.each(store)
+    return into
 
 
 def stream(
@@ -140,56 +216,27 @@ def stream(
     given.
     """
     # Not under no_grad as a whole: torch's wrapper of a generator would hold on to the step before.
-    flow = ForwardPass(run, dense=dense)
-    order = list(range(len(run.language_model.blocks))) if kept is None else sorted(kept)
+    blocks, groups = run.language_model.blocks, dict[Any, InputGroups]()
+    flow = ForwardPass(run)
+    beside = flow.beside() if dense else None
+    order = list(range(len(blocks))) if kept is None else sorted(kept)
+    ready = dict(zip(order, finished, strict=False))
     for index in range(order[-1] + 1):
-        if index not in order:
-            flow.skip(index)
-            continue
-        position = order.index(index)
-        if position < len(finished):
-            flow.open(index, finished[position])
-        else:
-            flow.open(index)
-            step = _step(flow, index, last=index == order[-1])
-            yield step
+        if beside:
+            beside.close()  # before there is another block
+        if index in order:
+            flow.open(index, ready.get(index))
+        if beside:
+            beside.open(index, blocks[index])
+        if index in order:
+            step = Step(flow, beside, groups, last=index == order[-1])
+            if index not in ready:
+                yield step
+            if not step.last:
+                step.leave()
             del step  # its copy of the block would live beside the next one
-        if index < order[-1]:
-            flow.advance(index)
-
-
-def _step(flow: ForwardPass, index: int, *, last: bool) -> Step:
-    block = flow.replicas[0]
-    return Step(
-        index,
-        flow.language_model.block_name(index),
-        block,
-        weight_matrices(block),
-        flow.seconds,
-        last,
-        flow,
-    )
-
-
-@torch.no_grad()
-def final_hidden(
-    language_model: LanguageModel,
-    shell: Shell,
-    tokens: Tensor,
-    dtype: torch.dtype | None,
-    batch_size: int,
-) -> Tensor:
-    """What the last block returns for tokens `[samples, length]`: `[…, samples, length, hidden]`,
-    on the CPU.
-
-    Most families have nothing before the samples; Gemma 3n has several streams there.
-    """
-    run = BlockRun(language_model, tokens, [shell.device], dtype, batch_size)
-    flow = ForwardPass(run, shell=shell)
-    for index in range(len(language_model.blocks)):
-        flow.open(index)
-        flow.advance(index)
-    return torch.cat([hidden.cpu() for hidden in flow.hidden], dim=-3)
+        elif beside:
+            beside.hidden = _stored(beside, beside.outputs, _room_for(beside))
 
 
 def put(step: Step, name: str, weight: Tensor, targets: Mapping[str, WeightMatrix]) -> None:
@@ -199,7 +246,8 @@ def put(step: Step, name: str, weight: Tensor, targets: Mapping[str, WeightMatri
     stored = weight.to(targets[name].stored.dtype)
     if not is_finite(stored):
         raise NonFinite(
-            f"The pruned weights of {step.name}.{name} do not fit {stored.dtype}. Use another method, or --skip it."
+            f"The pruned weights of {step.name}.{name} do not fit {stored.dtype}. "
+            "Use another method, or --skip it."
         )
     targets[name].put(stored)
     step.sites[name].put(stored)
@@ -207,8 +255,8 @@ def put(step: Step, name: str, weight: Tensor, targets: Mapping[str, WeightMatri
 
 def refuse_non_finite_weights(step: Step, original: Mapping[str, WeightMatrix]) -> None:
     """Raise NonFinite for NaN or Inf in the stored weights of a block."""
-    for name, site in original.items():
-        if not is_finite(site.stored):
+    for name, matrix in original.items():
+        if not is_finite(matrix.stored):
             raise NonFinite(
                 f"The weights of {step.name}.{name} hold NaN or Inf. Fetch the checkpoint again."
             )

@@ -1,32 +1,34 @@
-"""One pass over the blocks: the hidden states, the recorded calls, and the block at hand on every
-device.
+"""One stream of hidden states through the blocks: what enters the block at hand, the recorded calls,
+and the block on every device.
 
-The work is split over `devices` by batches: every device has a replica of the current block and its
-share of the batches. Statistics are sums, so the shares merge exactly; they are added in the order
-of the devices.
+The work is split over the devices by batches: every device has a replica of the current block and
+its share of the batches. Statistics are sums, so the shares merge exactly; they are added in the
+order of the devices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from secateur.checkpoints.record import Seconds
+from secateur.models.hooks import recorded_inputs
 from secateur.models.mapped_tensors import HiddenStateStore
-from secateur.models.matrices import signature
 from secateur.models.replay import Call, LanguageModel, Shell, own, run_block, same, working_copy
 from secateur.models.stream.distributed import ALONE, Ranks
-from secateur.models.stream.paused import InputGroups, find_groups
 from secateur.models.stream.prefetch import Prefetch
 from secateur.system.memory import release_memory, will_need
 from secateur.system.progress import Progress
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -60,148 +62,85 @@ class Batch(NamedTuple):
 
 
 class ForwardPass:
-    """The state of one pass over the blocks: hidden states, recorded calls, replicas of the current
-    block.
+    """The hidden states that enter the block at hand, by batch, and what runs them through it.
 
-    With `dense`, a second stream goes through the dense blocks beside the first. With several
-    ranks, every one has its share of the batches, and statistics are those of all.
+    `calls` holds how the model calls each block, by batch; `replicas` the block at hand on each
+    device, in the dtype of the run. With several ranks, every one has its share of the batches.
     """
 
     @torch.no_grad()
-    def __init__(self, run: BlockRun, *, shell: Shell | None = None, dense: bool = False) -> None:
-        devices, spill = run.devices, run.spill
-        self.ranks = run.ranks
-        self.language_model, self.devices, self.dtype = run.language_model, devices, run.dtype
-        self.seconds, self.prefetch = run.seconds, Prefetch(devices, run.dtype)
-        self.hidden = HiddenStateStore(spill)
+    def __init__(self, run: BlockRun, shell: Shell | None = None) -> None:
+        self.run, self.index = run, -1
+        self.hidden = HiddenStateStore(run.spill)
         self.calls: list[list[Call]] = []
         self.replicas: list[nn.Module] = []
-        self.done = False  # whether the hidden states are those behind the block at hand already
-        self.dense: HiddenStateStore | None = (
-            None  # the hidden states in the dense model, where they are wanted
-        )
-        self.dense_calls: list[list[Call]] = []
-        self.targets: HiddenStateStore | None = (
-            None  # and what the dense block at hand makes of them
-        )
-        self.originals: list[nn.Module] = []
-        self._stages: dict[tuple[Any, ...], InputGroups] = {}
-        self._threads = [ThreadPoolExecutor(1) for _ in devices] if len(devices) > 1 else []
-        shell = shell or Shell(run.language_model, devices[0], run.dtype, head=False)
+        count = len(run.devices)
+        self._prefetch = Prefetch(run.devices, run.dtype)
+        self._threads = [ThreadPoolExecutor(1) for _ in run.devices] if count > 1 else []
+        shell = shell or Shell(run.language_model, run.devices[0], run.dtype, head=False)
         started = perf_counter()
         for number, batch in enumerate(run.ranks.mine(run.tokens.split(run.batch_size))):
             hidden, calls = shell.enter(batch)
-            self.hidden.append(hidden if spill else hidden.to(devices[number % len(devices)]))
-            self.calls.append(
-                calls if not number or not same(calls, self.calls[0]) else self.calls[0]
-            )
-        self.seconds.forward += perf_counter() - started
-        if dense:
-            self.dense = HiddenStateStore(spill, self.hidden)
-            self.dense_calls = [own(calls, {}) for calls in self.calls]
+            self.hidden.append(hidden if run.spill else hidden.to(run.devices[number % count]))
+            alike = number and same(calls, self.calls[0])
+            self.calls.append(self.calls[0] if alike else calls)
+        run.seconds.forward += perf_counter() - started
+
+    def beside(self) -> ForwardPass:
+        """A second stream from the same hidden states, in the same threads, with calls of its
+        own.
+        """
+        other = copy(self)
+        other.hidden, other.replicas = HiddenStateStore(self.run.spill, self.hidden), []
+        other.calls = [own(calls, {}) for calls in self.calls]
+        return other
 
     def open(self, index: int, block: nn.Module | None = None) -> None:
         """Take a block of the model in hand, or `block` in its place."""
-        blocks = self.language_model.blocks
-        original = blocks[index]
-        for device in self.devices:
-            if device.type == "cuda":  # what is let go may be written to from another stream
-                torch.cuda.synchronize(device)
-        self.replicas.clear()
-        self.originals.clear()
-        release_memory()
-        moved = self.prefetch.take(index) if block is None else None
-        self.replicas = moved or [
-            working_copy(block or original, device, self.dtype) for device in self.devices
-        ]
-        if self.dense is not None:
-            self.originals = [working_copy(original, device, self.dtype) for device in self.devices]
-        self.targets, self.done = None, False
+        blocks = self.run.language_model.blocks
+        self.close()
+        self.index = index
+        moved = self._prefetch.take(index) if block is None else None
+        if moved:
+            self.replicas = moved
+        else:
+            self.replace(block or blocks[index])
         if index + 1 < len(blocks):
             will_need(blocks[index + 1].parameters())
             if block is None:
-                self.prefetch.begin(index + 1, blocks[index + 1])
+                self._prefetch.begin(index + 1, blocks[index + 1])
+
+    def close(self) -> None:
+        """Let go of the block at hand."""
+        for device in self.run.devices:
+            if device.type == "cuda":  # what is let go may be written to from another stream
+                torch.cuda.synchronize(device)
+        self.replicas = []
+        release_memory()
 
     def replace(self, block: nn.Module) -> None:
-        """Go on with this block instead of the replicas; it may have other shapes."""
-        self.replicas = [working_copy(block, device, self.dtype) for device in self.devices]
-
-    @torch.no_grad()
-    def skip(self, index: int) -> None:
-        """Leave a block out; only the dense stream goes through it."""
-        if self.dense is not None:
-            self.originals = [
-                working_copy(self.language_model.blocks[index], device, self.dtype)
-                for device in self.devices
-            ]
-            self.targets = None
-            self.dense = self.dense_outputs(index)
-
-    @torch.no_grad()
-    def advance(self, index: int) -> None:
-        """Run the block over all batches, where that is not done yet; its outputs replace its
-        inputs.
-        """
-        started = perf_counter()
-        if self.dense is not None:
-            self.dense = self.dense_outputs(index)
-        if not self.done:
-            self.align()
-
-            def forward(share: int) -> None:
-                for number in self.of(share):
-                    self.hidden[number] = self.forward(index, share, number)
-
-            self.each(forward)
-        self.seconds.forward += perf_counter() - started
+        """Go on with this block instead; it may have other shapes."""
+        self.replicas = [working_copy(block, d, self.run.dtype) for d in self.run.devices]
 
     def align(self) -> None:
-        """Give the other devices the block as it is now on the first, where its sites are
-        written.
-        """
-        state = self.replicas[0].state_dict()
+        """Give the other devices the block as it is now on the first, where weights are written."""
         for replica in self.replicas[1:]:
-            replica.load_state_dict(state)
+            replica.load_state_dict(self.replicas[0].state_dict())
 
-    def of(self, share: int) -> range:
+    def batches_of(self, share: int) -> range:
         """The numbers of the batches that a device has."""
-        return range(share, len(self.hidden), len(self.devices))
+        return range(share, len(self.hidden), len(self.run.devices))
 
-    def forward(self, index: int, share: int, number: int) -> Tensor:
-        return run_block(
-            self.replicas[share],
-            self.hidden[number].to(self.devices[share]),
-            self.calls[number][index],
-        )
+    def forward(self, share: int, number: int) -> Tensor:
+        """What the block at hand makes of one batch, on the device that has it."""
+        hidden = self.hidden[number].to(self.run.devices[share])
+        return run_block(self.replicas[share], hidden, self.calls[number][self.index])
 
-    def dense_forward(self, index: int, share: int, number: int) -> Tensor:
-        assert self.dense is not None
-        hidden = self.dense[number].to(self.devices[share])
-        return run_block(self.originals[share], hidden, self.dense_calls[number][index])
+    def outputs(self, share: int) -> Iterator[tuple[int, Tensor]]:
+        """(batch, what the block makes of it) for all batches of a device."""
+        return ((number, self.forward(share, number)) for number in self.batches_of(share))
 
-    def dense_outputs(self, index: int) -> HiddenStateStore:
-        """What the dense block gives on the dense inputs, batch by batch; computed once."""
-        if self.targets is None:
-            assert self.dense is not None
-            targets = HiddenStateStore(self.hidden.folder, self.dense)
-
-            def forward(share: int) -> None:
-                for number in self.of(share):
-                    targets[number] = self.dense_forward(index, share, number)
-
-            self.each(forward)
-            self.targets = targets
-        return self.targets
-
-    def batches(self, index: int) -> list[Batch]:
-        """The inputs of the block at hand, and what the dense block gives on the dense inputs."""
-        started = perf_counter()
-        targets = self.dense_outputs(index)
-        self.seconds.forward += perf_counter() - started
-        calls = (calls[index] for calls in self.calls)
-        return [Batch(*parts) for parts in zip(self.hidden, calls, targets, strict=True)]
-
-    def each(self, work: Callable[[int], Any]) -> list[Any]:
+    def each(self, work: Callable[[int], Value]) -> list[Value]:
         """`work(share)` for every device at once, each in a thread of its own; the results in
         device order.
         """
@@ -209,18 +148,50 @@ class ForwardPass:
             return [work(0)]
         work = torch.no_grad()(work)
         running = [thread.submit(work, share) for share, thread in enumerate(self._threads)]
-        return [found.result() for found in running]
+        return [result.result() for result in running]
 
-    @torch.no_grad()
-    def stages(self, index: int) -> InputGroups:
-        """The sites of the block at hand in the order in which forwards reach them; found once for
-        each kind.
-        """
-        kind = signature(self.language_model.blocks[index])
-        if kind not in self._stages:
-            self._stages[kind] = self.ranks.same(
-                lambda: find_groups(
-                    self.replicas[0], self.hidden[0].to(self.devices[0]), self.calls[0][index]
-                )
-            )
-        return self._stages[kind]
+
+@torch.no_grad()
+def final_hidden(
+    language_model: LanguageModel,
+    shell: Shell,
+    tokens: Tensor,
+    dtype: torch.dtype | None,
+    batch_size: int,
+) -> Tensor:
+    """What the last block returns for tokens `[samples, length]`: `[…, samples, length, hidden]`,
+    on the CPU.
+
+    Most families have nothing before the samples; Gemma 3n has several streams there.
+    """
+    run = BlockRun(language_model, tokens, [shell.device], dtype, batch_size)
+    flow = ForwardPass(run, shell)
+    for index in range(len(language_model.blocks)):
+        flow.open(index)
+        for number, output in flow.outputs(0):
+            flow.hidden[number] = output
+    return torch.cat([hidden.cpu() for hidden in flow.hidden], dim=-3)
+
+
+def linear_inputs(
+    flow: ForwardPass, share: int, number: int, only: Collection[str] | None
+) -> dict[str, Tensor]:
+    """The inputs of the block's linear layers for one batch, those in `only`; not of experts.
+
+    Which tokens reach an expert differs between two models, so there are no pairs to sum over.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def wanted(name: str) -> bool:
+        is_linear = not any(part.isdigit() for part in name.split("."))
+        return is_linear and (only is None or name in only)
+
+    def record(name: str, x: Tensor) -> None:
+        if wanted(name):
+            inputs[name] = x
+
+    if only is not None and not any(map(wanted, only)):
+        return inputs
+    with recorded_inputs(flow.replicas[share], record):
+        flow.forward(share, number)
+    return inputs

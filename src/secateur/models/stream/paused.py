@@ -12,12 +12,15 @@ plain answer is left to two passes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
+from functools import partial
+from time import perf_counter
 from typing import NamedTuple
 from weakref import ref
 
+import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
@@ -26,6 +29,8 @@ from secateur.models import experts
 from secateur.models.hooks import visited
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import Call, run_block
+from secateur.models.stream.forward import ForwardPass
+from secateur.models.stream.observe import CalibrationStatistics, Watch, merged, probed
 
 
 class InputGroups(NamedTuple):
@@ -160,3 +165,58 @@ class PausedForwards:
                 f"{name} is reached in another order, or with another input, by some batches than by the first. "
                 "Use --passes two."
             )
+
+
+class PausedPass:
+    """All batches of a pass, stopped within the block at hand; with `dense`, those of the dense
+    stream beside them.
+
+    `stages` are the groups of weight matrices at which they stop, in order.
+    """
+
+    def __init__(
+        self, flow: ForwardPass, dense: ForwardPass | None, stages: Sequence[list[str]]
+    ) -> None:
+        self.flow, self.stages = flow, stages
+        self._streams = [flow, dense] if dense else [flow]
+        self._forwards = flow.each(
+            lambda share: [self._start(stream, share) for stream in self._streams]
+        )
+
+    def _start(self, stream: ForwardPass, share: int) -> PausedForwards:
+        starts = {n: partial(stream.forward, share, n) for n in stream.batches_of(share)}
+        return PausedForwards(stream.replicas[share], self.stages, starts)
+
+    @torch.no_grad()
+    def statistics(self, stage: int, need: Collection[str], probe: int) -> CalibrationStatistics:
+        """What is seen where all forwards have come to a stage. Raises NonFinite."""
+        names = self.stages[stage]
+        fused = weight_matrices(self.flow.replicas[0])[names[0]].expert
+        shared = {name: name if fused else names[0] for name in names}
+
+        def collect(share: int) -> Watch:
+            watch = Watch(need)
+            ours, *theirs = self._forwards[share]
+            # Which tokens reach an expert differs between two models: no pairs to sum over.
+            pairs = theirs[0].inputs(stage) if theirs and not fused else None
+            for number, reached in ours.inputs(stage):
+                dense = dict(next(pairs)[1]) if pairs else {}
+                watch.next_batch(probed(self.flow, probe, number), dense)
+                for name, x in reached:
+                    watch.see(name, x)
+            return watch
+
+        started = perf_counter()
+        return merged(self.flow, self.flow.each(collect), shared, perf_counter() - started)
+
+    def outputs(self, share: int) -> Iterator[tuple[int, Tensor]]:
+        """(batch, what the block returns) of a device, each forward run to its end."""
+        return self._forwards[share][0].outputs()
+
+    def dense_outputs(self, share: int) -> Iterator[tuple[int, Tensor]]:
+        """The same of the dense stream."""
+        return self._forwards[share][1].outputs()
+
+    def close(self) -> None:
+        """Give up what has not ended."""
+        self.flow.each(lambda share: [forwards.close() for forwards in self._forwards[share]])

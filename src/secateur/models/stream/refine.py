@@ -15,14 +15,16 @@ zero. A block that did not come nearer keeps its weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from secateur.models.matrices import weight_matrices
-from secateur.models.replay import run_block
+from secateur.models.replay import run_block, working_copy
+from secateur.models.stream.blocks import Step
 from secateur.models.stream.forward import Batch
 
 RATE = 0.4
@@ -116,3 +118,26 @@ def _loss(block: nn.Module, batch: Batch) -> Tensor:
         output = run_block(block, hidden, batch.call)
     power = target.square().sum(-1).clamp_min(1e-30)
     return ((output.float() - target).square().sum(-1) / power).mean()
+
+
+def refine_block(
+    step: Step, result: nn.Module, changed: Sequence[str], pruned: Container[str], epochs: int
+) -> Tuned:
+    """Tune the `changed` parameters of a pruned block, in float32, and round what came out into
+    both copies; experts that were not `pruned` stay as they are.
+    """
+    batches = step.batches()
+    started = perf_counter()
+    block = working_copy(step.block, step.device, torch.float32)
+    for name in changed:
+        block.get_parameter(name).data.copy_(result.get_parameter(name).data)
+    kept = {name: block.get_parameter(name) != 0 for name in changed}
+    for matrix in weight_matrices(block).values():
+        if matrix.expert and matrix.parameter in kept and matrix.name not in pruned:
+            kept[matrix.parameter][int(matrix.name.rsplit(".", 2)[1])] = False
+    tuned = refine(block, kept, batches, epochs)
+    for name in changed:
+        stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
+        step.block.get_parameter(name).data.copy_(stored)
+    step.seconds.refine += perf_counter() - started
+    return tuned

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.record import Report, pruning_record
+from secateur.checkpoints.result_folder import configure
 from secateur.checkpoints.shards import resized, size_of
 from secateur.errors import BadPattern
 from secateur.methods.structures import NAMES, Budget, Depth, Structure, parse_structure, parts
@@ -119,7 +120,7 @@ def _write(
     result.places = resized(result.source, result.partial, names.places, again=again)
     if not again:
         model_type = run.language_model.model.config.model_type
-        result.configure(removal.target.changes, model_type)
+        configure(result, removal.target.changes, model_type)
         result.sync()
     run.progress.begin(f"shrinking with {report.method} to {report.pattern}")
     logits = _slice_blocks(slicing, names, writer, report)

@@ -23,7 +23,7 @@ from secateur.errors import SecateurError, UnsupportedModel, in_one_line
 from secateur.models.load import load
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.replay import Shell
-from secateur.models.stream.blocks import final_hidden
+from secateur.models.stream.forward import final_hidden
 
 MOST = 1e-4
 """The largest relative difference of logits, ‖a − b‖ / ‖b‖; both are computed in float32."""

@@ -1,0 +1,175 @@
+"""A result folder begun, taken up where a run died, or given up."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from secateur.checkpoints.folder import RECORD, Checkpoint
+from secateur.checkpoints.journal import Journal, differences
+from secateur.checkpoints.output_folder import check_output_folder, journal_of, refuse_output
+from secateur.checkpoints.result import BLOCK, Output
+from secateur.errors import (
+    BadCheckpoint,
+    ConditionsDiffer,
+    DiskFull,
+    Interrupted,
+    OutputRefused,
+    RankLost,
+    SecateurError,
+)
+from secateur.system.files import disk_errors, sync
+from secateur.system.json_files import json_object, write_json
+
+_OTHER_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+)
+
+
+@contextmanager
+def output(
+    source: Checkpoint,
+    out: Path,
+    *,
+    overwrite: bool,
+    other_weights: int | None = None,
+    run: Mapping[str, Any] | None = None,
+    restart: bool = False,
+) -> Iterator[Output]:
+    """A result folder beside `out`, holding a copy of the source; removed again unless it is
+    finished.
+
+    With `other_weights` the shards are left to whoever makes others of so many bytes
+    (`shards.resized`). With the conditions of a `run`, it is kept when the run dies with blocks
+    finished, and taken up by the next with the same conditions; `restart` discards it. Raises
+    OutputRefused where `out` holds something already, DiskFull where the result cannot fit,
+    ConditionsDiffer where a half-finished run has other conditions.
+    """
+    out = out.resolve()  # a link is followed, so that the result lies where it points
+    check_output_folder(source, out, overwrite=overwrite)
+    partial, file = out.with_name(f".{out.name}.partial"), journal_of(out)
+    made = [folder for folder in out.parents if not folder.exists()]
+    result = None
+    try:
+        with disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            result = Output(source, out, partial, overwrite, None if run is None else Journal(file))
+            conditions = {**(run or {}), "files": result.stamps}
+            if not _taken_up(result, conditions, restart):
+                refuse_output(out, overwrite=overwrite, strict=True)
+                _copy(source, out, partial, other_weights)
+                if result.journal:
+                    result.journal.begin(conditions)
+        yield result
+        result.settle()
+    except BaseException as error:
+        if (ended := _ended(error, result, made)) is error:
+            raise
+        raise ended from error
+    finally:
+        if result:
+            result._close()
+            if result.journal is None or not file.exists():
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _taken_up(result: Output, conditions: Mapping[str, Any], restart: bool) -> bool:
+    """Whether a run with these conditions died here and can go on. Raises ConditionsDiffer."""
+    journal = result.journal
+    if journal is None or journal.conditions is None or restart:
+        return False
+    if differing := differences(journal.conditions, conditions):
+        if result.done or not journal.entries:
+            return False
+        raise ConditionsDiffer(
+            f"A half-finished run for {result.out} has other conditions: {'; '.join(differing)}. Give the same to go "
+            "on, choose another --out, or discard it with --restart."
+        )
+    return result.done or result.partial.is_dir()
+
+
+def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | None) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    copied = [
+        file
+        for file in sorted(source.folder.iterdir())
+        if file.is_file()
+        and file.name not in (RECORD, *source.shards)
+        and not file.name.endswith(_OTHER_WEIGHTS)
+    ]
+    free = shutil.disk_usage(out.parent).free
+    size = source.bytes if other_weights is None else other_weights
+    if free < (size := size + sum(file.stat().st_size for file in copied)):
+        raise DiskFull(f"{out} needs {_size(size)}, the disk has {_size(free)} free.")
+    partial.mkdir()
+    for file in [
+        *copied,
+        *(source.folder / shard for shard in source.shards if other_weights is None),
+    ]:
+        shutil.copyfile(file, partial / file.name)
+        sync(partial / file.name)
+    sync(partial)
+
+
+def _ended(error: BaseException, result: Output | None, made: list[Path]) -> BaseException:
+    """What to raise for an error that ended a run: finished blocks are kept, unless they would only
+    fail again.
+    """
+    with suppress(Exception):
+        if result:
+            result.settle()
+    finished = len(result.recorded(BLOCK)) if result else 0
+    mended = not isinstance(error, SecateurError) or isinstance(
+        error, (DiskFull, OutputRefused, Interrupted, RankLost)
+    )
+    other = isinstance(error, ConditionsDiffer)  # what lies there is not ours
+    if result and result.journal and not other and not (finished and mended):
+        result.journal.remove()
+        shutil.rmtree(result.partial, ignore_errors=True)
+    with suppress(OSError):  # what is not empty stays
+        for folder in made:
+            folder.rmdir()
+    if finished and mended and result and result.partial.exists():
+        text = f"{str(error) or 'Interrupted.'} The same command goes on after the {finished} blocks that are finished."
+        if isinstance(error, KeyboardInterrupt):
+            return Interrupted(text)
+        if isinstance(error, SecateurError):
+            return type(error)(text)
+    if isinstance(error, DiskFull) and error.__cause__:
+        return DiskFull(f"{str(error).rstrip('.')}; nothing was left behind.")
+    return error
+
+
+def configure(result: Output, changes: Mapping[str, Any], model_type: str) -> None:
+    """Change fields of `config.json`, in the part that describes a model of that type. Raises
+    BadCheckpoint.
+    """
+    file = result.partial / "config.json"
+    config = json_object(file)
+    parts = [
+        part
+        for part in (config, *config.values())
+        if isinstance(part, dict) and part.get("model_type") == model_type
+    ]
+    if not parts:
+        raise BadCheckpoint(
+            f"{result.source.folder / 'config.json'} has no part for a {model_type!r} model."
+        )
+    parts[0].update(changes)
+    with disk_errors(result.out):
+        write_json(file, config, 2)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
