@@ -25,6 +25,8 @@ from secateur.pruning.planning.allocation import Plan, is_file, label
 from secateur.pruning.planning.measured import make_plan
 from secateur.pruning.planning.memory import UNKNOWN_COST, way_through
 from secateur.system.devices import calibration_dtype, find_resources
+from secateur.system.files import file_sha256
+from secateur.system.machine import versions
 from secateur.system.memory import release_memory
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, Trust
@@ -72,6 +74,27 @@ def block_run(
         ranks,
         progress=progress,
     )
+
+
+def conditions_of(
+    run: BlockRun, windows: Windows, zeros: Zeros, compute: Compute
+) -> dict[str, Any]:
+    """What must be the same for a run that died to be gone on with, as JSON can hold it."""
+    recipe = zeros.recipe
+    forward = run.dtype or run.language_model.model.dtype
+    return {
+        "method": recipe.method,
+        "pattern": str(zeros.pattern),
+        "allocate": recipe.allocate,
+        "passes": compute.passes,
+        "dtype": str(forward).removeprefix("torch."),
+        "batch_size": compute.batch_size,
+        "skip": list(recipe.skip),
+        "plan": file_sha256(Path(recipe.allocate)) if is_file(recipe.allocate) else None,
+        "calibration": windows.fingerprint(),
+        "device": run.devices[0].type,
+        "versions": versions(),
+    }
 
 
 def prepare(

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import gettempdir
-from typing import Any
 
 from torch import nn
 
@@ -26,20 +25,17 @@ from secateur.methods.patterns import parse_pattern
 from secateur.methods.structures import Structure
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.block_writer import block_writer
-from secateur.models.stream.blocks import BlockRun, stream
+from secateur.models.stream.blocks import stream
 from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
 from secateur.pruning.check import Zeros, check_method, find_recipe
 from secateur.pruning.opening import Opened, opened
 from secateur.pruning.permute import groups_by_kind
-from secateur.pruning.planning.allocation import is_file
 from secateur.pruning.planning.memory import check_passes
 from secateur.pruning.planning.passes import needs_dense
-from secateur.pruning.prepare import Pruning, block_run, prepare
+from secateur.pruning.prepare import Pruning, block_run, conditions_of, prepare
 from secateur.pruning.structured.program import prune_structure
 from secateur.system.devices import find_devices, find_dtype
-from secateur.system.files import file_sha256
-from secateur.system.machine import versions
 from secateur.system.memory import PeakMemory
 from secateur.system.progress import Progress
 from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust
@@ -134,7 +130,7 @@ def prune_checkpoint(
             raise UnsupportedModel(f"{zeros} is taken out in one process; found {ranks.size}.")
         return prune_structure(opened, recipe, compute, destination, trust, progress)
     run = block_run(language_model, windows, compute, out.resolve().parent, progress, ranks)
-    conditions, count = _conditions(run, windows, zeros, compute), len(language_model.blocks)
+    conditions, count = conditions_of(run, windows, zeros, compute), len(language_model.blocks)
     with (
         PeakMemory() as peak,
         block_writer(source, language_model, destination, trust, conditions, ranks) as writer,
@@ -157,25 +153,6 @@ def prune_checkpoint(
         }
         writer.finish(pruning_record(source.folder, report, destination.command, options))
     return report
-
-
-def _conditions(run: BlockRun, windows: Windows, zeros: Zeros, compute: Compute) -> dict[str, Any]:
-    """Under which a run that died can be gone on with."""
-    recipe = zeros.recipe
-    forward = run.dtype or run.language_model.model.dtype
-    return {
-        "method": recipe.method,
-        "pattern": str(zeros.pattern),
-        "allocate": recipe.allocate,
-        "passes": compute.passes,
-        "dtype": str(forward).removeprefix("torch."),
-        "batch_size": compute.batch_size,
-        "skip": list(recipe.skip),
-        "plan": file_sha256(Path(recipe.allocate)) if is_file(recipe.allocate) else None,
-        "calibration": windows.fingerprint(),
-        "device": run.devices[0].type,
-        "versions": versions(),
-    }
 
 
 def prune_model(
