@@ -1,11 +1,16 @@
 """The house: which room may import which, how high it stands, and what a newcomer finds at its door."""
 
 import ast
+import inspect
+from collections.abc import Iterator
 
 import pytest
 from support.imports import APART, KNOWN_TO_A_METHOD, MAY_IMPORT, SOURCE, imports, modules
 
 import secateur
+
+CALLED = [name for name in secateur.__all__ if inspect.isfunction(getattr(secateur, name))]
+"""The public functions."""
 
 
 def test_imports_keep_to_the_table():
@@ -63,6 +68,36 @@ PAPERS = [file for file in sorted((SOURCE / "methods").glob("*.py")) if file.ste
 @pytest.mark.parametrize("file", PAPERS, ids=lambda file: file.stem)
 def test_a_method_knows_only_patterns_statistics_and_solvers(file):
     assert set(imports(file)) <= KNOWN_TO_A_METHOD
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function of the package with the module that it stands in."""
+    for name, file in modules().items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield name, node
+
+
+def test_no_function_takes_more_than_seven_parameters():
+    """But the public ones, which have flat keywords, and the kernels', which have C's."""
+    many = []
+    for module, function in functions():
+        arguments = function.args
+        names = [one.arg for one in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        if len(set(names) - {"self", "cls"}) > 7 and module.split(".")[0] != "kernels":
+            many.append(f"{module}.{function.name}")
+    public = {f"{getattr(secateur, name).__module__.removeprefix('secateur.')}.{name}" for name in CALLED}
+    assert set(many) <= public
+
+
+def test_no_function_is_longer_than_sixty_lines():
+    sizes = {f"{module}.{one.name}": (one.end_lineno or 0) - one.lineno + 1 for module, one in functions()}
+    assert {name: size for name, size in sizes.items() if size > 60} == {}
+
+
+def test_the_formatter_is_switched_off_nowhere_and_lines_are_short():
+    lines = ((name, line) for name, file in modules().items() for line in file.read_text("utf-8").splitlines())
+    assert [(name, line) for name, line in lines if "fmt: skip" in line or "fmt: off" in line] == []
 
 
 def test_every_room_says_what_it_is():

@@ -195,7 +195,7 @@ def test_percents_that_are_refused_bound_a_search():
 
 def test_two_searches_in_one_folder(options, tmp_path):
     """What one search passed by and another finds has weights again; a table of before keeps its own."""
-    options |= {"methods": ["magnitude"]}
+    options = options | {"methods": ["magnitude"]}
     before = secateur.compare(**options | {"patterns": ["70%"]}, out=tmp_path).rows[1]
     known = {row.pattern: row for row in secateur.compare(**options, tolerance=1e-4, out=tmp_path).rows}
     passed = [row for row in known.values() if row.searched]
@@ -209,7 +209,7 @@ def test_two_searches_in_one_folder(options, tmp_path):
 
 
 def test_a_run_that_dies_while_it_deletes_goes_on(options, tmp_path, monkeypatch):
-    options |= {"methods": ["wanda"], "seed": [0, 1]}
+    options = options | {"methods": ["wanda"], "seed": [0, 1]}
     real = shutil.rmtree
 
     def dies(place, *args, **more):
@@ -226,7 +226,7 @@ def test_a_run_that_dies_while_it_deletes_goes_on(options, tmp_path, monkeypatch
 
 
 def test_too_few_zeros_to_pack_leave_an_int8_row_out(options, tmp_path):
-    options |= {"methods": ["magnitude"], "patterns": ["10%", "50%"], "values": ["as stored", "int8"]}
+    options = options | {"methods": ["magnitude"], "patterns": ["10%", "50%"], "values": ["as stored", "int8"]}
     results = secateur.compare(**options, out=tmp_path)
     assert [row.name for row in results.rows[1:]] == ["magnitude 10%", "magnitude 50%", "magnitude 50% int8"]
     assert "nothing to pack" in results.not_timed["magnitude 10% int8"]
@@ -235,7 +235,7 @@ def test_too_few_zeros_to_pack_leave_an_int8_row_out(options, tmp_path):
 
 def test_passes_are_those_of_the_rows_that_are_there(options, tmp_path, monkeypatch):
     """What memory is free must not decide whether a comparison can go on."""
-    options |= {"methods": ["wanda"]}
+    options = options | {"methods": ["wanda"]}
     secateur.compare(**options | {"passes": "two"}, out=tmp_path)
     results = secateur.compare(**options | {"patterns": ["50%", "60%"]}, out=tmp_path)
     assert results.options["passes"] == "two"

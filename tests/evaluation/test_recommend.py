@@ -124,7 +124,7 @@ CASES: dict[str, tuple[Results, dict[str, Any], str | None, str | None, list[str
         table(alps, wanda), {"goal": "quality", "runtime": "packed-int8"}, NO_ROW, None, ["packed-int8 rounds weights"],
     ),
     "quality: steps of a search and other draws are no rows of the table": (
-        table(replace(alps, searched=True), replace(alps, calibration=1), wanda), {"goal": "quality"},
+        table(replace(alps, searched=True), replace(alps, calibration=1), wanda, draws=2), {"goal": "quality"},
         "wanda 50%", None, ["Least perplexity of one row"],
     ),
     "quality: nothing pruned": (table(), {"goal": "quality"}, NO_ROW, None, ["No pruned row was measured."]),

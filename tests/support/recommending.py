@@ -41,16 +41,17 @@ def timed(
     }  # fmt: skip
 
 
-def table(*rows: Row, dense: list[dict[str, Any]] | None = None, **more: Any) -> Results:
-    """A comparison of these rows with the dense model, which was timed as `dense` says."""
+def table(*rows: Row, dense: list[dict[str, Any]] | None = None, draws: int = 1, **more: Any) -> Results:
+    """A comparison of these rows with the dense model, which was timed as `dense` says, on so many draws of a text."""
     plain = Row(
         "dense", "-", "dense", 0.0, DENSE, 0.0, (0.0, 0.0), 0.0, 1.0, {"solve": 0.0}, None, 1000, parameters=500,
         latency=dense or [],
     )  # fmt: skip
     more = {"machine": MACHINE, "command": ["secateur", "compare", "some/model", "--out", "out/here"]} | more
     text = {"source": "c4", "split": "train", "samples": 8, "length": 64, "seed": 0, "sha256": "0"}
+    texts = [{**text, "seed": seed} for seed in range(draws)]
     return Results(
-        schema=SCHEMA, model={"name": "some/model", "parameters": 500, "shards": {}}, calibrations=[text],
+        schema=SCHEMA, model={"name": "some/model", "parameters": 500, "shards": {}}, calibrations=texts,
         evaluation={**text, "samples": 40, "seed": None}, options={}, versions={}, rows=[plain, *rows], **more,
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ from secateur.pruning.structured.program import prune_structure
 from secateur.system.devices import find_devices, find_dtype
 from secateur.system.memory import PeakMemory
 from secateur.system.progress import Progress
-from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust
+from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust, taken
 from secateur.system.sizes import find_size
 
 
@@ -71,28 +71,19 @@ def prune(
     """Prune a model and write the result to the folder `out`; returns the report that
     `pruning.json` holds.
 
-    `model` is a checkpoint folder, a hub name, or None for the embedded demo model. `pattern` is
-    read by `patterns.parse`; `method` is a key of `METHODS`, with refinements, or for structures
-    what `structured.method.find_structured_method` knows; `allocate` says how sparsity is shared
-    out: `uniform`, a rule of `measured.ALLOCATIONS`, or a plan's .json file, which decides instead
-    of `pattern`. `align`: the channels that stay are a multiple of it. `device` may list several,
-    separated by commas. `dtype` is that of the forward passes (`auto`: as stored; on a CPU float32,
-    but for bfloat16 where it can multiply it); statistics and solving are float32, the result has
-    the dtype of the source. `passes`: how often blocks run, see `Pruning`; `auto` is one where that
-    fits into `memory` ("6GB"; default: what is free), in batches of `batch_size` windows or fewer.
-    A run that was killed goes on after its last finished block when it is started again with the
-    same arguments; `restart` discards it. Raises SecateurError in all its kinds; then `out` is
-    untouched.
+    The options are those of the command, whose help says what each is (`system.settings`); `model`
+    None is the embedded demo model. Statistics and solving are float32 whatever the `dtype` of the
+    forward passes, and the result has the dtype of the source. A run that was killed goes on after
+    its last finished block when it is started again with the same arguments. Raises SecateurError
+    in all its kinds; then `out` is untouched.
     """
-    recipe = Recipe(method=method, pattern=pattern, allocate=allocate, align=align, skip=skip)
-    text = CalibrationText(
-        calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir
+    given = locals()
+    recipe, text, compute = (
+        taken(Recipe, given),
+        taken(CalibrationText, given),
+        taken(Compute, given),
     )
-    compute = Compute(
-        device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory
-    )
-    destination = Destination(out=out, overwrite=overwrite, restart=restart, command=command)
-    trust = Trust(allow_low_coverage=allow_low_coverage, trust_remote_code=trust_remote_code)
+    destination, trust = taken(Destination, given), taken(Trust, given)
     # Whatever can be refused is refused before the model is touched.
     check_method(recipe)
     find_dtype(dtype)

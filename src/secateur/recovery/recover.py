@@ -42,7 +42,7 @@ from secateur.recovery.job import Dense, Job, Pruned, Recovery
 from secateur.recovery.text import RUN, recovery_windows
 from secateur.system.devices import find_devices, training_dtype
 from secateur.system.progress import Progress
-from secateur.system.settings import Destination, Training, TrainingText, Trust
+from secateur.system.settings import Destination, Training, TrainingText, Trust, taken
 
 RATES = {"lora": 0.2, "masked": 0.02, "distill": 0.14}
 """Of the ways, to be divided by the width of the model: Adam's rate for matrices falls as their
@@ -78,36 +78,16 @@ def recover(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Recovery:
-    """Fine-tune a pruned checkpoint so that its zeros stay, and write it to `out`; returns what was
-    done.
+    """Fine-tune a pruned checkpoint so that its zeros stay; write it to `out`, say what was done.
 
-    `way`: a key of `WAYS`; those that distill, and blocks, want `dense`, the model that was pruned.
-    `text` names a corpus or files (default: c4, the demo's training text for the demo model); every
-    step sees `accumulate` × `batch_size` windows of `seq_len` tokens in each process, none twice,
-    none that was calibrated on, and none that overlaps the corpus or files `evaluation` or windows
-    in `avoid` `[windows, length]`; where the calibration text is not to be had any more, the result
-    says so (`apart`). `rank` is that of the adapters. Weights are trained in float32; `dtype`
-    bfloat16 multiplies under autocast, which `auto` does where they are stored in 16 bits and the
-    device multiplies bfloat16. A checkpoint of the training is kept every `save_every` steps, of
-    `blocks` after each block: the same call goes on after it. Raises SecateurError; NonFinite where
-    the loss is NaN, and then the last checkpoint is kept.
+    The options are those of the command (`system.settings`). Windows that were calibrated on, that
+    overlap the text `evaluation`, or that are in `avoid` `[windows, length]` are not trained on;
+    `apart` says whether all of them were known. The same call goes on after a killed one. Raises
+    SecateurError; NonFinite where the loss is NaN, and then the last checkpoint is kept.
     """
-    training = Training(
-        way=way,
-        steps=steps,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        rate=rate,
-        rank=rank,
-        save_every=save_every,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-    )
-    texts = TrainingText(text=text, evaluation=evaluation, seq_len=seq_len, data_dir=data_dir)
-    destination = Destination(out=out, overwrite=overwrite, restart=restart, command=command)
-    trust = Trust(trust_remote_code=trust_remote_code)
+    given = locals()
+    training, texts = taken(Training, given), taken(TrainingText, given)
+    destination, trust = taken(Destination, given), taken(Trust, given)
     check_way(training, dense)
     with joined(device) as (ranks, device):
         progress = (progress if ranks.first else None) or Progress()
@@ -115,26 +95,23 @@ def recover(
         check_numbers(training, chosen)
         pruned = _pruned(model, destination, trust, progress)
         target = None if dense is None else _dense(dense, pruned, trust)
-        stored = stored_dtype(pruned.source)
-        numbers = ranks.same(lambda: dtype_of(way, dtype, chosen, stored))
         progress.begin("reading text")
         windows, apart = _windows(pruned, texts, training, ranks.size, avoid, trust)
-        recovery = run(
-            Job(
-                training=training,
-                rate=rate or rate_of(way, pruned.language_model),
-                dtype=numbers,
-                pruned=pruned,
-                dense=target,
-                windows=windows,
-                destination=destination,
-                trust=trust,
-                device=chosen,
-                progress=progress,
-                ranks=ranks,
-                apart=apart,
-            )
+        job = Job(
+            training=training,
+            rate=rate or rate_of(way, pruned.language_model),
+            dtype=ranks.same(lambda: dtype_of(way, dtype, chosen, stored_dtype(pruned.source))),
+            pruned=pruned,
+            dense=target,
+            windows=windows,
+            destination=destination,
+            trust=trust,
+            device=chosen,
+            progress=progress,
+            ranks=ranks,
+            apart=apart,
         )
+        recovery = run(job)
         progress.end()
     return recovery
 
