@@ -81,18 +81,15 @@ def recover(
     """Fine-tune a pruned checkpoint so that its zeros stay; write it to `out`, say what was done.
 
     The options are those of the command (`system.settings`). Windows that were calibrated on, that
-    overlap the text `evaluation`, or that are in `avoid` `[windows, length]` are not trained on;
-    `apart` says whether all of them were known. The same call goes on after a killed one. Raises
-    SecateurError; NonFinite where the loss is NaN, and then the last checkpoint is kept.
+    overlap the text `evaluation` or are in `avoid` `[windows, length]` are not trained on; `apart`
+    says whether all were known. Raises SecateurError; NonFinite where the loss is NaN.
     """
-    given = locals()
-    training, texts = taken(Training, given), taken(TrainingText, given)
-    destination, trust = taken(Destination, given), taken(Trust, given)
+    training, texts = taken(Training, locals()), taken(TrainingText, locals())
+    destination, trust = taken(Destination, locals()), taken(Trust, locals())
     check_way(training, dense)
     with joined(device) as (ranks, device):
         progress = (progress if ranks.first else None) or Progress()
-        chosen = find_devices(device)[0]
-        check_numbers(training, chosen)
+        check_numbers(training, chosen := find_devices(device)[0])
         pruned = _pruned(model, destination, trust, progress)
         target = None if dense is None else _dense(dense, pruned, trust)
         progress.begin("reading text")
