@@ -2,11 +2,11 @@
 what to do.
 
 SecateurError               the command line prints the message alone and exits with 2
-├── UnknownName             a method, pattern, corpus or option value that does not exist ("did you mean")
+├── UnknownName             a method, pattern, corpus or value that does not exist (did you mean)
 ├── BadPattern              a pattern that cannot be read, or that does not fit a site
 ├── BadPlan                 a plan that cannot be read, or cannot be made as asked
 ├── BadCheckpoint           a folder that is no sound safetensors checkpoint
-├── UnsupportedModel        a model whose blocks cannot be replayed, or whose weights are mostly not sites
+├── UnsupportedModel        a model whose blocks cannot be replayed, or with too few matrices
 ├── NonFinite               NaN or Inf in weights, activations or results
 ├── BadResults              a file that is no results.json of ours
 ├── BadText                 a text file that is missing, or holds no text that can be read
@@ -14,7 +14,7 @@ SecateurError               the command line prints the message alone and exits 
 ├── NotSolved               a factorisation that failed at every damping tried
 ├── OutputRefused           an output folder that exists, is not ours, or cannot be written
 ├── DiskFull                no space for the result
-├── ConditionsDiffer        rows or a half-finished run under other conditions, which cannot be joined
+├── ConditionsDiffer        rows or a half-finished run under other conditions, not to be joined
 ├── RankLost                another process of the same run that has died
 └── Interrupted             stopped by the user; exits with 130
 """

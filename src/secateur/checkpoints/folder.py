@@ -160,11 +160,13 @@ def _single_shard(folder: Path) -> tuple[str, ...]:
     if pickles:
         raise BadCheckpoint(
             f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded. "
-            "Convert them to safetensors first: load the model in a place you trust and call save_pretrained."
+            "Convert them to safetensors first: load the model in a place you trust and call "
+            "save_pretrained."
         )
     if packed := sorted(f.name for f in folder.glob("packed-*.safetensors")):
         raise BadCheckpoint(
-            f"{folder} is packed ({packed[0]}). Make it dense first: secateur export {folder} --to dense --out DIR."
+            f"{folder} is packed ({packed[0]}). Make it dense first: secateur export {folder} "
+            "--to dense --out DIR."
         )
     raise BadCheckpoint(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
 
@@ -186,13 +188,15 @@ def _read_header(file: Path) -> Iterator[tuple[str, TensorLocation]]:
         MemoryError,
     ) as error:  # memory: a file of terabytes is mapped
         raise BadCheckpoint(
-            f"{file} is no sound safetensors file ({in_one_line(error)}). It may be cut short; fetch it again."
+            f"{file} is no sound safetensors file ({in_one_line(error)}). It may be cut short; "
+            "fetch it again."
         ) from error
     for name, entry in header.items():
         if name != "__metadata__":
             if not name.isprintable() or len(name) > MOST_NAME:
                 raise BadCheckpoint(
-                    f"{file} holds a tensor with the name {name[:80]!r}, which is none. Fetch it again."
+                    f"{file} holds a tensor with the name {name[:80]!r}, which is none. Fetch it "
+                    "again."
                 )
             start, stop = entry["data_offsets"]
             yield (

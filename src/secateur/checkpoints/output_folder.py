@@ -23,7 +23,8 @@ def check_output_folder(source: Checkpoint, out: Path, *, overwrite: bool) -> No
         raise OutputRefused(f"{out} is the model itself. Choose another folder.")
     if model in out.parents or out in model.parents:
         raise OutputRefused(
-            f"One of {out} and the model's folder {model} lies inside the other. Choose another folder."
+            f"One of {out} and the model's folder {model} lies inside the other. Choose another "
+            "folder."
         )
     refuse_output(out, overwrite=overwrite)
     refuse_links_out(model)
@@ -60,5 +61,6 @@ def refuse_output(out: Path, *, overwrite: bool, strict: bool = False) -> None:
             )
         if folders := sorted(path.name for path in out.iterdir() if path.is_dir()):
             raise OutputRefused(
-                f"{out} holds other folders ({folders[0]}), so --overwrite does not replace it. Delete it yourself."
+                f"{out} holds other folders ({folders[0]}), so --overwrite does not replace it. "
+                "Delete it yourself."
             )

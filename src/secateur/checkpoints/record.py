@@ -160,7 +160,8 @@ def record_of(folder: Path) -> dict[str, Any] | None:
         ) from error
     if not isinstance(held, dict):
         raise BadCheckpoint(
-            f"{file} holds a {type(held).__name__}; an object was wanted. Delete it, or prune again."
+            f"{file} holds a {type(held).__name__}; an object was wanted. Delete it, or prune "
+            "again."
         )
     try:
         read_as(_Record, held)

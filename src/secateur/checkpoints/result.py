@@ -130,7 +130,8 @@ class Output:
         for name, stamp in stamps(self.source).items():
             if stamp != self.stamps[name]:
                 raise BadCheckpoint(
-                    f"{self.source.folder / name} was changed while it was read, so the result would be of neither. "
+                    f"{self.source.folder / name} was changed while it was read, so the result "
+                    "would be of neither. "
                     "Run again."
                 )
         write_json(self.partial / RECORD, record, finite=True)

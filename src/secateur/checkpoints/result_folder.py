@@ -93,7 +93,8 @@ def _taken_up(result: Output, conditions: Mapping[str, Any], restart: bool) -> b
         if result.done or not journal.entries:
             return False
         raise ConditionsDiffer(
-            f"A half-finished run for {result.out} has other conditions: {'; '.join(differing)}. Give the same to go "
+            f"A half-finished run for {result.out} has other conditions: {'; '.join(differing)}. "
+            "Give the same to go "
             "on, choose another --out, or discard it with --restart."
         )
     return result.done or result.partial.is_dir()
@@ -141,7 +142,10 @@ def _ended(error: BaseException, result: Output | None, made: list[Path]) -> Bas
         for folder in made:
             folder.rmdir()
     if finished and mended and result and result.partial.exists():
-        text = f"{str(error) or 'Interrupted.'} The same command goes on after the {finished} blocks that are finished."
+        text = (
+            f"{str(error) or 'Interrupted.'} The same command goes on after the {finished} blocks "
+            "that are finished."
+        )
         if isinstance(error, KeyboardInterrupt):
             return Interrupted(text)
         if isinstance(error, SecateurError):

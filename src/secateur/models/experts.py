@@ -62,7 +62,7 @@ def routed(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[
 
 
 def product(module: nn.Module, part: str, expert: int, x: Tensor) -> Tensor:
-    """What a matrix of an expert gives, `[tokens, out]`, for inputs `[tokens, in]`, with its bias."""
+    """A matrix of an expert, with its bias, times inputs `[tokens, in]`: `[tokens, out]`."""
     weight: Tensor = getattr(module, part)[expert]
     z = x @ weight if is_transposed(module) else x @ weight.T
     return z + getattr(module, f"{part}_bias")[expert] if getattr(module, "has_bias", False) else z

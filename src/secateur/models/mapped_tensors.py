@@ -19,7 +19,7 @@ from secateur.system.files import disk_errors, reserve
 ALIGNED = 64
 """Every tensor begins at a multiple of this."""
 MOST_ROOM = 2**30
-"""What is reserved at a time, at most: else as much again as is there, so that mappings stay few."""
+"""What is reserved at a time, at most: else as much as is there, so that mappings stay few."""
 
 
 def hidden_bytes(shape: Sequence[int], width: int, dtype: torch.dtype) -> int:

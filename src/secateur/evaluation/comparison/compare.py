@@ -298,7 +298,7 @@ def _open(asked: Comparison, checked: Checked) -> tuple[ComparisonContext, Resul
 
 
 def _load(asked: Comparison, checked: Checked) -> tuple[Checkpoint, LanguageModel, Feasibility]:
-    """Load the dense model, and ask what it can lose. Raises where it cannot be made smaller as a row wants it."""
+    """Load the dense model, ask what it can lose. Raises where that is less than a row wants."""
     source = open_checkpoint(resolve(asked.model))
     asked.progress.begin(f"loading {asked.model or 'the demo model'}")
     hidden = Path(asked.destination.out) / HIDDEN

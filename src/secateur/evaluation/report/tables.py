@@ -308,12 +308,14 @@ def _caption(results: Results) -> str:
     if any(row.recovered for row in results.table):
         alone += (
             " What was fine-tuned after pruning, its zeros kept, says so with the tokens and "
-            "seconds spent; it is ranked among rows that saw the same text, and its seconds include "
+            "seconds spent; it is ranked among rows that saw the same text, and its seconds "
+            "include "
             "the training."
         )
     return (
         "Sparsity: share of zeros in the pruned matrices; of a structured row, share of the block "
-        "weights that are gone, so the model is smaller. Difference: perplexity minus dense, paired "
+        "weights that are gone, so the model is smaller. Difference: perplexity minus dense, "
+        "paired "
         "bootstrap over windows. Rank: by perplexity within one pattern; rows whose paired "
         "difference may be zero are a tie. KL: dense against pruned, nats a token. Seconds: "
         "planning, forward passes, statistics, solving and refining; not loading, writing and "
@@ -329,7 +331,8 @@ def _speed_caption(results: Results) -> str:
     return (
         f"Speed: decoding in the runtime where the row is fastest, {timing['dtype']}, batch "
         f"{timing['batch']}, prompt {timing['prompt']}, {timing['new_tokens']} tokens, "
-        f"{results.machine['threads']} threads of {results.machine['processor']}. Over eager: times "
+        f"{results.machine['threads']} threads of {results.machine['processor']}. Over eager: "
+        "times "
         "as fast as the dense model in plain transformers; over its dense: in the same runtime or "
         "our own dense product, first token likewise; medians of paired rounds [95 % interval]. "
         "results.json has every runtime."

@@ -148,7 +148,8 @@ def _others() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankLost(
-            f"Another process of this run has died ({in_one_line(error, 120)}). What is finished is kept: the same "
+            f"Another process of this run has died ({in_one_line(error, 120)}). What is finished "
+            "is kept: the same "
             "command goes on, and pruning does with another number of processes too."
         ) from error
 

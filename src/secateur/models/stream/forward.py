@@ -1,4 +1,4 @@
-"""One stream of hidden states through the blocks: what enters the block at hand, the recorded calls,
+"""One stream of hidden states through the blocks: what enters the block at hand, its calls,
 and the block on every device.
 
 The work is split over the devices by batches: every device has a replica of the current block and

@@ -162,7 +162,8 @@ class PausedForwards:
             forward.wait(stage, reached)
         elif stage not in forward.seen or forward.seen[stage]() is not x:
             raise UnsupportedModel(
-                f"{name} is reached in another order, or with another input, by some batches than by the first. "
+                f"{name} is reached in another order, or with another input, by some batches "
+                "than by the first. "
                 "Use --passes two."
             )
 
