@@ -82,6 +82,13 @@ def test_the_runtime_gives_the_logits_of_transformers(pruned, monkeypatch):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_the_file_does_not_say_where_it_was_made(pruned):
+    """torch 2.13's exporter notes path, number and text of the source's lines at every node."""
+    written = (pruned[1] / FILE).read_bytes()
+    for trace in (b"stack_trace", b".py", str(Path(package.__file__).parent).encode(), b"secateur"):
+        assert trace not in written
+
+
 def test_the_note_says_what_was_checked(pruned):
     _, folder = pruned
     note = json.loads((folder / NOTE).read_text())

@@ -159,6 +159,19 @@ def export(model: PreTrainedModel, file: Path) -> None:
         raise UnsupportedModel(
             f"torch cannot export {type(model).__name__} as ONNX: {in_one_line(error)}."
         ) from error
+    _forget_sources(file)
+
+
+def _forget_sources(file: Path) -> None:
+    """Take out of a graph what the exporter notes at every node: paths and lines of the source on
+    this machine, which tell who made a file and make it another one on every machine.
+    """
+    onnx = import_module("onnx")
+    model = onnx.load(str(file), load_external_data=False)
+    for part in (model.graph, *model.functions):
+        for node in part.node:
+            del node.metadata_props[:]
+    onnx.save(model, str(file))
 
 
 @contextmanager
