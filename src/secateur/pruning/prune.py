@@ -78,12 +78,9 @@ def prune(
     in all its kinds; then `out` is untouched.
     """
     given = locals()
-    recipe, text, compute = (
-        taken(Recipe, given),
-        taken(CalibrationText, given),
-        taken(Compute, given),
-    )
-    destination, trust = taken(Destination, given), taken(Trust, given)
+    recipe, text = taken(Recipe, given), taken(CalibrationText, given)
+    compute, destination = taken(Compute, given), taken(Destination, given)
+    trust = taken(Trust, given)
     # Whatever can be refused is refused before the model is touched.
     check_method(recipe)
     find_dtype(dtype)
@@ -166,11 +163,8 @@ def prune_model(
 
     Raises BadPattern for a structure, which leaves another model: use `prune`.
     """
-    recipe = Recipe(method=method, pattern=pattern, allocate=allocate, skip=skip)
-    compute = Compute(
-        device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory
-    )
-    trust = Trust(allow_low_coverage=allow_low_coverage)
+    given = locals()
+    recipe, compute, trust = taken(Recipe, given), taken(Compute, given), taken(Trust, given)
     zeros = Zeros(recipe, pattern=parse_pattern(pattern), method=find_method(method))
     spill = Path(gettempdir())
     with PeakMemory() as peak:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 
-class Running:
+class Running(ABC):
     """A loaded model that is run token by token, with its keys and values kept.
 
     `weight_bytes` are read for one token: all weights but the input embedding, of which a row is
@@ -23,15 +24,15 @@ class Running:
     def __init__(self, vocabulary: int, weight_bytes: int) -> None:
         self.vocabulary, self.weight_bytes, self.room = vocabulary, weight_bytes, 64
 
+    @abstractmethod
     def prefill(self, ids: Tensor) -> Tensor:
         """The logits after tokens int64 `[batch, length]`, from an empty cache. Raises
         UnsupportedModel for a batch that the runtime cannot take.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Tensor) -> Tensor:
         """The logits after one more token for each row, `[batch, 1]`."""
-        raise NotImplementedError
 
 
 class Stepped(Running):
