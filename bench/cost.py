@@ -28,7 +28,7 @@ from torch import Tensor
 
 from secateur.methods import find_method
 from secateur.methods.cost import Cost
-from secateur.methods.patterns import parse_pattern
+from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.statistics import Stats
 from secateur.pruning.planning.passes import passes
 

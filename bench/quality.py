@@ -19,7 +19,7 @@ from common import options, write
 from torch import Tensor
 
 from secateur.methods import find_method
-from secateur.methods.patterns import parse_pattern
+from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.statistics import Stats
 
 METHODS = (

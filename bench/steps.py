@@ -26,7 +26,8 @@ from torch import Tensor
 from secateur.kernels.gram import add_products
 from secateur.kernels.library import isa
 from secateur.methods import METHODS
-from secateur.methods.patterns import Pattern, parse_pattern
+from secateur.methods.pattern_text import parse_pattern
+from secateur.methods.patterns import Pattern
 from secateur.methods.statistics import Stats
 
 SHARE, GROUP, REMOVED, BLOCK = 0.5, 4, 2, 128

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from secateur.evaluation.comparison.join import report
     from secateur.evaluation.perplexity import evaluate
     from secateur.methods import METHODS, Method, Pruned, scored
-    from secateur.methods.patterns import parse
+    from secateur.methods.pattern_text import parse
     from secateur.models.load import load
+    from secateur.pruning.in_memory import prune_model
     from secateur.pruning.planning.forecast import forecast
     from secateur.pruning.planning.measured import plan
-    from secateur.pruning.prune import prune, prune_model
+    from secateur.pruning.prune import prune
     from secateur.recovery.job import Recovery
     from secateur.recovery.recover import recover
 
@@ -40,10 +41,10 @@ _ROOMS = {
     "load": "models.load",
     "load_packed": "deployment.formats.packed",
     "pack_model": "deployment.packed_model",
-    "parse": "methods.patterns",
+    "parse": "methods.pattern_text",
     "plan": "pruning.planning.measured",
     "prune": "pruning.prune",
-    "prune_model": "pruning.prune",
+    "prune_model": "pruning.in_memory",
     "recommend": "evaluation.advice.recommend",
     "recover": "recovery.recover",
     "report": "evaluation.comparison.join",

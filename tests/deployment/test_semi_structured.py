@@ -31,7 +31,7 @@ from secateur.deployment.runtimes.semi_structured import (
 )
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnsupportedModel
 from secateur.kernels.device import no_device
-from secateur.methods.patterns import parse
+from secateur.methods.pattern_text import parse
 
 DTYPES = [torch.float16, torch.bfloat16]
 PROJECTION = "model.layers.1.mlp.up_proj"

@@ -21,7 +21,7 @@ from secateur.kernels import packed as on_cpu
 from secateur.kernels import two_of_four as nm
 from secateur.kernels.packed import Packed
 from secateur.methods import METHODS
-from secateur.methods.patterns import parse_pattern
+from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.statistics import Stats
 
 DTYPES = [torch.float16, torch.bfloat16]

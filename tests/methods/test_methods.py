@@ -13,9 +13,11 @@ from secateur.errors import NotSolved
 from secateur.methods import METHODS, REFINEMENTS
 from secateur.methods.base import scored
 from secateur.methods.least_squares import ridge
-from secateur.methods.patterns import NM, Stacked, Unstructured, kind_of, parse_pattern
+from secateur.methods.pattern_text import parse_pattern
+from secateur.methods.patterns import NM, Unstructured, kind_of
 from secateur.methods.sparsegpt import damped
 from secateur.methods.statistics import Stats
+from secateur.methods.together import Stacked
 
 NAMES = [
     *METHODS,

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from reference import masks
 
 from secateur.errors import BadPattern
-from secateur.methods.patterns import NM, Unstructured, parse
+from secateur.methods.pattern_text import parse
+from secateur.methods.patterns import NM, Unstructured
 from secateur.system.tensors import count_zeros
 
 # Few distinct values, so that ties are the rule.

@@ -14,7 +14,7 @@ from secateur.errors import UnknownName
 from secateur.methods import METHODS, find_method
 from secateur.methods.alps import alps
 from secateur.methods.least_squares import masked_least_squares, normalise, objective, ridge
-from secateur.methods.patterns import parse_pattern
+from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.refit import refit
 from secateur.methods.statistics import Stats
 

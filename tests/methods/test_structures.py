@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from secateur.errors import BadPattern
-from secateur.methods.patterns import parse, parse_pattern
+from secateur.methods.pattern_text import parse, parse_pattern
 from secateur.methods.structures import Budget, Depth, Several, Units, default_alignment, parts
 
 

@@ -7,7 +7,8 @@ from support.sweeping import block_of, gram_of
 from secateur.kernels.library import ISAS, isa, library
 from secateur.methods import column_sweep as module
 from secateur.methods.column_sweep import block_width, responses, sweep, sweep_block, sweep_block_in_torch
-from secateur.methods.patterns import NM, Pattern, Stacked, Unstructured
+from secateur.methods.patterns import NM, Pattern, Unstructured
+from secateur.methods.together import Stacked
 
 needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
 

@@ -18,7 +18,7 @@ from secateur.data.windows import Windows
 from secateur.deployment.inspect import inspect
 from secateur.errors import UnsupportedModel
 from secateur.models.load import load, replayable
-from secateur.pruning.prune import prune_model
+from secateur.pruning.in_memory import prune_model
 
 REFUSED = {
     "jetmoe": "Only 3.9% of the block weights of JetMoeForCausalLM are prunable matrices",

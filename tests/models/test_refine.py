@@ -11,7 +11,7 @@ from secateur.models.replay import Call
 from secateur.models.stream.blocks import BlockRun, stream
 from secateur.models.stream.forward import Batch
 from secateur.models.stream.refine import error, refine
-from secateur.pruning.prune import prune_model
+from secateur.pruning.in_memory import prune_model
 
 
 class OneLayer(nn.Module):

@@ -14,15 +14,16 @@ from support.texts import byte_tokenizer
 from secateur.checkpoints.record import LEFT_OUT, UNSEEN
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods import METHODS
-from secateur.methods.patterns import parse_pattern
+from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.statistics import Stats
 from secateur.models.load import load, replayable
 from secateur.models.matrices import matrix_shapes, weight_matrices
 from secateur.models.stream import prefetch
 from secateur.models.stream.blocks import BlockRun, stream
+from secateur.pruning.in_memory import prune_model
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.prepare import Pruning
-from secateur.pruning.prune import prune, prune_model, pruned_blocks
+from secateur.pruning.prune import prune, pruned_blocks
 from secateur.system.devices import calibration_dtype, find_devices, forward_dtype
 
 

@@ -17,11 +17,11 @@ from secateur.models.matrices import weight_matrices
 from secateur.models.replay import run_block, working_copy
 from secateur.models.stream.blocks import BlockRun, stream
 from secateur.models.stream.paused import InputGroups, PausedForwards, find_groups
+from secateur.pruning.in_memory import prune_model
 from secateur.pruning.planning.memory import arrange, way_through
 from secateur.pruning.planning.meta import storage
 from secateur.pruning.planning.outline import build, outline
 from secateur.pruning.planning.passes import Workload
-from secateur.pruning.prune import prune_model
 from secateur.system.memory import available_bytes, will_need
 from secateur.system.settings import Compute
 from secateur.system.sizes import find_size
@@ -82,7 +82,7 @@ def test_stages_of_blocks():
     def stages(family: str) -> InputGroups:
         language_model = replayable(tiny_model(family))
         step = next(stream(BlockRun(language_model, TOKENS, [CPU], None, 3)))
-        return find_groups(step.block, *step.first())
+        return find_groups(step.block, *step.inputs.first())
 
     attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     assert stages("llama").order == [
@@ -102,7 +102,7 @@ def test_stages_of_blocks():
 def test_a_batch_that_takes_another_way_is_refused():
     model = tiny_model("llama")
     step = next(stream(BlockRun(replayable(model), TOKENS, [CPU], None, 3)))
-    hidden, call = step.first()
+    hidden, call = step.inputs.first()
     stages = find_groups(step.block, hidden, call)
     backwards = PausedForwards(step.block, stages.order[::-1], {0: lambda: run_block(step.block, hidden, call)})
     list(backwards.inputs(0))
@@ -113,7 +113,7 @@ def test_a_batch_that_takes_another_way_is_refused():
 
 def test_what_is_given_up_leaves_the_block_as_it_was():
     step = next(stream(BlockRun(replayable(tiny_model("llama")), TOKENS, [CPU], None, 3)))
-    hidden, call = step.first()
+    hidden, call = step.inputs.first()
     before = run_block(step.block, hidden, call)
     stages = find_groups(step.block, hidden, call)
     held = PausedForwards(step.block, stages.order, {n: lambda: run_block(step.block, hidden, call) for n in range(3)})
@@ -190,7 +190,7 @@ def test_what_waits_is_forecast_from_the_configuration(family):
     language_model = replayable(tiny_model(family))
     tokens = TOKENS[:4]
     step = next(stream(BlockRun(language_model, tokens, [CPU], None, 4)))
-    hidden, call = step.first()
+    hidden, call = step.inputs.first()
     found = find_groups(step.block, hidden, call)
     reads = outline(build(language_model.model.config, torch.float32), *tokens.shape).kinds[0].reads
     given = {storage(t).data_ptr() for t in tree_leaves([hidden, call]) if isinstance(t, torch.Tensor)}

@@ -11,7 +11,7 @@ import secateur
 from secateur import errors
 from secateur.data.windows import Windows
 from secateur.methods import METHODS, find_method
-from secateur.methods.patterns import parse_pattern
+from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.statistics import Stats
 from secateur.models.hooks import recorded_inputs
 from secateur.models.load import replayable

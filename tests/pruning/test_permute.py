@@ -26,10 +26,11 @@ from secateur.models.load import load, replayable
 from secateur.models.matrices import matrix_shapes, weight_matrices
 from secateur.models.stream.blocks import BlockRun
 from secateur.pruning import permute
+from secateur.pruning.in_memory import prune_model
 from secateur.pruning.permute import best_order, input_order, kept_score, permuted, reorder, same_output, verified
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.prepare import Pruning
-from secateur.pruning.prune import prune_model, pruned_blocks
+from secateur.pruning.prune import pruned_blocks
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(3))

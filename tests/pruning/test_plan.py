@@ -14,10 +14,12 @@ from support.streams import TOKENS, seen_by_hooks, windows
 import secateur
 from secateur.errors import BadPattern, BadPlan, UnknownName
 from secateur.methods import find_method
-from secateur.methods.patterns import Unstructured, parse_pattern
+from secateur.methods.pattern_text import parse_pattern
+from secateur.methods.patterns import Unstructured
 from secateur.models.load import replayable
 from secateur.models.matrices import matrix_shapes
 from secateur.models.stream.blocks import BlockRun
+from secateur.pruning.in_memory import prune_model
 from secateur.pruning.planning.allocation import (
     by_outliers,
     label,
@@ -31,7 +33,6 @@ from secateur.pruning.planning.allocation import (
 from secateur.pruning.planning.measured import ALLOCATIONS, make_plan
 from secateur.pruning.planning.search import _Judge, _Library
 from secateur.pruning.planning.sensitivity import Sensitivity, levels_around
-from secateur.pruning.prune import prune_model
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, Recipe
 

@@ -5,10 +5,12 @@ import torch
 from reference.least_squares import exact, objective
 from reference.masks import n_of_m, unstructured
 
-from secateur.methods import find_method, prune_together
+from secateur.methods import find_method
 from secateur.methods.least_squares import ridge
-from secateur.methods.patterns import NM, Pattern, Unstructured, parse_pattern
+from secateur.methods.pattern_text import parse_pattern
+from secateur.methods.patterns import NM, Pattern, Unstructured
 from secateur.methods.statistics import STATS, Stats
+from secateur.methods.together import prune_together
 
 PATTERNS = ["0%", "50%", "30% of row", "61.8% of matrix", "99%", "2:4", "4:8", "1:3", "3:4"]
 ROWS, COLUMNS = 24, 264  # divisible by 2, 3, 4, 8, and more than two blocks of 128 columns

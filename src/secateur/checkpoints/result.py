@@ -12,22 +12,19 @@ command takes up the blocks that it names and does the others again.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.folder import FLOATS, RECORD, Checkpoint
+from secateur.checkpoints.folder import FLOATS, Checkpoint
 from secateur.checkpoints.journal import Journal
-from secateur.checkpoints.output_folder import refuse_output
-from secateur.errors import BadCheckpoint, OutputRefused
-from secateur.system.files import disk_errors, file_sha256, sync
-from secateur.system.json_files import write_json
+from secateur.checkpoints.seal import discard_replaced, give_name, seal, stamps
+from secateur.errors import OutputRefused
+from secateur.system.files import disk_errors, sync
 
 BLOCK, DONE = "block", "done"
 
@@ -69,9 +66,8 @@ class Output:
         with disk_errors(self.out):
             for name, tensor in tensors.items():
                 place = self.places[name]
-                stored = (
-                    tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous() + 0.0
-                )  # -0.0 becomes +0.0
+                stored = tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous()
+                stored = stored + 0.0  # -0.0 becomes +0.0
                 if tuple(stored.shape) != place.shape:
                     raise AssertionError(
                         f"{name} has shape {tuple(stored.shape)}, stored {place.shape}"
@@ -113,29 +109,18 @@ class Output:
         self.settle()
         with disk_errors(self.out):
             if not self.done:
-                self._seal(record)
+                seal(self.source, self.stamps, self.partial, record)
+                self.sync()
                 self.record(DONE, True)
-                self._rename()
-            shutil.rmtree(self._aside, ignore_errors=True)
-            sync(self.out.parent)
+                try:
+                    give_name(self.partial, self.out, overwrite=self.overwrite)
+                except OutputRefused:  # the result has another name
+                    if self.journal:
+                        self.journal.remove()
+                    raise
+            discard_replaced(self.out)
             if self.journal:
                 self.journal.remove()
-
-    def _seal(self, record: dict[str, Any]) -> None:
-        record["shards"] = {
-            shard: {"source_sha256": digest, "sha256": file_sha256(self.partial / shard)}
-            for shard, digest in self.source.sha256().items()
-            if (self.partial / shard).exists()
-        }
-        for name, stamp in stamps(self.source).items():
-            if stamp != self.stamps[name]:
-                raise BadCheckpoint(
-                    f"{self.source.folder / name} was changed while it was read, so the result "
-                    "would be of neither. "
-                    "Run again."
-                )
-        write_json(self.partial / RECORD, record, finite=True)
-        self.sync()
 
     def sync(self) -> None:
         """Return when everything that was written is on disk."""
@@ -144,41 +129,7 @@ class Output:
                 sync(file)
             sync(self.partial)
 
-    @property
-    def _aside(self) -> Path:
-        return self.partial.with_name(f".{self.out.name}.replaced")
-
-    def _rename(self) -> None:
-        try:
-            refuse_output(self.out, overwrite=self.overwrite)
-        except OutputRefused as error:
-            kept = Path(mkdtemp(prefix=f"{self.out.name}.", dir=self.out.parent))
-            self.partial.rename(kept)
-            if self.journal:
-                self.journal.remove()
-            raise OutputRefused(
-                f"{error} That came about during the run, so the result is in {kept}."
-            ) from error
-        if not self.out.exists():
-            self.partial.rename(self.out)
-            return
-        shutil.rmtree(self._aside, ignore_errors=True)
-        self.out.rename(self._aside)
-        try:
-            self.partial.rename(self.out)
-        except OSError:
-            self._aside.rename(self.out)
-            raise
-
     def _close(self) -> None:
         self._writer.shutdown()
         if self.journal:
             self.journal.close()
-
-
-def stamps(source: Checkpoint) -> dict[str, list[int]]:
-    """Size and time of change of the files that a run reads: what tells whether they are still the
-    same.
-    """
-    files = {name: (source.folder / name).stat() for name in ("config.json", *source.shards)}
-    return {name: [found.st_size, found.st_mtime_ns] for name, found in files.items()}

@@ -9,9 +9,10 @@ presets, by what they cost: `fast` factorises nothing, `default` is about as fas
 from collections.abc import Callable
 
 from secateur.methods.alps import alps
-from secateur.methods.base import Method, Pruned, prune_together, read_name, scored, solved_together
+from secateur.methods.base import Method, Pruned, scored
 from secateur.methods.dense_target import dense_target
 from secateur.methods.magnitude import magnitude
+from secateur.methods.names import read_name
 from secateur.methods.refit import refit
 from secateur.methods.ria import ria
 from secateur.methods.sparsegpt import sparsegpt, sweep
@@ -56,15 +57,4 @@ def find_method(name: str) -> Method:
     return method
 
 
-__all__ = [
-    "METHODS",
-    "REFINEMENTS",
-    "SWITCHES",
-    "Method",
-    "Pruned",
-    "find_method",
-    "prune_together",
-    "read_name",
-    "scored",
-    "solved_together",
-]
+__all__ = ["METHODS", "REFINEMENTS", "SWITCHES", "Method", "Pruned", "find_method", "scored"]

@@ -4,15 +4,14 @@ SparseGPT picks its mask while it updates the weights, so score, mask and update
 hooks; one function does it all, and `scored` lifts the easy case of a score alone.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from secateur.errors import UnknownName
 from secateur.methods.cost import Cost
-from secateur.methods.patterns import Group, Pattern, Stacked
+from secateur.methods.patterns import Group, Pattern
 from secateur.methods.statistics import Stats
 
 
@@ -62,25 +61,6 @@ class Method(NamedTuple):
     cost: Cost | None = None
 
 
-def read_name(
-    name: str,
-    methods: Collection[str],
-    refinements: Collection[str],
-    method: str = "method",
-    refinement: str = "refinement",
-) -> tuple[str, list[str]]:
-    """The method and the refinements that `a+b+c` names. Raises UnknownName for what is in neither
-    table, which it calls `method` or `refinement`.
-    """
-    first, *rest = name.split("+")
-    if first not in methods:
-        raise UnknownName(method, first, methods)
-    for other in rest:
-        if other not in refinements:
-            raise UnknownName(refinement, other, refinements)
-    return first, rest
-
-
 def scored(
     need: Iterable[str],
     group: Group,
@@ -106,37 +86,3 @@ def scored(
         )
 
     return Method(frozenset(need), group, prune, row_wise=row_wise, score=score, cost=cost)
-
-
-def solved_together(
-    method: Method, names: Iterable[str], stats: Mapping[str, Stats]
-) -> list[list[str]]:
-    """The weight matrices in order; those that read the same input together, where a solver can
-    use its Gram matrix for all of them.
-    """
-    together: dict[object, list[str]] = {}
-    for name in names:
-        shared = "gram" in method.need and name in stats
-        together.setdefault(id(stats[name]) if shared else name, []).append(name)
-    return list(together.values())
-
-
-def prune_together(
-    method: Method, weights: Sequence[Tensor], stats: Stats, patterns: Sequence[Pattern]
-) -> list[Pruned]:
-    """`method.prune` of several weights `[out, in]` that read the same input, each to its own
-    pattern.
-
-    Where rows are independent they are solved as one matrix, so that what is factorised is
-    factorised once.
-    """
-    patterns = [pattern.within(method.group) for pattern in patterns]
-    if not method.row_wise or len(weights) == 1 or len({pattern.chunk for pattern in patterns}) > 1:
-        return [
-            method.prune(weight, stats, pattern)
-            for weight, pattern in zip(weights, patterns, strict=True)
-        ]
-    rows = tuple(len(weight) for weight in weights)
-    pruned = method.prune(torch.cat(list(weights)), stats, Stacked(rows, tuple(patterns)))
-    parts = zip(pruned.weight.split(rows), pruned.kept.split(rows), strict=True)
-    return [Pruned(weight, kept, pruned.note) for weight, kept in parts]

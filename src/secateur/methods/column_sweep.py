@@ -26,7 +26,8 @@ from torch import Tensor
 
 from secateur.kernels import sweep as on_gpu
 from secateur.kernels.library import best, library
-from secateur.methods.patterns import NM, Pattern, Stacked
+from secateur.methods.patterns import NM, Pattern
+from secateur.methods.together import Stacked
 
 AT_ONCE = 4
 """How many columns of a given mask sweep.c takes up errors for together; any number is right."""

@@ -7,15 +7,17 @@ expert's slice of a 3-D parameter. Routers, and whatever else is no such matrix,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from secateur.errors import NonFinite
 from secateur.models import experts
 from secateur.models.replay import LanguageModel
+from secateur.system.tensors import is_finite
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -69,6 +71,31 @@ def weight_matrices(block: nn.Module) -> dict[str, WeightMatrix]:
                 for expert, weight in enumerate(getattr(module, part).data)
             ]
     return {matrix.name: matrix for matrix in matrices}
+
+
+def put(name: str, weight: Tensor, copies: Iterable[WeightMatrix]) -> None:
+    """Write a new weight `[out, in]` into copies of a matrix, rounded as the first one is stored.
+
+    `name` is the matrix's full name, for the error. Raises NonFinite.
+    """
+    first, *others = copies
+    rounded = weight.to(first.stored.dtype)
+    if not is_finite(rounded):
+        raise NonFinite(
+            f"The pruned weights of {name} do not fit {rounded.dtype}. "
+            "Use another method, or --skip it."
+        )
+    for matrix in (first, *others):
+        matrix.put(rounded)
+
+
+def refuse_non_finite_weights(block: str, matrices: Mapping[str, WeightMatrix]) -> None:
+    """Raise NonFinite for NaN or Inf in the stored weights of the block of that name."""
+    for name, matrix in matrices.items():
+        if not is_finite(matrix.stored):
+            raise NonFinite(
+                f"The weights of {block}.{name} hold NaN or Inf. Fetch the checkpoint again."
+            )
 
 
 def bias(block: nn.Module, matrix: WeightMatrix) -> tuple[str, Tensor] | None:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.record import LEFT_OUT, UNSEEN, MatrixReport, output_error
-from secateur.methods import prune_together, solved_together
 from secateur.methods.patterns import Pattern
 from secateur.methods.statistics import Stats
-from secateur.models.matrices import WeightMatrix, weight_matrices
+from secateur.methods.together import prune_together, solved_together
+from secateur.models.matrices import WeightMatrix, put, refuse_non_finite_weights, weight_matrices
 from secateur.models.replay import working_copy
-from secateur.models.stream.blocks import PROBE_TOKENS, Step, put, refuse_non_finite_weights
+from secateur.models.stream.blocks import PROBE_TOKENS, Step
 from secateur.models.stream.observe import CalibrationStatistics
 from secateur.models.stream.refine import Tuned, refine_block
 from secateur.pruning.permute import Classes, Permutation
@@ -83,7 +83,7 @@ def prune_block(step: Step, pruning: Pruning, classes: Mapping[str, Classes]) ->
         permutation = Permutation(step, (step.block, result, original), classes)
     dense, targets = weight_matrices(original), weight_matrices(result)
     work = _Work(step, pruning, dense, targets, permutation)
-    refuse_non_finite_weights(step, dense)
+    refuse_non_finite_weights(step.name, dense)
     for group, observed in step.stages(
         method.need,
         PROBE_TOKENS,
@@ -126,7 +126,7 @@ def _solve(work: _Work, group: Sequence[str], observed: CalibrationStatistics) -
         weights = [work.dense[n].weight.to(step.device).to(torch.float32, copy=True) for n in names]
         solved = prune_together(method, weights, stats, patterns)
         for name, pruned in zip(names, solved, strict=True):
-            put(step, name, pruned.weight, work.targets)
+            put(f"{step.name}.{name}", pruned.weight, (work.targets[name], step.sites[name]))
             notes[name] = ", ".join(filter(None, (note, pruned.note)))
     return notes
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from secateur.errors import BadPattern
 from secateur.methods import METHODS, Method, find_method
-from secateur.methods.patterns import Pattern, parse
+from secateur.methods.pattern_text import parse
+from secateur.methods.patterns import Pattern
 from secateur.methods.structures import Structure
 from secateur.pruning.planning.measured import check_allocation
 from secateur.pruning.structured.channel_scores import SELECTIONS

@@ -268,7 +268,7 @@ class Permutation:
         self, step: Step, copies: Sequence[nn.Module], classes: Mapping[str, Classes]
     ) -> None:
         self.copies, self.moved = copies, set[str]()
-        self.classes = verified(step.block, *step.first(), classes)
+        self.classes = verified(step.block, *step.inputs.first(), classes)
 
     def apply(
         self,

@@ -14,7 +14,8 @@ from secateur.checkpoints.record import Report
 from secateur.data.windows import Windows
 from secateur.errors import UnsupportedModel
 from secateur.methods import Method
-from secateur.methods.patterns import kind_of, parse_pattern
+from secateur.methods.pattern_text import parse_pattern
+from secateur.methods.patterns import kind_of
 from secateur.models.context import check_windows
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.models.replay import LanguageModel

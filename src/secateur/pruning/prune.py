@@ -3,8 +3,7 @@
     tokens → hidden states entering block i → statistics per weight matrix → (weight, kept) of each
            → the block's bytes in the result → hidden states entering block i+1 → …
 
-`prune` is the whole of it on disk; `prune_model` does the same to a model in memory; both are the
-loop `pruned_blocks` with something different done to each finished block.
+`prune` is the whole of it on disk: the loop `pruned_blocks`, and a writer of finished blocks.
 """
 
 from __future__ import annotations
@@ -12,23 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import gettempdir
 
 from torch import nn
 
 from secateur.checkpoints.output_folder import refuse_output
 from secateur.checkpoints.record import Report, pruning_record, total_sparsity
-from secateur.data.windows import Windows
 from secateur.errors import UnsupportedModel
-from secateur.methods import find_method
-from secateur.methods.patterns import parse_pattern
 from secateur.methods.structures import Structure
-from secateur.models.replay import LanguageModel
 from secateur.models.stream.block_writer import block_writer
 from secateur.models.stream.blocks import stream
 from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
-from secateur.pruning.check import Zeros, check_method, find_recipe
+from secateur.pruning.check import check_method, find_recipe
 from secateur.pruning.opening import Opened, opened
 from secateur.pruning.permute import groups_by_kind
 from secateur.pruning.planning.memory import check_passes
@@ -140,43 +134,6 @@ def prune_checkpoint(
             "passes": pruning.passes,
         }
         writer.finish(pruning_record(source.folder, report, destination.command, options))
-    return report
-
-
-def prune_model(
-    language_model: LanguageModel,
-    windows: Windows,
-    *,
-    method: str = Recipe.method,
-    pattern: str = Recipe.pattern,
-    allocate: str = Recipe.allocate,
-    skip: Sequence[str] = Recipe.skip,
-    device: str = Compute.device,
-    dtype: str = Compute.dtype,
-    batch_size: int = Compute.batch_size,
-    passes: str = Compute.passes,
-    memory: str | int | None = Compute.memory,
-    allow_low_coverage: bool = Trust.allow_low_coverage,
-    progress: Progress | None = None,
-) -> Report:
-    """Prune a model in memory, in place; arguments as for `prune`. Nothing is written to disk.
-
-    Raises BadPattern for a structure, which leaves another model: use `prune`.
-    """
-    given = locals()
-    recipe, compute, trust = taken(Recipe, given), taken(Compute, given), taken(Trust, given)
-    zeros = Zeros(recipe, pattern=parse_pattern(pattern), method=find_method(method))
-    spill = Path(gettempdir())
-    with PeakMemory() as peak:
-        run = block_run(language_model, windows, compute, spill, progress or Progress())
-        report, pruning = prepare(
-            run, windows, zeros, compute, trust, lambda what, decide: decide()
-        )
-        for block in pruned_blocks(pruning):
-            for name, tensor in block.tensors.items():
-                language_model.model.get_parameter(name).data.copy_(tensor)
-            report.take(block.entry(language_model.block_name(block.index)))
-    report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
     return report
 
 

@@ -54,7 +54,7 @@ def recover_blocks(job: Job) -> Recovery:
                     for name in block_masks(block)
                 }
                 last = step.last
-                step.replace(block)
+                step.inputs.replace(block)
                 del step, block
                 writer.commit(parameters, entry, last=last)
         if (result := writer.result) and not writer.done:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
-from secateur.checkpoints.result import stamps
+from secateur.checkpoints.seal import stamps
 from secateur.data.windows import Windows
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.distributed import ALONE, Ranks

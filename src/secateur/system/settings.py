@@ -41,8 +41,8 @@ def taken(kind: type[T], keywords: Mapping[str, Any]) -> T:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exceptions:
-    """What of a model is treated otherwise than the rest."""
+class Limits:
+    """What may not be removed."""
 
     align: int | None = option(
         None,
@@ -55,7 +55,7 @@ class Exceptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe(Exceptions):
+class Recipe(Limits):
     """What is removed, by which method, and how it is shared out."""
 
     method: str = option(
@@ -82,7 +82,17 @@ class PlannedRecipe(Recipe):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationText:
+class Text:
+    """Text as a model reads it."""
+
+    seq_len: int | None = option(
+        None, "Tokens in a window. Default: 2048, or the context if smaller.", least=2
+    )
+    data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationText(Text):
     """The calibration text, whose tokens go through the model while it is pruned."""
 
     calibration: str | None = option(
@@ -91,15 +101,11 @@ class CalibrationText:
         "Default: c4, demo for the demo.",
     )
     samples: int = option(128, "Calibration windows.", least=1)
-    seq_len: int | None = option(
-        None, "Tokens in a window. Default: 2048, or the context if smaller.", least=2
-    )
     seed: int = option(0, "Seed of the calibration windows.")
-    data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationText:
+class EvaluationText(Text):
     """The evaluation text, on which a model is judged."""
 
     evaluation: str | None = option(
@@ -108,10 +114,6 @@ class EvaluationText:
         "Default: wikitext2, demo for the demo.",
     )
     windows: int | None = option(None, "Evaluation windows. Default: all.", least=2)
-    seq_len: int | None = option(
-        None, "Tokens in a window. Default: 2048, or the context if smaller.", least=2
-    )
-    data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,10 +130,16 @@ class ZeroShot:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compute:
-    """Where and in which numbers a model runs, and what it may take."""
+class Devices:
+    """Where a model runs."""
 
     device: str = option("auto", "Where it runs: auto, cpu, cuda, cuda:0,cuda:1 …")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute(Devices):
+    """Where and in which numbers a model runs, and what it may take."""
+
     dtype: str = option(
         "auto",
         "dtype of forward passes: auto, float32, bfloat16, float16. auto: on a CPU float32, "
@@ -174,7 +182,7 @@ class Trust:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid(Exceptions):
+class Grid(Limits):
     """The rows of a comparison: every method with every pattern, rule and kind of values."""
 
     methods: Sequence[str] = option(
@@ -249,7 +257,7 @@ class TimedRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Training(Devices):
     """How a pruned model is fine-tuned."""
 
     way: str = option(
@@ -265,7 +273,6 @@ class Training:
     save_every: int = option(100, "Steps between checkpoints of the training.", least=1)
     gradient_checkpointing: bool = option(False, "Less memory for more time.")
     seed: int = option(0, "Seed of the text, its order and the adapters.")
-    device: str = option("auto", "Where it runs: auto, cpu, cuda, cuda:0,cuda:1 …")
     dtype: str = option(
         "auto",
         "What is multiplied: float32, bfloat16 (under autocast), auto: bfloat16 for what is "
@@ -274,7 +281,7 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingText:
+class TrainingText(Text):
     """The training text of a pruned model."""
 
     text: str | None = option(
@@ -285,10 +292,6 @@ class TrainingText:
     evaluation: str | None = option(
         None, "Text that will judge the result, and is not trained on: as for --text."
     )
-    seq_len: int | None = option(
-        None, "Tokens in a window. Default: 2048, or the context if smaller.", least=2
-    )
-    data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
 
 
 @dataclass(frozen=True, kw_only=True)

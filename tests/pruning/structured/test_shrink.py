@@ -16,7 +16,7 @@ from secateur.checkpoints.folder import open_checkpoint
 from secateur.data.windows import Windows
 from secateur.deployment.inspect import inspect
 from secateur.errors import BadPattern, BadPlan, NonFinite, SecateurError, UnknownName, UnsupportedModel
-from secateur.methods.patterns import parse
+from secateur.methods.pattern_text import parse
 from secateur.models import experts
 from secateur.models.load import load
 from secateur.models.matrices import bias, weight_matrices

@@ -39,7 +39,7 @@ from secateur.evaluation.results.ranking import rank
 from secateur.evaluation.results.schema import SCHEMA, Results, find_tolerance
 from secateur.evaluation.tasks.answer import check_tasks
 from secateur.methods import find_method
-from secateur.methods.patterns import parse
+from secateur.methods.pattern_text import parse
 from secateur.methods.structures import Structure
 from secateur.models.context import check_windows, default_corpus
 from secateur.models.load import load, resolve

@@ -12,7 +12,7 @@ from secateur.data.windows import Windows
 from secateur.errors import BadPattern, SecateurError, UnknownName
 from secateur.evaluation.results.schema import row_name
 from secateur.methods import find_method
-from secateur.methods.patterns import parse
+from secateur.methods.pattern_text import parse
 from secateur.methods.structures import Structure
 from secateur.pruning.check import check_method
 from secateur.pruning.planning.measured import ALLOCATIONS, check_allocation

@@ -11,7 +11,7 @@ from secateur.errors import BadPattern, BadPlan
 from secateur.evaluation.comparison.grid import Cell
 from secateur.evaluation.comparison.rows import ComparisonContext
 from secateur.evaluation.results.schema import Row
-from secateur.methods.patterns import parse, share_of
+from secateur.methods.pattern_text import parse, share_of
 
 MOST = 95
 """Percent; a search ends there."""

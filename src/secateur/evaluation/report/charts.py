@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 from secateur.evaluation.report.tables import fastest, method, number
 from secateur.evaluation.report.vega import draw
 from secateur.evaluation.results.schema import KINDS, Results, Row
-from secateur.methods.patterns import share_of
+from secateur.methods.pattern_text import share_of
 
 COLOURS = [f"var(--c{number})" for number in range(1, 9)]
 """The first is that of the dense model."""

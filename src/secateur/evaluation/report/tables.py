@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from secateur.evaluation.results.schema import Recovered, Results, Row
-from secateur.methods.patterns import share_of
+from secateur.methods.pattern_text import share_of
 
 FIRST = ("method", "pattern", "kind")
 """The columns that name a row; whatever is left out, these stand."""

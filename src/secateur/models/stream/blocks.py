@@ -9,27 +9,23 @@ matrices are to be pruned and goes on through them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from secateur.errors import NonFinite
 from secateur.methods.statistics import OF_DENSE
 from secateur.models.mapped_tensors import HiddenStateStore
-from secateur.models.matrices import WeightMatrix, signature, weight_matrices
-from secateur.models.replay import Call
+from secateur.models.matrices import signature, weight_matrices
 from secateur.models.stream.forward import Batch, BlockRun, ForwardPass
 from secateur.models.stream.observe import CalibrationStatistics, observe
 from secateur.models.stream.paused import InputGroups, PausedPass, find_groups
-from secateur.system.tensors import is_finite
 
 PROBE_TOKENS = 256
 """On how many calibration tokens, about, the output error of every weight matrix is measured."""
-Outputs = Callable[[int], Iterator[tuple[int, Tensor]]]
 
 
 class Step:
@@ -45,7 +41,7 @@ class Step:
         *,
         last: bool,
     ) -> None:
-        self._flow, self._dense, self._groups = flow, dense, groups
+        self.inputs, self._dense, self._groups = flow, dense, groups
         self.index, self.last = flow.index, last
         self.name = flow.run.language_model.block_name(flow.index)
         self.seconds = flow.run.seconds
@@ -68,7 +64,7 @@ class Step:
         The probe takes evenly spaced tokens of the first batch, about `probe` of them. Raises
         NonFinite.
         """
-        return self._timed(observe(self._flow, self._dense, tuple(need), probe, only))
+        return self._timed(observe(self.inputs, self._dense, tuple(need), probe, only))
 
     def stages(
         self,
@@ -106,15 +102,15 @@ class Step:
         `leave` the block.
         """
         paired = self._dense if OF_DENSE.intersection(need) else None
-        with closing(PausedPass(self._flow, paired, stages)) as paused:
+        with closing(PausedPass(self.inputs, paired, stages)) as paused:
             for number, names in enumerate(stages):
                 yield names, self._timed(paused.statistics(number, need, probe))
-                self._flow.align()
+                self.inputs.align()
             started = perf_counter()
             if paired:
-                self._targets = _stored(paired, paused.dense_outputs, _room_for(paired))
+                self._targets = paired.aside(paused.dense_outputs)
             if leave:
-                _stored(self._flow, paused.outputs, self._flow.hidden)
+                self.inputs.advance(paused.outputs)
             self._left = leave
             self.seconds.forward += perf_counter() - started
 
@@ -123,21 +119,6 @@ class Step:
         self.seconds.statistics += statistics.statistics_seconds
         return statistics
 
-    def first(self) -> tuple[Tensor, Call]:
-        """The hidden states of the first batch as they enter the block, and its call."""
-        return self._flow.hidden[0].to(self.device), self._flow.calls[0][self.index]
-
-    def windows(self) -> list[tuple[Tensor, list[Call]]]:
-        """The hidden states of every batch as they enter the block, and the calls of all blocks of
-        the model.
-        """
-        batches = zip(self._flow.hidden, self._flow.calls, strict=True)
-        return [(hidden.to(self.device), calls) for hidden, calls in batches]
-
-    def replace(self, block: nn.Module) -> None:
-        """Go on with this block instead of the working copy; it may have other shapes."""
-        self._flow.replace(block)
-
     def batches(self) -> list[Batch]:
         """The inputs of the block, and what the dense block gives on the dense inputs; `stream`
         with `dense` only.
@@ -145,8 +126,8 @@ class Step:
         started = perf_counter()
         targets = self._dense_outputs()
         self.seconds.forward += perf_counter() - started
-        calls = (calls[self.index] for calls in self._flow.calls)
-        return [Batch(*parts) for parts in zip(self._flow.hidden, calls, targets, strict=True)]
+        calls = (calls[self.index] for calls in self.inputs.calls)
+        return [Batch(*parts) for parts in zip(self.inputs.hidden, calls, targets, strict=True)]
 
     def groups(self) -> list[list[str]]:
         """The weight matrices in the order in which the block reaches them, those that share an
@@ -163,42 +144,27 @@ class Step:
         if self._dense:
             self._dense.hidden = self._dense_outputs()
         if not self._left:
-            self._flow.align()
-            _stored(self._flow, self._flow.outputs, self._flow.hidden)
+            self.inputs.align()
+            self.inputs.advance(self.inputs.outputs)
         self.seconds.forward += perf_counter() - started
 
     def _dense_outputs(self) -> HiddenStateStore:
         """What the dense block gives on the dense inputs, batch by batch; computed once."""
         assert self._dense
         if self._targets is None:
-            self._targets = _stored(self._dense, self._dense.outputs, _room_for(self._dense))
+            self._targets = self._dense.aside(self._dense.outputs)
         return self._targets
 
     @torch.no_grad()
     def _input_groups(self) -> InputGroups:
         """Which weight matrices share an input, asked of one forward for each kind of block."""
-        run = self._flow.run
+        run = self.inputs.run
         kind = signature(run.language_model.blocks[self.index])
         if kind not in self._groups:
-            self._groups[kind] = run.ranks.same(lambda: find_groups(self.block, *self.first()))
+            self._groups[kind] = run.ranks.same(
+                lambda: find_groups(self.block, *self.inputs.first())
+            )
         return self._groups[kind]
-
-
-def _room_for(flow: ForwardPass) -> HiddenStateStore:
-    """Room for what the block at hand makes of every batch."""
-    return HiddenStateStore(flow.run.spill, flow.hidden)
-
-
-@torch.no_grad()
-def _stored(flow: ForwardPass, outputs: Outputs, into: HiddenStateStore) -> HiddenStateStore:
-    """Put what leaves the block into a store as it comes, on all devices at once."""
-
-    def store(share: int) -> None:
-        for number, output in outputs(share):
-            into[number] = output
-
-    flow.each(store)
-    return into
 
 
 def stream(
@@ -236,27 +202,4 @@ def stream(
                 step.leave()
             del step  # its copy of the block would live beside the next one
         elif beside:
-            beside.hidden = _stored(beside, beside.outputs, _room_for(beside))
-
-
-def put(step: Step, name: str, weight: Tensor, targets: Mapping[str, WeightMatrix]) -> None:
-    """Write a new weight `[out, in]` into both copies of the block, rounded as it is stored. Raises
-    NonFinite.
-    """
-    stored = weight.to(targets[name].stored.dtype)
-    if not is_finite(stored):
-        raise NonFinite(
-            f"The pruned weights of {step.name}.{name} do not fit {stored.dtype}. "
-            "Use another method, or --skip it."
-        )
-    targets[name].put(stored)
-    step.sites[name].put(stored)
-
-
-def refuse_non_finite_weights(step: Step, original: Mapping[str, WeightMatrix]) -> None:
-    """Raise NonFinite for NaN or Inf in the stored weights of a block."""
-    for name, matrix in original.items():
-        if not is_finite(matrix.stored):
-            raise NonFinite(
-                f"The weights of {step.name}.{name} hold NaN or Inf. Fetch the checkpoint again."
-            )
+            beside.hidden = beside.aside(beside.outputs)

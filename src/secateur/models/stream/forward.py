@@ -29,6 +29,8 @@ from secateur.system.memory import release_memory, will_need
 from secateur.system.progress import Progress
 
 Value = TypeVar("Value")
+Outputs = Callable[[int], Iterator[tuple[int, Tensor]]]
+"""What leaves a block, (batch, hidden states), of one device."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,34 @@ class ForwardPass:
     def outputs(self, share: int) -> Iterator[tuple[int, Tensor]]:
         """(batch, what the block makes of it) for all batches of a device."""
         return ((number, self.forward(share, number)) for number in self.batches_of(share))
+
+    def first(self) -> tuple[Tensor, Call]:
+        """The hidden states of the first batch as they enter the block, and its call."""
+        return self.hidden[0].to(self.run.devices[0]), self.calls[0][self.index]
+
+    def windows(self) -> list[tuple[Tensor, list[Call]]]:
+        """The hidden states of every batch as they enter the block, and the calls of all blocks of
+        the model.
+        """
+        batches = zip(self.hidden, self.calls, strict=True)
+        return [(hidden.to(self.run.devices[0]), calls) for hidden, calls in batches]
+
+    def advance(self, outputs: Outputs) -> None:
+        """Put what leaves the block in the place of what entered it, on all devices at once."""
+        self._store(outputs, self.hidden)
+
+    def aside(self, outputs: Outputs) -> HiddenStateStore:
+        """What leaves the block, beside what entered it."""
+        return self._store(outputs, HiddenStateStore(self.run.spill, self.hidden))
+
+    @torch.no_grad()
+    def _store(self, outputs: Outputs, into: HiddenStateStore) -> HiddenStateStore:
+        def store(share: int) -> None:
+            for number, output in outputs(share):
+                into[number] = output
+
+        self.each(store)
+        return into
 
     def each(self, work: Callable[[int], Value]) -> list[Value]:
         """`work(share)` for every device at once, each in a thread of its own; the results in

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from secateur.errors import BadPlan, UnknownName, in_one_line
-from secateur.methods.patterns import Pattern, Unstructured, parse_pattern
+from secateur.methods.pattern_text import parse_pattern
+from secateur.methods.patterns import Pattern, Unstructured
 from secateur.models.matrices import Shapes
 from secateur.system.json_files import read_json, write_json
 

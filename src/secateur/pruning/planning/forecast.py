@@ -21,7 +21,8 @@ import torch
 from secateur.checkpoints.folder import INDEX, is_whole, open_checkpoint, stored_dtype
 from secateur.errors import BadPattern, NotEnoughText
 from secateur.methods import find_method
-from secateur.methods.patterns import Pattern, parse
+from secateur.methods.pattern_text import parse
+from secateur.methods.patterns import Pattern
 from secateur.methods.structures import Structure
 from secateur.models.context import check_length, context
 from secateur.models.load import load_config, resolve

@@ -18,7 +18,8 @@ from secateur.data.windows import Windows
 from secateur.errors import BadPlan, OutputRefused, UnknownName
 from secateur.methods import find_method
 from secateur.methods.base import importance
-from secateur.methods.patterns import Unstructured, parse_pattern
+from secateur.methods.pattern_text import parse_pattern
+from secateur.methods.patterns import Unstructured
 from secateur.models.context import check_windows
 from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel

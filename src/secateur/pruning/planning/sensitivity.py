@@ -13,9 +13,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from secateur.errors import BadPlan
-from secateur.methods import Method, prune_together, solved_together
+from secateur.methods import Method
 from secateur.methods.patterns import Unstructured
 from secateur.methods.statistics import Stats
+from secateur.methods.together import prune_together, solved_together
 from secateur.models.matrices import matrix_shapes
 from secateur.models.stream.blocks import BlockRun, Step, stream
 from secateur.pruning.planning.allocation import Plan

@@ -20,15 +20,9 @@ from secateur.checkpoints.record import MatrixReport, output_error
 from secateur.methods.statistics import OF_DENSE, Stats
 from secateur.methods.structures import NAMES
 from secateur.models.channels.groups import ChannelGroup
-from secateur.models.matrices import bias, weight_matrices
+from secateur.models.matrices import bias, put, refuse_non_finite_weights, weight_matrices
 from secateur.models.replay import run_block, working_copy
-from secateur.models.stream.blocks import (
-    PROBE_TOKENS,
-    BlockRun,
-    Step,
-    put,
-    refuse_non_finite_weights,
-)
+from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun, Step
 from secateur.models.stream.forward import Batch
 from secateur.models.stream.observe import CalibrationStatistics
 from secateur.models.stream.refine import Tuned, refine
@@ -66,7 +60,7 @@ class BlockSlicer:
         """The tensors of the block, as stored, without what is removed, and with what makes up for
         that.
         """
-        refuse_non_finite_weights(self.step, weight_matrices(self.original))
+        refuse_non_finite_weights(self.step.name, weight_matrices(self.original))
         self.stored = working_copy(self.original, torch.device("cpu"), None)
         kept_experts = self._kept_experts(removal) if removal.experts else {}
         consumers = {
@@ -74,7 +68,9 @@ class BlockSlicer:
             for of in ("heads", "channels")
         }
         if self.method.reconstruct and (self.span or self.method.dense_target):
-            last = last_matrix(self.step.block, *self.step.first(), list(consumers["channels"]))
+            last = last_matrix(
+                self.step.block, *self.step.inputs.first(), list(consumers["channels"])
+            )
             self.absorbing = last.name if last else None
         removed: dict[str, list[ChannelGroup]] = {}
         for some in filter(None, consumers.values()):
@@ -99,7 +95,7 @@ class BlockSlicer:
         step = self.step
         batches = step.batches()
         for number, block in self._span_blocks():
-            calls = [calls[number] for _, calls in step.windows()]
+            calls = [calls[number] for _, calls in step.inputs.windows()]
             batches = [
                 Batch(b.hidden, b.call, run_block(block, b.target.to(step.device), call))
                 for b, call in zip(batches, calls, strict=True)
@@ -120,7 +116,9 @@ class BlockSlicer:
 
     def _kept_experts(self, removal: BlockRemoval) -> dict[str, Tensor]:
         step = self.step
-        routed = routed_to(step.block, ((h, calls[step.index]) for h, calls in step.windows()))
+        routed = routed_to(
+            step.block, ((h, calls[step.index]) for h, calls in step.inputs.windows())
+        )
         # of every group in which a router looks for experts the same number goes
         groups = getattr(self.run.language_model.model.config, "n_group", None) or 1
         score = EXPERTS[self.method.selections["experts"]]
@@ -150,7 +148,7 @@ class BlockSlicer:
                 step.block,
                 self._span_blocks(),
                 str(self.absorbing),
-                step.windows(),
+                step.inputs.windows(),
                 step.index,
                 targets,
             )
@@ -183,7 +181,7 @@ class BlockSlicer:
         if self.method.reconstruct and stats is not None:
             product = added.product if added else None
             new, new_bias = reconstructed(weight, stats, kept, old_bias, product)
-        put(step, name, new, targets)
+        put(f"{step.name}.{name}", new, (targets[name], step.sites[name]))
         if new_bias is not None:
             self._put_bias(name, new_bias)
         change = _change(weight, old_bias, targets[name].weight, new_bias)
@@ -208,7 +206,7 @@ class BlockSlicer:
             selection = SELECTIONS["energy"]
         if "taylor" in selection.need:
             step = self.step
-            batches = ((h, calls[step.index]) for h, calls in step.windows())
+            batches = ((h, calls[step.index]) for h, calls in step.inputs.windows())
             block = working_copy(step.block, step.device, torch.float32)
             score = taylor(block, name, inputs, batches).to(weight.device)
             stats = Stats(stats.tokens, {**stats.sums, "taylor": score})

@@ -72,7 +72,7 @@ def _cosines(run: BlockRun, span: int, *, last: bool) -> list[float]:
 
     for step in stream(run):
         run.progress.advance(f"influence of {step.name}", step.index, count)
-        windows = step.windows()
+        windows = step.inputs.windows()
         entering.append([part(hidden) for hidden, _ in windows])
         if len(entering) > span:
             cosines.append(_cosine(entering.pop(0), entering[-1]))

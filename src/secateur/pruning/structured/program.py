@@ -206,7 +206,7 @@ def _slice_blocks(slicing: Slicing, names: Names, writer: BlockWriter, report: R
             state, tuned = slicer.refine(module_of(empty, state, original), state)
         smaller = module_of(empty, state, original)
         hidden = run_block(working_copy(smaller, device, torch.float32), hidden, calls[step.index])
-        step.replace(smaller)
+        step.inputs.replace(smaller)
         dense = original.state_dict()
         changed = {
             name: tensor

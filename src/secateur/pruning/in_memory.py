@@ -1,0 +1,56 @@
+"""`prune` for a model in memory: the same loop over the blocks, and nothing on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import gettempdir
+
+from secateur.checkpoints.record import Report, total_sparsity
+from secateur.data.windows import Windows
+from secateur.methods import find_method
+from secateur.methods.pattern_text import parse_pattern
+from secateur.models.replay import LanguageModel
+from secateur.pruning.check import Zeros
+from secateur.pruning.prepare import block_run, prepare
+from secateur.pruning.prune import pruned_blocks
+from secateur.system.memory import PeakMemory
+from secateur.system.progress import Progress
+from secateur.system.settings import Compute, Recipe, Trust, taken
+
+
+def prune_model(
+    language_model: LanguageModel,
+    windows: Windows,
+    *,
+    method: str = Recipe.method,
+    pattern: str = Recipe.pattern,
+    allocate: str = Recipe.allocate,
+    skip: Sequence[str] = Recipe.skip,
+    device: str = Compute.device,
+    dtype: str = Compute.dtype,
+    batch_size: int = Compute.batch_size,
+    passes: str = Compute.passes,
+    memory: str | int | None = Compute.memory,
+    allow_low_coverage: bool = Trust.allow_low_coverage,
+    progress: Progress | None = None,
+) -> Report:
+    """Prune a model in memory, in place; arguments as for `prune`. Nothing is written to disk.
+
+    Raises BadPattern for a structure, which leaves another model: use `prune`.
+    """
+    given = locals()
+    recipe, compute, trust = taken(Recipe, given), taken(Compute, given), taken(Trust, given)
+    zeros = Zeros(recipe, pattern=parse_pattern(pattern), method=find_method(method))
+    spill = Path(gettempdir())
+    with PeakMemory() as peak:
+        run = block_run(language_model, windows, compute, spill, progress or Progress())
+        report, pruning = prepare(
+            run, windows, zeros, compute, trust, lambda what, decide: decide()
+        )
+        for block in pruned_blocks(pruning):
+            for name, tensor in block.tensors.items():
+                language_model.model.get_parameter(name).data.copy_(tensor)
+            report.take(block.entry(language_model.block_name(block.index)))
+    report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
+    return report
