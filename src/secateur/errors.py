@@ -3,7 +3,7 @@ what to do.
 
 SecateurError               the command line prints the message alone and exits with 2
 ├── UnknownName             a method, pattern, corpus or value that does not exist (did you mean)
-├── BadPattern              a pattern that cannot be read, or that does not fit a site
+├── BadPattern              a pattern that cannot be read, or that does not fit a weight matrix
 ├── BadPlan                 a plan that cannot be read, or cannot be made as asked
 ├── BadCheckpoint           a folder that is no sound safetensors checkpoint
 ├── UnsupportedModel        a model whose blocks cannot be replayed, or with too few matrices
@@ -55,7 +55,7 @@ class UnknownName(SecateurError):
 
 
 class BadPattern(SecateurError):
-    """A pattern that cannot be read, or that does not fit a site."""
+    """A pattern that cannot be read, or that does not fit a weight matrix."""
 
 
 class BadPlan(SecateurError):

@@ -81,8 +81,8 @@ class Checkpoint:
             )
         if not place.bytes:
             return torch.empty(place.shape, dtype=DTYPES[place.dtype])
-        held = np.memmap(self.folder / place.shard, np.uint8, "c", place.offset, (place.bytes,))
-        return torch.from_numpy(held).view(DTYPES[place.dtype]).view(place.shape)
+        mapped = np.memmap(self.folder / place.shard, np.uint8, "c", place.offset, (place.bytes,))
+        return torch.from_numpy(mapped).view(DTYPES[place.dtype]).view(place.shape)
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

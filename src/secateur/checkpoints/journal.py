@@ -59,7 +59,7 @@ class Journal:
 
     def of(self, kind: str) -> list[Any]:
         """The values of the entries of one kind."""
-        return [value for found, value in self.entries if found == kind]
+        return [value for other, value in self.entries if other == kind]
 
     def close(self) -> None:
         self._stream.close()
@@ -79,15 +79,15 @@ class Journal:
 def _lines(stream: Any) -> tuple[list[tuple[str, Any]], int]:
     """The sound lines at the start of a journal, and where they end."""
     stream.seek(0)
-    found, end = [], 0
+    entries, end = [], 0
     for line in stream:
         checksum, _, text = line.rstrip(b"\n").partition(b" ")
         if not line.endswith(b"\n") or checksum != b"%08x" % crc32(text):
             break
         kind, value = json.loads(text)
-        found.append((kind, value))
+        entries.append((kind, value))
         end += len(line)
-    return found, end
+    return entries, end
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a pruning run says of itself: one report a site, one for the run; `pruning.json` holds
+"""What a pruning run says of itself: one report a weight matrix, one for the run; `pruning.json` holds
 them.
 """
 
@@ -38,10 +38,10 @@ LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go thro
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What became of one site. `pattern` is None where it was left dense, and `note` says why.
+    """What became of one weight matrix. `pattern` is None where it was left dense, and `note` says why.
 
     `output_error` is ‖(W − W') X‖² / ‖W X‖² on inputs X of about `PROBE_TOKENS` calibration tokens,
-    those that the pruned blocks before give; None where the site saw none of them.
+    those that the pruned blocks before give; None where it saw none of them.
     """
 
     site: str
@@ -97,7 +97,7 @@ class Report:
 
 
 def total_sparsity(reports: Sequence[MatrixReport]) -> float:
-    """The share of zeros over all sites, by weights."""
+    """The share of zeros over all weight matrices, by weights."""
     sizes = [rows * columns for rows, columns in (report.shape for report in reports)]
     zeros = sum(size * report.sparsity for size, report in zip(sizes, reports, strict=True))
     return zeros / max(sum(sizes), 1)
@@ -153,20 +153,20 @@ def record_of(folder: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        held = read_json(file, finite=True)
+        record = read_json(file, finite=True)
     except ValueError as error:
         raise BadCheckpoint(
             f"{file} is no JSON ({in_one_line(error)}). Delete it, or prune again."
         ) from error
-    if not isinstance(held, dict):
+    if not isinstance(record, dict):
         raise BadCheckpoint(
-            f"{file} holds a {type(held).__name__}; an object was wanted. Delete it, or prune "
+            f"{file} holds a {type(record).__name__}; an object was wanted. Delete it, or prune "
             "again."
         )
     try:
-        read_as(_Record, held)
+        read_as(_Record, record)
     except ValueError as error:
         raise BadCheckpoint(
             f"{file} is no record of a pruning run: {error}. Delete it, or prune again."
         ) from error
-    return held
+    return record

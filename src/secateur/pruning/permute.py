@@ -1,4 +1,4 @@
-"""Channel permutation for N:M: an order of a site's inputs in which the pattern can keep more of
+"""Channel permutation for N:M: an order of a matrix's inputs in which the pattern can keep more of
 what matters.
 
 N:M removes from every group of M neighbours, also where all of them matter. Which inputs are
@@ -157,7 +157,7 @@ def reorder(block: nn.Module, consumer: str, classes: Classes, order: Tensor) ->
     changed, by name.
 
     Input i becomes what was input `order[i]`, for int64 `[in]`. Parameters are written in place, so
-    the sites of the block stay views of them. An order that does not move whole units within their
+    the matrices of the block stay views of them. An order that does not move whole units within their
     classes is an AssertionError.
     """
     known = weight_matrices(block)
@@ -166,11 +166,11 @@ def reorder(block: nn.Module, consumer: str, classes: Classes, order: Tensor) ->
     weight = known[consumer].weight
     weight.copy_(weight[:, order.to(weight.device)])
     for name, moved in rows.items():
-        site = known[name]
-        site.weight.copy_(site.weight[moved.to(site.weight.device)])
-        changed.append(site.parameter)
-        if (held := bias(block, site)) is not None:
-            parameter, values = held
+        matrix = known[name]
+        matrix.weight.copy_(matrix.weight[moved.to(matrix.weight.device)])
+        changed.append(matrix.parameter)
+        if (named := bias(block, matrix)) is not None:
+            parameter, values = named
             values.copy_(values[moved.to(values.device)])
             changed.append(parameter)
     return list(dict.fromkeys(changed))
@@ -179,7 +179,7 @@ def reorder(block: nn.Module, consumer: str, classes: Classes, order: Tensor) ->
 def _output_orders(
     known: Mapping[str, WeightMatrix], classes: Classes, order: Tensor
 ) -> dict[str, Tensor]:
-    """For every site that feeds what moves, the order of its outputs, int64 `[out]`."""
+    """For every matrix that feeds what moves, the order of its outputs, int64 `[out]`."""
     rows: dict[str, Tensor] = {}
     left = order.tolist()
     for units in classes:
@@ -191,8 +191,8 @@ def _output_orders(
                 left[i] = i
             if source is unit:
                 continue
-            for (site, channel), (_, origin) in zip(unit.outputs, source.outputs, strict=True):
-                rows.setdefault(site, torch.arange(known[site].weight.shape[0]))[channel] = origin
+            for (name, channel), (_, origin) in zip(unit.outputs, source.outputs, strict=True):
+                rows.setdefault(name, torch.arange(known[name].weight.shape[0]))[channel] = origin
     assert left == list(range(len(left))), "an order moves units of its classes only"
     return rows
 
@@ -242,7 +242,7 @@ def verified(
     not, where a scale differs. No random order is tried: of few units it may happen to move only
     those that are alike.
     """
-    found = {}
+    moving = {}
     for consumer, units in classes.items():
         order = torch.arange(weight_matrices(block)[consumer].weight.shape[1])
         for alike in units:
@@ -253,8 +253,8 @@ def verified(
         copy = deepcopy(block)
         reorder(copy, consumer, units, order)
         if same_output(block, copy, consumer, order, hidden, call):
-            found[consumer] = units
-    return found
+            moving[consumer] = units
+    return moving
 
 
 class Permutation:

@@ -85,8 +85,8 @@ def prune(
         find_devices(device)
         compute = replace(compute, device=device)
         progress = (progress if ranks.first else None) or Progress()
-        found = opened(model, text, compute, trust, out=Path(out), progress=progress)
-        report = prune_checkpoint(found, recipe, compute, destination, trust, progress, ranks)
+        everything = opened(model, text, compute, trust, out=Path(out), progress=progress)
+        report = prune_checkpoint(everything, recipe, compute, destination, trust, progress, ranks)
     progress.end()
     return report
 

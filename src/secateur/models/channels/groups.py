@@ -96,9 +96,7 @@ def removable_groups(trace: Trace) -> dict[str, list[ChannelGroup]]:
         if len(readers) == 1 and member["out"]:
             inputs = tuple(channel for _, channel in member["in"])
             groups[readers.pop()].append(ChannelGroup(inputs, tuple(member["out"])))
-    return {
-        name: found for name, found in sorted(groups.items()) if _alike(found, sizes[name, "in"])
-    }
+    return {name: some for name, some in sorted(groups.items()) if _alike(some, sizes[name, "in"])}
 
 
 def _sizes(trace: Trace) -> dict[tuple[str, str], int]:

@@ -1,7 +1,7 @@
 """Several processes on one run: `torchrun --nproc-per-node N -m secateur prune …`, on one machine
 or many.
 
-Every rank has its share of the calibration windows and of the sites to solve; statistics are sums,
+Every rank has its share of the calibration windows and of the matrices to solve; statistics are sums,
 so they are reduced, and solved weights are handed round. Each rank then holds the same block and
 goes on. Rank 0 alone writes.
 """
@@ -48,8 +48,7 @@ class Ranks:
         """What `compute()` gives on rank 0, everywhere. The value is pickled."""
         if self.size == 1:
             return compute()
-        found = self._answers(compute if self.first else lambda: None)
-        return found[0]
+        return self._answers(compute if self.first else lambda: None)[0]
 
     def together(self, compute: Callable[[], Value]) -> list[Value]:
         """What `compute()` gives on each rank, in order."""
@@ -64,20 +63,20 @@ class Ranks:
             yield entered[0] if entered else None
 
     def add(self, stats: Mapping[str, Stats]) -> dict[str, Stats]:
-        """The sums of all ranks, by site; one that has seen no token of a site has nothing to
+        """The sums of all ranks, by matrix; one that has seen no token of it has nothing to
         add.
         """
         if self.size == 1:
             return dict(stats)
         seen: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
-        for found in self._answers(lambda: {n: (s.tokens, _shapes(s)) for n, s in stats.items()}):
-            for name, (tokens, shapes) in found.items():
+        for rank in self._answers(lambda: {n: (s.tokens, _shapes(s)) for n, s in stats.items()}):
+            for name, (tokens, shapes) in rank.items():
                 seen[name] = (tokens + seen.get(name, (0, {}))[0], shapes)
         total = {}
         for name, (tokens, shapes) in seen.items():
-            held = stats[name].sums if name in stats else {}
+            sums = stats[name].sums if name in stats else {}
             total[name] = Stats(
-                tokens, {what: self._sum(held.get(what), shapes[what]) for what in shapes}
+                tokens, {what: self._sum(sums.get(what), shapes[what]) for what in shapes}
             )
         return total
 
@@ -107,13 +106,13 @@ class Ranks:
             answer: tuple[Any, SecateurError | None] = compute(), None
         except SecateurError as error:
             answer = None, error
-        found: list[Any] = [None] * self.size
+        answers: list[Any] = [None] * self.size
         with _others():
-            dist.all_gather_object(found, answer)
-        for _, error in found:
+            dist.all_gather_object(answers, answer)
+        for _, error in answers:
             if error is not None:
                 raise error
-        return [value for value, _ in found]
+        return [value for value, _ in answers]
 
 
 ALONE = Ranks()

@@ -129,7 +129,7 @@ class Watch:
         first, _ = self._seen.setdefault((id(x), x._version), (name, x))
         if self.shared.setdefault(name, first) != first:
             raise UnsupportedModel(
-                f"{name} shares its input with other sites in one batch and not in the next."
+                f"{name} shares its input with other matrices in one batch and not in the next."
             )
         if first == name and x.numel():
             self._add(name, x.reshape(-1, x.shape[-1]))

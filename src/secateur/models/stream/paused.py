@@ -1,12 +1,12 @@
 """Forwards that stop inside a block: one pass over the calibration tokens instead of two.
 
-The sites of a block are reached in stages, each the sites that read one input. The forward of every
-batch runs as far as a stage and is left there with all it holds; when all have come, the sites of
-the stage are pruned from the inputs that wait for them, and the forwards go on through the pruned
-weights. Nothing runs twice, and every site is pruned on the inputs it will really see.
+The weight matrices of a block are reached in stages, each those that read one input. The forward
+of every batch runs as far as a stage and is left there with all it holds; when all have come, the
+matrices of the stage are pruned from the inputs that wait for them, and the forwards go on through
+the pruned weights. Nothing runs twice, and every matrix is pruned on the inputs it will really see.
 
 What is left standing is the call stack of an ordinary forward, in a greenlet, so that no family's
-code is changed. Which sites make a stage is asked of one whole forward; a block where that has no
+code is changed. Which matrices make a stage is asked of one whole forward; a block where that has no
 plain answer is left to two passes.
 """
 
@@ -34,11 +34,11 @@ from secateur.models.stream.observe import CalibrationStatistics, Watch, merged,
 
 
 class InputGroups(NamedTuple):
-    """The sites of a block in the `order` in which a forward reaches them, those with one input
+    """The matrices of a block in the `order` in which a forward reaches them, those with one input
     together; the rest.
 
     All experts' matrices of one kind are one stage. Forwards can be stopped at each in turn if
-    `plain`: not where a site is called twice, or where experts are modules of their own, of which
+    `plain`: not where one is called twice, or where experts are modules of their own, of which
     every batch takes others.
     """
 
@@ -53,17 +53,17 @@ def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> InputGroups:
     reached: list[tuple[str, Tensor]] = []
     with visited(block, reached.extend):
         run_block(block, hidden, call)
-    first = dict(reversed(reached))  # the first input of a site that is called twice
-    found: dict[object, list[str]] = {}
+    first = dict(reversed(reached))  # the first input of a matrix that is called twice
+    groups: dict[object, list[str]] = {}
     for name in dict(reached):
         parameter, x = known[name].parameter, first[name]
         if known[name].expert:
-            found[parameter] = [
-                other for other, site in known.items() if site.parameter == parameter
+            groups[parameter] = [
+                other for other, matrix in known.items() if matrix.parameter == parameter
             ]
         else:
-            found.setdefault((id(x), x._version), []).append(name)
-    order = list(found.values())
+            groups.setdefault((id(x), x._version), []).append(name)
+    order = list(groups.values())
     inside = {name for stage in order for name in stage}
     plain = len(first) == len(reached) and not experts.has_list(block)
     return InputGroups(order, [name for name in known if name not in inside], plain)
@@ -84,8 +84,8 @@ class _Forward:
     def go_on(self) -> None:
         """Run to the next stage, or to the end."""
         self._stack.parent = getcurrent()
-        found = self._stack.switch()
-        self.output = found if self._stack.dead else None
+        output = self._stack.switch()
+        self.output = output if self._stack.dead else None
 
     def wait(self, stage: int, reached: list[tuple[str, Tensor]]) -> None:
         """Inside the forward: stop here until `go_on`."""
@@ -121,9 +121,9 @@ class PausedForwards:
         self._hooks.enter_context(visited(block, self._visit))
 
     def inputs(self, stage: int) -> Iterator[tuple[int, list[tuple[str, Tensor]]]]:
-        """(batch, [(site, input [tokens, in]), …]) of every forward once it has come to `stage`.
+        """(batch, [(matrix, input [tokens, in]), …]) of every forward once it has come to `stage`.
 
-        The first site of a shared input stands for all. A forward that never comes to the stage has
+        The first matrix of a shared input stands for all. A forward that never comes to the stage has
         none.
         """
         for number, forward in self.forwards.items():

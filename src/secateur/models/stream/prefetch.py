@@ -25,18 +25,18 @@ class Prefetch:
     def __init__(self, devices: Sequence[torch.device], dtype: torch.dtype | None) -> None:
         self.devices, self.dtype = devices, dtype
         self._thread = ThreadPoolExecutor(1) if wanted(devices) else None
-        self._held: tuple[int, Future[list[nn.Module]]] | None = None
+        self._begun: tuple[int, Future[list[nn.Module]]] | None = None
 
     def begin(self, index: int, block: nn.Module) -> None:
         """Make copies of the block of that number."""
         if self._thread:
-            self._held = index, self._thread.submit(self._copies, block)
+            self._begun = index, self._thread.submit(self._copies, block)
 
     def take(self, index: int) -> list[nn.Module] | None:
         """The copies of that block; None where there are none, or a device had no room for them."""
-        held, self._held = self._held, None
+        begun, self._begun = self._begun, None
         try:
-            return held[1].result() if held and held[0] == index else None
+            return begun[1].result() if begun and begun[0] == index else None
         except torch.OutOfMemoryError:
             return None
 

@@ -1,7 +1,7 @@
 """`+refine`: the kept weights of one finished block, tuned together so that the block does what the
 dense one does.
 
-Site by site, a solver sees one matrix; here attention, gates and products of the whole block take
+A solver sees one matrix; here attention, gates and products of the whole block take
 part. Masks stand still, Adam moves what is kept, and the loss is the error of the block's output on
 the calibration tokens: inputs as the pruned prefix gives them, targets what the dense block gives
 on dense inputs, so that errors of earlier blocks are made up for as well (EBFT, Guo et al. 2024,
@@ -62,7 +62,9 @@ def refine(
     leaves out stays zero.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
-    inputs = {site.parameter: site.weight.shape[1] for site in weight_matrices(block).values()}
+    inputs = {
+        matrix.parameter: matrix.weight.shape[1] for matrix in weight_matrices(block).values()
+    }
     start = {name: parameter.detach().clone() for name, parameter in tuned.items()}
     before = error(block, batches)
     for parameter in block.parameters():
