@@ -1,5 +1,6 @@
-"""What a pruning run says of itself: one report a weight matrix, one for the run; `pruning.json` holds
-them.
+"""What a pruning run says of itself: a report of every weight matrix, and one of the run.
+
+`pruning.json` holds them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go thro
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What became of one weight matrix. `pattern` is None where it was left dense, and `note` says why.
+    """What became of one weight matrix. `pattern` is None where it was left dense; `note` says why.
 
     `output_error` is ‖(W − W') X‖² / ‖W X‖² on inputs X of about `PROBE_TOKENS` calibration tokens,
     those that the pruned blocks before give; None where it saw none of them.

@@ -157,8 +157,8 @@ def reorder(block: nn.Module, consumer: str, classes: Classes, order: Tensor) ->
     changed, by name.
 
     Input i becomes what was input `order[i]`, for int64 `[in]`. Parameters are written in place, so
-    the matrices of the block stay views of them. An order that does not move whole units within their
-    classes is an AssertionError.
+    the matrices of the block stay views of them. An order that does not move whole units within
+    their classes is an AssertionError.
     """
     known = weight_matrices(block)
     changed = [known[consumer].parameter]

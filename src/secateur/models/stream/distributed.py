@@ -1,9 +1,9 @@
 """Several processes on one run: `torchrun --nproc-per-node N -m secateur prune …`, on one machine
 or many.
 
-Every rank has its share of the calibration windows and of the matrices to solve; statistics are sums,
-so they are reduced, and solved weights are handed round. Each rank then holds the same block and
-goes on. Rank 0 alone writes.
+Every rank has its share of the calibration windows and of the matrices to solve. Statistics are
+sums, so they are reduced, and solved weights are handed round. Each rank then holds the same block
+and goes on. Rank 0 alone writes.
 """
 
 from __future__ import annotations

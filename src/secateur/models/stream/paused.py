@@ -6,8 +6,8 @@ matrices of the stage are pruned from the inputs that wait for them, and the for
 the pruned weights. Nothing runs twice, and every matrix is pruned on the inputs it will really see.
 
 What is left standing is the call stack of an ordinary forward, in a greenlet, so that no family's
-code is changed. Which matrices make a stage is asked of one whole forward; a block where that has no
-plain answer is left to two passes.
+code is changed. Which matrices make a stage is asked of one whole forward; a block where
+that has no plain answer is left to two passes.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class PausedForwards:
     def inputs(self, stage: int) -> Iterator[tuple[int, list[tuple[str, Tensor]]]]:
         """(batch, [(matrix, input [tokens, in]), …]) of every forward once it has come to `stage`.
 
-        The first matrix of a shared input stands for all. A forward that never comes to the stage has
-        none.
+        The first matrix of a shared input stands for all. A forward that never comes to the stage
+        has none.
         """
         for number, forward in self.forwards.items():
             while forward.stage < stage and forward.output is None:
