@@ -19,9 +19,9 @@ from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
 from secateur.recovery.job import Dense, Pruned, aims_at_dense
 from secateur.system.devices import find_dtype
-from secateur.system.json_files import fits
 from secateur.system.settings import Training, Trust
 from secateur.system.tensors import count_zeros, is_finite
+from secateur.system.typed import Number, is_a
 
 WAYS = {
     "lora": "adapters on every linear layer, merged under the mask",
@@ -89,9 +89,9 @@ def pruning_record(source: Checkpoint) -> dict[str, Any]:
             f"{source.folder} has no {RECORD}; a folder that 'secateur prune' wrote is wanted."
         )
     if (
-        not fits(record.get("recovery", []), list[dict[str, Any]])
-        or not fits(record.get("sparsity"), float)
-        or not fits(record.get("sites"), list[Any])
+        not is_a(list[dict[str, Any]], record.get("recovery", []))
+        or not is_a(Number, record.get("sparsity"))
+        or record.get("sites") is None
     ):
         raise BadCheckpoint(f"{source.folder / RECORD} is no record of a pruning run. Prune again.")
     return record
@@ -118,9 +118,7 @@ def refuse_other_weights(pruned: Pruned) -> None:
     recorded = {
         entry["site"]: entry["sparsity"]
         for entry in record["sites"]
-        if fits(entry, dict[str, Any])
-        and isinstance(entry.get("site"), str)
-        and fits(entry.get("sparsity"), float)
+        if is_a(Number, entry.get("sparsity"))
     }
     all_zeros = total = 0
     for index, block in enumerate(language_model.blocks):

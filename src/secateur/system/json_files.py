@@ -1,7 +1,7 @@
 """JSON that somebody else wrote, read with care, and our own, written in one way.
 
 JSON may be nested until whoever walks it fails, hold text that cannot be printed, and numbers that
-no JSON has: `read_json` refuses all that, and `fits` says whether a value has a type.
+no JSON has: `read_json` refuses all that.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import math
 import stat
-import types
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,32 +56,6 @@ def _parts(value: Any) -> Iterator[tuple[Any, int]]:
             waiting += [(inside, depth + 1) for pair in part.items() for inside in pair]
         elif isinstance(part, list):
             waiting += [(inside, depth + 1) for inside in part]
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value has a type as annotations say it: `list[str]`, `tuple[float, float]`,
-    `int | None` …
-
-    A whole number is a float too, a bool is no number, whole numbers have 64 bits, and floats are
-    finite.
-    """
-    origin, inside = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True
-    if hint is None or hint is type(None):
-        return value is None
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, one) for one in inside)
-    if origin is list:
-        return isinstance(value, list) and all(fits(part, inside[0]) for part in value)
-    if origin is tuple:
-        as_long = isinstance(value, list) and len(value) == len(inside)
-        return as_long and all(map(fits, value, inside))
-    if origin is dict:
-        return isinstance(value, dict) and all(fits(part, inside[1]) for part in value.values())
-    if hint is int or (hint is float and type(value) is int):
-        return type(value) is int and abs(value) < 2**63
-    return type(value) is hint and (hint is not float or math.isfinite(value))
 
 
 def json_object(file: Path) -> dict[str, Any]:
