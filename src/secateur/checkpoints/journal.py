@@ -91,13 +91,16 @@ def _lines(stream: Any) -> tuple[list[tuple[str, Any]], int]:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What two runs differ in, in words: "method was 'wanda', now 'sparsegpt'"."""
+    """What two runs differ in, in words: "calibration.seed was 0, now 1"."""
     before, now = json.loads(json.dumps(before)), json.loads(json.dumps(now))
-    return [
-        f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
+    words: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            words += [f"{key}.{inside}" for inside in differences(old, new)]
+        elif old != new:
+            words.append(f"{key} was {_shown(old)}, now {_shown(new)}")
+    return words
 
 
 def _shown(value: Any) -> str:
