@@ -238,7 +238,7 @@ def test_a_source_that_changed_between_the_runs(arguments, out, tiny_llama, tmp_
     assert started(given, ("secateur.checkpoints.result.Output._commit", 3, "before")) == DIED
     os.utime(model / "model.safetensors", ns=(1, 1))
     assert started(given) == 2
-    assert "files was" in capfd.readouterr().err
+    assert "files.model.safetensors was" in capfd.readouterr().err
 
 
 def test_a_journal_that_was_cut_short(tmp_path):

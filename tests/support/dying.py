@@ -20,7 +20,7 @@ MOMENTS = {
     "writing": "secateur.checkpoints.result.Output.write",
     "syncing": "os.fsync",
     "recording": "secateur.checkpoints.journal.Journal._write",
-    "hashing": "secateur.checkpoints.result.file_sha256",
+    "hashing": "secateur.checkpoints.seal.file_sha256",
     "renaming": "pathlib.Path.rename",
     "tidying": "secateur.checkpoints.journal.Journal.remove",
 }
@@ -65,14 +65,14 @@ def started(arguments: list[str], die: tuple[str, int, str] | None = None, after
     sys.stdout.flush()
     child = os.fork()
     if not child:
-        sys.argv = ["secateur", *arguments]
-        if die:
-            dying_at(*die)
-        if after is not None:
-            signal.setitimer(signal.ITIMER_REAL, after)
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        status = 1
+        status = 99
         try:
+            sys.argv = ["secateur", *arguments]
+            if die:
+                dying_at(*die)
+            if after is not None:
+                signal.setitimer(signal.ITIMER_REAL, after)
+                signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             status = cli.guarded(cli.app)
         except SystemExit as left:
             status = left.code if isinstance(left.code, int) else 0
