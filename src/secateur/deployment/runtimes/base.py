@@ -18,8 +18,11 @@ class Running(ABC):
 
     `weight_bytes` are read for one token: all weights but the input embedding, of which a row is
     looked up. Logits are float32 `[batch, vocabulary]` on the CPU, those after the last token.
-    `room` is set to the number of tokens that will be decoded after a prompt.
+    `room` is set to the number of tokens that will be decoded after a prompt, `memory_bytes` to
+    what loading and running once took, both by `bench`.
     """
+
+    memory_bytes: int | None = None
 
     def __init__(self, vocabulary: int, weight_bytes: int) -> None:
         self.vocabulary, self.weight_bytes, self.room = vocabulary, weight_bytes, 64
