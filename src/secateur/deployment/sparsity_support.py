@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.checkpoints.folder import Checkpoint
-from secateur.deployment.formats.tensorrt_llm import eligible
 from secateur.deployment.packed_model import LEAST
 from secateur.kernels.packed import MOST
 
@@ -215,20 +213,6 @@ RUNTIME_FACTS: Mapping[str, Rule] = {
 
 RULES: Mapping[str, Rule] = {name: rule for name, rule in RUNTIME_FACTS.items() if rule.source}
 """How each runtime treats zeros. A smaller model needs no rule: it is smaller everywhere."""
-
-
-def fused_layers(checkpoint: Checkpoint, ranks: int) -> dict[str, str]:
-    """By tensor, why TensorRT-LLM has no sparse kernel for the layers that it is part of.
-
-    A layer is several matrices, split by ranks, which no judge of one matrix sees. Raises
-    UnsupportedModel and BadCheckpoint.
-    """
-    reasons: dict[str, str] = {}
-    for layer in eligible(checkpoint, ranks=ranks):
-        for name in () if layer.eligible else layer.sites:
-            reason = f"{layer.name} on rank {layer.rank}: {layer.reason}"
-            reasons.setdefault(f"{name}.weight", reason)
-    return reasons
 
 
 _LINES = {

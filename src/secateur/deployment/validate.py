@@ -21,7 +21,7 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.checkpoints.record import record_of
-from secateur.deployment.formats.tensorrt_llm import PRUNED
+from secateur.deployment.formats.tensorrt_llm import PRUNED, eligible
 from secateur.deployment.sparsity_support import (
     CONV1D,
     EXPERTS,
@@ -30,7 +30,6 @@ from secateur.deployment.sparsity_support import (
     Matrix,
     Rule,
     Verdict,
-    fused_layers,
 )
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line, printable
 from secateur.methods.patterns import TWO_OF_FOUR
@@ -179,13 +178,22 @@ def _crowded(weight: Tensor) -> float:
 def _lacking(
     rule: Rule, checkpoint: Checkpoint, stored: Mapping[str, Stored], ranks: int
 ) -> Mapping[str, str]:
-    """By tensor, why not, of what one matrix does not show."""
+    """By tensor, why TensorRT-LLM has no sparse kernel for the layers that it is part of.
+
+    Such a layer is several matrices, split by ranks, which no rule for one matrix sees.
+    """
     if rule.name != "tensorrt-llm":
         return {}
     try:
-        return fused_layers(checkpoint, ranks)
+        layers = eligible(checkpoint, ranks=ranks)
     except (BadCheckpoint, UnsupportedModel) as error:
         return dict.fromkeys(stored, in_one_line(error))
+    reasons: dict[str, str] = {}
+    for layer in layers:
+        for name in () if layer.eligible else layer.matrices:
+            reason = f"{layer.name} on rank {layer.rank}: {layer.reason}"
+            reasons.setdefault(f"{name}.weight", reason)
+    return reasons
 
 
 def _verdict(rule: Rule, matrix: Matrix, rows: int, promised: str, *, smaller: bool) -> Verdict:
