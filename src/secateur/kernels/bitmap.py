@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import BadCheckpoint, NonFinite
+from secateur.errors import NonFinite
 from secateur.kernels import packed as on_cpu
-from secateur.kernels.device import no_device
+from secateur.kernels.device import DTYPES, check_dtype, no_device
 from secateur.kernels.packed import MOST, Packed
 
 SOURCE = Path(__file__).with_name("bitmap.cu")
-DTYPES = (torch.float16, torch.bfloat16)
 ROWS, THREADS, STEP = 4, 128, 128
 """Of the kernel: rows of W and threads of a block, and columns that x is padded to multiples of."""
 
@@ -42,19 +41,15 @@ def missing() -> str | None:
     return None
 
 
-def pack(weight: Tensor, *, site: str, device: torch.device | str = "cuda") -> Packed:
+def pack(weight: Tensor, *, name: str, device: torch.device | str = "cuda") -> Packed:
     """Pack a matrix `[rows, columns]`, float16 or bfloat16, and put it on the device.
 
     Raises BadCheckpoint for another dtype, NonFinite where a weight is NaN.
     """
-    if weight.dtype not in DTYPES or weight.dim() != 2:
-        raise BadCheckpoint(
-            f"{site} is {weight.dtype} {list(weight.shape)}; "
-            "a matrix in float16 or bfloat16 was wanted. Load the model with --dtype bfloat16."
-        )
+    check_dtype(weight, name)
     if weight.isnan().any():
         raise NonFinite(
-            f"{site} holds NaN, so there is nothing to multiply with. Prune the model again."
+            f"{name} holds NaN, so there is nothing to multiply with. Prune the model again."
         )
     return _moved(on_cpu.pack(weight.detach().cpu()), device)
 

@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.errors import BadCheckpoint, BadPattern, NonFinite
-from secateur.kernels.device import fastest, no_device
+from secateur.errors import BadPattern, NonFinite
+from secateur.kernels.device import check_dtype, fastest, no_device
 from secateur.kernels.masks import crowded
 
-DTYPES = (torch.float16, torch.bfloat16)
 GROUP, UNIT, MOST = 4, 8, 8
 """Columns of a group and of a byte of metadata, rows of x that one product takes."""
 ROWS_AT_ONCE = 1024
@@ -84,46 +83,42 @@ def missing() -> str | None:
     return None
 
 
-def pack(weight: Tensor, *, site: str, device: torch.device | str = "cuda") -> TwoOfFour:
+def pack(weight: Tensor, *, name: str, device: torch.device | str = "cuda") -> TwoOfFour:
     """Pack a 2:4 matrix `[rows, columns]`, float16 or bfloat16, and put it on the device; -0.0 is
     zero.
 
     Raises BadCheckpoint for another dtype, NonFinite where a weight is NaN, BadPattern where the
     matrix is not 2:4 or its columns are no multiple of eight.
     """
-    if weight.dtype not in DTYPES or weight.dim() != 2:
-        raise BadCheckpoint(
-            f"{site} is {weight.dtype} {list(weight.shape)}; "
-            "a matrix in float16 or bfloat16 was wanted. Load the model with --dtype bfloat16."
-        )
+    check_dtype(weight, name)
     if weight.shape[1] % UNIT:
         raise BadPattern(
-            f"{site} has {weight.shape[1]} inputs; "
+            f"{name} has {weight.shape[1]} inputs; "
             f"packed 2:4 matrices need a multiple of {UNIT}. Leave it dense."
         )
-    check_two_of_four(weight, site=site)
+    check_two_of_four(weight, name=name)
     parts = [_pack_rows(part) for part in weight.detach().split(ROWS_AT_ONCE)]
     values, meta = (torch.cat(tensors).to(device) for tensors in zip(*parts, strict=True))
     return TwoOfFour(values, meta)
 
 
-def check_two_of_four(weight: Tensor, *, site: str) -> None:
+def check_two_of_four(weight: Tensor, *, name: str) -> None:
     """Raise NonFinite for NaN in a weight `[out, in]`, BadPattern unless it is 2:4."""
     if weight.shape[1] % GROUP:
         raise BadPattern(
-            f"2:4 needs inputs in fours; {site} has {weight.shape[1]}. Leave it dense."
+            f"2:4 needs inputs in fours; {name} has {weight.shape[1]}. Leave it dense."
         )
     for start in range(0, len(weight), ROWS_AT_ONCE):
         part = weight[start : start + ROWS_AT_ONCE]
         if part.isnan().any():
             raise NonFinite(
-                f"{site} holds NaN, so there is nothing to multiply with. Prune the model again."
+                f"{name} holds NaN, so there is nothing to multiply with. Prune the model again."
             )
         if (full := crowded(part, 2, 4).nonzero()).numel():
             row, group = full[0].tolist()
             kept = int(part[row, GROUP * group : GROUP * group + GROUP].count_nonzero())
             raise BadPattern(
-                f"{site} is not 2:4: inputs {GROUP * group} to {GROUP * group + 3} of output "
+                f"{name} is not 2:4: inputs {GROUP * group} to {GROUP * group + 3} of output "
                 f"{start + row} keep {kept} weights, two were wanted. Prune it with --pattern 2:4."
             )
 

@@ -30,15 +30,15 @@ Product = Callable[[Tensor], Tensor]
 Measure = Callable[[Product, Tensor], tuple[bool, ...]]
 
 
-def packed_product(weight: Tensor, site: str) -> tuple[Product, int]:
+def packed_product(weight: Tensor, name: str) -> tuple[Product, int]:
     """The product with a packed matrix `[rows, columns]`, and the bytes that it reads."""
     if nm.missing() is None and weight.shape[1] % 8 == 0:
         try:
-            two_of_four = nm.pack(weight, site=site, device=weight.device)
+            two_of_four = nm.pack(weight, name=name, device=weight.device)
             return partial(nm.multiply, two_of_four), two_of_four.bytes
         except BadPattern:
             pass
-    packed = bitmap.pack(weight, site=site, device=weight.device)
+    packed = bitmap.pack(weight, name=name, device=weight.device)
     return partial(bitmap.multiply, packed), packed.bytes
 
 
