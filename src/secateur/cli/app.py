@@ -1,5 +1,4 @@
-"""The command line: the public functions with the same names and defaults. Parsing and printing
-only.
+"""The command line: the public functions with the same names and defaults.
 
 Options come from `system.settings`; nothing that needs torch is imported before a command runs.
 """
@@ -160,9 +159,7 @@ for heading, commands in {
 
 
 def guarded(run: Callable[[], Any]) -> int:
-    """Run the command line; the exit code. The user's mistakes are one sentence and 2, an
-    interruption 130.
-    """
+    """Run the command line; its exit code, 2 for the user's mistakes, 130 for an interruption."""
     try:
         run()
     except SecateurError as error:
@@ -187,9 +184,7 @@ def _interrupted() -> int:
 
 
 def main() -> None:
-    """The entry point of the `secateur` command. What libraries warn programmers of is not shown,
-    unless asked for.
-    """
-    if not sys.warnoptions:
+    """The entry point of the `secateur` command."""
+    if not sys.warnoptions:  # what libraries warn programmers of is not shown, unless asked for
         warnings.simplefilter("ignore")
     sys.exit(guarded(functools.partial(app, standalone_mode=True)))

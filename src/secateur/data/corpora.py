@@ -1,6 +1,4 @@
-"""The documents of a corpus, by its name or from files, and the rows of a file, whoever wrote
-it.
-"""
+"""The documents of a corpus, by its name or from files, and the rows of a file."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ def _local_files(folder: Path, split: str) -> Iterator[Path]:
 
 
 def _from_files(files: Sequence[Path]) -> list[str]:
-    """The documents of files: the whole of a .txt, the `text` of each row elsewhere. Raises
-    BadText.
-    """
+    """The documents of files: the whole of a .txt, else the `text` of each row. Raises BadText."""
     texts: list[str] = []
     for file in files:
         try:
@@ -74,11 +70,10 @@ def _from_files(files: Sequence[Path]) -> list[str]:
 
 
 def rows(file: Path, column: str | None = None) -> Iterator[Any]:
-    """The rows of a .parquet, of a JSON array, or of a file with one JSON value a line; .gz and .xz
-    are unpacked.
+    """The rows of a .parquet, of a JSON array, or of a file with one JSON value a line.
 
-    Of a .parquet one `column` is read alone. Raises BadText for a line that is no JSON, else what
-    the reader raises.
+    .gz and .xz are unpacked. Of a .parquet one `column` is read alone. Raises BadText for a line
+    that is no JSON, else what the reader raises.
     """
     if file.name.endswith(".parquet"):
         from pyarrow import parquet  # takes long to import

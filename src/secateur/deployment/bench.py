@@ -1,5 +1,4 @@
-"""One clock for every runtime: prefill and decode apart, dense and pruned in turn, and how near to
-the machine's limit.
+"""Times models in every runtime: prefill and decode apart, and how near to the machine's limit.
 
 The dense model and the pruned ones take turns in every round, so that whatever else the machine
 does falls on all of them; a ratio is the median over rounds of paired times, with a 95 % interval
@@ -45,17 +44,16 @@ SCHEMA = "secateur.bench/2"
 
 @dataclass
 class Timing:
-    """One model in one runtime at one batch and prompt length. Seconds are [10 %, median, 90 %]
-    over rounds.
+    """One model in one runtime at one batch and prompt length.
 
-    `prefill` is the time to the first token, `decode` that of one step of the whole batch. The
-    ratios say how many times faster than the dense model in `against`: the same runtime where the
-    dense model has one, else the runtime's twin, else `eager`; `over_eager` is that of decoding to
-    the dense model in `eager`. Each is the median over rounds and its 95 % interval. `memory_bytes`
-    is by how much the process's memory, mapped files included, grew at most while the model was
-    loaded and ran once; `weight_bytes` are read for a token. Shares are of what the machine was
-    measured to read (decoding: weights alone) and to multiply (prefill: the weights of the same
-    model in `eager`).
+    Seconds are [10 %, median, 90 %] over rounds. `prefill` is the time to the first token, `decode`
+    that of one step of the whole batch. The ratios say how many times faster than the dense model
+    in `against`: the same runtime where the dense model has one, else the runtime's twin, else
+    `eager`; `over_eager` is that of decoding to the dense model in `eager`. Each is the median over
+    rounds and its 95 % interval. `memory_bytes` is by how much the process's memory, mapped files
+    included, grew at most while the model was loaded and ran once; `weight_bytes` are read for a
+    token. Shares are of what the machine was measured to read (decoding: weights alone) and to
+    multiply (prefill: the weights of the same model in `eager`).
     """
 
     model: str
@@ -109,8 +107,7 @@ def bench(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> BenchResults:
-    """Time `models` (checkpoint folders) beside the model `dense` (None: the embedded demo) on this
-    machine's CPU.
+    """Time checkpoint folders beside the model `dense` (None: the embedded demo) on this machine.
 
     Raises UnknownName, BadCheckpoint; UnsupportedModel where a runtime gives other outputs than
     plain transformers.
@@ -202,8 +199,7 @@ def _ids(running: Running, batch: int, length: int, seed: int) -> Tensor:
 
 
 def _check_outputs(plain: Running, fast: Running, what: str, tolerance: float) -> None:
-    """Raise UnsupportedModel unless prefill and three decoded tokens give the same logits and
-    greedy tokens.
+    """Raise UnsupportedModel unless two models give the same logits and greedy tokens.
 
     A token that the plain model ranks as high as its own first, within the tolerance, counts as the
     same.
@@ -222,11 +218,9 @@ def _check_outputs(plain: Running, fast: Running, what: str, tolerance: float) -
 
 
 def _logits(plain: Running, fast: Running) -> Iterator[tuple[Tensor, Tensor]]:
-    """The logits of both after a prompt and after three more tokens. One that samples by itself is
-    asked apart.
-    """
+    """The logits of two models after a prompt, and after each of three more tokens."""
     ids = _ids(plain, 2, 8, 0)
-    ask = getattr(fast, "logits", None)
+    ask = getattr(fast, "logits", None)  # of a runtime that samples by itself
     try:
         yield plain.prefill(ids), (ask or fast.prefill)(ids)
     except UnsupportedModel:  # for single rows

@@ -1,5 +1,4 @@
-"""Single matrices of a model, dense and with their zeros used, at several batches: the table that
-says where zeros pay.
+"""Times single matrices of a model, dense and with their zeros used, to see where zeros pay.
 
 Every kernel takes its turn in every round, multiplies by a few copies one after the other, as a
 model does by its layers, and walks over copies that together exceed the last-level cache, so that
@@ -69,9 +68,11 @@ def _prepared(kernel: str, weight: Tensor) -> Prepared | None:
 
 @dataclass
 class LayerTiming:
-    """One kernel on one matrix at one batch. `seconds` are [10 %, median, 90 %] over rounds; `over`
-    says how many times faster than `torch`, and than our own dense kernel with the same values
-    where there is one; `bytes` how many times less is read than by `torch`.
+    """One kernel on one matrix at one batch.
+
+    `seconds` are [10 %, median, 90 %] over rounds. `over` says how many times faster it is than
+    torch's kernel and, where there is one, than our own dense kernel with the same values; `bytes`,
+    how many times less it reads than torch's.
     """
 
     site: str

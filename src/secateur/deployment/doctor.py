@@ -30,9 +30,8 @@ OPTIONAL = (
 
 @dataclass(frozen=True)
 class Examination:
-    """What `doctor` found. `packed` is the instruction set of the packed products, None where they
-    were not compiled; `runtimes` gives for each the reason why it cannot be used here, None where
-    it can; `packages` the versions.
+    """What this machine has: `packed` is the instruction set of the packed products, None where
+    they were not compiled; `runtimes` says why each cannot be used here, None where it can.
     """
 
     machine: dict[str, Any]

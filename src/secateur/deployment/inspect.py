@@ -1,8 +1,8 @@
 """What a checkpoint folder really holds: read from its tensors, one at a time, whoever wrote it.
 
-The model is built without memory for its weights, to learn which parameters are sites and which way
-they lie; the numbers come from the shards. A folder whose architecture transformers does not know
-is read as well: then every matrix counts, and coverage is unknown.
+The model is built without memory for its weights, to learn which parameters are weight matrices and
+which way they lie; the numbers come from the shards. A folder whose architecture transformers does
+not know is read as well: then every matrix counts, and coverage is unknown.
 """
 
 from __future__ import annotations

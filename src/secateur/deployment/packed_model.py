@@ -88,8 +88,7 @@ def pack_model(
     keep_dense: bool = False,
     measure: bool = True,
 ) -> list[str]:
-    """Replace the linear layers that have enough zeros by packed ones, in place; returns their
-    names.
+    """Replace the linear layers with enough zeros by packed ones, in place; returns their names.
 
     Of layers on the CPU in float32 or bfloat16, those with a share `least` of zeros are packed.
     `values` is `as stored` or `int8`, which rounds the weights. Each kind of matrix is timed for a

@@ -79,8 +79,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """What is known of a runtime's use of zeros: a table of `runtimes` in the file, which says what
-    each field means.
+    """What is known of a runtime's use of zeros; sparsity_support.toml says what each field means.
 
     `build` is the command that makes an engine from what `export` writes; it may name `{folder}`.
     """
@@ -123,9 +122,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What one pair of `(Sparsity)` lines of a build log says. Names are left out by some versions
-    of TensorRT.
-    """
+    """What a pair of `(Sparsity)` lines of a build log says; some versions leave out the names."""
 
     eligible: int
     picked: int
@@ -228,8 +225,7 @@ _LINES = {
 
 
 def parse_build_log(text: str) -> tuple[SparsityReport, ...]:
-    """What TensorRT says of sparsity in a verbose build log, one report each time it does, the
-    final engine's last.
+    """Read what TensorRT says of sparsity in a verbose build log, the final engine's report last.
 
     TensorRT 8 gives names, later versions counts and, in some, names. Whatever stands before
     `(Sparsity)` in a line is ignored. Empty where the log says nothing: --weight_sparsity or

@@ -1,5 +1,4 @@
-"""Will a runtime use the zeros of a checkpoint? Asked of every weight matrix before anything is
-deployed.
+"""Will a runtime use the zeros of a checkpoint? Asked of every weight matrix before deployment.
 
 Zeros alone make nothing faster: most runtimes multiply by them, and those that skip some want a
 pattern, a dtype, multiples of something and enough rows of x, and fall back to dense products
@@ -95,8 +94,7 @@ def validate(
     ranks: int = Serving.ranks,
     trust_remote_code: bool = Trust.trust_remote_code,
 ) -> Validation:
-    """For every weight matrix of a checkpoint folder, whether `runtime` will use its zeros, and
-    why.
+    """Say for every weight matrix of a checkpoint whether `runtime` will use its zeros, and why.
 
     `batch` is how many rows of x a product has: the batch in decoding, times the tokens in prefill.
     `ranks` matters to tensorrt-llm alone, whose checkpoint is split by them. Raises UnknownName and
@@ -167,9 +165,7 @@ def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
 
 
 def _crowded(weight: Tensor) -> float:
-    """The share of groups of four along the last axis that keep more than two weights; 1 where
-    there are none.
-    """
+    """The share of groups of four in rows that keep more than two weights; 1 without groups."""
     if weight.shape[-1] % TWO_OF_FOUR.m or not weight.numel():
         return 1.0
     return TWO_OF_FOUR.crowded(weight).float().mean(dtype=torch.float64).item()
@@ -211,9 +207,7 @@ def _verdict(rule: Rule, matrix: Matrix, rows: int, promised: str, *, smaller: b
 
 
 def _patterns(record: Mapping[str, Any]) -> dict[str, str]:
-    """By parameter, the pattern that pruning.json names. It counts experts one by one, a parameter
-    holds them all.
-    """
+    """By parameter, the pattern that pruning.json names for it, or for one of its experts."""
     patterns: dict[str, str] = {}
     for entry in record.get("sites") or []:
         if entry.get("pattern"):
@@ -228,13 +222,11 @@ def _promise(record: Mapping[str, Any], counted: list[MatrixVerdict]) -> str:
         return f"{record.get('method')} {record['pattern']}, as its pruning.json says"
     if counted:
         return f"zeros in {len(counted)} tensors; there is no pruning.json"
-    return "nothing: no site has zeros, and there is no pruning.json"
+    return "nothing: no weight matrix has zeros, and there is no pruning.json"
 
 
 def rows(validation: Validation) -> Iterator[tuple[str, ...]]:
-    """The lines of the table that the command prints: tensor, shape, dtype, sparsity, promised,
-    used, reason.
-    """
+    """The table: tensor, shape, dtype, sparsity, promised, used, reason."""
     for one in validation.sites:
         shape = "×".join(map(str, one.shape))
         used = "yes" if one.used else "no" if one.promised else "-"
@@ -242,9 +234,7 @@ def rows(validation: Validation) -> Iterator[tuple[str, ...]]:
 
 
 def summary(validation: Validation) -> list[str]:
-    """What it comes to: how many matrices keep their promise, the notes, and where the rule is
-    known from.
-    """
+    """How many matrices keep their promise, the notes, and where the rule is known from."""
     counted = [one for one in validation.sites if one.promised or one.used]
     used = f"{sum(one.used for one in counted)} of {len(counted)} tensors"
     will = "will" if validation.certain else "may"

@@ -1,11 +1,10 @@
-"""Products with packed matrices (packed.py) on a CUDA device, for one to eight rows of x; the
-kernel is bitmap.cu.
+"""Products with packed matrices (packed.py) on a CUDA device, for one to eight rows of x.
 
-It is compiled at run time by NVRTC, which comes with torch for CUDA, so that neither a toolkit nor
-a C++ compiler is wanted on the machine. On an H200 it reads six tenths of what memory gives at best
-(bench/gpu.py): 1.0 to 1.3 times as fast as the dense product for one row of x, slower from two or
-four rows on. Matrices for large batches are better kept dense: this reads fewer bytes, it does not
-compute less.
+The kernel, bitmap.cu, is compiled at run time by NVRTC, which comes with torch for CUDA, so that
+neither a toolkit nor a C++ compiler is wanted on the machine. On an H200 it reads six tenths of
+what memory gives at best (bench/gpu.py): 1.0 to 1.3 times as fast as the dense product for one row
+of x, slower from two or four rows on. Matrices for large batches are better kept dense: this reads
+fewer bytes, it does not compute less.
 """
 
 from __future__ import annotations
@@ -65,11 +64,10 @@ def _moved(packed: Packed, device: torch.device | str) -> Packed:
 
 
 def multiply(packed: Packed, x: Tensor) -> Tensor:
-    """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x, summed in
-    float32.
+    """Multiply x `[…, columns]` by the matrix transposed: `[…, rows]` in the dtype of x.
 
-    The activations are rounded to the dtype of the values. More rows of x than `MOST` take several
-    turns.
+    The activations are rounded to the dtype of the values, and summed in float32. More rows of x
+    than `MOST` take several turns.
     """
     flat = x.reshape(-1, packed.columns).to(packed.values.dtype)
     dtype = x.dtype if x.dtype == packed.values.dtype else torch.float32

@@ -1,5 +1,4 @@
-"""Sparse matrices that stay packed while they are multiplied: a bit for each weight, and the kept
-values.
+"""Sparse matrices that are multiplied while packed: a bit for each weight, and the kept values.
 
 At batch 1 a matrix product reads every weight once and does little with it, so what counts is
 bytes: with half of the weights gone, bfloat16 takes 1.125 bytes a weight instead of 2, and int8
@@ -106,8 +105,7 @@ def pack(weight: Tensor) -> Packed:
 
 
 def pack_int8(weight: Tensor) -> Packed:
-    """Pack a matrix `[rows, columns]` with values of 8 bits: symmetric, one scale a row, the
-    largest weight is 127.
+    """Pack a matrix `[rows, columns]` with int8 values and a scale for each row.
 
     A kept weight under half a step becomes zero, and is not stored.
     """
@@ -166,7 +164,7 @@ def check(packed: Packed, name: str = "A packed matrix") -> None:
 
 
 def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
-    """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x.
+    """Multiply x `[…, columns]` by the matrix transposed: `[…, rows]` in the dtype of x.
 
     bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8 ones take
     them as float32, or as integers of 16 bits. Larger batches than `MOST` are taken by and by.
@@ -212,8 +210,7 @@ def multiply_unpacked(packed: Packed, x: Tensor, dtype: torch.dtype | None = Non
 
 
 def dense_product(weight: Tensor, x: Tensor, scales: Tensor | None = None) -> Tensor | None:
-    """x `[columns]` times a dense matrix transposed, float32 `[rows]`: our own, to compare packed
-    ones with.
+    """Multiply x `[columns]` by a dense matrix transposed, float32 `[rows]`, in a kernel of ours.
 
     bfloat16 with bfloat16 x, or int8 with `scales` `[rows]` and float32 x; None where this machine
     or the shape has no such product.

@@ -1,5 +1,4 @@
-"""SparseGPT's sweep over a block of columns on a GPU, in one launch; the Triton kernel is
-sweep_triton.py.
+"""SparseGPT's sweep over a block of columns on a GPU, in one launch (sweep_triton.py).
 
 In torch every column is some launches that each read and write all later columns of the block. Here
 a block is read and written once.
@@ -34,11 +33,10 @@ def usable(width: int) -> bool:
 def sweep_block(
     values: Tensor, kept: Tensor, inverse: Tensor, alive: Tensor, m: int, n: int
 ) -> None:
-    """Sweep values `[rows, width]` float32, contiguous, in place, with U of the block, `[width,
-    width]` float32.
+    """Sweep values `[rows, width]` in place, with U of the block, `[width, width]`, both float32.
 
-    n = 0: kept bool `[rows, width]`, contiguous, is given; otherwise the best n of every m are
-    chosen, inputs that are not `alive` `[width]` last, and written.
+    Values are contiguous. n = 0: kept bool `[rows, width]`, contiguous, is given; otherwise the
+    best n of every m are chosen, inputs that are not `alive` `[width]` last, and written.
     """
     from secateur.kernels import sweep_triton
 

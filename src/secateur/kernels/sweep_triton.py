@@ -1,5 +1,4 @@
-"""The Triton kernel of kernels/sweep.py, apart from it because Triton is imported here at once and
-may be missing.
+"""The Triton kernel of kernels/sweep.py, apart from it because Triton may be missing.
 
 A program takes a few rows through all columns of a block, with their weights in registers all the
 while. A column cannot be taken out of registers by its number, so it is summed out of the row: as

@@ -1,5 +1,4 @@
-"""Products with 2:4 matrices on a GPU, for one to eight rows of x; the Triton kernel is
-two_of_four_triton.py.
+"""Products with 2:4 matrices on a GPU, for one to eight rows of x (two_of_four_triton.py).
 
 Tensor cores have 2:4 products, but what is to be had of them at these batches pads x and is slower
 than a dense product. Here only the bytes count: of every four weights two are stored, with two bits
@@ -38,9 +37,8 @@ PLACES |= {0b1000: (0, 3), 0b1001: (0, 3), 0b1010: (1, 3), 0b1100: (2, 3)}
 
 @dataclass(frozen=True)
 class TwoOfFour:
-    """A 2:4 matrix: `values` `[rows, columns / 2]` float16 or bfloat16, in order, and `meta` uint8
-    `[rows, columns / 8]`, the place of each value in its group, two bits a value from the lowest
-    up.
+    """A packed 2:4 matrix: `values` `[rows, columns / 2]` float16 or bfloat16, and `meta` uint8
+    `[rows, columns / 8]`, the place of each in its group, two bits a value from the lowest up.
     """
 
     values: Tensor
@@ -84,11 +82,10 @@ def missing() -> str | None:
 
 
 def pack(weight: Tensor, *, name: str, device: torch.device | str = "cuda") -> TwoOfFour:
-    """Pack a 2:4 matrix `[rows, columns]`, float16 or bfloat16, and put it on the device; -0.0 is
-    zero.
+    """Pack a 2:4 matrix `[rows, columns]`, float16 or bfloat16, and put it on the device.
 
-    Raises BadCheckpoint for another dtype, NonFinite where a weight is NaN, BadPattern where the
-    matrix is not 2:4 or its columns are no multiple of eight.
+    -0.0 counts as zero. Raises BadCheckpoint for another dtype, NonFinite where a weight is NaN,
+    BadPattern where the matrix is not 2:4 or its columns are no multiple of eight.
     """
     check_dtype(weight, name)
     if weight.shape[1] % UNIT:
@@ -147,12 +144,11 @@ def unpack(packed: TwoOfFour) -> Tensor:
 
 
 def multiply(packed: TwoOfFour, x: Tensor, *, configuration: Configuration | None = None) -> Tensor:
-    """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x, summed in
-    float32.
+    """Multiply x `[…, columns]` by the matrix transposed: `[…, rows]` in the dtype of x.
 
-    The activations are rounded to the dtype of the values. More rows of x than `MOST` take several
-    turns. Without a `configuration` the best one is measured at the first product of a shape, which
-    must not be in a CUDA graph.
+    The activations are rounded to the dtype of the values, and summed in float32. More rows of x
+    than `MOST` take several turns. Without a `configuration` the best one is measured at the first
+    product of a shape, which must not be in a CUDA graph.
     """
     flat = x.reshape(-1, packed.columns).to(packed.values.dtype).contiguous()
     if flat.storage_offset() % GROUP:  # four activations are read as one number

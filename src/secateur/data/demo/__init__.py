@@ -31,9 +31,7 @@ def model_folder() -> Path:
 
 
 def part_of(name: str) -> str:
-    """The part a document belongs to: by hash, 2/16 calibration, 2/16 evaluation, the rest
-    training.
-    """
+    """The part of a document, by hash: 2/16 calibration, 2/16 evaluation, the rest training."""
     slot = hashlib.sha256(f"secateur demo 1 {name}".encode()).digest()[0] % 16
     return "evaluation" if slot < 2 else "calibration" if slot < 4 else "training"
 

@@ -129,9 +129,7 @@ def _architecture(folder: Path, config: Any) -> str:
 
 
 def _entries(gguf: Any, source: Checkpoint, config: Any, values: str) -> dict[str, Entry]:
-    """What becomes of every tensor of the checkpoint. Raises UnsupportedModel, BadCheckpoint,
-    BadPattern.
-    """
+    """What becomes of every tensor. Raises UnsupportedModel, BadCheckpoint, BadPattern."""
     architecture = ARCHITECTURES[architecture_of(config)]
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)

@@ -1,5 +1,4 @@
-"""What a GGUF file says of a tokenizer: byte-level BPE, or SentencePiece's kind with byte fallback
-(Llama 2).
+"""The tokenizer in a GGUF file: byte-level BPE, or SentencePiece's kind with byte fallback.
 
 llama.cpp splits text by rules that it knows by name (`tokenizer.ggml.pre`). Its own converter finds
 the name by a hash of what a whole tokenizer makes of a text; here it is found from the rule itself

@@ -88,8 +88,7 @@ LAYER = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One product of an engine, on one rank: whether TensorRT may take a sparse kernel for it, and
-    why not.
+    """One product of an engine on one rank: may TensorRT take a sparse kernel, and why not?
 
     `matrices` are those of the checkpoint that it is made of, `shape` is `[out, in]` of the rank's
     part.
@@ -104,13 +103,13 @@ class Layer:
 
 
 def write(source: Checkpoint, folder: Path, *, ranks: int = 1) -> None:
-    """Write config.json and one rank{r}.safetensors a rank into `folder`, with the source's
-    config.json kept aside.
+    """Write config.json and one rank{r}.safetensors a rank into `folder`.
 
-    Raises UnsupportedModel for a model that TensorRT-LLM does not read in this way or that cannot
-    be split over so many ranks; BadPattern for a matrix that has zeros but is not 2:4 along its
-    inputs on every rank; BadCheckpoint for -0.0 in such a matrix, or for tensors that are missing
-    or of several dtypes; NonFinite for NaN or Inf.
+    The source's config.json is kept beside them. Raises UnsupportedModel for a model that
+    TensorRT-LLM does not read in this way or that cannot be split over so many ranks; BadPattern
+    for a matrix that has zeros but is not 2:4 along its inputs on every rank; BadCheckpoint for
+    -0.0 in such a matrix, or for tensors that are missing or of several dtypes; NonFinite for NaN
+    or Inf.
     """
     config = _config(source, ranks)
     parts = _parts(source, config)
@@ -264,9 +263,7 @@ def fault(weight: Tensor) -> str | None:
 
 
 def _refuse(name: str, weight: Tensor, rank: int, *, block: bool) -> None:
-    """Raise what `FAULTS` says of a rank's part of a pruned matrix of a block; of everything else
-    only for NaN and Inf.
-    """
+    """Raise what `FAULTS` says of a rank's part; outside of pruned matrices for NaN, Inf alone."""
     pruned = block and weight.dim() == 2 and count_zeros(weight) >= PRUNED * weight.numel()
     trouble = fault(weight) if pruned else None if weight.isfinite().all() else NOT_FINITE
     if trouble:

@@ -60,13 +60,12 @@ class Stepped(Running):
 
 
 class Runtime(NamedTuple):
-    """`missing()` says why the runtime cannot be used here, None where it can. `load(folder,
-    dtype)` raises SecateurError; UnsupportedModel where this runtime cannot run that folder in that
-    dtype.
+    """What can load a checkpoint folder and run it.
 
-    `twin` is the runtime that shows what its kernels give without zeros: there the dense model is
-    its baseline. `rounded` says that it rounds the folder's weights to few bits, so that its
-    outputs are compared loosely.
+    `missing()` says why it cannot be used on this machine, None where it can. `load(folder, dtype)`
+    raises UnsupportedModel where it cannot run that folder in that dtype. `twin` is the runtime
+    that shows what its kernels give without zeros: there the dense model is its baseline. `rounded`
+    says that it rounds the folder's weights to few bits, so that its outputs are compared loosely.
     """
 
     missing: Callable[[], str | None]

@@ -1,5 +1,4 @@
-"""transformers on a CUDA device with packed matrices for decoding: 2:4 by Triton, other zeros by a
-bitmap.
+"""transformers on a CUDA device, decoding with packed matrices: 2:4, or a bitmap for other zeros.
 
 Up to eight rows of x a product is bound by what is read of the weights, and the packed ones read
 less (kernels/). More rows, prefill above all, are multiplied densely, so the dense matrix stays on

@@ -1,12 +1,11 @@
-"""transformers on a CUDA device, with torch's 2:4 products where they were measured to be faster.
-Not run on one yet.
+"""transformers on a CUDA device, with torch's 2:4 products where they are measured to be faster.
 
-torch has two backends: CUTLASS, with kernels written for Ampere, and cuSPARSELt, whose default
-algorithm is often a bad one, so the library's own search is asked. Published figures for an H100 in
-bfloat16 begin to gain at 256 rows of x and reach 1.4 to 1.7 times at 512 to 16384; one row is
-slower than dense, as x is padded to eight. So each shape is timed once, for several numbers of
-rows, and each layer uses what was fastest for the rows it gets, dense included: such a layer holds
-its weight in all forms that it uses.
+Not run on one yet. torch has two backends: CUTLASS, with kernels written for Ampere, and
+cuSPARSELt, whose default algorithm is often a bad one, so the library's own search is asked.
+Published figures for an H100 in bfloat16 begin to gain at 256 rows of x and reach 1.4 to 1.7 times
+at 512 to 16384; one row is slower than dense, as x is padded to eight. So each shape is timed once,
+for several numbers of rows, and each layer uses what was fastest for the rows it gets, dense
+included: such a layer holds its weight in all forms that it uses.
 
 torch converts a matrix that is not 2:4 without a word and drops what does not fit. So it is checked
 here first, and what the folder's own record says is 2:4 must be.
@@ -88,8 +87,7 @@ def fits(weight: Tensor, multiples: Mapping[torch.dtype, tuple[int, int]] | None
 
 
 def compress_cutlass(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """(values `[out, in / 2]`, metadata `[out, in / 16]` int16 in the order of CUTLASS) of a 2:4
-    matrix, on any device.
+    """Compress a 2:4 matrix for CUTLASS: values `[out, in / 2]`, metadata `[out, in / 16]` int16.
 
     Raises BadPattern where it is not 2:4 or its shape or dtype does not fit, NonFinite for NaN.
     """
@@ -238,14 +236,12 @@ Measure = Callable[[Tensor, Tensor | None, str], tuple[Choice, ...]]
 
 
 def use_products(model: nn.Module, promised: Set[str], measure: Measure) -> dict[str, int]:
-    """Replace the 2:4 layers in place; how many bytes less one row of x reads of each. Layers of
-    one shape are measured once.
-    """
+    """Replace the 2:4 layers in place; by name, how many bytes less are read for one row of x."""
     known: dict[tuple[int, int, bool], tuple[Choice, ...]] = {}
     saved = {}
     for name, layer in list(sparse_linears(model, promised)):
         shape = (layer.out_features, layer.in_features, layer.bias is not None)
-        if shape not in known:
+        if shape not in known:  # layers of one shape are measured once
             known[shape] = measure(layer.weight.detach(), layer.bias, name)
         replaced = SemiStructuredLinear(layer, name, known[shape])
         model.set_submodule(name, replaced)
