@@ -92,14 +92,12 @@ def rows(file: Path, column: str | None = None) -> Iterator[Any]:
             return
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield _parsed(line, f"Line {number} of {file}")
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadText(f"{where} is no JSON: {in_one_line(error)}.") from error
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    reason = in_one_line(error)
+                    raise BadText(f"Line {number} of {file} is no JSON: {reason}.") from error
+                yield row
 
 
 def _text(row: Any, where: str) -> str:

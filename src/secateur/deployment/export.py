@@ -9,7 +9,7 @@ from secateur.checkpoints.folder import INDEX, Checkpoint, open_checkpoint
 from secateur.checkpoints.record import record_of
 from secateur.checkpoints.result_folder import output
 from secateur.checkpoints.shards import save_in_shards
-from secateur.deployment.formats import FORMATS, Format, find_format, format_of
+from secateur.deployment.formats import FORMATS, Format, format_of
 from secateur.errors import BadCheckpoint, UnknownName
 from secateur.models.checks import LOAD_ERRORS, bad_weights, foreign, other_shape, without_weights
 from secateur.models.load import load_config, resolve
@@ -75,7 +75,9 @@ def _formats(
     """The format to write and the name of the one that a folder is in, None for dense. Raises
     UnknownName; BadCheckpoint where both are dense, or neither.
     """
-    wanted = None if to == "dense" else find_format(to)
+    if to != "dense" and to not in FORMATS:
+        raise UnknownName("format", to, ["dense", *FORMATS])
+    wanted = FORMATS.get(to)
     allowed = frozenset() if wanted is None else wanted.options
     for option in options:
         if option not in allowed:

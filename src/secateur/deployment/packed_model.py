@@ -116,16 +116,13 @@ def put_packed(model: nn.Module, name: str, packed: Packed, crossovers: Crossove
     layer: Any = model.get_submodule(name)
     crossover = crossovers.of(packed) if crossovers else UNMEASURED
     kept = layer.weight.data if "dense" in crossover.ways.values() else None
-    model.set_submodule(name, PackedLinear(packed, _bias(layer), crossover, kept))
+    bias = getattr(layer.bias, "data", None)
+    model.set_submodule(name, PackedLinear(packed, bias, crossover, kept))
 
 
 def own_products(model: nn.Module, *, int8: bool = False) -> None:
     """Give every dense linear layer in bfloat16, or with `int8` any, our own product at batch 1."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and (int8 or module.weight.dtype == torch.bfloat16):
-            own = OwnLinear(module.weight.data, _bias(module), int8=int8)
-            model.set_submodule(name, own)
-
-
-def _bias(layer: nn.Linear) -> Tensor | None:
-    return None if layer.bias is None else layer.bias.data
+            bias = getattr(module.bias, "data", None)
+            model.set_submodule(name, OwnLinear(module.weight.data, bias, int8=int8))

@@ -78,13 +78,6 @@ class Validation:
     date: str
 
 
-def find_rule(name: str) -> Rule:
-    """The rule of a runtime. Raises UnknownName."""
-    if name not in RULES:
-        raise UnknownName("runtime", name, RULES)
-    return RULES[name]
-
-
 @torch.no_grad()
 def validate(
     model: str | Path | None = None,
@@ -100,7 +93,9 @@ def validate(
     `ranks` matters to tensorrt-llm alone, whose checkpoint is split by them. Raises UnknownName and
     BadCheckpoint.
     """
-    rule = find_rule(runtime)
+    if runtime not in RULES:
+        raise UnknownName("runtime", runtime, RULES)
+    rule = RULES[runtime]
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
     record = record_of(folder) or {}

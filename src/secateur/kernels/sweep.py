@@ -21,13 +21,9 @@ ROWS_AT_ONCE, WARPS, WIDEST = 4, 1, 256
 
 
 @cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
-
-
 def usable(width: int) -> bool:
     """Whether blocks of `width` columns can be swept by the kernel."""
-    return width <= WIDEST and _installed()
+    return width <= WIDEST and find_spec("triton") is not None
 
 
 def sweep_block(

@@ -44,12 +44,11 @@ def documents(part: str) -> tuple[str, ...]:
     """
     if part not in PARTS:
         raise ValueError(f"the demo text has the parts {', '.join(PARTS)}; found {part!r}")
-    chosen = {name: text for name, text in (*_modules(part), *_topics()) if part_of(name) == part}
-    return tuple(chosen[name] for name in sorted(chosen, key=_shuffled))
-
-
-def _shuffled(name: str) -> bytes:
-    return hashlib.sha256(f"order {name}".encode()).digest()
+    topics = import_module("pydoc_data.topics").topics  # what `help()` shows of the language
+    named = (*_modules(part), *((f"pydoc_data.topics/{name}", topics[name]) for name in topics))
+    chosen = {name: text for name, text in named if part_of(name) == part}
+    order = {name: hashlib.sha256(f"order {name}".encode()).digest() for name in chosen}
+    return tuple(chosen[name] for name in sorted(chosen, key=order.__getitem__))
 
 
 def _modules(part: str) -> Iterator[tuple[str, str]]:
@@ -67,10 +66,3 @@ def _modules(part: str) -> Iterator[tuple[str, str]]:
             continue
         if text.strip():
             yield ".".join(path.relative_to(library).with_suffix("").parts), text
-
-
-def _topics() -> Iterator[tuple[str, str]]:
-    """(name, text) of every page of the language reference that `help()` shows."""
-    topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    for name, text in topics.items():
-        yield f"pydoc_data.topics/{name}", text

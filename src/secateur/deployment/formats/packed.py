@@ -70,8 +70,10 @@ def write(
             if matrix.scales is not None:
                 tensors[f"{name}.scales"] = matrix.scales
         packed_any |= bool(columns)
+        with (source.folder / shard).open("rb") as stream:
+            header = stream.read(int.from_bytes(stream.read(8), "little")).decode()
         description = {"layout": 1, "values": values, "columns": columns}
-        description |= _dense_shard(source.folder / shard)
+        description |= {"header": header, "sha256": file_sha256(source.folder / shard)}
         save(tensors, folder / f"{PREFIX}{shard}", {KEY: json.dumps(description)})
     if not packed_any:
         raise UnsupportedModel(
@@ -80,13 +82,6 @@ def write(
         )
     if (folder / INDEX).exists():
         (folder / INDEX).rename(folder / PACKED_INDEX)
-
-
-def _dense_shard(file: Path) -> dict[str, str]:
-    """What a shard is restored from besides its tensors."""
-    with file.open("rb") as stream:
-        header = stream.read(int.from_bytes(stream.read(8), "little")).decode()
-    return {"header": header, "sha256": file_sha256(file)}
 
 
 @dataclass(frozen=True)
