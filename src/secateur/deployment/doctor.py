@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,19 +14,8 @@ from secateur.deployment.runtimes import RUNTIMES
 from secateur.kernels.library import isa
 from secateur.system.machine import machine, versions
 
-OPTIONAL = (
-    "lm-eval",
-    "peft",
-    "triton",
-    "onnx",
-    "onnxruntime",
-    "gguf",
-    "llama-cpp-python",
-    "vllm",
-    "tensorrt-llm",
-    "compressed-tensors",
-)
-"""Packages that a runtime or a format may want."""
+OPTIONAL = ("lm-eval", "peft", "triton")
+"""Packages that may be wanted, besides those of a runtime or a format."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +37,7 @@ class Examination:
 def examine() -> Examination:
     """Look at this machine; nothing is run that takes longer than a moment."""
     cuda = torch.cuda.is_available()
+    named = [known.packages for known in (*FORMATS.values(), *RUNTIMES.values())]
     sparselt = torch.backends.cusparselt
     return Examination(
         machine(),
@@ -56,7 +47,7 @@ def examine() -> Examination:
         sparselt.version() if cuda and sparselt.is_available() else None,
         {name: runtime.missing() for name, runtime in RUNTIMES.items()},
         {name: known.loaded_by for name, known in FORMATS.items()},
-        {name: _version(name) for name in OPTIONAL},
+        {name: _version(name) for name in chain(OPTIONAL, *named)},
     )
 
 

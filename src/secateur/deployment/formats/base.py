@@ -24,7 +24,8 @@ class Format(NamedTuple):
     where it is for other programs only. Where it is not, it can be made dense: `restore(folder,
     target)` writes the dense shards where they can be had byte for byte, else `read(folder)` gives
     its tensors densely by their names in the dense checkpoint. `foreign` are the keys of
-    config.json that a dense checkpoint has none of.
+    config.json that a dense checkpoint has none of. `packages` are those whose versions `doctor`
+    shows.
     """
 
     write: Callable[..., None]
@@ -34,6 +35,7 @@ class Format(NamedTuple):
     read: Callable[[Path], Iterator[tuple[str, Tensor]]] | None = None
     restore: Callable[[Path, Path], None] | None = None
     foreign: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
 
 
 def architecture_of(config: Any) -> str:

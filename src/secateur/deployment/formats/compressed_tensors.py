@@ -289,8 +289,8 @@ def _require(sound: bool, tensor: str, trouble: str) -> None:
 
 def _format(layout: _Layout, loaded_by: str) -> Format:
     holds, read = partial(_holds, layout=layout), partial(_read, layout=layout)
-    write = partial(_write, layout=layout)
-    return Format(write, loaded_by, holds=holds, read=read, foreign=CONFIG_KEYS)
+    write, packages = partial(_write, layout=layout), ("compressed-tensors",)
+    return Format(write, loaded_by, holds=holds, read=read, foreign=CONFIG_KEYS, packages=packages)
 
 
 sparse_24_bitmask = _format(

@@ -227,4 +227,9 @@ def _rotary_factors(folder: Path, config: Any, architecture: str) -> np.ndarray 
     return (rope["rope_theta"] ** -exponents / scaled).numpy()
 
 
-gguf = Format(write, "llama.cpp (tried: the one in llama-cpp-python 0.3.36)", frozenset({"values"}))
+gguf = Format(
+    write,
+    "llama.cpp (tried: the one in llama-cpp-python 0.3.36)",
+    frozenset({"values"}),
+    packages=("gguf",),
+)

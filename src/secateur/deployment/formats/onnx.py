@@ -248,5 +248,7 @@ def _evaluator(model: PreTrainedModel, file: Path) -> tuple[str, Run | None]:
 
 
 onnx = Format(
-    write, "ONNX Runtime (tried: 1.32); TensorRT by trtexec --sparsity=enable (not tried)"
+    write,
+    "ONNX Runtime (tried: 1.32); TensorRT by trtexec --sparsity=enable (not tried)",
+    packages=("onnx",),
 )

@@ -312,4 +312,5 @@ tensorrt_llm = Format(
     loaded_by="TensorRT-LLM up to 1.2.1 (trtllm-build); "
     "1.3 has no engine backend any more, only dense products",
     options=frozenset({"ranks"}),
+    packages=("tensorrt-llm",),
 )

@@ -66,12 +66,14 @@ class Runtime(NamedTuple):
     raises UnsupportedModel where it cannot run that folder in that dtype. `twin` is the runtime
     that shows what its kernels give without zeros: there the dense model is its baseline. `rounded`
     says that it rounds the folder's weights to few bits, so that its outputs are compared loosely.
+    `packages` are those whose versions `doctor` shows.
     """
 
     missing: Callable[[], str | None]
     load: Callable[[Path, torch.dtype], Running]
     twin: str | None = None
     rounded: bool = False
+    packages: tuple[str, ...] = ()
 
 
 def not_installed(modules: Sequence[str], extra: str) -> str | None:

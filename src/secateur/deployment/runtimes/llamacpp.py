@@ -147,5 +147,5 @@ class Sequences(Running):
         self.library.llama_model_free(self.model)
 
 
-llamacpp = Runtime(missing, load)
+llamacpp = Runtime(missing, load, packages=("llama-cpp-python",))
 llamacpp_q8 = Runtime(missing, partial(load, eight_bits=True), rounded=True)

@@ -120,4 +120,4 @@ class Engine(Running):
         return torch.nn.functional.one_hot(chosen, self.vocabulary).float()
 
 
-vllm = Runtime(missing, load)
+vllm = Runtime(missing, load, packages=("vllm",))
