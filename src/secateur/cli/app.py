@@ -3,8 +3,6 @@
 Options come from `system.settings`; nothing that needs torch is imported before a command runs.
 """
 
-from __future__ import annotations
-
 import functools
 import sys
 import warnings

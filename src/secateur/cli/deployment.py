@@ -1,7 +1,5 @@
 """The commands after pruning: `bench`, `export`, `validate` and `doctor`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """Commands whose options are made from the fields of `system.settings`."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import types

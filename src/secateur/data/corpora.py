@@ -1,7 +1,5 @@
 """The documents of a corpus, by its name or from files, and the rows of a file."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import lzma

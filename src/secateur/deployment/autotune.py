@@ -1,7 +1,5 @@
 """Which product a layer uses for how many rows of x: timed once for each kind of matrix."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

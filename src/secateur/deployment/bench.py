@@ -6,8 +6,6 @@ by bootstrap. Before anything is timed, a fast runtime must give the logits that
 gives for the same folder; otherwise there is no figure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial

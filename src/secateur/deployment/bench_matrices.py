@@ -6,8 +6,6 @@ weights come from memory. Ratios are medians over rounds of paired times; `bytes
 what is read, which is what a product that only waits for memory can gain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial

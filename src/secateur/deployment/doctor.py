@@ -1,7 +1,5 @@
 """What this machine can run: each runtime and format, and the reason where it cannot."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain

@@ -1,7 +1,5 @@
 """A checkpoint in another form: for a runtime that wants one, or back to a dense folder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

@@ -5,8 +5,6 @@ which way they lie; the numbers come from the shards. A folder whose architectur
 not know is read as well: then every matrix counts, and coverage is unknown.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod

@@ -4,8 +4,6 @@ A packed product reads little, which is what counts at batch 1; which way is the
 rows depends on processor, shape and sparsity, so it is timed (autotune.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cache
 from typing import Any

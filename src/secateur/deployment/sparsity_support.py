@@ -7,8 +7,6 @@ its log, which `parse_build_log` reads. A new runtime is a table of the file, an
 `OBJECTIONS` if it uses any zeros.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence

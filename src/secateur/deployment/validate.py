@@ -7,8 +7,6 @@ promises (`pruning.json`, else the zeros that are there) is held against them. N
 is no speed, `bench` measures that.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ of x, slower from two or four rows on. Matrices for large batches are better kep
 fewer bytes, it does not compute less.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache

@@ -1,7 +1,5 @@
 """Whether there is a GPU that the products here can run on, and what a product takes on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 

@@ -6,8 +6,6 @@ scores on a CPU go to masks.c, which does no more than read them three times; ev
 everything without a compiler, to the same in torch.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ values 0.625. The products are in packed.c, which is compiled with the package w
 compiler; without it matrices are unpacked, row by row, and multiplied by torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property

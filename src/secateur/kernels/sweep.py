@@ -6,8 +6,6 @@ a block is read and written once.
 Run on an H200, where its masks are those of the processor's sweep (tests/kernels/test_kernels.py).
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec

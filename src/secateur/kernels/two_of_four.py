@@ -10,8 +10,6 @@ On an H200 1.5 to 1.8 times as fast as the dense product for one row of x, 1.2 t
 slower from four rows on (bench/gpu.py).
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """What a format is, how a dense checkpoint is written in another form, and what formats share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

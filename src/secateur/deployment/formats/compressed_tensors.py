@@ -17,8 +17,6 @@ sparse-bitmask packed every tensor, vectors too, and put the parts behind the wh
 formats too, are refused: unpacked, they would not be dense models.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from functools import partial

@@ -9,8 +9,6 @@ Zeros are stored like other numbers. What is not written: mixtures of experts, y
 rotation, and windowed attention beyond its window, to which the context is limited.
 """
 
-from __future__ import annotations
-
 from contextlib import closing
 from importlib import import_module
 from math import prod

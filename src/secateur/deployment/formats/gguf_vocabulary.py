@@ -12,8 +12,6 @@ and the pairs of one token follow each other; both are checked, and a score is t
 of a token's first merge.
 """
 
-from __future__ import annotations
-
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple

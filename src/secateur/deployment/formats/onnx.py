@@ -15,8 +15,6 @@ Models whose cache is more than keys and values (state spaces, linear attention)
 are those with fused experts, whose slices are no constants of their own.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterator

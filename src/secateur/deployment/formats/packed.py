@@ -13,8 +13,6 @@ which it is restored as it was. With 16 bits half of the weights take 56 % of th
 them 36 %. int8 values come back as float32.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path

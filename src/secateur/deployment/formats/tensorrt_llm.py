@@ -17,8 +17,6 @@ The header of a file needs only shapes, so it is written first and the tensors f
 never more than one of them, and what it is put together from, is in memory.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path

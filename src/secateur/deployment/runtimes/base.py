@@ -1,7 +1,5 @@
 """What a runtime is, what runs in one, and a transformers model that runs step by step."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec

@@ -5,8 +5,6 @@ step is compiled once; prefill is compiled for each length of prompt. The first 
 takes long, warm-up is not timed.
 """
 
-from __future__ import annotations
-
 import shutil
 
 import torch

@@ -8,8 +8,6 @@ llama.cpp's default, in float16.
 Each row of a batch is a sequence of its own. Zeros are multiplied like all other numbers.
 """
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from importlib import import_module

@@ -6,8 +6,6 @@ the device as well: this runtime saves time, not memory. Each shape is timed onc
 rows, and dense products are used where they are not slower.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -11,8 +11,6 @@ torch converts a matrix that is not 2:4 without a word and drops what does not f
 here first, and what the folder's own record says is 2:4 must be.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Set
 from functools import partial
 from pathlib import Path
