@@ -95,10 +95,10 @@ def plan(
         )
         return show(foreseen, as_json, lambda: map(escape, lines(foreseen)))
     with display(quiet) as shows:
-        found = secateur.plan(
+        measured = secateur.plan(
             model, out=out, **_but(given, "passes", "memory"), command=command(), progress=shows
         )
-    removed = {name: str(pattern) for name, pattern in found.items()}
+    removed = {name: str(pattern) for name, pattern in measured.items()}
     lines = [f"{share:>8}  {escape(name)}" for name, share in removed.items()]
     return show(removed, as_json, lambda: [*lines, f"Written to {escape(str(out))}."])
 
@@ -123,11 +123,11 @@ def evaluate(
     on tasks.
     """
     with display(quiet) as shows:
-        found = secateur.evaluate(model, dense=dense, **given, progress=shows)
+        evaluation = secateur.evaluate(model, dense=dense, **given, progress=shows)
 
     from secateur.cli.tables import evaluation_lines
 
-    show(found, as_json, lambda: map(escape, evaluation_lines(found)))
+    show(evaluation, as_json, lambda: map(escape, evaluation_lines(evaluation)))
 
 
 @options(Trust, without=("allow_low_coverage",))
@@ -140,11 +140,14 @@ def inspect(
     matrix.
     """
     progress(quiet=True)
-    found = secateur.inspect(model, **given)
+    inspection = secateur.inspect(model, **given)
 
     from secateur.cli.tables import inspection_summary, inspection_table
 
-    show(found, as_json, lambda: [inspection_table(found), *map(escape, inspection_summary(found))])
+    def lines() -> list[Any]:
+        return [inspection_table(inspection), *map(escape, inspection_summary(inspection))]
+
+    show(inspection, as_json, lines)
 
 
 for heading, commands in {

@@ -38,8 +38,10 @@ def fastest_by_rows(
     weight: Tensor,
     products: Callable[[Tensor], Mapping[Choice, Callable[[], object]]],
 ) -> tuple[Choice, ...]:
-    """For each number of rows in `classes` the fastest of `products(x)` on the CUDA device of a
-    weight `[out, in]`, x `[rows, in]`, with nothing of the matrix in the cache.
+    """Time `products(x)` for each number of rows in `classes`, and return the fastest of each.
+
+    x is `[rows, in]`, on the CUDA device and in the dtype of a weight `[out, in]`; nothing of the
+    matrix is in the cache.
     """
     choices = []
     for rows in classes:
@@ -55,9 +57,10 @@ def choice_for(choices: Sequence[Choice], classes: Sequence[int], rows: int) -> 
 
 @dataclass(frozen=True)
 class Crossover:
-    """Which of `WAYS`, or `dense` where the dense matrix is kept, is used from which batch on.
+    """The fastest way to multiply by a packed matrix, for each number of rows of x.
 
-    `gains` says for each of `BATCHES` how many times faster than torch's own dense product it is,
+    `ways` says which of `WAYS`, or `dense` where the dense matrix is kept, is used from which batch
+    on; `gains` for each of `BATCHES` how many times faster than torch's own dense product it is,
     as far as that one was tried.
     """
 

@@ -30,12 +30,12 @@ def export(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Write a checkpoint in the format `to`, or with `dense` one of those formats as a dense
-    checkpoint again. Returns what loads the result.
+    """Write a checkpoint in another format, or back as a dense one; returns what loads the result.
 
-    Some formats have options: `packed` and `gguf` the `values` that are stored, `tensorrt-llm` the
-    number of `ranks`, `packed` whether to `trust_remote_code`. Raises UnknownName, BadCheckpoint,
-    BadPattern, NonFinite, UnsupportedModel, OutputRefused, DiskFull.
+    `to` is a format that `secateur doctor` lists, or `dense`. Some formats have options: `packed`
+    and `gguf` the `values` that are stored, `tensorrt-llm` the number of `ranks`, `packed` whether
+    to `trust_remote_code`. Raises UnknownName, BadCheckpoint, BadPattern, NonFinite,
+    UnsupportedModel, OutputRefused, DiskFull.
     """
     progress = progress or Progress()
     folder, out = resolve(model), Path(out)
@@ -70,8 +70,9 @@ def export(
 def _formats(
     folder: Path, to: str, options: Mapping[str, object]
 ) -> tuple[Format | None, str | None]:
-    """The format to write and the name of the one that a folder is in, None for dense. Raises
-    UnknownName; BadCheckpoint where both are dense, or neither.
+    """The format to write and the name of the one that a folder is in, None for dense.
+
+    Raises UnknownName; BadCheckpoint where both are dense, or neither.
     """
     if to != "dense" and to not in FORMATS:
         raise UnknownName("format", to, ["dense", *FORMATS])

@@ -22,12 +22,12 @@ from secateur.models.stored import stored_matrices, unknown_matrices
 from secateur.system.settings import Trust
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
-"""The N:M patterns that are looked for, with those that `pruning.json` names."""
+"""The N:M patterns that are looked for."""
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """A tensor of the checkpoint that is a weight matrix, or several; the N:M patterns it meets."""
+    """What a tensor holds that is a weight matrix, or several; the N:M patterns that it meets."""
 
     name: str
     shape: tuple[int, ...]
@@ -87,7 +87,7 @@ def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport
 
 
 def rows(inspection: Inspection) -> Iterator[tuple[str, ...]]:
-    """The lines of the table that the command prints."""
+    """The table: tensor, shape, dtype, sparsity, patterns, odd values."""
     for tensor in inspection.tensors:
         counts = {"-0.0": tensor.negative_zeros, "NaN": tensor.nans, "Inf": tensor.infs}
         yield (

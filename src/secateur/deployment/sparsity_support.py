@@ -1,4 +1,4 @@
-"""What each runtime does with zeros in the weights, by a rule that judges one matrix and says why.
+"""Says what each runtime does with the zeros of a weight matrix, and why.
 
 What is known, with its sources and dates, stands in `sparsity_support.toml`; here are the functions
 that judge by it. They know shapes, dtypes and patterns and run nothing, so where a runtime times
@@ -47,13 +47,11 @@ then lose.
 
 @dataclass(frozen=True)
 class Matrix:
-    """What a rule is told of a tensor that is a weight matrix, or several.
+    """A tensor of a checkpoint that is a weight matrix, or several, as a rule sees it.
 
-    `rows` are its outputs, `columns` its inputs.
-
-    `crowded` is the share of groups of four consecutive inputs that keep more than two weights: 0
-    is 2:4, 1 where the inputs are no groups of four. `crowded_outputs` is the same along the
-    outputs.
+    `rows` are its outputs, `columns` its inputs. `crowded` is the share of groups of four
+    consecutive inputs that keep more than two weights: 0 is 2:4, 1 where the inputs are no groups
+    of four. `crowded_outputs` is the same along the outputs.
     """
 
     name: str

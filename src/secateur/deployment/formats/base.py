@@ -12,7 +12,7 @@ from secateur.errors import BadCheckpoint, NonFinite
 
 
 class Format(NamedTuple):
-    """One form of a checkpoint on disk.
+    """A form in which a checkpoint can be written, and perhaps read back.
 
     `write(source, folder, **options)` puts the weights of a dense checkpoint into `folder`, which
     holds the source's other files (config.json, tokenizer) already and gets its final name
@@ -37,7 +37,7 @@ class Format(NamedTuple):
 
 
 def architecture_of(config: Any) -> str:
-    """The causal LM of a configuration, whatever `architectures` in config.json says."""
+    """The name of transformers' causal LM for a configuration, whatever `architectures` says."""
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__))
 
 
