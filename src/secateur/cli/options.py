@@ -31,12 +31,6 @@ class Declared(NamedTuple):
     def option(self) -> Option:
         return self.field.metadata["option"]
 
-    @property
-    def members(self) -> tuple[Any, ...]:
-        """The types that a value may have."""
-        union = isinstance(self.hint, types.UnionType)
-        return typing.get_args(self.hint) if union else (self.hint,)
-
 
 def options(
     *classes: type, without: Sequence[str] = ()
@@ -87,7 +81,8 @@ def _declared(cls: type) -> list[Declared]:
 
 def _parameter(declared: Declared) -> inspect.Parameter:
     """What typer is told of a field."""
-    option, members, default = declared.option, declared.members, declared.field.default
+    option, hint, default = declared.option, declared.hint, declared.field.default
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kind: Any = next((one for one in (Path, str, bool, int, float) if one in members), str)
     if option.listed:
         kind, values = str, default if isinstance(default, Sequence) else [default]

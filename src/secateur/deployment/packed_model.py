@@ -5,14 +5,14 @@ rows depends on processor, shape and sparsity, so it is timed (autotune.py).
 """
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from secateur.deployment.autotune import UNMEASURED, WAYS, Crossover, Crossovers
+from secateur.deployment.autotune import UNMEASURED, WAYS, Crossover, Crossovers, way_for
 from secateur.kernels.packed import Packed, dense_product, pack, pack_int8, quantised
 from secateur.system.tensors import count_zeros
 
@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.in_features, self.out_features = packed.columns, packed.rows
         self.packed, self.kept = packed, kept
-        self.way = cache(crossover.way)
+        self.way = cache(partial(way_for, crossover))
 
     def forward(self, x: Tensor) -> Tensor:
         way = self.way(x.numel() // self.in_features)
@@ -113,7 +113,7 @@ def put_packed(model: nn.Module, name: str, packed: Packed, crossovers: Crossove
     """Replace a linear layer by a packed one, with the dense weight if that is ever faster."""
     layer: Any = model.get_submodule(name)
     crossover = crossovers.of(packed) if crossovers else UNMEASURED
-    kept = layer.weight.data if "dense" in crossover.ways.values() else None
+    kept = layer.weight.data if "dense" in crossover.values() else None
     bias = getattr(layer.bias, "data", None)
     model.set_submodule(name, PackedLinear(packed, bias, crossover, kept))
 

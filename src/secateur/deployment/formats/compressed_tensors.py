@@ -33,7 +33,7 @@ from secateur.deployment.formats.base import Format, refuse_odd_values, tensors_
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.stored import stored_matrices
-from secateur.system.json_files import read_json, write_json
+from secateur.system.json_files import json_object, read_json, write_json
 from secateur.system.tensors import count_zeros
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
@@ -170,10 +170,9 @@ def _row_offsets(kept: Tensor) -> Tensor:
 def _config(folder: Path) -> dict[str, Any]:
     """config.json, empty where there is none that can be read."""
     try:
-        config = read_json(folder / "config.json")
-    except (OSError, ValueError):
+        return json_object(folder / "config.json")
+    except (OSError, BadCheckpoint):
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _holds(folder: Path, *, layout: _Layout) -> bool:
