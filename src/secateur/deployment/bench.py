@@ -25,7 +25,7 @@ from secateur.system.clock import spread, timed
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
 from secateur.system.intervals import bootstrap_interval
-from secateur.system.json_files import json_text
+from secateur.system.json_files import write_json
 from secateur.system.machine import machine, matrix_rate, typed_command, versions
 from secateur.system.memory import PeakMemory, resident_bytes
 from secateur.system.progress import Progress
@@ -87,9 +87,6 @@ class BenchResults:
     timings: list[Timing] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def json(self) -> str:
-        return json_text(asdict(self), finite=True)
-
 
 def bench(
     models: Sequence[str | Path],
@@ -139,7 +136,7 @@ def bench(
     progress.end()
     if out is not None:
         with disk_errors(Path(out)):
-            Path(out).write_text(results.json(), encoding="utf-8")
+            write_json(Path(out), asdict(results), finite=True)
     return results
 
 
