@@ -73,13 +73,13 @@ def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or not tensor.numel():
         return TensorReport(name, place.shape, place.dtype, 0.0, (), 0, 0, 0)
     zero = tensor == 0
-    lying = tensor.transpose(-1, -2) if transposed else tensor
+    weight = tensor.transpose(-1, -2) if transposed else tensor
     return TensorReport(
         name,
         place.shape,
         place.dtype,
         zero.float().mean(dtype=torch.float64).item(),
-        tuple(str(pattern) for pattern in PATTERNS if pattern.holds(lying)),
+        tuple(str(pattern) for pattern in PATTERNS if pattern.holds(weight)),
         int((zero & tensor.signbit()).sum()),
         int(tensor.isnan().sum()),
         int(tensor.isinf().sum()),

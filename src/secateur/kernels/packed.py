@@ -78,7 +78,9 @@ class Packed:
             size = (stop - start, words, torch.get_num_threads())
             unpack(best(), *places, scales, out.data_ptr(), *size)
             return out[:, : self.columns].to(dtype)
-        mask = _bits(self.bitmap[start:stop])[:, : self.columns]
+        packed_bits = self.bitmap[start:stop].contiguous().numpy().view(np.uint8)
+        bits = np.unpackbits(packed_bits, axis=1, bitorder="little")
+        mask = torch.from_numpy(bits.view(bool))[:, : self.columns]
         weight = torch.zeros(stop - start, self.columns, dtype=out_dtype)
         weight[mask] = self.values[int(self.starts[start]) : int(self.starts[stop])].to(out_dtype)
         return (weight if self.scales is None else weight * self.scales[start:stop, None]).to(dtype)
@@ -91,12 +93,9 @@ def pack(weight: Tensor) -> Packed:
             f"Matrices of float32, bfloat16 and float16 can be packed; found {weight.dtype}."
         )
     kept = weight != 0
-    words = -(-weight.shape[1] // WORD)
-    bits = np.zeros((len(weight), words * WORD), dtype=bool)
-    bits[:, : weight.shape[1]] = kept.numpy()
+    bits = nn.functional.pad(kept, (0, -weight.shape[1] % WORD)).numpy()  # whole words
     bitmap = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view(np.int64))
-    starts = torch.zeros(len(weight) + 1, dtype=torch.int64)
-    starts[1:] = kept.sum(1).cumsum(0)
+    starts = row_starts(bitmap)
     values = torch.zeros(int(starts[-1]) + SLACK // weight.element_size(), dtype=weight.dtype)
     values[: int(starts[-1])] = weight[kept]
     return Packed(bitmap, values, starts, weight.shape[1])
@@ -117,12 +116,6 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = wide.abs().amax(1) / 127
     steps = wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     return steps.round().clamp(-127, 127).to(torch.int8), scales
-
-
-def _bits(bitmap: Tensor) -> Tensor:
-    """bool `[rows, 64 * words]`."""
-    bits = np.unpackbits(bitmap.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
-    return torch.from_numpy(bits.view(bool))
 
 
 def row_starts(bitmap: Tensor) -> Tensor:

@@ -18,8 +18,7 @@ from secateur.deployment.autotune import choice_for, fastest_by_rows
 from secateur.deployment.packed_model import LEAST, packable
 from secateur.deployment.runtimes.base import Runtime, Stepped, bytes_read, load_model
 from secateur.errors import BadPattern, UnsupportedModel
-from secateur.kernels import bitmap
-from secateur.kernels import two_of_four as nm
+from secateur.kernels import bitmap, two_of_four
 
 CLASSES = (1, 2, 4, 8)
 """Rows of x that are timed; another number uses what was measured for the next larger one."""
@@ -29,10 +28,10 @@ Measure = Callable[[Product, Tensor], tuple[bool, ...]]
 
 def packed_product(weight: Tensor, name: str) -> tuple[Product, int]:
     """The product with a packed matrix `[rows, columns]`, and the bytes that it reads."""
-    if nm.missing() is None and weight.shape[1] % 8 == 0:
+    if two_of_four.missing() is None and weight.shape[1] % 8 == 0:
         try:
-            two_of_four = nm.pack(weight, name=name, device=weight.device)
-            return partial(nm.multiply, two_of_four), two_of_four.bytes
+            pairs = two_of_four.pack(weight, name=name, device=weight.device)
+            return partial(two_of_four.multiply, pairs), pairs.bytes
         except BadPattern:
             pass
     packed = bitmap.pack(weight, name=name, device=weight.device)
