@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import open_checkpoint
-from secateur.deployment.runtimes import RUNTIMES, Running, find_runtime
+from secateur.deployment.runtimes import RUNTIMES, find_runtime
+from secateur.deployment.runtimes.base import Running
 from secateur.errors import UnsupportedModel
 from secateur.kernels.packed import dense_product
 from secateur.models.load import resolve

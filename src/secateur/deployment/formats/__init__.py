@@ -19,6 +19,3 @@ def format_of(folder: Path) -> str | None:
     """The format that a folder is in, None for dense checkpoints and all else."""
     names = (name for name, known in FORMATS.items() if known.holds and known.holds(folder))
     return next(names, None)
-
-
-__all__ = ["FORMATS", "Format", "format_of"]
