@@ -107,7 +107,7 @@ def two_of_four(held: nm.TwoOfFour, x: Tensor, search: bool) -> Callable[[Any], 
 
 def pack_repeated(weight: Tensor) -> Packed:
     """A packed matrix as large as `weight`, whose rows are the first ones of it again and again."""
-    part = bitmap.pack(weight[: min(len(weight), BLOCK_OF_ROWS)], site="a matrix", device=weight.device)
+    part = bitmap.pack(weight[: min(len(weight), BLOCK_OF_ROWS)], name="a matrix", device=weight.device)
     times, kept = math.ceil(len(weight) / part.rows), int(part.starts[-1])
     if times == 1:
         return part
@@ -124,7 +124,7 @@ def kernels(device: torch.device) -> dict[str, Kernel]:
     found = {
         "dense": Kernel(None, lambda weight: weight, lambda held, x, _: lambda one: linear(x, one)),
         "2:4": Kernel(
-            0.5, lambda weight: nm.pack(weight, site="a matrix", device=device),
+            0.5, lambda weight: nm.pack(weight, name="a matrix", device=device),
             two_of_four if on_device else lambda held, x, _: lambda one: linear(x, nm.unpack(one)),
         ),
     }  # fmt: skip

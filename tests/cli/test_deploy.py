@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import secateur
 from secateur.cli.app import app
-from secateur.deployment.doctor import OPTIONAL, examine
+from secateur.deployment.doctor import examine
 from secateur.deployment.formats import FORMATS
 from secateur.deployment.runtimes import RUNTIMES
 
@@ -16,11 +16,12 @@ from secateur.deployment.runtimes import RUNTIMES
 def test_doctor_says_of_every_runtime_and_format_what_is_what():
     said = run("doctor")
     found = examine()
-    for name in (*RUNTIMES, *FORMATS, *OPTIONAL):
+    for name in (*RUNTIMES, *FORMATS, *found.packages):
         assert name in said
     for reason in found.runtimes.values():
         assert reason is None or " ".join(reason.split()) in " ".join(said.split())
     assert json.loads(run("doctor", "--json"))["packed"] == found.packed
+    assert {"peft", "gguf", "onnx", "tensorrt-llm", "compressed-tensors", "llama-cpp-python"} <= found.packages.keys()
 
 
 @pytest.mark.parametrize(("pattern", "runtime", "code"), [("2:4", "packed", 0), ("50%", "tensorrt", 1)])

@@ -300,7 +300,7 @@ def test_one_dense_matrix_of_three_makes_the_fused_one_dense(made):
     lost = [layer for layer in eligible(made("llama", change)) if not layer.eligible]
     assert [layer.name for layer in lost] == ["transformer.layers.2.attention.qkv"]
     assert lost[0].reason == "model.layers.2.self_attn.v_proj is not 2:4 along its inputs"
-    assert len(lost[0].sites) == 3
+    assert len(lost[0].matrices) == 3
 
 
 def test_narrow_parts_are_not_eligible(made):

@@ -240,7 +240,7 @@ def test_what_was_left_dense_is_no_broken_promise(made):
 def test_a_dense_model_promises_nothing(tiny_llama):
     found = validate(tiny_llama, runtime="packed")
     assert not found.kept
-    assert found.promised == "nothing: no site has zeros, and there is no pruning.json"
+    assert found.promised == "nothing: no weight matrix has zeros, and there is no pruning.json"
 
 
 def test_tensorrt_llm_fuses_and_splits_before_it_looks(made):

@@ -233,7 +233,7 @@ def test_emulated_bitmap_products_equal_float64(emulated, shape, dtype):
     rows, columns = shape
     for sparsity in (0.0, 0.5, 0.9, 1.0):
         weight = sparse(rows, columns, sparsity, dtype)
-        held = bitmap.pack(weight, site="w", device="cpu")
+        held = bitmap.pack(weight, name="w", device="cpu")
         for batch in (1, 2, 8) if sparsity == 0.5 else (3,):
             x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch)).to(dtype)
             got = emulate(emulated, held, x)
@@ -242,7 +242,7 @@ def test_emulated_bitmap_products_equal_float64(emulated, shape, dtype):
 
 
 def test_the_emulation_sees_what_is_wrong(emulated):
-    held = bitmap.pack(sparse(4, 1024, 0.5, torch.bfloat16), site="w", device="cpu")
+    held = bitmap.pack(sparse(4, 1024, 0.5, torch.bfloat16), name="w", device="cpu")
     x = torch.randn(1, 1024).bfloat16()
     moved = torch.cat([held.values[:1], held.values])[1:]
     with pytest.raises(AssertionError, match="odd places"):
@@ -276,7 +276,7 @@ def test_bitmap_compiles_for_devices(tmp_path, architecture):
 def test_bitmap_packing_loses_nothing(dtype):
     weight = sparse(7, 130, 0.5, dtype)
     weight[weight == 0] = -0.0
-    held = bitmap.pack(weight, site="w", device="cpu")
+    held = bitmap.pack(weight, name="w", device="cpu")
     assert held.values.dtype == dtype
     assert torch.equal(bitmap.unpack(held).view(torch.int16), (weight + 0.0).view(torch.int16))
     if dtype == torch.bfloat16:
@@ -285,11 +285,11 @@ def test_bitmap_packing_loses_nothing(dtype):
 
 def test_what_bitmap_refuses():
     with pytest.raises(BadCheckpoint, match=r"layers\.0\.up is torch\.float32 \[4, 64\]; a matrix in float16"):
-        bitmap.pack(torch.ones(4, 64), site="layers.0.up", device="cpu")
+        bitmap.pack(torch.ones(4, 64), name="layers.0.up", device="cpu")
     weight = torch.ones(4, 64).half()
     weight[1, 2] = float("nan")
     with pytest.raises(NonFinite, match=r"layers\.0\.up holds NaN"):
-        bitmap.pack(weight, site="layers.0.up", device="cpu")
+        bitmap.pack(weight, name="layers.0.up", device="cpu")
     if not torch.cuda.is_available():
         assert bitmap.missing() == nm.missing() == "there is no CUDA device"
 
@@ -300,7 +300,7 @@ def test_two_of_four_packing_loses_nothing(shape, dtype):
     rows, columns = shape
     weight = two_of_four(rows, columns, dtype)
     assert (weight.view(torch.int16) == -(2**15)).any()
-    held = nm.pack(weight, site="w", device="cpu")
+    held = nm.pack(weight, name="w", device="cpu")
     assert held.bytes == 9 * weight.numel() // 8
     assert torch.equal(nm.unpack(held).view(torch.int16), (weight + 0.0).view(torch.int16))
 
@@ -308,23 +308,23 @@ def test_two_of_four_packing_loses_nothing(shape, dtype):
 def test_every_group_of_two_is_stored():
     groups = torch.tensor([[float(bits >> j & 1) for j in range(4)] for bits in range(16)])
     weight = groups[groups.sum(1) <= 2].repeat(1, 2).half() * torch.arange(1.0, 9.0).half()
-    assert torch.equal(nm.unpack(nm.pack(weight, site="w", device="cpu")), weight)
+    assert torch.equal(nm.unpack(nm.pack(weight, name="w", device="cpu")), weight)
 
 
 def test_what_two_of_four_refuses():
     with pytest.raises(BadCheckpoint, match=r"up is torch\.float32"):
-        nm.pack(torch.ones(4, 64), site="up", device="cpu")
+        nm.pack(torch.ones(4, 64), name="up", device="cpu")
     with pytest.raises(BadPattern, match="up has 12 inputs; packed 2:4 matrices need a multiple of 8"):
-        nm.pack(torch.zeros(4, 12).half(), site="up", device="cpu")
+        nm.pack(torch.zeros(4, 12).half(), name="up", device="cpu")
     weight = two_of_four(2000, 64, torch.bfloat16)
     weight[1999, 8:11], weight[1999, 11] = 1, 0
     with pytest.raises(
         BadPattern, match="up is not 2:4: inputs 8 to 11 of output 1999 keep 3 weights, two were wanted"
     ):
-        nm.pack(weight, site="up", device="cpu")
+        nm.pack(weight, name="up", device="cpu")
     weight[1998, 3] = float("nan")
     with pytest.raises(NonFinite, match="up holds NaN"):
-        nm.pack(weight, site="up", device="cpu")
+        nm.pack(weight, name="up", device="cpu")
 
 
 def in_triton(code: str, *, interpret: bool) -> None:
@@ -349,13 +349,13 @@ for dtype in (torch.float16, torch.bfloat16):
     ]:
         weight = two_of_four(*shape, dtype)
         x = torch.randn(batch, shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
-        y = nm.multiply(nm.pack(weight, site="w", device="cpu"), x.float(), configuration=configuration)
+        y = nm.multiply(nm.pack(weight, name="w", device="cpu"), x.float(), configuration=configuration)
         assert y.dtype == torch.float32 and close(y, weight, x), (shape, dtype)
-        narrow = nm.multiply(nm.pack(weight, site="w", device="cpu"), x, configuration=configuration)
+        narrow = nm.multiply(nm.pack(weight, name="w", device="cpu"), x, configuration=configuration)
         # The interpreter cuts bfloat16 off, a device rounds it.
         assert narrow.dtype == dtype and torch.allclose(narrow.float(), y, rtol=2**-7, atol=0), (shape, dtype)
 odd = torch.randn(329).bfloat16()[1:]
-held = nm.pack(two_of_four(5, 328, torch.bfloat16), site="w", device="cpu")
+held = nm.pack(two_of_four(5, 328, torch.bfloat16), name="w", device="cpu")
 assert torch.equal(nm.multiply(held, odd), nm.multiply(held, odd.clone()))
 """,
         interpret=True,
@@ -449,7 +449,7 @@ def test_products_on_a_device_equal_float64(shape, dtype):
     weight = two_of_four(rows, columns, dtype)
     if (reason := nm.missing() or bitmap.missing()) is not None:
         pytest.skip(reason)
-    two, bits = nm.pack(weight, site="w"), bitmap.pack(weight, site="w")
+    two, bits = nm.pack(weight, name="w"), bitmap.pack(weight, name="w")
     for batch in (*range(1, 9), 11):
         x = torch.randn(batch, columns).to(dtype)
         assert close(nm.multiply(two, x.float().cuda()).cpu(), weight, x)

@@ -1,10 +1,7 @@
-"""The command line: the public functions with the same names and defaults. Parsing and printing
-only.
+"""The command line: the public functions with the same names and defaults.
 
 Options come from `system.settings`; nothing that needs torch is imported before a command runs.
 """
-
-from __future__ import annotations
 
 import functools
 import sys
@@ -98,10 +95,10 @@ def plan(
         )
         return show(foreseen, as_json, lambda: map(escape, lines(foreseen)))
     with display(quiet) as shows:
-        found = secateur.plan(
+        measured = secateur.plan(
             model, out=out, **_but(given, "passes", "memory"), command=command(), progress=shows
         )
-    removed = {name: str(pattern) for name, pattern in found.items()}
+    removed = {name: str(pattern) for name, pattern in measured.items()}
     lines = [f"{share:>8}  {escape(name)}" for name, share in removed.items()]
     return show(removed, as_json, lambda: [*lines, f"Written to {escape(str(out))}."])
 
@@ -126,11 +123,11 @@ def evaluate(
     on tasks.
     """
     with display(quiet) as shows:
-        found = secateur.evaluate(model, dense=dense, **given, progress=shows)
+        evaluation = secateur.evaluate(model, dense=dense, **given, progress=shows)
 
     from secateur.cli.tables import evaluation_lines
 
-    show(found, as_json, lambda: map(escape, evaluation_lines(found)))
+    show(evaluation, as_json, lambda: map(escape, evaluation_lines(evaluation)))
 
 
 @options(Trust, without=("allow_low_coverage",))
@@ -143,11 +140,14 @@ def inspect(
     matrix.
     """
     progress(quiet=True)
-    found = secateur.inspect(model, **given)
+    inspection = secateur.inspect(model, **given)
 
     from secateur.cli.tables import inspection_summary, inspection_table
 
-    show(found, as_json, lambda: [inspection_table(found), *map(escape, inspection_summary(found))])
+    def lines() -> list[Any]:
+        return [inspection_table(inspection), *map(escape, inspection_summary(inspection))]
+
+    show(inspection, as_json, lines)
 
 
 for heading, commands in {
@@ -160,9 +160,7 @@ for heading, commands in {
 
 
 def guarded(run: Callable[[], Any]) -> int:
-    """Run the command line; the exit code. The user's mistakes are one sentence and 2, an
-    interruption 130.
-    """
+    """Run the command line; its exit code, 2 for the user's mistakes, 130 for an interruption."""
     try:
         run()
     except SecateurError as error:
@@ -187,9 +185,7 @@ def _interrupted() -> int:
 
 
 def main() -> None:
-    """The entry point of the `secateur` command. What libraries warn programmers of is not shown,
-    unless asked for.
-    """
-    if not sys.warnoptions:
+    """The entry point of the `secateur` command."""
+    if not sys.warnoptions:  # what libraries warn programmers of is not shown, unless asked for
         warnings.simplefilter("ignore")
     sys.exit(guarded(functools.partial(app, standalone_mode=True)))

@@ -1,10 +1,4 @@
-"""The commands that come after pruning: measure, write for a runtime, ask what it will do, ask what
-is here.
-
-As in `app`, parsing and printing only.
-"""
-
-from __future__ import annotations
+"""The commands after pruning: `bench`, `export`, `validate` and `doctor`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -75,13 +69,9 @@ def export(
     """Write a checkpoint in the format of another runtime, or a packed one as a dense checkpoint
     again.
     """
-    of_format: dict[str, Any] = {
-        name: value for name, value in (("values", values), ("ranks", ranks)) if value is not None
-    }
     with display(quiet) as shows:
-        loaded_by = secateur.export(
-            model, to=to, **given, command=command(), progress=shows, **of_format
-        )
+        options: dict[str, Any] = {"values": values, "ranks": ranks, **given}
+        loaded_by = secateur.export(model, to=to, **options, command=command(), progress=shows)
     show(None, False, lambda: [escape(f"Written to {given['out']}. Loaded by: {loaded_by}.")])
 
 
@@ -94,9 +84,9 @@ def validate(given: dict[str, Any], model: Model = None, as_json: AsJson = False
     from secateur.deployment.validate import summary
 
     progress(quiet=True)
-    found = secateur.validate(model, **given)
-    show(found, as_json, lambda: [validation_table(found), *map(escape, summary(found))])
-    if not found.kept:
+    answer = secateur.validate(model, **given)
+    show(answer, as_json, lambda: [validation_table(answer), *map(escape, summary(answer))])
+    if not answer.kept:
         raise typer.Exit(1)
 
 
@@ -105,5 +95,5 @@ def doctor(as_json: AsJson = False) -> None:
     from secateur.cli.tables import doctor_lines
     from secateur.deployment.doctor import examine
 
-    found = examine()
-    show(found, as_json, lambda: map(escape, doctor_lines(found)))
+    examination = examine()
+    show(examination, as_json, lambda: map(escape, doctor_lines(examination)))

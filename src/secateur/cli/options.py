@@ -1,8 +1,4 @@
-"""Commands whose options are made from the fields of `system.settings`, so that none is written
-down twice.
-"""
-
-from __future__ import annotations
+"""Commands whose options are made from the fields of `system.settings`."""
 
 import inspect
 import re
@@ -34,13 +30,6 @@ class Declared(NamedTuple):
     @property
     def option(self) -> Option:
         return self.field.metadata["option"]
-
-    @property
-    def members(self) -> tuple[Any, ...]:
-        """The types that a value may have."""
-        return (
-            typing.get_args(self.hint) if isinstance(self.hint, types.UnionType) else (self.hint,)
-        )
 
 
 def options(
@@ -92,7 +81,8 @@ def _declared(cls: type) -> list[Declared]:
 
 def _parameter(declared: Declared) -> inspect.Parameter:
     """What typer is told of a field."""
-    option, members, default = declared.option, declared.members, declared.field.default
+    option, hint, default = declared.option, declared.hint, declared.field.default
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kind: Any = next((one for one in (Path, str, bool, int, float) if one in members), str)
     if option.listed:
         kind, values = str, default if isinstance(default, Sequence) else [default]
@@ -103,7 +93,7 @@ def _parameter(declared: Declared) -> inspect.Parameter:
         kind = kind | None
     flag = f"--{declared.field.name.replace('_', '-')}"
     shape = {"": kind is bool, "<str>": kind == list[str] | None, "<int>": option.least is not None}
-    told = typer.Option(
+    shown = typer.Option(
         *(option.flags or (flag,)),
         help=option.help,
         min=option.least,
@@ -114,7 +104,7 @@ def _parameter(declared: Declared) -> inspect.Parameter:
         declared.field.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=... if default is MISSING else default,
-        annotation=Annotated[kind, told],
+        annotation=Annotated[kind, shown],
     )
 
 
@@ -122,17 +112,10 @@ def _read(declared: Declared, value: Any) -> Any:
     """A value as the field holds it, from what typer has read."""
     if not declared.option.listed:
         return () if value is None and isinstance(declared.field.default, tuple) else value
-    return numbers(value) if "int" in str(declared.hint) else split(value)
-
-
-def split(text: str) -> list[str]:
-    """The parts of an option that is a list."""
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def numbers(text: str) -> list[int]:
-    """The same where every part is a whole number."""
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if "int" not in str(declared.hint):
+        return parts
     try:
-        return [int(part) for part in split(text)]
+        return list(map(int, parts))
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is no list of whole numbers") from None
+        raise typer.BadParameter(f"{value!r} is no list of whole numbers") from None

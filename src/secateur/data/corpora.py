@@ -1,8 +1,4 @@
-"""The documents of a corpus, by its name or from files, and the rows of a file, whoever wrote
-it.
-"""
-
-from __future__ import annotations
+"""The documents of a corpus, by its name or from files, and the rows of a file."""
 
 import gzip
 import json
@@ -53,9 +49,7 @@ def _local_files(folder: Path, split: str) -> Iterator[Path]:
 
 
 def _from_files(files: Sequence[Path]) -> list[str]:
-    """The documents of files: the whole of a .txt, the `text` of each row elsewhere. Raises
-    BadText.
-    """
+    """The documents of files: the whole of a .txt, else the `text` of each row. Raises BadText."""
     texts: list[str] = []
     for file in files:
         try:
@@ -74,11 +68,10 @@ def _from_files(files: Sequence[Path]) -> list[str]:
 
 
 def rows(file: Path, column: str | None = None) -> Iterator[Any]:
-    """The rows of a .parquet, of a JSON array, or of a file with one JSON value a line; .gz and .xz
-    are unpacked.
+    """The rows of a .parquet, of a JSON array, or of a file with one JSON value a line.
 
-    Of a .parquet one `column` is read alone. Raises BadText for a line that is no JSON, else what
-    the reader raises.
+    .gz and .xz are unpacked. Of a .parquet one `column` is read alone. Raises BadText for a line
+    that is no JSON, else what the reader raises.
     """
     if file.name.endswith(".parquet"):
         from pyarrow import parquet  # takes long to import
@@ -97,14 +90,12 @@ def rows(file: Path, column: str | None = None) -> Iterator[Any]:
             return
         for number, line in enumerate(stream, 1):
             if line.strip():
-                yield _parsed(line, f"Line {number} of {file}")
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadText(f"{where} is no JSON: {in_one_line(error)}.") from error
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    reason = in_one_line(error)
+                    raise BadText(f"Line {number} of {file} is no JSON: {reason}.") from error
+                yield row
 
 
 def _text(row: Any, where: str) -> str:

@@ -106,9 +106,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Hide what the process writes: Rust prints pages about a panic, and words on odd fields; we
-    say it ourselves.
-    """
+    """Hide what the process writes: Rust prints pages about a panic, and we say it ourselves."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     kept = {number: os.dup(number) for number in (1, 2)}
@@ -125,9 +123,7 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def _rust_errors(folder: object) -> Iterator[None]:
-    """Turn what the tokenizers library raises for a broken file, a bare `Exception` or a panic,
-    into BadCheckpoint.
-    """
+    """Turn what Rust raises for a broken file, a bare Exception or a panic, into BadCheckpoint."""
     try:
         yield
     except BaseException as error:
@@ -200,9 +196,7 @@ def evaluation_windows(
     windows: int | None = None,
     data_dir: Path | None = None,
 ) -> Windows:
-    """All windows of `length` tokens of the evaluation split, or the first `windows`. Raises
-    NotEnoughText.
-    """
+    """`windows` windows of `length` tokens to evaluate on, None for all. Raises NotEnoughText."""
     if length < 2 or (windows is not None and windows < 2):
         raise NotEnoughText(
             f"Evaluation needs at least 2 windows of 2 tokens; found {windows or 'all'} of "
@@ -236,8 +230,8 @@ def _encoded(
 
 
 def border_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands between two documents of a stream: the end of a text, unless the tokenizer marks
-    texts itself.
+    """What follows each document of a stream: the end-of-text token, or nothing if texts are marked
+    by the tokenizer itself.
     """
     marked = tokenizer.num_special_tokens_to_add() > 0 or tokenizer.eos_token_id is None
     return [] if marked else [int(tokenizer.eos_token_id)]  # type: ignore[arg-type]

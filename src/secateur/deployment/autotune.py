@@ -1,10 +1,7 @@
 """Which product a layer uses for how many rows of x: timed once for each kind of matrix."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
 from typing import TypeVar
@@ -40,8 +37,10 @@ def fastest_by_rows(
     weight: Tensor,
     products: Callable[[Tensor], Mapping[Choice, Callable[[], object]]],
 ) -> tuple[Choice, ...]:
-    """For each number of rows in `classes` the fastest of `products(x)` on the CUDA device of a
-    weight `[out, in]`, x `[rows, in]`, with nothing of the matrix in the cache.
+    """Time `products(x)` for each number of rows in `classes`, and return the fastest of each.
+
+    x is `[rows, in]`, on the CUDA device and in the dtype of a weight `[out, in]`; nothing of the
+    matrix is in the cache.
     """
     choices = []
     for rows in classes:
@@ -55,48 +54,36 @@ def choice_for(choices: Sequence[Choice], classes: Sequence[int], rows: int) -> 
     return choices[min(bisect_left(classes, rows), len(classes) - 1)]
 
 
-@dataclass(frozen=True)
-class Crossover:
-    """Which of `WAYS`, or `dense` where the dense matrix is kept, is used from which batch on.
-
-    `gains` says for each of `BATCHES` how many times faster than torch's own dense product it is,
-    as far as that one was tried.
-    """
-
-    ways: dict[int, str]
-    gains: dict[int, float]
-
-    def way(self, batch: int) -> str:
-        return self.ways[max((b for b in self.ways if b <= batch), default=min(self.ways))]
+Crossover = Mapping[int, str]
+"""From which number of rows of x on which of `WAYS` is used, or `dense`."""
+UNMEASURED: Crossover = {1: "packed", MOST + 1: "unpacked"}
 
 
-UNMEASURED = Crossover({1: "packed", MOST + 1: "unpacked"}, {})
+def way_for(crossover: Crossover, rows: int) -> str:
+    """The way for some rows of x: that of the next smaller number, or of the first."""
+    return crossover[max((one for one in crossover if one <= rows), default=min(crossover))]
 
 
 def measure_crossover(packed: Packed, dtype: torch.dtype, *, keep_dense: bool) -> Crossover:
     """The fastest way for each of `BATCHES`, activations in `dtype`, the best of a few calls each.
 
-    `dense` may win only with `keep_dense`; a gain under 1 says where it would have.
+    `dense` is tried only with `keep_dense`.
     """
-    dense = packed.dense(dtype=dtype)
     compiled = packed.values.dtype in KINDS and library() is not None
     tried: dict[str, Way] = dict(WAYS) if compiled else {"unpacked": multiply_unpacked}
-    tried["dense"] = lambda packed, x: linear(x, dense)
+    if keep_dense:
+        dense = packed.dense(dtype=dtype)
+        tried["dense"] = lambda packed, x: linear(x, dense)
     ways: dict[int, str] = {}
-    gains: dict[int, float] = {}
     for batch in BATCHES:
         draw = torch.Generator().manual_seed(batch)
-        seconds = _best_of_few(
-            tried, packed, torch.randn(batch, packed.columns, generator=draw).to(dtype)
-        )
-        allowed = [name for name in seconds if keep_dense or name != "dense"]
-        ways[batch] = min(allowed, key=seconds.__getitem__)
-        if "dense" in seconds:
-            gains[batch] = seconds["dense"] / seconds[ways[batch]]
+        x = torch.randn(batch, packed.columns, generator=draw).to(dtype)
+        seconds = _best_of_few(tried, packed, x)
+        ways[batch] = min(seconds, key=seconds.__getitem__)
         if batch > MOST:  # the small batches decide little, and the first call of a way is slow
             hopeless = HOPELESS * seconds[ways[batch]]
             tried = {name: way for name, way in tried.items() if seconds[name] <= hopeless}
-    return Crossover(ways, gains)
+    return ways
 
 
 def _best_of_few(ways: Mapping[str, Way], packed: Packed, x: Tensor) -> dict[str, float]:

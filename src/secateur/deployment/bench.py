@@ -1,5 +1,4 @@
-"""One clock for every runtime: prefill and decode apart, dense and pruned in turn, and how near to
-the machine's limit.
+"""Times models in every runtime: prefill and decode apart, and how near to the machine's limit.
 
 The dense model and the pruned ones take turns in every round, so that whatever else the machine
 does falls on all of them; a ratio is the median over rounds of paired times, with a 95 % interval
@@ -7,20 +6,19 @@ by bootstrap. Before anything is timed, a fast runtime must give the logits that
 gives for the same folder; otherwise there is no figure.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import open_checkpoint
-from secateur.deployment.runtimes import RUNTIMES, Running, find_runtime
+from secateur.deployment.runtimes import RUNTIMES, find_runtime
+from secateur.deployment.runtimes.base import Running
 from secateur.errors import UnsupportedModel
 from secateur.kernels.packed import dense_product
 from secateur.models.load import resolve
@@ -28,13 +26,14 @@ from secateur.system.clock import spread, timed
 from secateur.system.devices import timed_dtype
 from secateur.system.files import disk_errors
 from secateur.system.intervals import bootstrap_interval
-from secateur.system.json_files import json_text
+from secateur.system.json_files import write_json
 from secateur.system.machine import machine, matrix_rate, typed_command, versions
 from secateur.system.memory import PeakMemory, resident_bytes
 from secateur.system.progress import Progress
 from secateur.system.settings import TimedRuns
 
 Key = tuple[str, str]  # a model and a runtime
+Times = tuple[list[float], list[float]]  # seconds of each round: of a prefill, of a decoded token
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """How far the logits of a runtime may be from those of plain transformers, ‖a − b‖ / ‖b‖."""
 ROUNDED = 0.1
@@ -44,17 +43,16 @@ SCHEMA = "secateur.bench/2"
 
 @dataclass
 class Timing:
-    """One model in one runtime at one batch and prompt length. Seconds are [10 %, median, 90 %]
-    over rounds.
+    """One model in one runtime at one batch and prompt length.
 
-    `prefill` is the time to the first token, `decode` that of one step of the whole batch. The
-    ratios say how many times faster than the dense model in `against`: the same runtime where the
-    dense model has one, else the runtime's twin, else `eager`; `over_eager` is that of decoding to
-    the dense model in `eager`. Each is the median over rounds and its 95 % interval. `memory_bytes`
-    is by how much the process's memory, mapped files included, grew at most while the model was
-    loaded and ran once; `weight_bytes` are read for a token. Shares are of what the machine was
-    measured to read (decoding: weights alone) and to multiply (prefill: the weights of the same
-    model in `eager`).
+    Seconds are [10 %, median, 90 %] over rounds. `prefill` is the time to the first token, `decode`
+    that of one step of the whole batch. The ratios say how many times faster than the dense model
+    in `against`: the same runtime where the dense model has one, else the runtime's twin, else
+    `eager`; `over_eager` is that of decoding to the dense model in `eager`. Each is the median over
+    rounds and its 95 % interval. `memory_bytes` is by how much the process's memory, mapped files
+    included, grew at most while the model was loaded and ran once; `weight_bytes` are read for a
+    token. Shares are of what the machine was measured to read (decoding: weights alone) and to
+    multiply (prefill: the weights of the same model in `eager`).
     """
 
     model: str
@@ -87,11 +85,8 @@ class BenchResults:
     rounds: int
     read_bandwidth: float
     matrix_rate: float
-    timings: list[Timing]
-    skipped: dict[str, str]
-
-    def json(self) -> str:
-        return json_text(asdict(self), finite=True)
+    timings: list[Timing] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def bench(
@@ -108,20 +103,26 @@ def bench(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> BenchResults:
-    """Time `models` (checkpoint folders) beside the model `dense` (None: the embedded demo) on this
-    machine's CPU.
+    """Time checkpoint folders beside the model `dense` (None: the embedded demo) on this machine.
 
     Raises UnknownName, BadCheckpoint; UnsupportedModel where a runtime gives other outputs than
     plain transformers.
     """
-    runs = TimedRuns(
-        runtimes=runtimes, batch=batch, prompt=prompt, new=new, rounds=rounds, dtype=dtype
-    )
     progress = progress or Progress()
     runnable = {name: find_runtime(name) for name in dict.fromkeys(["eager", *runtimes])}
     kind = timed_dtype(dtype)
     folders = _folders(models, dense)
-    results = _nothing_timed(runs, kind, typed_command(command))
+    results = BenchResults(
+        SCHEMA,
+        typed_command(command),
+        machine(),
+        versions(),
+        str(kind).removeprefix("torch."),
+        new,
+        rounds,
+        read_bandwidth(),
+        max(matrix_rate(kind), matrix_rate(torch.float32)),
+    )
     twins = [runtime.twin for runtime in runnable.values() if runtime.twin]
     wanted = [("dense", name) for name in dict.fromkeys([*runnable, *twins])]
     wanted += [(name, runtime) for name in folders if name != "dense" for runtime in runnable]
@@ -136,7 +137,7 @@ def bench(
     progress.end()
     if out is not None:
         with disk_errors(Path(out)):
-            Path(out).write_text(results.json(), encoding="utf-8")
+            write_json(Path(out), asdict(results), finite=True)
     return results
 
 
@@ -152,41 +153,17 @@ def _folders(models: Sequence[str | Path], dense: str | Path | None) -> dict[str
     return folders
 
 
-def _nothing_timed(runs: TimedRuns, dtype: torch.dtype, command: list[str]) -> BenchResults:
-    """The results before anything was timed, with the rates of this machine."""
-    return BenchResults(
-        SCHEMA,
-        command,
-        machine(),
-        versions(),
-        str(dtype).removeprefix("torch."),
-        runs.new,
-        runs.rounds,
-        read_bandwidth(),
-        max(matrix_rate(dtype), matrix_rate(torch.float32)),
-        [],
-        {},
-    )
-
-
-class Loaded(NamedTuple):
-    """A model in a runtime, and the memory that it took."""
-
-    running: Running
-    memory_bytes: int | None
-
-
 def _load_all(
     wanted: Sequence[Key],
     folders: dict[str, Path],
     dtype: torch.dtype,
     skipped: dict[str, str],
     progress: Progress,
-) -> dict[Key, Loaded]:
+) -> dict[Key, Running]:
     """Every model in every runtime that takes it; why not goes to `skipped`. Raises
     UnsupportedModel where one gives other outputs than plain transformers.
     """
-    loaded: dict[Key, Loaded] = {}
+    loaded: dict[Key, Running] = {}
     for name, runtime in wanted:
         progress.begin(f"loading {name} in {runtime}")
         try:
@@ -196,12 +173,11 @@ def _load_all(
             continue
         if runtime != "eager":
             allowed = ROUNDED if RUNTIMES[runtime].rounded else TOLERANCE[dtype]
-            plain = loaded[name, "eager"].running
-            _check_outputs(plain, model.running, f"{name} in {runtime}", allowed)
+            _check_outputs(loaded[name, "eager"], model, f"{name} in {runtime}", allowed)
     return loaded
 
 
-def _load(runtime: str, folder: Path, dtype: torch.dtype) -> Loaded:
+def _load(runtime: str, folder: Path, dtype: torch.dtype) -> Running:
     """Raises UnsupportedModel where the runtime is missing here, or cannot run that model."""
     if (reason := RUNTIMES[runtime].missing()) is not None:
         raise UnsupportedModel(reason)
@@ -209,7 +185,8 @@ def _load(runtime: str, folder: Path, dtype: torch.dtype) -> Loaded:
         before = memory.bytes or 0
         running = RUNTIMES[runtime].load(folder, dtype)
         running.prefill(_ids(running, 1, 8, 0))
-    return Loaded(running, None if memory.bytes is None else memory.bytes - before)
+    running.memory_bytes = None if memory.bytes is None else memory.bytes - before
+    return running
 
 
 def _ids(running: Running, batch: int, length: int, seed: int) -> Tensor:
@@ -218,8 +195,7 @@ def _ids(running: Running, batch: int, length: int, seed: int) -> Tensor:
 
 
 def _check_outputs(plain: Running, fast: Running, what: str, tolerance: float) -> None:
-    """Raise UnsupportedModel unless prefill and three decoded tokens give the same logits and
-    greedy tokens.
+    """Raise UnsupportedModel unless two models give the same logits and greedy tokens.
 
     A token that the plain model ranks as high as its own first, within the tolerance, counts as the
     same.
@@ -238,11 +214,9 @@ def _check_outputs(plain: Running, fast: Running, what: str, tolerance: float) -
 
 
 def _logits(plain: Running, fast: Running) -> Iterator[tuple[Tensor, Tensor]]:
-    """The logits of both after a prompt and after three more tokens. One that samples by itself is
-    asked apart.
-    """
+    """The logits of two models after a prompt, and after each of three more tokens."""
     ids = _ids(plain, 2, 8, 0)
-    ask = getattr(fast, "logits", None)
+    ask = getattr(fast, "logits", None)  # of a runtime that samples by itself
     try:
         yield plain.prefill(ids), (ask or fast.prefill)(ids)
     except UnsupportedModel:  # for single rows
@@ -254,15 +228,8 @@ def _logits(plain: Running, fast: Running) -> Iterator[tuple[Tensor, Tensor]]:
         yield plain.decode(token), fast.decode(token) if ask is None else ask(ids)
 
 
-class Times(NamedTuple):
-    """Seconds of each round: of the prefill, and of one step of decoding."""
-
-    prefill: list[float]
-    decode: list[float]
-
-
 def _times(
-    loaded: dict[Key, Loaded],
+    loaded: dict[Key, Running],
     asked: Sequence[Key],
     batch: int,
     length: int,
@@ -270,10 +237,10 @@ def _times(
     progress: Progress,
 ) -> dict[Key, Times]:
     """Time every model in turn, round after round, the first of which warms up."""
-    times = {key: Times([], []) for key in asked}
+    times: dict[Key, Times] = {key: ([], []) for key in asked}
     for number in range(-1, results.rounds):
         for key in list(times):
-            model = loaded[key].running
+            model = loaded[key]
             model.room = results.new_tokens
             ids = _ids(model, batch, length, number + 1)
             try:
@@ -284,8 +251,8 @@ def _times(
                 continue
             _, decode = timed(partial(_decode, model, logits, results.new_tokens))
             if number >= 0:
-                times[key].prefill.append(prefill)
-                times[key].decode.append(decode / results.new_tokens)
+                times[key][0].append(prefill)
+                times[key][1].append(decode / results.new_tokens)
         progress.advance("rounds", number + 1, results.rounds)
     return times
 
@@ -298,34 +265,35 @@ def _decode(model: Running, logits: Tensor, count: int) -> None:
 def _timing(
     key: Key,
     times: dict[Key, Times],
-    loaded: dict[Key, Loaded],
+    loaded: dict[Key, Running],
     batch: int,
     length: int,
     results: BenchResults,
 ) -> Timing:
     """What the rounds of one model come to."""
     name, runtime = key
-    own, model = times[key], loaded[key]
+    (prefill, decode), model = times[key], loaded[key]
     choices = [runtime, RUNTIMES[runtime].twin, "eager"]
     against = next(other for other in choices if other and ("dense", other) in times)
-    dense, step = times["dense", against], float(np.median(own.decode))
-    weights = loaded[name, "eager"].running.weight_bytes / getattr(torch, results.dtype).itemsize
+    dense_prefill, dense_decode = times["dense", against]
+    step = float(np.median(decode))
+    weights = loaded[name, "eager"].weight_bytes / getattr(torch, results.dtype).itemsize
     return Timing(
         name,
         runtime,
         batch,
         length,
-        spread(own.prefill),
-        spread(own.decode),
+        spread(prefill),
+        spread(decode),
         batch / step,
         against,
-        _ratio(dense.prefill, own.prefill),
-        _ratio(dense.decode, own.decode),
-        _ratio(times["dense", "eager"].decode, own.decode),
+        _ratio(dense_prefill, prefill),
+        _ratio(dense_decode, decode),
+        _ratio(times["dense", "eager"][1], decode),
         model.memory_bytes,
-        model.running.weight_bytes,
-        model.running.weight_bytes / step / results.read_bandwidth,
-        2 * weights * batch * length / float(np.median(own.prefill)) / results.matrix_rate,
+        model.weight_bytes,
+        model.weight_bytes / step / results.read_bandwidth,
+        2 * weights * batch * length / float(np.median(prefill)) / results.matrix_rate,
     )
 
 

@@ -1,13 +1,10 @@
-"""Single matrices of a model, dense and with their zeros used, at several batches: the table that
-says where zeros pay.
+"""Times single matrices of a model, dense and with their zeros used, to see where zeros pay.
 
 Every kernel takes its turn in every round, multiplies by a few copies one after the other, as a
 model does by its layers, and walks over copies that together exceed the last-level cache, so that
 weights come from memory. Ratios are medians over rounds of paired times; `bytes` is the ratio of
 what is read, which is what a product that only waits for memory can gain.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -48,50 +45,32 @@ class Prepared(NamedTuple):
     bytes: int
 
 
-def _torch(weight: Tensor) -> Prepared:
-    return Prepared(lambda x: linear(x, weight), weight.nbytes)
+KERNELS = ("torch", "own dense", "own int8", "packed", "packed int8")
+"""The kernels that are timed; the own ones, which are dense, are for batch 1."""
 
 
-def _own(weight: Tensor) -> Prepared | None:
-    if dense_product(weight, torch.zeros(weight.shape[1], dtype=weight.dtype)) is None:
+def _prepared(kernel: str, weight: Tensor) -> Prepared | None:
+    """A matrix `[rows, columns]` for one of `KERNELS`; None where there is none for it here."""
+    if kernel == "torch":
+        return Prepared(lambda x: linear(x, weight), weight.nbytes)
+    if kernel.startswith("packed"):
+        packed = pack_int8(weight) if kernel.endswith("int8") else pack(weight)
+        return Prepared(lambda x: multiply(packed, x), packed.bytes)
+    stored, scales = quantised(weight) if kernel.endswith("int8") else (weight, None)
+    dtype = weight.dtype if scales is None else torch.float32
+    if dense_product(stored, torch.zeros(weight.shape[1], dtype=dtype), scales) is None:
         return None
-    return Prepared(lambda x: dense_product(weight, x[0]), weight.nbytes)
-
-
-def _own_int8(weight: Tensor) -> Prepared | None:
-    whole, scales = quantised(weight)
-    if dense_product(whole, torch.zeros(weight.shape[1]), scales) is None:
-        return None
-    return Prepared(
-        lambda x: dense_product(whole, x[0].float(), scales), whole.nbytes + scales.nbytes
-    )
-
-
-def _packed(weight: Tensor) -> Prepared:
-    packed = pack(weight)
-    return Prepared(lambda x: multiply(packed, x), packed.bytes)
-
-
-def _packed_int8(weight: Tensor) -> Prepared:
-    packed = pack_int8(weight)
-    return Prepared(lambda x: multiply(packed, x), packed.bytes)
-
-
-KERNELS: dict[str, Callable[[Tensor], Prepared | None]] = {
-    "torch": _torch,
-    "own dense": _own,
-    "own int8": _own_int8,
-    "packed": _packed,
-    "packed int8": _packed_int8,
-}
-"""What makes it from a matrix; None where there is no such kernel. The own ones are for batch 1."""
+    size = stored.nbytes + (0 if scales is None else scales.nbytes)
+    return Prepared(lambda x: dense_product(stored, x[0].to(dtype), scales), size)
 
 
 @dataclass
 class LayerTiming:
-    """One kernel on one matrix at one batch. `seconds` are [10 %, median, 90 %] over rounds; `over`
-    says how many times faster than `torch`, and than our own dense kernel with the same values
-    where there is one; `bytes` how many times less is read than by `torch`.
+    """One kernel on one matrix at one batch.
+
+    `seconds` are [10 %, median, 90 %] over rounds. `over` says how many times faster it is than
+    torch's kernel and, where there is one, than our own dense kernel with the same values; `bytes`,
+    how many times less it reads than torch's.
     """
 
     site: str
@@ -111,7 +90,7 @@ def time_matrices(
     """Time every kernel on matrices `[rows, columns]` on the CPU, by the name of each matrix."""
     progress = progress or Progress()
     timings = []
-    for number, (site, weight) in enumerate(matrices.items()):
+    for number, (matrix, weight) in enumerate(matrices.items()):
         sparsity = count_zeros(weight) / weight.numel()
         copies = _copies(weight, sparsity)
         shape = (weight.shape[0], weight.shape[1])
@@ -119,7 +98,7 @@ def time_matrices(
             seconds = _rounds(copies, weight, size, runs.rounds)
             timings += [
                 LayerTiming(
-                    site,
+                    matrix,
                     shape,
                     sparsity,
                     size,
@@ -137,14 +116,13 @@ def time_matrices(
 def _copies(weight: Tensor, sparsity: float) -> dict[str, list[Prepared]]:
     """For each kernel that takes a matrix, so many copies of it that they exceed the cache."""
     copies = {}
-    for name, prepare in KERNELS.items():
+    for name in KERNELS:
         if sparsity < LEAST and name.startswith("packed"):
             continue
-        if (first := prepare(weight)) is not None:
-            rolled = (
-                weight.roll(rows, 0) for rows in range(1, int(BEYOND_CACHE // first.bytes) + 1)
-            )
-            copies[name] = [first, *filter(None, map(prepare, rolled))]
+        if (first := _prepared(name, weight)) is not None:
+            count = int(BEYOND_CACHE // first.bytes)
+            others = (_prepared(name, weight.roll(rows, 0)) for rows in range(1, count + 1))
+            copies[name] = [first, *filter(None, others)]
     return copies
 
 
@@ -194,8 +172,8 @@ def time_layers(
             if len(kind[0]) == 2 and kind not in kinds:
                 kinds.add(kind)
                 tensor = checkpoint.tensor(name).to(dtype)
-                lying = tensor.T if stored.transposed else tensor
-                matrices[f"{Path(model).name} {name}"] = lying.contiguous()
+                weight = tensor.T if stored.transposed else tensor
+                matrices[f"{Path(model).name} {name}"] = weight.contiguous()
     progress.begin("timing single matrices")
     timings = time_matrices(matrices, runs, progress)
     progress.end()

@@ -1,9 +1,8 @@
 """What this machine can run: each runtime and format, and the reason where it cannot."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,26 +12,14 @@ from secateur.deployment.runtimes import RUNTIMES
 from secateur.kernels.library import isa
 from secateur.system.machine import machine, versions
 
-OPTIONAL = (
-    "lm-eval",
-    "peft",
-    "triton",
-    "onnx",
-    "onnxruntime",
-    "gguf",
-    "llama-cpp-python",
-    "vllm",
-    "tensorrt-llm",
-    "compressed-tensors",
-)
-"""Packages that a runtime or a format may want."""
+OPTIONAL = ("lm-eval", "peft", "triton")
+"""Packages that may be wanted, besides those of a runtime or a format."""
 
 
 @dataclass(frozen=True)
 class Examination:
-    """What `doctor` found. `packed` is the instruction set of the packed products, None where they
-    were not compiled; `runtimes` gives for each the reason why it cannot be used here, None where
-    it can; `packages` the versions.
+    """What this machine has: `packed` is the instruction set of the packed products, None where
+    they were not compiled; `runtimes` says why each cannot be used here, None where it can.
     """
 
     machine: dict[str, Any]
@@ -48,6 +35,7 @@ class Examination:
 def examine() -> Examination:
     """Look at this machine; nothing is run that takes longer than a moment."""
     cuda = torch.cuda.is_available()
+    named = [known.packages for known in (*FORMATS.values(), *RUNTIMES.values())]
     sparselt = torch.backends.cusparselt
     return Examination(
         machine(),
@@ -57,7 +45,7 @@ def examine() -> Examination:
         sparselt.version() if cuda and sparselt.is_available() else None,
         {name: runtime.missing() for name, runtime in RUNTIMES.items()},
         {name: known.loaded_by for name, known in FORMATS.items()},
-        {name: _version(name) for name in OPTIONAL},
+        {name: _version(name) for name in chain(OPTIONAL, *named)},
     )
 
 

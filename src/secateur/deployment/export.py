@@ -1,7 +1,5 @@
 """A checkpoint in another form: for a runtime that wants one, or back to a dense folder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,7 +7,7 @@ from secateur.checkpoints.folder import INDEX, Checkpoint, open_checkpoint
 from secateur.checkpoints.record import record_of
 from secateur.checkpoints.result_folder import output
 from secateur.checkpoints.shards import save_in_shards
-from secateur.deployment.formats import FORMATS, Format, find_format, format_of
+from secateur.deployment.formats import FORMATS, Format, format_of
 from secateur.errors import BadCheckpoint, UnknownName
 from secateur.models.checks import LOAD_ERRORS, bad_weights, foreign, other_shape, without_weights
 from secateur.models.load import load_config, resolve
@@ -32,12 +30,12 @@ def export(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> str:
-    """Write a checkpoint in the format `to`, or with `dense` one of those formats as a dense
-    checkpoint again. Returns what loads the result.
+    """Write a checkpoint in another format, or back as a dense one; returns what loads the result.
 
-    Some formats have options: `packed` and `gguf` the `values` that are stored, `tensorrt-llm` the
-    number of `ranks`, `packed` whether to `trust_remote_code`. Raises UnknownName, BadCheckpoint,
-    BadPattern, NonFinite, UnsupportedModel, OutputRefused, DiskFull.
+    `to` is a format that `secateur doctor` lists, or `dense`. Some formats have options: `packed`
+    and `gguf` the `values` that are stored, `tensorrt-llm` the number of `ranks`, `packed` whether
+    to `trust_remote_code`. Raises UnknownName, BadCheckpoint, BadPattern, NonFinite,
+    UnsupportedModel, OutputRefused, DiskFull.
     """
     progress = progress or Progress()
     folder, out = resolve(model), Path(out)
@@ -72,10 +70,13 @@ def export(
 def _formats(
     folder: Path, to: str, options: Mapping[str, object]
 ) -> tuple[Format | None, str | None]:
-    """The format to write and the name of the one that a folder is in, None for dense. Raises
-    UnknownName; BadCheckpoint where both are dense, or neither.
+    """The format to write and the name of the one that a folder is in, None for dense.
+
+    Raises UnknownName; BadCheckpoint where both are dense, or neither.
     """
-    wanted = None if to == "dense" else find_format(to)
+    if to != "dense" and to not in FORMATS:
+        raise UnknownName("format", to, ["dense", *FORMATS])
+    wanted = FORMATS.get(to)
     allowed = frozenset() if wanted is None else wanted.options
     for option in options:
         if option not in allowed:

@@ -1,11 +1,9 @@
 """What a checkpoint folder really holds: read from its tensors, one at a time, whoever wrote it.
 
-The model is built without memory for its weights, to learn which parameters are sites and which way
-they lie; the numbers come from the shards. A folder whose architecture transformers does not know
-is read as well: then every matrix counts, and coverage is unknown.
+The model is built without memory for its weights, to learn which parameters are weight matrices and
+which way they lie; the numbers come from the shards. A folder whose architecture transformers does
+not know is read as well: then every matrix counts, and coverage is unknown.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,12 +22,12 @@ from secateur.models.stored import stored_matrices, unknown_matrices
 from secateur.system.settings import Trust
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
-"""The N:M patterns that are looked for, with those that `pruning.json` names."""
+"""The N:M patterns that are looked for."""
 
 
 @dataclass(frozen=True)
 class TensorReport:
-    """A tensor of the checkpoint that is a weight matrix, or several; the N:M patterns it meets."""
+    """What a tensor holds that is a weight matrix, or several; the N:M patterns that it meets."""
 
     name: str
     shape: tuple[int, ...]
@@ -75,13 +73,13 @@ def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or not tensor.numel():
         return TensorReport(name, place.shape, place.dtype, 0.0, (), 0, 0, 0)
     zero = tensor == 0
-    lying = tensor.transpose(-1, -2) if transposed else tensor
+    weight = tensor.transpose(-1, -2) if transposed else tensor
     return TensorReport(
         name,
         place.shape,
         place.dtype,
         zero.float().mean(dtype=torch.float64).item(),
-        tuple(str(pattern) for pattern in PATTERNS if pattern.holds(lying)),
+        tuple(str(pattern) for pattern in PATTERNS if pattern.holds(weight)),
         int((zero & tensor.signbit()).sum()),
         int(tensor.isnan().sum()),
         int(tensor.isinf().sum()),
@@ -89,7 +87,7 @@ def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport
 
 
 def rows(inspection: Inspection) -> Iterator[tuple[str, ...]]:
-    """The lines of the table that the command prints."""
+    """The table: tensor, shape, dtype, sparsity, patterns, odd values."""
     for tensor in inspection.tensors:
         counts = {"-0.0": tensor.negative_zeros, "NaN": tensor.nans, "Inf": tensor.infs}
         yield (

@@ -4,17 +4,15 @@ A packed product reads little, which is what counts at batch 1; which way is the
 rows depends on processor, shape and sparsity, so it is timed (autotune.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from secateur.deployment.autotune import UNMEASURED, WAYS, Crossover, Crossovers
+from secateur.deployment.autotune import UNMEASURED, WAYS, Crossover, Crossovers, way_for
 from secateur.kernels.packed import Packed, dense_product, pack, pack_int8, quantised
 from secateur.system.tensors import count_zeros
 
@@ -38,7 +36,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.in_features, self.out_features = packed.columns, packed.rows
         self.packed, self.kept = packed, kept
-        self.way = cache(crossover.way)
+        self.way = cache(partial(way_for, crossover))
 
     def forward(self, x: Tensor) -> Tensor:
         way = self.way(x.numel() // self.in_features)
@@ -88,8 +86,7 @@ def pack_model(
     keep_dense: bool = False,
     measure: bool = True,
 ) -> list[str]:
-    """Replace the linear layers that have enough zeros by packed ones, in place; returns their
-    names.
+    """Replace the linear layers with enough zeros by packed ones, in place; returns their names.
 
     Of layers on the CPU in float32 or bfloat16, those with a share `least` of zeros are packed.
     `values` is `as stored` or `int8`, which rounds the weights. Each kind of matrix is timed for a
@@ -116,17 +113,14 @@ def put_packed(model: nn.Module, name: str, packed: Packed, crossovers: Crossove
     """Replace a linear layer by a packed one, with the dense weight if that is ever faster."""
     layer: Any = model.get_submodule(name)
     crossover = crossovers.of(packed) if crossovers else UNMEASURED
-    kept = layer.weight.data if "dense" in crossover.ways.values() else None
-    model.set_submodule(name, PackedLinear(packed, _bias(layer), crossover, kept))
+    kept = layer.weight.data if "dense" in crossover.values() else None
+    bias = getattr(layer.bias, "data", None)
+    model.set_submodule(name, PackedLinear(packed, bias, crossover, kept))
 
 
 def own_products(model: nn.Module, *, int8: bool = False) -> None:
     """Give every dense linear layer in bfloat16, or with `int8` any, our own product at batch 1."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and (int8 or module.weight.dtype == torch.bfloat16):
-            own = OwnLinear(module.weight.data, _bias(module), int8=int8)
-            model.set_submodule(name, own)
-
-
-def _bias(layer: nn.Linear) -> Tensor | None:
-    return None if layer.bias is None else layer.bias.data
+            bias = getattr(module.bias, "data", None)
+            model.set_submodule(name, OwnLinear(module.weight.data, bias, int8=int8))

@@ -1,4 +1,4 @@
-"""What each runtime does with zeros in the weights, by a rule that judges one matrix and says why.
+"""Says what each runtime does with the zeros of a weight matrix, and why.
 
 What is known, with its sources and dates, stands in `sparsity_support.toml`; here are the functions
 that judge by it. They know shapes, dtypes and patterns and run nothing, so where a runtime times
@@ -7,8 +7,6 @@ its log, which `parse_build_log` reads. A new runtime is a table of the file, an
 `OBJECTIONS` if it uses any zeros.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.checkpoints.folder import Checkpoint
-from secateur.deployment.formats.tensorrt_llm import eligible
 from secateur.deployment.packed_model import LEAST
 from secateur.kernels.packed import MOST
 
@@ -51,13 +47,11 @@ then lose.
 
 @dataclass(frozen=True)
 class Matrix:
-    """What a rule is told of a tensor that is a weight matrix, or several.
+    """A tensor of a checkpoint that is a weight matrix, or several, as a rule sees it.
 
-    `rows` are its outputs, `columns` its inputs.
-
-    `crowded` is the share of groups of four consecutive inputs that keep more than two weights: 0
-    is 2:4, 1 where the inputs are no groups of four. `crowded_outputs` is the same along the
-    outputs.
+    `rows` are its outputs, `columns` its inputs. `crowded` is the share of groups of four
+    consecutive inputs that keep more than two weights: 0 is 2:4, 1 where the inputs are no groups
+    of four. `crowded_outputs` is the same along the outputs.
     """
 
     name: str
@@ -81,8 +75,7 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """What is known of a runtime's use of zeros: a table of `runtimes` in the file, which says what
-    each field means.
+    """What is known of a runtime's use of zeros; sparsity_support.toml says what each field means.
 
     `build` is the command that makes an engine from what `export` writes; it may name `{folder}`.
     """
@@ -125,9 +118,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """What one pair of `(Sparsity)` lines of a build log says. Names are left out by some versions
-    of TensorRT.
-    """
+    """What a pair of `(Sparsity)` lines of a build log says; some versions leave out the names."""
 
     eligible: int
     picked: int
@@ -217,20 +208,6 @@ RULES: Mapping[str, Rule] = {name: rule for name, rule in RUNTIME_FACTS.items() 
 """How each runtime treats zeros. A smaller model needs no rule: it is smaller everywhere."""
 
 
-def fused_layers(checkpoint: Checkpoint, ranks: int) -> dict[str, str]:
-    """By tensor, why TensorRT-LLM has no sparse kernel for the layers that it is part of.
-
-    A layer is several matrices, split by ranks, which no judge of one matrix sees. Raises
-    UnsupportedModel and BadCheckpoint.
-    """
-    reasons: dict[str, str] = {}
-    for layer in eligible(checkpoint, ranks=ranks):
-        for name in () if layer.eligible else layer.sites:
-            reason = f"{layer.name} on rank {layer.rank}: {layer.reason}"
-            reasons.setdefault(f"{name}.weight", reason)
-    return reasons
-
-
 _LINES = {
     "eligible": re.compile(
         r"\(Sparsity\) (?:Layers eligible for sparse math"
@@ -244,8 +221,7 @@ _LINES = {
 
 
 def parse_build_log(text: str) -> tuple[SparsityReport, ...]:
-    """What TensorRT says of sparsity in a verbose build log, one report each time it does, the
-    final engine's last.
+    """Read what TensorRT says of sparsity in a verbose build log, the final engine's report last.
 
     TensorRT 8 gives names, later versions counts and, in some, names. Whatever stands before
     `(Sparsity)` in a line is ignored. Empty where the log says nothing: --weight_sparsity or

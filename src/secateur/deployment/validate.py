@@ -1,5 +1,4 @@
-"""Will a runtime use the zeros of a checkpoint? Asked of every weight matrix before anything is
-deployed.
+"""Will a runtime use the zeros of a checkpoint? Asked of every weight matrix before deployment.
 
 Zeros alone make nothing faster: most runtimes multiply by them, and those that skip some want a
 pattern, a dtype, multiples of something and enough rows of x, and fall back to dense products
@@ -7,8 +6,6 @@ without a word. The rules are in sparsity_support.py; here the checkpoint is rea
 promises (`pruning.json`, else the zeros that are there) is held against them. Nothing is run: a yes
 is no speed, `bench` measures that.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
@@ -21,7 +18,7 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.checkpoints.record import record_of
-from secateur.deployment.formats.tensorrt_llm import PRUNED
+from secateur.deployment.formats.tensorrt_llm import PRUNED, eligible
 from secateur.deployment.sparsity_support import (
     CONV1D,
     EXPERTS,
@@ -30,7 +27,6 @@ from secateur.deployment.sparsity_support import (
     Matrix,
     Rule,
     Verdict,
-    fused_layers,
 )
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line, printable
 from secateur.methods.patterns import TWO_OF_FOUR
@@ -80,13 +76,6 @@ class Validation:
     date: str
 
 
-def find_rule(name: str) -> Rule:
-    """The rule of a runtime. Raises UnknownName."""
-    if name not in RULES:
-        raise UnknownName("runtime", name, RULES)
-    return RULES[name]
-
-
 @torch.no_grad()
 def validate(
     model: str | Path | None = None,
@@ -96,14 +85,15 @@ def validate(
     ranks: int = Serving.ranks,
     trust_remote_code: bool = Trust.trust_remote_code,
 ) -> Validation:
-    """For every weight matrix of a checkpoint folder, whether `runtime` will use its zeros, and
-    why.
+    """Say for every weight matrix of a checkpoint whether `runtime` will use its zeros, and why.
 
     `batch` is how many rows of x a product has: the batch in decoding, times the tokens in prefill.
     `ranks` matters to tensorrt-llm alone, whose checkpoint is split by them. Raises UnknownName and
     BadCheckpoint.
     """
-    rule = find_rule(runtime)
+    if runtime not in RULES:
+        raise UnknownName("runtime", runtime, RULES)
+    rule = RULES[runtime]
     folder = resolve(model)
     checkpoint = open_checkpoint(folder)
     record = record_of(folder) or {}
@@ -168,9 +158,7 @@ def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
 
 
 def _crowded(weight: Tensor) -> float:
-    """The share of groups of four along the last axis that keep more than two weights; 1 where
-    there are none.
-    """
+    """The share of groups of four in rows that keep more than two weights; 1 without groups."""
     if weight.shape[-1] % TWO_OF_FOUR.m or not weight.numel():
         return 1.0
     return TWO_OF_FOUR.crowded(weight).float().mean(dtype=torch.float64).item()
@@ -179,13 +167,22 @@ def _crowded(weight: Tensor) -> float:
 def _lacking(
     rule: Rule, checkpoint: Checkpoint, stored: Mapping[str, Stored], ranks: int
 ) -> Mapping[str, str]:
-    """By tensor, why not, of what one matrix does not show."""
+    """By tensor, why TensorRT-LLM has no sparse kernel for the layers that it is part of.
+
+    Such a layer is several matrices, split by ranks, which no rule for one matrix sees.
+    """
     if rule.name != "tensorrt-llm":
         return {}
     try:
-        return fused_layers(checkpoint, ranks)
+        layers = eligible(checkpoint, ranks=ranks)
     except (BadCheckpoint, UnsupportedModel) as error:
         return dict.fromkeys(stored, in_one_line(error))
+    reasons: dict[str, str] = {}
+    for layer in layers:
+        for name in () if layer.eligible else layer.matrices:
+            reason = f"{layer.name} on rank {layer.rank}: {layer.reason}"
+            reasons.setdefault(f"{name}.weight", reason)
+    return reasons
 
 
 def _verdict(rule: Rule, matrix: Matrix, rows: int, promised: str, *, smaller: bool) -> Verdict:
@@ -203,9 +200,7 @@ def _verdict(rule: Rule, matrix: Matrix, rows: int, promised: str, *, smaller: b
 
 
 def _patterns(record: Mapping[str, Any]) -> dict[str, str]:
-    """By parameter, the pattern that pruning.json names. It counts experts one by one, a parameter
-    holds them all.
-    """
+    """By parameter, the pattern that pruning.json names for it, or for one of its experts."""
     patterns: dict[str, str] = {}
     for entry in record.get("sites") or []:
         if entry.get("pattern"):
@@ -220,13 +215,11 @@ def _promise(record: Mapping[str, Any], counted: list[MatrixVerdict]) -> str:
         return f"{record.get('method')} {record['pattern']}, as its pruning.json says"
     if counted:
         return f"zeros in {len(counted)} tensors; there is no pruning.json"
-    return "nothing: no site has zeros, and there is no pruning.json"
+    return "nothing: no weight matrix has zeros, and there is no pruning.json"
 
 
 def rows(validation: Validation) -> Iterator[tuple[str, ...]]:
-    """The lines of the table that the command prints: tensor, shape, dtype, sparsity, promised,
-    used, reason.
-    """
+    """The table: tensor, shape, dtype, sparsity, promised, used, reason."""
     for one in validation.sites:
         shape = "×".join(map(str, one.shape))
         used = "yes" if one.used else "no" if one.promised else "-"
@@ -234,9 +227,7 @@ def rows(validation: Validation) -> Iterator[tuple[str, ...]]:
 
 
 def summary(validation: Validation) -> list[str]:
-    """What it comes to: how many matrices keep their promise, the notes, and where the rule is
-    known from.
-    """
+    """How many matrices keep their promise, the notes, and where the rule is known from."""
     counted = [one for one in validation.sites if one.promised or one.used]
     used = f"{sum(one.used for one in counted)} of {len(counted)} tensors"
     will = "will" if validation.certain else "may"

@@ -1,14 +1,11 @@
-"""Products with packed matrices (packed.py) on a CUDA device, for one to eight rows of x; the
-kernel is bitmap.cu.
+"""Products with packed matrices (packed.py) on a CUDA device, for one to eight rows of x.
 
-It is compiled at run time by NVRTC, which comes with torch for CUDA, so that neither a toolkit nor
-a C++ compiler is wanted on the machine. On an H200 it reads six tenths of what memory gives at best
-(bench/gpu.py): 1.0 to 1.3 times as fast as the dense product for one row of x, slower from two or
-four rows on. Matrices for large batches are better kept dense: this reads fewer bytes, it does not
-compute less.
+The kernel, bitmap.cu, is compiled at run time by NVRTC, which comes with torch for CUDA, so that
+neither a toolkit nor a C++ compiler is wanted on the machine. On an H200 it reads six tenths of
+what memory gives at best (bench/gpu.py): 1.0 to 1.3 times as fast as the dense product for one row
+of x, slower from two or four rows on. Matrices for large batches are better kept dense: this reads
+fewer bytes, it does not compute less.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,13 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import BadCheckpoint, NonFinite
+from secateur.errors import NonFinite
 from secateur.kernels import packed as on_cpu
-from secateur.kernels.device import no_device
+from secateur.kernels.device import DTYPES, check_dtype, no_device
 from secateur.kernels.packed import MOST, Packed
 
 SOURCE = Path(__file__).with_name("bitmap.cu")
-DTYPES = (torch.float16, torch.bfloat16)
 ROWS, THREADS, STEP = 4, 128, 128
 """Of the kernel: rows of W and threads of a block, and columns that x is padded to multiples of."""
 
@@ -42,19 +38,15 @@ def missing() -> str | None:
     return None
 
 
-def pack(weight: Tensor, *, site: str, device: torch.device | str = "cuda") -> Packed:
+def pack(weight: Tensor, *, name: str, device: torch.device | str = "cuda") -> Packed:
     """Pack a matrix `[rows, columns]`, float16 or bfloat16, and put it on the device.
 
     Raises BadCheckpoint for another dtype, NonFinite where a weight is NaN.
     """
-    if weight.dtype not in DTYPES or weight.dim() != 2:
-        raise BadCheckpoint(
-            f"{site} is {weight.dtype} {list(weight.shape)}; "
-            "a matrix in float16 or bfloat16 was wanted. Load the model with --dtype bfloat16."
-        )
+    check_dtype(weight, name)
     if weight.isnan().any():
         raise NonFinite(
-            f"{site} holds NaN, so there is nothing to multiply with. Prune the model again."
+            f"{name} holds NaN, so there is nothing to multiply with. Prune the model again."
         )
     return _moved(on_cpu.pack(weight.detach().cpu()), device)
 
@@ -70,11 +62,10 @@ def _moved(packed: Packed, device: torch.device | str) -> Packed:
 
 
 def multiply(packed: Packed, x: Tensor) -> Tensor:
-    """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x, summed in
-    float32.
+    """Multiply x `[…, columns]` by the matrix transposed: `[…, rows]` in the dtype of x.
 
-    The activations are rounded to the dtype of the values. More rows of x than `MOST` take several
-    turns.
+    The activations are rounded to the dtype of the values, and summed in float32. More rows of x
+    than `MOST` take several turns.
     """
     flat = x.reshape(-1, packed.columns).to(packed.values.dtype)
     dtype = x.dtype if x.dtype == packed.values.dtype else torch.float32

@@ -1,14 +1,16 @@
 """Whether there is a GPU that the products here can run on, and what a product takes on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from secateur.errors import BadCheckpoint
+
 Name = TypeVar("Name")
+DTYPES = (torch.float16, torch.bfloat16)
+"""What matrices are packed in for a device."""
 BEYOND_CACHE = 256 * 2**20
 """Bytes several times as large as the cache of any device of today."""
 LEAST_CAPABILITY = (8, 0)
@@ -25,6 +27,15 @@ def no_device() -> str | None:
     if capability < LEAST_CAPABILITY:
         return "the device has compute capability {}.{}; 8.0 or more is wanted".format(*capability)
     return None
+
+
+def check_dtype(weight: Tensor, name: str) -> None:
+    """Raise BadCheckpoint unless a weight is a matrix in one of `DTYPES`."""
+    if weight.dtype not in DTYPES or weight.dim() != 2:
+        raise BadCheckpoint(
+            f"{name} is {weight.dtype} {list(weight.shape)}; "
+            "a matrix in float16 or bfloat16 was wanted. Load the model with --dtype bfloat16."
+        )
 
 
 def milliseconds(work: Callable[[], object]) -> float:

@@ -5,8 +5,6 @@ exact in float32, so nothing is lost by multiplying them as they are. gram.c doe
 torch does neither there.
 """
 
-from __future__ import annotations
-
 from ctypes import CDLL
 
 import torch

@@ -4,8 +4,6 @@ A plain C library in the clothes of an extension: no Python and no torch in it, 
 every version of both. Everything in it has a slower equal in torch, for where there is no compiler.
 """
 
-from __future__ import annotations
-
 import ctypes
 from functools import cache
 from importlib.util import find_spec

@@ -1,13 +1,10 @@
-"""Which of some scores are kept, exactly: of two equal scores the one at the lower position goes
-first.
+"""Chooses which scores are kept; of two equal ones that at the lower position goes first.
 
 NaN is above every number where the lowest are removed, and where fewer than the lowest asked for
 are numbers, nothing is. Within groups a comparison with NaN fails, whichever side it is on. Float32
 scores on a CPU go to masks.c, which does no more than read them three times; everything else, and
 everything without a compiler, to the same in torch.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -69,8 +66,7 @@ def without_lowest_in_torch(scores: Tensor, removed: int) -> Tensor:
 
 
 def _lowest(scores: Tensor, count: int) -> Tensor:
-    """The `count`-th lowest of scores `[n]`, exactly; three times as fast as `kthvalue` where there
-    are millions.
+    """The `count`-th lowest of scores `[n]`; of millions three times as fast as `kthvalue`.
 
     A sample brackets it, so that only a few per cent of the scores are ordered. Where the bracket
     misses, all are, as they are on a device, which would wait for each answer; millions there, as
@@ -106,9 +102,8 @@ def best_of_groups_in_torch(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def crowded(weight: Tensor, n: int, m: int) -> Tensor:
-    """Which groups of m inputs of a matrix `[…, in]` hold more than n weights that are not zero:
-    bool `[…, in / m]`.
+    """Which groups of m inputs of a matrix `[…, in]` hold more than n weights that are not zero.
 
-    The inputs must be whole groups.
+    Returns bool `[…, in / m]`. The inputs must be whole groups.
     """
     return (weight != 0).unflatten(-1, (-1, m)).sum(-1) > n

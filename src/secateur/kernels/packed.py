@@ -1,13 +1,10 @@
-"""Sparse matrices that stay packed while they are multiplied: a bit for each weight, and the kept
-values.
+"""Sparse matrices that are multiplied while packed: a bit for each weight, and the kept values.
 
 At batch 1 a matrix product reads every weight once and does little with it, so what counts is
 bytes: with half of the weights gone, bfloat16 takes 1.125 bytes a weight instead of 2, and int8
 values 0.625. The products are in packed.c, which is compiled with the package where there is a
 compiler; without it matrices are unpacked, row by row, and multiplied by torch.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -81,7 +78,9 @@ class Packed:
             size = (stop - start, words, torch.get_num_threads())
             unpack(best(), *places, scales, out.data_ptr(), *size)
             return out[:, : self.columns].to(dtype)
-        mask = _bits(self.bitmap[start:stop])[:, : self.columns]
+        packed_bits = self.bitmap[start:stop].contiguous().numpy().view(np.uint8)
+        bits = np.unpackbits(packed_bits, axis=1, bitorder="little")
+        mask = torch.from_numpy(bits.view(bool))[:, : self.columns]
         weight = torch.zeros(stop - start, self.columns, dtype=out_dtype)
         weight[mask] = self.values[int(self.starts[start]) : int(self.starts[stop])].to(out_dtype)
         return (weight if self.scales is None else weight * self.scales[start:stop, None]).to(dtype)
@@ -94,20 +93,16 @@ def pack(weight: Tensor) -> Packed:
             f"Matrices of float32, bfloat16 and float16 can be packed; found {weight.dtype}."
         )
     kept = weight != 0
-    words = -(-weight.shape[1] // WORD)
-    bits = np.zeros((len(weight), words * WORD), dtype=bool)
-    bits[:, : weight.shape[1]] = kept.numpy()
+    bits = nn.functional.pad(kept, (0, -weight.shape[1] % WORD)).numpy()  # whole words
     bitmap = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view(np.int64))
-    starts = torch.zeros(len(weight) + 1, dtype=torch.int64)
-    starts[1:] = kept.sum(1).cumsum(0)
+    starts = row_starts(bitmap)
     values = torch.zeros(int(starts[-1]) + SLACK // weight.element_size(), dtype=weight.dtype)
     values[: int(starts[-1])] = weight[kept]
     return Packed(bitmap, values, starts, weight.shape[1])
 
 
 def pack_int8(weight: Tensor) -> Packed:
-    """Pack a matrix `[rows, columns]` with values of 8 bits: symmetric, one scale a row, the
-    largest weight is 127.
+    """Pack a matrix `[rows, columns]` with int8 values and a scale for each row.
 
     A kept weight under half a step becomes zero, and is not stored.
     """
@@ -121,12 +116,6 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     scales = wide.abs().amax(1) / 127
     steps = wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     return steps.round().clamp(-127, 127).to(torch.int8), scales
-
-
-def _bits(bitmap: Tensor) -> Tensor:
-    """bool `[rows, 64 * words]`."""
-    bits = np.unpackbits(bitmap.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
-    return torch.from_numpy(bits.view(bool))
 
 
 def row_starts(bitmap: Tensor) -> Tensor:
@@ -166,7 +155,7 @@ def check(packed: Packed, name: str = "A packed matrix") -> None:
 
 
 def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
-    """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x.
+    """Multiply x `[…, columns]` by the matrix transposed: `[…, rows]` in the dtype of x.
 
     bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8 ones take
     them as float32, or as integers of 16 bits. Larger batches than `MOST` are taken by and by.
@@ -212,8 +201,7 @@ def multiply_unpacked(packed: Packed, x: Tensor, dtype: torch.dtype | None = Non
 
 
 def dense_product(weight: Tensor, x: Tensor, scales: Tensor | None = None) -> Tensor | None:
-    """x `[columns]` times a dense matrix transposed, float32 `[rows]`: our own, to compare packed
-    ones with.
+    """Multiply x `[columns]` by a dense matrix transposed, float32 `[rows]`, in a kernel of ours.
 
     bfloat16 with bfloat16 x, or int8 with `scales` `[rows]` and float32 x; None where this machine
     or the shape has no such product.

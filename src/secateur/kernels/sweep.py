@@ -1,13 +1,10 @@
-"""SparseGPT's sweep over a block of columns on a GPU, in one launch; the Triton kernel is
-sweep_triton.py.
+"""SparseGPT's sweep over a block of columns on a GPU, in one launch (sweep_triton.py).
 
 In torch every column is some launches that each read and write all later columns of the block. Here
 a block is read and written once.
 
 Run on an H200, where its masks are those of the processor's sweep (tests/kernels/test_kernels.py).
 """
-
-from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cache
@@ -22,23 +19,18 @@ ROWS_AT_ONCE, WARPS, WIDEST = 4, 1, 256
 
 
 @cache
-def _installed() -> bool:
-    return find_spec("triton") is not None
-
-
 def usable(width: int) -> bool:
     """Whether blocks of `width` columns can be swept by the kernel."""
-    return width <= WIDEST and _installed()
+    return width <= WIDEST and find_spec("triton") is not None
 
 
 def sweep_block(
     values: Tensor, kept: Tensor, inverse: Tensor, alive: Tensor, m: int, n: int
 ) -> None:
-    """Sweep values `[rows, width]` float32, contiguous, in place, with U of the block, `[width,
-    width]` float32.
+    """Sweep values `[rows, width]` in place, with U of the block, `[width, width]`, both float32.
 
-    n = 0: kept bool `[rows, width]`, contiguous, is given; otherwise the best n of every m are
-    chosen, inputs that are not `alive` `[width]` last, and written.
+    Values are contiguous. n = 0: kept bool `[rows, width]`, contiguous, is given; otherwise the
+    best n of every m are chosen, inputs that are not `alive` `[width]` last, and written.
     """
     from secateur.kernels import sweep_triton
 

@@ -1,5 +1,4 @@
-"""The Triton kernel of kernels/sweep.py, apart from it because Triton is imported here at once and
-may be missing.
+"""The Triton kernel of kernels/sweep.py, apart from it because Triton may be missing.
 
 A program takes a few rows through all columns of a block, with their weights in registers all the
 while. A column cannot be taken out of registers by its number, so it is summed out of the row: as
@@ -52,14 +51,14 @@ def sweep_rows(
         ratio = tl.div_rn(weights, tl.broadcast_to(diagonal[None, :], (rows_at_once, columns)))
         scores = ratio * ratio * usable[None, :]
         for j in range(first, last):
-            here = column[None, :] == j
+            is_column = column[None, :] == j
             if choose:
-                score = tl.expand_dims(tl.sum(tl.where(here, scores, 0.0), 1), 1)
+                score = tl.expand_dims(tl.sum(tl.where(is_column, scores, 0.0), 1), 1)
                 later = (column[None, :] > j) & (column[None, :] < last) & (scores >= score)
                 earlier = (column[None, :] >= first) & (column[None, :] < j) & ~(score >= scores)
                 ahead = tl.sum((later | earlier).to(tl.int32), 1)
-                stays = tl.where(here & (tl.expand_dims(ahead, 1) < n), 1, stays)
-            leaves = here & (stays == 0)
+                stays = tl.where(is_column & (tl.expand_dims(ahead, 1) < n), 1, stays)
+            leaves = is_column & (stays == 0)
             pivot = tl.load(inverse + j * (row_stride + column_stride))
             gone = tl.sum(tl.where(leaves, weights, 0.0), 1)
             error = tl.div_rn(gone, tl.broadcast_to(pivot, (rows_at_once,)))

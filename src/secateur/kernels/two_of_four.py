@@ -1,5 +1,4 @@
-"""Products with 2:4 matrices on a GPU, for one to eight rows of x; the Triton kernel is
-two_of_four_triton.py.
+"""Products with 2:4 matrices on a GPU, for one to eight rows of x (two_of_four_triton.py).
 
 Tensor cores have 2:4 products, but what is to be had of them at these batches pads x and is slower
 than a dense product. Here only the bytes count: of every four weights two are stored, with two bits
@@ -11,8 +10,6 @@ On an H200 1.5 to 1.8 times as fast as the dense product for one row of x, 1.2 t
 slower from four rows on (bench/gpu.py).
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -22,11 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.errors import BadCheckpoint, BadPattern, NonFinite
-from secateur.kernels.device import fastest, no_device
+from secateur.errors import BadPattern, NonFinite
+from secateur.kernels.device import check_dtype, fastest, no_device
 from secateur.kernels.masks import crowded
 
-DTYPES = (torch.float16, torch.bfloat16)
 GROUP, UNIT, MOST = 4, 8, 8
 """Columns of a group and of a byte of metadata, rows of x that one product takes."""
 ROWS_AT_ONCE = 1024
@@ -39,9 +35,8 @@ PLACES |= {0b1000: (0, 3), 0b1001: (0, 3), 0b1010: (1, 3), 0b1100: (2, 3)}
 
 @dataclass(frozen=True)
 class TwoOfFour:
-    """A 2:4 matrix: `values` `[rows, columns / 2]` float16 or bfloat16, in order, and `meta` uint8
-    `[rows, columns / 8]`, the place of each value in its group, two bits a value from the lowest
-    up.
+    """A packed 2:4 matrix: `values` `[rows, columns / 2]` float16 or bfloat16, and `meta` uint8
+    `[rows, columns / 8]`, the place of each in its group, two bits a value from the lowest up.
     """
 
     values: Tensor
@@ -84,46 +79,41 @@ def missing() -> str | None:
     return None
 
 
-def pack(weight: Tensor, *, site: str, device: torch.device | str = "cuda") -> TwoOfFour:
-    """Pack a 2:4 matrix `[rows, columns]`, float16 or bfloat16, and put it on the device; -0.0 is
-    zero.
+def pack(weight: Tensor, *, name: str, device: torch.device | str = "cuda") -> TwoOfFour:
+    """Pack a 2:4 matrix `[rows, columns]`, float16 or bfloat16, and put it on the device.
 
-    Raises BadCheckpoint for another dtype, NonFinite where a weight is NaN, BadPattern where the
-    matrix is not 2:4 or its columns are no multiple of eight.
+    -0.0 counts as zero. Raises BadCheckpoint for another dtype, NonFinite where a weight is NaN,
+    BadPattern where the matrix is not 2:4 or its columns are no multiple of eight.
     """
-    if weight.dtype not in DTYPES or weight.dim() != 2:
-        raise BadCheckpoint(
-            f"{site} is {weight.dtype} {list(weight.shape)}; "
-            "a matrix in float16 or bfloat16 was wanted. Load the model with --dtype bfloat16."
-        )
+    check_dtype(weight, name)
     if weight.shape[1] % UNIT:
         raise BadPattern(
-            f"{site} has {weight.shape[1]} inputs; "
+            f"{name} has {weight.shape[1]} inputs; "
             f"packed 2:4 matrices need a multiple of {UNIT}. Leave it dense."
         )
-    check_two_of_four(weight, site=site)
+    check_two_of_four(weight, name=name)
     parts = [_pack_rows(part) for part in weight.detach().split(ROWS_AT_ONCE)]
     values, meta = (torch.cat(tensors).to(device) for tensors in zip(*parts, strict=True))
     return TwoOfFour(values, meta)
 
 
-def check_two_of_four(weight: Tensor, *, site: str) -> None:
+def check_two_of_four(weight: Tensor, *, name: str) -> None:
     """Raise NonFinite for NaN in a weight `[out, in]`, BadPattern unless it is 2:4."""
     if weight.shape[1] % GROUP:
         raise BadPattern(
-            f"2:4 needs inputs in fours; {site} has {weight.shape[1]}. Leave it dense."
+            f"2:4 needs inputs in fours; {name} has {weight.shape[1]}. Leave it dense."
         )
     for start in range(0, len(weight), ROWS_AT_ONCE):
         part = weight[start : start + ROWS_AT_ONCE]
         if part.isnan().any():
             raise NonFinite(
-                f"{site} holds NaN, so there is nothing to multiply with. Prune the model again."
+                f"{name} holds NaN, so there is nothing to multiply with. Prune the model again."
             )
         if (full := crowded(part, 2, 4).nonzero()).numel():
             row, group = full[0].tolist()
             kept = int(part[row, GROUP * group : GROUP * group + GROUP].count_nonzero())
             raise BadPattern(
-                f"{site} is not 2:4: inputs {GROUP * group} to {GROUP * group + 3} of output "
+                f"{name} is not 2:4: inputs {GROUP * group} to {GROUP * group + 3} of output "
                 f"{start + row} keep {kept} weights, two were wanted. Prune it with --pattern 2:4."
             )
 
@@ -152,12 +142,11 @@ def unpack(packed: TwoOfFour) -> Tensor:
 
 
 def multiply(packed: TwoOfFour, x: Tensor, *, configuration: Configuration | None = None) -> Tensor:
-    """x `[…, columns]` times the matrix transposed, `[…, rows]` in the dtype of x, summed in
-    float32.
+    """Multiply x `[…, columns]` by the matrix transposed: `[…, rows]` in the dtype of x.
 
-    The activations are rounded to the dtype of the values. More rows of x than `MOST` take several
-    turns. Without a `configuration` the best one is measured at the first product of a shape, which
-    must not be in a CUDA graph.
+    The activations are rounded to the dtype of the values, and summed in float32. More rows of x
+    than `MOST` take several turns. Without a `configuration` the best one is measured at the first
+    product of a shape, which must not be in a CUDA graph.
     """
     flat = x.reshape(-1, packed.columns).to(packed.values.dtype).contiguous()
     if flat.storage_offset() % GROUP:  # four activations are read as one number

@@ -1,5 +1,4 @@
-"""The Triton kernel of two_of_four.py, apart from it because Triton is imported here at once and
-may be missing.
+"""The Triton kernel of two_of_four.py, apart from it because Triton may be missing.
 
 A lane takes eight columns at a time: one byte of metadata, four values as one number of 64 bits,
 and for each row of x their activations as two such numbers. A position in a group, times 16, is how

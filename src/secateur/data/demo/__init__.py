@@ -31,9 +31,7 @@ def model_folder() -> Path:
 
 
 def part_of(name: str) -> str:
-    """The part a document belongs to: by hash, 2/16 calibration, 2/16 evaluation, the rest
-    training.
-    """
+    """The part of a document, by hash: 2/16 calibration, 2/16 evaluation, the rest training."""
     slot = hashlib.sha256(f"secateur demo 1 {name}".encode()).digest()[0] % 16
     return "evaluation" if slot < 2 else "calibration" if slot < 4 else "training"
 
@@ -46,12 +44,11 @@ def documents(part: str) -> tuple[str, ...]:
     """
     if part not in PARTS:
         raise ValueError(f"the demo text has the parts {', '.join(PARTS)}; found {part!r}")
-    chosen = {name: text for name, text in (*_modules(part), *_topics()) if part_of(name) == part}
-    return tuple(chosen[name] for name in sorted(chosen, key=_shuffled))
-
-
-def _shuffled(name: str) -> bytes:
-    return hashlib.sha256(f"order {name}".encode()).digest()
+    topics = import_module("pydoc_data.topics").topics  # what `help()` shows of the language
+    named = (*_modules(part), *((f"pydoc_data.topics/{name}", topics[name]) for name in topics))
+    chosen = {name: text for name, text in named if part_of(name) == part}
+    order = {name: hashlib.sha256(f"order {name}".encode()).digest() for name in chosen}
+    return tuple(chosen[name] for name in sorted(chosen, key=order.__getitem__))
 
 
 def _modules(part: str) -> Iterator[tuple[str, str]]:
@@ -69,10 +66,3 @@ def _modules(part: str) -> Iterator[tuple[str, str]]:
             continue
         if text.strip():
             yield ".".join(path.relative_to(library).with_suffix("").parts), text
-
-
-def _topics() -> Iterator[tuple[str, str]]:
-    """(name, text) of every page of the language reference that `help()` shows."""
-    topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    for name, text in topics.items():
-        yield f"pydoc_data.topics/{name}", text

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from secateur.deployment.formats import compressed_tensors, gguf, onnx, packed, tensorrt_llm
 from secateur.deployment.formats.base import Format
-from secateur.errors import UnknownName
 
 FORMATS: dict[str, Format] = {
     "packed": packed.packed,
@@ -16,17 +15,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def find_format(name: str) -> Format:
-    """The format of that name. Raises UnknownName."""
-    if name not in FORMATS:
-        raise UnknownName("format", name, ["dense", *FORMATS])
-    return FORMATS[name]
-
-
 def format_of(folder: Path) -> str | None:
     """The format that a folder is in, None for dense checkpoints and all else."""
     names = (name for name, known in FORMATS.items() if known.holds and known.holds(folder))
     return next(names, None)
-
-
-__all__ = ["FORMATS", "Format", "find_format", "format_of"]

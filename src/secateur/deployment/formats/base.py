@@ -1,7 +1,5 @@
 """What a format is, how a dense checkpoint is written in another form, and what formats share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +12,7 @@ from secateur.errors import BadCheckpoint, NonFinite
 
 
 class Format(NamedTuple):
-    """One form of a checkpoint on disk.
+    """A form in which a checkpoint can be written, and perhaps read back.
 
     `write(source, folder, **options)` puts the weights of a dense checkpoint into `folder`, which
     holds the source's other files (config.json, tokenizer) already and gets its final name
@@ -24,7 +22,8 @@ class Format(NamedTuple):
     where it is for other programs only. Where it is not, it can be made dense: `restore(folder,
     target)` writes the dense shards where they can be had byte for byte, else `read(folder)` gives
     its tensors densely by their names in the dense checkpoint. `foreign` are the keys of
-    config.json that a dense checkpoint has none of.
+    config.json that a dense checkpoint has none of. `packages` are those whose versions `doctor`
+    shows.
     """
 
     write: Callable[..., None]
@@ -34,10 +33,11 @@ class Format(NamedTuple):
     read: Callable[[Path], Iterator[tuple[str, Tensor]]] | None = None
     restore: Callable[[Path, Path], None] | None = None
     foreign: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
 
 
 def architecture_of(config: Any) -> str:
-    """The causal LM of a configuration, whatever `architectures` in config.json says."""
+    """The name of transformers' causal LM for a configuration, whatever `architectures` says."""
     return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__))
 
 

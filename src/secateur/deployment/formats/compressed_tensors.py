@@ -1,5 +1,4 @@
-"""Sparse-24-bitmask and sparse-bitmask: checkpoints that keep a bit for every weight and store what
-is not zero.
+"""Sparse-24-bitmask and sparse-bitmask: a bit for every weight, and the weights that are not zero.
 
 compressed-tensors wrote both until 0.14.0.1 (2026-03); 0.15.0 dropped the code, so what was
 published in them cannot be loaded today. Here they are read again, and written byte for byte as
@@ -12,13 +11,11 @@ A matrix `<module>.weight` becomes
     shape         int64: [2, 1], or [2] in sparse-bitmask
     row_offsets   int64 [out], only in sparse-bitmask: where a row begins in `compressed`
 
-Only sites that lie [out, in] are packed; everything else stays as it is. Until 0.8 sparse-bitmask
-packed every tensor, vectors too, and put the parts behind the whole name,
+Only weight matrices that lie [out, in] are packed; everything else stays as it is. Until 0.8
+sparse-bitmask packed every tensor, vectors too, and put the parts behind the whole name,
 `<module>.weight.compressed`; that is read as well. Quantised checkpoints, which came in these
 formats too, are refused: unpacked, they would not be dense models.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
@@ -36,7 +33,7 @@ from secateur.deployment.formats.base import Format, refuse_odd_values, tensors_
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.stored import stored_matrices
-from secateur.system.json_files import read_json, write_json
+from secateur.system.json_files import json_object, read_json, write_json
 from secateur.system.tensors import count_zeros
 
 CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
@@ -49,7 +46,7 @@ _PADDING = {0b0000: 0b1100, 0b0001: 0b0101, 0b0010: 0b1010, 0b0100: 0b1100, 0b10
 
 
 class _Layout(NamedTuple):
-    """What differs between the two; `keep(site, weight)` is the mask [out, in] of what stays."""
+    """What differs between the two; `keep(name, weight)` is the mask [out, in] of what stays."""
 
     name: str
     structure: str
@@ -58,17 +55,17 @@ class _Layout(NamedTuple):
     keep: Callable[[str, Tensor], Tensor]
 
 
-def _two_of_four(site: str, weight: Tensor) -> Tensor:
+def _two_of_four(name: str, weight: Tensor) -> Tensor:
     """Two of every four inputs, all that are not zero among them. Raises BadPattern."""
     if weight.shape[1] % 4:
         raise BadPattern(
-            f"2:4 needs inputs in fours; {site} has {weight.shape[1]}. "
+            f"2:4 needs inputs in fours; {name} has {weight.shape[1]}. "
             "Write sparse-bitmask, which takes any number."
         )
     groups = (weight != 0).unflatten(1, (-1, 4))  # [out, in/4, 4]
     if crowded := int(TWO_OF_FOUR.crowded(weight).sum()):
         raise BadPattern(
-            f"{site} is not 2:4: {crowded} of its {groups[..., 0].numel()} groups of four inputs "
+            f"{name} is not 2:4: {crowded} of its {groups[..., 0].numel()} groups of four inputs "
             "hold more than two weights. Prune it with '2:4', or write sparse-bitmask."
         )
     bits = torch.tensor([1, 2, 4, 8], dtype=torch.uint8)
@@ -80,20 +77,19 @@ def _two_of_four(site: str, weight: Tensor) -> Tensor:
 
 
 _TWO_OF_FOUR = _Layout("sparse-24-bitmask", "2:4", True, _PARTS[:3], _two_of_four)
-_ANY = _Layout("sparse-bitmask", "unstructured", False, _PARTS, lambda site, weight: weight != 0)
+_ANY = _Layout("sparse-bitmask", "unstructured", False, _PARTS, lambda _, weight: weight != 0)
 
 
 def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
-    """Put the packed shards, their index and the changed config.json into `folder`, a shard at a
-    time.
+    """Put packed shards, their index and the changed config.json into `folder`.
 
-    Raises BadPattern where a site is not 2:4 and must be, NonFinite for NaN or Inf, BadCheckpoint
+    Raises BadPattern where a matrix is not 2:4 and must be, NonFinite for NaN or Inf, BadCheckpoint
     for -0.0 or weights that are no floats, UnsupportedModel where there is nothing to pack,
     DiskFull and OutputRefused.
     """
     stored, _ = stored_matrices(source)
-    lying = (name for name, matrix in stored.items() if not matrix.transposed)
-    chosen = {name for name in lying if _is_matrix(name, source)}
+    in_place = (name for name, matrix in stored.items() if not matrix.transposed)
+    chosen = {name for name in in_place if _is_matrix(name, source)}
     if not chosen:
         raise UnsupportedModel(
             f"{source.folder} has no linear layer that lies [outputs, inputs] on disk, "
@@ -116,7 +112,19 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
     if (source.folder / INDEX).exists():
         write_index(folder, dict(sorted(shard_of.items())), size)
     config = read_json(folder / "config.json")
-    config["quantization_config"] = _description(layout, zeros / total, _left_dense(source, chosen))
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "version": _VERSION,
+        "transform_config": {},
+        "sparsity_config": {
+            "format": layout.name,
+            "sparsity_structure": layout.structure,
+            "global_sparsity": zeros / total,
+            "targets": ["Linear"],
+            "ignore": _left_dense(source, chosen),
+            "registry_requires_subclass": False,
+        },
+    }
     write_json(folder / "config.json", config, 2)
 
 
@@ -132,31 +140,14 @@ def _left_dense(source: Checkpoint, chosen: set[str]) -> list[str]:
     return ["lm_head", *sorted(matrices)]
 
 
-def _description(layout: _Layout, sparsity: float, ignore: list[str]) -> dict[str, Any]:
-    """What config.json says of the format; `sparsity` is the share of zeros in the whole model."""
-    return {
-        "quant_method": "compressed-tensors",
-        "version": _VERSION,
-        "transform_config": {},
-        "sparsity_config": {
-            "format": layout.name,
-            "sparsity_structure": layout.structure,
-            "global_sparsity": sparsity,
-            "targets": ["Linear"],
-            "ignore": ignore,
-            "registry_requires_subclass": False,
-        },
-    }
-
-
-def _packed(site: str, weight: Tensor, layout: _Layout) -> dict[str, Tensor]:
+def _packed(module: str, weight: Tensor, layout: _Layout) -> dict[str, Tensor]:
     """The parts that stand for a weight [out, in], by their names in the checkpoint."""
     if weight.dtype not in FLOATS.values():
         raise BadCheckpoint(
-            f"{site} is stored as {weight.dtype}; floats of 16 bits or more were wanted."
+            f"{module} is stored as {weight.dtype}; floats of 16 bits or more were wanted."
         )
-    refuse_odd_values(site, weight, layout.name)
-    kept = layout.keep(site, weight)
+    refuse_odd_values(module, weight, layout.name)
+    kept = layout.keep(module, weight)
     parts = {
         "shape": torch.tensor(weight.shape),
         "compressed": weight.masked_select(kept),
@@ -167,7 +158,7 @@ def _packed(site: str, weight: Tensor, layout: _Layout) -> dict[str, Tensor]:
         parts["compressed"] = parts["compressed"].reshape(weight.shape[0], weight.shape[1] // 2)
     else:
         parts["row_offsets"] = _row_offsets(kept)
-    return {f"{site}.{part}": tensor for part, tensor in parts.items()}
+    return {f"{module}.{part}": tensor for part, tensor in parts.items()}
 
 
 def _row_offsets(kept: Tensor) -> Tensor:
@@ -179,10 +170,9 @@ def _row_offsets(kept: Tensor) -> Tensor:
 def _config(folder: Path) -> dict[str, Any]:
     """config.json, empty where there is none that can be read."""
     try:
-        config = read_json(folder / "config.json")
-    except (OSError, ValueError):
+        return json_object(folder / "config.json")
+    except (OSError, BadCheckpoint):
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def _holds(folder: Path, *, layout: _Layout) -> bool:
@@ -296,8 +286,8 @@ def _require(sound: bool, tensor: str, trouble: str) -> None:
 
 def _format(layout: _Layout, loaded_by: str) -> Format:
     holds, read = partial(_holds, layout=layout), partial(_read, layout=layout)
-    write = partial(_write, layout=layout)
-    return Format(write, loaded_by, holds=holds, read=read, foreign=CONFIG_KEYS)
+    write, packages = partial(_write, layout=layout), ("compressed-tensors",)
+    return Format(write, loaded_by, holds=holds, read=read, foreign=CONFIG_KEYS, packages=packages)
 
 
 sparse_24_bitmask = _format(

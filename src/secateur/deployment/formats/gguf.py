@@ -9,8 +9,6 @@ Zeros are stored like other numbers. What is not written: mixtures of experts, y
 rotation, and windowed attention beyond its window, to which the context is limited.
 """
 
-from __future__ import annotations
-
 from contextlib import closing
 from importlib import import_module
 from math import prod
@@ -70,10 +68,7 @@ def write_gguf(source: Checkpoint, file: Path, *, values: str, vocabulary: bool 
     gguf = gguf_package()
     config = load_config(source.folder).get_text_config()
     architecture = _architecture(source.folder, config)
-    entries = {
-        name: Entry(called, heads, _tensor_type(gguf, source, name, values))
-        for name, (called, heads) in _tensor_names(gguf, source, config, architecture).items()
-    }
+    entries = _entries(gguf, source, config, values)
     factors = _rotary_factors(source.folder, config, architecture)
     with disk_errors(file.parent), closing(gguf.GGUFWriter(file, architecture)) as writer:
         _add_settings(gguf, writer, config, values)
@@ -81,13 +76,13 @@ def write_gguf(source: Checkpoint, file: Path, *, values: str, vocabulary: bool 
             add_vocabulary(gguf, writer, source.folder, config.vocab_size)
         else:
             writer.add_tokenizer_model("no_vocab")
-        for name, (called, _, kind) in entries.items():
-            shape = source.places[name].shape
+        for name, entry in entries.items():
+            shape, kind = source.places[name].shape, entry.type
             size = prod(gguf.quant_shape_to_byte_shape(shape, kind))
-            writer.add_tensor_info(called, shape, np.dtype(np.float32), size, raw_dtype=kind)
+            writer.add_tensor_info(entry.name, shape, np.dtype(np.float32), size, raw_dtype=kind)
         if factors is not None:
-            called = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
-            writer.add_tensor_info(called, factors.shape, factors.dtype, factors.nbytes)
+            new_name = f"{gguf.TENSOR_NAMES[gguf.MODEL_TENSOR.ROPE_FREQS]}.weight"
+            writer.add_tensor_info(new_name, factors.shape, factors.dtype, factors.nbytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -131,23 +126,22 @@ def _architecture(folder: Path, config: Any) -> str:
     return ARCHITECTURES[name]
 
 
-def _tensor_names(
-    gguf: Any, source: Checkpoint, config: Any, architecture: str
-) -> dict[str, tuple[str, int]]:
-    """By name in the checkpoint: the name in GGUF, and how many heads' rows change places."""
+def _entries(gguf: Any, source: Checkpoint, config: Any, values: str) -> dict[str, Entry]:
+    """What becomes of every tensor. Raises UnsupportedModel, BadCheckpoint, BadPattern."""
+    architecture = ARCHITECTURES[architecture_of(config)]
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     known = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     llama = architecture == "llama"
     rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    names: dict[str, tuple[str, int]] = {}
+    entries: dict[str, Entry] = {}
     for name, place in source.places.items():
         tied = name == "lm_head.weight" and config.tie_word_embeddings
         if tied or name.endswith("rotary_emb.inv_freq"):
             continue
         layer, _, kind = name.rpartition(".")
-        called = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        new_name = known.get_name(name, try_suffixes=(".weight", ".bias"))
         allowed = kind != "bias" or llama or layer.endswith(("q_proj", "k_proj", "v_proj"))
-        if called is None or not allowed:
+        if new_name is None or not allowed:
             raise UnsupportedModel(f"{name} has no place in llama.cpp's {architecture}.")
         heads = rotated.get(layer.rpartition(".")[2], 0) if llama else 0
         if heads and place.shape[0] != heads * head_size(config):
@@ -155,13 +149,13 @@ def _tensor_names(
                 f"{name} has {place.shape[0]} rows, "
                 f"config.json says {heads} heads of {head_size(config)}."
             )
-        names[name] = called, heads
+        entries[name] = Entry(new_name, heads, _tensor_type(gguf, source, name, values))
     if "lm_head.weight" not in source.places and not config.tie_word_embeddings:
         raise BadCheckpoint(
             f"{source.folder} has no lm_head.weight, "
             "and config.json does not tie it to the embedding."
         )
-    return names
+    return entries
 
 
 def _tensor_type(gguf: Any, source: Checkpoint, name: str, values: str) -> Any:
@@ -231,4 +225,9 @@ def _rotary_factors(folder: Path, config: Any, architecture: str) -> np.ndarray 
     return (rope["rope_theta"] ** -exponents / scaled).numpy()
 
 
-gguf = Format(write, "llama.cpp (tried: the one in llama-cpp-python 0.3.36)", frozenset({"values"}))
+gguf = Format(
+    write,
+    "llama.cpp (tried: the one in llama-cpp-python 0.3.36)",
+    frozenset({"values"}),
+    packages=("gguf",),
+)

@@ -1,5 +1,4 @@
-"""What a GGUF file says of a tokenizer: byte-level BPE, or SentencePiece's kind with byte fallback
-(Llama 2).
+"""The tokenizer in a GGUF file: byte-level BPE, or SentencePiece's kind with byte fallback.
 
 llama.cpp splits text by rules that it knows by name (`tokenizer.ggml.pre`). Its own converter finds
 the name by a hash of what a whole tokenizer makes of a text; here it is found from the rule itself
@@ -12,8 +11,6 @@ highest score first. The merges in tokenizer.json say the same thing where they 
 and the pairs of one token follow each other; both are checked, and a score is then minus the place
 of a token's first merge.
 """
-
-from __future__ import annotations
 
 from itertools import groupby, product
 from pathlib import Path

@@ -15,8 +15,6 @@ Models whose cache is more than keys and values (state spaces, linear attention)
 are those with fused experts, whose slices are no constants of their own.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,7 +36,7 @@ from secateur.deployment.formats.base import Format, refuse_odd_values
 from secateur.errors import BadPattern, UnsupportedModel, in_one_line
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import find_stack, load_config
-from secateur.models.matrices import WeightMatrix, weight_matrices
+from secateur.models.matrices import weight_matrices
 from secateur.system.files import disk_errors
 from secateur.system.json_files import write_json
 
@@ -82,7 +80,13 @@ def write(source: Checkpoint, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source.folder, dtype=torch.float32, local_files_only=True
     ).eval()
-    matrices = named_matrices(model)
+    stack = find_stack(model)
+    blocks: Any = model.get_submodule(stack)
+    matrices = {
+        f"{stack}.{index}.{name}": matrix
+        for index, block in enumerate(blocks)
+        for name, matrix in weight_matrices(block).items()
+    }
     if any(matrix.expert for matrix in matrices.values()):
         raise UnsupportedModel(
             f"{source.folder} has fused experts, whose matrices are no constants of an ONNX graph."
@@ -100,17 +104,6 @@ def write(source: Checkpoint, folder: Path) -> None:
             **compare(model, folder / FILE),
         }
         write_json(folder / NOTE, note)
-
-
-def named_matrices(model: PreTrainedModel) -> dict[str, WeightMatrix]:
-    """Every prunable matrix by its full name."""
-    stack = find_stack(model)
-    blocks: Any = model.get_submodule(stack)
-    return {
-        f"{stack}.{index}.{name}": matrix
-        for index, block in enumerate(blocks)
-        for name, matrix in weight_matrices(block).items()
-    }
 
 
 @torch.no_grad()
@@ -253,5 +246,7 @@ def _evaluator(model: PreTrainedModel, file: Path) -> tuple[str, Run | None]:
 
 
 onnx = Format(
-    write, "ONNX Runtime (tried: 1.32); TensorRT by trtexec --sparsity=enable (not tried)"
+    write,
+    "ONNX Runtime (tried: 1.32); TensorRT by trtexec --sparsity=enable (not tried)",
+    packages=("onnx",),
 )

@@ -1,8 +1,7 @@
-"""Packed checkpoints: a bit for every weight and the kept values, as `packed` multiplies them, and
-back byte for byte.
+"""Packed checkpoints: a bit for every weight and the kept values; unpacked, the same bytes again.
 
-For every shard of the dense checkpoint there is a safetensors file `packed-<shard>`. A site with
-enough zeros is in it
+For every shard of the dense checkpoint there is a safetensors file `packed-<shard>`. A weight
+matrix with enough zeros is in it
 
     <tensor>.bitmap   int64 [rows, words]   bit j of word k: is the weight in column 64 k + j kept?
     <tensor>.values   [kept + slack]        the kept weights, row by row, then 64 bytes of zeros
@@ -14,17 +13,15 @@ which it is restored as it was. With 16 bits half of the weights take 56 % of th
 them 36 %. int8 values come back as float32.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from secateur.checkpoints.folder import FLOATS, INDEX, Checkpoint
 from secateur.checkpoints.shards import save
@@ -48,7 +45,7 @@ def write(
 ) -> None:
     """Put the packed shards into `folder`, a shard at a time; `values` is one of `VALUES`.
 
-    Raises UnsupportedModel where no site has enough zeros, BadCheckpoint for -0.0, NonFinite for
+    Raises UnsupportedModel where no matrix has enough zeros, BadCheckpoint for -0.0, NonFinite for
     NaN and Inf.
     """
     if values not in VALUES:
@@ -71,8 +68,10 @@ def write(
             if matrix.scales is not None:
                 tensors[f"{name}.scales"] = matrix.scales
         packed_any |= bool(columns)
+        with (source.folder / shard).open("rb") as stream:
+            header = stream.read(int.from_bytes(stream.read(8), "little")).decode()
         description = {"layout": 1, "values": values, "columns": columns}
-        description |= _dense_shard(source.folder / shard)
+        description |= {"header": header, "sha256": file_sha256(source.folder / shard)}
         save(tensors, folder / f"{PREFIX}{shard}", {KEY: json.dumps(description)})
     if not packed_any:
         raise UnsupportedModel(
@@ -81,13 +80,6 @@ def write(
         )
     if (folder / INDEX).exists():
         (folder / INDEX).rename(folder / PACKED_INDEX)
-
-
-def _dense_shard(file: Path) -> dict[str, str]:
-    """What a shard is restored from besides its tensors."""
-    with file.open("rb") as stream:
-        header = stream.read(int.from_bytes(stream.read(8), "little")).decode()
-    return {"header": header, "sha256": file_sha256(file)}
 
 
 @dataclass(frozen=True)
@@ -179,10 +171,9 @@ def holds(folder: Path) -> bool:
 
 
 def restore(folder: Path, target: Path) -> None:
-    """Write the dense shards into `target`, byte for byte what was packed; with int8 values, what
-    they stand for.
+    """Write into `target` the dense shards that were packed; of int8 values, what they stand for.
 
-    Raises BadCheckpoint where a shard does not come out as it was.
+    Raises BadCheckpoint where a shard does not come out byte for byte as it was.
     """
     for shard in shards(folder):
         out = target / shard.file.name.removeprefix(PREFIX)
@@ -217,33 +208,27 @@ def _restore_bytes(shard: Shard, out: Path) -> None:
 def load_packed(
     folder: str | Path, *, dtype: torch.dtype = torch.bfloat16, measure: bool = True
 ) -> nn.Module:
-    """The transformers model of a packed folder, its packed matrices never made dense; for
-    inference on the CPU.
+    """Load a packed folder as a transformers model that multiplies by its packed matrices.
 
-    Values are cast to `dtype`, float32 or bfloat16, int8 ones stay. `measure` as for `pack_model`.
-    Raises BadCheckpoint and UnsupportedModel.
+    It is for inference on the CPU, and no dense copy of these matrices is made. Values are cast to
+    `dtype`, float32 or bfloat16, int8 ones stay. `measure` as for `pack_model`. Raises
+    BadCheckpoint and UnsupportedModel.
     """
     folder = Path(folder)
     refuse_odd_files(folder)
     config = load_config(folder)
-    try:
-        family: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError as error:
-        raise UnsupportedModel(
-            f"{folder} holds a {config.model_type} model, which is no causal language model."
-        ) from error
     packed_shards = shards(folder)
     known = sum(len(shard.names) for shard in packed_shards)
     try:
         with torch.device("meta"), refusing_more(folder, known):
-            skeleton = family(config)
+            skeleton = AutoModelForCausalLM.from_config(config)
     except LOAD_ERRORS as error:
         raise bad_weights(folder, {}, config, None, error) from error
     state, packed = _read(packed_shards, skeleton, dtype)
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     refuse_larger(folder, shapes, skeleton)
     try:
-        model, report = family.from_pretrained(
+        model, report = type(skeleton).from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
     except LOAD_ERRORS as error:

@@ -17,10 +17,8 @@ The header of a file needs only shapes, so it is written first and the tensors f
 never more than one of them, and what it is put together from, is in memory.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,29 +86,28 @@ LAYER = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One product of an engine, on one rank: whether TensorRT may take a sparse kernel for it, and
-    why not.
+    """One product of an engine on one rank: may TensorRT take a sparse kernel, and why not?
 
-    `sites` are the matrices of the checkpoint that it is made of, `shape` is `[out, in]` of the
-    rank's part.
+    `matrices` are those of the checkpoint that it is made of, `shape` is `[out, in]` of the rank's
+    part.
     """
 
     rank: int
     name: str
-    sites: tuple[str, ...]
+    matrices: tuple[str, ...]
     shape: tuple[int, int]
     eligible: bool
     reason: str
 
 
 def write(source: Checkpoint, folder: Path, *, ranks: int = 1) -> None:
-    """Write config.json and one rank{r}.safetensors a rank into `folder`, with the source's
-    config.json kept aside.
+    """Write config.json and one rank{r}.safetensors a rank into `folder`.
 
-    Raises UnsupportedModel for a model that TensorRT-LLM does not read in this way or that cannot
-    be split over so many ranks; BadPattern for a site that has zeros but is not 2:4 along its
-    inputs on every rank; BadCheckpoint for -0.0 in such a site, or for tensors that are missing or
-    of several dtypes; NonFinite for NaN or Inf.
+    The source's config.json is kept beside them. Raises UnsupportedModel for a model that
+    TensorRT-LLM does not read in this way or that cannot be split over so many ranks; BadPattern
+    for a matrix that has zeros but is not 2:4 along its inputs on every rank; BadCheckpoint for
+    -0.0 in such a matrix, or for tensors that are missing or of several dtypes; NonFinite for NaN
+    or Inf.
     """
     config = _config(source, ranks)
     parts = _parts(source, config)
@@ -230,7 +227,9 @@ def _rank_files(source: Checkpoint, folder: Path, parts: list[Part], ranks: int)
             for part in parts:
                 pieces = _pieces(source, part, rank, ranks)
                 for name, piece in pieces.items():
-                    _refuse(name.removesuffix(".weight"), piece, rank, site=".layers." in part.name)
+                    _refuse(
+                        name.removesuffix(".weight"), piece, rank, block=".layers." in part.name
+                    )
                 tensor = torch.cat(list(pieces.values()))
                 assert tensor.shape == places[part.name].shape, f"{part.name} is {tensor.shape}"
                 stream.write(tensor.flatten().view(torch.uint8).numpy().data)
@@ -261,34 +260,31 @@ def fault(weight: Tensor) -> str | None:
     return NEGATIVE_ZERO if ((weight == 0) & weight.signbit()).any() else None
 
 
-def _refuse(name: str, weight: Tensor, rank: int, *, site: bool) -> None:
-    """Raise what `FAULTS` says of a rank's part; of no pruned matrix only for NaN and Inf."""
-    pruned = site and weight.dim() == 2 and count_zeros(weight) >= PRUNED * weight.numel()
+def _refuse(name: str, weight: Tensor, rank: int, *, block: bool) -> None:
+    """Raise what `FAULTS` says of a rank's part; outside of pruned matrices for NaN, Inf alone."""
+    pruned = block and weight.dim() == 2 and count_zeros(weight) >= PRUNED * weight.numel()
     trouble = fault(weight) if pruned else None if weight.isfinite().all() else NOT_FINITE
     if trouble:
         error, advice = FAULTS[trouble]
         raise error(f"{name}, in the part {list(weight.shape)} of rank {rank}, {trouble}. {advice}")
 
 
-def eligible(source: Checkpoint, *, ranks: int = 1) -> tuple[Layer, ...]:
+def eligible(source: Checkpoint, *, ranks: int = 1) -> list[Layer]:
     """For every rank and product of the blocks, whether TensorRT may take a sparse kernel. Raises
     as `write` does for a model that cannot be written; what a single matrix lacks is a `reason`.
     """
-    parts = _parts(source, _config(source, ranks))
-    return tuple(_layers(source, [part for part in parts if ".layers." in part.name], ranks))
-
-
-def _layers(source: Checkpoint, parts: list[Part], ranks: int) -> Iterator[Layer]:
-    for rank in range(ranks):
-        for part in parts:
-            if part.axis is None or not part.name.endswith(".weight"):
-                continue
-            shares = _pieces(source, part, rank, ranks).items()
-            pieces = {name.removesuffix(".weight"): share for name, share in shares}
-            rows, columns = _shape(source, part, ranks)
-            reasons = _objections(pieces, rows, columns, ranks if part.axis == 1 else 1)
-            name, reason = part.name.removesuffix(".weight"), "; ".join(reasons)
-            yield Layer(rank, name, tuple(pieces), (rows, columns), not reasons, reason)
+    layers = []
+    for rank, part in product(range(ranks), _parts(source, _config(source, ranks))):
+        name = part.name.removesuffix(".weight")
+        if part.axis is None or name == part.name or ".layers." not in name:
+            continue
+        shares = _pieces(source, part, rank, ranks).items()
+        pieces = {name.removesuffix(".weight"): share for name, share in shares}
+        rows, columns = _shape(source, part, ranks)
+        reasons = _objections(pieces, rows, columns, ranks if part.axis == 1 else 1)
+        reason = "; ".join(reasons)
+        layers.append(Layer(rank, name, tuple(pieces), (rows, columns), not reasons, reason))
+    return layers
 
 
 def _objections(pieces: dict[str, Tensor], rows: int, columns: int, ranks: int) -> list[str]:
@@ -314,4 +310,5 @@ tensorrt_llm = Format(
     loaded_by="TensorRT-LLM up to 1.2.1 (trtllm-build); "
     "1.3 has no engine backend any more, only dense products",
     options=frozenset({"ranks"}),
+    packages=("tensorrt-llm",),
 )

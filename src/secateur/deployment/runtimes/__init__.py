@@ -1,8 +1,6 @@
 """What can run a model, a file each. A new runtime is a file here and its line in `RUNTIMES`.
 
-A runtime says why it is not available on this machine, loads a checkpoint folder, and gives
-something that can prefill and decode; the clock, the rounds and the comparison of outputs are in
-`bench`.
+The clock, the rounds and the comparison of outputs are in `bench`.
 """
 
 from secateur.deployment.runtimes import (
@@ -15,7 +13,7 @@ from secateur.deployment.runtimes import (
     semi_structured,
     vllm,
 )
-from secateur.deployment.runtimes.base import Running, Runtime
+from secateur.deployment.runtimes.base import Runtime
 from secateur.errors import UnknownName
 
 RUNTIMES: dict[str, Runtime] = {
@@ -40,6 +38,3 @@ def find_runtime(name: str) -> Runtime:
     if name not in RUNTIMES:
         raise UnknownName("runtime", name, RUNTIMES)
     return RUNTIMES[name]
-
-
-__all__ = ["RUNTIMES", "Running", "Runtime", "find_runtime"]

@@ -1,7 +1,5 @@
 """What a runtime is, what runs in one, and a transformers model that runs step by step."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -18,8 +16,11 @@ class Running(ABC):
 
     `weight_bytes` are read for one token: all weights but the input embedding, of which a row is
     looked up. Logits are float32 `[batch, vocabulary]` on the CPU, those after the last token.
-    `room` is set to the number of tokens that will be decoded after a prompt.
+    `room` is set to the number of tokens that will be decoded after a prompt, `memory_bytes` to
+    what loading and running once took, both by `bench`.
     """
+
+    memory_bytes: int | None = None
 
     def __init__(self, vocabulary: int, weight_bytes: int) -> None:
         self.vocabulary, self.weight_bytes, self.room = vocabulary, weight_bytes, 64
@@ -57,19 +58,20 @@ class Stepped(Running):
 
 
 class Runtime(NamedTuple):
-    """`missing()` says why the runtime cannot be used here, None where it can. `load(folder,
-    dtype)` raises SecateurError; UnsupportedModel where this runtime cannot run that folder in that
-    dtype.
+    """What can load a checkpoint folder and run it.
 
-    `twin` is the runtime that shows what its kernels give without zeros: there the dense model is
-    its baseline. `rounded` says that it rounds the folder's weights to few bits, so that its
-    outputs are compared loosely.
+    `missing()` says why it cannot be used on this machine, None where it can. `load(folder, dtype)`
+    raises UnsupportedModel where it cannot run that folder in that dtype. `twin` is the runtime
+    that shows what its kernels give without zeros: there the dense model is its baseline. `rounded`
+    says that it rounds the folder's weights to few bits, so that its outputs are compared loosely.
+    `packages` are those whose versions `doctor` shows.
     """
 
     missing: Callable[[], str | None]
     load: Callable[[Path, torch.dtype], Running]
     twin: str | None = None
     rounded: bool = False
+    packages: tuple[str, ...] = ()
 
 
 def not_installed(modules: Sequence[str], extra: str) -> str | None:

@@ -5,10 +5,7 @@ step is compiled once; prefill is compiled for each length of prompt. The first 
 takes long, warm-up is not timed.
 """
 
-from __future__ import annotations
-
 import shutil
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -67,8 +64,4 @@ def missing() -> str | None:
     return None
 
 
-def load(folder: Path, dtype: torch.dtype) -> Compiled:
-    return Compiled(load_model(folder, dtype))
-
-
-compiled = Runtime(missing, load)
+compiled = Runtime(missing, lambda folder, dtype: Compiled(load_model(folder, dtype)))

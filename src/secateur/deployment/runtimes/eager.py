@@ -1,5 +1,6 @@
 """Plain transformers, on the CPU or a CUDA device: zeros are multiplied like other numbers."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -7,12 +8,8 @@ import torch
 from secateur.deployment.runtimes.base import Runtime, Stepped, load_model
 
 
-def load(folder: Path, dtype: torch.dtype) -> Stepped:
-    return Stepped(load_model(folder, dtype))
-
-
-def load_on_device(folder: Path, dtype: torch.dtype) -> Stepped:
-    return Stepped(load_model(folder, dtype, "cuda"))
+def load(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Stepped:
+    return Stepped(load_model(folder, dtype, device))
 
 
 def no_cuda() -> str | None:
@@ -20,4 +17,4 @@ def no_cuda() -> str | None:
 
 
 eager = Runtime(lambda: None, load)
-eager_cuda = Runtime(no_cuda, load_on_device)
+eager_cuda = Runtime(no_cuda, partial(load, device="cuda"))

@@ -8,8 +8,6 @@ llama.cpp's default, in float16.
 Each row of a batch is a sequence of its own. Zeros are multiplied like all other numbers.
 """
 
-from __future__ import annotations
-
 import logging
 from functools import partial
 from importlib import import_module
@@ -147,5 +145,5 @@ class Sequences(Running):
         self.library.llama_model_free(self.model)
 
 
-llamacpp = Runtime(missing, load)
+llamacpp = Runtime(missing, load, packages=("llama-cpp-python",))
 llamacpp_q8 = Runtime(missing, partial(load, eight_bits=True), rounded=True)

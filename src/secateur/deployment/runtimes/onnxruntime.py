@@ -74,4 +74,4 @@ def _value(array: Any) -> Any:
     return import_module("onnxruntime").OrtValue.ortvalue_from_numpy(array)
 
 
-onnxruntime = Runtime(missing, load)
+onnxruntime = Runtime(missing, load, packages=("onnxruntime",))

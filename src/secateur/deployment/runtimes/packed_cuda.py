@@ -1,13 +1,10 @@
-"""transformers on a CUDA device with packed matrices for decoding: 2:4 by Triton, other zeros by a
-bitmap.
+"""transformers on a CUDA device, decoding with packed matrices: 2:4, or a bitmap for other zeros.
 
 Up to eight rows of x a product is bound by what is read of the weights, and the packed ones read
 less (kernels/). More rows, prefill above all, are multiplied densely, so the dense matrix stays on
 the device as well: this runtime saves time, not memory. Each shape is timed once at 1, 2, 4 and 8
 rows, and dense products are used where they are not slower.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +18,7 @@ from secateur.deployment.autotune import choice_for, fastest_by_rows
 from secateur.deployment.packed_model import LEAST, packable
 from secateur.deployment.runtimes.base import Runtime, Stepped, bytes_read, load_model
 from secateur.errors import BadPattern, UnsupportedModel
-from secateur.kernels import bitmap
-from secateur.kernels import two_of_four as nm
+from secateur.kernels import bitmap, two_of_four
 
 CLASSES = (1, 2, 4, 8)
 """Rows of x that are timed; another number uses what was measured for the next larger one."""
@@ -30,15 +26,15 @@ Product = Callable[[Tensor], Tensor]
 Measure = Callable[[Product, Tensor], tuple[bool, ...]]
 
 
-def packed_product(weight: Tensor, site: str) -> tuple[Product, int]:
+def packed_product(weight: Tensor, name: str) -> tuple[Product, int]:
     """The product with a packed matrix `[rows, columns]`, and the bytes that it reads."""
-    if nm.missing() is None and weight.shape[1] % 8 == 0:
+    if two_of_four.missing() is None and weight.shape[1] % 8 == 0:
         try:
-            two_of_four = nm.pack(weight, site=site, device=weight.device)
-            return partial(nm.multiply, two_of_four), two_of_four.bytes
+            pairs = two_of_four.pack(weight, name=name, device=weight.device)
+            return partial(two_of_four.multiply, pairs), pairs.bytes
         except BadPattern:
             pass
-    packed = bitmap.pack(weight, site=site, device=weight.device)
+    packed = bitmap.pack(weight, name=name, device=weight.device)
     return partial(bitmap.multiply, packed), packed.bytes
 
 

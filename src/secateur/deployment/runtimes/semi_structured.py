@@ -1,18 +1,15 @@
-"""transformers on a CUDA device, with torch's 2:4 products where they were measured to be faster.
-Not run on one yet.
+"""transformers on a CUDA device, with torch's 2:4 products where they are measured to be faster.
 
-torch has two backends: CUTLASS, with kernels written for Ampere, and cuSPARSELt, whose default
-algorithm is often a bad one, so the library's own search is asked. Published figures for an H100 in
-bfloat16 begin to gain at 256 rows of x and reach 1.4 to 1.7 times at 512 to 16384; one row is
-slower than dense, as x is padded to eight. So each shape is timed once, for several numbers of
-rows, and each layer uses what was fastest for the rows it gets, dense included: such a layer holds
-its weight in all forms that it uses.
+Not run on one yet. torch has two backends: CUTLASS, with kernels written for Ampere, and
+cuSPARSELt, whose default algorithm is often a bad one, so the library's own search is asked.
+Published figures for an H100 in bfloat16 begin to gain at 256 rows of x and reach 1.4 to 1.7 times
+at 512 to 16384; one row is slower than dense, as x is padded to eight. So each shape is timed once,
+for several numbers of rows, and each layer uses what was fastest for the rows it gets, dense
+included: such a layer holds its weight in all forms that it uses.
 
 torch converts a matrix that is not 2:4 without a word and drops what does not fit. So it is checked
 here first, and what the folder's own record says is 2:4 must be.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Set
 from functools import partial
@@ -55,7 +52,7 @@ class Algorithm(NamedTuple):
 class Product(NamedTuple):
     """A way to multiply x `[tokens, in]` with a matrix `[out, in]` transposed.
 
-    `prepare(weight, site)` gives what `multiply(prepared, x, bias, algorithm)` wants, and
+    `prepare(weight, name)` gives what `multiply(prepared, x, bias, algorithm)` wants, and
     `search(prepared, x, bias)` the fastest algorithm. `multiples` None takes all. `share` of the
     bytes of the dense matrix is read.
     """
@@ -74,9 +71,9 @@ class Choice(NamedTuple):
     algorithm: Algorithm = Algorithm()
 
 
-def checked(weight: Tensor, site: str) -> Tensor:
+def checked(weight: Tensor, name: str) -> Tensor:
     """The matrix with -0.0 made +0.0. Raises BadPattern unless it is 2:4, NonFinite for NaN."""
-    check_two_of_four(weight, site=site)
+    check_two_of_four(weight, name=name)
     return weight.detach().contiguous() + 0
 
 
@@ -87,18 +84,17 @@ def fits(weight: Tensor, multiples: Mapping[torch.dtype, tuple[int, int]] | None
     return rows > 0 and weight.shape[0] % rows == 0 and weight.shape[1] % columns == 0
 
 
-def compress_cutlass(weight: Tensor, site: str) -> tuple[Tensor, Tensor]:
-    """(values `[out, in / 2]`, metadata `[out, in / 16]` int16 in the order of CUTLASS) of a 2:4
-    matrix, on any device.
+def compress_cutlass(weight: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Compress a 2:4 matrix for CUTLASS: values `[out, in / 2]`, metadata `[out, in / 16]` int16.
 
     Raises BadPattern where it is not 2:4 or its shape or dtype does not fit, NonFinite for NaN.
     """
     if not fits(weight, CUTLASS_MULTIPLES):
         raise BadPattern(
-            f"{site} is {weight.dtype} {list(weight.shape)}; CUTLASS wants float16 or bfloat16, "
+            f"{name} is {weight.dtype} {list(weight.shape)}; CUTLASS wants float16 or bfloat16, "
             "outputs in multiples of 32 and inputs in multiples of 64. Leave it dense."
         )
-    return sparse_semi_structured_from_dense_cutlass(checked(weight, site))
+    return sparse_semi_structured_from_dense_cutlass(checked(weight, name))
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -144,7 +140,7 @@ PRODUCTS = {
     ),
     "CUTLASS": Product(compress_cutlass, _multiply_cutlass, CUTLASS_MULTIPLES),
     "cuSPARSELt": Product(
-        lambda weight, site: _TORCH._cslt_compress(checked(weight, site)),
+        lambda weight, name: _TORCH._cslt_compress(checked(weight, name)),
         _multiply_cusparselt,
         CUSPARSELT_MULTIPLES,
         _search_cusparselt,
@@ -154,8 +150,8 @@ PRODUCTS = {
 
 def promised(folder: Path) -> frozenset[str]:
     """The matrices that pruning.json says are 2:4; none without one. Raises BadCheckpoint."""
-    sites = (record_of(folder) or {}).get("sites") or ()
-    return frozenset(site["site"] for site in sites if site.get("pattern") == "2:4")
+    reports = (record_of(folder) or {}).get("sites") or ()
+    return frozenset(one["site"] for one in reports if one.get("pattern") == "2:4")
 
 
 def sparse_linears(model: nn.Module, promised: Set[str]) -> Iterator[tuple[str, nn.Linear]]:
@@ -165,7 +161,7 @@ def sparse_linears(model: nn.Module, promised: Set[str]) -> Iterator[tuple[str, 
         if type(module) is not nn.Linear:
             continue
         try:
-            check_two_of_four(module.weight, site=name)
+            check_two_of_four(module.weight, name=name)
         except BadPattern:
             if name in promised:
                 raise
@@ -190,25 +186,24 @@ def usable(dtype: torch.dtype, device: torch.device) -> dict[str, str | None]:
 
 
 def measured(
-    weight: Tensor, bias: Tensor | None, site: str, names: list[str]
+    weight: Tensor, bias: Tensor | None, name: str, products: list[str]
 ) -> tuple[Choice, ...]:
     """The fastest product for each of `CLASSES`. Raises UnsupportedModel where one fails here."""
 
-    def products(x: Tensor) -> dict[Choice, Callable[[], Tensor]]:
-        calls = {}
-        for name, matrix in prepared.items():
-            algorithm = PRODUCTS[name].search(matrix, x, bias)
-            multiply = partial(PRODUCTS[name].multiply, matrix, x, bias, algorithm)
-            calls[Choice(name, algorithm)] = multiply
-        return calls
+    def calls(x: Tensor) -> dict[Choice, Callable[[], Tensor]]:
+        works = {}
+        for one, matrix in prepared.items():
+            choice = Choice(one, PRODUCTS[one].search(matrix, x, bias))
+            works[choice] = partial(PRODUCTS[one].multiply, matrix, x, bias, choice.algorithm)
+        return works
 
-    fitting = [name for name in names if fits(weight, PRODUCTS[name].multiples)]
+    fitting = [one for one in products if fits(weight, PRODUCTS[one].multiples)]
     try:
-        prepared = {name: PRODUCTS[name].prepare(weight, site) for name in fitting}
-        return fastest_by_rows(CLASSES, weight, products)
+        prepared = {one: PRODUCTS[one].prepare(weight, name) for one in fitting}
+        return fastest_by_rows(CLASSES, weight, calls)
     except RuntimeError as error:
         raise UnsupportedModel(
-            f"A 2:4 product of the shape of {site}, {list(weight.shape)}, fails on this device: "
+            f"A 2:4 product of the shape of {name}, {list(weight.shape)}, fails on this device: "
             f"{in_one_line(error)}."
         ) from error
 
@@ -219,13 +214,13 @@ class SemiStructuredLinear(nn.Module):
     For inference where it was made: it is not moved, converted or saved.
     """
 
-    def __init__(self, layer: nn.Linear, site: str, choices: tuple[Choice, ...]) -> None:
+    def __init__(self, layer: nn.Linear, name: str, choices: tuple[Choice, ...]) -> None:
         super().__init__()
         self.choices = choices
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias = None if layer.bias is None else layer.bias.detach()
-        names = {choice.product for choice in choices}
-        self.prepared = {name: PRODUCTS[name].prepare(layer.weight, site) for name in names}
+        products = {choice.product for choice in choices}
+        self.prepared = {one: PRODUCTS[one].prepare(layer.weight, name) for one in products}
         self.bytes = int(layer.weight.nbytes * PRODUCTS[choices[0].product].share)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,19 +233,18 @@ class SemiStructuredLinear(nn.Module):
 Measure = Callable[[Tensor, Tensor | None, str], tuple[Choice, ...]]
 
 
-def use_products(
-    model: nn.Module, promised: Set[str], measure: Measure
-) -> dict[str, tuple[Choice, ...]]:
-    """Replace the 2:4 layers in place; what each uses. Layers of one shape are measured once."""
+def use_products(model: nn.Module, promised: Set[str], measure: Measure) -> dict[str, int]:
+    """Replace the 2:4 layers in place; by name, how many bytes less are read for one row of x."""
     known: dict[tuple[int, int, bool], tuple[Choice, ...]] = {}
-    used = {}
+    saved = {}
     for name, layer in list(sparse_linears(model, promised)):
         shape = (layer.out_features, layer.in_features, layer.bias is not None)
-        if shape not in known:
+        if shape not in known:  # layers of one shape are measured once
             known[shape] = measure(layer.weight.detach(), layer.bias, name)
-        model.set_submodule(name, SemiStructuredLinear(layer, name, known[shape]))
-        used[name] = known[shape]
-    return used
+        replaced = SemiStructuredLinear(layer, name, known[shape])
+        model.set_submodule(name, replaced)
+        saved[name] = layer.weight.nbytes - replaced.bytes
+    return saved
 
 
 @torch.no_grad()
@@ -258,24 +252,21 @@ def load(folder: Path, dtype: torch.dtype) -> Stepped:
     """Raises UnsupportedModel where no layer is 2:4 and has a kernel, BadPattern as above."""
     model = load_model(folder, dtype, "cuda")
     reasons = usable(dtype, model.device)
-    names = [name for name, reason in reasons.items() if reason is None]
-    if names == ["dense"]:
+    products = [name for name, reason in reasons.items() if reason is None]
+    if products == ["dense"]:
         failed = (f"{name}: {reason}" for name, reason in reasons.items() if reason)
         raise UnsupportedModel(
             f"No 2:4 product of torch works here in {dtype}: {'; '.join(failed)}. "
             "Use --dtype bfloat16, or install a torch that has them."
         )
     read = bytes_read(model)
-    before: dict[str, Any] = dict(model.named_modules())
-    used = use_products(model, promised(folder), partial(measured, names=names))
-    if not used:
+    saved = use_products(model, promised(folder), partial(measured, products=products))
+    if not saved:
         raise UnsupportedModel(
             f"{folder} has no linear layer in float16 or bfloat16 that is 2:4 and has outputs and "
             "inputs in multiples of 16. Prune it with --pattern 2:4."
         )
-    after: dict[str, Any] = dict(model.named_modules())
-    saved = sum(before[name].weight.nbytes - after[name].bytes for name in used)
-    return Stepped(model, read - saved)
+    return Stepped(model, read - sum(saved.values()))
 
 
 semi_structured = Runtime(no_device, load, twin="eager-cuda")

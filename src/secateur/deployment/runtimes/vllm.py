@@ -1,5 +1,4 @@
-"""vLLM on an accelerator, driven step by step through its engine: `add_request`, then one `step` a
-token.
+"""vLLM on an accelerator, driven through its engine: `add_request`, then one `step` a token.
 
 vLLM samples by itself and goes on with its own greedy token, so what `prefill` and `decode` return
 holds a one at that token and zeros elsewhere: its largest value is where the logits' is, which is
@@ -121,4 +120,4 @@ class Engine(Running):
         return torch.nn.functional.one_hot(chosen, self.vocabulary).float()
 
 
-vllm = Runtime(missing, load)
+vllm = Runtime(missing, load, packages=("vllm",))
