@@ -43,22 +43,14 @@ def _hardware(words: str = "", **entry: Any) -> Hardware:
 
 def _nvidia(capability: str, words: str) -> Hardware:
     """A generation of NVIDIA's, or a card of it."""
-    cores = KNOWN["sparse_tensor_cores"]
-    has = float(capability) >= cores["since"]
-    has_or_not = (
-        "and with it sparse tensor cores"
-        if has
-        else f"no sparse tensor cores: those came with {cores['since']}, Ampere"
-    )
-    says = f"has compute capability {capability}, {has_or_not}"
-    return _hardware(
-        words,
-        maker="nvidia",
-        says=says,
-        source=cores["source"],
-        date=cores["date"],
-        two_of_four=has,
-    )
+    facts = KNOWN["sparse_tensor_cores"]
+    since = facts["since"]
+    if has := float(capability) >= since:
+        cores = "and with it sparse tensor cores"
+    else:
+        cores = f"no sparse tensor cores: those came with {since}, Ampere"
+    says = f"has compute capability {capability}, {cores}"
+    return Hardware("nvidia", says, facts["source"], facts["date"], frozenset(words.split()), has)
 
 
 HARDWARE: Mapping[str, Hardware] = {
@@ -76,8 +68,8 @@ def find_hardware(name: str) -> Hardware:
 
 
 def is_measured(hardware: str | None, machine: Mapping[str, Any], runtime: str) -> bool:
-    """Whether what was timed in a runtime on a machine (`machine.machine()`) was timed on that
-    hardware; None: any.
+    """Whether timings in a runtime on a machine (`machine.machine()`) count for that hardware;
+    None: all do.
     """
     if hardware is None:
         return True

@@ -82,8 +82,8 @@ def recommend(
     constraint = "No limit on perplexity was set." if limit is None else allowed
     question = Question(goal, limit, hardware, runtime)
     if results is None:
-        reasons = ["There are no results: nothing was measured."]
-        return _unmeasured(question, constraint, None, reasons, [])
+        choice = Choice(None, reasons=["There are no results: nothing was measured."])
+        return _unmeasured(question, constraint, None, choice)
     results = results if isinstance(results, Results) else read_results(Path(results))
     check(results)
     return _from_rows(results, question, constraint)
@@ -96,13 +96,13 @@ def _from_rows(results: Results, question: Question, constraint: str) -> Recomme
     left = _left_out(results, question, pruned, fitting)
     if not fitting:
         values = f" with the values that {question.runtime} runs" if pruned else ""
-        reasons = [f"No pruned row was measured{values}."]
-        return _unmeasured(question, constraint, results, reasons, left)
+        choice = Choice(None, None, [f"No pruned row was measured{values}."], left)
+        return _unmeasured(question, constraint, results, choice)
     choice = _choose(results, question, within)
-    if choice.row is None:
-        reasons = _not_measured_there(results, question)
-        return _unmeasured(question, constraint, results, reasons, left)
-    row, known = choice.row, _known(results, question, choice.row)
+    if (row := choice.row) is None:
+        choice = Choice(None, None, _not_measured_there(results, question), left)
+        return _unmeasured(question, constraint, results, choice)
+    known = _known(results, question, row)
     reasons = ["Keep the dense model."]
     if row is not dense:
         reasons = [f"Take {row.name}.", f"It is {row.kind}, {KINDS[row.kind]}."]
@@ -115,38 +115,33 @@ def _from_rows(results: Results, question: Question, constraint: str) -> Recomme
         left.append("Accuracy on tasks was not measured.")
         measure.append(tasks_of(results, row))
     return Recommendation(
-        goal=question.goal,
-        chosen=row.name,
-        kind=row.kind,
-        runner_up=choice.runner_up.name if choice.runner_up else None,
-        constraint=_binding(results, question, constraint, row),
-        reasons=[*reasons, *_accuracy(row)],
-        not_considered=[*left, *choice.not_considered],
-        measure=measure,
-        priors=known,
+        question.goal,
+        row.name,
+        row.kind,
+        choice.runner_up.name if choice.runner_up else None,
+        _binding(results, question, constraint, row),
+        [*reasons, *_accuracy(row)],
+        [*left, *choice.not_considered],
+        measure,
+        known,
     )
 
 
 def _unmeasured(
-    question: Question,
-    constraint: str,
-    results: Results | None,
-    reasons: list[str],
-    left: list[str],
+    question: Question, constraint: str, results: Results | None, choice: Choice
 ) -> Recommendation:
     """Nothing to choose from: what is known in general, and how to measure."""
     goal, hardware, runtime = question.goal, question.hardware, question.runtime
-    runtimes = [] if runtime is None else [runtime]
     return Recommendation(
-        goal=goal,
-        chosen=None,
-        kind=None,
-        runner_up=None,
-        constraint=constraint,
-        reasons=["Nothing measured answers this.", *reasons],
-        not_considered=left,
-        measure=measuring(results, runtimes, hardware, timed=goal == "latency"),
-        priors=priors(goal, hardware, runtime),
+        goal,
+        None,
+        None,
+        None,
+        constraint,
+        ["Nothing measured answers this.", *choice.reasons],
+        choice.not_considered,
+        measuring(results, [runtime] if runtime else [], hardware, timed=goal == "latency"),
+        priors(goal, hardware, runtime),
     )
 
 
@@ -201,8 +196,8 @@ def _left_out(
 
 
 def _absent(results: Results, question: Question) -> list[str]:
-    """The runtimes that the machine has and in which nothing was timed, but for baselines; none
-    where one was asked for, or another goal.
+    """The runtimes of the machine, but for baselines, in which nothing was timed. None where one
+    was asked for, or another goal.
     """
     if question.goal != "latency" or question.runtime is not None:
         return []
@@ -218,9 +213,7 @@ def _absent(results: Results, question: Question) -> list[str]:
 
 
 def _known(results: Results, question: Question, row: Row) -> list[str]:
-    """Priors, where a runtime or hardware was asked for in which the chosen row was not timed; and
-    for portability.
-    """
+    """Priors, for portability and where the chosen row was not timed on what was asked for."""
     hardware, runtime = question.hardware, question.runtime
     if question.goal == "portability":
         return priors(question.goal, hardware, runtime)
@@ -244,9 +237,7 @@ def _accuracy(row: Row) -> list[str]:
 
 
 def _binding(results: Results, question: Question, constraint: str, chosen: Row) -> str:
-    """What was asked for besides the goal, and of each whether another row would be taken without
-    it.
-    """
+    """What was asked for besides the goal, and whether each changes which row is taken."""
     dense, sentences = results.dense, [constraint]
     for what in ("limit", "runtime", "hardware"):
         if (value := getattr(question, what)) is None:

@@ -20,7 +20,7 @@ from secateur.deployment.export import export
 from secateur.evaluation.comparison.grid import Cell, Draw
 from secateur.evaluation.comparison.options import Comparison
 from secateur.evaluation.comparison.row_store import CHECKPOINTS, RowStore, file_name
-from secateur.evaluation.perplexity import Forward, Measured, measure, perplexity_difference
+from secateur.evaluation.perplexity import Forward, Measured, measure
 from secateur.evaluation.results.schema import Row, row_name
 from secateur.models.load import load
 from secateur.models.matrices import weight_matrices
@@ -195,15 +195,7 @@ class ComparisonContext:
 
     def _quality(self, model: LanguageModel) -> dict[str, Any]:
         measured = measure(self.dense.of(model), self.dense, self.asked.progress)
-        delta, interval = perplexity_difference(measured.loss, self.expected.loss)
-        return {
-            "perplexity": measured.perplexity,
-            "delta": delta,
-            "delta_interval": interval,
-            "kl": measured.mean_kl or 0.0,
-            "top1_agreement": measured.mean_agreement or 0.0,
-            "loss": measured.loss.tolist(),
-        }
+        return {**measured.beside(self.expected), "loss": measured.loss.tolist()}
 
 
 def _zeros(language_model: LanguageModel) -> float:
