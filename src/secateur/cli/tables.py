@@ -36,9 +36,7 @@ WIDE_CHARACTERS = 150
 NARROW = (*FIRST, "perplexity", "difference [95 % interval]", "rank")
 """The columns of a comparison that fit a terminal of 80 characters."""
 WHOLE = ("pattern", "kind", "rank", "runtime", "perplexity", "tokens/s")
-"""Columns that keep their words whole where it is narrow; intervals and long names of methods
-break.
-"""
+"""Columns that are never broken; intervals and long names of methods are."""
 
 
 def table(
@@ -76,9 +74,7 @@ def table(
 
 
 def comparison_tables(results: Results, characters: int) -> Group:
-    """A comparison as tables for a terminal that wide; on a narrow one the first has the most
-    important columns.
-    """
+    """A comparison for a terminal that wide; a narrow one gets the most important columns."""
     first, *others = sheets(results)
     more = [column for column in first.columns if column in (*SPEED, *TASKS)]
     if characters < WIDE_CHARACTERS:
@@ -142,9 +138,7 @@ def summary(report: Report) -> Iterator[str]:
 
 
 def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
-    """What was measured of a model, and its distance from the dense one where that was asked
-    for.
-    """
+    """What was measured of a model, and its distance from the dense one where it was asked."""
     text = evaluation.evaluation
     yield (
         f"Perplexity {evaluation.perplexity:.4f} on {text['source']} ({text['split']}), "

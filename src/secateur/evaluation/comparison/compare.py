@@ -169,8 +169,8 @@ def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:
 
 
 def _passes(asked: Comparison, language_model: LanguageModel, calibration: Windows) -> str:
-    """How often blocks run, the same for all rows: once where that fits for each, and as before
-    where there are rows already, since what is free changes from run to run.
+    """How often blocks run, the same for all rows: as in the rows that are there already, since
+    what is free changes from run to run; else once where that fits for each.
     """
     compute = asked.compute
     if compute.passes != "auto":
@@ -236,9 +236,7 @@ def _results(
 
 
 def _store(out: Path, results: Results) -> RowStore:
-    """The rows that are there already. Raises ConditionsDiffer where they were measured under other
-    conditions.
-    """
+    """The rows that are there. Raises ConditionsDiffer for those of other conditions."""
     conditions = {
         "schema": results.schema,
         "model": results.model["shards"],

@@ -51,9 +51,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Draw:
-    """One draw of calibration text. The first is that of the table; the others tell how much hangs
-    on it.
-    """
+    """One draw of calibration text. The first is the table's, others say how much hangs on it."""
 
     number: int
     windows: Windows
@@ -69,9 +67,7 @@ class Draw:
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The patterns with ranges written out: `10%..30%` is 10%, 20% and 30%. Raises BadPattern for
-    an odd range.
-    """
+    """The patterns with ranges written out: `10%..30%` is 10%, 20%, 30%. Raises BadPattern."""
     expanded: list[str] = []
     for pattern in patterns:
         if ".." not in pattern:
@@ -127,9 +123,7 @@ def cells(grid: Grid) -> list[Cell]:
 
 
 def check_searched(rows: Sequence[Cell]) -> None:
-    """Raise BadPattern where no pattern of a grid is a share that can be searched for a
-    tolerance.
-    """
+    """Raise BadPattern where no pattern is a share that can be searched for a tolerance."""
     if not any((share := share_of(cell.pattern)) and share[1] in SEARCHED for cell in rows):
         raise BadPattern(
             "A tolerance is searched over shares of weights or channels; add a pattern such as "

@@ -17,9 +17,7 @@ from secateur.evaluation.results.schema import Results, Row, read_results
 from secateur.system.files import disk_errors, write_whole
 
 SAME = ("evaluation", "options", "versions")
-"""What must be equal, besides the model's files and the first calibration text, which is that of
-the table.
-"""
+"""What must be equal, besides the model's files and the calibration text of the table."""
 
 
 def report(results: Sequence[str | Path], *, out: str | Path) -> Results:
@@ -51,9 +49,7 @@ def report(results: Sequence[str | Path], *, out: str | Path) -> Results:
 
 
 def join(one: Results, other: Results, name: str, other_name: str) -> Results:
-    """The rows of both, ranked anew. Raises ConditionsDiffer, which names what differs between the
-    two files.
-    """
+    """The rows of both, ranked anew. Raises ConditionsDiffer, which names what differs."""
 
     def same(what: str, value: Any, other_value: Any) -> None:
         _same(what, value, other_value, f"{name} and {other_name}")
@@ -102,9 +98,7 @@ def join(one: Results, other: Results, name: str, other_name: str) -> Results:
 
 
 def _fuller(one: Row, other: Row) -> Row:
-    """The same row in two comparisons: with what either has measured besides, and in the table if
-    it is in one.
-    """
+    """The same row in two comparisons: with what either measured, in the table if in one."""
     return replace(
         one,
         latency=one.latency or other.latency,

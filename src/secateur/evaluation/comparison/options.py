@@ -72,9 +72,7 @@ class Comparison:
 
 
 def read_options(given: Mapping[str, Any]) -> Comparison:
-    """The options among the keywords of `compare`. Raises a SecateurError for all that is wrong
-    whatever the model.
-    """
+    """The options of a call of `compare`. Raises SecateurError for what is wrong with any model."""
     grid, timed, recovered = (
         taken(Grid, given),
         taken(TimedRows, given),
@@ -123,9 +121,7 @@ def read_options(given: Mapping[str, Any]) -> Comparison:
 
 
 def _texts(draws: CalibrationDraws, text: EvaluationText) -> list[tuple[CalibrationText, int]]:
-    """The text of every draw with the number of its corpus. The draw of the table comes first: of
-    the first text, most samples, first seed.
-    """
+    """The text of each draw with the number of its corpus: first text, most samples, seed first."""
     one_corpus = draws.calibration is None or isinstance(draws.calibration, str)
     corpora = [draws.calibration] if one_corpus else [*draws.calibration]
     counts = [draws.samples] if isinstance(draws.samples, int) else {*draws.samples}

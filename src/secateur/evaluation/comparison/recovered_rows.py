@@ -36,8 +36,8 @@ def training_windows(
     tokenizer: PreTrainedTokenizerBase,
     avoid: Sequence[Windows],
 ) -> Windows | None:
-    """The text that rows are fine-tuned on, apart from the evaluation windows and those of the
-    draws, which are to avoid; None where no row is. Raises NotEnoughText.
+    """The text that rows are fine-tuned on, apart from what is to avoid: the evaluation windows
+    and those of the draws. None where no row is. Raises NotEnoughText.
     """
     if not asked.recovered.recover:
         return None
@@ -140,7 +140,7 @@ def _fine_tune(context: ComparisonContext, planned: Recovered, pruned: Path, pla
 
 
 def _seconds_of(pruned: Path, place: Path, conditions: dict[str, Any]) -> float | None:
-    """The seconds of a recovery of these very weights that had ended when a run died, before its
+    """The seconds of a recovery of these very weights that had ended when a run died before its
     row was kept; None where there is none.
     """
     try:

@@ -1,6 +1,4 @@
-"""Finished rows of a comparison on disk, so that the same command again computes only what is
-missing.
-"""
+"""Finished rows on disk, so that the same command again computes only what is missing."""
 
 from __future__ import annotations
 
@@ -89,9 +87,7 @@ def file_name(row: str) -> str:
 
 
 def _read(file: Path) -> FinishedRow:
-    """The row in a file. Whoever wrote it, it names no checkpoint but its own: that folder may be
-    replaced.
-    """
+    """The row in a file; it names no checkpoint but its own, since that may be replaced."""
     try:
         kept = FinishedRow.read(file)
         if kept.row.checkpoint not in (None, f"{CHECKPOINTS}/{file.stem}"):

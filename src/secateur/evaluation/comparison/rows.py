@@ -1,6 +1,4 @@
-"""How a row of a comparison is made: a model is pruned, and evaluated beside the dense one, window
-by window.
-"""
+"""How a row is made: a model is pruned, and evaluated beside the dense one by windows."""
 
 from __future__ import annotations
 
@@ -156,9 +154,7 @@ class ComparisonContext:
         )
 
     def rounded(self, pruned: Row) -> Row:
-        """The row of a pruned checkpoint whose kept weights are rounded to int8: evaluated as they
-        come back.
-        """
+        """The row of a checkpoint with its weights rounded to int8, evaluated as they come back."""
         assert pruned.checkpoint is not None
         row = replace(pruned, values="int8", latency=[], checkpoint=f"{pruned.checkpoint}-int8")
         if kept := self.store.get(row.name, row.calibration):

@@ -83,9 +83,7 @@ def reaches(
 
 
 def _at(family: Cell, percent: int) -> Cell:
-    """The member of a family at a percent; the pattern of `family` is what follows it: "" or " of
-    channels".
-    """
+    """The member of a family at a percent; its `pattern` is what follows that: " of channels"."""
     return replace(family, pattern=str(parse(f"{percent}%{family.pattern}")))
 
 

@@ -1,5 +1,4 @@
-"""What a comparison says, as sheets of text: the same for a terminal, a Markdown page and the page
-for a browser.
+"""What a comparison says, as sheets of text: the same for a terminal, Markdown and a browser.
 
 Columns for speed appear where it was measured, each figure with its runtime, and there is none
 otherwise; so do those for tasks. No sheet stands without its calibration size.
@@ -26,8 +25,8 @@ Figure = tuple[str, float | str]
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table with a title and a caption: lines by the names of the columns, which are the same in
-    each. `groups` numbers the lines that belong together.
+    """A table with a title and a caption. Lines have the names of all columns; `groups` numbers
+    those that belong together.
     """
 
     title: str
@@ -41,9 +40,7 @@ class Sheet:
 
 
 def sheets(results: Results) -> list[Sheet]:
-    """Everything that a comparison says in figures: the rows, and tasks, draws and tolerances where
-    there are any.
-    """
+    """All that a comparison says in figures: rows; tasks, draws, tolerances where there are any."""
     every = (comparison(results), tasks(results), draws(results), reaches(results))
     return [sheet for sheet in every if sheet.lines]
 
@@ -159,9 +156,7 @@ def _answered(answers: dict[str, Any] | None, kind: str) -> Figure:
 
 
 def draws(results: Results) -> Sheet:
-    """How much perplexity hangs on the calibration text: for each method, text and size over the
-    seeds.
-    """
+    """How much hangs on the calibration text: by method, text and size, over the seeds."""
     drawn: dict[tuple[str, str, str, str, int], list[float]] = defaultdict(list)
     for row in results.rows:
         if row.calibration is not None and not row.searched and row.values == "as stored":

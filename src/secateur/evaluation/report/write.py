@@ -1,6 +1,4 @@
-"""A comparison as a Markdown page, and as the page for a browser: one file that needs nothing from
-outside.
-"""
+"""A comparison as a Markdown page and as one for a browser, which needs nothing else."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ def _escape(text: str) -> str:
 
 
 def page(results: Results) -> str:
-    """The page. What comes from a checkpoint is escaped by the template; the pictures escape it
-    themselves.
-    """
+    """The page. The template escapes what comes from a checkpoint; the pictures do themselves."""
     environment = Environment(
         loader=PackageLoader("secateur.evaluation.report", "templates"),
         autoescape=True,
