@@ -117,18 +117,19 @@ def summary(report: Report) -> Iterator[str]:
     else:
         yield (
             f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of "
-            f"{len(report.sites)} sites are zero (coverage {report.coverage:.1%} of the block "
-            "weights)."
+            f"{len(report.sites)} weight matrices are zero (coverage {report.coverage:.1%} of the "
+            "block weights)."
         )
-    errors = {one.site: one.output_error for one in report.sites if one.output_error is not None}
+    matrices = report.sites
+    errors = {one.site: one.output_error for one in matrices if one.output_error is not None}
     if errors:
         worst, mean = max(errors, key=lambda name: errors[name]), sum(errors.values()) / len(errors)
         yield f"Relative output error: mean {mean:.4f}, most at {worst} ({errors[worst]:.4f})."
     if report.note:
         yield report.note
-    for one in report.sites:
-        if one.note and one.note != LEFT_OUT:
-            yield f"{one.site}: {one.note}"
+    for matrix in matrices:
+        if matrix.note and matrix.note != LEFT_OUT:
+            yield f"{matrix.site}: {matrix.note}"
     seconds = report.seconds
     yield (
         f"{seconds.total:.1f} s: {seconds.plan:.1f} planning, {seconds.forward:.1f} forward, "

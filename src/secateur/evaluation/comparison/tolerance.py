@@ -5,36 +5,16 @@ by bisection.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from secateur.errors import BadPattern, BadPlan
 from secateur.evaluation.comparison.grid import SEARCHED, Cell
 from secateur.evaluation.comparison.rows import ComparisonContext
-from secateur.evaluation.results.schema import Row
+from secateur.evaluation.results.schema import Reach, Row
 from secateur.methods.patterns import parse, share_of
 
 MOST = 95
 """Percent; a search ends there."""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far a method goes in a family of patterns.
-
-    `pattern` is the largest whole percent before the first whose perplexity is above `most`, taken
-    by the estimate; None where the least that can go is too much. `certain`: whether the upper end
-    of its 95 % interval is within too. `beyond` is that first percent; None where the search ended
-    at `MOST`. `note`: why `beyond` cannot be had at all.
-    """
-
-    method: str
-    allocation: str
-    pattern: str | None
-    perplexity: float | None
-    certain: bool
-    beyond: str | None
-    most: float
-    note: str = ""
 
 
 def reaches(

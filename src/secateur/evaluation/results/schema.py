@@ -102,8 +102,15 @@ class Answered(Fields):
         return self
 
 
-class Reached(Fields):
-    """What is read of how far a method goes within the tolerance."""
+@dataclass(frozen=True)
+class Reach:
+    """How far a method goes in a family of patterns.
+
+    `pattern` is the largest whole percent before the first whose perplexity is above `most`, taken
+    by the estimate; None where the least that can go is too much. `certain`: whether the upper end
+    of its 95 % interval is within too. `beyond` is that first percent; None where the search ended.
+    `note`: why `beyond` cannot be had at all.
+    """
 
     method: str
     allocation: str
@@ -112,20 +119,18 @@ class Reached(Fields):
     certain: bool
     beyond: str | None
     most: Number
-    note: str
+    note: str = ""
 
-    @model_validator(mode="after")
-    def _is_whole(self) -> Reached:
+    def __post_init__(self) -> None:
         if (self.pattern is None) != (self.perplexity is None):
             raise ValueError("it has no pattern with its perplexity")
-        return self
 
 
 class Tolerance(Fields):
     """What is read of a search for a tolerance."""
 
     share: Number
-    found: list[Reached]
+    found: list[Reach]
 
 
 def _searched(tolerance: dict[str, Any]) -> dict[str, Any]:
