@@ -98,11 +98,9 @@ def quality(results: Results, rows: Sequence[Row], question: Question) -> Choice
             pattern = f"{row.pattern} recovered" if row.recovered else row.pattern
             first.setdefault(pattern, []).append(row.method)
     if len(first) > 1:
-        ties = {
-            pattern: " (a tie)" if len(methods) > 1 else "" for pattern, methods in first.items()
-        }
-        places = (f"{pattern} {' and '.join(first[pattern])}{tie}" for pattern, tie in ties.items())
-        reasons.append(f"First at each pattern: {', '.join(places)}.")
+        places = [f"{pattern} {' and '.join(methods)}" for pattern, methods in first.items()]
+        tied = [f"{place} (a tie)" if " and " in place else place for place in places]
+        reasons.append(f"First at each pattern: {', '.join(tied)}.")
     if len({row.pattern for row in ordered}) > 1:
         reasons.append(
             "Kinds and amounts are not equal: least perplexity favours what removes least."
