@@ -177,7 +177,7 @@ def evaluate(
     progress, local = progress or Progress(), Path(data_dir) if data_dir else None
     first, dtype = find_devices(device)[0], find_dtype(dtype)
     asked = check_tasks(zero_shot, local)
-    trust = {"trust_remote_code": trust_remote_code}
+    trust: Any = {"trust_remote_code": trust_remote_code}
     folder = open_checkpoint(resolve(model)).folder
     progress.begin(f"loading {model or 'the demo model'}")
     language_model, tokenizer = load(folder, **trust), load_tokenizer(folder, **trust)

@@ -75,7 +75,9 @@ def join(one: Results, other: Results, name: str, other_name: str) -> Results:
         *one.calibrations,
         *(draw for draw in other.calibrations if draw not in one.calibrations),
     ]
-    numbers = {number: calibrations.index(draw) for number, draw in enumerate(other.calibrations)}
+    numbers: dict[int | None, int] = {
+        number: calibrations.index(draw) for number, draw in enumerate(other.calibrations)
+    }
     rows = {(row.name, row.calibration): row for row in one.rows}
     for row in other.rows:
         moved = replace(row, calibration=numbers.get(row.calibration))

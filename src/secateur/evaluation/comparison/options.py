@@ -122,8 +122,8 @@ def read_options(given: Mapping[str, Any]) -> Comparison:
 
 def _texts(draws: CalibrationDraws, text: EvaluationText) -> list[tuple[CalibrationText, int]]:
     """The text of each draw with the number of its corpus: first text, most samples, seed first."""
-    one_corpus = draws.calibration is None or isinstance(draws.calibration, str)
-    corpora = [draws.calibration] if one_corpus else [*draws.calibration]
+    named = draws.calibration
+    corpora: list[str | None] = [named] if named is None or isinstance(named, str) else [*named]
     counts = [draws.samples] if isinstance(draws.samples, int) else {*draws.samples}
     seeds = [draws.seed] if isinstance(draws.seed, int) else dict.fromkeys(draws.seed)
     if not corpora or not counts or not seeds:
