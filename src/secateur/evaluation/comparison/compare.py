@@ -124,14 +124,11 @@ def _open(asked: Comparison) -> tuple[ComparisonContext, Results]:
     Raises NotEnoughText, and ConditionsDiffer for rows that were measured under other conditions.
     """
     source, language_model, feasibility = _load(asked)
-    draws = [
-        Draw(
-            number,
-            draw_calibration(language_model, source.folder, asked.model, text, asked.trust),
-            corpus,
-        )
-        for number, (text, corpus) in enumerate(asked.texts)
+    drawn = [
+        draw_calibration(language_model, source.folder, asked.model, text, asked.trust)
+        for text, _ in asked.texts
     ]
+    draws = [Draw(number, windows, asked.texts[number][1]) for number, windows in enumerate(drawn)]
     tokenizer = load_tokenizer(source.folder, trust_remote_code=asked.trust.trust_remote_code)
     judged = judged_windows(language_model, tokenizer, asked.model, asked.text)
     check_windows(language_model, judged, asked.compute.batch_size)
@@ -181,20 +178,12 @@ def _passes(asked: Comparison, language_model: LanguageModel, calibration: Windo
     forward = calibration_dtype(compute.dtype, asked.device, language_model.model.dtype)
     devices = [asked.device] * len(find_devices(compute.device))
     methods = dict.fromkeys(cell.method for cell in asked.cells if not cell.structured)
-    two = any(
-        way_through(
-            language_model,
-            calibration.ids.shape,
-            find_method(method),
-            shapes,
-            compute,
-            forward,
-            devices,
-        )["passes"]
-        == "two"
-        for method in methods
-    )
-    return "two" if two else "one"
+    for name in methods:
+        shape, method = calibration.ids.shape, find_method(name)
+        way = way_through(language_model, shape, method, shapes, compute, forward, devices)
+        if way["passes"] == "two":
+            return "two"
+    return "one"
 
 
 def _results(

@@ -100,7 +100,7 @@ def join(one: Results, other: Results, name: str, other_name: str) -> Results:
 
 
 def _fuller(one: Row, other: Row) -> Row:
-    """The same row in two comparisons: with what either measured, in the table if in one."""
+    """The row of two comparisons, with what either measured; in the table if it is in one's."""
     return replace(
         one,
         latency=one.latency or other.latency,

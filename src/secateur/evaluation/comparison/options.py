@@ -73,16 +73,9 @@ class Comparison:
 
 def read_options(given: Mapping[str, Any]) -> Comparison:
     """The options of a call of `compare`. Raises SecateurError for what is wrong with any model."""
-    grid, timed, recovered = (
-        taken(Grid, given),
-        taken(TimedRows, given),
-        taken(RecoveredRows, given),
-    )
-    compute, text, zero_shot = (
-        taken(Compute, given),
-        taken(EvaluationText, given),
-        taken(ZeroShot, given),
-    )
+    grid, recovered = taken(Grid, given), taken(RecoveredRows, given)
+    timed, zero_shot = taken(TimedRows, given), taken(ZeroShot, given)
+    text, compute = taken(EvaluationText, given), taken(Compute, given)
     for name in grid.values:
         if name not in VALUES:
             raise UnknownName("kind of values", name, VALUES)
@@ -96,27 +89,22 @@ def read_options(given: Mapping[str, Any]) -> Comparison:
     texts, rows = _texts(taken(CalibrationDraws, given), text), cells(grid)
     if tolerance is not None:
         check_searched(rows)
-    device = find_devices(compute.device)[0]
+    device, command = find_devices(compute.device)[0], typed_command(given["command"])
     return Comparison(
-        given["model"],
-        rows,
-        texts,
-        tolerance,
-        device,
-        grid,
-        recovered,
-        replace(zero_shot, tasks=tasks),
-        timed,
-        text,
-        replace(compute, dtype=find_dtype(compute.dtype), memory=memory),
-        Destination(
-            out=Path(given["out"]),
-            overwrite=True,
-            restart=given["restart"],
-            command=typed_command(given["command"]),
-        ),
-        taken(Trust, given),
-        given["progress"] or Progress(),
+        model=given["model"],
+        cells=rows,
+        texts=texts,
+        tolerance=tolerance,
+        device=device,
+        grid=grid,
+        recovered=recovered,
+        zero_shot=replace(zero_shot, tasks=tasks),
+        timed=timed,
+        text=text,
+        compute=replace(compute, dtype=find_dtype(compute.dtype), memory=memory),
+        destination=replace(taken(Destination, given), overwrite=True, command=command),
+        trust=taken(Trust, given),
+        progress=given["progress"] or Progress(),
     )
 
 

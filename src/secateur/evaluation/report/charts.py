@@ -79,7 +79,7 @@ def charts(results: Results) -> list[Chart]:
 
 
 def front(points: list[tuple[float, float]], *, least: bool) -> list[int]:
-    """The Pareto front by x: points (x, perplexity) that none beats in both; `least` x is best."""
+    """The Pareto front by x: points (x, perplexity) that none beats in both. `least`: of x too."""
     best: list[int] = []
     sign = 1 if least else -1
     for i in sorted(range(len(points)), key=lambda i: (sign * points[i][0], points[i][1])):
@@ -311,7 +311,7 @@ def _plan(title: str, words: str, spec: Spec, values: list[Spec]) -> Plan:
 
 
 def _described(svg: str, words: str) -> str:
-    """The SVG as one picture with words for who does not see it, and on marks what they are."""
+    """The SVG as a picture that is read aloud by its words, its marks by what a pointer shows."""
     ElementTree.register_namespace("", SVG)
     root = ElementTree.fromstring(svg)
     for element in root.iter():
