@@ -59,19 +59,16 @@ class Measured:
     def mean_kl(self) -> float | None:
         return None if self.kl is None else float(self.kl.mean())
 
-    @property
-    def mean_agreement(self) -> float | None:
-        return None if self.top1_agreement is None else float(self.top1_agreement.mean())
-
     def beside(self, dense: Measured) -> dict[str, Any]:
         """What is said of a model beside the dense one, by the names of the fields that have it."""
         delta, interval = perplexity_difference(self.loss, dense.loss)
+        agreement = None if self.top1_agreement is None else float(self.top1_agreement.mean())
         return {
             "perplexity": self.perplexity,
             "delta": delta,
             "delta_interval": interval,
             "kl": self.mean_kl,
-            "top1_agreement": self.mean_agreement,
+            "top1_agreement": agreement,
         }
 
 

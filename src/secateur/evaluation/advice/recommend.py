@@ -43,11 +43,11 @@ class Recommendation:
     """
 
     goal: str
-    chosen: str | None
-    kind: str | None
-    runner_up: str | None
-    constraint: str
-    reasons: list[str]
+    chosen: str | None = None
+    kind: str | None = None
+    runner_up: str | None = None
+    constraint: str = ""
+    reasons: list[str] = field(default_factory=list)
     not_considered: list[str] = field(default_factory=list)
     measure: list[str] = field(default_factory=list)
     priors: list[str] = field(default_factory=list)
@@ -116,14 +116,14 @@ def _from_rows(results: Results, question: Question, constraint: str) -> Recomme
         measure.append(tasks_of(results, row))
     return Recommendation(
         question.goal,
-        row.name,
-        row.kind,
-        choice.runner_up.name if choice.runner_up else None,
-        _binding(results, question, constraint, row),
-        [*reasons, *_accuracy(row)],
-        [*left, *choice.not_considered],
-        measure,
-        known,
+        chosen=row.name,
+        kind=row.kind,
+        runner_up=choice.runner_up.name if choice.runner_up else None,
+        constraint=_binding(results, question, constraint, row),
+        reasons=[*reasons, *_accuracy(row)],
+        not_considered=[*left, *choice.not_considered],
+        measure=measure,
+        priors=known,
     )
 
 
@@ -132,16 +132,14 @@ def _unmeasured(
 ) -> Recommendation:
     """Nothing to choose from: what is known in general, and how to measure."""
     goal, hardware, runtime = question.goal, question.hardware, question.runtime
+    runtimes = [runtime] if runtime else []
     return Recommendation(
         goal,
-        None,
-        None,
-        None,
-        constraint,
-        ["Nothing measured answers this.", *choice.reasons],
-        choice.not_considered,
-        measuring(results, [runtime] if runtime else [], hardware, timed=goal == "latency"),
-        priors(goal, hardware, runtime),
+        constraint=constraint,
+        reasons=["Nothing measured answers this.", *choice.reasons],
+        not_considered=choice.not_considered,
+        measure=measuring(results, runtimes, hardware, timed=goal == "latency"),
+        priors=priors(goal, hardware, runtime),
     )
 
 

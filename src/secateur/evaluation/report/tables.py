@@ -90,7 +90,7 @@ def _cells(row: Row) -> dict[str, Figure]:
 
 def _names(*texts: str) -> dict[str, Figure]:
     """What a row is called: its method, pattern and kind."""
-    return {column: (text, text) for column, text in zip(FIRST, texts, strict=True)}
+    return dict(zip(FIRST, map(_text, texts), strict=True))
 
 
 def _speed_cells(row: Row) -> dict[str, Figure]:
@@ -100,7 +100,7 @@ def _speed_cells(row: Row) -> dict[str, Figure]:
         return dict.fromkeys(SPEED, ("-", ""))
     return {
         "tokens/s": _figure(best["tokens_per_second"], "{:.0f}"),
-        "runtime": (best["runtime"], best["runtime"]),
+        "runtime": _text(best["runtime"]),
         "over eager": (ratio(best["over_eager"]), best["over_eager"][0]),
         "over its dense": (ratio(best["decode_ratio"]), best["decode_ratio"][0]),
         "first token": _figure(best["prefill_ratio"][0], "{:.2f}"),
@@ -170,12 +170,12 @@ def draws(results: Results) -> Sheet:
     )
     lines: list[dict[str, Figure]] = []
     for key in order:
-        values, text = drawn[key], Path(key[3]).name
+        values = drawn[key]
         low, high, mean = min(values), max(values), sum(values) / len(values)
         lines.append(
             {
                 **_names(*key[:3]),
-                "text": (text, text),
+                "text": _text(Path(key[3]).name),
                 "samples": _figure(key[4], "{}"),
                 "seeds": _figure(len(values), "{}"),
                 "perplexity": (number(mean), mean),
@@ -198,15 +198,14 @@ def reaches(results: Results) -> Sheet:
     for reach in reached:
         rule = "" if reach["allocation"] == "uniform" else f" by {reach['allocation']}"
         pattern, perplexity = reach["pattern"], reach["perplexity"]
-        name, certain = f"{reach['method']}{rule}", "yes" if reach["certain"] else "no"
         beyond = (reach["beyond"] or "-") + (", refused" if reach["note"] else "")
         lines.append(
             {
-                "method": (name, name),
+                "method": _text(f"{reach['method']}{rule}"),
                 "up to": (pattern, (share_of(pattern) or (0.0,))[0]) if pattern else ("-", ""),
                 "perplexity": _figure(perplexity, number(perplexity or 0.0)),
-                "interval within": (certain, certain),
-                "too much": (beyond, beyond),
+                "interval within": _text("yes" if reach["certain"] else "no"),
+                "too much": _text(beyond),
             }
         )
     most = number(reached[0]["most"] if reached else 0.0)
@@ -229,9 +228,9 @@ def conditions(results: Results) -> list[tuple[str, str]]:
     run = {key: value for key, value in results.options.items() if value != []}
     return [
         ("model", f"{results.model['name']}, {results.model['parameters']:,} parameters"),
-        *(("calibration", _text(draw, "samples")) for draw in results.calibrations),
-        *(("recovery", _text(text, "samples")) for text in trained.values()),
-        ("evaluation", _text(results.evaluation, "windows")),
+        *(("calibration", _source(draw, "samples")) for draw in results.calibrations),
+        *(("recovery", _source(text, "samples")) for text in trained.values()),
+        ("evaluation", _source(results.evaluation, "windows")),
         ("run", _pairs(run)),
         ("machine", _pairs(results.machine)),
         ("versions", _pairs(results.versions)),
@@ -240,7 +239,7 @@ def conditions(results: Results) -> list[tuple[str, str]]:
     ]
 
 
-def _text(text: dict[str, Any], what: str) -> str:
+def _source(text: dict[str, Any], what: str) -> str:
     size = f"{text['samples']} {what} of {text['length']} tokens"
     seed = f", seed {text['seed']}" if what == "samples" else ""
     return f"{text['source']} ({text['split']}), {size}{seed}, sha256 {text['sha256'][:16]}…"
@@ -330,6 +329,10 @@ def ratio(interval: Sequence[float]) -> str:
 def number(value: float) -> str:
     """Two decimals where they say something, else four digits."""
     return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
+
+
+def _text(text: str) -> Figure:
+    return text, text
 
 
 def _figure(value: float | None, form: str) -> Figure:

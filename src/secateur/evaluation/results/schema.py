@@ -119,7 +119,7 @@ class Reach:
     certain: bool
     beyond: str | None
     most: Number
-    note: str = ""
+    note: str
 
     def __post_init__(self) -> None:
         if (self.pattern is None) != (self.perplexity is None):

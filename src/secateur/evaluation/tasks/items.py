@@ -138,15 +138,16 @@ def read_items(file: Path, form: Form) -> list[Row]:
 
 def _checked(row: Any, form: Form, where: str) -> Row:
     """The columns of the form, from a row as it was read. Raises BadText."""
-    if isinstance(row, dict) and isinstance(row.get("doc"), dict):
-        row = row["doc"]
-    if isinstance(row, dict) and "choices.text" in form.columns:
+    row = row if isinstance(row, dict) else {}
+    row = row["doc"] if isinstance(row.get("doc"), dict) else row
+    if "choices.text" in form.columns:
         row = _with_letters(row, form)
     item: Row = {}
     for path, kind in form.columns.items():
         outer, _, inner = path.partition(".")
-        value = row.get(outer) if isinstance(row, dict) else None
-        value = value.get(inner) if inner and isinstance(value, dict) else None if inner else value
+        value = row.get(outer)
+        if inner:
+            value = value.get(inner) if isinstance(value, dict) else None
         if value is None:
             raise BadText(
                 f"The column '{path}' is missing in {where}; {', '.join(form.columns)} are wanted."
@@ -156,10 +157,7 @@ def _checked(row: Any, form: Form, where: str) -> Row:
                 f"The column '{path}' of {where} holds a {type(value).__name__}, not {WORDS[kind]}."
             )
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is a UnicodeError
-        if inner:
-            item.setdefault(outer, {})[inner] = value
-        else:
-            item[outer] = value
+        (item.setdefault(outer, {}) if inner else item)[inner or outer] = value
     if not form.sound(item):
         raise BadText(f"There is no answer to score in {where}: {form.rule}.")
     return item
