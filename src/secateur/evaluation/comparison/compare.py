@@ -27,7 +27,7 @@ from secateur.evaluation.comparison.row_store import ROWS, RowStore, recorded_co
 from secateur.evaluation.comparison.rows import ComparisonContext
 from secateur.evaluation.comparison.task_rows import answer_rows
 from secateur.evaluation.comparison.timed_rows import time_rows
-from secateur.evaluation.comparison.tolerance import reaches
+from secateur.evaluation.comparison.tolerance import search_tolerance
 from secateur.evaluation.perplexity import Forward, judged_windows
 from secateur.evaluation.report.write import write_report
 from secateur.evaluation.results.ranking import rank
@@ -260,7 +260,7 @@ def _make_rows(context: ComparisonContext, results: Results) -> None:
             if cell.calibrated:
                 results.rows += [context.row(cell, draw) for draw in context.draws[1:]]
         if asked.tolerance is not None:
-            reached, made = reaches(context, asked.cells, results.table, asked.tolerance)
+            reached, made = search_tolerance(context, asked.cells, results.table, asked.tolerance)
             results.rows += made
             results.tolerance = {"share": asked.tolerance, "found": list(map(asdict, reached))}
     finally:

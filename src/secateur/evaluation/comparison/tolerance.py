@@ -10,16 +10,16 @@ from dataclasses import replace
 from secateur.errors import BadPattern, BadPlan
 from secateur.evaluation.comparison.grid import SEARCHED, Cell
 from secateur.evaluation.comparison.rows import ComparisonContext
-from secateur.evaluation.results.schema import Reach, Row
+from secateur.evaluation.results.schema import ToleranceResult, Row
 from secateur.methods.patterns import parse, share_of
 
 MOST = 95
 """Percent; a search ends there."""
 
 
-def reaches(
+def search_tolerance(
     context: ComparisonContext, cells: Sequence[Cell], rows: Sequence[Row], tolerance: float
-) -> tuple[list[Reach], list[Row]]:
+) -> tuple[list[ToleranceResult], list[Row]]:
     """For every method, rule and family of shares in `cells` how far it goes, and the rows that
     were made to find out.
 
@@ -28,7 +28,7 @@ def reaches(
     """
     dense = context.dense_row()
     most = dense.perplexity * (1 + tolerance)
-    reached, made = list[Reach](), list[Row]()
+    reached, made = list[ToleranceResult](), list[Row]()
     shares = ((cell, share_of(cell.pattern)) for cell in cells)
     families = (replace(cell, pattern=share[1]) for cell, share in shares if share)
     for family in dict.fromkeys(families):
@@ -48,7 +48,7 @@ def reaches(
         row = None if best is None else known[best]
         certain = row is not None and dense.perplexity + row.delta_interval[1] <= most
         reached.append(
-            Reach(
+            ToleranceResult(
                 family.method,
                 family.rule,
                 row and row.pattern,

@@ -41,7 +41,7 @@ class Sheet:
 
 def sheets(results: Results) -> list[Sheet]:
     """All that a comparison says in figures: rows; tasks, draws, tolerances where there are any."""
-    every = (comparison(results), tasks(results), draws(results), reaches(results))
+    every = (comparison(results), tasks(results), draws(results), tolerances(results))
     return [sheet for sheet in every if sheet.lines]
 
 
@@ -191,7 +191,7 @@ def draws(results: Results) -> Sheet:
     )
 
 
-def reaches(results: Results) -> Sheet:
+def tolerances(results: Results) -> Sheet:
     """How far each method goes within the tolerance."""
     reached = results.tolerance.get("found", [])
     lines: list[dict[str, Figure]] = []

@@ -103,7 +103,7 @@ class Answered(Fields):
 
 
 @dataclass(frozen=True)
-class Reach:
+class ToleranceResult:
     """How far a method goes in a family of patterns.
 
     `pattern` is the largest whole percent before the first whose perplexity is above `most`, taken
@@ -130,7 +130,7 @@ class Tolerance(Fields):
     """What is read of a search for a tolerance."""
 
     share: Number
-    found: list[Reach]
+    found: list[ToleranceResult]
 
 
 def _searched(tolerance: dict[str, Any]) -> dict[str, Any]:
