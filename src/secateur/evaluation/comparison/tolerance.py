@@ -10,7 +10,7 @@ from dataclasses import replace
 from secateur.errors import BadPattern, BadPlan
 from secateur.evaluation.comparison.grid import SEARCHED, Cell
 from secateur.evaluation.comparison.rows import ComparisonContext
-from secateur.evaluation.results.schema import ToleranceResult, Row
+from secateur.evaluation.results.schema import Row, ToleranceResult
 from secateur.methods.patterns import parse, share_of
 
 MOST = 95
