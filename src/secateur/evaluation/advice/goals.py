@@ -139,7 +139,13 @@ def latency(results: Results, rows: Sequence[Row], question: Question) -> Choice
         conditions = "; ".join(map(_condition, other_conditions))
         left.append(f"Timings under other conditions: {conditions}.")
     gains = [speed for speed in timed if speed.faster and not speed.chance]
-    winners = [speed for speed in gains if _beats(speed, plain)]
+    winners = [
+        speed
+        for speed in gains
+        if plain is None
+        or plain.runtime in (speed.runtime, speed.against)
+        or speed.rate[1] > plain.rate[2]
+    ]
     if not winners:
         return Choice(dense, None, _no_gain(timed, gains, plain, question.runtime), left)
     best = max(winners, key=_rate)
@@ -238,13 +244,6 @@ GOALS: Mapping[str, Callable[[Results, Sequence[Row], Question], Choice]] = {
     goal.__name__: goal for goal in (quality, latency, memory, portability)
 }
 """The goals by their names."""
-
-
-def _beats(speed: Speed, plain: Speed | None) -> bool:
-    """Whether a row that gains also beats the dense model in its fastest runtime."""
-    if plain is None or plain.runtime in (speed.runtime, speed.against):
-        return True
-    return speed.rate[1] > plain.rate[2]
 
 
 def _as_measured(results: Results, speed: Speed) -> str:

@@ -70,8 +70,7 @@ def _foreign(runtime: str) -> list[str]:
 
 def _from_rows(results: Results) -> list[str]:
     """The command of a comparison that was not typed: its rows and texts; else defaults."""
-    pruned = [row for row in results.table if row.kind != "dense"]
-    name = str(results.model["name"])
+    pruned, name = results.pruned, str(results.model["name"])
     shared = any(row.allocation != "uniform" for row in pruned)
     rounded = any(row.values != "as stored" for row in pruned)
     options = [

@@ -90,7 +90,7 @@ def recommend(
 
 
 def _from_rows(results: Results, question: Question, constraint: str) -> Recommendation:
-    dense, pruned = results.dense, _pruned(results)
+    dense, pruned = results.dense, results.pruned
     fitting = [row for row in pruned if question.loads(row)]
     within = [row for row in pruned if question.admits(row, dense)]
     left = _left_out(results, question, pruned, fitting)
@@ -170,10 +170,6 @@ def _choose(results: Results, question: Question, rows: Sequence[Row]) -> Choice
     return GOALS[question.goal](results, rows, question) if rows else Choice(results.dense)
 
 
-def _pruned(results: Results) -> list[Row]:
-    return [row for row in results.table if row.kind != "dense"]
-
-
 def _left_out(
     results: Results, question: Question, pruned: Sequence[Row], fitting: Sequence[Row]
 ) -> list[str]:
@@ -241,7 +237,7 @@ def _binding(results: Results, question: Question, constraint: str, chosen: Row)
         if (value := getattr(question, what)) is None:
             continue
         loose = replace(question, **{what: None})
-        admitted = [row for row in _pruned(results) if loose.admits(row, dense)]
+        admitted = [row for row in results.pruned if loose.admits(row, dense)]
         row = _choose(results, loose, admitted).row
         if row is not None and row.name != chosen.name:
             without = f"Without {'it' if what == 'limit' else value}"

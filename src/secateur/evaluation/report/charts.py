@@ -263,7 +263,7 @@ def _points(encoding: Spec, size: int) -> Spec:
 
 def _methods(results: Results) -> list[str]:
     """The methods in the order of the table, so that each has its colour in every picture."""
-    return list(dict.fromkeys(method(row) for row in results.table if row.kind != "dense"))
+    return list(dict.fromkeys(method(row) for row in results.pruned))
 
 
 def _wide(rows: list[Row]) -> bool:

@@ -261,8 +261,8 @@ def _title(results: Results) -> str:
 
 
 def _caption(results: Results) -> str:
-    pruned = [row for row in results.table if row.kind != "dense" and not row.recovered]
-    names = sorted({method(row) for row in pruned if row.calibration is None})
+    free = [row for row in results.pruned if row.calibration is None and not row.recovered]
+    names = sorted({method(row) for row in free})
     alone = f" {', '.join(names)}: needs no calibration text." if names else ""
     if any(row.recovered for row in results.table):
         alone += (

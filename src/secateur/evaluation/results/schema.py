@@ -259,6 +259,11 @@ class Results:
         """The rows beside each other: of the first calibration text, and no steps of a search."""
         return [row for row in self.rows if not row.calibration and not row.searched]
 
+    @property
+    def pruned(self) -> list[Row]:
+        """The rows of the table but the dense one."""
+        return [row for row in self.table if row.kind != "dense"]
+
     def json(self) -> str:
         return json_text(asdict(self), finite=True)
 
