@@ -34,7 +34,7 @@ def test_prune_writes_a_folder_that_stock_loaders_read(tiny_llama, text_file, tm
         "prune", tiny_llama, "--method", "wanda", "--pattern", "2:4", "--calibration", text_file, "--samples", 8,
         "--seq-len", 32, "--out", out, "--quiet",
     )  # fmt: skip
-    assert "50.00% of the weights of 28 sites are zero" in text
+    assert "50.00% of the weights of 28 weight matrices are zero" in text
     assert {p.name for p in out.iterdir()} == {p.name for p in tiny_llama.iterdir()} | {"pruning.json"}
     assert (out / "config.json").read_bytes() == (tiny_llama / "config.json").read_bytes()
     AutoTokenizer.from_pretrained(out)

@@ -8,9 +8,10 @@ import pytest
 from rich.table import Table
 
 import secateur
+from secateur.cli.tables import comparison_tables
 from secateur.errors import ConditionsDiffer, SecateurError, UnsupportedModel
 from secateur.evaluation.comparison import rows
-from secateur.evaluation.report.write import markdown, table
+from secateur.evaluation.report.write import markdown
 from secateur.evaluation.results.ranking import rank
 from secateur.evaluation.results.schema import Row
 from secateur.kernels.library import library
@@ -193,7 +194,7 @@ def test_the_report_escapes_names_and_has_no_speed_column(options, tmp_path):
     assert "tokens/s" not in columns
     assert "8 samples" in text
     for characters in (80, 200):
-        (shown,) = table(results, characters).renderables
+        (shown,) = comparison_tables(results, characters).renderables
         assert isinstance(shown, Table)
         assert shown.row_count == 2
 

@@ -12,7 +12,7 @@ import pytest
 import secateur
 from secateur.errors import BadPattern, BadText, ConditionsDiffer, SecateurError
 from secateur.evaluation.comparison.grid import Cell, cells, expand
-from secateur.evaluation.comparison.tolerance import reaches
+from secateur.evaluation.comparison.tolerance import search_tolerance
 from secateur.evaluation.report.tables import sheets
 from secateur.evaluation.results.schema import Results, Row, find_tolerance, read_results
 from secateur.system.settings import Grid
@@ -160,7 +160,7 @@ class Told:
 def test_the_end_of_a_tolerance(perplexity, found):
     told: Any = Told(perplexity)
     grid = [Cell("wanda", "50% of row", "uniform"), Cell("wanda", "2:4", "uniform")]
-    (reach,), made = reaches(told, grid, [], 0.1)
+    (reach,), made = search_tolerance(told, grid, [], 0.1)
     assert (reach.pattern, reach.certain, reach.beyond) == found
     assert len(told.asked) == len(set(told.asked)) <= 7
     assert [row.pattern for row in made if not row.searched] == [reach.pattern] * (reach.pattern is not None)
@@ -186,10 +186,10 @@ def test_percents_that_are_refused_bound_a_search():
     """As where one step of aligned channels is more than one percent, and the last step leaves nothing."""
     cell = Cell("wanda", "20% of channels", "uniform")
     told: Any = Told(lambda share: 10.2, refused=[*range(1, 13), *range(80, 96)])
-    (reach,), _ = reaches(told, [cell], [told.made("20% of channels", 10.2)], 0.1)
+    (reach,), _ = search_tolerance(told, [cell], [told.made("20% of channels", 10.2)], 0.1)
     assert (reach.pattern, reach.beyond, reach.note) == ("79% of channels", "80% of channels", "80 cannot be had")
     told = Told(lambda share: 12.0, refused=range(1, 13))
-    (reach,), _ = reaches(told, [cell], [told.made("20% of channels", 12.0)], 0.1)
+    (reach,), _ = search_tolerance(told, [cell], [told.made("20% of channels", 12.0)], 0.1)
     assert (reach.pattern, reach.beyond, reach.note) == (None, "13% of channels", "")
 
 

@@ -18,11 +18,12 @@ from rich.console import Console
 from support.recommending import MACHINE, timed
 
 import secateur
+from secateur.cli.tables import comparison_tables
 from secateur.errors import BadResults
 from secateur.evaluation.report import vega as draw
 from secateur.evaluation.report.charts import charts, front
 from secateur.evaluation.report.tables import sheets
-from secateur.evaluation.report.write import markdown, page, table
+from secateur.evaluation.report.write import markdown, page
 from secateur.evaluation.results.ranking import rank
 from secateur.evaluation.results.schema import SCHEMA, Results, Row
 
@@ -92,7 +93,7 @@ def plain() -> Results:
 
 def printed(results: Results, characters: int = 400) -> str:
     console = Console(width=characters, file=StringIO(), record=True)
-    console.print(table(results, characters))
+    console.print(comparison_tables(results, characters))
     return console.export_text()
 
 

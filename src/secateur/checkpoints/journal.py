@@ -1,9 +1,10 @@
-"""What a run has finished, a line each on disk, so that the same command goes on where a killed one
-stopped.
+"""What a run has finished, and under which conditions, so that the same command goes on where a
+killed one stopped.
 
-The first line holds the conditions of the run, each later one something that is done and safe on
-disk. Every line has a checksum in front: a line that was cut short, and all behind it, never
-happened. While a run is going on, it holds the lock of its journal.
+Of a `Journal` the first line holds the conditions of the run, each later one something that is done
+and safe on disk. Every line has a checksum in front: a line that was cut short, and all behind it,
+never happened. While a run is going on, it holds the lock of its journal. What is done alone and
+may be deleted alone, such as a row of a comparison, is `Finished`, in a file of its own.
 """
 
 from __future__ import annotations
@@ -12,13 +13,34 @@ import fcntl
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from zlib import crc32
 
 from secateur.errors import OutputRefused
+from secateur.system.files import write_whole
+from secateur.system.json_files import read_json
+from secateur.system.typed import read_as
 
 SCHEMA = "secateur.run/2"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One thing that is done, with its conditions; a subclass adds what it is as further fields."""
+
+    conditions: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """What a JSON file holds. Raises ValueError where it is not that, OSError."""
+        return read_as(cls, read_json(file, finite=True))
+
+    def write(self, file: Path) -> None:
+        """Write it as JSON, whole or not at all; arrays become lists. Raises OSError."""
+        text = json.dumps(asdict(self), allow_nan=False, default=lambda array: array.tolist())
+        write_whole(file, text)
 
 
 class Journal:

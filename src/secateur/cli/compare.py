@@ -47,10 +47,10 @@ def compare(
     with display(quiet) as shows:
         results = secateur.compare(model, **given, command=command(), progress=shows)
 
-    from secateur.evaluation.report.write import table
+    from secateur.cli.tables import comparison_tables
 
     written = f"Written to {escape(str(given['out'] / 'results.json'))}, report.html and report.md."
-    show(results, as_json, lambda: [table(results, console().width), written])
+    show(results, as_json, lambda: [comparison_tables(results, console().width), written])
 
 
 @options(Destination, without=("overwrite", "restart"))
@@ -65,7 +65,7 @@ def report(
     """
     joined = secateur.report(results, **given)
 
-    from secateur.evaluation.report.write import table
+    from secateur.cli.tables import comparison_tables
 
     written = f"Written to {escape(str(given['out'] / 'report.html'))}, report.md and results.json."
-    show(joined, False, lambda: [table(joined, console().width), written])
+    show(joined, False, lambda: [comparison_tables(joined, console().width), written])

@@ -4,6 +4,7 @@ only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,15 +34,13 @@ def recommend(
     as_json: AsJson = False,
 ) -> None:
     """Say which row of a comparison to take for a goal, and why, from what was measured alone."""
-    found = secateur.recommend(results, **given)
-    show(found, as_json, lambda: map(escape, lines(found)))
+    advice = secateur.recommend(results, **given)
+    show(advice, as_json, lambda: map(escape, lines(advice)))
 
 
-def lines(found: Recommendation) -> list[str]:
+def lines(advice: Recommendation) -> Iterator[str]:
     """A recommendation as people read it: what to take first, a sentence a line."""
-    return [
-        *(printable(line) for line in [*found.reasons, found.constraint]),
-        *(f"Not considered: {printable(line)}" for line in found.not_considered),
-        *(f"To measure it: {printable(line)}" for line in found.measure),
-        *(printable(line) for line in found.priors),
-    ]
+    yield from map(printable, [*advice.reasons, advice.constraint])
+    yield from (f"Not considered: {printable(line)}" for line in advice.not_considered)
+    yield from (f"To measure it: {printable(line)}" for line in advice.measure)
+    yield from map(printable, advice.priors)

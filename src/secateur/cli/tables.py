@@ -1,13 +1,15 @@
-"""What a run did, what checkpoints hold, what was timed, what runtimes and machines do: for a
-terminal.
+"""What commands show on a terminal: what a run did, what checkpoints hold, comparisons, times, what
+runtimes and machines do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
@@ -15,7 +17,7 @@ from secateur.checkpoints.record import LEFT_OUT
 from secateur.deployment.inspect import rows as inspection_rows
 from secateur.deployment.validate import rows as validation_rows
 from secateur.errors import printable
-from secateur.evaluation.report.tables import ratio
+from secateur.evaluation.report.tables import FIRST, SPEED, TASKS, Sheet, ratio, sheets
 from secateur.evaluation.tasks.answer import lines as task_lines
 from secateur.system.sizes import in_words
 
@@ -27,32 +29,78 @@ if TYPE_CHECKING:
     from secateur.deployment.inspect import Inspection
     from secateur.deployment.validate import Validation
     from secateur.evaluation.perplexity import Evaluation
+    from secateur.evaluation.results.schema import Results
+
+
+WIDE_CHARACTERS = 150
+NARROW = (*FIRST, "perplexity", "difference [95 % interval]", "rank")
+"""The columns of a comparison that fit a terminal of 80 characters."""
+WHOLE = ("pattern", "kind", "rank", "runtime", "perplexity", "tokens/s")
+"""Columns that are never broken; intervals and long names of methods are."""
 
 
 def table(
-    columns: str,
+    columns: str | Sequence[str],
     rows: Iterable[Sequence[str]],
     *,
-    title: str | None = None,
-    caption: str | None = None,
-    figures: str = "",
+    title: str = "",
+    caption: str = "",
+    figures: str | Collection[str] = (),
+    whole: Collection[str] = (),
+    groups: Sequence[int] = (),
 ) -> Table:
-    """A table of text from anywhere; columns and those among them that are figures, set to the
-    right, separated by commas.
+    """A table of text from anywhere.
+
+    `figures` are the columns that are set to the right, `whole` those that are not broken; a rule
+    stands between rows of two `groups`. Names may stand in one text, separated by commas.
     """
+    names, right = (one.split(",") if isinstance(one, str) else one for one in (columns, figures))
     drawn = Table(
-        title=None if title is None else escape(printable(title)),
-        caption=None if caption is None else escape(caption),
+        title=escape(printable(title)) or None,
+        caption=escape(printable(caption)) or None,
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=bool(figures),
     )
-    for name in columns.split(","):
-        right = name in figures.split(",")
-        drawn.add_column(name, justify="right" if right else "left", overflow="fold")
-    for row in rows:
+    overflow = "ellipsis" if whole else "fold"
+    for name in names:
+        justify = "right" if name in right else "left"
+        drawn.add_column(escape(name), justify=justify, overflow=overflow, no_wrap=name in whole)
+    for number, row in enumerate(rows):
+        if number and groups and groups[number] != groups[number - 1]:
+            drawn.add_section()
         drawn.add_row(*(escape(printable(cell)) for cell in row))
     return drawn
+
+
+def comparison_tables(results: Results, characters: int) -> Group:
+    """A comparison for a terminal that wide; a narrow one gets the most important columns."""
+    first, *others = sheets(results)
+    more = [column for column in first.columns if column in (*SPEED, *TASKS)]
+    if characters < WIDE_CHARACTERS:
+        shown = [_sheet_table(first, NARROW)]
+        for title, group in (("Tasks", TASKS), ("Speed", SPEED)):
+            if group[0] in more and title not in {sheet.title for sheet in others}:
+                lines = [line for line in first.lines if line[group[0]][0] != "-"]
+                part = replace(first, title=title, caption="", lines=lines, groups=[])
+                shown.append(_sheet_table(part, (*FIRST, *group)))
+    else:
+        narrow = (*NARROW, "sparsity", "on disk", *more)
+        columns = [column for column in first.columns if column in narrow or not more]
+        shown = [_sheet_table(first, columns)]
+    return Group(*shown, *(_sheet_table(sheet, sheet.columns) for sheet in others))
+
+
+def _sheet_table(sheet: Sheet, columns: Sequence[str]) -> Table:
+    return table(
+        columns,
+        ([line[column][0] for column in columns] for line in sheet.lines),
+        title=sheet.title,
+        caption=sheet.caption,
+        figures={*columns} - {*FIRST, "text"},
+        whole=WHOLE,
+        groups=sheet.groups,
+    )
 
 
 def summary(report: Report) -> Iterator[str]:
@@ -69,18 +117,19 @@ def summary(report: Report) -> Iterator[str]:
     else:
         yield (
             f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of "
-            f"{len(report.sites)} sites are zero (coverage {report.coverage:.1%} of the block "
-            "weights)."
+            f"{len(report.sites)} weight matrices are zero (coverage {report.coverage:.1%} of the "
+            "block weights)."
         )
-    errors = {one.site: one.output_error for one in report.sites if one.output_error is not None}
+    matrices = report.sites
+    errors = {one.site: one.output_error for one in matrices if one.output_error is not None}
     if errors:
         worst, mean = max(errors, key=lambda name: errors[name]), sum(errors.values()) / len(errors)
         yield f"Relative output error: mean {mean:.4f}, most at {worst} ({errors[worst]:.4f})."
     if report.note:
         yield report.note
-    for one in report.sites:
-        if one.note and one.note != LEFT_OUT:
-            yield f"{one.site}: {one.note}"
+    for matrix in matrices:
+        if matrix.note and matrix.note != LEFT_OUT:
+            yield f"{matrix.site}: {matrix.note}"
     seconds = report.seconds
     yield (
         f"{seconds.total:.1f} s: {seconds.plan:.1f} planning, {seconds.forward:.1f} forward, "
@@ -90,9 +139,7 @@ def summary(report: Report) -> Iterator[str]:
 
 
 def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
-    """What was measured of a model, and its distance from the dense one where that was asked
-    for.
-    """
+    """What was measured of a model, and its distance from the dense one where it was asked."""
     text = evaluation.evaluation
     yield (
         f"Perplexity {evaluation.perplexity:.4f} on {text['source']} ({text['split']}), "
@@ -134,29 +181,33 @@ def inspection_summary(inspection: Inspection) -> Iterator[str]:
 def speed_table(results: BenchResults) -> Table:
     """Measured times and ratios to the dense model, each with its runtime."""
     machine = results.machine
-    return table(
-        "model,runtime,batch,prompt,first token,ratio,a token,tokens/s,ratio,dense in,over eager,"
-        "memory,weights,read,products",
+    figures = (
+        "batch,prompt,first token,ratio,a token,tokens/s,ratio,dense in,over eager,memory,weights,"
+        "read,products"
+    )
+    rows = (
         (
-            (
-                row.model,
-                row.runtime,
-                str(row.batch),
-                str(row.prompt),
-                f"{1e3 * row.prefill[1]:.1f} ms",
-                ratio(row.prefill_ratio),
-                f"{1e3 * row.decode[1]:.2f} ms",
-                f"{row.tokens_per_second:.1f}",
-                ratio(row.decode_ratio),
-                row.against,
-                ratio(row.over_eager),
-                "-" if row.memory_bytes is None else in_words(row.memory_bytes, ("MiB",), ".0f"),
-                in_words(row.weight_bytes, ("MiB",), ".0f"),
-                f"{row.share_of_bandwidth:.0%}",
-                f"{row.share_of_matrix_rate:.0%}",
-            )
-            for row in results.timings
-        ),
+            row.model,
+            row.runtime,
+            str(row.batch),
+            str(row.prompt),
+            f"{1e3 * row.prefill[1]:.1f} ms",
+            ratio(row.prefill_ratio),
+            f"{1e3 * row.decode[1]:.2f} ms",
+            f"{row.tokens_per_second:.1f}",
+            ratio(row.decode_ratio),
+            row.against,
+            ratio(row.over_eager),
+            "-" if row.memory_bytes is None else in_words(row.memory_bytes, ("MiB",), ".0f"),
+            in_words(row.weight_bytes, ("MiB",), ".0f"),
+            f"{row.share_of_bandwidth:.0%}",
+            f"{row.share_of_matrix_rate:.0%}",
+        )
+        for row in results.timings
+    )
+    return table(
+        f"model,runtime,{figures}",
+        rows,
         title=f"{results.dtype} on {machine['processor']}, {machine['threads']} threads, "
         f"{results.new_tokens} tokens decoded, {results.rounds} rounds",
         caption="First token: prefill. Ratios: how many times faster than the dense model [95 % "
@@ -165,20 +216,16 @@ def speed_table(results: BenchResults) -> Table:
         "share of what this machine reads at best "
         f"({results.read_bandwidth / 1e9:.0f} GB/s) that decoding reads of the weights. Products: "
         f"share of its matrix rate ({results.matrix_rate / 1e9:.0f} Gflop/s) in prefill.",
-        figures="batch,prompt,first token,ratio,a token,tokens/s,dense in,over eager,memory,"
-        "weights,read,products",
+        figures=figures,
     )
 
 
 def layer_table(timings: Sequence[LayerTiming]) -> Table:
     """Single matrices: times, and ratios to torch and to our own dense kernel."""
-    own = [
-        next((value for name, value in row.over.items() if name != "torch"), None)
-        for row in timings
-    ]
-    return table(
-        "matrix,shape,zeros,batch,kernel,time,bytes,over torch,over own dense",
-        (
+    rows: list[Sequence[str]] = []
+    for row in timings:
+        own = next((value for name, value in row.over.items() if name != "torch"), None)
+        rows.append(
             (
                 row.site,
                 "×".join(map(str, row.shape)),
@@ -188,10 +235,12 @@ def layer_table(timings: Sequence[LayerTiming]) -> Table:
                 f"{1e3 * row.seconds[1]:.3f} ms",
                 f"{row.bytes:.2f}",
                 f"{row.over['torch']:.2f}",
-                "-" if over_own is None else f"{over_own:.2f}",
+                "-" if own is None else f"{own:.2f}",
             )
-            for row, over_own in zip(timings, own, strict=True)
-        ),
+        )
+    return table(
+        "matrix,shape,zeros,batch,kernel,time,bytes,over torch,over own dense",
+        rows,
         caption="Times: median over rounds. Ratios: how many times faster than torch and our own "
         "dense kernel with the same values. Bytes: how many times less is read than by torch.",
         figures="shape,zeros,batch,time,bytes,over torch,over own dense",

@@ -4,7 +4,7 @@ Perplexity is exp of the mean next-token loss over windows that do not overlap, 
 token weighing the same. Against a dense model, on the same windows: the difference in perplexity
 with a 95 % interval from a paired bootstrap over windows, the mean KL divergence of the next-token
 distributions (dense ‖ pruned, nats), and how often both models predict the same token. With
-`tasks`, also what it answers on zero-shot tasks (`tasks`).
+`tasks`, also what it answers on zero-shot tasks.
 
 The model runs block by block over a group of windows at a time, so neither it nor the logits need
 to fit in memory at once. Nothing is rounded to the dtype of the checkpoint: on the CPU the
@@ -36,15 +36,15 @@ from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.files import disk_errors, reserve
 from secateur.system.intervals import Floats, bootstrap_interval
 from secateur.system.progress import Progress
-from secateur.system.settings import Compute, EvaluationText, Trust, ZeroShot
+from secateur.system.settings import Compute, EvaluationText, Trust, ZeroShot, taken
 
 LOGITS_AT_ONCE = 2**22  # small enough for the allocator to use the same memory again
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model on the evaluation windows: mean loss per window, nats; against a dense model also
-    KL and agreement.
+    """One model on the evaluation windows, a figure for each: mean loss in nats, and against a
+    dense model KL and agreement.
     """
 
     loss: Floats
@@ -59,9 +59,17 @@ class Measured:
     def mean_kl(self) -> float | None:
         return None if self.kl is None else float(self.kl.mean())
 
-    @property
-    def mean_agreement(self) -> float | None:
-        return None if self.top1_agreement is None else float(self.top1_agreement.mean())
+    def beside(self, dense: Measured) -> dict[str, Any]:
+        """What is said of a model beside the dense one, by the names of the fields that have it."""
+        delta, interval = perplexity_difference(self.loss, dense.loss)
+        agreement = None if self.top1_agreement is None else float(self.top1_agreement.mean())
+        return {
+            "perplexity": self.perplexity,
+            "delta": delta,
+            "delta_interval": interval,
+            "kl": self.mean_kl,
+            "top1_agreement": agreement,
+        }
 
 
 @dataclass
@@ -87,6 +95,10 @@ class Forward:
         self.group = max(self.batch_size, 65536 // self.tokens.shape[1])
         self.shell = Shell(self.language_model, self.device, self.dtype)
 
+    @property
+    def vocabulary(self) -> int:
+        return self.language_model.model.config.get_text_config().vocab_size
+
     def of(self, other: LanguageModel) -> Forward:
         """Another model, run over the same windows in the same way."""
         return Forward(other, self.tokens, self.device, self.dtype, self.batch_size)
@@ -99,22 +111,19 @@ class Forward:
         """What the last block returns, `[…, windows, length, hidden]`."""
         if windows.start in self.done and self.spilled is not None:
             return torch.from_numpy(self.spilled[..., windows, :, :].copy())
-        found = final_hidden(
+        hidden = final_hidden(
             self.language_model, self.shell, self.tokens[windows], self.dtype, self.batch_size
         )
-        if self.spill and found.dtype == torch.float32:
+        if self.spill and hidden.dtype == torch.float32:
             if self.spilled is None:
-                self.spilled = self._reserve(
-                    self.spill, (*found.shape[:-3], len(self.tokens), *found.shape[-2:])
-                )
-            self.spilled[..., windows, :, :] = found.numpy()
+                shape = (*hidden.shape[:-3], len(self.tokens), *hidden.shape[-2:])
+                self.spilled = self._reserve(self.spill, shape)
+            self.spilled[..., windows, :, :] = hidden.numpy()
             self.done.add(windows.start)
-        return found
+        return hidden
 
     def _reserve(self, file: Path, shape: tuple[int, ...]) -> np.memmap:
-        """A file of that many float32, its space taken at once: a mapped file that meets a full
-        disk is a crash.
-        """
+        """A float32 file whose space is taken at once: on a full disk, a mapped hole is a crash."""
         with disk_errors(file), file.open("wb") as stream:
             reserve(stream.fileno(), 0, 4 * int(np.prod(shape)))
         return np.memmap(file, np.float32, "r+", shape=shape)
@@ -126,9 +135,7 @@ class Forward:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` returns; `tasks` is None where none was asked for, the rest without a dense
-    model.
-    """
+    """What `evaluate` returns; None is what was not asked for, or wants a dense model."""
 
     perplexity: float
     evaluation: dict[str, Any]
@@ -163,27 +170,23 @@ def evaluate(
     model); all of its windows of `seq_len` tokens count, or the first `windows`. `tasks` names
     zero-shot tasks, to be answered in the dtype that is stored. Raises SecateurError.
     """
-    zero_shot = ZeroShot(tasks=tasks, limit=limit)
-    text = EvaluationText(
-        evaluation=evaluation, windows=windows, seq_len=seq_len, data_dir=data_dir
-    )
+    zero_shot, text = taken(ZeroShot, locals()), taken(EvaluationText, locals())
     progress, local = progress or Progress(), Path(data_dir) if data_dir else None
     first, dtype = find_devices(device)[0], find_dtype(dtype)
     asked = check_tasks(zero_shot, local)
+    trust: Any = {"trust_remote_code": trust_remote_code}
     folder = open_checkpoint(resolve(model)).folder
     progress.begin(f"loading {model or 'the demo model'}")
-    language_model = load(folder, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    language_model, tokenizer = load(folder, **trust), load_tokenizer(folder, **trust)
     judged = judged_windows(language_model, tokenizer, model, text)
     check_windows(language_model, judged, batch_size)
     pruned = Forward(language_model, judged.ids, first, forward_dtype(dtype, first), batch_size)
     models, reference, expected, answers = [(language_model, tokenizer)], None, None, None
     if dense is not None:
         folder = open_checkpoint(resolve(dense)).folder
-        reference = pruned.of(load(folder, trust_remote_code=trust_remote_code))
+        reference = pruned.of(load(folder, **trust))
         if asked:
-            tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-            models.append((reference.language_model, tokenizer))
+            models.append((reference.language_model, load_tokenizer(folder, **trust)))
         _check_vocabularies(pruned, reference, f"{dense}", f"{model or 'the demo model'}")
     progress.begin("evaluating")
     measured = measure(pruned, reference, progress)
@@ -192,12 +195,17 @@ def evaluate(
         expected = measure(reference, None, progress)
     if asked:
         progress.begin("answering tasks")
-        run: Any = {"data_dir": local, "batch_size": batch_size, "device": first}
-        answers = summarise(
-            *(answer_tasks(*each, zero_shot, **run, progress=progress) for each in models)
-        )
+        run: Any = dict(data_dir=local, batch_size=batch_size, device=first, progress=progress)
+        answers = summarise(*(answer_tasks(*each, zero_shot, **run) for each in models))
     progress.end()
-    return _evaluation(measured, expected, judged, answers)
+    if expected is None:
+        return Evaluation(measured.perplexity, judged.fingerprint(), tasks=answers)
+    return Evaluation(
+        evaluation=judged.fingerprint(),
+        dense_perplexity=expected.perplexity,
+        tasks=answers,
+        **measured.beside(expected),
+    )
 
 
 def judged_windows(
@@ -206,8 +214,8 @@ def judged_windows(
     model: str | Path | None,
     text: EvaluationText,
 ) -> Windows:
-    """The windows that a model is judged on: `text`, by default wikitext2, or the demo's own where
-    `model` is the demo.
+    """The windows that a model is judged on: of `text`, by default wikitext2, of the demo model the
+    demo's own.
     """
     return evaluation_windows(
         tokenizer,
@@ -219,46 +227,21 @@ def judged_windows(
 
 
 def _check_vocabularies(pruned: Forward, dense: Forward, name: str, other: str) -> None:
-    sizes = [
-        forward.language_model.model.config.get_text_config().vocab_size
-        for forward in (dense, pruned)
-    ]
-    if sizes[0] != sizes[1]:
+    if (size := dense.vocabulary) != pruned.vocabulary:
         raise UnsupportedModel(
-            f"{name} has a vocabulary of {sizes[0]} tokens, {other} one of {sizes[1]}. Name "
+            f"{name} has a vocabulary of {size} tokens, {other} one of {pruned.vocabulary}. Name "
             "the dense model that the other was made from."
         )
 
 
-def _evaluation(
-    measured: Measured,
-    dense: Measured | None,
-    windows: Windows,
-    tasks: dict[str, dict[str, Any]] | None,
-) -> Evaluation:
-    if dense is None:
-        return Evaluation(measured.perplexity, windows.fingerprint(), tasks=tasks)
-    return Evaluation(
-        measured.perplexity,
-        windows.fingerprint(),
-        dense.perplexity,
-        *perplexity_difference(measured.loss, dense.loss),
-        measured.mean_kl,
-        measured.mean_agreement,
-        tasks,
-    )
-
-
 @torch.no_grad()
 def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measured:
-    """The loss of every window, and KL and agreement where a dense model is given. Raises
-    NonFinite.
+    """The loss of every window, and KL and agreement where a dense model is given.
 
-    Raises UnsupportedModel where the vocabularies differ.
+    Raises NonFinite, and UnsupportedModel where the vocabularies differ.
     """
     loss, kl, agreement = [], [], []
-    vocabulary = model.language_model.model.config.get_text_config().vocab_size
-    step = max(1, LOGITS_AT_ONCE // (model.tokens.shape[1] * vocabulary))
+    step = max(1, LOGITS_AT_ONCE // (model.tokens.shape[1] * model.vocabulary))
     for windows in model.groups():
         hidden = model.hidden(windows)
         reference = dense.hidden(windows) if dense else None

@@ -45,15 +45,11 @@ class Question:
         return self.runtime in RUNTIMES and RUNTIMES[self.runtime].rounded
 
     def loads(self, row: Row) -> bool:
-        """Whether a row's values are those that the runtime multiplies by: rounded in those that
-        round, and in no others.
-        """
+        """Whether a row has rounded values where the runtime rounds, and else values as stored."""
         return self.runtime is None or self.rounds == (row.values != "as stored")
 
     def admits(self, row: Row, dense: Row) -> bool:
-        """Whether a row may be chosen: it runs there, and the upper end of its interval is within
-        the limit.
-        """
+        """Whether a row runs there, with the upper end of its interval within the limit."""
         within = self.limit is None or increase(row, dense)[2] <= self.limit
         return within and self.loads(row)
 
@@ -89,9 +85,7 @@ class Speed:
 
     @property
     def faster(self) -> bool:
-        """Whether it is faster than the dense model in `against`: the interval of the ratio lies
-        above 1.
-        """
+        """Whether it is faster than the dense model: the interval lies above 1."""
         return self.ratio[1] > 1
 
     @property
@@ -101,9 +95,7 @@ class Speed:
 
     @property
     def doubted(self) -> bool:
-        """Whether a gain has no known cause: zeros, in a runtime whose rule says that it does not
-        use them.
-        """
+        """Whether a gain has no known cause: zeros that the runtime's rule says it does not use."""
         _, batch, prompt = self.conditions
         rows = batch * (1 if self.phase == "decode" else prompt)
         zeros = self.row.kind != STRUCTURED
@@ -132,9 +124,9 @@ def told_apart(one: Row, other: Row) -> tuple[bool, str]:
         _, (low, high) = perplexity_difference(np.asarray(other.loss), np.asarray(one.loss))
         return not low <= 0 <= high, f"paired difference 95% interval {low:+.3g} to {high:+.3g}"
     if one.peers == other.peers and (one.rank or other.rank):
-        tie = other.name in one.ties or one.name in other.ties
-        is_zero = "may be zero" if tie else "is apart from zero"
-        return not tie, f"the paired difference {is_zero}"
+        if other.name in one.ties or one.name in other.ties:
+            return False, "the paired difference may be zero"
+        return True, "the paired difference is apart from zero"
     (low, high), (other_low, other_high) = one.delta_interval, other.delta_interval
     apart = high < other_low or other_high < low
     return apart, f"their intervals {'are apart' if apart else 'overlap'}"
@@ -151,17 +143,13 @@ def speeds(
     phase = "decode" if any("decode" in entry for _, entry in timings) else "prefill"
     timed = [_speed(row, entry, phase) for row, entry in timings if phase in entry]
     counts = Counter(speed.conditions for speed in timed)
-    order = sorted(
-        counts, key=lambda conditions: (-counts[conditions], *conditions[1:], conditions)
-    )
-    return [speed for speed in timed if speed.conditions == order[0]], sorted(order[1:])
+    most = min(counts, key=lambda one: (-counts[one], *one[1:], one), default=None)
+    return [speed for speed in timed if speed.conditions == most], sorted({*counts} - {most})
 
 
 def _speed(row: Row, entry: dict[str, Any], phase: str) -> Speed:
     low, median, high = entry[phase]
     rate = tuple(entry["over_eager"]) if phase == "decode" else (1 / median, 1 / high, 1 / low)
-    ratio, conditions = (
-        tuple(entry[f"{phase}_ratio"]),
-        (entry["dtype"], entry["batch"], entry["prompt"]),
-    )
-    return Speed(row, entry["runtime"], phase, entry["against"], ratio, rate, median, conditions)
+    conditions, ratio = (entry["dtype"], entry["batch"], entry["prompt"]), entry[f"{phase}_ratio"]
+    runtime, against = entry["runtime"], entry["against"]
+    return Speed(row, runtime, phase, against, tuple(ratio), rate, median, conditions)

@@ -20,14 +20,12 @@ from secateur.evaluation.results.schema import Results, Row
 from secateur.system.sizes import in_words
 
 SAME_SIZE = 0.01
-"""Sizes that differ by less are the same: what is kept of two prunings packs to within a
-thousandth.
-"""
+"""Sizes that differ by less are the same: two prunings pack to within a thousandth."""
 
 KINDS: Mapping[str, str] = {
     "dense": "the model as it came",
-    UNSTRUCTURED: "zeros anywhere: "
-    "good where a format leaves zeros out or a runtime has kernels for them",
+    UNSTRUCTURED: "zeros anywhere: good where a format leaves zeros out or a runtime has kernels "
+    "for them",
     SEMI: "N:M zeros: loads everywhere, good where a runtime and its hardware have kernels for 2:4",
     STRUCTURED: "a smaller dense model: good in every runtime that loads the dense one",
 }
@@ -36,9 +34,7 @@ KINDS: Mapping[str, str] = {
 
 @dataclass
 class Choice:
-    """What a goal takes: a row, which may be the dense model's; None where nothing that it needs
-    was measured.
-    """
+    """What a goal takes: a row, maybe the dense model's; None where what it needs is missing."""
 
     row: Row | None
     runner_up: Row | None = None
@@ -69,9 +65,7 @@ def _runner_up(row: Row, how_far: str, dense: Row) -> str:
 
 
 def quality(results: Results, rows: Sequence[Row], question: Question) -> Choice:
-    """The row of least perplexity. Kinds are not equal, so the best of each kind stands beside
-    it.
-    """
+    """The row of least perplexity. Kinds are not equal, so the best of each stands beside it."""
     ordered = sorted(rows, key=lambda row: row.perplexity)
     best, second, dense = ordered[0], next(iter(ordered[1:]), None), results.dense
     reasons = [f"Least perplexity of {_count(rows)}: {shown(best, dense)}."]
@@ -104,11 +98,9 @@ def quality(results: Results, rows: Sequence[Row], question: Question) -> Choice
             pattern = f"{row.pattern} recovered" if row.recovered else row.pattern
             first.setdefault(pattern, []).append(row.method)
     if len(first) > 1:
-        places = [
-            f"{pattern} {' and '.join(methods)}{' (a tie)' if len(methods) > 1 else ''}"
-            for pattern, methods in first.items()
-        ]
-        reasons.append(f"First at each pattern: {', '.join(places)}.")
+        places = [f"{pattern} {' and '.join(methods)}" for pattern, methods in first.items()]
+        tied = [f"{place} (a tie)" if " and " in place else place for place in places]
+        reasons.append(f"First at each pattern: {', '.join(tied)}.")
     if len({row.pattern for row in ordered}) > 1:
         reasons.append(
             "Kinds and amounts are not equal: least perplexity favours what removes least."
@@ -147,7 +139,13 @@ def latency(results: Results, rows: Sequence[Row], question: Question) -> Choice
         conditions = "; ".join(map(_condition, other_conditions))
         left.append(f"Timings under other conditions: {conditions}.")
     gains = [speed for speed in timed if speed.faster and not speed.chance]
-    winners = [speed for speed in gains if _beats(speed, plain)]
+    winners = [
+        speed
+        for speed in gains
+        if plain is None
+        or plain.runtime in (speed.runtime, speed.against)
+        or speed.rate[1] > plain.rate[2]
+    ]
     if not winners:
         return Choice(dense, None, _no_gain(timed, gains, plain, question.runtime), left)
     best = max(winners, key=_rate)
@@ -167,20 +165,15 @@ def latency(results: Results, rows: Sequence[Row], question: Question) -> Choice
 
 
 def memory(results: Results, rows: Sequence[Row], question: Question) -> Choice:
-    """The row of least bytes: of weights in the runtime that is asked for, else of the stored
-    files.
+    """The row of least bytes: of weights in the runtime asked for, else of the stored files.
 
     In a runtime it is `weight_bytes`, which is exact; `memory_bytes`, by how much a process grew,
     differs between equal models by more than they differ from smaller ones. Among sizes within
     `SAME_SIZE` of the least the lower perplexity decides.
     """
     dense, runtime, left = results.dense, question.runtime, list[str]()
-    sizes, what, whole, where = (
-        {row.name: row.disk_bytes for row in rows},
-        "on disk",
-        dense.disk_bytes,
-        "",
-    )
+    sizes, whole = {row.name: row.disk_bytes for row in rows}, dense.disk_bytes
+    what, where = "on disk", ""
     if runtime is not None:
         timed, _ = speeds(results, rows, question)
         if not timed or not _entry(dense, timed[0].against):
@@ -188,13 +181,16 @@ def memory(results: Results, rows: Sequence[Row], question: Question) -> Choice:
         sizes = {speed.row.name: _entry(speed.row, runtime)["weight_bytes"] for speed in timed}
         what, where = f"of weights read for a token in {runtime}", f" in {timed[0].against}"
         whole = _entry(dense, timed[0].against)["weight_bytes"]
-        absent = [row for row in rows if row.name not in sizes]
+        absent = (row for row in rows if row.name not in sizes)
         left = [f"{title(row)} was not run in {runtime}." for row in absent]
     small = [row for row in rows if sizes.get(row.name, whole) < whole * (1 - SAME_SIZE)]
     if not small:
         fewer = f"fewer bytes {what} than the dense model's {_bytes(whole)}{where}"
-        reasons = [f"No row that qualifies has {fewer}."]
-        return Choice(dense, None, [*reasons, "Zeros in a plain checkpoint save no bytes."], left)
+        reasons = [
+            f"No row that qualifies has {fewer}.",
+            "Zeros in a plain checkpoint save no bytes.",
+        ]
+        return Choice(dense, None, reasons, left)
     same_size = min(sizes[row.name] for row in small) * (1 + SAME_SIZE)
 
     def by_size(row: Row) -> tuple[bool, float, float]:
@@ -245,21 +241,9 @@ def portability(results: Results, rows: Sequence[Row], question: Question) -> Ch
 
 
 GOALS: Mapping[str, Callable[[Results, Sequence[Row], Question], Choice]] = {
-    "quality": quality,
-    "latency": latency,
-    "memory": memory,
-    "portability": portability,
+    goal.__name__: goal for goal in (quality, latency, memory, portability)
 }
-"""The goals."""
-
-
-def _beats(speed: Speed, plain: Speed | None) -> bool:
-    """Whether a row that is faster than its own dense baseline also beats the dense model's fastest
-    runtime.
-    """
-    if plain is None or plain.runtime in (speed.runtime, speed.against):
-        return True
-    return speed.rate[1] > plain.rate[2]
+"""The goals by their names."""
 
 
 def _as_measured(results: Results, speed: Speed) -> str:
@@ -282,20 +266,17 @@ def _condition(conditions: tuple[str, int, int]) -> str:
 def _not_timed(
     results: Results, rows: Sequence[Row], timed: Sequence[Speed], runtime: str | None
 ) -> list[str]:
-    """Which rows were not timed, with the reason where the comparison has one; in one runtime, or
-    in any.
-    """
-    reasons: list[tuple[Row, str]] = []
+    """Which rows were not timed, in one runtime or in any, with the reason where there is one."""
+    reasons, explained = list[str](), {speed.row.name for speed in timed}
     for what, why in results.not_timed.items():
-        named = (row for row in rows if what == row.name or what.startswith(f"{row.name}:"))
+        named = (row.name for row in rows if what == row.name or what.startswith(f"{row.name}:"))
         _, within, where = what.rpartition(" in ")
-        if (row := next(named, None)) and (not within or runtime in (None, where)):
-            reasons.append((row, f"{row.name}{within}{where if within else ''}: not timed, {why}"))
-    explained = {row.name for row, _ in reasons} | {speed.row.name for speed in timed}
+        if (name := next(named, None)) and (not within or runtime in (None, where)):
+            reasons.append(f"{name}{within}{where if within else ''}: not timed, {why}")
+            explained.add(name)
     there = "" if runtime is None else f" in {runtime}"
-    return [reason for _, reason in reasons] + [
-        f"{row.name}{there}: not timed." for row in rows if row.name not in explained
-    ]
+    absent = (row.name for row in rows if row.name not in explained)
+    return [*reasons, *(f"{name}{there}: not timed." for name in absent)]
 
 
 def _no_gain(

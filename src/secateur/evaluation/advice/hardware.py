@@ -33,36 +33,24 @@ class Hardware:
     says: str
     source: str
     date: str
-    words: frozenset[str] = frozenset()
+    words: str = ""
     two_of_four: bool = False
-
-
-def _hardware(words: str = "", **entry: Any) -> Hardware:
-    return Hardware(words=frozenset(words.split()), **entry)
 
 
 def _nvidia(capability: str, words: str) -> Hardware:
     """A generation of NVIDIA's, or a card of it."""
-    cores = KNOWN["sparse_tensor_cores"]
-    has = float(capability) >= cores["since"]
-    has_or_not = (
-        "and with it sparse tensor cores"
-        if has
-        else f"no sparse tensor cores: those came with {cores['since']}, Ampere"
-    )
-    says = f"has compute capability {capability}, {has_or_not}"
-    return _hardware(
-        words,
-        maker="nvidia",
-        says=says,
-        source=cores["source"],
-        date=cores["date"],
-        two_of_four=has,
-    )
+    facts = KNOWN["sparse_tensor_cores"]
+    since = facts["since"]
+    if has := float(capability) >= since:
+        cores = "and with it sparse tensor cores"
+    else:
+        cores = f"no sparse tensor cores: those came with {since}, Ampere"
+    says = f"has compute capability {capability}, {cores}"
+    return Hardware("nvidia", says, facts["source"], facts["date"], words, has)
 
 
 HARDWARE: Mapping[str, Hardware] = {
-    **{name: _hardware(**entry) for name, entry in KNOWN["hardware"].items()},
+    **{name: Hardware(**entry) for name, entry in KNOWN["hardware"].items()},
     **{name: _nvidia(**entry) for name, entry in KNOWN["nvidia"].items()},
 }
 """What `--hardware` can name: a kind of processor, a generation, a card."""
@@ -76,8 +64,8 @@ def find_hardware(name: str) -> Hardware:
 
 
 def is_measured(hardware: str | None, machine: Mapping[str, Any], runtime: str) -> bool:
-    """Whether what was timed in a runtime on a machine (`machine.machine()`) was timed on that
-    hardware; None: any.
+    """Whether timings in a runtime on a machine (`machine.machine()`) count for that hardware;
+    None: all do.
     """
     if hardware is None:
         return True
@@ -86,8 +74,8 @@ def is_measured(hardware: str | None, machine: Mapping[str, Any], runtime: str) 
         return not accelerated
     if wanted.maker == "apple":
         return not accelerated and str(machine["system"]).startswith("Darwin")
-    names = (set(re.split(r"\W+", name)) for name in machine["accelerators"])
-    return accelerated and any(wanted.words & words for words in names)
+    words = set(re.split(r"\W+", " ".join(machine["accelerators"])))
+    return accelerated and not words.isdisjoint(wanted.words.split())
 
 
 def timed_on(machine: Mapping[str, Any], runtime: str) -> str:

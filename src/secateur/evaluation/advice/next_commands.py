@@ -18,13 +18,9 @@ START = ("--methods", "default", "--patterns", "50%,2:4,25% of channels")
 """A comparison of one row of each kind, where there is none yet."""
 USUAL = {True: ("eager-cuda", "semi-structured"), False: ("eager", "packed")}
 """Runtimes to time in where none was asked for: on an accelerator, on a processor."""
-_CALIBRATION = {
-    "source": "--calibration",
-    "samples": "--samples",
-    "length": "--seq-len",
-    "seed": "--seed",
-}
-_EVALUATION = {"source": "--evaluation", "samples": "--windows"}
+CALIBRATION = ("--calibration source", "--samples samples", "--seq-len length", "--seed seed")
+EVALUATION = ("--evaluation source", "--windows samples")
+"""Options, each with the field of a text that has its value."""
 
 
 def measuring(
@@ -73,11 +69,8 @@ def _foreign(runtime: str) -> list[str]:
 
 
 def _from_rows(results: Results) -> list[str]:
-    """The command of a comparison that was not typed: its rows, texts and windows; all else by
-    default.
-    """
-    pruned = [row for row in results.table if row.kind != "dense"]
-    name = str(results.model["name"])
+    """The command of a comparison that was not typed: its rows and texts; else defaults."""
+    pruned, name = results.pruned, str(results.model["name"])
     shared = any(row.allocation != "uniform" for row in pruned)
     rounded = any(row.values != "as stored" for row in pruned)
     options = [
@@ -88,11 +81,11 @@ def _from_rows(results: Results) -> list[str]:
         *_listed("--recover", [row.recovered.way for row in pruned if row.recovered]),
         *_listed("--recover-steps", [str(row.recovered.steps) for row in pruned if row.recovered]),
     ]
-    text = results.calibrations[0] if results.calibrations else {}
-    for held, names in ((text, _CALIBRATION), (results.evaluation, _EVALUATION)):
-        for field, option in names.items():
-            if held.get(field) is not None:
-                options += [option, str(held[field])]
+    texts = ((results.calibrations[0], CALIBRATION), (results.evaluation, EVALUATION))
+    for text, names in texts:
+        for option, field in map(str.split, names):
+            if text.get(field) is not None:
+                options += [option, str(text[field])]
     return ["secateur", "compare", *([] if name == "demo" else [name]), *options]
 
 

@@ -18,8 +18,8 @@ UNSTRUCTURED, SEMI, STRUCTURED = "unstructured", "semi-structured", "structured"
 
 @dataclass(frozen=True)
 class Prior:
-    """One thing that is known: `kind` of sparsity, the goals it bears on, makers of hardware and
-    runtimes that it is about (empty: all).
+    """One thing that is known of a `kind` of sparsity: the goals, makers of hardware and runtimes
+    that it bears on; empty: all.
     """
 
     kind: str
@@ -31,9 +31,7 @@ class Prior:
     runtimes: list[str] | tuple[()] = ()
 
     def bears_on(self, maker: str | None, runtime: str | None) -> bool:
-        """Whether it is about a runtime on hardware of a maker (None: any); what names other
-        runtimes or makers is not.
-        """
+        """Whether it is about a runtime and a maker (None: any), and not about others alone."""
         if maker is not None and self.makers and maker not in self.makers:
             return False
         general = not self.runtimes and (maker is not None or not self.makers)
@@ -60,25 +58,19 @@ def typical(two_of_four: bool) -> Matrix:
 
 
 def rule_of(runtime: str) -> Rule | None:
-    """The rule that holds for a runtime, its own or that of the one it is alike; None where the
-    priors alone say something.
-    """
+    """The rule of a runtime, or of the one it is alike; None where only priors say something."""
     facts = RUNTIME_FACTS.get(runtime)
     return RULES.get(facts.alike or runtime) if facts else None
 
 
 def uses_zeros(runtime: str, pattern: str, rows: int = 1) -> bool | None:
-    """Whether a runtime's rule says that it may use such zeros at so many rows of x; None where
-    there is no rule.
-    """
+    """Whether a runtime's rule lets it use such zeros at so many rows of x; None: no rule."""
     rule = rule_of(runtime)
     return None if rule is None else rule.judge(typical(pattern in TWO_OF_FOUR), rows).used
 
 
 def known_of(runtime: str, goal: str) -> list[str]:
-    """What a runtime's rule says, for zeros anywhere and for 2:4, decoding and where it differs in
-    prefill.
-    """
+    """What a runtime's rule says of zeros anywhere and of 2:4, decoding and in prefill."""
     rule = rule_of(runtime)
     if rule is None or goal == "quality":
         return []
@@ -101,8 +93,9 @@ def known_of_hardware(name: str) -> str:
 
 
 def priors(goal: str, hardware: str | None = None, runtime: str | None = None) -> list[str]:
-    """The sentences that bear on a goal, what is known of that runtime and hardware first; None:
-    all. Raises UnknownName.
+    """The sentences that bear on a goal, those of that runtime and hardware first; None: all.
+
+    Raises UnknownName.
     """
     sentences = [] if runtime is None else known_of(runtime, goal)
     if hardware is not None and goal == "latency":

@@ -43,11 +43,11 @@ class Recommendation:
     """
 
     goal: str
-    chosen: str | None
-    kind: str | None
-    runner_up: str | None
-    constraint: str
-    reasons: list[str]
+    chosen: str | None = None
+    kind: str | None = None
+    runner_up: str | None = None
+    constraint: str = ""
+    reasons: list[str] = field(default_factory=list)
     not_considered: list[str] = field(default_factory=list)
     measure: list[str] = field(default_factory=list)
     priors: list[str] = field(default_factory=list)
@@ -82,27 +82,27 @@ def recommend(
     constraint = "No limit on perplexity was set." if limit is None else allowed
     question = Question(goal, limit, hardware, runtime)
     if results is None:
-        reasons = ["There are no results: nothing was measured."]
-        return _unmeasured(question, constraint, None, reasons, [])
+        choice = Choice(None, reasons=["There are no results: nothing was measured."])
+        return _unmeasured(question, constraint, None, choice)
     results = results if isinstance(results, Results) else read_results(Path(results))
     check(results)
     return _from_rows(results, question, constraint)
 
 
 def _from_rows(results: Results, question: Question, constraint: str) -> Recommendation:
-    dense, pruned = results.dense, _pruned(results)
+    dense, pruned = results.dense, results.pruned
     fitting = [row for row in pruned if question.loads(row)]
     within = [row for row in pruned if question.admits(row, dense)]
     left = _left_out(results, question, pruned, fitting)
     if not fitting:
         values = f" with the values that {question.runtime} runs" if pruned else ""
-        reasons = [f"No pruned row was measured{values}."]
-        return _unmeasured(question, constraint, results, reasons, left)
+        choice = Choice(None, None, [f"No pruned row was measured{values}."], left)
+        return _unmeasured(question, constraint, results, choice)
     choice = _choose(results, question, within)
-    if choice.row is None:
-        reasons = _not_measured_there(results, question)
-        return _unmeasured(question, constraint, results, reasons, left)
-    row, known = choice.row, _known(results, question, choice.row)
+    if (row := choice.row) is None:
+        choice = Choice(None, None, _not_measured_there(results, question), left)
+        return _unmeasured(question, constraint, results, choice)
+    known = _known(results, question, row)
     reasons = ["Keep the dense model."]
     if row is not dense:
         reasons = [f"Take {row.name}.", f"It is {row.kind}, {KINDS[row.kind]}."]
@@ -115,7 +115,7 @@ def _from_rows(results: Results, question: Question, constraint: str) -> Recomme
         left.append("Accuracy on tasks was not measured.")
         measure.append(tasks_of(results, row))
     return Recommendation(
-        goal=question.goal,
+        question.goal,
         chosen=row.name,
         kind=row.kind,
         runner_up=choice.runner_up.name if choice.runner_up else None,
@@ -128,23 +128,16 @@ def _from_rows(results: Results, question: Question, constraint: str) -> Recomme
 
 
 def _unmeasured(
-    question: Question,
-    constraint: str,
-    results: Results | None,
-    reasons: list[str],
-    left: list[str],
+    question: Question, constraint: str, results: Results | None, choice: Choice
 ) -> Recommendation:
     """Nothing to choose from: what is known in general, and how to measure."""
     goal, hardware, runtime = question.goal, question.hardware, question.runtime
-    runtimes = [] if runtime is None else [runtime]
+    runtimes = [runtime] if runtime else []
     return Recommendation(
-        goal=goal,
-        chosen=None,
-        kind=None,
-        runner_up=None,
+        goal,
         constraint=constraint,
-        reasons=["Nothing measured answers this.", *reasons],
-        not_considered=left,
+        reasons=["Nothing measured answers this.", *choice.reasons],
+        not_considered=choice.not_considered,
         measure=measuring(results, runtimes, hardware, timed=goal == "latency"),
         priors=priors(goal, hardware, runtime),
     )
@@ -177,10 +170,6 @@ def _choose(results: Results, question: Question, rows: Sequence[Row]) -> Choice
     return GOALS[question.goal](results, rows, question) if rows else Choice(results.dense)
 
 
-def _pruned(results: Results) -> list[Row]:
-    return [row for row in results.table if row.kind != "dense"]
-
-
 def _left_out(
     results: Results, question: Question, pruned: Sequence[Row], fitting: Sequence[Row]
 ) -> list[str]:
@@ -201,8 +190,8 @@ def _left_out(
 
 
 def _absent(results: Results, question: Question) -> list[str]:
-    """The runtimes that the machine has and in which nothing was timed, but for baselines; none
-    where one was asked for, or another goal.
+    """The runtimes of the machine, but for baselines, in which nothing was timed. None where one
+    was asked for, or another goal.
     """
     if question.goal != "latency" or question.runtime is not None:
         return []
@@ -218,9 +207,7 @@ def _absent(results: Results, question: Question) -> list[str]:
 
 
 def _known(results: Results, question: Question, row: Row) -> list[str]:
-    """Priors, where a runtime or hardware was asked for in which the chosen row was not timed; and
-    for portability.
-    """
+    """Priors, for portability and where the chosen row was not timed on what was asked for."""
     hardware, runtime = question.hardware, question.runtime
     if question.goal == "portability":
         return priors(question.goal, hardware, runtime)
@@ -244,15 +231,13 @@ def _accuracy(row: Row) -> list[str]:
 
 
 def _binding(results: Results, question: Question, constraint: str, chosen: Row) -> str:
-    """What was asked for besides the goal, and of each whether another row would be taken without
-    it.
-    """
+    """What was asked for besides the goal, and whether each changes which row is taken."""
     dense, sentences = results.dense, [constraint]
     for what in ("limit", "runtime", "hardware"):
         if (value := getattr(question, what)) is None:
             continue
         loose = replace(question, **{what: None})
-        admitted = [row for row in _pruned(results) if loose.admits(row, dense)]
+        admitted = [row for row in results.pruned if loose.admits(row, dense)]
         row = _choose(results, loose, admitted).row
         if row is not None and row.name != chosen.name:
             without = f"Without {'it' if what == 'limit' else value}"

@@ -1,3 +1,3 @@
-"""The comparison: read `compare` first. `grid` says which rows, `rows` makes them, `report` and
-`page` show them.
+"""The comparison: read `compare` first. `options` says what was asked for, `grid` which rows there
+are, `rows` makes them, the other `*_rows` add to them, `join` makes one of several comparisons.
 """

@@ -13,63 +13,51 @@ a tie.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.data.windows import Windows, load_tokenizer
-from secateur.deployment.formats.packed import VALUES
-from secateur.deployment.runtimes import find_runtime
-from secateur.errors import BadPattern, OutputRefused, UnknownName, UnsupportedModel
-from secateur.evaluation.comparison.grid import Cell, Draw, cells
-from secateur.evaluation.comparison.recovered_rows import Recovering
-from secateur.evaluation.comparison.row_store import RowStore
+from secateur.errors import OutputRefused, UnsupportedModel
+from secateur.evaluation.comparison.grid import Draw
+from secateur.evaluation.comparison.options import Comparison, read_options
+from secateur.evaluation.comparison.recovered_rows import recovered_rows, training_windows
+from secateur.evaluation.comparison.row_store import ROWS, RowStore, recorded_condition
 from secateur.evaluation.comparison.rows import ComparisonContext
 from secateur.evaluation.comparison.task_rows import answer_rows
 from secateur.evaluation.comparison.timed_rows import time_rows
-from secateur.evaluation.comparison.tolerance import check_searched, reaches
+from secateur.evaluation.comparison.tolerance import search_tolerance
 from secateur.evaluation.perplexity import Forward, judged_windows
 from secateur.evaluation.report.write import write_report
 from secateur.evaluation.results.ranking import rank
-from secateur.evaluation.results.schema import SCHEMA, Results, find_tolerance
-from secateur.evaluation.tasks.answer import check_tasks
+from secateur.evaluation.results.schema import SCHEMA, Results
 from secateur.methods import find_method
 from secateur.methods.pattern_text import parse
 from secateur.methods.structures import Structure
-from secateur.models.context import check_windows, default_corpus
+from secateur.models.context import check_windows
 from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.pruning.opening import draw_calibration
-from secateur.pruning.planning.memory import check_passes, way_through
+from secateur.pruning.planning.memory import way_through
 from secateur.pruning.structured.feasibility import Feasibility
 from secateur.pruning.structured.program import refuse_structure
-from secateur.recovery.checks import check_way
-from secateur.recovery.text import recovery_windows
-from secateur.system.devices import calibration_dtype, find_devices, find_dtype, forward_dtype
+from secateur.system.devices import calibration_dtype, find_devices, forward_dtype
 from secateur.system.files import file_sha256, write_whole
-from secateur.system.machine import machine, typed_command, versions
+from secateur.system.machine import machine, versions
 from secateur.system.progress import Progress
 from secateur.system.settings import (
     CalibrationDraws,
-    CalibrationText,
     Compute,
     Destination,
     EvaluationText,
     Grid,
-    Recipe,
     RecoveredRows,
     TimedRows,
-    Training,
     Trust,
     ZeroShot,
-    taken,
 )
 from secateur.system.sizes import find_size
 
@@ -122,294 +110,122 @@ def compare(
     computes only what is missing. Raises SecateurError; ConditionsDiffer where `out` holds rows of
     another model, text or metric.
     """
-    asked = Comparison.read(locals())
-    checked = _check(asked)
-    context, results = _open(asked, checked)
-    _make_rows(context, results, checked, values)
-    _write(context, results, asked)
+    asked = read_options(locals())
+    context, results = _open(asked)
+    _make_rows(context, results)
+    _write(context, results)
     asked.progress.end()
     return results
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The options of a comparison."""
-
-    model: str | Path | None
-    grid: Grid
-    recovered: RecoveredRows
-    zero_shot: ZeroShot
-    timed: TimedRows
-    draws: CalibrationDraws
-    text: EvaluationText
-    compute: Compute
-    destination: Destination
-    trust: Trust
-    progress: Progress
-
-    @classmethod
-    def read(cls, given: Mapping[str, Any]) -> Comparison:
-        """The options among the keywords of `compare`."""
-        return cls(
-            given["model"],
-            taken(Grid, given),
-            taken(RecoveredRows, given),
-            taken(ZeroShot, given),
-            taken(TimedRows, given),
-            taken(CalibrationDraws, given),
-            taken(EvaluationText, given),
-            taken(Compute, given),
-            replace(
-                taken(Destination, given),
-                out=Path(given["out"]),
-                overwrite=True,
-                command=typed_command(given["command"]),
-            ),
-            taken(Trust, given),
-            given["progress"] or Progress(),
-        )
-
-    @property
-    def data_dir(self) -> Path | None:
-        return Path(self.text.data_dir) if self.text.data_dir else None
-
-
-class Checked(NamedTuple):
-    """The options of a comparison that are read before anything is opened.
-
-    `texts` are the calibration texts of the draws, each with its number among the corpora; `share`
-    is the tolerance; `memory` is in bytes, and in `compute` too.
-    """
-
-    cells: list[Cell]
-    texts: list[tuple[CalibrationText, int]]
-    share: float | None
-    compute: Compute
-    memory: int | None
-    device: torch.device
-
-
-def _check(asked: Comparison) -> Checked:
-    """Raise a SecateurError for all that can be refused before a model is opened."""
-    for name in asked.grid.values:
-        if name not in VALUES:
-            raise UnknownName("kind of values", name, VALUES)
-    for name in asked.timed.bench:
-        find_runtime(name)
-    for way in asked.recovered.recover:
-        check_way(Training(way=way), "the dense model")
-    check_passes(asked.compute.passes)
-    memory, share = find_size(asked.compute.memory), find_tolerance(asked.grid.tolerance)
-    check_tasks(asked.zero_shot, asked.data_dir)
-    texts = _texts(asked.draws, asked.text)
-    grid = cells(asked.grid)
-    if share is not None:
-        check_searched(grid)
-    device = find_devices(asked.compute.device)[0]
-    compute = replace(asked.compute, dtype=find_dtype(asked.compute.dtype), memory=memory)
-    return Checked(grid, texts, share, compute, memory, device)
-
-
-def _texts(draws: CalibrationDraws, text: EvaluationText) -> list[tuple[CalibrationText, int]]:
-    """The text of every draw with the number of its corpus. The draw of the table comes first: of
-    the first text, most samples, first seed.
-    """
-    corpora: list[str | None] = (
-        [draws.calibration]
-        if draws.calibration is None or isinstance(draws.calibration, str)
-        else [*draws.calibration]
-    )
-    counts = [draws.samples] if isinstance(draws.samples, int) else {*draws.samples}
-    seeds = [draws.seed] if isinstance(draws.seed, int) else dict.fromkeys(draws.seed)
-    if not corpora or not counts or not seeds:
-        raise BadPattern(
-            "A comparison wants at least one calibration text, one number of samples and one seed."
-        )
-    return [
-        (
-            CalibrationText(
-                calibration=corpus,
-                samples=samples,
-                seq_len=text.seq_len,
-                seed=seed,
-                data_dir=text.data_dir,
-            ),
-            corpora.index(corpus),
-        )
-        for corpus, samples, seed in product(
-            dict.fromkeys(corpora), sorted(counts, reverse=True), seeds
-        )
-    ]
-
-
-def _open(asked: Comparison, checked: Checked) -> tuple[ComparisonContext, Results]:
+def _open(asked: Comparison) -> tuple[ComparisonContext, Results]:
     """Open the model, the texts and the rows that are there already; the results have no rows yet.
 
     Raises NotEnoughText, and ConditionsDiffer for rows that were measured under other conditions.
     """
-    source, language_model, feasibility = _load(asked, checked)
-    draws = [
-        Draw(
-            number,
-            draw_calibration(language_model, source.folder, asked.model, text, asked.trust),
-            corpus,
-        )
-        for number, (text, corpus) in enumerate(checked.texts)
+    source, language_model, feasibility = _load(asked)
+    drawn = [
+        draw_calibration(language_model, source.folder, asked.model, text, asked.trust)
+        for text, _ in asked.texts
     ]
-    trust = asked.trust.trust_remote_code
-    tokenizer = load_tokenizer(source.folder, trust_remote_code=trust)
+    draws = [Draw(number, windows, asked.texts[number][1]) for number, windows in enumerate(drawn)]
+    tokenizer = load_tokenizer(source.folder, trust_remote_code=asked.trust.trust_remote_code)
     judged = judged_windows(language_model, tokenizer, asked.model, asked.text)
-    check_windows(language_model, judged, checked.compute.batch_size)
-    compute = replace(
-        checked.compute, passes=_passes(asked, checked, language_model, draws[0].windows)
+    check_windows(language_model, judged, asked.compute.batch_size)
+    passes = _passes(asked, language_model, draws[0].windows)
+    asked = replace(asked, compute=replace(asked.compute, passes=passes))
+    results = _results(asked, source, language_model, judged, draws)
+    windows = [judged, *(draw.windows for draw in draws)]
+    training = training_windows(asked, language_model, tokenizer, windows)
+    dense = Forward(
+        language_model,
+        judged.ids,
+        asked.device,
+        forward_dtype(asked.compute.dtype, asked.device),
+        asked.compute.batch_size,
+        spill=asked.out / HIDDEN,
     )
-    results = Results(
-        SCHEMA,
-        {
-            "name": str(asked.model or "demo"),
-            "parameters": language_model.model.num_parameters(),
-            "shards": source.sha256(),
-            "config": file_sha256(source.folder / "config.json"),
-        },
-        [draw.windows.fingerprint() for draw in draws],
-        judged.fingerprint(),
-        _conditions(asked.grid, compute, checked.device, language_model.model.dtype),
-        machine(),
-        versions(),
-        [*(asked.destination.command or ())],
-        [],
-    )
-    known = [judged, *(draw.windows for draw in draws)]
-    recovering = _recovering(asked, language_model, source.folder, known, checked.device)
-    context = ComparisonContext(
-        source,
-        _forward(asked, checked, language_model, judged),
-        draws,
-        _store(Path(asked.destination.out), results),
-        Recipe(align=asked.grid.align, skip=asked.grid.skip),
-        compute,
-        asked.destination,
-        asked.trust,
-        asked.progress,
-        feasibility,
-        recovering,
-    )
-    return context, results
+    store = _store(asked.out, results)
+    return ComparisonContext(asked, source, dense, draws, store, feasibility, training), results
 
 
-def _load(asked: Comparison, checked: Checked) -> tuple[Checkpoint, LanguageModel, Feasibility]:
+def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:
     """Load the dense model, ask what it can lose. Raises where that is less than a row wants."""
     source = open_checkpoint(resolve(asked.model))
     asked.progress.begin(f"loading {asked.model or 'the demo model'}")
-    hidden = Path(asked.destination.out) / HIDDEN
     language_model = load(
         source.folder,
         trust_remote_code=asked.trust.trust_remote_code,
-        spill=spill_folder(hidden, source.bytes, checked.memory),
+        spill=spill_folder(asked.out / HIDDEN, source.bytes, find_size(asked.compute.memory)),
     )
-    feasibility = Feasibility(language_model, checked.device)
-    for pattern in dict.fromkeys(cell.pattern for cell in checked.cells):
+    feasibility = Feasibility(language_model, asked.device)
+    for pattern in dict.fromkeys(cell.pattern for cell in asked.cells):
         if isinstance(structure := parse(pattern), Structure):
             refuse_structure(feasibility, structure, source.bytes, asked.grid.align)
     return source, language_model, feasibility
 
 
-def _forward(
-    asked: Comparison, checked: Checked, language_model: LanguageModel, judged: Windows
-) -> Forward:
-    """The dense model over the evaluation windows; its last hidden states are kept in a file."""
-    dtype = forward_dtype(checked.compute.dtype, checked.device)
-    return Forward(
-        language_model,
-        judged.ids,
-        checked.device,
-        dtype,
-        checked.compute.batch_size,
-        spill=Path(asked.destination.out) / HIDDEN,
-    )
+def _passes(asked: Comparison, language_model: LanguageModel, calibration: Windows) -> str:
+    """How often blocks run, the same for all rows: as in the rows that are there already, since
+    what is free changes from run to run; else once where that fits for each.
+    """
+    compute = asked.compute
+    if compute.passes != "auto":
+        return compute.passes
+    if (recorded := recorded_condition(asked.out, "passes")) is not None:
+        return recorded
+    shapes = matrix_shapes(language_model)
+    forward = calibration_dtype(compute.dtype, asked.device, language_model.model.dtype)
+    devices = [asked.device] * len(find_devices(compute.device))
+    methods = dict.fromkeys(cell.method for cell in asked.cells if not cell.structured)
+    for name in methods:
+        shape, method = calibration.ids.shape, find_method(name)
+        way = way_through(language_model, shape, method, shapes, compute, forward, devices)
+        if way["passes"] == "two":
+            return "two"
+    return "one"
 
 
-def _conditions(
-    grid: Grid, compute: Compute, device: torch.device, stored: torch.dtype
-) -> dict[str, Any]:
-    """The options that rows of one table have in common, as `results.json` holds them."""
-    calibrating = calibration_dtype(compute.dtype, device, stored)
-    return {
+def _results(
+    asked: Comparison,
+    source: Checkpoint,
+    language_model: LanguageModel,
+    judged: Windows,
+    draws: Sequence[Draw],
+) -> Results:
+    """The results without rows. Their options are what rows of one table have in common."""
+    compute, grid = asked.compute, asked.grid
+    stored = language_model.model.dtype
+    options = {
         "passes": compute.passes,
-        "dtype": str(forward_dtype(compute.dtype, device)),
-        "calibration dtype": str(calibrating or stored),
-        "device": device.type,
+        "dtype": str(forward_dtype(compute.dtype, asked.device)),
+        "calibration dtype": str(calibration_dtype(compute.dtype, asked.device, stored) or stored),
+        "device": asked.device.type,
         "skip": list(grid.skip),
         **({"align": grid.align} if grid.align else {}),
         "batch_size": compute.batch_size,
     }
-
-
-def _recovering(
-    asked: Comparison,
-    language_model: LanguageModel,
-    folder: Path,
-    avoid: Sequence[Windows],
-    device: torch.device,
-) -> Recovering | None:
-    """How rows are recovered, with the text for it; None where they are not. Raises
-    NotEnoughText.
-    """
-    if not asked.recovered.recover:
-        return None
-    windows = recovery_windows(
-        load_tokenizer(folder, trust_remote_code=asked.trust.trust_remote_code),
-        default_corpus(asked.model, asked.recovered.recover_text, "c4"),
-        count=asked.recovered.recover_steps * Training.batch_size,
-        length=avoid[0].ids.shape[1],
-        seed=avoid[1].seed or 0,
-        avoid=[known.ids for known in avoid],
-        data_dir=asked.data_dir,
+    model = {
+        "name": str(asked.model or "demo"),
+        "parameters": language_model.model.num_parameters(),
+        "shards": source.sha256(),
+        "config": file_sha256(source.folder / "config.json"),
+    }
+    return Results(
+        SCHEMA,
+        model,
+        [draw.windows.fingerprint() for draw in draws],
+        judged.fingerprint(),
+        options,
+        machine(),
+        versions(),
+        [*(asked.destination.command or ())],
+        [],
     )
-    check_windows(language_model, windows, Training.batch_size)
-    return Recovering(
-        asked.recovered,
-        windows,
-        language_model,
-        folder,
-        device,
-        asked.destination,
-        asked.trust,
-        asked.progress,
-    )
-
-
-def _passes(
-    asked: Comparison, checked: Checked, language_model: LanguageModel, calibration: Windows
-) -> str:
-    """How often blocks run, the same for all rows: once where that fits for each, and as before
-    where there are rows already, since what is free changes from run to run.
-    """
-    recorded = RowStore(Path(asked.destination.out) / "rows", {}, []).recorded("passes")
-    if checked.compute.passes != "auto" or recorded is not None:
-        return checked.compute.passes if checked.compute.passes != "auto" else recorded
-    shape, shapes = calibration.ids.shape, matrix_shapes(language_model)
-    stored, devices = language_model.model.dtype, find_devices(checked.compute.device)
-    forward = calibration_dtype(checked.compute.dtype, checked.device, stored)
-    ways = (
-        way_through(
-            language_model,
-            shape,
-            find_method(method),
-            shapes,
-            checked.compute,
-            forward,
-            [checked.device] * len(devices),
-        )["passes"]
-        for method in dict.fromkeys(cell.method for cell in checked.cells if not cell.structured)
-    )
-    return "two" if "two" in ways else "one"
 
 
 def _store(out: Path, results: Results) -> RowStore:
-    """The rows that are there already. Raises ConditionsDiffer where they were measured under other
-    conditions.
-    """
+    """The rows that are there. Raises ConditionsDiffer for those of other conditions."""
     conditions = {
         "schema": results.schema,
         "model": results.model["shards"],
@@ -419,51 +235,44 @@ def _store(out: Path, results: Results) -> RowStore:
         **results.options,
     }
     try:
-        (out / "rows").mkdir(parents=True, exist_ok=True)
+        (out / ROWS).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputRefused(f"{out} cannot be written: {error.strerror}.") from error
-    store = RowStore(out / "rows", conditions, results.calibrations)
+    store = RowStore(out / ROWS, conditions, results.calibrations)
     store.check()
     return store
 
 
-def _make_rows(
-    context: ComparisonContext, results: Results, checked: Checked, values: Sequence[str]
-) -> None:
+def _make_rows(context: ComparisonContext, results: Results) -> None:
     """Fill in the rows, and what a search for the tolerance found; say what was left out."""
+    asked = context.asked
     try:
         results.rows = [context.dense_row()]
-        for cell in checked.cells:
+        for cell in asked.cells:
             row = context.row(cell, context.draws[0])
             results.rows.append(row)
-            if "int8" in values and not cell.structured:
+            if "int8" in asked.grid.values and not cell.structured:
                 try:
                     results.rows.append(context.rounded(row))
                 except UnsupportedModel as error:  # too few zeros to pack
                     results.not_timed[cell.name("int8")] = str(error)
-            results.rows += context.recovered(row, results.not_timed)
-            results.rows += [
-                context.row(cell, draw) for draw in context.draws[1:] if cell.calibrated
-            ]
-        if checked.share is not None:
-            found, made = reaches(context, checked.cells, results.table, checked.share)
+            results.rows += recovered_rows(context, row, results.not_timed)
+            if cell.calibrated:
+                results.rows += [context.row(cell, draw) for draw in context.draws[1:]]
+        if asked.tolerance is not None:
+            reached, made = search_tolerance(context, asked.cells, results.table, asked.tolerance)
             results.rows += made
-            results.tolerance = {
-                "share": checked.share,
-                "found": [asdict(reach) for reach in found],
-            }
+            results.tolerance = {"share": asked.tolerance, "found": list(map(asdict, reached))}
     finally:
         (context.out / HIDDEN).unlink(missing_ok=True)
     rank([row for row in results.rows if not row.searched])
 
 
-def _write(context: ComparisonContext, results: Results, asked: Comparison) -> None:
+def _write(context: ComparisonContext, results: Results) -> None:
     """Write the results, then have the rows answer tasks and be timed, and write all of it."""
-    out, dense = context.out, context.source.folder
+    out = context.out
     write_whole(out / "results.json", results.json())
-    if asked.zero_shot.tasks:
-        answer_rows(context, results.table, asked.zero_shot, asked.data_dir)
-    if asked.timed.bench:
-        results.not_timed |= time_rows(results.table, dense, out, asked.timed, context.progress)
+    answer_rows(context, results.table)
+    results.not_timed |= time_rows(context, results.table)
     write_whole(out / "results.json", results.json())
     write_report(results, out)

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from secateur.data.windows import Windows
 from secateur.errors import BadPattern, SecateurError, UnknownName
 from secateur.evaluation.results.schema import row_name
 from secateur.methods import find_method
-from secateur.methods.pattern_text import parse
+from secateur.methods.pattern_text import parse, share_of
 from secateur.methods.structures import Structure
 from secateur.pruning.check import check_method
 from secateur.pruning.planning.measured import ALLOCATIONS, check_allocation
@@ -20,6 +20,9 @@ from secateur.system.settings import Grid, Recipe
 
 RANGE = re.compile(r"(\d+)%\.\.(\d+)%(?:/(\d+)%)?((?: of [a-z]+)?)")
 """`10%..80%`, in steps of ten; `30%..60%/5%`; either with ` of channels` and the like behind."""
+
+SEARCHED = ("", " of row", " of matrix", " of channels")
+"""Families of patterns that have a member at every whole percent."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Draw:
-    """One draw of calibration text. The first is that of the table; the others tell how much hangs
-    on it.
-    """
+    """One draw of calibration text. The first is the table's, others say how much hangs on it."""
 
     number: int
     windows: Windows
@@ -66,13 +67,11 @@ class Draw:
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The patterns with ranges written out: `10%..30%` is 10%, 20% and 30%. Raises BadPattern for
-    an odd range.
-    """
-    found: list[str] = []
+    """The patterns with ranges written out: `10%..30%` is 10%, 20%, 30%. Raises BadPattern."""
+    expanded: list[str] = []
     for pattern in patterns:
         if ".." not in pattern:
-            found.append(pattern)
+            expanded.append(pattern)
             continue
         matched = RANGE.fullmatch(pattern.strip())
         if not matched or int(matched[1]) >= int(matched[2]) or int(matched[3] or 1) == 0:
@@ -81,8 +80,8 @@ def expand(patterns: Sequence[str]) -> list[str]:
                 "'10%..40% of channels'."
             )
         first, last, step = int(matched[1]), int(matched[2]), int(matched[3] or 10)
-        found += [f"{share}%{matched[4]}" for share in range(first, last + 1, step)]
-    return list(dict.fromkeys(found))
+        expanded += [f"{share}%{matched[4]}" for share in range(first, last + 1, step)]
+    return list(dict.fromkeys(expanded))
 
 
 def cells(grid: Grid) -> list[Cell]:
@@ -91,40 +90,42 @@ def cells(grid: Grid) -> list[Cell]:
     Raises UnknownName or BadPattern for a method that goes with none of the patterns, or a pattern
     with none of the methods; and whatever `check_method` raises for the options.
     """
-    methods, allocate = grid.methods, grid.allocate
-    if not methods or not grid.patterns or not allocate:
+    if not grid.methods or not grid.patterns or not grid.allocate:
         raise BadPattern(
             "A comparison wants at least one method and one pattern, and a rule of allocation."
         )
-    found: list[Cell] = []
+    rows: list[Cell] = []
     refused: dict[str, SecateurError] = {}
-    patterns = expand(grid.patterns)
-    for pattern in patterns:
-        wanted = parse(pattern)
-        for method in methods:
+    patterns = {pattern: parse(pattern) for pattern in expand(grid.patterns)}
+    for pattern, parsed in patterns.items():
+        structure = isinstance(parsed, Structure)
+        align = grid.align if structure else None
+        uniform = [rule for rule in grid.allocate if rule == "uniform"] if structure else []
+        for method in grid.methods:
+            recipe = Recipe(method=method, pattern=pattern)
             try:
-                check_method(Recipe(method=method, pattern=pattern))
+                check_method(recipe)
             except (UnknownName, BadPattern) as error:
                 refused[method] = refused[pattern] = error
                 continue
-            structure = isinstance(wanted, Structure)
-            rules = (
-                [rule for rule in allocate if rule == "uniform"] or allocate
-                if structure
-                else allocate
-            )
-            for rule in rules:
-                align = grid.align if structure else None
-                check_method(
-                    Recipe(
-                        method=method, pattern=pattern, allocate=rule, skip=grid.skip, align=align
-                    )
-                )
+            for rule in uniform or grid.allocate:
+                check_method(replace(recipe, allocate=rule, skip=grid.skip, align=align))
                 if rule not in ("uniform", *ALLOCATIONS):
-                    check_allocation(rule, str(wanted), files=False)
-                found.append(Cell(method, str(wanted), rule))
-    fitting = {cell.method for cell in found} | {cell.pattern for cell in found}
-    for asked, named in [*((m, m) for m in methods), *((p, str(parse(p))) for p in patterns)]:
-        if named not in fitting:
+                    check_allocation(rule, str(parsed), files=False)
+                rows.append(Cell(method, str(parsed), rule))
+    fitting = {name for cell in rows for name in (cell.method, cell.pattern)}
+    names = [(name, name) for name in grid.methods]
+    names += [(pattern, str(parsed)) for pattern, parsed in patterns.items()]
+    for asked, name in names:
+        if name not in fitting:
             raise refused[asked]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(rows))
+
+
+def check_searched(rows: Sequence[Cell]) -> None:
+    """Raise BadPattern where no pattern is a share that can be searched for a tolerance."""
+    if not any((share := share_of(cell.pattern)) and share[1] in SEARCHED for cell in rows):
+        raise BadPattern(
+            "A tolerance is searched over shares of weights or channels; add a pattern such as "
+            "'50%'."
+        )

@@ -17,9 +17,7 @@ from secateur.evaluation.results.schema import Results, Row, read_results
 from secateur.system.files import disk_errors, write_whole
 
 SAME = ("evaluation", "options", "versions")
-"""What must be equal, besides the model's files and the first calibration text, which is that of
-the table.
-"""
+"""What must be equal, besides the model's files and the calibration text of the table."""
 
 
 def report(results: Sequence[str | Path], *, out: str | Path) -> Results:
@@ -31,20 +29,17 @@ def report(results: Sequence[str | Path], *, out: str | Path) -> Results:
     """
     if not results:
         raise BadResults("At least one results.json was wanted; found none.")
-    files = [Path(name) for name in results]
-    found = [read_results(file) for file in files]
-    for file, one in zip(files, found, strict=True):
-        if len(found) > 1 and (bare := [row.name for row in one.rows if not row.loss]):
-            raise BadResults(
-                f"{file} has no loss of {bare[0]!r}, so it cannot be ranked anew. Run it again."
-            )
-    out = Path(out)
-    for file, one in zip(files, found, strict=True):
+    files, out = [Path(name) for name in results], Path(out)
+    comparisons = [read_results(file) for file in files]
+    for file, one in zip(files, comparisons, strict=True):
         folder = file if file.is_dir() else file.parent
         for row in one.rows:
+            if len(files) > 1 and not row.loss:
+                lacks = f"{file} has no loss of {row.name!r}"
+                raise BadResults(f"{lacks}, so it cannot be ranked anew. Run it again.")
             row.checkpoint = row.checkpoint and os.path.relpath(folder / row.checkpoint, out)
-    joined = found[0]
-    for file, other in zip(files[1:], found[1:], strict=True):
+    joined = comparisons[0]
+    for file, other in zip(files[1:], comparisons[1:], strict=True):
         joined = join(joined, other, str(files[0]), str(file))
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -54,57 +49,58 @@ def report(results: Sequence[str | Path], *, out: str | Path) -> Results:
 
 
 def join(one: Results, other: Results, name: str, other_name: str) -> Results:
-    """The rows of both, ranked anew. Raises ConditionsDiffer, which names what differs between the
-    two files.
-    """
-    _same("model", {**one.model, "name": ""}, {**other.model, "name": ""}, name, other_name)
+    """The rows of both, ranked anew. Raises ConditionsDiffer, which names what differs."""
+
+    def same(what: str, value: Any, other_value: Any) -> None:
+        _same(what, value, other_value, f"{name} and {other_name}")
+
+    same("model", {**one.model, "name": ""}, {**other.model, "name": ""})
     for key in SAME:
-        _same(key, getattr(one, key), getattr(other, key), name, other_name)
-    _same("calibration", one.calibrations[0], other.calibrations[0], name, other_name)
-    if any(row.latency for row in one.rows) and any(row.latency for row in other.rows):
-        _same("machine", one.machine, other.machine, name, other_name)
+        same(key, getattr(one, key), getattr(other, key))
+    same("calibration", one.calibrations[0], other.calibrations[0])
+    timed = any(row.latency for row in one.rows)
+    if timed and any(row.latency for row in other.rows):
+        same("machine", one.machine, other.machine)
     if one.dense.tasks and other.dense.tasks:
-        _same(
-            "tasks",
-            ", ".join(sorted(one.dense.tasks)),
-            ", ".join(sorted(other.dense.tasks)),
-            name,
-            other_name,
-        )
+        same("tasks", *(", ".join(sorted(each.dense.tasks)) for each in (one, other)))
     for task in one.dense.tasks.keys() & other.dense.tasks.keys() - {"mean"}:
-        items, others = (found.dense.tasks[task]["items"] for found in (one, other))
-        _same(f"the items of {task}", items, others, name, other_name)
+        same(f"the items of {task}", *(each.dense.tasks[task]["items"] for each in (one, other)))
+    tolerance = one.tolerance or other.tolerance
+    if one.tolerance and other.tolerance:
+        same("tolerance", one.tolerance["share"], other.tolerance["share"])
+        reached = [*one.tolerance["found"], *other.tolerance["found"]]
+        unique = [reach for number, reach in enumerate(reached) if reach not in reached[:number]]
+        tolerance = {**one.tolerance, "found": unique}
     calibrations = [
         *one.calibrations,
         *(draw for draw in other.calibrations if draw not in one.calibrations),
     ]
-    places = [calibrations.index(draw) for draw in other.calibrations]
+    numbers: dict[int | None, int] = {
+        number: calibrations.index(draw) for number, draw in enumerate(other.calibrations)
+    }
     rows = {(row.name, row.calibration): row for row in one.rows}
     for row in other.rows:
-        moved = replace(
-            row, calibration=None if row.calibration is None else places[row.calibration]
-        )
-        held = rows.setdefault((moved.name, moved.calibration), moved)
-        if held is not moved:
-            _same(f"the row {row.name}", held.loss, row.loss, name, other_name)
-            rows[moved.name, moved.calibration] = _fuller(held, moved)
+        moved = replace(row, calibration=numbers.get(row.calibration))
+        key = moved.name, moved.calibration
+        if key in rows:
+            same(f"the row {row.name}", rows[key].loss, row.loss)
+            moved = _fuller(rows[key], moved)
+        rows[key] = moved
     joined = replace(
         one,
         calibrations=calibrations,
         rows=list(rows.values()),
-        machine=one.machine if any(row.latency for row in one.rows) else other.machine,
+        machine=one.machine if timed else other.machine,
         command=[*one.command, "&&", *other.command],
         not_timed=one.not_timed | other.not_timed,
-        tolerance=_tolerance(one, other, name, other_name),
+        tolerance=tolerance,
     )
     rank([row for row in joined.rows if not row.searched])
     return joined
 
 
 def _fuller(one: Row, other: Row) -> Row:
-    """The same row in two comparisons: with what either has measured besides, and in the table if
-    it is in one.
-    """
+    """The row of two comparisons, with what either measured; in the table if it is in one's."""
     return replace(
         one,
         latency=one.latency or other.latency,
@@ -113,15 +109,7 @@ def _fuller(one: Row, other: Row) -> Row:
     )
 
 
-def _tolerance(one: Results, other: Results, name: str, other_name: str) -> dict[str, Any]:
-    if not one.tolerance or not other.tolerance:
-        return one.tolerance or other.tolerance
-    _same("tolerance", one.tolerance["share"], other.tolerance["share"], name, other_name)
-    more = [reach for reach in other.tolerance["found"] if reach not in one.tolerance["found"]]
-    return {**one.tolerance, "found": [*one.tolerance["found"], *more]}
-
-
-def _same(what: str, one: Any, other: Any, name: str, other_name: str) -> None:
+def _same(what: str, one: Any, other: Any, names: str) -> None:
     if one == other:
         return
     if isinstance(one, dict) and isinstance(other, dict):
@@ -129,6 +117,6 @@ def _same(what: str, one: Any, other: Any, name: str, other_name: str) -> None:
         what, one, other = f"{what} {key}", one.get(key), other.get(key)
     shown = "" if isinstance(one, list) else f": {one} and {other}"
     raise ConditionsDiffer(
-        f"{name} and {other_name} differ in {what}{shown}. Rows of different conditions do not go "
-        "into one table: run both comparisons alike, or write a report of each."
+        f"{names} differ in {what}{shown}. Rows of different conditions do not go into one table: "
+        "run both comparisons alike, or write a report of each."
     )

@@ -1,6 +1,4 @@
-"""How a row of a comparison is made: a model is pruned, and evaluated beside the dense one, window
-by window.
-"""
+"""How a row is made: a model is pruned, and evaluated beside the dense one by windows."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ import numpy as np
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.checkpoints.record import Report, Seconds
+from secateur.data.windows import Windows
 from secateur.deployment.export import export
-from secateur.errors import NonFinite, UnsupportedModel
 from secateur.evaluation.comparison.grid import Cell, Draw
-from secateur.evaluation.comparison.recovered_rows import Recovering
+from secateur.evaluation.comparison.options import Comparison
 from secateur.evaluation.comparison.row_store import CHECKPOINTS, RowStore, file_name
-from secateur.evaluation.perplexity import Forward, Measured, measure, perplexity_difference
+from secateur.evaluation.perplexity import Forward, Measured, measure
 from secateur.evaluation.results.schema import Row, row_name
 from secateur.models.load import load
 from secateur.models.matrices import weight_matrices
@@ -29,35 +27,29 @@ from secateur.pruning.opening import Opened
 from secateur.pruning.prune import prune_checkpoint
 from secateur.pruning.structured.feasibility import Feasibility
 from secateur.pruning.structured.program import prune_structure
-from secateur.system.progress import Progress
-from secateur.system.settings import Compute, Destination, Recipe, Trust
+from secateur.system.settings import Recipe
 from secateur.system.tensors import count_zeros
 
 
 @dataclass
 class ComparisonContext:
-    """What all rows of a comparison have in common: the model, the text that it is judged on, how
-    it is pruned.
+    """What all rows of a comparison have in common: the options, the model, the texts.
 
-    `recipe` and `destination` are those of every row, but for what a row has for itself;
-    `recovering` is None where no row is fine-tuned.
+    `dense` runs the dense model over the evaluation windows; `training` is the text that rows are
+    fine-tuned on, None where none is.
     """
 
+    asked: Comparison
     source: Checkpoint
     dense: Forward
     draws: Sequence[Draw]
     store: RowStore
-    recipe: Recipe
-    compute: Compute
-    destination: Destination
-    trust: Trust
-    progress: Progress
     feasibility: Feasibility
-    recovering: Recovering | None = None
+    training: Windows | None = None
 
     @property
     def out(self) -> Path:
-        return Path(self.destination.out)
+        return self.asked.out
 
     @cached_property
     def expected(self) -> Measured:
@@ -68,26 +60,26 @@ class ComparisonContext:
         """The row of the model as it came."""
         if kept := self.store.get(row_name("dense", "-"), None):
             return kept
-        self.progress.begin("evaluating the dense model")
+        self.asked.progress.begin("evaluating the dense model")
         model = self.dense.language_model
-        measured = measure(self.dense, None, self.progress)
+        measured = measure(self.dense, None, self.asked.progress)
         row = Row(
-            "dense",
-            "-",
-            "dense",
-            _zeros(model),
-            measured.perplexity,
-            0.0,
-            (0.0, 0.0),
-            0.0,
-            1.0,
-            asdict(Seconds()),
-            None,
-            self.source.bytes,
+            method="dense",
+            pattern="-",
+            kind="dense",
+            sparsity=_zeros(model),
+            perplexity=measured.perplexity,
+            delta=0.0,
+            delta_interval=(0.0, 0.0),
+            kl=0.0,
+            top1_agreement=1.0,
+            seconds=asdict(Seconds()),
+            peak_bytes=None,
+            disk_bytes=self.source.bytes,
             parameters=model.model.num_parameters(),
             loss=measured.loss.tolist(),
         )
-        return self._put(row)
+        return self.keep(row)
 
     def row(self, cell: Cell, draw: Draw, *, searching: bool = False) -> Row:
         """A pruned row, made or taken from the store; the checkpoint stays for the first draw
@@ -119,16 +111,17 @@ class ComparisonContext:
         return row
 
     def _pruned(self, cell: Cell, draw: Draw, place: Path) -> Report:
-        recipe = replace(
-            self.recipe,
+        asked = self.asked
+        recipe = Recipe(
             method=cell.method,
             pattern=cell.pattern,
             allocate=cell.rule,
-            align=self.recipe.align if cell.structured else None,
+            align=asked.grid.align if cell.structured else None,
+            skip=asked.grid.skip,
         )
         opened = Opened(self.source, self.dense.language_model, draw.windows)
-        destination = replace(self.destination, out=place)
-        settings = (recipe, self.compute, destination, self.trust, self.progress)
+        destination = replace(asked.destination, out=place)
+        settings = (recipe, asked.compute, destination, asked.trust, asked.progress)
         if cell.structured:
             return prune_structure(opened, *settings, self.feasibility)
         return prune_checkpoint(opened, *settings)
@@ -144,7 +137,7 @@ class ComparisonContext:
             shutil.rmtree(aside)
 
     def _judged(self, report: Report, place: Path) -> Row:
-        self.progress.begin(f"evaluating {report.method} {report.pattern}")
+        self.asked.progress.begin(f"evaluating {report.method} {report.pattern}")
         pruned = self._loaded(place)
         return Row(
             report.method,
@@ -156,92 +149,49 @@ class ComparisonContext:
             disk_bytes=open_checkpoint(place).bytes,
             allocation=report.allocation,
             parameters=pruned.model.num_parameters(),
-            sites=[(site.site, site.sparsity, site.output_error) for site in report.sites],
+            sites=[(matrix.site, matrix.sparsity, matrix.output_error) for matrix in report.sites],
             **self._quality(pruned),
         )
 
     def rounded(self, pruned: Row) -> Row:
-        """The row of a pruned checkpoint whose kept weights are rounded to int8: evaluated as they
-        come back.
-        """
+        """The row of a checkpoint with its weights rounded to int8, evaluated as they come back."""
         assert pruned.checkpoint is not None
         row = replace(pruned, values="int8", latency=[], checkpoint=f"{pruned.checkpoint}-int8")
         if kept := self.store.get(row.name, row.calibration):
             return kept
         folder, unpacked = self.out / str(row.checkpoint), self.out / CHECKPOINTS / ".unpacked"
-        self.progress.begin(f"evaluating {row.name}")
+        self.asked.progress.begin(f"evaluating {row.name}")
         export(
             self.out / pruned.checkpoint,
             out=folder,
             to="packed",
             values="int8",
             overwrite=True,
-            trust_remote_code=self.trust.trust_remote_code,
+            trust_remote_code=self.asked.trust.trust_remote_code,
         )
         # one is there where a run died
         export(folder, out=unpacked, to="dense", overwrite=True)
-        quality = self._quality(self._loaded(unpacked))
+        quality = self.quality(unpacked)
         shutil.rmtree(unpacked)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        return self._put(replace(row, disk_bytes=size, **quality))
+        return self.keep(replace(row, disk_bytes=size, **quality))
 
-    def recovered(self, pruned: Row, refused: dict[str, str]) -> list[Row]:
-        """The rows of a pruned checkpoint after it was fine-tuned by each way; `refused` is told
-        what cannot be.
-        """
-        if self.recovering is None:
-            return []
-        rows: list[Row] = []
-        for way in self.recovering.ways:
-            spent = self.recovering.recovered(way)
-            row = replace(pruned, recovered=spent, latency=[], sites=[])
-            try:
-                rows.append(self._recovered(row, str(pruned.checkpoint), self.recovering))
-            except (
-                UnsupportedModel,
-                NonFinite,
-            ) as error:  # adapters for experts, blocks that are gone, a loss of NaN
-                refused[row.name] = str(error)
-        return rows
-
-    def _recovered(self, row: Row, pruned: str, recovering: Recovering) -> Row:
-        assert row.recovered is not None
-        if kept := self.store.get(row.name, row.calibration):
-            recovering.refuse_other(kept)
-            return kept
-        place = self.out / CHECKPOINTS / file_name(row.name)
-        seconds = recovering.run(self.out / pruned, place, row.recovered.way)
-        self.progress.begin(f"evaluating {row.name}")
-        return self._put(
-            replace(
-                row,
-                recovered=replace(row.recovered, seconds=seconds),
-                seconds={**row.seconds, "recover": seconds},
-                checkpoint=str(place.relative_to(self.out)),
-                **self._quality(self._loaded(place)),
-            )
-        )
-
-    def _put(self, row: Row) -> Row:
+    def keep(self, row: Row) -> Row:
+        """The row, which is on disk now."""
         self.store.put(row)
         return row
 
+    def quality(self, place: Path) -> dict[str, Any]:
+        """What a row says of the quality of a checkpoint, beside the dense model's."""
+        return self._quality(self._loaded(place))
+
     def _loaded(self, place: Path) -> LanguageModel:
         spill = self.out if self.dense.language_model.spilled else None
-        return load(place, trust_remote_code=self.trust.trust_remote_code, spill=spill)
+        return load(place, trust_remote_code=self.asked.trust.trust_remote_code, spill=spill)
 
     def _quality(self, model: LanguageModel) -> dict[str, Any]:
-        """What a row says of the quality of a model, beside the dense one's."""
-        measured = measure(self.dense.of(model), self.dense, self.progress)
-        delta, interval = perplexity_difference(measured.loss, self.expected.loss)
-        return {
-            "perplexity": measured.perplexity,
-            "delta": delta,
-            "delta_interval": interval,
-            "kl": measured.mean_kl or 0.0,
-            "top1_agreement": measured.mean_agreement or 0.0,
-            "loss": measured.loss.tolist(),
-        }
+        measured = measure(self.dense.of(model), self.dense, self.asked.progress)
+        return {**measured.beside(self.expected), "loss": measured.loss.tolist()}
 
 
 def _zeros(language_model: LanguageModel) -> float:

@@ -28,16 +28,11 @@ WIDTH, HEIGHT = 440, 280
 INK = {"labelColor": "currentColor", "titleColor": "currentColor"}
 FONT = {"labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
 LINES = dict.fromkeys(("gridColor", "domainColor", "tickColor"), "var(--line)")
+BELOW = {"orient": "bottom", "columns": 4, "symbolStrokeColor": "currentColor"}
 LOOK = {
     "view": {"stroke": None},
     "axis": {**INK, **FONT, **LINES, "labelOverlap": "greedy"},
-    "legend": {
-        **INK,
-        **FONT,
-        "orient": "bottom",
-        "columns": 4,
-        "symbolStrokeColor": "currentColor",
-    },
+    "legend": {**INK, **FONT, **BELOW},
     "header": {**INK, "labelFontSize": 13},
     "text": {"color": "currentColor"},
     "rule": {"color": "currentColor"},
@@ -49,9 +44,7 @@ Spec = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture: what it shows, in a heading and in words for those who do not see it, and the SVG
-    itself.
-    """
+    """A picture: its heading, what it shows in words for those who do not see it, and the SVG."""
 
     title: str
     words: str
@@ -86,17 +79,13 @@ def charts(results: Results) -> list[Chart]:
 
 
 def front(points: list[tuple[float, float]], *, least: bool) -> list[int]:
-    """The points (x, perplexity) that none beats in both: the Pareto front, by x. `least`: less x
-    is better.
-    """
-    order = sorted(
-        range(len(points)), key=lambda i: (points[i][0] if least else -points[i][0], points[i][1])
-    )
-    found: list[int] = []
-    for i in order:
-        if not found or points[i][1] < points[found[-1]][1]:
-            found.append(i)
-    return sorted(found, key=lambda i: points[i][0])
+    """The Pareto front by x: points (x, perplexity) that none beats in both. `least`: of x too."""
+    best: list[int] = []
+    sign = 1 if least else -1
+    for i in sorted(range(len(points)), key=lambda i: (sign * points[i][0], points[i][1])):
+        if not best or points[i][1] < points[best[-1]][1]:
+            best.append(i)
+    return sorted(best, key=lambda i: points[i][0])
 
 
 def _speed(row: Row) -> float | None:
@@ -105,9 +94,7 @@ def _speed(row: Row) -> float | None:
 
 
 def _against(results: Results, axis: str, what: str, x: Any, *, least: bool) -> Plan | None:
-    """Perplexity against a cost, with the Pareto front; the kind of sparsity is the shape of a
-    mark.
-    """
+    """Perplexity against a cost, with the Pareto front; a mark's shape is its kind of sparsity."""
     rows = [row for row in results.table if x(row) is not None]
     if len(rows) < 3 or len({x(row) for row in rows}) < 2:
         return None
@@ -143,9 +130,7 @@ def _against(results: Results, axis: str, what: str, x: Any, *, least: bool) -> 
 
 
 def _sweep(results: Results) -> Plan | None:
-    """Perplexity over the share that is taken out, a curve a method; each kind of share stands
-    apart.
-    """
+    """Perplexity over the share that is taken out, a curve a method, a panel a kind of share."""
     values, families, dense = [], defaultdict(set), results.dense.perplexity
     for row in results.rows:
         share = share_of(row.pattern)
@@ -180,18 +165,12 @@ def _sweep(results: Results) -> Plan | None:
 
 
 def _draws(results: Results) -> Plan | None:
-    """Perplexity by the size of the calibration text: every draw a mark, a line through their
-    means.
-    """
+    """Perplexity by the size of the calibration text: a mark a draw, a line through their means."""
     drawn = {row.name for row in results.rows if row.calibration}
     values = []
     for row in results.rows:
-        if (
-            row.name not in drawn
-            or row.calibration is None
-            or row.searched
-            or row.values != "as stored"
-        ):
+        exact = row.values == "as stored" and not row.searched
+        if row.name not in drawn or row.calibration is None or not exact:
             continue
         text = results.calibrations[row.calibration]
         values.append(
@@ -207,25 +186,20 @@ def _draws(results: Results) -> Plan | None:
         )
     if not values:
         return None
-    place = {
-        "x": _axis("x", "samples of calibration text", log=True),
-        "y": _axis("y", "perplexity", log=True),
-        "color": _colour("method", _methods(results)),
-    }
+    x, y = _axis("x", "samples of calibration text", log=True), _axis("y", "perplexity", log=True)
+    place = {"x": x, "y": y, "color": _colour("method", _methods(results))}
     # a line for each text
     dash: Spec = {"field": "text", "type": "nominal", "title": None}
     if len({value["text"] for value in values}) == 1:
         dash["legend"] = None
-    means = {**place, "y": {**place["y"], "aggregate": "mean"}, "strokeDash": dash}
+    means = {**place, "y": {**y, "aggregate": "mean"}, "strokeDash": dash}
     spec = _facets([_layer("line", means), _points(place, 50)], "pattern", values)
     words = "Every mark is one draw; the line goes through the means."
     return _plan("Perplexity by calibration text", words, spec, values)
 
 
 def _layers(results: Results) -> list[Plan | None]:
-    """Output error and sparsity of the weight matrices, block by block; sparsity only where it
-    differs between blocks.
-    """
+    """Output error by block, and sparsity by block where it differs between blocks."""
     values = []
     reached = {reach["pattern"] for reach in results.tolerance.get("found", ())}
     patterns = [row.pattern for row in results.table]
@@ -250,40 +224,31 @@ def _layers(results: Results) -> list[Plan | None]:
     shares = defaultdict(set)
     for value in values:
         shares[value["method"], value["pattern"]].add(round(value["sparsity"]))
-    errors = [value for value in values if value["error"]]
-    uneven = [value for value in values if len(shares[value["method"], value["pattern"]]) > 1]
-    mean = "Mean over the sites of a block"
+    errors = [{**value, "y": value["error"]} for value in values if value["error"]]
+    uneven = [
+        {**value, "y": value["sparsity"]}
+        for value in values
+        if len(shares[value["method"], value["pattern"]]) > 1
+    ]
     return [
-        _by_block(
-            results, errors, "error", "Output error by block", f"{mean} of ‖(W − W')X‖² / ‖WX‖²."
-        ),
-        _by_block(
-            results, uneven, "sparsity", "Sparsity by block, %", f"{mean}, where blocks differ."
-        ),
+        _by_block(results, errors, "Output error by block", " of ‖(W − W')X‖² / ‖WX‖²."),
+        _by_block(results, uneven, "Sparsity by block, %", ", where blocks differ."),
     ]
 
 
-def _by_block(
-    results: Results, values: list[Spec], field: str, title: str, words: str
-) -> Plan | None:
+def _by_block(results: Results, values: list[Spec], title: str, what: str) -> Plan | None:
     if not values:
         return None
-    values = [
-        {
-            **value,
-            "y": value[field],
-            "words": f"{value['method']} {value['pattern']}, block {value['x']}: "
-            f"{value[field]:.3g}",
-        }
-        for value in values
-    ]
+    for value in values:
+        where = f"{value['method']} {value['pattern']}, block {value['x']}"
+        value["words"] = f"{where}: {value['y']:.3g}"
     place = {
         "x": _axis("x", "block", whole=True),
-        "y": _axis("y", title[0].lower() + title[1:], log=field == "error"),
+        "y": _axis("y", title[0].lower() + title[1:], log="error" in title),
         "color": _colour("method", _methods(results)),
     }
-    layers = [_layer("line", place), _points(place, 40)]
-    return _plan(title, words, _facets(layers, "pattern", values), values)
+    spec = _facets([_layer("line", place), _points(place, 40)], "pattern", values)
+    return _plan(title, f"Mean over the weight matrices of a block{what}", spec, values)
 
 
 def _layer(mark: str, encoding: Spec, **look: Any) -> Spec:
@@ -298,7 +263,7 @@ def _points(encoding: Spec, size: int) -> Spec:
 
 def _methods(results: Results) -> list[str]:
     """The methods in the order of the table, so that each has its colour in every picture."""
-    return list(dict.fromkeys(method(row) for row in results.table if row.kind != "dense"))
+    return list(dict.fromkeys(method(row) for row in results.pruned))
 
 
 def _wide(rows: list[Row]) -> bool:
@@ -346,9 +311,7 @@ def _plan(title: str, words: str, spec: Spec, values: list[Spec]) -> Plan:
 
 
 def _described(svg: str, words: str) -> str:
-    """The SVG as one picture with words for those who do not see it, and on every mark what a
-    pointer should read.
-    """
+    """The SVG as a picture that is read aloud by its words, its marks by what a pointer shows."""
     ElementTree.register_namespace("", SVG)
     root = ElementTree.fromstring(svg)
     for element in root.iter():

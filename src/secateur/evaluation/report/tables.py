@@ -1,5 +1,4 @@
-"""What a comparison says, as sheets of text: the same for a terminal, a Markdown page and the page
-for a browser.
+"""What a comparison says, as sheets of text: the same for a terminal, Markdown and a browser.
 
 Columns for speed appear where it was measured, each figure with its runtime, and there is none
 otherwise; so do those for tasks. No sheet stands without its calibration size.
@@ -8,7 +7,7 @@ otherwise; so do those for tasks. No sheet stands without its calibration size.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,21 +17,6 @@ from secateur.methods.pattern_text import share_of
 
 FIRST = ("method", "pattern", "kind")
 """The columns that name a row; whatever is left out, these stand."""
-NARROW = (*FIRST, "perplexity", "difference [95 % interval]", "rank")
-"""The columns that fit a terminal of 80 characters."""
-COLUMNS = (
-    *FIRST,
-    "sparsity",
-    "perplexity",
-    "difference [95 % interval]",
-    "rank",
-    "KL",
-    "top-1",
-    "parameters",
-    "seconds",
-    "peak memory",
-    "on disk",
-)
 SPEED = ("tokens/s", "runtime", "over eager", "over its dense", "first token")
 TASKS = ("tasks", "difference on tasks")
 Figure = tuple[str, float | str]
@@ -41,20 +25,23 @@ Figure = tuple[str, float | str]
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table with a title and a caption. `groups` numbers the lines that belong together."""
+    """A table with a title and a caption. Lines have the names of all columns; `groups` numbers
+    those that belong together.
+    """
 
     title: str
-    columns: tuple[str, ...]
     lines: list[dict[str, Figure]]
     caption: str
     groups: list[int]
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(self.lines[0])
+
 
 def sheets(results: Results) -> list[Sheet]:
-    """Everything that a comparison says in figures: the rows, and tasks, draws and tolerances where
-    there are any.
-    """
-    every = [sheet(results) for sheet in (comparison, tasks, draws, reaches)]
+    """All that a comparison says in figures: rows; tasks, draws, tolerances where there are any."""
+    every = (comparison(results), tasks(results), draws(results), tolerances(results))
     return [sheet for sheet in every if sheet.lines]
 
 
@@ -63,23 +50,18 @@ def comparison(results: Results) -> Sheet:
     rows = results.table
     if results.tolerance:  # what was searched for comes where it belongs
         rows = sorted(rows, key=lambda row: _order(row.pattern))
-    columns = [*COLUMNS]
-    columns += TASKS if any(row.tasks for row in rows) else ()
-    columns += SPEED if any(row.latency for row in rows) else ()
+    answered, timed = any(row.tasks for row in rows), any(row.latency for row in rows)
+    lines = [
+        _cells(row) | (_task_cells(row) if answered else {}) | (_speed_cells(row) if timed else {})
+        for row in rows
+    ]
     patterns = list(dict.fromkeys(row.pattern for row in rows))
-    return Sheet(
-        _title(results),
-        tuple(columns),
-        [_cells(row) | _task_cells(row) | _speed_cells(row) for row in rows],
-        _caption(results),
-        [patterns.index(row.pattern) for row in rows],
-    )
+    groups = [patterns.index(row.pattern) for row in rows]
+    return Sheet(_title(results), lines, _caption(results), groups)
 
 
 def _order(pattern: str) -> tuple[int, str, float]:
-    """Where a pattern stands: the dense model, then shares family by family, then the rest as it
-    came.
-    """
+    """Where a pattern stands: the dense model, shares family by family, the rest as it came."""
     if pattern == "-":
         return 0, "", 0.0
     share = share_of(pattern)
@@ -92,7 +74,7 @@ def _cells(row: Row) -> dict[str, Figure]:
     seconds = None if row.kind == "dense" else sum(row.seconds.values())
     best_rank = float(row.rank.split(" ")[0].split("-")[0]) if row.rank else None
     return {
-        **_names(row),
+        **_names(method(row), row.pattern, row.kind),
         "sparsity": _figure(row.sparsity, "{:.2%}"),
         "perplexity": (number(row.perplexity), row.perplexity),
         "difference [95 % interval]": _figure(delta, f"{{:+.3g}} [{low:.3g}, {high:.3g}]"),
@@ -106,22 +88,19 @@ def _cells(row: Row) -> dict[str, Figure]:
     }
 
 
-def _names(row: Row) -> dict[str, Figure]:
-    """What a row is called, by the columns in `FIRST`."""
-    texts = method(row), row.pattern, row.kind
-    return {column: (text, text) for column, text in zip(FIRST, texts, strict=True)}
+def _names(*texts: str) -> dict[str, Figure]:
+    """What a row is called: its method, pattern and kind."""
+    return dict(zip(FIRST, map(_text, texts), strict=True))
 
 
 def _speed_cells(row: Row) -> dict[str, Figure]:
-    """The speed of one row in the runtime where it decodes fastest; nothing where it was not
-    measured.
-    """
+    """The speed of one row in the runtime where it decodes fastest; dashes where it has none."""
     best = fastest(row)
     if best is None:
         return dict.fromkeys(SPEED, ("-", ""))
     return {
         "tokens/s": _figure(best["tokens_per_second"], "{:.0f}"),
-        "runtime": (best["runtime"], best["runtime"]),
+        "runtime": _text(best["runtime"]),
         "over eager": (ratio(best["over_eager"]), best["over_eager"][0]),
         "over its dense": (ratio(best["decode_ratio"]), best["decode_ratio"][0]),
         "first token": _figure(best["prefill_ratio"][0], "{:.2f}"),
@@ -150,22 +129,22 @@ def tasks(results: Results) -> Sheet:
     rows = [row for row in results.table if row.tasks]
     names = list(dict.fromkeys(name for row in rows for name in row.tasks))
     items = {
-        name: answers["items"]
+        name: f"{name} {answers['items']}"
         for row in rows
         for name, answers in row.tasks.items()
         if "items" in answers
     }
     caption = (
         "Zero-shot accuracy ± standard error by lm-eval, and the difference to dense in points "
-        "[95 % interval, paired bootstrap over items]. Items: "
-        f"{', '.join(f'{name} {count}' for name, count in items.items())}. In the mean each task "
-        "weighs the same."
+        f"[95 % interval, paired bootstrap over items]. Items: {', '.join(items.values())}. In the "
+        "mean each task weighs the same."
     )
     lines = [
-        _names(row) | {name: _answered(row.tasks.get(name), row.kind) for name in names}
+        _names(method(row), row.pattern, row.kind)
+        | {name: _answered(row.tasks.get(name), row.kind) for name in names}
         for row in rows
     ]
-    return Sheet("Tasks", (*FIRST, *names), lines, caption, [0] * len(lines))
+    return Sheet("Tasks", lines, caption, [0] * len(lines))
 
 
 def _answered(answers: dict[str, Any] | None, kind: str) -> Figure:
@@ -177,9 +156,7 @@ def _answered(answers: dict[str, Any] | None, kind: str) -> Figure:
 
 
 def draws(results: Results) -> Sheet:
-    """How much perplexity hangs on the draw of calibration text: for each method, text and size
-    over the seeds.
-    """
+    """How much hangs on the calibration text: by method, text and size, over the seeds."""
     drawn: dict[tuple[str, str, str, str, int], list[float]] = defaultdict(list)
     for row in results.rows:
         if row.calibration is not None and not row.searched and row.values == "as stored":
@@ -193,12 +170,12 @@ def draws(results: Results) -> Sheet:
     )
     lines: list[dict[str, Figure]] = []
     for key in order:
-        values, text = drawn[key], Path(key[3]).name
+        values = drawn[key]
         low, high, mean = min(values), max(values), sum(values) / len(values)
         lines.append(
             {
-                **{column: (name, name) for column, name in zip(FIRST, key[:3], strict=True)},
-                "text": (text, text),
+                **_names(*key[:3]),
+                "text": _text(Path(key[3]).name),
                 "samples": _figure(key[4], "{}"),
                 "seeds": _figure(len(values), "{}"),
                 "perplexity": (number(mean), mean),
@@ -207,7 +184,6 @@ def draws(results: Results) -> Sheet:
         )
     return Sheet(
         "How much hangs on the calibration text",
-        (*FIRST, "text", "samples", "seeds", "perplexity", "lowest to highest"),
         lines,
         "The same method on other draws of calibration text: mean over the seeds, and the lowest "
         "and highest of them.",
@@ -215,30 +191,27 @@ def draws(results: Results) -> Sheet:
     )
 
 
-def reaches(results: Results) -> Sheet:
+def tolerances(results: Results) -> Sheet:
     """How far each method goes within the tolerance."""
     reached = results.tolerance.get("found", [])
     lines: list[dict[str, Figure]] = []
     for reach in reached:
         rule = "" if reach["allocation"] == "uniform" else f" by {reach['allocation']}"
         pattern, perplexity = reach["pattern"], reach["perplexity"]
-        texts = {
-            "method": f"{reach['method']}{rule}",
-            "interval within": "yes" if reach["certain"] else "no",
-            "too much": (reach["beyond"] or "-") + (", refused" if reach["note"] else ""),
-        }
+        beyond = (reach["beyond"] or "-") + (", refused" if reach["note"] else "")
         lines.append(
-            {column: (text, text) for column, text in texts.items()}
-            | {
+            {
+                "method": _text(f"{reach['method']}{rule}"),
                 "up to": (pattern, (share_of(pattern) or (0.0,))[0]) if pattern else ("-", ""),
                 "perplexity": _figure(perplexity, number(perplexity or 0.0)),
+                "interval within": _text("yes" if reach["certain"] else "no"),
+                "too much": _text(beyond),
             }
         )
     most = number(reached[0]["most"] if reached else 0.0)
     return Sheet(
         f"How far each method goes at {100 * results.tolerance.get('share', 0.0):.3g} % more "
         "perplexity",
-        ("method", "up to", "perplexity", "interval within", "too much"),
         lines,
         f"The largest whole percent before the first whose perplexity is above {most}, found by "
         "bisection; whether the upper end of its 95 % interval is within as well; and the percent "
@@ -249,40 +222,31 @@ def reaches(results: Results) -> Sheet:
 
 def conditions(results: Results) -> list[tuple[str, str]]:
     """Under what all of it was measured: what, and how."""
-    judged = results.evaluation
     trained = {
         row.recovered.text["sha256"]: row.recovered.text for row in results.table if row.recovered
     }
+    run = {key: value for key, value in results.options.items() if value != []}
     return [
         ("model", f"{results.model['name']}, {results.model['parameters']:,} parameters"),
-        *(
-            ("calibration", f"{_text(draw)}, seed {draw['seed']}, sha256 {draw['sha256'][:16]}…")
-            for draw in results.calibrations
-        ),
-        *(
-            ("recovery", f"{_text(text)}, seed {text['seed']}, sha256 {text['sha256'][:16]}…")
-            for text in trained.values()
-        ),
-        (
-            "evaluation",
-            f"{judged['source']} ({judged['split']}), {judged['samples']} windows of "
-            f"{judged['length']} tokens, sha256 {judged['sha256'][:16]}…",
-        ),
-        (
-            "run",
-            ", ".join(f"{key} {value}" for key, value in results.options.items() if value != []),
-        ),
-        ("machine", ", ".join(f"{key} {value}" for key, value in results.machine.items())),
-        ("versions", ", ".join(f"{key} {value}" for key, value in results.versions.items())),
+        *(("calibration", _source(draw, "samples")) for draw in results.calibrations),
+        *(("recovery", _source(text, "samples")) for text in trained.values()),
+        ("evaluation", _source(results.evaluation, "windows")),
+        ("run", _pairs(run)),
+        ("machine", _pairs(results.machine)),
+        ("versions", _pairs(results.versions)),
         ("command", " ".join(results.command)),
         *(("left out", f"{what}: {why}") for what, why in results.not_timed.items()),
     ]
 
 
-def _text(draw: dict[str, Any]) -> str:
-    return (
-        f"{draw['source']} ({draw['split']}), {draw['samples']} samples of {draw['length']} tokens"
-    )
+def _source(text: dict[str, Any], what: str) -> str:
+    size = f"{text['samples']} {what} of {text['length']} tokens"
+    seed = f", seed {text['seed']}" if what == "samples" else ""
+    return f"{text['source']} ({text['split']}), {size}{seed}, sha256 {text['sha256'][:16]}…"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _title(results: Results) -> str:
@@ -297,26 +261,19 @@ def _title(results: Results) -> str:
 
 
 def _caption(results: Results) -> str:
-    free = sorted(
-        {
-            method(row)
-            for row in results.table
-            if row.calibration is None and row.kind != "dense" and not row.recovered
-        }
-    )
-    alone = f" {', '.join(free)}: needs no calibration text." if free else ""
+    free = [row for row in results.pruned if row.calibration is None and not row.recovered]
+    names = sorted({method(row) for row in free})
+    alone = f" {', '.join(names)}: needs no calibration text." if names else ""
     if any(row.recovered for row in results.table):
         alone += (
             " What was fine-tuned after pruning, its zeros kept, says so with the tokens and "
             "seconds spent; it is ranked among rows that saw the same text, and its seconds "
-            "include "
-            "the training."
+            "include the training."
         )
     return (
         "Sparsity: share of zeros in the pruned matrices; of a structured row, share of the block "
         "weights that are gone, so the model is smaller. Difference: perplexity minus dense, "
-        "paired "
-        "bootstrap over windows. Rank: by perplexity within one pattern; rows whose paired "
+        "paired bootstrap over windows. Rank: by perplexity within one pattern; rows whose paired "
         "difference may be zero are a tie. KL: dense against pruned, nats a token. Seconds: "
         "planning, forward passes, statistics, solving and refining; not loading, writing and "
         f"evaluating.{alone} {_speed_caption(results)}"
@@ -332,10 +289,9 @@ def _speed_caption(results: Results) -> str:
         f"Speed: decoding in the runtime where the row is fastest, {timing['dtype']}, batch "
         f"{timing['batch']}, prompt {timing['prompt']}, {timing['new_tokens']} tokens, "
         f"{results.machine['threads']} threads of {results.machine['processor']}. Over eager: "
-        "times "
-        "as fast as the dense model in plain transformers; over its dense: in the same runtime or "
-        "our own dense product, first token likewise; medians of paired rounds [95 % interval]. "
-        "results.json has every runtime."
+        "times as fast as the dense model in plain transformers; over its dense: in the same "
+        "runtime or our own dense product, first token likewise; medians of paired rounds "
+        "[95 % interval]. results.json has every runtime."
     )
 
 
@@ -347,17 +303,15 @@ def method(row: Row) -> str:
 
 
 def _spent(recovered: Recovered) -> str:
-    """By which way a row was recovered, and what that took: a row that was trained is never shown
-    without.
-    """
+    """In which way a row was recovered, and what that took: no trained row is shown without."""
     tokens = recovered.tokens
     count = f"{tokens / 1e6:.2f} M" if tokens >= 1e6 else f"{tokens / 1e3:.0f} k"
     return f"{recovered.way} {count} tokens {recovered.seconds:.0f} s"
 
 
-def accuracy(found: dict[str, Any]) -> str:
-    error = "" if found["stderr"] is None else f" ± {100 * found['stderr']:.1f}"
-    return f"{found['accuracy']:.1%}{error}"
+def accuracy(answers: dict[str, Any]) -> str:
+    error = "" if answers["stderr"] is None else f" ± {100 * answers['stderr']:.1f}"
+    return f"{answers['accuracy']:.1%}{error}"
 
 
 def points(answers: dict[str, Any]) -> str:
@@ -366,15 +320,19 @@ def points(answers: dict[str, Any]) -> str:
     return f"{100 * answers['delta']:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def ratio(found: Sequence[float]) -> str:
-    """A ratio with its interval."""
-    middle, low, high = found
+def ratio(interval: Sequence[float]) -> str:
+    """A ratio with its interval, which stands behind it."""
+    middle, low, high = interval
     return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def number(value: float) -> str:
     """Two decimals where they say something, else four digits."""
     return f"{value:.2f}" if value < 1000 else f"{value:.4g}"
+
+
+def _text(text: str) -> Figure:
+    return text, text
 
 
 def _figure(value: float | None, form: str) -> Figure:

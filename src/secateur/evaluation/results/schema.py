@@ -1,6 +1,4 @@
-"""The schema of a comparison: what `results.json` holds. docs/results.md says what each field
-means.
-"""
+"""The schema of a comparison: what `results.json` holds, as docs/results.md explains."""
 
 from __future__ import annotations
 
@@ -73,13 +71,12 @@ class Timed(Fields):
 
     @model_validator(mode="after")
     def _is_whole(self) -> Timed:
-        if not {"decode", "prefill"} & self.model_fields_set:
+        given = {"decode", "prefill"} & self.model_fields_set
+        if not given:
             raise ValueError("it has neither decode nor prefill")
-        needed = {"prefill_ratio"}
-        if "decode" in self.model_fields_set:
-            needed |= {"decode", "decode_ratio", "over_eager", "tokens_per_second", "new_tokens"}
-        if "prefill" in self.model_fields_set:
-            needed.add("prefill")
+        needed = {"prefill_ratio", *given}
+        if "decode" in given:
+            needed |= {"decode_ratio", "over_eager", "tokens_per_second", "new_tokens"}
         for name in sorted(needed):
             if getattr(self, name) is None:
                 raise ValueError(f"it has no {name}")
@@ -105,8 +102,15 @@ class Answered(Fields):
         return self
 
 
-class Reached(Fields):
-    """What is read of how far a method goes within the tolerance."""
+@dataclass(frozen=True)
+class ToleranceResult:
+    """How far a method goes in a family of patterns.
+
+    `pattern` is the largest whole percent before the first whose perplexity is above `most`, taken
+    by the estimate; None where the least that can go is too much. `certain`: whether the upper end
+    of its 95 % interval is within too. `beyond` is that first percent; None where the search ended.
+    `note`: why `beyond` cannot be had at all.
+    """
 
     method: str
     allocation: str
@@ -117,18 +121,16 @@ class Reached(Fields):
     most: Number
     note: str
 
-    @model_validator(mode="after")
-    def _is_whole(self) -> Reached:
+    def __post_init__(self) -> None:
         if (self.pattern is None) != (self.perplexity is None):
             raise ValueError("it has no pattern with its perplexity")
-        return self
 
 
 class Tolerance(Fields):
     """What is read of a search for a tolerance."""
 
     share: Number
-    found: list[Reached]
+    found: list[ToleranceResult]
 
 
 def _searched(tolerance: dict[str, Any]) -> dict[str, Any]:
@@ -153,9 +155,7 @@ def _with_mean(tasks: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Recovered:
-    """How a row was fine-tuned after it was pruned, in how many `seconds`; `text` as in
-    `Results.calibrations`.
-    """
+    """How a row was fine-tuned after it was pruned; `text` as in `Results.calibrations`."""
 
     __pydantic_config__ = CLOSED
 
@@ -209,9 +209,7 @@ class Row:
 
     @property
     def peers(self) -> tuple[Any, ...]:
-        """What rows that are ranked against each other have in common: pattern, exactness, text of
-        recovery.
-        """
+        """What rows that are ranked against each other share: pattern, values, recovery text."""
         return self.pattern, self.values, self.recovered and self.recovered.text["sha256"]
 
 
@@ -258,10 +256,13 @@ class Results:
 
     @property
     def table(self) -> list[Row]:
-        """The rows that stand beside each other: of one draw of calibration text or none, and no
-        steps of a search.
-        """
+        """The rows beside each other: of the first calibration text, and no steps of a search."""
         return [row for row in self.rows if not row.calibration and not row.searched]
+
+    @property
+    def pruned(self) -> list[Row]:
+        """The rows of the table but the dense one."""
+        return [row for row in self.table if row.kind != "dense"]
 
     def json(self) -> str:
         return json_text(asdict(self), finite=True)
@@ -285,30 +286,26 @@ def check(results: Results) -> None:
     try:
         _read(asdict(results))
     except ValueError as error:
-        raise BadResults(
-            f"The comparison cannot be used: {error}. Run the comparison again."
-        ) from error
+        message = f"The comparison cannot be used: {error}. Run the comparison again."
+        raise BadResults(message) from error
 
 
-def _read(held: Any) -> Results:
+def _read(value: Any) -> Results:
     """A comparison as JSON holds it. Raises ValueError."""
-    schema = held.get("schema") if isinstance(held, dict) else None
+    schema = value.get("schema") if isinstance(value, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"its schema is {schema!r}, {SCHEMA} was wanted")
-    results = read_as(Results, held)
+    results = read_as(Results, value)
     if not results.rows:
         raise ValueError("it has no rows")
     if results.dense.kind != "dense":
         raise ValueError("its first row is not the dense model")
     for number, row in enumerate(results.rows):
-        if row.calibration is not None and not 0 <= row.calibration < len(results.calibrations):
-            raise ValueError(
-                f"row {number} names calibration {row.calibration}, which is not there"
-            )
-        if row.loss and len(row.loss) != results.evaluation["samples"]:
-            raise ValueError(
-                f"{row.name} has {len(row.loss)} losses of {results.evaluation['samples']} windows"
-            )
+        named, losses, windows = row.calibration, len(row.loss), results.evaluation["samples"]
+        if named is not None and not 0 <= named < len(results.calibrations):
+            raise ValueError(f"row {number} names calibration {named}, which is not there")
+        if losses not in (0, windows):
+            raise ValueError(f"{row.name} has {losses} losses of {windows} windows")
     return results
 
 
@@ -317,9 +314,8 @@ def find_tolerance(text: str | float | None) -> float | None:
     if text is None:
         return None
     try:
-        share = float(str(text).strip().removesuffix("%")) / (
-            100 if str(text).strip().endswith("%") else 1
-        )
+        share = float(str(text).strip().removesuffix("%"))
+        share /= 100 if str(text).strip().endswith("%") else 1
     except ValueError:
         share = -1.0
     if not 0 < share < 1:

@@ -82,7 +82,7 @@ def answer_tasks(
 
 
 def summarise(
-    found: dict[str, Answers], dense: dict[str, Answers] | None = None
+    answered: dict[str, Answers], dense: dict[str, Answers] | None = None
 ) -> dict[str, dict[str, Any]]:
     """A row's `tasks`: for every task its items, accuracy and standard error, and where `dense` is
     given the difference from it with its 95 % interval; under `mean` the same of the plain mean
@@ -95,7 +95,7 @@ def summarise(
     """
     summary: dict[str, dict[str, Any]] = {}
     deltas, resampled = [], []
-    for name, answers in found.items():
+    for name, answers in answered.items():
         summary[name] = {
             "items": len(answers.right),
             "accuracy": answers.accuracy,
@@ -113,11 +113,12 @@ def summarise(
                 "delta": deltas[-1],
                 "delta_interval": list(percentile_interval(resampled[-1])),
             }
-    errors = [answers.stderr for answers in found.values() if answers.stderr is not None]
+    count = len(answered)
+    errors = [answers.stderr for answers in answered.values() if answers.stderr is not None]
     mean: dict[str, Any] = {
-        "tasks": len(found),
-        "accuracy": float(np.mean([answers.accuracy for answers in found.values()])),
-        "stderr": math.hypot(*errors) / len(found) if len(errors) == len(found) else None,
+        "tasks": count,
+        "accuracy": float(np.mean([answers.accuracy for answers in answered.values()])),
+        "stderr": math.hypot(*errors) / count if len(errors) == count else None,
         "delta": float(np.mean(deltas)) if deltas else None,
         "delta_interval": list(percentile_interval(np.mean(resampled, 0))) if resampled else None,
     }
@@ -126,14 +127,14 @@ def summarise(
 
 def lines(summary: dict[str, dict[str, Any]]) -> Iterator[str]:
     """A summary as lines for a terminal, in percent."""
-    for name, found in summary.items():
-        count = f"{found['items']} items" if "items" in found else f"{found['tasks']} tasks"
-        error = "" if found["stderr"] is None else f" ± {100 * found['stderr']:.2f}"
-        line = f"{name:<14}{count:>12}  accuracy {100 * found['accuracy']:.2f}{error} %"
-        if found["delta"] is not None:
-            low, high = found["delta_interval"]
+    for name, answers in summary.items():
+        count = f"{answers['items']} items" if "items" in answers else f"{answers['tasks']} tasks"
+        error = "" if answers["stderr"] is None else f" ± {100 * answers['stderr']:.2f}"
+        line = f"{name:<14}{count:>12}  accuracy {100 * answers['accuracy']:.2f}{error} %"
+        if answers["delta"] is not None:
+            low, high = answers["delta_interval"]
             line += (
-                f", difference {100 * found['delta']:+.2f} "
+                f", difference {100 * answers['delta']:+.2f} "
                 f"(95 % interval {100 * low:+.2f} to {100 * high:+.2f})"
             )
         yield line

@@ -30,7 +30,7 @@ WORDS = {str: "a text", Whole: "a whole number", list[str]: "a list of texts"}
 @dataclass(frozen=True)
 class Form:
     """What the rows of a data set hold: the type of each column, `choices.text` for one inside of
-    another; what is true of a row that can be scored, also in words.
+    another; and what is true of a row that can be scored, as a function and in words.
     """
 
     columns: dict[str, Any]
@@ -40,9 +40,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its name in lm-eval, the folder of its configuration there, and what its rows
-    hold.
-    """
+    """A task: its name and the folder of its configuration in lm-eval, what its rows hold."""
 
     known_as: str
     folder: str
@@ -108,9 +106,7 @@ PAPERS = tuple(TASKS)[:7]
 
 
 def find_items(name: str, folder: Path) -> Path:
-    """The file with the items of a task: in a folder, or in its `tasks`. Raises BadText where there
-    is none.
-    """
+    """The file with the items of a task, in a folder or in its `tasks`. Raises BadText."""
     for place in (folder, folder / "tasks"):
         for suffix in SUFFIXES:
             if (file := place / f"{name}{suffix}").is_file():
@@ -123,10 +119,10 @@ def find_items(name: str, folder: Path) -> Path:
 
 def read_items(file: Path, form: Form) -> list[Row]:
     """The rows of a file, with nothing but the columns of the form. Raises BadText."""
-    found = []
+    items = []
     try:
         for number, row in enumerate(rows(file), 1):
-            found.append(_checked(row, form, f"row {number} of {file}"))
+            items.append(_checked(row, form, f"row {number} of {file}"))
     except UnicodeError as error:
         raise BadText(
             f"{file} is not text in UTF-8 ({in_one_line(error)}). Convert it first."
@@ -135,22 +131,23 @@ def read_items(file: Path, form: Form) -> list[Row]:
         raise BadText(f"Line 1 of {file} is no JSON: {in_one_line(error)}.") from error
     except (OSError, EOFError, ValueError, RuntimeError, zlib.error, lzma.LZMAError) as error:
         raise BadText(f"{file} cannot be read: {in_one_line(error)}.") from error
-    if not found:
+    if not items:
         raise BadText(f"{file} holds no rows; one for each item was wanted.")
-    return found
+    return items
 
 
 def _checked(row: Any, form: Form, where: str) -> Row:
     """The columns of the form, from a row as it was read. Raises BadText."""
-    if isinstance(row, dict) and isinstance(row.get("doc"), dict):
-        row = row["doc"]
-    if isinstance(row, dict) and "choices.text" in form.columns:
+    row = row if isinstance(row, dict) else {}
+    row = row["doc"] if isinstance(row.get("doc"), dict) else row
+    if "choices.text" in form.columns:
         row = _with_letters(row, form)
-    found: Row = {}
+    item: Row = {}
     for path, kind in form.columns.items():
         outer, _, inner = path.partition(".")
-        value = row.get(outer) if isinstance(row, dict) else None
-        value = value.get(inner) if inner and isinstance(value, dict) else None if inner else value
+        value = row.get(outer)
+        if inner:
+            value = value.get(inner) if isinstance(value, dict) else None
         if value is None:
             raise BadText(
                 f"The column '{path}' is missing in {where}; {', '.join(form.columns)} are wanted."
@@ -160,19 +157,14 @@ def _checked(row: Any, form: Form, where: str) -> Row:
                 f"The column '{path}' of {where} holds a {type(value).__name__}, not {WORDS[kind]}."
             )
         json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is a UnicodeError
-        if inner:
-            found.setdefault(outer, {})[inner] = value
-        else:
-            found[outer] = value
-    if not form.sound(found):
+        (item.setdefault(outer, {}) if inner else item)[inner or outer] = value
+    if not form.sound(item):
         raise BadText(f"There is no answer to score in {where}: {form.rule}.")
-    return found
+    return item
 
 
 def _with_letters(row: Row, form: Form) -> Row:
-    """A row with `choices` as a list and `answer_index`, in the hub's columns; any other as it
-    is.
-    """
+    """A row with `choices` as a list and `answer_index`, in the hub's columns; others as is."""
     choices: Any = row.get("choices")
     index: Any = row.get("answer_index")
     if not is_a(list[str], choices) or not is_a(Whole, index):

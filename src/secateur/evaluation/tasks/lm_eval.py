@@ -69,15 +69,19 @@ def answer(model: Any, name: str, data_dir: Path | None, limit: int | None) -> A
     """What a wrapped model answers on the items of a task, or on the first `limit` of them."""
     model.task, known_as = name, TASKS[name].known_as
     tasks = {"tasks": {known_as: load_task(name, data_dir)}}
-    held = import_module("lm_eval").evaluate(lm=model, task_dict=tasks, limit=limit)
-    totals, samples = held["results"][known_as], held["samples"][known_as]
-    normed = "acc_norm,none" in totals
+    results = import_module("lm_eval").evaluate(lm=model, task_dict=tasks, limit=limit)
+    totals, samples = results["results"][known_as], results["samples"][known_as]
     stderr = totals["acc_stderr,none"]
+
+    def right(metric: str) -> Floats:
+        return np.array([sample[metric] for sample in samples], np.float64)
+
+    normed = "acc_norm,none" in totals
     return Answers(
-        np.array([sample["acc"] for sample in samples], np.float64),
+        right("acc"),
         float(totals["acc,none"]),
         None if stderr == "N/A" else float(stderr),
-        np.array([sample["acc_norm"] for sample in samples], np.float64) if normed else None,
+        right("acc_norm") if normed else None,
         float(totals["acc_norm,none"]) if normed else None,
     )
 
@@ -94,9 +98,8 @@ def load_task(name: str, data_dir: Path | None) -> Any:
     file = find_items(name, data_dir) if data_dir else None
     if file is not None:
         change["custom_dataset"] = _in_memory(read_items(file, task.form))
-    place = (
-        Path(str(module.__file__)).parent / task.folder
-    )  # its one folder: the index of all takes seconds
+    # its one folder: the index of all takes seconds
+    place = Path(str(module.__file__)).parent / task.folder
     manager = module.TaskManager(include_defaults=False, include_path=str(place))
     try:
         loaded: Any = manager.load({"group": "secateur", "task": [change]})["tasks"][task.known_as]
@@ -117,9 +120,7 @@ def load_task(name: str, data_dir: Path | None) -> Any:
 
 
 def _in_memory(rows: list[Row]) -> Callable[..., Any]:
-    """What lm-eval calls for a data set of one's own; nothing is written to the cache of
-    `datasets`.
-    """
+    """What lm-eval calls for a data set of one's own; the cache of `datasets` gets nothing."""
 
     def splits(**_: Any) -> dict[str, Any]:
         from datasets import Dataset
@@ -130,18 +131,15 @@ def _in_memory(rows: list[Row]) -> Callable[..., Any]:
 
 
 def on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The model itself where it is on that device, else a copy there; its mapped weights are not
-    copied before.
-    """
+    """The model, or a copy where it is not on that device; mapped weights are not copied before."""
     tensors = [*model.parameters(), *model.buffers()]
     if all(tensor.device == device for tensor in tensors):
         return model
     memo: dict[int, Any] = {}
     for tensor in tensors:
         moved = tensor.detach().to(device)
-        memo[id(tensor)] = (
-            nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
-        )
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if is_parameter else moved
     return deepcopy(model, memo)
 
 
@@ -185,14 +183,14 @@ def wrapped(
                         f"{vocabulary}: they do not belong together."
                     )
             self.rows, self.total = 0, len(requests)
-            found = super()._loglikelihood_tokens(requests, *args, **options)
+            likelihoods = super()._loglikelihood_tokens(requests, *args, **options)
             progress.advance(self.task, self.total, self.total)
-            if odd := sum(math.isnan(likelihood) for likelihood, _ in found):
+            if odd := sum(math.isnan(likelihood) for likelihood, _ in likelihoods):
                 raise NonFinite(
-                    f"{odd} of {len(found)} log-likelihoods on {self.task} are NaN. Check the "
-                    "checkpoint with 'secateur inspect'."
+                    f"{odd} of {len(likelihoods)} log-likelihoods on {self.task} are NaN. Check "
+                    "the checkpoint with 'secateur inspect'."
                 )
-            return found
+            return likelihoods
 
         def _model_call(self, inps: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
             self.rows += len(inps)  # fewer than requests: answers of one token share a forward
@@ -211,12 +209,8 @@ def quiet() -> Iterator[None]:
     import datasets
 
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
-    levels, environment, bars = (
-        [one.level for one in loggers],
-        set(os.environ),
-        datasets.are_progress_bars_disabled(),
-    )
-    drawn = random.getstate()
+    levels, environment = [one.level for one in loggers], set(os.environ)
+    bars, drawn = datasets.are_progress_bars_disabled(), random.getstate()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         building: Any = import_module("lm_eval.api.task")

@@ -1,0 +1,127 @@
+"""The options of a comparison, and all that can be refused before a model is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.deployment.formats.packed import VALUES
+from secateur.deployment.runtimes import find_runtime
+from secateur.errors import BadPattern, UnknownName
+from secateur.evaluation.comparison.grid import Cell, cells, check_searched
+from secateur.evaluation.results.schema import find_tolerance
+from secateur.evaluation.tasks.answer import check_tasks
+from secateur.pruning.planning.memory import check_passes
+from secateur.recovery.checks import check_way
+from secateur.system.devices import find_devices, find_dtype
+from secateur.system.machine import typed_command
+from secateur.system.progress import Progress
+from secateur.system.settings import (
+    CalibrationDraws,
+    CalibrationText,
+    Compute,
+    Destination,
+    EvaluationText,
+    Grid,
+    RecoveredRows,
+    TimedRows,
+    Training,
+    Trust,
+    ZeroShot,
+    taken,
+)
+from secateur.system.sizes import find_size
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison was asked for, checked.
+
+    `texts` are the calibration texts of the draws, each with the number of its corpus; `cells` are
+    the rows; `tolerance` is a share of the dense perplexity. Tasks have their names written out,
+    memory is in bytes.
+    """
+
+    model: str | Path | None
+    cells: list[Cell]
+    texts: list[tuple[CalibrationText, int]]
+    tolerance: float | None
+    device: torch.device
+    grid: Grid
+    recovered: RecoveredRows
+    zero_shot: ZeroShot
+    timed: TimedRows
+    text: EvaluationText
+    compute: Compute
+    destination: Destination
+    trust: Trust
+    progress: Progress
+
+    @property
+    def out(self) -> Path:
+        return Path(self.destination.out)
+
+    @property
+    def data_dir(self) -> Path | None:
+        return Path(self.text.data_dir) if self.text.data_dir else None
+
+
+def read_options(given: Mapping[str, Any]) -> Comparison:
+    """The options of a call of `compare`. Raises SecateurError for what is wrong with any model."""
+    grid, recovered = taken(Grid, given), taken(RecoveredRows, given)
+    timed, zero_shot = taken(TimedRows, given), taken(ZeroShot, given)
+    text, compute = taken(EvaluationText, given), taken(Compute, given)
+    for name in grid.values:
+        if name not in VALUES:
+            raise UnknownName("kind of values", name, VALUES)
+    for name in timed.bench:
+        find_runtime(name)
+    for way in recovered.recover:
+        check_way(Training(way=way), "the dense model")
+    check_passes(compute.passes)
+    memory, tolerance = find_size(compute.memory), find_tolerance(grid.tolerance)
+    tasks = check_tasks(zero_shot, Path(text.data_dir) if text.data_dir else None)
+    texts, rows = _texts(taken(CalibrationDraws, given), text), cells(grid)
+    if tolerance is not None:
+        check_searched(rows)
+    device, command = find_devices(compute.device)[0], typed_command(given["command"])
+    return Comparison(
+        model=given["model"],
+        cells=rows,
+        texts=texts,
+        tolerance=tolerance,
+        device=device,
+        grid=grid,
+        recovered=recovered,
+        zero_shot=replace(zero_shot, tasks=tasks),
+        timed=timed,
+        text=text,
+        compute=replace(compute, dtype=find_dtype(compute.dtype), memory=memory),
+        destination=replace(taken(Destination, given), overwrite=True, command=command),
+        trust=taken(Trust, given),
+        progress=given["progress"] or Progress(),
+    )
+
+
+def _texts(draws: CalibrationDraws, text: EvaluationText) -> list[tuple[CalibrationText, int]]:
+    """The text of each draw with the number of its corpus: first text, most samples, seed first."""
+    named = draws.calibration
+    corpora: list[str | None] = [named] if named is None or isinstance(named, str) else [*named]
+    counts = [draws.samples] if isinstance(draws.samples, int) else {*draws.samples}
+    seeds = [draws.seed] if isinstance(draws.seed, int) else dict.fromkeys(draws.seed)
+    if not corpora or not counts or not seeds:
+        raise BadPattern(
+            "A comparison wants at least one calibration text, one number of samples and one seed."
+        )
+    shared = CalibrationText(seq_len=text.seq_len, data_dir=text.data_dir)
+    return [
+        (replace(shared, calibration=corpus, samples=samples, seed=seed), corpora.index(corpus))
+        for corpus, samples, seed in product(
+            dict.fromkeys(corpora), sorted(counts, reverse=True), seeds
+        )
+    ]
