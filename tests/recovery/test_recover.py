@@ -418,7 +418,7 @@ def test_another_dense_model_does_not_go_on(models, options, tmp_path, monkeypat
     monkeypatch.undo()
     shutil.copytree(models / "llama", tmp_path / "other")
     os.utime(tmp_path / "other" / "model.safetensors")
-    with pytest.raises(ConditionsDiffer, match="has other conditions: dense.model.safetensors was"):
+    with pytest.raises(ConditionsDiffer, match=r"has other conditions: dense\.model\.safetensors was"):
         recover(models / "llama-pruned", **options | {"save_every": 1, "dense": tmp_path / "other"})
 
 
