@@ -9,31 +9,24 @@ here with the counts that would do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import BadPattern, SecateurError, UnsupportedModel
-from secateur.methods.structures import Structure, Units, default_alignment, parts
+from secateur.methods.structures import Kind, Structure, Units, default_alignment, parts
 from secateur.models.channels.groups import ChannelGroup, removable_groups
 from secateur.models.channels.trace import trace
+from secateur.models.experts import count, fused_experts
 from secateur.models.matrices import signature, weight_matrices
-from secateur.models.replay import LanguageModel, Shell, close, own, run_block, working_copy
-from secateur.pruning.structured.slicing import (
-    experts_of,
-    module_of,
-    without_experts,
-    without_groups,
-)
+from secateur.models.replay import Call, LanguageModel, Shell, close, own, run_block, working_copy
+from secateur.pruning.structured.slicing import State, module_of, without_experts, without_groups
 from secateur.pruning.structured.target_config import (
-    CHANNELS,
-    EXPERTS,
-    HEADS,
     Number,
     Target,
     empty,
@@ -48,15 +41,23 @@ path, say.
 
 
 @dataclass(frozen=True)
-class Consumer:
-    """A weight matrix whose inputs go in groups, all of `of` (channels, heads), and how many of
-    these groups are removed.
+class Removable:
+    """The channels, heads or experts at one place of a block: how many there are and how many go.
+
+    The place of channels and heads is the weight matrix that reads them, in `groups` of inputs that
+    leave together; `expert`: whether it belongs to one expert. The place of experts is their
+    module.
     """
 
-    groups: list[ChannelGroup]
-    of: str
-    removed: int = 0
+    of: Kind | Literal["blocks"]
+    total: int
+    groups: Sequence[ChannelGroup] = ()
     expert: bool = False
+    removed: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.total - self.removed
 
     @property
     def inputs(self) -> Tensor:
@@ -64,25 +65,13 @@ class Consumer:
         return torch.tensor([group.inputs for group in self.groups])
 
 
-@dataclass(frozen=True)
-class BlockRemoval:
-    """What goes out of every block of one kind: groups of channels by the name of the matrix that
-    reads them, heads first, and experts by the name of their module.
-    """
+BlockRemoval = Mapping[str, Removable]
+"""What goes out of every block of one kind, by place: heads first, then channels, then experts."""
 
-    consumers: dict[str, Consumer]
-    experts: dict[str, tuple[int, int]]
-    """(how many there are, how many go)"""
 
-    @property
-    def last_groups(self) -> dict[str, list[ChannelGroup]]:
-        """The last groups of every consumer, as many as go: they stand in for those that will be
-        chosen.
-        """
-        return {
-            name: consumer.groups[len(consumer.groups) - consumer.removed :]
-            for name, consumer in self.consumers.items()
-        }
+def last_groups(removal: BlockRemoval) -> dict[str, Sequence[ChannelGroup]]:
+    """The last groups of every matrix, as many as go, in place of those that will be chosen."""
+    return {name: part.groups[part.left :] for name, part in removal.items() if part.groups}
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ class Feasibility:
     def holds(self, removed: Sequence[int]) -> bool:
         """Whether a stock configuration holds the model without these blocks."""
         blocks = self.language_model.blocks
-        nothing = {signature(block): BlockRemoval({}, {}) for block in blocks}
+        nothing: dict[Any, BlockRemoval] = {signature(block): {} for block in blocks}
         kept = [index for index in range(len(blocks)) if index not in removed]
         return len(nothing) == 1 or self._target(nothing, kept) is not None
 
@@ -149,37 +138,32 @@ class Feasibility:
         available: dict[Any, BlockRemoval] = {}
         for index, block in enumerate(self.language_model.blocks):
             if (kind := signature(block)) not in available:
-                consumers = self._consumers(index) if wanted & {"channels", "heads"} else {}
-                experts = experts_of(block) if "experts" in wanted else {}
-                available[kind] = BlockRemoval(
-                    {name: c for name, c in consumers.items() if c.of in wanted},
-                    {name: (count, 0) for name, count in experts.items()},
-                )
-        there = {c.of for removal in available.values() for c in removal.consumers.values()}
-        there |= {"experts" for removal in available.values() if removal.experts}
+                available[kind] = self._places(index, wanted)
+        there = {place.of for removal in available.values() for place in removal.values()}
         for part in units:
             if part.of not in there:
                 raise UnsupportedModel(_cannot_go(self.language_model, part))
         return available
 
-    def _consumers(self, index: int) -> dict[str, Consumer]:
-        """The matrices of a block whose inputs go in groups, heads first."""
+    def _places(self, index: int, wanted: set[Kind]) -> BlockRemoval:
+        """What could go out of a block, of the kinds that are wanted."""
         block = self.language_model.blocks[index]
         kind, matrices = signature(block), weight_matrices(block)
-        if kind not in self._groups:
+        if wanted & {"channels", "heads"} and kind not in self._groups:
             self._groups[kind] = removable_groups(
                 trace(self.language_model, index, device=self.device, dtype=torch.float32)
             )
-        groups = self._groups[kind]
+        groups = self._groups.get(kind, {})
         heads = {n: g for n, g in groups.items() if len(g[0].inputs) > 1 and len(g) > 1}
         channels = {n: g for n, g in groups.items() if len(g[0].inputs) == 1}
         widest = max(map(len, channels.values()), default=0)
         channels = {n: g for n, g in channels.items() if len(g) >= NARROW * widest}
-        return {
-            name: Consumer(found, of, expert=matrices[name].expert)
-            for of, some in (("heads", heads), ("channels", channels))
-            for name, found in some.items()
-        }
+        places = {n: Removable("heads", len(g), g, matrices[n].expert) for n, g in heads.items()}
+        for name, some in channels.items():
+            places[name] = Removable("channels", len(some), some, matrices[name].expert)
+        for name, module in fused_experts(block).items():
+            places[name] = Removable("experts", count(module))
+        return {name: place for name, place in places.items() if place.of in wanted}
 
     def _target(self, kinds: Mapping[Any, BlockRemoval], kept: Sequence[int]) -> Target | None:
         """The stock model without what goes, by its shapes."""
@@ -195,11 +179,9 @@ class Feasibility:
             kind = signature(language_model.blocks[index])
             if kind not in of_kind:
                 block, removal = self._empty.blocks[index], kinds[kind]
-                state = without_groups(block, removal.last_groups)
-                left = {
-                    n: torch.arange(total - gone) for n, (total, gone) in removal.experts.items()
-                }
-                state = without_experts(block, state, left)
+                state = without_groups(block, last_groups(removal))
+                experts = {n: torch.arange(p.left) for n, p in removal.items() if not p.groups}
+                state = without_experts(block, state, experts)
                 of_kind[kind] = {name: tuple(tensor.shape) for name, tensor in state.items()}
             for name, shape in of_kind[kind].items():
                 shapes[f"{language_model.block_name(position)}.{name}"] = shape
@@ -211,16 +193,8 @@ class Feasibility:
         """Why nothing holds the result, and what would be held."""
         reasons = []
         for of in ("heads", "channels"):
-            most = max(
-                (
-                    len(consumer.groups)
-                    for removal in available.values()
-                    for consumer in removal.consumers.values()
-                    if consumer.of == of
-                ),
-                default=0,
-            )
-            if not most:
+            places = (place for removal in available.values() for place in removal.values())
+            if not (most := max((place.total for place in places if place.of == of), default=0)):
                 continue
             fitting = [
                 f"{left} of {most}"
@@ -268,26 +242,18 @@ def _alternatives(available: Mapping[Any, BlockRemoval]) -> Iterator[Mapping[Any
     def only(head: str | None) -> Mapping[Any, BlockRemoval]:
         chosen = {}
         for kind, removal in available.items():
-            widths = [len(c.groups) for c in removal.consumers.values() if c.of == "channels"]
-            consumers = {
-                name: consumer
-                for name, consumer in removal.consumers.items()
-                if (
-                    head in (None, name)
-                    if consumer.of == "heads"
-                    else len(consumer.groups) == max(widths)
-                )
+            widest = max((p.total for p in removal.values() if p.of == "channels"), default=0)
+            chosen[kind] = {
+                name: place
+                for name, place in removal.items()
+                if (place.of != "heads" or head in (None, name))
+                and (place.of != "channels" or place.total == widest)
             }
-            chosen[kind] = BlockRemoval(consumers, removal.experts)
         return chosen
 
     yield only(None)
-    heads = dict.fromkeys(
-        name
-        for removal in available.values()
-        for name, consumer in removal.consumers.items()
-        if consumer.of == "heads"
-    )
+    places = [place for removal in available.values() for place in removal.items()]
+    heads = dict.fromkeys(name for name, place in places if place.of == "heads")
     if len(heads) > 1:
         yield from map(only, heads)
 
@@ -296,51 +262,41 @@ def _counted(
     removal: BlockRemoval, structure: Structure, align: int | None, language_model: LanguageModel
 ) -> BlockRemoval:
     """The same with the numbers that go. Raises BadPattern."""
-    asked = {part.of: part for part in parts(structure) if isinstance(part, Units)}
+    asked: dict[str, Units] = {p.of: p for p in parts(structure) if isinstance(p, Units)}
     config, family = language_model.model.config, type(language_model.model).__name__
     # Kernels that multiply by all experts at once take rows of whole 16 bytes only.
     least = 16 // (getattr(config, "dtype", None) or torch.float32).itemsize
-    consumers = {}
-    for name, consumer in removal.consumers.items():
-        total, steps = len(consumer.groups), align
-        if consumer.expert:
+    counted = {}
+    for name, place in removal.items():
+        total, units, steps = place.total, asked[place.of], align
+        if place.expert:
             steps = lcm(align or default_alignment(total), least)
-        kept = asked[consumer.of].kept(total, steps, f"{name} of {family}")  # type: ignore[index]
-        consumers[name] = replace(consumer, removed=total - kept)
-    experts = {}
-    for name, (total, _) in removal.experts.items():
-        kept = asked["experts"].kept(total, align, f"{name} of {family}")
-        active = getattr(config, "num_experts_per_tok", None) or 1
-        if kept < active:
-            raise BadPattern(
-                f"{name} sends every token to {active} of its {total} experts; {asked['experts']} "
-                f"would leave {kept}. At most {100 * (total - active) / total:.3g}% can go."
-            )
-        _check_routing(config, name, kept)
-        experts[name] = total, total - kept
-    return BlockRemoval(consumers, experts)
+        kept = units.kept(total, steps, f"{name} of {family}")
+        if place.of == "experts":
+            _check_routing(config, name, total, kept, units)
+        counted[name] = replace(place, removed=total - kept)
+    return counted
 
 
 def _left(removal: BlockRemoval, of: str, left: int) -> BlockRemoval:
-    """The same where `left` groups of one kind stay, and nothing else goes."""
-    return BlockRemoval(
-        {
-            name: replace(consumer, removed=max(len(consumer.groups) - left, 0))
-            for name, consumer in removal.consumers.items()
-            if consumer.of == of
-        },
-        {},
-    )
+    """The same where `left` units of one kind stay, and nothing else goes."""
+    places = {name: place for name, place in removal.items() if place.of == of}
+    return {n: replace(p, removed=max(p.total - left, 0)) for n, p in places.items()}
 
 
-def _check_routing(config: Any, name: str, kept: int) -> None:
-    """Raise BadPattern where a router that looks for experts in groups could not do so among those
-    that stay.
+def _check_routing(config: Any, name: str, total: int, kept: int, asked: Units) -> None:
+    """Raise BadPattern where a router finds too few of the `kept` experts, or looks for them in
+    groups that these cannot form.
     """
     groups, chosen, active = (
         getattr(config, field, None) or 1
         for field in ("n_group", "topk_group", "num_experts_per_tok")
     )
+    if kept < active:
+        raise BadPattern(
+            f"{name} sends every token to {active} of its {total} experts; {asked} "
+            f"would leave {kept}. At most {100 * (total - active) / total:.3g}% can go."
+        )
     if groups > 1 and (kept % groups or kept // groups < 2 or chosen * (kept // groups) < active):
         raise BadPattern(
             f"{name} chooses {active} experts from {chosen} of {groups} groups; {kept} experts "
@@ -353,19 +309,9 @@ def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockRemoval]) -
     """The numbers of a configuration that change."""
     numbers: list[Number] = []
     query_heads = getattr(language_model.model.config, "num_attention_heads", None)
-    for removal in kinds.values():
-        for consumer in removal.consumers.values():
-            total = len(consumer.groups)
-            left = total - consumer.removed
-            if consumer.of == "heads":
-                numbers += [
-                    Number(old, old * left // total, HEADS) for old in (total, query_heads or total)
-                ]
-            else:
-                numbers.append(Number(total, left, CHANNELS))
-        numbers += [
-            Number(total, total - gone, EXPERTS) for total, gone in removal.experts.values()
-        ]
+    for place in (place for removal in kinds.values() for place in removal.values()):
+        olds = (place.total, query_heads or place.total) if place.of == "heads" else (place.total,)
+        numbers += [Number(old, old * place.left // place.total, place.of) for old in olds]
     return [number for number in dict.fromkeys(numbers) if number.old != number.new]
 
 
@@ -384,46 +330,41 @@ def _try(language_model: LanguageModel, removal: Removal, device: torch.device) 
     hidden, calls = Shell(language_model, device, torch.float32, head=False).enter(tokens)
     blocks = language_model.blocks
     tried, fewer = set(), len(removal.kept) < len(blocks)
-    wanted = [i for i in removal.kept if fewer or removal.of(blocks[i]).consumers]
+    wanted = [i for i in removal.kept if fewer or last_groups(removal.of(blocks[i]))]
     for index, original in enumerate(blocks[: max(wanted, default=-1) + 1]):
         block, call = working_copy(original, device, torch.float32), calls[index]
-        of_block, kind = removal.of(original), signature(original)
+        kind, places = signature(original), removal.of(original)
+        routed = any(place.of == "experts" for place in places.values())
         before = own(call, {})
         dense = run_block(block, hidden, call)
-        if index in wanted and not of_block.experts and (fewer or kind not in tried):
+        if index in wanted and not routed and (fewer or kind not in tried):
             tried.add(kind)
-            gone = of_block.last_groups
-            state = without_groups(block, gone)
-            for name, groups in gone.items():
+            empty = removal.target.language_model.blocks[removal.kept.index(index)]
+            state = without_groups(block, last_groups(places))
+            for name, groups in last_groups(places).items():
                 inputs = [i for group in groups for i in group.inputs]
                 weight_matrices(block)[name].weight[:, inputs] = 0
-            expected = run_block(block, hidden, before) if gone else dense
-            meta = removal.target.language_model.blocks[removal.kept.index(index)]
-
-            def smaller(meta=meta, state=state, block=block, hidden=hidden, call=call) -> Tensor:
-                return run_block(module_of(meta, state, block).to(device), hidden, own(call, {}))
-
-            _compare(language_model, index, expected, smaller)
+            expected = run_block(block, hidden, before) if places else dense
+            if difference := _difference(empty, state, block, hidden, call, expected):
+                raise UnsupportedModel(
+                    f"{language_model.block_name(index)} of {type(language_model.model).__name__} "
+                    "does not compute the same with fewer channels, heads or blocks as with zeros "
+                    f"in their place ({difference}): it depends on their number or order."
+                )
         hidden = dense
 
 
-def _compare(
-    language_model: LanguageModel, index: int, wanted: Tensor, smaller: Callable[[], Tensor]
-) -> None:
-    """Raise UnsupportedModel unless the smaller block runs and gives what is wanted."""
-    what = "its output differs"
+def _difference(
+    empty: nn.Module, state: State, block: nn.Module, hidden: Tensor, call: Call, wanted: Tensor
+) -> str:
+    """How the smaller block differs from what is wanted, in words; "" where it does not."""
     if not wanted.isfinite().all():
-        return  # named when its weights are read
+        return ""  # named when its weights are read
     try:
-        got = smaller()
-        if got.shape == wanted.shape and close(wanted, got):
-            return
+        smaller = module_of(empty, state, block).to(hidden.device)
+        got = run_block(smaller, hidden, own(call, {}))
     except SecateurError:
         raise
     except Exception as error:  # whatever a family's forward raises when its sizes do not fit
-        what = type(error).__name__
-    raise UnsupportedModel(
-        f"{language_model.block_name(index)} of {type(language_model.model).__name__} does not "
-        "compute the same with fewer channels, heads or blocks as with zeros in their place "
-        f"({what}): it depends on their number or order."
-    )
+        return type(error).__name__
+    return "" if got.shape == wanted.shape and close(wanted, got) else "its output differs"

@@ -267,13 +267,9 @@ def _share_removed(language_model: LanguageModel, removal: Removal) -> float:
 def _in_words(language_model: LanguageModel, removal: Removal) -> dict[str, str]:
     """What goes, by where: `mlp.down_proj` → `128 of 512 channels`; `blocks` → which."""
     words: dict[str, str] = {}
-    for block in removal.kinds.values():
-        for name, consumer in block.consumers.items():
-            words[re.sub(r"\.\d+\.", ".*.", name)] = (
-                f"{consumer.removed} of {len(consumer.groups)} {NAMES[consumer.of]}"
-            )
-        for name, (total, removed) in block.experts.items():
-            words[name] = f"{removed} of {total} experts"
+    for name, place in (item for block in removal.kinds.values() for item in block.items()):
+        what = f"{place.removed} of {place.total} {NAMES[place.of]}"
+        words[re.sub(r"\.\d+\.", ".*.", name)] = what
     blocks = [i for i in range(len(language_model.blocks)) if i not in removal.kept]
     if blocks:
         words["blocks"] = ", ".join(map(str, blocks))

@@ -99,13 +99,7 @@ def _half(feasibility: Feasibility, of: Kind, align: int | None) -> _Half | None
         if of == "channels" and align:
             raise
         return None
-    counts = [
-        count
-        for block in removal.kinds.values()
-        for count in (
-            *((len(c.groups), c.removed) for c in block.consumers.values()),
-            *block.experts.values(),
-        )
-    ]
+    places = [place for block in removal.kinds.values() for place in block.values()]
+    most = max((place.total, place.removed) for place in places)
     parameters = block_parameters(feasibility.language_model)
-    return _Half(parameters - block_parameters(removal.target.language_model), *max(counts))
+    return _Half(parameters - block_parameters(removal.target.language_model), *most)

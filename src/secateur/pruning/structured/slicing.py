@@ -108,15 +108,6 @@ def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) 
     return state
 
 
-def experts_of(block: nn.Module) -> dict[str, int]:
-    """How many experts every fused experts module of a block holds, by its name."""
-    return {
-        name: experts.count(module)
-        for name, module in block.named_modules()
-        if experts.is_experts(module)
-    }
-
-
 def module_of(empty: nn.Module, state: Mapping[str, Tensor], original: nn.Module) -> nn.Module:
     """The stock module `empty` (on the meta device) with these tensors, and the buffers of the
     original.

@@ -39,24 +39,25 @@ LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 """Fields that say something of the first so many blocks."""
 
 
+FIELDS = {
+    "channels": ("inter", "inner", "ffn", "ff", "mlp", "expansion"),
+    "heads": ("head",),
+    "experts": ("expert",),
+}
+"""What the name of a field contains that says how many there are of a kind."""
+
+
 @dataclass(frozen=True)
 class Number:
-    """A number that changes, and what the name of its field in a configuration contains."""
+    """A number of a configuration that changes, of channels, heads or experts."""
 
     old: int
     new: int
-    names: tuple[str, ...]
+    of: str
 
-    def of(self, value: int | None) -> int:
-        """What a field becomes that held the old number, or twice that (gate and up together), or
-        nothing.
-        """
+    def instead_of(self, value: int | None) -> int:
+        """What a field becomes that held the old number, twice that (gate and up), or nothing."""
         return self.new * (value or self.old) // self.old
-
-
-CHANNELS = ("inter", "inner", "ffn", "ff", "mlp", "expansion")
-HEADS = ("head",)
-EXPERTS = ("expert",)
 
 
 @dataclass(frozen=True)
@@ -130,10 +131,12 @@ def _candidates(
     for number in numbers:
         names = [name for name, value in values.items() if _may_hold(name, value, number)]
         sets = [chosen for size in (1, 2, 3) for chosen in combinations(names, size)]
-        choices.append([{name: number.of(values[name]) for name in chosen} for chosen in sets])
+        choices.append(
+            [{name: number.instead_of(values[name]) for name in chosen} for chosen in sets]
+        )
     # the width of a head, which many derive from their number unless it is said
     widths: list[dict[str, Any]] = [{}]
-    if any(number.names == HEADS for number in numbers):
+    if any(number.of == "heads" for number in numbers):
         width = values.get("head_dim") or config.hidden_size // config.num_attention_heads
         widths.insert(0, {"head_dim": width})
     for explicit, *chosen in product(widths, *choices):
@@ -144,9 +147,9 @@ def _candidates(
 
 
 def _may_hold(name: str, value: Any, number: Number) -> bool:
-    if not any(part in name for part in number.names) or isinstance(value, bool):
+    if not any(part in name for part in FIELDS[number.of]) or isinstance(value, bool):
         return False
-    if number.names == CHANNELS:  # GPT-2's n_inner is 4 x hidden where it is not said
+    if number.of == "channels":  # GPT-2's n_inner is 4 x hidden where it is not said
         return value in (number.old, 2 * number.old, None)
     return value == number.old
 
