@@ -24,7 +24,7 @@ from secateur.checkpoints.record import Report, pruning_record
 from secateur.checkpoints.result_folder import configure
 from secateur.checkpoints.shards import resized, size_of
 from secateur.errors import BadPattern
-from secateur.methods.structures import NAMES, Budget, Depth, Structure, parse_structure, parts
+from secateur.methods.structures import NAMES, Depth, Structure, parse_structure, parts
 from secateur.models.context import check_windows
 from secateur.models.matrices import coverage, weight_matrices
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
@@ -50,11 +50,12 @@ CHECKED_TOKENS = 256
 
 
 class Slicing(NamedTuple):
-    """A structured run as it has been decided: by which method, and what goes."""
+    """A structured run as it has been decided: how, what goes, and what tensors are called."""
 
     run: BlockRun
     method: StructuredMethod
     removal: Removal
+    names: Names
 
 
 def prune_structure(
@@ -93,7 +94,7 @@ def prune_structure(
     }
     with PeakMemory() as peak:
         removal = _removal(run, method, feasibility, structure, source.bytes, recipe.align)
-        names = Names(source, language_model, removal.target.language_model, removal.kept)
+        names = Names(source, language_model, removal)
         report = _report(recipe, structure, opened, run, removal)
         size = size_of(source, names.places)
         with block_writer(
@@ -103,27 +104,24 @@ def prune_structure(
                 report.take(entry)
             if not writer.done:
                 run = with_room(run, writer.folder.parent, 1 + method.second_stream, limit)
-                _write(Slicing(run, method, removal), names, writer, report, trust)
+                _write(Slicing(run, method, removal, names), writer, report, trust)
             report.sparsity = _share_removed(language_model, removal)
             report.peak_bytes, report.out = peak.bytes, Path(destination.out)
             writer.finish(pruning_record(source.folder, report, destination.command, options))
     return report
 
 
-def _write(
-    slicing: Slicing, names: Names, writer: BlockWriter, report: Report, trust: Trust
-) -> None:
+def _write(slicing: Slicing, writer: BlockWriter, report: Report, trust: Trust) -> None:
     """Write the smaller model, and let a fresh process compare it. Raises UnsupportedModel."""
-    (run, _, removal), result = slicing, writer.result
+    run, _, removal, names = slicing
+    result, again = writer.result, bool(writer.entries)
     assert result is not None  # structures are taken out in one process
-    again = bool(writer.entries)
     result.places = resized(result.source, result.partial, names.places, again=again)
     if not again:
-        model_type = run.language_model.model.config.model_type
-        configure(result, removal.target.changes, model_type)
+        configure(result, removal.target.changes, run.language_model.model.config.model_type)
         result.sync()
     run.progress.begin(f"shrinking with {report.method} to {report.pattern}")
-    logits = _slice_blocks(slicing, names, writer, report)
+    logits = _slice_blocks(slicing, writer, report)
     result.settle()
     run.progress.begin("loading the result in a fresh process")
     refuse_unequal(
@@ -140,8 +138,7 @@ def refuse_structure(
     """Raise BadPattern or UnsupportedModel where a model, `size` bytes of weights, cannot be made
     smaller like that.
     """
-    if isinstance(structure, Budget):
-        structure = within_budget(feasibility, structure, size, align)
+    structure = within_budget(feasibility, structure, size, align)
     feasibility.removal(structure, align)
     for part in parts(structure):
         if isinstance(part, Depth):
@@ -158,8 +155,7 @@ def _removal(
 ) -> Removal:
     """What goes, blocks included. Raises BadPattern or UnsupportedModel."""
     started = perf_counter()
-    if isinstance(structure, Budget):
-        structure = within_budget(feasibility, structure, size, align)
+    structure = within_budget(feasibility, structure, size, align)
     run.progress.begin("finding what belongs together")
     removal = feasibility.removal(structure, align)
     total = len(removal.kept)
@@ -181,14 +177,14 @@ def _removal(
 
 
 @torch.no_grad()
-def _slice_blocks(slicing: Slicing, names: Names, writer: BlockWriter, report: Report) -> Tensor:
+def _slice_blocks(slicing: Slicing, writer: BlockWriter, report: Report) -> Tensor:
     """Slice and write every block that stays; the logits of the first window's first tokens in the
     smaller model.
 
     These go through the smaller blocks in float32, whatever dtype the stream has, so that they can
     be compared closely. The first blocks may be finished: they are gone through as they are.
     """
-    run, method, removal = slicing
+    run, method, removal, names = slicing
     model, device, count = run.language_model, run.devices[0], len(removal.kept)
     tokens, finished = run.tokens[:1, :CHECKED_TOKENS], writer.finished()
     hidden, calls = Shell(model, device, torch.float32, head=False).enter(tokens)

@@ -44,11 +44,13 @@ class _Half(NamedTuple):
 
 
 def within_budget(
-    feasibility: Feasibility, budget: Budget, size: int, align: int | None
+    feasibility: Feasibility, structure: Structure, size: int, align: int | None
 ) -> Structure:
-    """The structure that leaves at most the budget of a model whose weights are `size` bytes.
-    Raises BadPattern.
+    """For a budget, what leaves at most that of a model whose weights are `size` bytes; any other
+    structure as it is. Raises BadPattern.
     """
+    if not isinstance(budget := structure, Budget):
+        return structure
     language_model = feasibility.language_model
     total, count = language_model.model.num_parameters(), len(language_model.blocks)
     share = budget.share if budget.share is not None else (budget.bytes or 0) / size
