@@ -46,6 +46,7 @@ from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
+from secateur.models.stream.blocks import BlockRun
 from secateur.pruning.opening import draw_calibration
 from secateur.pruning.planning.memory import check_passes, way_through
 from secateur.pruning.structured.feasibility import Feasibility
@@ -388,19 +389,13 @@ def _passes(
     recorded = RowStore(Path(asked.destination.out) / "rows", {}, []).recorded("passes")
     if checked.compute.passes != "auto" or recorded is not None:
         return checked.compute.passes if checked.compute.passes != "auto" else recorded
-    shape, shapes = calibration.ids.shape, matrix_shapes(language_model)
+    shapes, limit = matrix_shapes(language_model), find_size(checked.compute.memory)
     stored, devices = language_model.model.dtype, find_devices(checked.compute.device)
     forward = calibration_dtype(checked.compute.dtype, checked.device, stored)
+    devices, batch_size = [checked.device] * len(devices), checked.compute.batch_size
+    run = BlockRun(language_model, calibration.ids, devices, forward, batch_size)
     ways = (
-        way_through(
-            language_model,
-            shape,
-            find_method(method),
-            shapes,
-            checked.compute,
-            forward,
-            [checked.device] * len(devices),
-        )["passes"]
+        way_through(run, find_method(method), shapes, "auto", limit)["passes"]
         for method in dict.fromkeys(cell.method for cell in checked.cells if not cell.structured)
     )
     return "two" if "two" in ways else "one"

@@ -27,7 +27,6 @@ from secateur.models.context import check_length, context
 from secateur.models.load import load_config, resolve
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
-from secateur.models.replay import LanguageModel
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.planning.memory import (
     UNKNOWN_COST,
@@ -47,7 +46,7 @@ from secateur.pruning.planning.passes import (
     seconds_of,
 )
 from secateur.system.devices import calibration_dtype, find_devices, find_dtype
-from secateur.system.settings import CalibrationText, Compute, Recipe, Trust
+from secateur.system.settings import CalibrationText, Compute, Recipe, Trust, taken
 from secateur.system.sizes import find_size, in_words
 
 LEFT_OUT = (
@@ -128,13 +127,9 @@ def forecast(
     bytes or text such as '16GB'. Without `measure` no rate is measured and no seconds are said.
     Raises BadPattern for structures, and SecateurError as `prune` does.
     """
-    recipe = Recipe(method=method, pattern=pattern, skip=skip)
-    text = CalibrationText(samples=samples, seq_len=seq_len)
-    compute = Compute(
-        device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory
-    )
-    trust = Trust(trust_remote_code=trust_remote_code)
-    return _forecast(model, recipe, text, compute, trust, measure=measure)
+    recipe, text = taken(Recipe, locals()), taken(CalibrationText, locals())
+    compute, trust = taken(Compute, locals()), taken(Trust, locals())
+    return _forecast(model, recipe, text, compute, trust, measure)
 
 
 def _forecast(
@@ -143,10 +138,8 @@ def _forecast(
     text: CalibrationText,
     compute: Compute,
     trust: Trust,
-    *,
     measure: bool,
 ) -> Forecast:
-    """The same, of options as they travel."""
     work, size, exact = _workload(model, recipe, text, compute, trust)
     limit, batch = find_size(compute.memory), min(text.samples, compute.batch_size)
     if known := work.method.cost is not None:
@@ -172,7 +165,7 @@ def _forecast(
         device=",".join(map(str, work.devices)),
         forward_dtype=str(work.forward).removeprefix("torch."),
         stored_dtype=str(work.stored).removeprefix("torch."),
-        parameters=_parameters(work.built),
+        parameters=work.built.model.num_parameters(),
         blocks=len(blocks),
         sites=len(shapes),
         pruned_sites=len(work.planned),
@@ -217,7 +210,7 @@ def _workload(
     stored = stored or torch.float32
     forward = calibration_dtype(dtype, devices[0], stored) or stored
     built = build(config, forward, trust_remote_code=remote)
-    size = checkpoint.bytes if checkpoint else _parameters(built) * stored.itemsize
+    size = checkpoint.bytes if checkpoint else built.model.num_parameters() * stored.itemsize
     work = Workload(
         built=built,
         method=method,
@@ -230,10 +223,6 @@ def _workload(
         spilled=too_large(size, limit),
     )
     return work, size, checkpoint is not None
-
-
-def _parameters(built: LanguageModel) -> int:
-    return sum(parameter.numel() for parameter in built.model.parameters())
 
 
 def _zeros(pattern: str) -> Pattern:

@@ -37,7 +37,7 @@ from secateur.pruning.planning.allocation import (
 )
 from secateur.pruning.planning.search import search
 from secateur.pruning.planning.sensitivity import Sensitivity, levels_around
-from secateur.system.devices import find_devices, find_dtype, forward_dtype
+from secateur.system.devices import find_resources, forward_dtype
 from secateur.system.files import disk_errors
 from secateur.system.machine import typed_command
 from secateur.system.progress import Progress
@@ -48,6 +48,7 @@ from secateur.system.settings import (
     PlannedRecipe,
     Recipe,
     Trust,
+    taken,
 )
 
 OUTLIER, SPREAD = 5.0, 0.08
@@ -83,48 +84,29 @@ def plan(
     The file may be edited, and given to `prune` as `allocate`. Arguments as for `prune`. Raises
     SecateurError.
     """
-    recipe = Recipe(method=method, pattern=pattern, allocate=allocate, skip=skip)
-    text = CalibrationText(
-        calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir
-    )
-    compute = Compute(device=device, dtype=dtype, batch_size=batch_size)
-    destination = Destination(out=out, overwrite=overwrite, command=command)
-    trust = Trust(trust_remote_code=trust_remote_code)
-    return _plan(model, recipe, text, compute, destination, trust, progress or Progress())
-
-
-def _plan(
-    model: str | Path | None,
-    recipe: Recipe,
-    text: CalibrationText,
-    compute: Compute,
-    destination: Destination,
-    trust: Trust,
-    progress: Progress,
-) -> Plan:
-    """The same, of options as they travel."""
-    out = Path(destination.out)
-    find_method(recipe.method)
-    check_allocation(recipe.allocate, recipe.pattern, files=False)
-    find_devices(compute.device)
-    find_dtype(compute.dtype)
-    if out.is_dir() or (out.exists() and not destination.overwrite):
+    recipe, text = taken(Recipe, locals()), taken(CalibrationText, locals())
+    compute, trust = taken(Compute, locals()), taken(Trust, locals())
+    file, progress = Path(out), progress or Progress()
+    find_method(method)
+    check_allocation(allocate, pattern, files=False)
+    find_resources(compute)
+    if file.is_dir() or (file.exists() and not overwrite):
         raise OutputRefused(
-            f"{out} exists already. Choose another --out, or replace it with --overwrite."
+            f"{file} exists already. Choose another --out, or replace it with --overwrite."
         )
-    _, language_model, windows = opened(model, text, compute, trust, out=out, progress=progress)
+    _, language_model, windows = opened(model, text, compute, trust, out=file, progress=progress)
     plan = make_plan(language_model, windows, recipe, compute, progress)
     made = {
         "model": str(model or "demo"),
-        "allocation": recipe.allocate,
-        "method": recipe.method,
-        "pattern": recipe.pattern,
+        "allocation": allocate,
+        "method": method,
+        "pattern": pattern,
         "calibration": windows.fingerprint(),
-        "command": typed_command(destination.command),
+        "command": typed_command(command),
     }
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_plan(out, plan, matrix_shapes(language_model), made)
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_plan(file, plan, matrix_shapes(language_model), made)
     progress.end()
     return plan
 
@@ -153,15 +135,9 @@ def make_plan(
         return plan
     assert isinstance(pattern, Unstructured), "check_allocation refuses others"
     progress.begin(f"planning by {allocate}")
-    devices = find_devices(compute.device)
-    run = BlockRun(
-        language_model,
-        windows.ids,
-        devices,
-        forward_dtype(find_dtype(compute.dtype), devices[0]),
-        compute.batch_size,
-        progress=progress,
-    )
+    devices, name, _ = find_resources(compute)
+    dtype, batch_size = forward_dtype(name, devices[0]), compute.batch_size
+    run = BlockRun(language_model, windows.ids, devices, dtype, batch_size, progress=progress)
     sensitivity = Sensitivity(run, find_method(recipe.method), plan, pattern)
     return scaled(plan, ALLOCATIONS[allocate](sensitivity))
 

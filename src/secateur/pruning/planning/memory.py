@@ -21,20 +21,15 @@ from itertools import product
 from math import ceil
 from typing import Any, NamedTuple
 
-import torch
-
 from secateur.errors import UnknownName, UnsupportedModel
 from secateur.kernels.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
 from secateur.models.context import width
 from secateur.models.mapped_tensors import hidden_bytes
-from secateur.models.replay import LanguageModel
-from secateur.models.stream.blocks import PROBE_TOKENS
+from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun
 from secateur.pruning.planning.outline import Kind, Read, build
 from secateur.pruning.planning.passes import MODES, Mode, Workload, needs_dense
 from secateur.system.memory import available_bytes
-from secateur.system.settings import Compute
-from secateur.system.sizes import find_size
 
 PLENTY = 200
 """A run fits for certain where so many times its hidden states and its largest block do."""
@@ -122,38 +117,29 @@ def check_passes(passes: str) -> None:
 
 
 def way_through(
-    language_model: LanguageModel,
-    shape: Sequence[int],
-    method: Method,
-    planned: Collection[str],
-    compute: Compute,
-    forward: torch.dtype | None,
-    devices: Sequence[torch.device],
+    run: BlockRun, method: Method, planned: Collection[str], passes: str, limit: int | None
 ) -> dict[str, Any]:
-    """What `arrange` says for a real model and windows of that shape, `[samples, length]`.
+    """What `arrange` says for a run that prunes the `planned` weight matrices.
 
     As JSON can hold it: {"passes": "one" or "two", "spill": whether hidden states go to a file,
-    "batch_size": windows of a batch, at most `compute.batch_size`}. Without `compute.memory` the
-    limit is what is free on the first device now. Where that is plenty, and where a block cannot be
-    run without numbers, nothing is forecast.
+    "batch_size": windows of a batch, at most that of the run}. Without a limit it is what is free
+    on the first device now. Where that is plenty, and where a block cannot be run without numbers,
+    nothing is forecast.
     """
-    passes, batch, limit = compute.passes, compute.batch_size, find_size(compute.memory)
-    stored = language_model.model.dtype
-    forward = forward or stored
-    largest = max(sum(p.numel() for p in block.parameters()) for block in language_model.blocks)
+    model, batch, shape = run.language_model, run.batch_size, run.tokens.shape
+    stored, devices = model.model.dtype, [*run.devices] * run.ranks.size
+    forward = run.dtype or stored
+    largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
     free = available_bytes(devices[0]) if limit is None else limit
-    if PLENTY * (hidden_bytes(shape, width(language_model), forward) + largest * 4) < free:
+    if PLENTY * (hidden_bytes(shape, width(model), forward) + largest * 4) < free:
         way = without_forecast(passes, None, batch)
     elif method.cost is None:
         way = without_forecast(passes, limit, batch)
     else:
         try:
-            built, spilled = build(language_model.model.config, forward), language_model.spilled
-            samples, length = shape
-            work = Workload(
-                built, method, planned, samples, length, forward, stored, devices, spilled
-            )
-            way = arrange(work, min(batch, samples), passes, free)
+            built = build(model.model.config, forward)
+            work = Workload(built, method, planned, *shape, forward, stored, devices, model.spilled)
+            way = arrange(work, min(batch, work.samples), passes, free)
         except UnsupportedModel:
             way = without_forecast("two" if passes == "auto" else passes, limit, batch)
     return {"passes": way.passes, "spill": way.spill, "batch_size": way.batch}
@@ -242,7 +228,7 @@ def _running(work: Workload, batch: int, kind: Kind) -> Parts:
 
 def _matrices(work: Workload) -> int:
     """How many statistics `[in, in]` the method needs."""
-    return ("gram" in work.method.need) + ("cross" in work.method.need)
+    return len(work.method.need & {"gram", "cross"})
 
 
 def _statistics(work: Workload, reads: Sequence[Read]) -> float:

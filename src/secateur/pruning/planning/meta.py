@@ -123,7 +123,7 @@ def without_numbers(module: nn.Module) -> Iterator[Rules]:
     numbers.
     """
     rules = Rules()
-    fused = [part for part in module.modules() if experts.is_experts(part)]
+    fused = experts.fused_experts(module).values()
     try:
         for part in fused:
             part.forward = rules.experts(part)  # type: ignore[method-assign]
