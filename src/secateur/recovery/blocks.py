@@ -33,9 +33,7 @@ makes of them.
 
 
 def recover_blocks(job: Job) -> Recovery:
-    """Train every block in turn and write it as it is finished; a run that dies goes on after the
-    last of them.
-    """
+    """Train every block in turn and write it; a run that dies goes on after the last of them."""
     assert job.dense is not None
     (source, _, pruned), dense = job.pruned, job.dense.language_model
     refuse_blocks(pruned, dense)

@@ -1,6 +1,4 @@
-"""What a recovery refuses before it begins: another way, another model, a folder that is not what
-its record says.
-"""
+"""What a recovery refuses before it begins: options, other models, folders that were changed."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ WORDS = "A model is pruned.\ndef f(x):\n    return x + 1  # Zürich 東京 01234
 
 
 def check_way(training: Training, dense: str | Path | None) -> None:
-    """Raise UnknownName or UnsupportedModel for a way that is not there, or that lacks what it
-    needs.
-    """
+    """Raise UnknownName or UnsupportedModel for an unknown way, or one that lacks what it needs."""
     way = training.way
     if way not in WAYS:
         raise UnknownName("way to recover", way, WAYS)
@@ -67,9 +63,7 @@ def check_way(training: Training, dense: str | Path | None) -> None:
 
 
 def check_numbers(training: Training, device: torch.device) -> None:
-    """Raise UnsupportedModel for a rate or a seed that training cannot have, or a GPU that it would
-    not use.
-    """
+    """Raise UnsupportedModel for an impossible rate or seed, or a GPU that would not be used."""
     if training.rate is not None and not 0 < training.rate < float("inf"):
         raise UnsupportedModel(f"A rate is above 0; found {training.rate}.")
     if not 0 <= training.seed < 2**32:
@@ -110,9 +104,7 @@ def refuse_dropout(pruned: Pruned) -> None:
 
 
 def refuse_other_weights(pruned: Pruned) -> None:
-    """Raise BadCheckpoint where the zeros of a weight matrix are not as many as pruning.json says,
-    NonFinite for NaN or Inf.
-    """
+    """Raise BadCheckpoint for other zeros than pruning.json says, NonFinite for NaN or Inf."""
     source, record, language_model = pruned
     masked = record.get("kind") != "structured"
     recorded = {
@@ -178,9 +170,7 @@ def refuse_other_model(pruned: Pruned, dense: Dense, trust: Trust) -> None:
 
 
 def refuse_blocks(pruned: LanguageModel, dense: LanguageModel) -> None:
-    """Raise UnsupportedModel where the blocks of two models do not stand for each other on the same
-    hidden states.
-    """
+    """Raise UnsupportedModel where two models differ in more than the weights of their blocks."""
     if len(pruned.blocks) != len(dense.blocks):
         raise UnsupportedModel(
             f"The pruned model has {len(pruned.blocks)} blocks, the dense one {len(dense.blocks)}; "

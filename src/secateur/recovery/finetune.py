@@ -31,9 +31,7 @@ from secateur.system.memory import freed_memory_kept
 
 
 def finetune(job: Job) -> Recovery:
-    """Train under the mask and write the result. A run that dies goes on after its last
-    checkpoint.
-    """
+    """Train under the mask and write the result, from the last checkpoint where a run died."""
     language_model, training = job.pruned.language_model, job.training
     model: Any = language_model.model
     folder = job.out.resolve().with_name(f".{job.out.name}.recovery")
@@ -87,9 +85,7 @@ def _write(job: Job, recovery: Recovery, kept: Mapping[str, Tensor]) -> None:
 
 
 def _linear_layers(language_model: LanguageModel) -> list[str]:
-    """The full names of the linear layers of the blocks; stacks of experts have no place for an
-    adapter.
-    """
+    """The full names of the linear layers of the blocks; fused experts cannot have adapters."""
     names = [
         f"{language_model.block_name(index)}.{name}"
         for index, block in enumerate(language_model.blocks)

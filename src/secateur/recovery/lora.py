@@ -20,9 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class MaskedLora(Linear):
-    """A LoRA layer over a linear layer or a Conv1D; where the weight was zero when it was made, it
-    stays so.
-    """
+    """A LoRA layer over a linear layer or a Conv1D that keeps the zeros which the weight has."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any

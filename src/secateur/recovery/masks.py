@@ -15,9 +15,7 @@ from secateur.models.stored import checkpoint_tensors
 
 
 def masks(language_model: LanguageModel) -> dict[str, Tensor]:
-    """Where the weight matrices that have zeros are not zero: bool, by the name of the parameter
-    and of its shape.
-    """
+    """Where the parameters that hold weight matrices with zeros are not zero: bool, by name."""
     return {
         f"{language_model.block_name(index)}.{name}": kept
         for index, block in enumerate(language_model.blocks)
@@ -27,9 +25,7 @@ def masks(language_model: LanguageModel) -> dict[str, Tensor]:
 
 
 def block_masks(block: nn.Module) -> dict[str, Tensor]:
-    """Where the weight matrices of a block are not zero: bool, by the name of the parameter and of
-    its shape.
-    """
+    """Where the parameters of a block that hold weight matrices are not zero, bool, by name."""
     return {name: block.get_parameter(name) != 0 for name in _parameters(block)}
 
 
@@ -39,18 +35,14 @@ def _parameters(block: nn.Module) -> list[str]:
 
 @torch.no_grad()
 def keep_masks(block: nn.Module, before: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Round trained parameters to the dtype they had `before`; one that rounds to zero gets its
-    value from before.
-    """
+    """Round trained parameters to the dtype they had `before`; none that is `kept` becomes zero."""
     for name, mask in kept.items():
         parameter = block.get_parameter(name)
         parameter.copy_(_rounded(parameter, before.get_parameter(name).to(mask.device), mask))
 
 
 def _rounded(trained: Tensor, before: Tensor, kept: Tensor) -> Tensor:
-    """Trained weights in the dtype of those before; what is kept and would be zero is what it
-    was.
-    """
+    """Trained weights in the dtype of those before; what is kept does not become zero."""
     rounded = trained.to(before.dtype)
     return torch.where((rounded == 0) & kept, before, rounded)
 
@@ -102,9 +94,7 @@ def _stored(
 def refuse_other_masks(
     before: Checkpoint, after: Checkpoint, language_model: LanguageModel
 ) -> None:
-    """Raise BadCheckpoint unless every weight matrix of two checkpoints is zero at the same places,
-    weight by weight.
-    """
+    """Raise BadCheckpoint unless two checkpoints have their zeros at the same places."""
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
         tensors = {f"{start}.{name}": block.get_parameter(name) for name in _parameters(block)}

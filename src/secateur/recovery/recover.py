@@ -123,9 +123,7 @@ def run(job: Job) -> Recovery:
 
 
 def rate_of(way: str, pruned: LanguageModel) -> float:
-    """The highest rate of a way where none is asked for; that of blocks is relative, as `refine`
-    says.
-    """
+    """The highest rate of a way where none is asked for; that of blocks is relative (`refine`)."""
     if way == "blocks":
         return RATE
     kind = "lora" if way.startswith("lora") else "distill" if way.endswith("distill") else "masked"

@@ -1,6 +1,4 @@
-"""The text that a model recovers on: windows of a stream of documents, none of which was calibrated
-or judged on.
-"""
+"""The text that a model recovers on: windows that it was not calibrated or judged on."""
 
 from __future__ import annotations
 
@@ -99,9 +97,7 @@ def _documents(
     together: bool,
     left_out: Callable[[Tensor], bool],
 ) -> Iterator[Tensor]:
-    """The documents of a corpus as token ids, in a random order; lines that belong `together` are
-    one document.
-    """
+    """The documents of a corpus as token ids, in a random order; `together`, they are one."""
     if together:
         texts = ["\n\n".join(texts)]
     order = list(range(len(texts)))

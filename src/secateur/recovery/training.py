@@ -1,6 +1,4 @@
-"""Steps of training: transformers' `Trainer` with masks, a target, checkpoints that are whole, and
-our own progress.
-"""
+"""Training: transformers' `Trainer` with a target, checkpoints that are whole, our progress."""
 
 from __future__ import annotations
 

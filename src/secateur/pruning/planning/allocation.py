@@ -45,9 +45,7 @@ def uniform(shapes: Shapes, pattern: Pattern, skip: Sequence[str] = ()) -> Plan:
 
 
 def names_left(names: Iterable[str], skip: Sequence[str]) -> list[str]:
-    """The names that match no glob in `skip`. Raises UnknownName for a glob that matches
-    nothing.
-    """
+    """The names that match no glob in `skip`; UnknownName for a glob that matches nothing."""
     names, left_out = list(names), set[str]()
     for glob in skip:
         globs = (glob, f"*.{glob}")
@@ -150,9 +148,7 @@ def sparsity_of(plan: Plan, shapes: Shapes) -> float:
 
 
 def label(plan: Plan, shapes: Shapes) -> str:
-    """The pattern that a plan holds: the one that every matrix has, else the mean sparsity of
-    them.
-    """
+    """The pattern that every matrix of a plan has, else their mean sparsity."""
     patterns = {str(pattern) for pattern in plan.values()}
     if len(patterns) == 1:
         return patterns.pop()

@@ -170,9 +170,7 @@ def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None
 
 
 def owl(sensitivity: Sensitivity) -> Mapping[str, float]:
-    """The sparsity of each block by its share of outlying scores |w|·‖x‖ (Yin et al. 2024,
-    arXiv:2310.05175).
-    """
+    """The sparsity of each block by its share of outliers among |w|·‖x‖ (OWL, arXiv:2310.05175)."""
     shares: dict[str, float] = {}
 
     def look(step: Step) -> None:
@@ -193,9 +191,7 @@ def owl(sensitivity: Sensitivity) -> Mapping[str, float]:
 
 
 def by_error(sensitivity: Sensitivity) -> Mapping[str, float]:
-    """The sparsity of each weight matrix that makes the sum of relative output errors least, by the
-    method's own errors.
-    """
+    """The sparsity of each matrix that makes the sum of the method's relative errors least."""
     curves: dict[str, list[tuple[float, float]]] = {}
 
     def look(step: Step) -> None:

@@ -103,9 +103,7 @@ def arrange(work: Workload, batch: int, passes: str, limit: int | None) -> Arran
 
 
 def without_forecast(passes: str, limit: int | None, batch: int) -> Arrangement:
-    """The way where nothing can be forecast: what takes least memory if there is a `limit`, and
-    what was asked for.
-    """
+    """The way where nothing can be forecast: with a `limit`, the one that takes least memory."""
     way = passes if passes != "auto" else "one" if limit is None else "two"
     return Arrangement(way, limit is not None, batch, {})
 
@@ -237,9 +235,7 @@ def _statistics(work: Workload, reads: Sequence[Read]) -> float:
 
 
 def _adding(work: Workload, batch: int, read: Read) -> float:
-    """In C the columns of some tokens, put together; in torch a product, and inputs once more in
-    float32.
-    """
+    """In C the columns of some tokens; in torch a product, and inputs once more in float32."""
     matrices, tokens = _matrices(work), batch * work.length * read.share
     if work.on_host and (width := panel_width(work.forward)):
         return matrices * min(tokens, TOKENS_AT_A_TIME) * read.columns * width
@@ -257,9 +253,7 @@ def _solving(work: Workload, reads: Sequence[Read]) -> float:
 
 
 def _workspace(work: Workload, read: Read) -> float:
-    """The weights in float32, once more on top of each other where several are solved as one, and
-    the solver.
-    """
+    """The weights in float32, once more where several are solved as one, and the solver."""
     solves, outputs = "gram" in work.method.need, read.rows.values()
     together = solves and work.method.row_wise
     rows = sum(outputs) if together else max(outputs)

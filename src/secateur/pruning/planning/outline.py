@@ -133,9 +133,7 @@ def outline(built: LanguageModel, batch: int, length: int, *, tuning: bool = Fal
 
 
 def restacked(built: LanguageModel) -> int:
-    """Parameters of fused experts that the loader copies, since the checkpoint holds them in
-    pieces.
-    """
+    """Parameters of fused experts that the loader puts together from pieces in the checkpoint."""
     rules = get_model_conversion_mapping(built.model)
     if not any(isinstance(rule, WeightConverter) for rule in rules):
         return 0

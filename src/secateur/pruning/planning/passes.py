@@ -125,9 +125,7 @@ class Workload:
         return [rows for name, rows in read.rows.items() if f"{kind.name}.{name}" in self.planned]
 
     def probe_tokens(self, batch: int, read: Read) -> int:
-        """Of the first batch's tokens, those that the output error is measured on, evenly
-        spaced.
-        """
+        """How many tokens of the first batch the output error is measured on."""
         tokens = batch * self.length * read.share
         return ceil(tokens / max(ceil(tokens / PROBE_TOKENS), 1))
 
@@ -159,9 +157,7 @@ def operations(work: Workload, batch: int, mode: Mode) -> Operations:
 
 
 def _forward(work: Workload, batch: int, mode: Mode, kind: Kind) -> float:
-    """Forward passes through blocks of a kind; the last of the model has fewer, since nothing comes
-    after it.
-    """
+    """Forward passes through blocks of a kind; the model's last has fewer: nothing follows it."""
     windows, count = work.windows(batch), kind.count
     often = passes(work.method, kind.groups, mode)
     inner = often.windows(windows, batch, last=True) * count
@@ -205,9 +201,7 @@ def _solve(work: Workload, batch: int, kind: Kind) -> float:
 
 
 def rates(device: torch.device, forward: torch.dtype) -> dict[str, float]:
-    """Operations a second of matrix products in the dtypes of a run and of its Gram matrices,
-    measured now.
-    """
+    """Operations a second of products in the dtypes of a run and of Gram matrices, measured now."""
     dtypes = dict.fromkeys((forward, torch.float32))
     measured = {str(dtype).removeprefix("torch."): matrix_rate(dtype, device) for dtype in dtypes}
     side = square_side(device)
@@ -218,9 +212,7 @@ def rates(device: torch.device, forward: torch.dtype) -> dict[str, float]:
 
 
 def seconds_of(operations: Operations, rates: Mapping[str, float]) -> Operations:
-    """Seconds in place of operations, at the rates that were measured; that of the forward passes
-    comes first.
-    """
+    """Seconds in place of operations, at `rates`, of which the first is that of forward passes."""
     return Operations(
         operations.forward / next(iter(rates.values())),
         operations.statistics / rates[GRAM],

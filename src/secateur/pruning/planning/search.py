@@ -1,6 +1,4 @@
-"""A plan by search: sparsity moves between blocks as long as that brings the whole model nearer to
-the dense one.
-"""
+"""A plan by search: sparsity moves between blocks while that brings the model nearer to dense."""
 
 from __future__ import annotations
 

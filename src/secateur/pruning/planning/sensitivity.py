@@ -59,9 +59,7 @@ class Sensitivity:
 
     @property
     def blocks(self) -> dict[str, int]:
-        """How many weights the plan covers in each block, by its name; blocks without any are left
-        out.
-        """
+        """How many weights the plan covers in each block, by its name, where it covers any."""
         sizes, model = self.sizes, self.run.language_model
         names = [model.block_name(index) for index in range(len(model.blocks))]
         covered = {
@@ -71,9 +69,7 @@ class Sensitivity:
         return {block: size for block, size in covered.items() if size}
 
     def each(self, what: str, look: Callable[[Step], None]) -> None:
-        """`look` at the blocks of the dense model in order, with their inputs; none of them is held
-        after that.
-        """
+        """`look` at the blocks of the dense model in order; none of them is held after that."""
         progress, count = self.run.progress, len(self.run.language_model.blocks)
         for step in stream(self.run):
             progress.advance(f"{what} {step.name}", step.index, count)
@@ -90,9 +86,7 @@ class Sensitivity:
             yield Group(weights, stats[names[0]])
 
     def pruned(self, group: Group, level: float) -> Iterator[tuple[str, float, Tensor]]:
-        """(name, relative output error, weight `[out, in]`) of the matrices of a group, pruned to a
-        sparsity.
-        """
+        """(name, relative output error, pruned weight `[out, in]`) of each matrix of a group."""
         pattern = replace(self.pattern, ratio=max(level, 0.0))
         weights, gram = list(group.weights.values()), group.stats.mean("gram")
         solved = prune_together(self.method, weights, group.stats, [pattern] * len(weights))

@@ -249,9 +249,7 @@ def _error_on(change: Tensor, weight: Tensor, probe: Tensor | None) -> float | N
 
 
 def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) -> float:
-    """The same where δ should have been added: E‖change x + δ‖² relative to E‖W x‖², over all
-    tokens.
-    """
+    """The same where δ should be added: E‖change x + δ‖² relative to E‖W x‖², over all tokens."""
     gram, mean = stats.mean("gram"), stats.mean("sum")
     with_one = torch.cat([mean, torch.ones_like(mean[:1])])
     gram = torch.cat([torch.cat([gram, mean[None]]), with_one[:, None]], 1).to(change.device)

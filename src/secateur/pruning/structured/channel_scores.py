@@ -47,9 +47,7 @@ def lowest(score: Tensor, count: int) -> Tensor:
 
 
 def energy(weight: Tensor, stats: Stats, units: Tensor) -> Tensor:
-    """What each unit adds to the output: tr(W_g C_gg W_gᵀ), C = E[x xᵀ]. For one input ‖W_:j‖²
-    E[x_j²].
-    """
+    """What each unit adds to the output: tr(W_g C_gg W_gᵀ), C = E[x xᵀ]."""
     return _energy(weight, stats.mean("gram").to(weight.device), units)
 
 

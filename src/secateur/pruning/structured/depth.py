@@ -60,9 +60,7 @@ def angular(run: BlockRun, count: int, holds: Holds) -> list[int]:
 
 
 def _cosines(run: BlockRun, span: int, *, last: bool) -> list[float]:
-    """The mean cosine of what enters block i and what leaves block i + span − 1; at the last token,
-    or at all.
-    """
+    """The mean cosine of what enters block i and leaves i + span − 1, at all tokens or the last."""
     entering: list[list[Tensor]] = []
     cosines: list[float] = []
     count = len(run.language_model.blocks)

@@ -76,9 +76,7 @@ def last_groups(removal: BlockRemoval) -> dict[str, Sequence[ChannelGroup]]:
 
 @dataclass(frozen=True)
 class Removal:
-    """What goes out of a model: `kinds` by the signature of a block, `kept` the blocks that stay,
-    `target` the smaller model.
-    """
+    """What goes out of a model, by the signature of a block; `kept` names the blocks that stay."""
 
     kinds: Mapping[Any, BlockRemoval]
     kept: tuple[int, ...]

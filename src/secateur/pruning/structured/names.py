@@ -31,9 +31,7 @@ class Names:
 
     @cached_property
     def places(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """For every tensor of the smaller checkpoint the source's tensor that it comes from, and
-        its own shape.
-        """
+        """For every tensor of the smaller checkpoint the source's name of it, and its shape."""
         inside: set[str] = set()
         for index, block in enumerate(self.dense.blocks):
             inside |= self._stored(self.dense, index, index, block.state_dict()).keys()

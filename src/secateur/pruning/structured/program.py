@@ -135,9 +135,7 @@ def _write(slicing: Slicing, writer: BlockWriter, report: Report, trust: Trust) 
 def refuse_structure(
     feasibility: Feasibility, structure: Structure, size: int, align: int | None
 ) -> None:
-    """Raise BadPattern or UnsupportedModel where a model, `size` bytes of weights, cannot be made
-    smaller like that.
-    """
+    """Raise BadPattern or UnsupportedModel where a model of `size` bytes cannot lose that."""
     structure = within_budget(feasibility, structure, size, align)
     feasibility.removal(structure, align)
     for part in parts(structure):

@@ -36,9 +36,7 @@ class _Half(NamedTuple):
     removed: int
 
     def reaching(self, parameters: float, step: int) -> int:
-        """The fewest units, a multiple of `step`, that hold so many parameters, or as many as may
-        go.
-        """
+        """The fewest units in steps of `step` that hold so many parameters, or all that may go."""
         needed = max(parameters, 0) * self.removed / self.parameters
         return min(self.removed, step * ceil(needed / step))
 

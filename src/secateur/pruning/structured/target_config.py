@@ -62,9 +62,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Target:
-    """A smaller model on the meta device, and what is to be changed in the source's `config.json`
-    to get it.
-    """
+    """A smaller model on the meta device, and what it changes in the source's `config.json`."""
 
     language_model: LanguageModel
     changes: Mapping[str, Any]
@@ -122,9 +120,7 @@ def _built(kind: Any, fields: dict[str, Any], language_model: LanguageModel) -> 
 def _candidates(
     config: Any, numbers: Sequence[Number], kept: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Changes to the fields of a configuration that may give the numbers, those with few fields
-    first.
-    """
+    """Changes to fields of a configuration that may give the numbers, few fields first."""
     values = config.to_dict()
     depth = _fewer_blocks(config, values, kept)
     choices = []
