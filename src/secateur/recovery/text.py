@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +44,12 @@ def recovery_windows(
     size = max(min([RUN, length, *(ids.shape[1] for ids in avoid)]), LEAST)
     windows: list[Tensor] = []
     seen = 0
-    documents = _documents(
-        tokenizer,
-        corpus_texts(source, split, data_dir),
-        seed,
-        together=source == "wikitext2",
-        left_out=lambda ids: len(ids) < size and known.has(ids),
-    )
-    for window in _windows(documents, length):
+    texts = corpus_texts(source, split, data_dir)
+    if source == "wikitext2":  # its texts are lines that belong together
+        texts = ["\n\n".join(texts)]
+    documents = _documents(tokenizer, texts, seed)
+    unknown = (ids for ids in documents if len(ids) >= size or not known.has(ids))
+    for window in _windows(unknown, length, border_of(tokenizer)):
         seen += 1
         if not known.has(window, size):
             windows.append(window)
@@ -90,30 +88,21 @@ class _Known:
 
 
 def _documents(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    seed: int,
-    *,
-    together: bool,
-    left_out: Callable[[Tensor], bool],
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seed: int
 ) -> Iterator[Tensor]:
-    """The documents of a corpus as token ids, in a random order; `together`, they are one."""
-    if together:
-        texts = ["\n\n".join(texts)]
+    """The documents of a corpus as token ids, in a random order."""
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
-    border = border_of(tokenizer)
     for start in range(0, len(order), AT_ONCE):
         for ids in encode(tokenizer, [texts[i] for i in order[start : start + AT_ONCE]]):
-            if not left_out(torch.tensor(ids, dtype=torch.int64)):
-                yield torch.tensor([*ids, *border], dtype=torch.int64)
+            yield torch.tensor(ids, dtype=torch.int64)
 
 
-def _windows(documents: Iterator[Tensor], length: int) -> Iterator[Tensor]:
-    """The stream of documents cut into windows that do not overlap."""
-    rest = torch.empty(0, dtype=torch.int64)
+def _windows(documents: Iterable[Tensor], length: int, border: Sequence[int]) -> Iterator[Tensor]:
+    """The documents with a `border` after each, cut into windows that do not overlap."""
+    rest, between = torch.empty(0, dtype=torch.int64), torch.tensor(border, dtype=torch.int64)
     for document in documents:
-        rest = torch.cat([rest, document])
+        rest = torch.cat([rest, document, between])
         whole = len(rest) // length * length
         yield from rest[:whole].view(-1, length)
         rest = rest[whole:]
