@@ -133,8 +133,8 @@ def refuse_other_weights(pruned: Pruned) -> None:
     sparsity = record["sparsity"]
     if not (abs(all_zeros / total - sparsity) < 1e-6 if masked else 0 <= sparsity <= 1):
         raise BadCheckpoint(
-            f"The sites of {source.folder} have {all_zeros / total:.2%} zeros, and its {RECORD} "
-            f"says {sparsity}. The folder was changed after it was pruned; prune again."
+            f"The weight matrices of {source.folder} have {all_zeros / total:.2%} zeros, and its "
+            f"{RECORD} says {sparsity}. The folder was changed after it was pruned; prune again."
         )
 
 

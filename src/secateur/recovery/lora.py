@@ -62,6 +62,6 @@ def with_adapters(model: PreTrainedModel, names: Sequence[str], rank: int, seed:
     config._register_custom_module({nn.Linear: MaskedLora, Conv1D: MaskedLora})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        found = get_peft_model(model, config)
-    assert isinstance(found, PeftModel)
-    return found
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted

@@ -52,7 +52,7 @@ def names_left(names: Iterable[str], skip: Sequence[str]) -> list[str]:
         matching = {name for name in names if any(fnmatchcase(name, each) for each in globs)}
         if not matching:
             ends = {name.rsplit(".", 1)[-1] for name in names}
-            raise UnknownName("site that matches", glob, ends)
+            raise UnknownName("weight matrix that matches", glob, ends)
         left_out |= matching
     return [name for name in names if name not in left_out]
 
@@ -133,8 +133,8 @@ def scaled(plan: Plan, ratios: Mapping[str, float]) -> Plan:
     for name, pattern in plan.items():
         if not isinstance(pattern, Unstructured):
             raise BadPlan(
-                f"{pattern} removes the same of every site; only a percentage such as '70%' can be "
-                "shared out."
+                f"{pattern} removes the same of every weight matrix; only a percentage such as "
+                "'70%' can be shared out."
             )
         owner = name if name in ratios else next(b for b in ratios if name.startswith(f"{b}."))
         shared[name] = Unstructured(round(ratios[owner], 6), pattern.over)
@@ -187,7 +187,7 @@ def read_plan(file: Path, shapes: Shapes) -> Plan:
     plan: dict[str, Pattern] = {}
     for name, text in document["sites"].items():
         if name not in shapes:
-            raise UnknownName("site in this model", name, shapes)
+            raise UnknownName("weight matrix in this model", name, shapes)
         if not isinstance(text, str):
             raise BadPlan(
                 f"{file} gives {name} {text!r}; a pattern such as '70%', or 'dense', was wanted."
@@ -196,7 +196,7 @@ def read_plan(file: Path, shapes: Shapes) -> Plan:
             plan[name] = parse_pattern(text)
             plan[name].check(shapes[name], name)
     if not plan:
-        raise BadPlan(f"{file} leaves every site dense; nothing would be pruned.")
+        raise BadPlan(f"{file} leaves every weight matrix dense; nothing would be pruned.")
     return plan
 
 

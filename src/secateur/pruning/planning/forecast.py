@@ -285,8 +285,8 @@ def _run_lines(forecast: Forecast) -> list[str]:
     source = "as their headers say" if forecast.exact else "as the configuration says"
     return [
         f"{forecast.architecture}: {forecast.parameters / 1e9:.4g} B parameters in "
-        f"{forecast.stored_dtype}, {forecast.blocks} blocks, {forecast.sites} sites that hold "
-        f"{forecast.coverage:.1%} of the block weights.",
+        f"{forecast.stored_dtype}, {forecast.blocks} blocks, {forecast.sites} weight matrices that "
+        f"hold {forecast.coverage:.1%} of the block weights.",
         f"Pruning {forecast.pruned_sites} of them with {forecast.method} to {forecast.pattern}: "
         f"{forecast.samples} windows of {forecast.seq_len} tokens in batches of "
         f"{forecast.batch_size}, {forecast.forward_dtype} on {forecast.device}.",

@@ -144,7 +144,7 @@ def make_plan(
 
 def _not_empty(plan: Plan) -> Plan:
     if not plan:
-        raise BadPlan("Every site is left out; nothing would be pruned. Use fewer --skip.")
+        raise BadPlan("Every weight matrix is left out; nothing would be pruned. Use fewer --skip.")
     return plan
 
 
@@ -164,8 +164,8 @@ def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None
     parsed = parse_pattern(pattern)
     if allocate in ALLOCATIONS and not isinstance(parsed, Unstructured):
         raise BadPlan(
-            f"{parsed} removes the same of every site; --allocate {allocate} needs a percentage "
-            "such as '70%'."
+            f"{parsed} removes the same of every weight matrix; --allocate {allocate} needs a "
+            "percentage such as '70%'."
         )
 
 
