@@ -48,7 +48,14 @@ def lowest(score: Tensor, count: int) -> Tensor:
 
 def energy(weight: Tensor, stats: Stats, units: Tensor) -> Tensor:
     """What each unit adds to the output: tr(W_g C_gg W_gᵀ), C = E[x xᵀ]."""
-    return _energy(weight, stats.mean("gram").to(weight.device), units)
+    gram = stats.mean("gram").to(weight.device)
+    if units.shape[1] == 1:
+        inputs = units[:, 0]
+        return weight[:, inputs].square().sum(0) * gram.diagonal()[inputs]
+    parts = [
+        (weight[:, inputs] @ gram[inputs][:, inputs] * weight[:, inputs]).sum() for inputs in units
+    ]
+    return torch.stack(parts)
 
 
 def fluctuation(weight: Tensor, stats: Stats, units: Tensor) -> Tensor:
@@ -57,20 +64,8 @@ def fluctuation(weight: Tensor, stats: Stats, units: Tensor) -> Tensor:
 
     What a unit adds on average costs nothing where a bias can hold it.
     """
-    variance = (
-        (stats.mean("gram").diagonal() - stats.mean("sum").square()).clamp_min(0).to(weight.device)
-    )
-    return (weight.square().sum(0) * variance)[units].sum(1)
-
-
-def _energy(weight: Tensor, gram: Tensor, units: Tensor) -> Tensor:
-    if units.shape[1] == 1:
-        inputs = units[:, 0]
-        return weight[:, inputs].square().sum(0) * gram.diagonal()[inputs]
-    parts = [
-        (weight[:, inputs] @ gram[inputs][:, inputs] * weight[:, inputs]).sum() for inputs in units
-    ]
-    return torch.stack(parts)
+    variance = (stats.mean("gram").diagonal() - stats.mean("sum").square()).clamp_min(0)
+    return (weight.square().sum(0) * variance.to(weight.device))[units].sum(1)
 
 
 def optimal_brain_surgeon(weight: Tensor, stats: Stats, units: Tensor, count: int) -> Tensor:

@@ -26,7 +26,7 @@ from secateur.checkpoints.shards import resized, size_of
 from secateur.errors import BadPattern
 from secateur.methods.structures import NAMES, Depth, Structure, parse_structure, parts
 from secateur.models.context import check_windows
-from secateur.models.matrices import coverage, weight_matrices
+from secateur.models.matrices import coverage, model_coverage
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
 from secateur.models.stream.block_writer import BlockWriter, block_writer, with_room
 from secateur.models.stream.blocks import BlockRun, stream
@@ -105,7 +105,6 @@ def prune_structure(
             if not writer.done:
                 run = with_room(run, writer.folder.parent, 1 + method.second_stream, limit)
                 _write(Slicing(run, method, removal, names), writer, report, trust)
-            report.sparsity = _share_removed(language_model, removal)
             report.peak_bytes, report.out = peak.bytes, Path(destination.out)
             writer.finish(pruning_record(source.folder, report, destination.command, options))
     return report
@@ -226,16 +225,17 @@ def _report(
     recipe: Recipe, structure: Structure, opened: Opened, run: BlockRun, removal: Removal
 ) -> Report:
     """The report of a run that is about to begin."""
-    language_model = opened.language_model
-    counts = [coverage(block) for block in language_model.blocks]
-    dense = language_model.model.num_parameters()
-    left = block_parameters(removal.target.language_model)
+    language_model, smaller = opened.language_model, removal.target.language_model
+    dense, left = language_model.model.num_parameters(), block_parameters(smaller)
+    weights, weights_left = (
+        sum(coverage(block)[0] for block in model.blocks) for model in (language_model, smaller)
+    )
     return Report(
         recipe.method,
         str(structure),
         "structured",
-        0.0,
-        sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1),
+        1 - weights_left / max(weights, 1),
+        model_coverage(language_model),
         [],
         run.seconds,
         None,
@@ -243,19 +243,6 @@ def _report(
         parameters=(dense, dense - block_parameters(language_model) + left),
         removed=_in_words(language_model, removal),
     )
-
-
-def _share_removed(language_model: LanguageModel, removal: Removal) -> float:
-    """The share of the blocks' matrix weights that are removed."""
-    before, after = (
-        sum(
-            matrix.stored.numel()
-            for block in model.blocks
-            for matrix in weight_matrices(block).values()
-        )
-        for model in (language_model, removal.target.language_model)
-    )
-    return 1 - after / max(before, 1)
 
 
 def _in_words(language_model: LanguageModel, removal: Removal) -> dict[str, str]:

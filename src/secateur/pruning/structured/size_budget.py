@@ -55,9 +55,9 @@ def within_budget(
     if share >= 1:
         raise BadPattern(f"The model has {size:,} bytes of weights already; {budget} was asked.")
     missing, chosen = total * (1 - share), list[Units | Depth]()
-    experts = _half(feasibility, "experts", align)
-    channels = _half(feasibility, "channels", align)
-    heads = _half(feasibility, "heads", align)
+    kinds: tuple[Kind, ...] = ("experts", "channels", "heads")
+    halves = {of: _half(feasibility, of, align) for of in kinds}
+    experts, channels, heads = halves.values()
     if experts:
         taken = experts.reaching(missing, 1)
         chosen.append(Units(taken / experts.total, "experts"))
@@ -80,7 +80,6 @@ def within_budget(
             if channels and (taken := channels.reaching(wanted / left, step)):
                 chosen.append(Units(taken / channels.total, "channels"))
             return chosen[0] if len(chosen) == 1 else Several(tuple(chosen))
-    halves = {"experts": experts, "channels": channels, "heads": heads}
     known = [of for of, half in halves.items() if half] or ["nothing"]
     raise BadPattern(
         f"{budget} is out of reach: for a size at most half of the {' and '.join(known)} are taken "
