@@ -139,8 +139,7 @@ def refuse_other_weights(pruned: Pruned) -> None:
 
 
 def refuse_other_model(pruned: Pruned, dense: Dense, trust: Trust) -> None:
-    """Raise UnsupportedModel where the dense model has another architecture, vocabulary or
-    tokenizer.
+    """Raise UnsupportedModel for a dense model of another architecture, vocabulary or tokenizer.
 
     A structured result may be carried by another architecture than the dense one, as Llama by
     Mistral.

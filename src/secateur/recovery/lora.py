@@ -50,8 +50,7 @@ class MaskedLora(Linear):
 
 
 def with_adapters(model: PreTrainedModel, names: Sequence[str], rank: int, seed: int) -> PeftModel:
-    """The model with a masked adapter of that rank on each linear layer that is named; nothing else
-    is trained.
+    """The model with a masked adapter of that rank on each layer named; nothing else is trained.
 
     Adapters begin at zero, with one of the two matrices random by `seed`, so that a run that is
     taken up is the same.

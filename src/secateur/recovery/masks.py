@@ -55,11 +55,9 @@ def written(
     *,
     only_matrices: bool,
 ) -> Iterator[dict[str, Tensor]]:
-    """The trained tensors by checkpoint name, block by block and then the rest, in the dtype they
-    are stored in.
+    """The trained tensors by checkpoint name, as stored: block by block, and then the rest.
 
-    A weight that rounds to zero although it is kept gets its value from before: the mask is the
-    mask.
+    A weight that rounds to zero although it is kept gets its value from before.
     """
     in_blocks: set[str] = set()
     for index, block in enumerate(language_model.blocks):

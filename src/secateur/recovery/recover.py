@@ -192,9 +192,7 @@ def _windows(
 
 
 def _calibrated(calibration: Any, tokenizer: Any, data_dir: Path | None) -> Windows | None:
-    """The windows that a record says the model was calibrated on, drawn again; None where their
-    text is not to be had.
-    """
+    """The windows that a record says were calibrated on; None where they cannot be drawn again."""
     if not isinstance(calibration, dict):
         return None
     try:

@@ -32,8 +32,7 @@ def recovery_windows(
     avoid: Sequence[Tensor] = (),
     data_dir: Path | None = None,
 ) -> Windows:
-    """`count` windows of `length` tokens, no token twice, from documents in an order that `seed`
-    draws.
+    """`count` windows of `length` tokens, no token twice, from documents in an order by `seed`.
 
     None shares `RUN` consecutive tokens with the text in `avoid`, `[windows, length]` each, whose
     rows may follow one another; no document that is shorter is part of it. Raises NotEnoughText,

@@ -30,8 +30,7 @@ _CHECKPOINTING = (
 
 
 class Divergence(torch.autograd.Function):
-    """KL(wanted ‖ given) of next-token distributions by their logits `[…, vocabulary]`: the mean
-    over rows, nats.
+    """KL(wanted ‖ given) in nats, the mean over rows, for logits `[…, vocabulary]` of next tokens.
 
     The gradient is (softmax(given) − softmax(wanted)) / rows. Written out, two tensors of the
     logits' size are held, and nothing is gone through twice.

@@ -23,8 +23,7 @@ SECONDS = "seconds"
 
 
 class TrainingState:
-    """A training that is going on; use it with `with`. Of several processes, the first alone
-    writes.
+    """A training that is going on, to be used with `with`; of several processes the first writes.
 
     Where it ends without a checkpoint, nothing is kept. Raises OutputRefused where another run is
     going on there, ConditionsDiffer where a run that died had others; --restart discards that.

@@ -60,8 +60,7 @@ def names_left(names: Iterable[str], skip: Sequence[str]) -> list[str]:
 def by_outliers(
     shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, spread: float
 ) -> dict[str, float]:
-    """The sparsity of every block, from the share of outliers among its weights' scores (OWL, sec.
-    3.3).
+    """The sparsity of every block from its share of outliers among the scores (OWL, sec. 3.3).
 
     Linear in the share: the block with fewest outliers loses 2 · `spread` more than the one with
     most, and the mean over weights, `sizes` of them in each block, is `sparsity`. Raises BadPlan
@@ -77,12 +76,11 @@ def by_outliers(
 def least_error(
     curves: Mapping[str, Curve], sizes: Mapping[str, int], sparsity: float
 ) -> dict[str, float]:
-    """The sparsities of mean `sparsity`, by `sizes`, with the least sum of errors: a continuous
-    knapsack.
+    """The sparsities of mean `sparsity`, by `sizes`, with the least sum of errors.
 
-    A curve is read as the lines between the points of its lower convex hull, so the next weight
-    always goes where the error grows least, and that is exact. Raises BadPlan where the curves do
-    not reach as far as `sparsity`.
+    A continuous knapsack: a curve is read as the lines between the points of its lower convex hull,
+    so the next weight always goes where the error grows least, and that is exact. Raises BadPlan
+    where the curves do not reach `sparsity`.
     """
     ratios, pieces = {}, []
     for name, curve in curves.items():

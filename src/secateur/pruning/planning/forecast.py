@@ -61,8 +61,7 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take. Bytes, operations and seconds; `memory`, `operations` and `seconds` by
-    "one" and "two".
+    """What a run will take; `memory`, `operations` and `seconds` by "one" and "two" passes.
 
     `passes` is the way that was asked for or chosen; `fits`, whether it stays within
     `memory_limit`, None without one. `checkpoint_bytes` are exact where `exact`, else parameters
@@ -118,13 +117,12 @@ def forecast(
     trust_remote_code: bool = Trust.trust_remote_code,
     measure: bool = True,
 ) -> Forecast:
-    """What pruning a model will take, from its config.json; weights are never loaded. Arguments as
-    for `prune`.
+    """Say what pruning a model will take, from its config.json; arguments as for `prune`.
 
-    `model` is a folder or a hub name, of which only small files are fetched; headers of shards are
-    used where they lie there. `passes`: whether a block runs once, with every batch waiting inside
-    it (`one`), or is looked at first (`two`); `auto` takes `one` where all fits into `memory`,
-    bytes or text such as '16GB'. Without `measure` no rate is measured and no seconds are said.
+    Weights are never loaded: `model` is a folder or a hub name, of which only small files are
+    fetched; headers of shards are used where they lie there. `passes`: whether a block runs once,
+    with every batch waiting inside it (`one`), or is looked at first (`two`); `auto` takes `one`
+    where all fits into `memory`. Without `measure` no rate is measured and no seconds are said.
     Raises BadPattern for structures, and SecateurError as `prune` does.
     """
     recipe, text = taken(Recipe, locals()), taken(CalibrationText, locals())

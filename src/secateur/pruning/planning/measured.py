@@ -78,8 +78,7 @@ def plan(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """How much to remove from which weight matrix of `model`, measured and written to the JSON file
-    `out`.
+    """Measure how much each weight matrix of `model` can lose, and write it to the JSON file `out`.
 
     The file may be edited, and given to `prune` as `allocate`. Arguments as for `prune`. Raises
     SecateurError.
@@ -149,8 +148,7 @@ def _not_empty(plan: Plan) -> Plan:
 
 
 def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None:
-    """Raise UnknownName for a rule that does not exist, BadPlan for a pattern that cannot be shared
-    out.
+    """Raise UnknownName for an unknown rule, BadPlan for a pattern that cannot be shared out.
 
     `files`: a plan's file will do as well.
     """

@@ -53,8 +53,8 @@ not grow with the model.
 
 @dataclass(frozen=True)
 class Moment:
-    """What a run holds at its worst moment: bytes by name, in words, and `when` that is; `bytes` is
-    their sum.
+    """What a run holds at its worst moment, `when` that is: `parts` in bytes by name, and their
+    sum.
 
     `on_device` is the part that lies on the accelerator where there is one; the rest is memory of
     the machine.
@@ -67,10 +67,10 @@ class Moment:
 
 
 class Arrangement(NamedTuple):
-    """How blocks are gone through: in "one" pass or "two"; `spill`: hidden states lie in a file;
-    windows of a batch.
+    """How blocks are gone through: in "one" pass or "two", in batches of `batch` windows.
 
-    `peaks` by passes, with batches of that size and hidden states in memory.
+    `spill`: hidden states lie in a file. `peaks` by passes, with such batches and hidden states in
+    memory.
     """
 
     passes: str
@@ -82,9 +82,8 @@ class Arrangement(NamedTuple):
 def arrange(work: Workload, batch: int, passes: str, limit: int | None) -> Arrangement:
     """The way to stay within `limit` bytes, if there is one; `passes` may name it, or be "auto".
 
-    What costs least comes first: one pass in batches of `batch` windows, the same in smaller ones,
-    two passes, and hidden states in a file. Activations that wait within a block cannot go to a
-    file.
+    What costs least comes first: one pass in batches of `batch` windows, in smaller ones, two
+    passes, hidden states in a file. Activations that wait within a block cannot go to a file.
     """
     modes = [mode for mode in MODES if passes in (mode, "auto")]
     sizes = [batch]

@@ -90,9 +90,7 @@ class Outline:
 
 
 def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> LanguageModel:
-    """The causal LM of a configuration on the meta device. Raises UnsupportedModel for an unknown
-    architecture.
-    """
+    """The model of a configuration on the meta device; UnsupportedModel for an unknown one."""
     try:
         with META:
             model = AutoModelForCausalLM.from_config(
@@ -107,10 +105,10 @@ def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -
 
 
 def outline(built: LanguageModel, batch: int, length: int, *, tuning: bool = False) -> Outline:
-    """What the blocks of a model on the meta device do to `batch` windows of `length` tokens;
-    `tuning`: with a backward pass as well.
+    """What the blocks of a model on the meta device do to `batch` windows of `length` tokens.
 
-    Raises UnsupportedModel where a block cannot be run without numbers.
+    `tuning`: with a backward pass. Raises UnsupportedModel where a block cannot be run without
+    numbers.
     """
     alike: dict[Any, list[int]] = {}
     for index, block in enumerate(built.blocks):

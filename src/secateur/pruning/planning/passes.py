@@ -49,8 +49,7 @@ class Passes(NamedTuple):
 
 
 def passes(method: Method, groups: int, mode: Mode) -> Passes:
-    """The passes through a block whose weight matrices fall into `groups`, where those of a group
-    read the same input.
+    """The passes through a block whose weight matrices read `groups` different inputs.
 
     `two`: one pass looks and the next goes on; a method that is `sequential` looks at every group.
     `one`: the block runs once, all batches waiting at each group until it is solved.

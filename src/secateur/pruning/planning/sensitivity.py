@@ -26,9 +26,7 @@ MOST = 0.95
 
 
 class Group(NamedTuple):
-    """Weight matrices that are solved together, by their name in the block, float32 `[out, in]`,
-    and the statistics of their input.
-    """
+    """Weights by name, float32 `[out, in]`, that are solved together, and what enters them."""
 
     weights: dict[str, Tensor]
     stats: Stats
@@ -97,8 +95,7 @@ class Sensitivity:
 
 
 def levels_around(sparsity: float) -> list[float]:
-    """The sparsities to try, rising: the one asked for, and around it what is not below 0 or above
-    95 %.
+    """The sparsities to try, rising: the one asked for, and others around it from 0 to 95 %.
 
     Raises BadPlan for more than 95 %, where there is nothing to share out.
     """

@@ -88,8 +88,8 @@ class BlockSlicer:
         return without_experts(self.stored, without_groups(self.stored, removed), kept_experts)
 
     def refine(self, smaller: nn.Module, state: State) -> tuple[State, Tuned]:
-        """The tensors of the smaller block tuned as a whole to do what the dense one does, and the
-        span after it.
+        """The tensors of the smaller block, tuned to do what the dense one and the span after it
+        do.
 
         `smaller` is its module in float32, which is changed. What no expert's token reaches moves
         by nothing.
@@ -131,9 +131,7 @@ class BlockSlicer:
         return ((hidden, calls[self.step.index]) for hidden, calls in self.step.windows())
 
     def _remove_groups(self, places: BlockRemoval) -> dict[str, list[ChannelGroup]]:
-        """Choose groups in one forward, write zeros in their place and what makes up for them;
-        returns the groups by the matrix that reads them.
-        """
+        """Choose groups, write zeros there and what makes up for them; the groups by matrix."""
         step, dense = self.step, self.method.dense_target
         need = {"square"}
         if self.method.reconstruct:

@@ -33,9 +33,7 @@ ROUNDS = 16
 
 
 class Selection(NamedTuple):
-    """`need` are keys of `STATS`; `choose(weight, stats, units, count)` gives the units that go,
-    int64 `[count]`.
-    """
+    """Statistics (`STATS`), and `choose(weight, stats, units, count)`: the units that go, int64."""
 
     need: frozenset[str]
     choose: Callable[[Tensor, Stats, Tensor, int], Tensor]

@@ -22,9 +22,7 @@ from secateur.models.replay import Call, run_block
 
 @dataclass
 class Routed:
-    """What was routed to each expert: tokens, and the sum of gate · ‖output‖ over them, both
-    float64 `[experts]`.
-    """
+    """Tokens of each expert, and the sum of gate · ‖output‖ over them, float64 `[experts]`."""
 
     tokens: Tensor
     contribution: Tensor

@@ -44,9 +44,8 @@ path, say.
 class Removable:
     """The channels, heads or experts at one place of a block: how many there are and how many go.
 
-    The place of channels and heads is the weight matrix that reads them, in `groups` of inputs that
-    leave together; `expert`: whether it belongs to one expert. The place of experts is their
-    module.
+    The place of channels and heads is the weight matrix that reads them, in `groups` of inputs;
+    `expert`: whether that belongs to one expert. The place of experts is their module.
     """
 
     of: Kind | Literal["blocks"]
@@ -128,9 +127,7 @@ class Feasibility:
         return len(nothing) == 1 or self._target(nothing, kept) is not None
 
     def _available(self, structure: Structure) -> dict[Any, BlockRemoval]:
-        """All that could go out of each kind of block, of what the structure names. Raises
-        UnsupportedModel for nothing.
-        """
+        """All that could go of what a structure names, by kind of block; else UnsupportedModel."""
         units = [part for part in parts(structure) if isinstance(part, Units)]
         wanted = {part.of for part in units}
         available: dict[Any, BlockRemoval] = {}
@@ -283,9 +280,7 @@ def _left(removal: BlockRemoval, of: str, left: int) -> BlockRemoval:
 
 
 def _check_routing(config: Any, name: str, total: int, kept: int, asked: Units) -> None:
-    """Raise BadPattern where a router finds too few of the `kept` experts, or looks for them in
-    groups that these cannot form.
-    """
+    """Raise BadPattern where a router cannot do what it does among the `kept` experts."""
     groups, chosen, active = (
         getattr(config, field, None) or 1
         for field in ("n_group", "topk_group", "num_experts_per_tok")
@@ -315,12 +310,11 @@ def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockRemoval]) -
 
 @torch.no_grad()
 def _try(language_model: LanguageModel, removal: Removal, device: torch.device) -> None:
-    """Compare blocks of the smaller model with the dense ones whose groups that go read as zero, in
-    one pass.
+    """Compare blocks of the smaller model with dense ones whose groups that go read as zero.
 
     One block of every kind, or every one that stays where blocks go: some count them, or know their
-    own number. Blocks that lose experts route otherwise than before and are left out; the reloaded
-    model is compared at the end.
+    own number. Blocks that lose experts route otherwise and are left out; the reloaded model is
+    compared at the end.
     """
     embeddings: Any = language_model.model.get_input_embeddings()
     draw = torch.Generator().manual_seed(0)

@@ -67,8 +67,7 @@ def prune_structure(
     progress: Progress,
     feasibility: Feasibility | None = None,
 ) -> Report:
-    """`prune_checkpoint` for a structure: writes the smaller model; returns the report in
-    `pruning.json`.
+    """Write the smaller model of a structure; returns the report that `pruning.json` holds.
 
     `feasibility`: of this model, where it was asked before, since tracing a block takes long.
     """
@@ -175,8 +174,7 @@ def _removal(
 
 @torch.no_grad()
 def _slice_blocks(slicing: Slicing, writer: BlockWriter, report: Report) -> Tensor:
-    """Slice and write every block that stays; the logits of the first window's first tokens in the
-    smaller model.
+    """Slice and write every block that stays; the logits of the first window's first tokens.
 
     These go through the smaller blocks in float32, whatever dtype the stream has, so that they can
     be compared closely. The first blocks may be finished: they are gone through as they are.

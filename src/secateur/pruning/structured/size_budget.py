@@ -27,9 +27,7 @@ MOST, MOST_BLOCKS = 0.5, 0.25
 
 
 class _Half(NamedTuple):
-    """Half of the units of a kind: how many parameters they hold, and of how many units in a block
-    how many go.
-    """
+    """Half of the units of a kind: their parameters, and of how many in a block how many go."""
 
     parameters: int
     total: int

@@ -26,8 +26,7 @@ State = dict[str, Tensor]
 
 
 def without_groups(block: nn.Module, removed: Mapping[str, Iterable[ChannelGroup]]) -> State:
-    """The tensors of a block without groups of channels, given by the name of the matrix whose
-    inputs they are.
+    """The tensors of a block without groups of channels, by the matrix whose inputs they are.
 
     The block is not changed. Tensors that are not sliced are its own.
     """
@@ -79,8 +78,7 @@ def _slice(
 
 
 def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) -> State:
-    """The tensors of a block with fewer experts: `kept` gives for every experts module the int64
-    indices that stay.
+    """The tensors of a block without some experts; `kept`: those that stay, int64, by module.
 
     With an expert go its two matrices, and its row of whatever chooses experts: router weights and
     biases beside it.
@@ -109,8 +107,7 @@ def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) 
 
 
 def module_of(empty: nn.Module, state: Mapping[str, Tensor], original: nn.Module) -> nn.Module:
-    """The stock module `empty` (on the meta device) with these tensors, and the buffers of the
-    original.
+    """The stock module `empty` (on the meta device) with these tensors and the original's buffers.
 
     Raises UnsupportedModel where a buffer that is not stored has another shape in the smaller
     block.

@@ -71,8 +71,7 @@ class Target:
 def find_target(
     language_model: LanguageModel, shapes: Shapes, numbers: Sequence[Number], kept: Sequence[int]
 ) -> Target | None:
-    """The model with tensors of exactly these `shapes` (by name in the model); None where no
-    configuration has them.
+    """The model with exactly these `shapes` by name; None where no configuration has them.
 
     `numbers` are those that change, `kept` the blocks that stay.
     """
