@@ -27,9 +27,7 @@ from secateur.recovery.job import Job, Recovery
 from secateur.recovery.masks import block_masks, keep_masks, refuse_other_masks
 
 STREAMS = 3
-"""Hidden states that are held: of the pruned model, of the dense one, and what its block at hand
-makes of them.
-"""
+"""Of hidden states: those of the pruned model, of the dense one, and what leaves its block."""
 
 
 def recover_blocks(job: Job) -> Recovery:

@@ -16,8 +16,8 @@ from secateur.data.windows import Windows, border_of, encode
 from secateur.errors import NotEnoughText
 
 RUN, LEAST = 32, 8
-"""A window that shares so many consecutive tokens with text that it must not have is left out:
-`RUN`, or as many as the shortest pieces have, but not fewer than `LEAST`.
+"""A window that shares so many consecutive tokens with text to be avoided is left out: `RUN`, or as
+many as the shortest pieces have, at least `LEAST`.
 """
 AT_ONCE = 64
 

@@ -20,9 +20,7 @@ from secateur.system.files import disk_errors
 WARM = 0.05
 """The share of the steps in which the rate rises."""
 SQUARES = 0.98
-"""How Adam's mean of squares decays: over fifty steps and not a thousand, which is more than many
-recoveries have.
-"""
+"""How Adam's mean of squares decays: over 50 steps, not 1000, which many recoveries do not have."""
 _NAMES = {one.name for one in fields(TrainingArguments)}
 _CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"

@@ -52,9 +52,7 @@ from secateur.system.settings import (
 )
 
 OUTLIER, SPREAD = 5.0, 0.08
-"""OWL's M, from how many times the mean a score is an outlier, and λ, how far a block may go from
-the mean.
-"""
+"""OWL's M, how many times the mean an outlier is, and λ, how far a block may go from the mean."""
 
 
 def plan(

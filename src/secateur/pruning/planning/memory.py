@@ -35,9 +35,7 @@ PLENTY = 200
 """A run fits for certain where so many times its hidden states and its largest block do."""
 
 PROCESS_BYTES = 360 * 10**6
-"""Python, torch, transformers and datasets, loaded and used once: 353 to 363 MB after a run on a
-model of 4 MB.
-"""
+"""Python, torch, transformers and datasets, used once: 353 to 363 MB with a model of 4 MB."""
 UNKNOWN_COST = (
     "Method {!r} does not say what it costs, so memory, operations and seconds are not forecast; "
     "under a memory limit blocks run in two passes. State it as the method's `cost` "

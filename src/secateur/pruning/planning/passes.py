@@ -26,9 +26,7 @@ from secateur.system.machine import best_seconds, matrix_rate, square_side
 Mode = Literal["one", "two"]
 MODES: tuple[Mode, ...] = ("one", "two")
 GRAM = "Gram matrices"
-"""What their rate is called: two operations for each product of two inputs, though half of them are
-not computed.
-"""
+"""Their rate: two operations for each product of two inputs, though half are not computed."""
 
 
 class Passes(NamedTuple):

@@ -29,13 +29,9 @@ from secateur.models.replay import Call, in_float32, run_block, working_copy
 from secateur.models.stream.blocks import BlockRun, stream
 
 KL_WINDOWS = 32
-
-
 Holds = Callable[[Sequence[int]], bool]
 Blocks = Callable[[BlockRun, int, Holds], list[int]]
-"""(model, how many go, whether a stock configuration holds the model without these) → the blocks
-that go, ascending.
-"""
+"""(run, how many go, whether a configuration holds the rest) → the blocks that go, ascending."""
 
 
 @torch.no_grad()

@@ -35,9 +35,7 @@ from secateur.pruning.structured.target_config import (
 )
 
 NARROW = 0.1
-"""A matrix with fewer inputs than this share of the widest is no feed-forward: a low-rank side
-path, say.
-"""
+"""With fewer inputs than this share of the widest, a matrix is a side path, no feed-forward."""
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,7 @@ from secateur.methods.least_squares import normalise
 from secateur.methods.statistics import Stats
 
 NEED = frozenset({"gram", "sum"})
-"""The statistics that are read; "cross" and "dense sum" as well where the target is the dense
-model.
-"""
+"""The statistics that are read, besides `OF_DENSE` where the target is the dense model."""
 
 
 class Reconstructed(NamedTuple):

@@ -29,11 +29,8 @@ CARRIERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
     )
 }
-"""Other families that compute the same from the same tensors, where a family's own configuration
-refuses the numbers.
-
-Llama wants the hidden size to be a multiple of its heads, although it has a `head_dim`; Mistral
-does not.
+"""Families that compute the same, where a family's own configuration refuses the numbers: Llama
+wants the hidden size to be a multiple of its heads, although it has a `head_dim`; Mistral does not.
 """
 LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 """Fields that say something of the first so many blocks."""
