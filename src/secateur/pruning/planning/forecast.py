@@ -12,7 +12,7 @@ program and are refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -30,7 +30,6 @@ from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.planning.memory import (
     UNKNOWN_COST,
-    Arrangement,
     Moment,
     arrange,
     check_passes,
@@ -144,7 +143,8 @@ def _forecast(
         way = arrange(work, batch, compute.passes, limit)
     else:
         way = without_forecast(compute.passes, limit, batch)
-    flops = {mode: operations(work, way.batch, mode) for mode in MODES if known}
+    work = replace(work, batch=way.batch)
+    flops = {mode: operations(work, mode) for mode in MODES if known}
     speeds = rates(work.devices[0], work.forward) if measure and known else {}
     seconds = {mode: seconds_of(done, speeds).total for mode, done in flops.items() if speeds}
     peak = way.peaks.get(way.passes)
@@ -182,7 +182,7 @@ def _forecast(
         operations=flops,
         rates=speeds,
         seconds=seconds or None,
-        left_out=tuple(_left_out(work, way, recipe.method)),
+        left_out=tuple(_left_out(work, recipe.method)),
     )
 
 
@@ -235,9 +235,9 @@ def _zeros(pattern: str) -> Pattern:
     return chosen
 
 
-def _left_out(work: Workload, way: Arrangement, method: str) -> Iterator[str]:
+def _left_out(work: Workload, method: str) -> Iterator[str]:
     """What the figures of this forecast do not count."""
-    kinds = work.outline(way.batch).kinds
+    kinds = work.outline.kinds
     yield from LEFT_OUT
     if unseen := sorted({name for kind in kinds for name in kind.unseen}):
         yield (

@@ -15,7 +15,7 @@ methods, which is measured (`cost.Cost`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from math import ceil
@@ -90,7 +90,7 @@ def arrange(work: Workload, batch: int, passes: str, limit: int | None) -> Arran
 
     @cache
     def peaks(size: int) -> dict[str, Moment]:
-        return {mode: worst(work, size, mode) for mode in MODES}
+        return {mode: worst(replace(work, batch=size), mode) for mode in MODES}
 
     for spill, mode, size in (*product([False], modes, sizes), *product([True], modes[-1:], sizes)):
         peak = peaks(size)[mode]
@@ -150,11 +150,11 @@ _IN_HOST_MEMORY = (
 Parts = dict[str, float]
 
 
-def worst(work: Workload, batch: int, mode: Mode) -> Moment:
-    """The moment at which a run holds most, in batches of so many windows."""
+def worst(work: Workload, mode: Mode) -> Moment:
+    """The moment at which a run holds most."""
     moments: list[Moment] = []
-    for kind in work.outline(batch).kinds:
-        for when, sizes in _moments(work, batch, mode, kind):
+    for kind in work.outline.kinds:
+        for when, sizes in _moments(work, mode, kind):
             parts = {name: int(size) for name, size in sizes.items() if size}
             total = sum(parts.values())
             in_host = sum(parts.get(name, 0) for name in _IN_HOST_MEMORY)
@@ -162,31 +162,31 @@ def worst(work: Workload, batch: int, mode: Mode) -> Moment:
     return max(moments, key=lambda moment: moment.bytes)
 
 
-def _moments(work: Workload, batch: int, mode: Mode, kind: Kind) -> Iterator[tuple[str, Parts]]:
+def _moments(work: Workload, mode: Mode, kind: Kind) -> Iterator[tuple[str, Parts]]:
     """(when, what is held) for the moments of one block."""
-    method, need, outline = work.method, work.method.need, work.outline(batch)
+    method, need, outline = work.method, work.method.need, work.outline
     dense = needs_dense(method)
-    running = _running(work, batch, kind)
+    running = _running(work, kind)
     hidden = running["hidden states"] / (1 + dense)
     reads = [read for read in kind.reads if work.rows(kind, read)]
     at_block = running | {
         "block as stored": (1 + method.permute)
         * (kind.parameters * work.stored.itemsize + kind.buffer_bytes),
-        "probes": sum(4 * read.columns * work.probe_tokens(batch, read) for read in reads),
+        "probes": sum(4 * read.columns * work.probe_tokens(read) for read in reads),
     }
     groups: dict[str, list[Read]] = {}
     for read in reads:
         groups.setdefault(read.group, []).append(read)
     if mode == "one":
         turns, busy = list(groups.values()), 0
-        batches = ceil(work.windows(batch) / batch) / len(work.devices) * (1 + dense)
+        batches = ceil(work.windows / work.batch) / len(work.devices) * (1 + dense)
         waiting = [batches * max(read.live_bytes for read in turn) for turn in turns]
     else:
         turns = list(groups.values()) if method.sequential else [reads]
         busy, waiting = kind.held_bytes * (1 + ("cross" in need)), [0.0] * len(turns)
     for turn, size in zip(turns, waiting, strict=True):
         solved = at_block | {"waiting activations": size, "statistics": _statistics(work, turn)}
-        adding = max((_adding(work, batch, read) for read in turn), default=0) if need else 0
+        adding = max((_adding(work, read) for read in turn), default=0) if need else 0
         looked = {"activations of the batch at hand": busy, "adding statistics": adding}
         yield "looking at inputs", solved | looked
         yield "solving", solved | {"solver": _solving(work, turn)}
@@ -204,15 +204,15 @@ def _moments(work: Workload, batch: int, mode: Mode, kind: Kind) -> Iterator[tup
         yield "refining", running | tuned | at_block | tuning
 
 
-def _running(work: Workload, batch: int, kind: Kind) -> Parts:
+def _running(work: Workload, kind: Kind) -> Parts:
     """What is held all the while that a block is at hand."""
-    outline, copies = work.outline(batch), 1 + needs_dense(work.method)
+    outline, copies = work.outline, 1 + needs_dense(work.method)
     block = kind.parameters * work.forward.itemsize + kind.buffer_bytes
-    hidden = outline.hidden_bytes * work.windows(batch) / batch / len(work.devices)
+    hidden = outline.hidden_bytes * work.windows / work.batch / len(work.devices)
     return {
         "process": PROCESS_BYTES,
         "allocator": ALLOCATOR_BYTES,
-        "calibration tokens": 8 * work.windows(batch) * work.length,
+        "calibration tokens": 8 * work.windows * work.length,
         "weights that the loader stacks": 0 if work.spilled else work.stacked_bytes,
         "masks and rotary tables": outline.call_bytes,
         "hidden states": hidden * copies,
@@ -231,9 +231,9 @@ def _statistics(work: Workload, reads: Sequence[Read]) -> float:
     return sum(8 * _matrices(work) * read.columns**2 + 8 * read.columns for read in reads)
 
 
-def _adding(work: Workload, batch: int, read: Read) -> float:
+def _adding(work: Workload, read: Read) -> float:
     """In C the columns of some tokens; in torch a product, and inputs once more in float32."""
-    matrices, tokens = _matrices(work), batch * work.length * read.share
+    matrices, tokens = _matrices(work), work.batch * work.length * read.share
     if work.on_host and (width := panel_width(work.forward)):
         return matrices * min(tokens, TOKENS_AT_A_TIME) * read.columns * width
     copied = 0 if work.forward.itemsize == 4 else 4 * tokens * read.columns * max(matrices, 1)
