@@ -26,13 +26,7 @@ from secateur.models.experts import count, fused_experts
 from secateur.models.matrices import signature, weight_matrices
 from secateur.models.replay import Call, LanguageModel, Shell, close, own, run_block, working_copy
 from secateur.pruning.structured.slicing import State, module_of, without_experts, without_groups
-from secateur.pruning.structured.target_config import (
-    Number,
-    Target,
-    empty,
-    find_target,
-    tensor_shapes,
-)
+from secateur.pruning.structured.target_config import Number, empty, find_target, tensor_shapes
 
 NARROW = 0.1
 """With fewer inputs than this share of the widest, a matrix is a side path, no feed-forward."""
@@ -73,11 +67,15 @@ def last_groups(removal: BlockRemoval) -> dict[str, Sequence[ChannelGroup]]:
 
 @dataclass(frozen=True)
 class Removal:
-    """What goes out of a model, by the signature of a block; `kept` names the blocks that stay."""
+    """What goes out of a model, by the signature of a block; `kept` names the blocks that stay.
+
+    `smaller` is what is left, on the meta device, and `changes` what it has in its `config.json`.
+    """
 
     kinds: Mapping[Any, BlockRemoval]
     kept: tuple[int, ...]
-    target: Target
+    smaller: LanguageModel
+    changes: Mapping[str, Any]
 
     def of(self, block: nn.Module) -> BlockRemoval:
         return self.kinds[signature(block)]
@@ -112,7 +110,7 @@ class Feasibility:
                 for kind, block in alternative.items()
             }
             if target := self._target(kinds, kept):
-                removal = Removal(kinds, tuple(kept), target)
+                removal = Removal(kinds, tuple(kept), *target)
                 _try(self.language_model, removal, self.device)
                 return removal
         raise UnsupportedModel(self._no_target(structure, available, kept))
@@ -158,8 +156,10 @@ class Feasibility:
             places[name] = Removable("experts", count(module))
         return {name: place for name, place in places.items() if place.of in wanted}
 
-    def _target(self, kinds: Mapping[Any, BlockRemoval], kept: Sequence[int]) -> Target | None:
-        """The stock model without what goes, by its shapes."""
+    def _target(
+        self, kinds: Mapping[Any, BlockRemoval], kept: Sequence[int]
+    ) -> tuple[LanguageModel, Mapping[str, Any]] | None:
+        """The stock model without what goes, by its shapes, and what changes in its config."""
         language_model = self.language_model
         starts = tuple(f"{language_model.block_name(i)}." for i in range(len(self._empty.blocks)))
         shapes = {
@@ -329,7 +329,7 @@ def _try(language_model: LanguageModel, removal: Removal, device: torch.device) 
         dense = run_block(block, hidden, call)
         if index in wanted and not routed and (fewer or kind not in tried):
             tried.add(kind)
-            empty = removal.target.language_model.blocks[removal.kept.index(index)]
+            empty = removal.smaller.blocks[removal.kept.index(index)]
             state = without_groups(block, last_groups(places))
             for name, groups in last_groups(places).items():
                 inputs = [i for group in groups for i in group.inputs]

@@ -17,8 +17,8 @@ class Names:
     """The tensors of the smaller checkpoint, by the names that the source has for such tensors."""
 
     def __init__(self, source: Checkpoint, dense: LanguageModel, removal: Removal) -> None:
-        self.source, self.dense, self.kept = source, dense, removal.kept
-        self.smaller = removal.target.language_model
+        self.source, self.dense = source, dense
+        self.kept, self.smaller = removal.kept, removal.smaller
         start = dense.block_name(0)
         state = {f"{start}.{n}": t for n, t in dense.blocks[0].named_parameters()}
         first = next(iter(checkpoint_tensors(dense, state, source.places)))

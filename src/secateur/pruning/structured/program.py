@@ -116,7 +116,7 @@ def _write(slicing: Slicing, writer: BlockWriter, report: Report, trust: Trust) 
     assert result is not None  # structures are taken out in one process
     result.places = resized(result.source, result.partial, names.places, again=again)
     if not again:
-        configure(result, removal.target.changes, run.language_model.model.config.model_type)
+        configure(result, removal.changes, run.language_model.model.config.model_type)
         result.sync()
     run.progress.begin(f"shrinking with {report.method} to {report.pattern}")
     logits = _slice_blocks(slicing, writer, report)
@@ -188,7 +188,7 @@ def _slice_blocks(slicing: Slicing, writer: BlockWriter, report: Report) -> Tens
     steps = stream(run, dense=method.second_stream, kept=removal.kept, finished=finished)
     for position, step in enumerate(steps, len(finished)):
         run.progress.advance(step.name, position, count)
-        original, empty = model.blocks[step.index], removal.target.language_model.blocks[position]
+        original, empty = model.blocks[step.index], removal.smaller.blocks[position]
         following = removal.kept[position + 1] if position + 1 < count else len(model.blocks)
         slicer = BlockSlicer(step, original, range(step.index + 1, following), run, method)
         state, tuned = slicer.remove(removal.of(original)), None
@@ -223,7 +223,7 @@ def _report(
     recipe: Recipe, structure: Structure, opened: Opened, run: BlockRun, removal: Removal
 ) -> Report:
     """The report of a run that is about to begin."""
-    language_model, smaller = opened.language_model, removal.target.language_model
+    language_model, smaller = opened.language_model, removal.smaller
     dense, left = language_model.model.num_parameters(), block_parameters(smaller)
     weights, weights_left = (
         sum(coverage(block)[0] for block in model.blocks) for model in (language_model, smaller)

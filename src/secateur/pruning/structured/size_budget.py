@@ -99,4 +99,4 @@ def _half(feasibility: Feasibility, of: Kind, align: int | None) -> _Half | None
     places = [place for block in removal.kinds.values() for place in block.values()]
     most = max((place.total, place.removed) for place in places)
     parameters = block_parameters(feasibility.language_model)
-    return _Half(parameters - block_parameters(removal.target.language_model), *most)
+    return _Half(parameters - block_parameters(removal.smaller), *most)

@@ -57,18 +57,11 @@ class Number:
         return self.new * (value or self.old) // self.old
 
 
-@dataclass(frozen=True)
-class Target:
-    """A smaller model on the meta device, and what it changes in the source's `config.json`."""
-
-    language_model: LanguageModel
-    changes: Mapping[str, Any]
-
-
 def find_target(
     language_model: LanguageModel, shapes: Shapes, numbers: Sequence[Number], kept: Sequence[int]
-) -> Target | None:
-    """The model with exactly these `shapes` by name; None where no configuration has them.
+) -> tuple[LanguageModel, Mapping[str, Any]] | None:
+    """The model with exactly these `shapes` by name, on the meta device, and what it changes in the
+    source's `config.json`; None where no configuration has them.
 
     `numbers` are those that change, `kept` the blocks that stay.
     """
@@ -83,7 +76,7 @@ def find_target(
             if model is not None and tensor_shapes(model) == shapes:
                 tuples = tuple(language_model.tuples[i] for i in kept)
                 smaller = LanguageModel(model, find_stack(model), tuples)
-                return Target(smaller, {**changes, **fields})
+                return smaller, {**changes, **fields}
     return None
 
 
