@@ -40,11 +40,6 @@ class Passes(NamedTuple):
     first: int
     after: int
 
-    def windows(self, samples: int, batch_size: int, last: bool) -> int:
-        """Windows through one block."""
-        whole = self.whole + (0 if last else self.after)
-        return whole * samples + self.first * min(samples, batch_size)
-
 
 def passes(method: Method, groups: int, mode: Mode) -> Passes:
     """The passes through a block whose weight matrices read `groups` different inputs.
@@ -160,7 +155,7 @@ def _forward(work: Workload, mode: Mode, kind: Kind) -> float:
     """Forward passes through blocks of a kind; the model's last has fewer: nothing follows it."""
     windows, count = work.windows, kind.count
     often = passes(work.method, kind.groups, mode)
-    inner = often.windows(windows, work.batch, last=True) * count
+    inner = (often.whole * windows + often.first * min(windows, work.batch)) * count
     outer = often.after * windows * (count - kind.has_last)
     flops = (kind.flops * (inner + outer) + kind.watch_flops * inner) / work.batch
     if mode == "one" or work.method.sequential:
