@@ -121,20 +121,22 @@ def way_through(
     on the first device now. Where that is plenty, and where a block cannot be run without numbers,
     nothing is forecast.
     """
-    model, batch, shape = run.language_model, run.batch_size, run.tokens.shape
+    model, batch, (samples, length) = run.language_model, run.batch_size, run.tokens.shape
     stored, devices = model.model.dtype, [*run.devices] * run.ranks.size
     forward = run.dtype or stored
     largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
     free = available_bytes(devices[0]) if limit is None else limit
-    if PLENTY * (hidden_bytes(shape, width(model), forward) + largest * 4) < free:
+    if PLENTY * (hidden_bytes(run.tokens.shape, width(model), forward) + largest * 4) < free:
         way = without_forecast(passes, None, batch)
     elif method.cost is None:
         way = without_forecast(passes, limit, batch)
     else:
         try:
-            built = build(model.model.config, forward)
-            work = Workload(built, method, planned, *shape, forward, stored, devices, model.spilled)
-            way = arrange(work, min(batch, work.samples), passes, free)
+            built, spilled = build(model.model.config, forward), model.spilled
+            work = Workload(
+                built, method, planned, samples, length, forward, stored, devices, spilled
+            )
+            way = arrange(work, min(batch, samples), passes, free)
         except UnsupportedModel:
             way = without_forecast("two" if passes == "auto" else passes, limit, batch)
     return {"passes": way.passes, "spill": way.spill, "batch_size": way.batch}

@@ -9,7 +9,7 @@ here with the counts that would do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
@@ -136,7 +136,7 @@ class Feasibility:
                 raise UnsupportedModel(_cannot_go(self.language_model, part))
         return available
 
-    def _places(self, index: int, wanted: set[Kind]) -> BlockRemoval:
+    def _places(self, index: int, wanted: Set[str]) -> BlockRemoval:
         """What could go out of a block, of the kinds that are wanted."""
         block = self.language_model.blocks[index]
         kind, matrices = signature(block), weight_matrices(block)
