@@ -26,11 +26,13 @@ def masks(language_model: LanguageModel) -> dict[str, Tensor]:
 
 def block_masks(block: nn.Module) -> dict[str, Tensor]:
     """Where the parameters of a block that hold weight matrices are not zero, bool, by name."""
-    return {name: block.get_parameter(name) != 0 for name in _parameters(block)}
+    return {name: parameter != 0 for name, parameter in matrix_parameters(block).items()}
 
 
-def _parameters(block: nn.Module) -> list[str]:
-    return sorted({matrix.parameter for matrix in weight_matrices(block).values()})
+def matrix_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a block that hold weight matrices, by name; experts share theirs."""
+    names = sorted({matrix.parameter for matrix in weight_matrices(block).values()})
+    return {name: block.get_parameter(name) for name in names}
 
 
 @torch.no_grad()
@@ -62,12 +64,10 @@ def written(
     in_blocks: set[str] = set()
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
-        every = [name for name, _ in block.named_parameters()]
+        every = dict(sorted(block.named_parameters()))
         in_blocks |= {f"{start}.{name}" for name in every}
-        tensors = {
-            f"{start}.{name}": block.get_parameter(name)
-            for name in (_parameters(block) if only_matrices else sorted(every))
-        }
+        trained = matrix_parameters(block) if only_matrices else every
+        tensors = {f"{start}.{name}": parameter for name, parameter in trained.items()}
         yield _stored(language_model, source, tensors, kept)
     if not only_matrices:
         parameters = dict(language_model.model.named_parameters())
@@ -95,7 +95,7 @@ def refuse_other_masks(
     """Raise BadCheckpoint unless two checkpoints have their zeros at the same places."""
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
-        tensors = {f"{start}.{name}": block.get_parameter(name) for name in _parameters(block)}
+        tensors = {f"{start}.{name}": p for name, p in matrix_parameters(block).items()}
         for name in checkpoint_tensors(language_model, tensors, before.places):
             if not torch.equal(before.tensor(name) == 0, after.tensor(name) == 0):
                 raise BadCheckpoint(

@@ -2,9 +2,8 @@
 and a stock module that runs them.
 
 What is sliced are rows and columns of the matrices of a group, and the biases that go with the
-rows.
-The module is the one that the family itself builds for the new configuration (`target_config`), so
-what runs here is what every loader will run.
+rows. The module is the one that the family itself builds for the new configuration
+(`target_config`), so what runs is what every loader will run.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ def without_groups(block: nn.Module, removed: Mapping[str, Iterable[ChannelGroup
             )
     for parameter, parts in sliced.items():
         fused = parts[0][0].expert
-        slices = [_slice(state, matrix, out, inputs) for matrix, out, inputs in parts]
+        slices = [_slice(matrix, out, inputs) for matrix, out, inputs in parts]
         if not fused:
             state[parameter] = slices[0]
         elif len(slices) == len(state[parameter]):
@@ -66,14 +65,9 @@ def _others(size: int, removed: Collection[int]) -> Tensor:
     return kept.nonzero().flatten()
 
 
-def _slice(
-    state: Mapping[str, Tensor], matrix: WeightMatrix, out: Tensor, inputs: Tensor
-) -> Tensor:
-    stored = state[matrix.parameter]
-    if matrix.expert:
-        stored = stored[int(matrix.name.rsplit(".", 2)[1])]
-    weight = stored.T if matrix.transposed else stored
-    left = weight[out.to(weight.device)][:, inputs.to(weight.device)]
+def _slice(matrix: WeightMatrix, out: Tensor, inputs: Tensor) -> Tensor:
+    """The rows `out` and the columns `inputs` of a matrix, as it is stored."""
+    left = matrix.weight[out.to(matrix.weight.device)][:, inputs.to(matrix.weight.device)]
     return (left.T if matrix.transposed else left).contiguous()
 
 
