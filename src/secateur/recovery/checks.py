@@ -21,15 +21,8 @@ from secateur.system.json_files import fits
 from secateur.system.settings import Training, Trust
 from secateur.system.tensors import count_zeros, is_finite
 
-WAYS = {
-    "lora": "adapters on every linear layer, merged under the mask",
-    "masked": "all weights, what is zero stays zero",
-    "distill": "all weights, towards what the dense model says next; the same as masked+distill",
-    "lora+distill": "adapters, towards what the dense model says next",
-    "masked+distill": "all weights, towards what the dense model says next",
-    "blocks": "the linear layers of one block at a time, towards what the dense block makes of the "
-    "same text",
-}
+WAYS = ("lora", "masked", "distill", "lora+distill", "masked+distill", "blocks")
+"""What each trains, and towards what: docs/recovery.md."""
 PACKAGES = ("peft", "accelerate")
 WORDS = "A model is pruned.\ndef f(x):\n    return x + 1  # Zürich 東京 0123456789"
 
