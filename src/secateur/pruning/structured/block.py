@@ -35,7 +35,7 @@ from secateur.models.stream.refine import Tuned, refine
 from secateur.pruning.structured.channel_scores import SELECTIONS, lowest, taylor
 from secateur.pruning.structured.depth import Missing, last_matrix, missing
 from secateur.pruning.structured.expert_scores import EXPERTS, highest_in_groups, routed_to
-from secateur.pruning.structured.feasibility import BlockRemoval, Removable
+from secateur.pruning.structured.feasibility import BlockRemoval, Choice
 from secateur.pruning.structured.method import StructuredMethod
 from secateur.pruning.structured.reconstruct import NEED, reconstructed
 from secateur.pruning.structured.slicing import State, without_experts, without_groups
@@ -66,9 +66,9 @@ class BlockSlicer:
         """The tensors of the block, as stored, with less in it and with what makes up for that."""
         refuse_non_finite_weights(self.step, weight_matrices(self.original))
         self.stored = working_copy(self.original, torch.device("cpu"), None)
-        by_kind: dict[str, dict[str, Removable]] = {"heads": {}, "channels": {}, "experts": {}}
-        for name, place in removal.items():
-            by_kind[place.of][name] = place
+        by_kind: dict[str, dict[str, Choice]] = {"heads": {}, "channels": {}, "experts": {}}
+        for name, choice in removal.items():
+            by_kind[choice.of][name] = choice
         experts = by_kind.pop("experts")
         kept_experts = self._kept_experts(experts) if experts else {}
         if self.method.reconstruct and (self.span or self.method.dense_target):
@@ -84,7 +84,7 @@ class BlockSlicer:
             )
             self.reports.append(MatrixReport(self.step.name, (0, 0), None, 0.0, None, note))
         if self.absorbing and self.absorbing not in removed:
-            self._remove_groups({self.absorbing: Removable("blocks", 0)})
+            self._remove_groups({self.absorbing: Choice("blocks", 0)})
         return without_experts(self.stored, without_groups(self.stored, removed), kept_experts)
 
     def refine(self, smaller: nn.Module, state: State) -> tuple[State, Tuned]:
@@ -122,43 +122,43 @@ class BlockSlicer:
         groups = getattr(self.run.language_model.model.config, "n_group", None) or 1
         score = EXPERTS[self.method.selections["experts"]]
         return {
-            name: highest_in_groups(score(routed[name]), place.left, groups)
-            for name, place in removal.items()
+            name: highest_in_groups(score(routed[name]), choice.left, groups)
+            for name, choice in removal.items()
         }
 
     def _batches(self) -> Iterator[tuple[Tensor, Call]]:
         """The hidden states of every batch as they enter the block, and its calls."""
         return ((hidden, calls[self.step.index]) for hidden, calls in self.step.windows())
 
-    def _remove_groups(self, places: BlockRemoval) -> dict[str, list[ChannelGroup]]:
+    def _remove_groups(self, choices: BlockRemoval) -> dict[str, list[ChannelGroup]]:
         """Choose groups, write zeros there and what makes up for them; the groups by matrix."""
         step, dense = self.step, self.method.dense_target
         need = {"square"}
         if self.method.reconstruct:
-            need |= NEED | (OF_DENSE if dense and self.absorbing not in places else set())
-        for place in places.values():
-            if place.groups:
-                need |= SELECTIONS[self.method.selections[place.of]].need
+            need |= NEED | (OF_DENSE if dense and self.absorbing not in choices else set())
+        for choice in choices.values():
+            if choice.groups:
+                need |= SELECTIONS[self.method.selections[choice.of]].need
         if "taylor" in need:  # which is no statistic of a forward
             need = need - {"taylor"} | {"gram"}
-        observed = step.observe(need, PROBE_TOKENS, list(places))
+        observed = step.observe(need, PROBE_TOKENS, list(choices))
         added = None
-        if self.absorbing in places:
+        if self.absorbing in choices:
             targets = [b.target.to(step.device) for b in step.batches()] if dense else None
             span, name = self._span_blocks(), str(self.absorbing)
             added = missing(step.block, span, name, step.windows(), step.index, targets)
         started = perf_counter()
         removed = {
             name: self._remove_from(
-                name, place, observed, added if name == self.absorbing else None
+                name, choice, observed, added if name == self.absorbing else None
             )
-            for name, place in places.items()
+            for name, choice in choices.items()
         }
         step.seconds.solve += perf_counter() - started
-        return {name: groups for name, groups in removed.items() if places[name].groups}
+        return {name: groups for name, groups in removed.items() if choices[name].groups}
 
     def _remove_from(
-        self, name: str, place: Removable, observed: CalibrationStatistics, added: Missing | None
+        self, name: str, choice: Choice, observed: CalibrationStatistics, added: Missing | None
     ) -> list[ChannelGroup]:
         """Remove groups of one matrix, which also takes over what is `added` to its output."""
         step = self.step
@@ -169,8 +169,8 @@ class BlockSlicer:
         stats = observed.stats.get(name)
         kept = torch.ones(weight.shape[1], dtype=torch.bool, device=step.device)
         groups: list[ChannelGroup] = []
-        if place.groups:
-            groups = [place.groups[i] for i in self._choose(name, place, weight, stats)]
+        if choice.groups:
+            groups = [choice.groups[i] for i in self._choose(name, choice, weight, stats)]
             kept[[i for group in groups for i in group.inputs]] = False
         new, new_bias = weight * kept, old_bias
         if self.method.reconstruct and stats is not None:
@@ -185,17 +185,15 @@ class BlockSlicer:
         else:
             error = _error_on(change, weight, observed.probes.get(name))
         note = self._note(weight, stats, absorbs=name == self.absorbing)
-        self.reports.append(_report(f"{step.name}.{name}", place, weight, error, note))
+        self.reports.append(_report(f"{step.name}.{name}", choice, weight, error, note))
         return groups
 
-    def _choose(
-        self, name: str, place: Removable, weight: Tensor, stats: Stats | None
-    ) -> list[int]:
+    def _choose(self, name: str, choice: Choice, weight: Tensor, stats: Stats | None) -> list[int]:
         """The numbers of the groups that go."""
-        inputs = place.inputs.to(weight.device)
-        selection = SELECTIONS[self.method.selections[place.of]]
+        inputs = choice.inputs.to(weight.device)
+        selection = SELECTIONS[self.method.selections[choice.of]]
         if stats is None:
-            return lowest(weight.square().sum(0)[inputs].sum(1), place.removed).tolist()
+            return lowest(weight.square().sum(0)[inputs].sum(1), choice.removed).tolist()
         if "taylor" in selection.need and self.step.sites[name].expert:
             # an expert's output is added: to first order they are the same
             selection = SELECTIONS["energy"]
@@ -203,15 +201,14 @@ class BlockSlicer:
             block = working_copy(self.step.block, self.step.device, torch.float32)
             score = taylor(block, name, inputs, self._batches()).to(weight.device)
             stats = Stats(stats.tokens, {**stats.sums, "taylor": score})
-        return selection.choose(weight, stats, inputs, place.removed).tolist()
+        return selection.choose(weight, stats, inputs, choice.removed).tolist()
 
     def _put_bias(self, name: str, values: Tensor) -> None:
         """Write a bias `[out]` into both copies of the block, rounded as it is stored."""
-        for block in (self.stored, self.step.block):
-            written, stored = (bias(b, weight_matrices(b)[name]) for b in (block, self.stored))
-            assert written is not None
-            assert stored is not None
-            written[1].copy_(values.to(stored[1].dtype))
+        for block in (self.stored, self.step.block):  # the second gets what the first has rounded
+            named = bias(block, weight_matrices(block)[name])
+            assert named is not None
+            values = named[1].copy_(values)
 
     def _note(self, weight: Tensor, stats: Stats | None, *, absorbs: bool) -> str:
         note = "" if stats is not None else "no calibration token: chosen by weights"
@@ -259,10 +256,10 @@ def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) ->
 
 
 def _report(
-    name: str, place: Removable, weight: Tensor, error: float | None, note: str
+    name: str, choice: Choice, weight: Tensor, error: float | None, note: str
 ) -> MatrixReport:
     rows, inputs, pattern = *weight.shape, None
-    if place.groups:
-        inputs = place.left * len(place.groups[0].inputs)
-        pattern = f"{place.left} of {place.total} {NAMES[place.of]} kept"
+    if choice.groups:
+        inputs = choice.left * len(choice.groups[0].inputs)
+        pattern = f"{choice.left} of {choice.total} {NAMES[choice.of]} kept"
     return MatrixReport(name, (rows, inputs), pattern, 0.0, error, note)

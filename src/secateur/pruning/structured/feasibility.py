@@ -33,11 +33,11 @@ NARROW = 0.1
 
 
 @dataclass(frozen=True)
-class Removable:
-    """The channels, heads or experts at one place of a block: how many there are and how many go.
+class Choice:
+    """How many of the `total` channels, heads or experts of one module are removed; which, is open.
 
-    The place of channels and heads is the weight matrix that reads them, in `groups` of inputs;
-    `expert`: whether that belongs to one expert. The place of experts is their module.
+    Channels and heads go by the name of the weight matrix that reads them, in `groups` of inputs;
+    `expert`: whether that belongs to one expert. Experts go by the name of their module.
     """
 
     of: Kind | Literal["blocks"]
@@ -56,8 +56,8 @@ class Removable:
         return torch.tensor([group.inputs for group in self.groups])
 
 
-BlockRemoval = Mapping[str, Removable]
-"""What goes out of every block of one kind, by place: heads first, then channels, then experts."""
+BlockRemoval = Mapping[str, Choice]
+"""What goes out of every block of one kind, by name: heads first, then channels, then experts."""
 
 
 def last_groups(removal: BlockRemoval) -> dict[str, Sequence[ChannelGroup]]:
@@ -129,14 +129,14 @@ class Feasibility:
         available: dict[Any, BlockRemoval] = {}
         for index, block in enumerate(self.language_model.blocks):
             if (kind := signature(block)) not in available:
-                available[kind] = self._places(index, wanted)
-        there = {place.of for removal in available.values() for place in removal.values()}
+                available[kind] = self._choices(index, wanted)
+        there = {choice.of for removal in available.values() for choice in removal.values()}
         for part in units:
             if part.of not in there:
                 raise UnsupportedModel(_cannot_go(self.language_model, part))
         return available
 
-    def _places(self, index: int, wanted: Set[str]) -> BlockRemoval:
+    def _choices(self, index: int, wanted: Set[str]) -> BlockRemoval:
         """What could go out of a block, of the kinds that are wanted."""
         block = self.language_model.blocks[index]
         kind, matrices = signature(block), weight_matrices(block)
@@ -149,12 +149,12 @@ class Feasibility:
         channels = {n: g for n, g in groups.items() if len(g[0].inputs) == 1}
         widest = max(map(len, channels.values()), default=0)
         channels = {n: g for n, g in channels.items() if len(g) >= NARROW * widest}
-        places = {n: Removable("heads", len(g), g, matrices[n].expert) for n, g in heads.items()}
+        choices = {n: Choice("heads", len(g), g, matrices[n].expert) for n, g in heads.items()}
         for name, some in channels.items():
-            places[name] = Removable("channels", len(some), some, matrices[name].expert)
+            choices[name] = Choice("channels", len(some), some, matrices[name].expert)
         for name, module in fused_experts(block).items():
-            places[name] = Removable("experts", count(module))
-        return {name: place for name, place in places.items() if place.of in wanted}
+            choices[name] = Choice("experts", count(module))
+        return {name: choice for name, choice in choices.items() if choice.of in wanted}
 
     def _target(
         self, kinds: Mapping[Any, BlockRemoval], kept: Sequence[int]
@@ -186,8 +186,9 @@ class Feasibility:
         """Why nothing holds the result, and what would be held."""
         reasons = []
         for of in ("heads", "channels"):
-            places = (place for removal in available.values() for place in removal.values())
-            if not (most := max((place.total for place in places if place.of == of), default=0)):
+            choices = (choice for removal in available.values() for choice in removal.values())
+            totals = [choice.total for choice in choices if choice.of == of]
+            if not (most := max(totals, default=0)):
                 continue
             fitting = [
                 f"{left} of {most}"
@@ -237,16 +238,16 @@ def _alternatives(available: Mapping[Any, BlockRemoval]) -> Iterator[Mapping[Any
         for kind, removal in available.items():
             widest = max((p.total for p in removal.values() if p.of == "channels"), default=0)
             chosen[kind] = {
-                name: place
-                for name, place in removal.items()
-                if (place.of != "heads" or head in (None, name))
-                and (place.of != "channels" or place.total == widest)
+                name: choice
+                for name, choice in removal.items()
+                if (choice.of != "heads" or head in (None, name))
+                and (choice.of != "channels" or choice.total == widest)
             }
         return chosen
 
     yield only(None)
-    places = [place for removal in available.values() for place in removal.items()]
-    heads = dict.fromkeys(name for name, place in places if place.of == "heads")
+    choices = [choice for removal in available.values() for choice in removal.items()]
+    heads = dict.fromkeys(name for name, choice in choices if choice.of == "heads")
     if len(heads) > 1:
         yield from map(only, heads)
 
@@ -260,21 +261,21 @@ def _counted(
     # Kernels that multiply by all experts at once take rows of whole 16 bytes only.
     least = 16 // (getattr(config, "dtype", None) or torch.float32).itemsize
     counted = {}
-    for name, place in removal.items():
-        total, units, steps = place.total, asked[place.of], align
-        if place.expert:
+    for name, choice in removal.items():
+        total, units, steps = choice.total, asked[choice.of], align
+        if choice.expert:
             steps = lcm(align or default_alignment(total), least)
         kept = units.kept(total, steps, f"{name} of {family}")
-        if place.of == "experts":
+        if choice.of == "experts":
             _check_routing(config, name, total, kept, units)
-        counted[name] = replace(place, removed=total - kept)
+        counted[name] = replace(choice, removed=total - kept)
     return counted
 
 
 def _left(removal: BlockRemoval, of: str, left: int) -> BlockRemoval:
     """The same where `left` units of one kind stay, and nothing else goes."""
-    places = {name: place for name, place in removal.items() if place.of == of}
-    return {n: replace(p, removed=max(p.total - left, 0)) for n, p in places.items()}
+    choices = {name: choice for name, choice in removal.items() if choice.of == of}
+    return {n: replace(p, removed=max(p.total - left, 0)) for n, p in choices.items()}
 
 
 def _check_routing(config: Any, name: str, total: int, kept: int, asked: Units) -> None:
@@ -300,9 +301,11 @@ def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockRemoval]) -
     """The numbers of a configuration that change."""
     numbers: list[Number] = []
     query_heads = getattr(language_model.model.config, "num_attention_heads", None)
-    for place in (place for removal in kinds.values() for place in removal.values()):
-        olds = (place.total, query_heads or place.total) if place.of == "heads" else (place.total,)
-        numbers += [Number(old, old * place.left // place.total, place.of) for old in olds]
+    for choice in (choice for removal in kinds.values() for choice in removal.values()):
+        olds = [choice.total]
+        if choice.of == "heads" and query_heads:
+            olds.append(query_heads)
+        numbers += [Number(old, old * choice.left // choice.total, choice.of) for old in olds]
     return [number for number in dict.fromkeys(numbers) if number.old != number.new]
 
 
@@ -323,18 +326,18 @@ def _try(language_model: LanguageModel, removal: Removal, device: torch.device) 
     wanted = [i for i in removal.kept if fewer or last_groups(removal.of(blocks[i]))]
     for index, original in enumerate(blocks[: max(wanted, default=-1) + 1]):
         block, call = working_copy(original, device, torch.float32), calls[index]
-        kind, places = signature(original), removal.of(original)
-        routed = any(place.of == "experts" for place in places.values())
+        kind, choices = signature(original), removal.of(original)
+        routed = any(choice.of == "experts" for choice in choices.values())
         before = own(call, {})
         dense = run_block(block, hidden, call)
         if index in wanted and not routed and (fewer or kind not in tried):
             tried.add(kind)
             empty = removal.smaller.blocks[removal.kept.index(index)]
-            state = without_groups(block, last_groups(places))
-            for name, groups in last_groups(places).items():
+            state = without_groups(block, last_groups(choices))
+            for name, groups in last_groups(choices).items():
                 inputs = [i for group in groups for i in group.inputs]
                 weight_matrices(block)[name].weight[:, inputs] = 0
-            expected = run_block(block, hidden, before) if places else dense
+            expected = run_block(block, hidden, before) if choices else dense
             if difference := _difference(empty, state, block, hidden, call, expected):
                 raise UnsupportedModel(
                     f"{language_model.block_name(index)} of {type(language_model.model).__name__} "

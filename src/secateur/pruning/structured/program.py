@@ -246,8 +246,8 @@ def _report(
 def _in_words(language_model: LanguageModel, removal: Removal) -> dict[str, str]:
     """What goes, by where: `mlp.down_proj` → `128 of 512 channels`; `blocks` → which."""
     words: dict[str, str] = {}
-    for name, place in (item for block in removal.kinds.values() for item in block.items()):
-        what = f"{place.removed} of {place.total} {NAMES[place.of]}"
+    for name, choice in (item for block in removal.kinds.values() for item in block.items()):
+        what = f"{choice.removed} of {choice.total} {NAMES[choice.of]}"
         words[re.sub(r"\.\d+\.", ".*.", name)] = what
     blocks = [i for i in range(len(language_model.blocks)) if i not in removal.kept]
     if blocks:

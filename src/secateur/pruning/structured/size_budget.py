@@ -96,7 +96,7 @@ def _half(feasibility: Feasibility, of: Kind, align: int | None) -> _Half | None
         if of == "channels" and align:
             raise
         return None
-    places = [place for block in removal.kinds.values() for place in block.values()]
-    most = max((place.total, place.removed) for place in places)
+    choices = [choice for block in removal.kinds.values() for choice in block.values()]
+    most = max((choice.total, choice.removed) for choice in choices)
     parameters = block_parameters(feasibility.language_model)
     return _Half(parameters - block_parameters(removal.smaller), *most)
