@@ -78,11 +78,12 @@ def recover(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Recovery:
-    """Fine-tune a pruned checkpoint so that its zeros stay; write it to `out`, say what was done.
+    """Fine-tune a pruned checkpoint so that its zeros stay, and write it to `out`.
 
     The options are those of the command (`system.settings`). Windows that were calibrated on, that
     overlap the text `evaluation` or are in `avoid` `[windows, length]` are not trained on; `apart`
-    says whether all were known. Raises SecateurError; NonFinite where the loss is NaN.
+    of the result says whether all were known. Raises SecateurError; NonFinite where the loss is
+    NaN.
     """
     training, texts = taken(Training, locals()), taken(TrainingText, locals())
     destination, trust = taken(Destination, locals()), taken(Trust, locals())

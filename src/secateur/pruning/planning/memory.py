@@ -165,7 +165,7 @@ def worst(work: Workload, mode: Mode) -> Moment:
 
 
 def _moments(work: Workload, mode: Mode, kind: Kind) -> Iterator[tuple[str, Parts]]:
-    """(when, what is held) for the moments of one block."""
+    """(when, bytes that are alive by name) for the moments of one block."""
     method, need, outline = work.method, work.method.need, work.outline
     dense = needs_dense(method)
     running = _running(work, kind)
@@ -207,7 +207,7 @@ def _moments(work: Workload, mode: Mode, kind: Kind) -> Iterator[tuple[str, Part
 
 
 def _running(work: Workload, kind: Kind) -> Parts:
-    """What is held all the while that a block is at hand."""
+    """What is alive all the while that a block is at hand."""
     outline, copies = work.outline, 1 + needs_dense(work.method)
     block = kind.parameters * work.forward.itemsize + kind.buffer_bytes
     hidden = outline.hidden_bytes * work.windows / work.batch / len(work.devices)

@@ -212,8 +212,8 @@ def _run(
 ) -> tuple[dict[str, int], list[Read]]:
     """(what is alive when each group is reached, what the matrices read).
 
-    With `hold` the inputs that are read stay alive, as those do that a run looks at; an identity
-    tells inputs apart only while they live, so without it none are told.
+    With `hold` the inputs that are read stay alive, as when a run looks at them, and the second is
+    filled: only while they live do identities tell inputs apart.
     """
     alive: dict[str, int] = {}
     dense: dict[tuple[int, int], Read] = {}
