@@ -82,8 +82,7 @@ def recover(
 
     The options are those of the command (`system.settings`). Windows that were calibrated on, that
     overlap the text `evaluation` or are in `avoid` `[windows, length]` are not trained on; `apart`
-    of the result says whether all were known. Raises SecateurError; NonFinite where the loss is
-    NaN.
+    says whether all were known. Raises SecateurError; NonFinite where the loss is NaN.
     """
     training, texts = taken(Training, locals()), taken(TrainingText, locals())
     destination, trust = taken(Destination, locals()), taken(Trust, locals())
