@@ -92,8 +92,9 @@ def model_lines() -> list[dict]:
         solving += sum(costs.shared(group[0][1]) for group in SITES.values())
         parts[name] = (solving, steps(costs, sites))
         windows = SAMPLES if method.need else BATCH
-        often = passes(method, len(SITES), "two").windows(windows, BATCH, last=False) / SAMPLES
-        whole[name] = solving + len(method.need & {"gram", "cross"}) * grams + often * forward
+        often = passes(method, len(SITES), "two")
+        through = ((often.whole + often.after) * windows + often.first * min(windows, BATCH)) / SAMPLES
+        whole[name] = solving + len(method.need & {"gram", "cross"}) * grams + through * forward
     return [
         {"kind": "derived", "part": part, "block_flops": flops, "model_flops": BLOCKS * flops,
          "model_sequential_steps": BLOCKS * chain, "model_flops_with_passes": BLOCKS * whole.get(part, flops)}

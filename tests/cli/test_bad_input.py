@@ -464,8 +464,8 @@ def test_patterns(prune, tiny_llama, pattern, words):
         ("--device", "auto,cpu", "There is no device here 'auto'. "),
         ("--device", "cpu,", "There is no device here ''. "),
         ("--device", "cuda:99", "There is no device here 'cuda:99'. "),
-        ("--skip", "*.dwn_proj", "There is no site that matches '*.dwn_proj'. Did you mean 'down_proj'?"),
-        ("--skip", "lm_head", "There is no site that matches 'lm_head'. Known: down_proj, gate_proj, "),
+        ("--skip", "*.dwn_proj", "There is no weight matrix that matches '*.dwn_proj'. Did you mean 'down_proj'?"),
+        ("--skip", "lm_head", "There is no weight matrix that matches 'lm_head'. Known: down_proj, gate_proj, "),
         ("--seq-len", "129", "Windows of 129 tokens were asked for; the model has a context of 128. Use --seq-len 128"),
     ],
 )
@@ -482,7 +482,7 @@ def test_evaluate_with_windows_longer_than_the_context(refused, tiny_llama, text
 
 @pytest.mark.parametrize("rule", ["owl", "error", "search"])
 def test_a_rule_for_a_pattern_that_cannot_be_shared_out(prune, refused, tiny_llama, out, rule):
-    words = f"2:4 removes the same of every site; --allocate {rule} needs a percentage such as '70%'."
+    words = f"2:4 removes the same of every weight matrix; --allocate {rule} needs a percentage such as '70%'."
     prune(tiny_llama, "--pattern", "2:4", "--allocate", rule, words=words)
     refused("plan", tiny_llama, "--out", out, "--pattern", "2:4", "--allocate", rule, words=words)
     refused("compare", tiny_llama, "--out", out, "--patterns", "50%,2:4", "--allocate", rule, words=words)
@@ -497,7 +497,12 @@ def test_a_plan_in_the_way(refused, tiny_llama, out):
 def test_a_plan_of_another_model(prune, tiny_llama, tmp_path):
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"schema": "secateur.plan/1", "sites": {"model.layers.9.mlp.up_proj": "50%"}}))
-    prune(tiny_llama, "--allocate", file, words="There is no site in this model 'model.layers.9.mlp.up_proj'. Did you")
+    prune(
+        tiny_llama,
+        "--allocate",
+        file,
+        words="There is no weight matrix in this model 'model.layers.9.mlp.up_proj'. Did you",
+    )
 
 
 def test_a_sparsity_near_all(prune, tiny_llama):

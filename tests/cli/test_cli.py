@@ -164,7 +164,7 @@ def test_the_forecast_has_the_names_and_defaults_of_prune():
 def test_plan_without_out_says_what_a_run_will_take(tiny_llama, tmp_path):
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     text = run("plan", tmp_path, "--method", "wanda", "--memory", "1GB")
-    assert "4 blocks, 28 sites that hold 100.0% of the block weights" in text
+    assert "4 blocks, 28 weight matrices that hold 100.0% of the block weights" in text
     assert "Blocks run in one pass, which fits into 1 GB." in text
     held = json.loads(run("plan", tmp_path, "--passes", "two", "--json"))
     assert (held["passes"], held["exact"], held["memory_limit"]) == ("two", False, None)

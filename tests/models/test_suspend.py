@@ -23,7 +23,6 @@ from secateur.pruning.planning.meta import storage
 from secateur.pruning.planning.outline import build, outline
 from secateur.pruning.planning.passes import Workload
 from secateur.system.memory import available_bytes, will_need
-from secateur.system.settings import Compute
 from secateur.system.sizes import find_size
 
 CPU = torch.device("cpu")
@@ -159,8 +158,8 @@ def test_what_does_not_fit_runs_in_smaller_batches_or_twice_or_goes_to_a_file():
     planned = [f"model.layers.{index}.mlp.down_proj" for index in range(4)]
 
     def way(limit: int | None, passes: str = "auto", shape=(512, 128)) -> tuple[str, bool, int]:
-        compute = Compute(passes=passes, memory=limit, batch_size=8)
-        found = way_through(language_model, shape, METHODS["wanda"], planned, compute, torch.float32, [CPU])
+        run = BlockRun(language_model, torch.zeros(shape, dtype=torch.int64), [CPU], torch.float32, 8)
+        found = way_through(run, METHODS["wanda"], planned, passes, limit)
         return found["passes"], found["spill"], found["batch_size"]
 
     built = build(language_model.model.config, torch.float32)

@@ -193,10 +193,14 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
     [
         ("{", BadPlan, "cannot be read as a plan"),
         ("[]", BadPlan, "is no plan: an object with schema 'secateur.plan/1' and 'sites' was wanted"),
-        ('{"schema": "secateur.plan/1", "sites": {}}', BadPlan, "leaves every site dense"),
-        ('{"schema": "secateur.plan/1", "sites": {"a.q": "dense"}}', BadPlan, "leaves every site dense"),
+        ('{"schema": "secateur.plan/1", "sites": {}}', BadPlan, "leaves every weight matrix dense"),
+        ('{"schema": "secateur.plan/1", "sites": {"a.q": "dense"}}', BadPlan, "leaves every weight matrix dense"),
         ('{"schema": "secateur.plan/1", "sites": {"a.q": 0.5}}', BadPlan, "gives a.q 0.5; a pattern such as '70%'"),
-        ('{"schema": "secateur.plan/1", "sites": {"a.p": "50%"}}', UnknownName, "There is no site in this model 'a.p'"),
+        (
+            '{"schema": "secateur.plan/1", "sites": {"a.p": "50%"}}',
+            UnknownName,
+            "There is no weight matrix in this model 'a.p'",
+        ),
         ('{"schema": "secateur.plan/1", "sites": {"a.q": "half"}}', BadPattern, "'half' is no sparsity pattern"),
         ('{"schema": "secateur.plan/1", "sites": {"a.q": "5:16"}}', BadPattern, "5:16 needs inputs in groups of 16"),
     ],
@@ -208,7 +212,7 @@ def test_what_is_no_plan_is_refused(tmp_path, text, error, words):
 
 
 def test_only_percentages_can_be_shared_out():
-    with pytest.raises(BadPlan, match=r"2:4 removes the same of every site"):
+    with pytest.raises(BadPlan, match=r"2:4 removes the same of every weight matrix"):
         scaled({"a.q": parse_pattern("2:4")}, {"a": 0.5})
 
 
@@ -250,7 +254,7 @@ def test_more_than_can_be_measured_is_refused():
 
 @pytest.mark.parametrize("rule", ["uniform", *ALLOCATIONS])
 def test_nothing_to_prune_is_refused(rule):
-    with pytest.raises(BadPlan, match="Every site is left out; nothing would be pruned"):
+    with pytest.raises(BadPlan, match="Every weight matrix is left out; nothing would be pruned"):
         planned(replayable(tiny_model("llama")), windows(), rule, method="wanda", pattern="50%", skip=["*"])
 
 
@@ -272,5 +276,5 @@ def test_a_plan_s_file_decides_instead_of_the_pattern(tmp_path):
     file = str(tmp_path / "plan.json")
     found = planned(language_model, windows(), file, method="wanda", pattern="3:7", skip=["q_proj"])
     assert found.keys() == {name for name in written if not name.endswith("q_proj")}
-    with pytest.raises(BadPlan, match="Every site is left out"):
+    with pytest.raises(BadPlan, match="Every weight matrix is left out"):
         planned(language_model, windows(), file, method="wanda", pattern="50%", skip=["*.1.*"])

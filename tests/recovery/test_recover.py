@@ -518,7 +518,9 @@ def test_a_folder_that_is_not_as_it_was_pruned(models, options, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(models / "llama-pruned", other)
     (other / "pruning.json").write_text(json.dumps(record | {"sparsity": 1e308}))
-    with pytest.raises(BadCheckpoint, match=r"The sites of .* have 50\.00% zeros, and its pruning\.json says 1e\+308"):
+    with pytest.raises(
+        BadCheckpoint, match=r"The weight matrices of .* have 50\.00% zeros, and its pruning\.json says 1e\+308"
+    ):
         recover(other, **options)
     (source / "pruning.json").unlink()
     with pytest.raises(BadCheckpoint, match=r"has no pruning\.json; a folder that 'secateur prune' wrote is wanted"):

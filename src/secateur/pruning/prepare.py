@@ -31,6 +31,7 @@ from secateur.system.machine import versions
 from secateur.system.memory import release_memory
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, Trust
+from secateur.system.sizes import find_size
 
 MINIMUM_COVERAGE = 0.95
 
@@ -163,9 +164,7 @@ def _decide(run: BlockRun, windows: Windows, zeros: Zeros, compute: Compute) -> 
     """The plan and the way through the blocks, as JSON can hold it: what a run that goes on takes
     over rather than decide again.
     """
-    recipe, language_model = zeros.recipe, run.language_model
-    plan = make_plan(language_model, windows, recipe, compute, run.progress)
-    devices = [*run.devices] * run.ranks.size
-    shape, method = windows.ids.shape, zeros.method
-    way = way_through(language_model, shape, method, plan, compute, run.dtype, devices)
+    recipe = zeros.recipe
+    plan = make_plan(run.language_model, windows, recipe, compute, run.progress)
+    way = way_through(run, zeros.method, plan, compute.passes, find_size(compute.memory))
     return {**way, "plan": {name: str(part) for name, part in plan.items()}}

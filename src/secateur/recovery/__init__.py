@@ -1,3 +1,1 @@
-"""Fine-tuning that keeps the zeros: read `recover` first. `training` does the steps, `lora` has
-what is merged.
-"""
+"""Fine-tuning that keeps the zeros: read `recover` first."""

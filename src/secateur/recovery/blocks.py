@@ -24,18 +24,14 @@ from secateur.models.stream.blocks import BlockRun, Step, stream
 from secateur.models.stream.refine import refine
 from secateur.recovery.checks import refuse_blocks
 from secateur.recovery.job import Job, Recovery
-from secateur.recovery.masks import block_masks, keep_masks, refuse_other_masks
+from secateur.recovery.masks import block_masks, keep_masks, matrix_parameters, refuse_other_masks
 
 STREAMS = 3
-"""Hidden states that are held: of the pruned model, of the dense one, and what its block at hand
-makes of them.
-"""
+"""Of hidden states: those of the pruned model, of the dense one, and what leaves its block."""
 
 
 def recover_blocks(job: Job) -> Recovery:
-    """Train every block in turn and write it as it is finished; a run that dies goes on after the
-    last of them.
-    """
+    """Train every block in turn and write it; a run that dies goes on after the last of them."""
     assert job.dense is not None
     (source, _, pruned), dense = job.pruned, job.dense.language_model
     refuse_blocks(pruned, dense)
@@ -49,14 +45,11 @@ def recover_blocks(job: Job) -> Recovery:
                 block, entry = _recovered(step, job)
                 now = perf_counter()
                 entry["seconds"], since = now - since, now
-                parameters = {
-                    f"{step.name}.{name}": block.get_parameter(name).data
-                    for name in block_masks(block)
-                }
-                last = step.last
+                trained = matrix_parameters(block)
+                tensors, last = {f"{step.name}.{n}": p.data for n, p in trained.items()}, step.last
                 step.inputs.replace(block)
-                del step, block
-                writer.commit(parameters, entry, last=last)
+                del step, block, trained
+                writer.commit(tensors, entry, last=last)
         if (result := writer.result) and not writer.done:
             result.settle()
             refuse_other_masks(source, open_checkpoint(result.partial), pruned)

@@ -1,6 +1,4 @@
-"""What a recovery refuses before it begins: another way, another model, a folder that is not what
-its record says.
-"""
+"""What a recovery refuses before it begins: options, other models, folders that were changed."""
 
 from __future__ import annotations
 
@@ -23,23 +21,14 @@ from secateur.system.settings import Training, Trust
 from secateur.system.tensors import count_zeros, is_finite
 from secateur.system.typed import Number, is_a
 
-WAYS = {
-    "lora": "adapters on every linear layer, merged under the mask",
-    "masked": "all weights, what is zero stays zero",
-    "distill": "all weights, towards what the dense model says next; the same as masked+distill",
-    "lora+distill": "adapters, towards what the dense model says next",
-    "masked+distill": "all weights, towards what the dense model says next",
-    "blocks": "the linear layers of one block at a time, towards what the dense block makes of the "
-    "same text",
-}
+WAYS = ("lora", "masked", "distill", "lora+distill", "masked+distill", "blocks")
+"""What each trains, and towards what: docs/recovery.md."""
 PACKAGES = ("peft", "accelerate")
 WORDS = "A model is pruned.\ndef f(x):\n    return x + 1  # Zürich 東京 0123456789"
 
 
 def check_way(training: Training, dense: str | Path | None) -> None:
-    """Raise UnknownName or UnsupportedModel for a way that is not there, or that lacks what it
-    needs.
-    """
+    """Raise UnknownName or UnsupportedModel for an unknown way, or one that lacks what it needs."""
     way = training.way
     if way not in WAYS:
         raise UnknownName("way to recover", way, WAYS)
@@ -67,9 +56,7 @@ def check_way(training: Training, dense: str | Path | None) -> None:
 
 
 def check_numbers(training: Training, device: torch.device) -> None:
-    """Raise UnsupportedModel for a rate or a seed that training cannot have, or a GPU that it would
-    not use.
-    """
+    """Raise UnsupportedModel for an impossible rate or seed, or a GPU that would not be used."""
     if training.rate is not None and not 0 < training.rate < float("inf"):
         raise UnsupportedModel(f"A rate is above 0; found {training.rate}.")
     if not 0 <= training.seed < 2**32:
@@ -110,9 +97,7 @@ def refuse_dropout(pruned: Pruned) -> None:
 
 
 def refuse_other_weights(pruned: Pruned) -> None:
-    """Raise BadCheckpoint where the zeros of a weight matrix are not as many as pruning.json says,
-    NonFinite for NaN or Inf.
-    """
+    """Raise BadCheckpoint for other zeros than pruning.json says, NonFinite for NaN or Inf."""
     source, record, language_model = pruned
     masked = record.get("kind") != "structured"
     recorded = {
@@ -139,14 +124,13 @@ def refuse_other_weights(pruned: Pruned) -> None:
     sparsity = record["sparsity"]
     if not (abs(all_zeros / total - sparsity) < 1e-6 if masked else 0 <= sparsity <= 1):
         raise BadCheckpoint(
-            f"The sites of {source.folder} have {all_zeros / total:.2%} zeros, and its {RECORD} "
-            f"says {sparsity}. The folder was changed after it was pruned; prune again."
+            f"The weight matrices of {source.folder} have {all_zeros / total:.2%} zeros, and its "
+            f"{RECORD} says {sparsity}. The folder was changed after it was pruned; prune again."
         )
 
 
 def refuse_other_model(pruned: Pruned, dense: Dense, trust: Trust) -> None:
-    """Raise UnsupportedModel where the dense model has another architecture, vocabulary or
-    tokenizer.
+    """Raise UnsupportedModel for a dense model of another architecture, vocabulary or tokenizer.
 
     A structured result may be carried by another architecture than the dense one, as Llama by
     Mistral.
@@ -176,9 +160,7 @@ def refuse_other_model(pruned: Pruned, dense: Dense, trust: Trust) -> None:
 
 
 def refuse_blocks(pruned: LanguageModel, dense: LanguageModel) -> None:
-    """Raise UnsupportedModel where the blocks of two models do not stand for each other on the same
-    hidden states.
-    """
+    """Raise UnsupportedModel where two models differ in more than the weights of their blocks."""
     if len(pruned.blocks) != len(dense.blocks):
         raise UnsupportedModel(
             f"The pruned model has {len(pruned.blocks)} blocks, the dense one {len(dense.blocks)}; "

@@ -31,19 +31,10 @@ from secateur.system.memory import freed_memory_kept
 
 
 def finetune(job: Job) -> Recovery:
-    """Train under the mask and write the result. A run that dies goes on after its last
-    checkpoint.
-    """
+    """Train under the mask and write the result, from the last checkpoint where a run died."""
     language_model, training = job.pruned.language_model, job.training
     model: Any = language_model.model
-    folder = job.out.resolve().with_name(f".{job.out.name}.recovery")
-    with TrainingState(
-        folder,
-        job.conditions,
-        restart=job.destination.restart,
-        ranks=job.ranks,
-        started=job.started,
-    ) as state:
+    with TrainingState(job) as state:
         kept = masks(language_model)
         trained = model.float()
         model.requires_grad_(True)
@@ -75,21 +66,17 @@ def finetune(job: Job) -> Recovery:
 def _write(job: Job, recovery: Recovery, kept: Mapping[str, Tensor]) -> None:
     job.progress.begin("writing")
     source, _, language_model = job.pruned
-    overwrite = job.destination.overwrite
+    overwrite, lora = job.destination.overwrite, job.training.way.startswith("lora")
     with output(source, job.out, overwrite=overwrite, run=job.conditions) as result:
         if not result.done:
-            for tensors in written(
-                language_model, source, kept, only_matrices=job.training.way.startswith("lora")
-            ):
+            for tensors in written(language_model, source, kept, only_matrices=lora):
                 result.write(tensors)
             refuse_other_masks(source, open_checkpoint(result.partial), language_model)
         result.finish(job.record(recovery))
 
 
 def _linear_layers(language_model: LanguageModel) -> list[str]:
-    """The full names of the linear layers of the blocks; stacks of experts have no place for an
-    adapter.
-    """
+    """The full names of the linear layers of the blocks; fused experts cannot have adapters."""
     names = [
         f"{language_model.block_name(index)}.{name}"
         for index, block in enumerate(language_model.blocks)

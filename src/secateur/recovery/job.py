@@ -41,8 +41,8 @@ class Dense(NamedTuple):
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a recovery did: by which way, on how much text, in how many seconds over all runs, and
-    the loss by step.
+    """What a recovery did, on how much text, in how many seconds over all runs, and the loss by
+    step.
 
     `apart`: whether none of the text is that of the calibration; False where that could not be
     drawn again. `blocks`: what was trained block by block has no such loss, but the output error of

@@ -20,9 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class MaskedLora(Linear):
-    """A LoRA layer over a linear layer or a Conv1D; where the weight was zero when it was made, it
-    stays so.
-    """
+    """A LoRA layer over a linear layer or a Conv1D that keeps the zeros which the weight has."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **options: Any
@@ -52,8 +50,7 @@ class MaskedLora(Linear):
 
 
 def with_adapters(model: PreTrainedModel, names: Sequence[str], rank: int, seed: int) -> PeftModel:
-    """The model with a masked adapter of that rank on each linear layer that is named; nothing else
-    is trained.
+    """The model with a masked adapter of that rank on each layer named; nothing else is trained.
 
     Adapters begin at zero, with one of the two matrices random by `seed`, so that a run that is
     taken up is the same.
@@ -64,6 +61,6 @@ def with_adapters(model: PreTrainedModel, names: Sequence[str], rank: int, seed:
     config._register_custom_module({nn.Linear: MaskedLora, Conv1D: MaskedLora})
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        found = get_peft_model(model, config)
-    assert isinstance(found, PeftModel)
-    return found
+        adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    return adapted

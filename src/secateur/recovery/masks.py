@@ -15,9 +15,7 @@ from secateur.models.stored import checkpoint_tensors
 
 
 def masks(language_model: LanguageModel) -> dict[str, Tensor]:
-    """Where the weight matrices that have zeros are not zero: bool, by the name of the parameter
-    and of its shape.
-    """
+    """Where the parameters that hold weight matrices with zeros are not zero: bool, by name."""
     return {
         f"{language_model.block_name(index)}.{name}": kept
         for index, block in enumerate(language_model.blocks)
@@ -27,30 +25,26 @@ def masks(language_model: LanguageModel) -> dict[str, Tensor]:
 
 
 def block_masks(block: nn.Module) -> dict[str, Tensor]:
-    """Where the weight matrices of a block are not zero: bool, by the name of the parameter and of
-    its shape.
-    """
-    return {name: block.get_parameter(name) != 0 for name in _parameters(block)}
+    """Where the parameters of a block that hold weight matrices are not zero, bool, by name."""
+    return {name: parameter != 0 for name, parameter in matrix_parameters(block).items()}
 
 
-def _parameters(block: nn.Module) -> list[str]:
-    return sorted({matrix.parameter for matrix in weight_matrices(block).values()})
+def matrix_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a block that hold weight matrices, by name; experts share theirs."""
+    names = sorted({matrix.parameter for matrix in weight_matrices(block).values()})
+    return {name: block.get_parameter(name) for name in names}
 
 
 @torch.no_grad()
 def keep_masks(block: nn.Module, before: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Round trained parameters to the dtype they had `before`; one that rounds to zero gets its
-    value from before.
-    """
+    """Round trained parameters to the dtype they had `before`; none that is `kept` becomes zero."""
     for name, mask in kept.items():
         parameter = block.get_parameter(name)
         parameter.copy_(_rounded(parameter, before.get_parameter(name).to(mask.device), mask))
 
 
 def _rounded(trained: Tensor, before: Tensor, kept: Tensor) -> Tensor:
-    """Trained weights in the dtype of those before; what is kept and would be zero is what it
-    was.
-    """
+    """Trained weights in the dtype of those before; what is kept does not become zero."""
     rounded = trained.to(before.dtype)
     return torch.where((rounded == 0) & kept, before, rounded)
 
@@ -63,21 +57,17 @@ def written(
     *,
     only_matrices: bool,
 ) -> Iterator[dict[str, Tensor]]:
-    """The trained tensors by checkpoint name, block by block and then the rest, in the dtype they
-    are stored in.
+    """The trained tensors by checkpoint name, as stored: block by block, and then the rest.
 
-    A weight that rounds to zero although it is kept gets its value from before: the mask is the
-    mask.
+    A weight that rounds to zero although it is kept gets its value from before.
     """
     in_blocks: set[str] = set()
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
-        every = [name for name, _ in block.named_parameters()]
+        every = dict(sorted(block.named_parameters()))
         in_blocks |= {f"{start}.{name}" for name in every}
-        tensors = {
-            f"{start}.{name}": block.get_parameter(name)
-            for name in (_parameters(block) if only_matrices else sorted(every))
-        }
+        trained = matrix_parameters(block) if only_matrices else every
+        tensors = {f"{start}.{name}": parameter for name, parameter in trained.items()}
         yield _stored(language_model, source, tensors, kept)
     if not only_matrices:
         parameters = dict(language_model.model.named_parameters())
@@ -102,12 +92,10 @@ def _stored(
 def refuse_other_masks(
     before: Checkpoint, after: Checkpoint, language_model: LanguageModel
 ) -> None:
-    """Raise BadCheckpoint unless every weight matrix of two checkpoints is zero at the same places,
-    weight by weight.
-    """
+    """Raise BadCheckpoint unless two checkpoints have their zeros at the same places."""
     for index, block in enumerate(language_model.blocks):
         start = language_model.block_name(index)
-        tensors = {f"{start}.{name}": block.get_parameter(name) for name in _parameters(block)}
+        tensors = {f"{start}.{name}": p for name, p in matrix_parameters(block).items()}
         for name in checkpoint_tensors(language_model, tensors, before.places):
             if not torch.equal(before.tensor(name) == 0, after.tensor(name) == 0):
                 raise BadCheckpoint(

@@ -78,7 +78,7 @@ def recover(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Recovery:
-    """Fine-tune a pruned checkpoint so that its zeros stay; write it to `out`, say what was done.
+    """Fine-tune a pruned checkpoint so that its zeros stay, and write it to `out`.
 
     The options are those of the command (`system.settings`). Windows that were calibrated on, that
     overlap the text `evaluation` or are in `avoid` `[windows, length]` are not trained on; `apart`
@@ -123,9 +123,7 @@ def run(job: Job) -> Recovery:
 
 
 def rate_of(way: str, pruned: LanguageModel) -> float:
-    """The highest rate of a way where none is asked for; that of blocks is relative, as `refine`
-    says.
-    """
+    """The highest rate of a way where none is asked for; that of blocks is relative (`refine`)."""
     if way == "blocks":
         return RATE
     kind = "lora" if way.startswith("lora") else "distill" if way.endswith("distill") else "masked"
@@ -194,9 +192,7 @@ def _windows(
 
 
 def _calibrated(calibration: Any, tokenizer: Any, data_dir: Path | None) -> Windows | None:
-    """The windows that a record says the model was calibrated on, drawn again; None where their
-    text is not to be had.
-    """
+    """The windows that a record says were calibrated on; None where they cannot be drawn again."""
     if not isinstance(calibration, dict):
         return None
     try:

@@ -1,11 +1,9 @@
-"""The text that a model recovers on: windows of a stream of documents, none of which was calibrated
-or judged on.
-"""
+"""The text that a model recovers on: windows that it was not calibrated or judged on."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,8 @@ from secateur.data.windows import Windows, border_of, encode
 from secateur.errors import NotEnoughText
 
 RUN, LEAST = 32, 8
-"""A window that shares so many consecutive tokens with text that it must not have is left out:
-`RUN`, or as many as the shortest pieces have, but not fewer than `LEAST`.
+"""A window that shares so many consecutive tokens with text to be avoided is left out: `RUN`, or as
+many as the shortest pieces have, at least `LEAST`.
 """
 AT_ONCE = 64
 
@@ -34,8 +32,7 @@ def recovery_windows(
     avoid: Sequence[Tensor] = (),
     data_dir: Path | None = None,
 ) -> Windows:
-    """`count` windows of `length` tokens, no token twice, from documents in an order that `seed`
-    draws.
+    """`count` windows of `length` tokens, no token twice, from documents in an order by `seed`.
 
     None shares `RUN` consecutive tokens with the text in `avoid`, `[windows, length]` each, whose
     rows may follow one another; no document that is shorter is part of it. Raises NotEnoughText,
@@ -46,14 +43,12 @@ def recovery_windows(
     size = max(min([RUN, length, *(ids.shape[1] for ids in avoid)]), LEAST)
     windows: list[Tensor] = []
     seen = 0
-    documents = _documents(
-        tokenizer,
-        corpus_texts(source, split, data_dir),
-        seed,
-        together=source == "wikitext2",
-        left_out=lambda ids: len(ids) < size and known.has(ids),
-    )
-    for window in _windows(documents, length):
+    texts = corpus_texts(source, split, data_dir)
+    if source == "wikitext2":  # its texts are lines that belong together
+        texts = ["\n\n".join(texts)]
+    documents = _documents(tokenizer, texts, seed)
+    unknown = (ids for ids in documents if len(ids) >= size or not known.has(ids))
+    for window in _windows(unknown, length, border_of(tokenizer)):
         seen += 1
         if not known.has(window, size):
             windows.append(window)
@@ -92,32 +87,21 @@ class _Known:
 
 
 def _documents(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    seed: int,
-    *,
-    together: bool,
-    left_out: Callable[[Tensor], bool],
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seed: int
 ) -> Iterator[Tensor]:
-    """The documents of a corpus as token ids, in a random order; lines that belong `together` are
-    one document.
-    """
-    if together:
-        texts = ["\n\n".join(texts)]
+    """The documents of a corpus as token ids, in a random order."""
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
-    border = border_of(tokenizer)
     for start in range(0, len(order), AT_ONCE):
         for ids in encode(tokenizer, [texts[i] for i in order[start : start + AT_ONCE]]):
-            if not left_out(torch.tensor(ids, dtype=torch.int64)):
-                yield torch.tensor([*ids, *border], dtype=torch.int64)
+            yield torch.tensor(ids, dtype=torch.int64)
 
 
-def _windows(documents: Iterator[Tensor], length: int) -> Iterator[Tensor]:
-    """The stream of documents cut into windows that do not overlap."""
-    rest = torch.empty(0, dtype=torch.int64)
+def _windows(documents: Iterable[Tensor], length: int, border: Sequence[int]) -> Iterator[Tensor]:
+    """The documents with a `border` after each, cut into windows that do not overlap."""
+    rest, between = torch.empty(0, dtype=torch.int64), torch.tensor(border, dtype=torch.int64)
     for document in documents:
-        rest = torch.cat([rest, document])
+        rest = torch.cat([rest, document, between])
         whole = len(rest) // length * length
         yield from rest[:whole].view(-1, length)
         rest = rest[whole:]

@@ -1,6 +1,4 @@
-"""Steps of training: transformers' `Trainer` with masks, a target, checkpoints that are whole, and
-our own progress.
-"""
+"""Training: transformers' `Trainer` with a target, checkpoints that are whole, our progress."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ from secateur.system.files import disk_errors
 WARM = 0.05
 """The share of the steps in which the rate rises."""
 SQUARES = 0.98
-"""How Adam's mean of squares decays: over fifty steps and not a thousand, which is more than many
-recoveries have.
-"""
+"""How Adam's mean of squares decays: over 50 steps, not 1000, which many recoveries do not have."""
 _NAMES = {one.name for one in fields(TrainingArguments)}
 _CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
@@ -32,8 +28,7 @@ _CHECKPOINTING = (
 
 
 class Divergence(torch.autograd.Function):
-    """KL(wanted ‖ given) of next-token distributions by their logits `[…, vocabulary]`: the mean
-    over rows, nats.
+    """KL(wanted ‖ given) in nats, the mean over rows, for logits `[…, vocabulary]` of next tokens.
 
     The gradient is (softmax(given) − softmax(wanted)) / rows. Written out, two tensors of the
     logits' size are held, and nothing is gone through twice.

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any
 
 from secateur.checkpoints.journal import Journal, differences
 from secateur.errors import ConditionsDiffer
-from secateur.models.stream.distributed import Ranks
+from secateur.recovery.job import Job
 from secateur.system.files import disk_errors, sync
 
 WHOLE = "whole"
@@ -25,25 +23,17 @@ SECONDS = "seconds"
 
 
 class TrainingState:
-    """A training in `folder` that is going on; use it with `with`. Of several processes, the first
-    alone writes.
+    """A training that is going on, to be used with `with`; of several processes the first writes.
 
     Where it ends without a checkpoint, nothing is kept. Raises OutputRefused where another run is
-    going on there, ConditionsDiffer where a run that died had others; `restart` discards that.
+    going on there, ConditionsDiffer where a run that died had others; --restart discards that.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        conditions: Mapping[str, Any],
-        *,
-        restart: bool,
-        ranks: Ranks,
-        started: float,
-    ) -> None:
-        self.folder, self.ranks, self._started, self._before = folder, ranks, started, 0.0
+    def __init__(self, job: Job) -> None:
+        self.folder = job.out.resolve().with_name(f".{job.out.name}.recovery")
+        self.ranks, self._started, self._before = job.ranks, job.started, 0.0
         self._journal: Journal | None = None
-        ranks.same(lambda: self._begin(conditions, restart))
+        job.ranks.same(lambda: self._begin(job.conditions, job.destination.restart))
 
     @property
     def seconds(self) -> float:
@@ -77,12 +67,7 @@ class TrainingState:
     def __enter__(self) -> TrainingState:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._journal is None:
             return
         if self.last() is None:

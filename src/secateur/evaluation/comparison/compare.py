@@ -40,6 +40,7 @@ from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
+from secateur.models.stream.blocks import BlockRun
 from secateur.pruning.opening import draw_calibration
 from secateur.pruning.planning.memory import way_through
 from secateur.pruning.structured.feasibility import Feasibility
@@ -174,16 +175,15 @@ def _passes(asked: Comparison, language_model: LanguageModel, calibration: Windo
         return compute.passes
     if (recorded := recorded_condition(asked.out, "passes")) is not None:
         return recorded
-    shapes = matrix_shapes(language_model)
     forward = calibration_dtype(compute.dtype, asked.device, language_model.model.dtype)
     devices = [asked.device] * len(find_devices(compute.device))
+    run = BlockRun(language_model, calibration.ids, devices, forward, compute.batch_size)
+    shapes, limit = matrix_shapes(language_model), find_size(compute.memory)
     methods = dict.fromkeys(cell.method for cell in asked.cells if not cell.structured)
-    for name in methods:
-        shape, method = calibration.ids.shape, find_method(name)
-        way = way_through(language_model, shape, method, shapes, compute, forward, devices)
-        if way["passes"] == "two":
-            return "two"
-    return "one"
+    ways = (
+        way_through(run, find_method(method), shapes, "auto", limit)["passes"] for method in methods
+    )
+    return "two" if "two" in ways else "one"
 
 
 def _results(

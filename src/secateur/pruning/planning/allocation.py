@@ -46,16 +46,14 @@ def uniform(shapes: Shapes, pattern: Pattern, skip: Sequence[str] = ()) -> Plan:
 
 
 def names_left(names: Iterable[str], skip: Sequence[str]) -> list[str]:
-    """The names that match no glob in `skip`. Raises UnknownName for a glob that matches
-    nothing.
-    """
+    """The names that match no glob in `skip`; UnknownName for a glob that matches nothing."""
     names, left_out = list(names), set[str]()
     for glob in skip:
         globs = (glob, f"*.{glob}")
         matching = {name for name in names if any(fnmatchcase(name, each) for each in globs)}
         if not matching:
             ends = {name.rsplit(".", 1)[-1] for name in names}
-            raise UnknownName("site that matches", glob, ends)
+            raise UnknownName("weight matrix that matches", glob, ends)
         left_out |= matching
     return [name for name in names if name not in left_out]
 
@@ -63,8 +61,7 @@ def names_left(names: Iterable[str], skip: Sequence[str]) -> list[str]:
 def by_outliers(
     shares: Mapping[str, float], sizes: Mapping[str, int], sparsity: float, spread: float
 ) -> dict[str, float]:
-    """The sparsity of every block, from the share of outliers among its weights' scores (OWL, sec.
-    3.3).
+    """The sparsity of every block from its share of outliers among the scores (OWL, sec. 3.3).
 
     Linear in the share: the block with fewest outliers loses 2 · `spread` more than the one with
     most, and the mean over weights, `sizes` of them in each block, is `sparsity`. Raises BadPlan
@@ -80,12 +77,11 @@ def by_outliers(
 def least_error(
     curves: Mapping[str, Curve], sizes: Mapping[str, int], sparsity: float
 ) -> dict[str, float]:
-    """The sparsities of mean `sparsity`, by `sizes`, with the least sum of errors: a continuous
-    knapsack.
+    """The sparsities of mean `sparsity`, by `sizes`, with the least sum of errors.
 
-    A curve is read as the lines between the points of its lower convex hull, so the next weight
-    always goes where the error grows least, and that is exact. Raises BadPlan where the curves do
-    not reach as far as `sparsity`.
+    A continuous knapsack: a curve is read as the lines between the points of its lower convex hull,
+    so the next weight always goes where the error grows least, and that is exact. Raises BadPlan
+    where the curves do not reach `sparsity`.
     """
     ratios, pieces = {}, []
     for name, curve in curves.items():
@@ -136,8 +132,8 @@ def scaled(plan: Plan, ratios: Mapping[str, float]) -> Plan:
     for name, pattern in plan.items():
         if not isinstance(pattern, Unstructured):
             raise BadPlan(
-                f"{pattern} removes the same of every site; only a percentage such as '70%' can be "
-                "shared out."
+                f"{pattern} removes the same of every weight matrix; only a percentage such as "
+                "'70%' can be shared out."
             )
         owner = name if name in ratios else next(b for b in ratios if name.startswith(f"{b}."))
         shared[name] = Unstructured(round(ratios[owner], 6), pattern.over)
@@ -151,9 +147,7 @@ def sparsity_of(plan: Plan, shapes: Shapes) -> float:
 
 
 def label(plan: Plan, shapes: Shapes) -> str:
-    """The pattern that a plan holds: the one that every matrix has, else the mean sparsity of
-    them.
-    """
+    """The pattern that every matrix of a plan has, else their mean sparsity."""
     patterns = {str(pattern) for pattern in plan.values()}
     if len(patterns) == 1:
         return patterns.pop()
@@ -192,7 +186,7 @@ def read_plan(file: Path, shapes: Shapes) -> Plan:
     plan: dict[str, Pattern] = {}
     for name, text in document["sites"].items():
         if name not in shapes:
-            raise UnknownName("site in this model", name, shapes)
+            raise UnknownName("weight matrix in this model", name, shapes)
         if not isinstance(text, str):
             raise BadPlan(
                 f"{file} gives {name} {text!r}; a pattern such as '70%', or 'dense', was wanted."
@@ -201,7 +195,7 @@ def read_plan(file: Path, shapes: Shapes) -> Plan:
             plan[name] = parse_pattern(text)
             plan[name].check(shapes[name], name)
     if not plan:
-        raise BadPlan(f"{file} leaves every site dense; nothing would be pruned.")
+        raise BadPlan(f"{file} leaves every weight matrix dense; nothing would be pruned.")
     return plan
 
 

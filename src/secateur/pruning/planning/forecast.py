@@ -12,7 +12,7 @@ program and are refused.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -28,11 +28,9 @@ from secateur.models.context import check_length, context
 from secateur.models.load import load_config, resolve
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
-from secateur.models.replay import LanguageModel
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.planning.memory import (
     UNKNOWN_COST,
-    Arrangement,
     Moment,
     arrange,
     check_passes,
@@ -48,7 +46,7 @@ from secateur.pruning.planning.passes import (
     seconds_of,
 )
 from secateur.system.devices import calibration_dtype, find_devices, find_dtype
-from secateur.system.settings import CalibrationText, Compute, Recipe, Trust
+from secateur.system.settings import CalibrationText, Compute, Recipe, Trust, taken
 from secateur.system.sizes import find_size, in_words
 
 LEFT_OUT = (
@@ -63,8 +61,7 @@ LEFT_OUT = (
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take. Bytes, operations and seconds; `memory`, `operations` and `seconds` by
-    "one" and "two".
+    """What a run will take; `memory`, `operations` and `seconds` by "one" and "two" passes.
 
     `passes` is the way that was asked for or chosen; `fits`, whether it stays within
     `memory_limit`, None without one. `checkpoint_bytes` are exact where `exact`, else parameters
@@ -120,22 +117,17 @@ def forecast(
     trust_remote_code: bool = Trust.trust_remote_code,
     measure: bool = True,
 ) -> Forecast:
-    """What pruning a model will take, from its config.json; weights are never loaded. Arguments as
-    for `prune`.
+    """Say what pruning a model will take, from its config.json; arguments as for `prune`.
 
-    `model` is a folder or a hub name, of which only small files are fetched; headers of shards are
-    used where they lie there. `passes`: whether a block runs once, with every batch waiting inside
-    it (`one`), or is looked at first (`two`); `auto` takes `one` where all fits into `memory`,
-    bytes or text such as '16GB'. Without `measure` no rate is measured and no seconds are said.
+    Weights are never loaded: `model` is a folder or a hub name, of which only small files are
+    fetched; headers of shards are used where they lie there. `passes`: whether a block runs once,
+    with every batch waiting inside it (`one`), or is looked at first (`two`); `auto` takes `one`
+    where all fits into `memory`. Without `measure` no rate is measured and no seconds are said.
     Raises BadPattern for structures, and SecateurError as `prune` does.
     """
-    recipe = Recipe(method=method, pattern=pattern, skip=skip)
-    text = CalibrationText(samples=samples, seq_len=seq_len)
-    compute = Compute(
-        device=device, dtype=dtype, batch_size=batch_size, passes=passes, memory=memory
-    )
-    trust = Trust(trust_remote_code=trust_remote_code)
-    return _forecast(model, recipe, text, compute, trust, measure=measure)
+    recipe, text = taken(Recipe, locals()), taken(CalibrationText, locals())
+    compute, trust = taken(Compute, locals()), taken(Trust, locals())
+    return _forecast(model, recipe, text, compute, trust, measure)
 
 
 def _forecast(
@@ -144,17 +136,16 @@ def _forecast(
     text: CalibrationText,
     compute: Compute,
     trust: Trust,
-    *,
     measure: bool,
 ) -> Forecast:
-    """The same, of options as they travel."""
     work, size, exact = _workload(model, recipe, text, compute, trust)
     limit, batch = find_size(compute.memory), min(text.samples, compute.batch_size)
     if known := work.method.cost is not None:
         way = arrange(work, batch, compute.passes, limit)
     else:
         way = without_forecast(compute.passes, limit, batch)
-    flops = {mode: operations(work, way.batch, mode) for mode in MODES if known}
+    work = replace(work, batch=way.batch)
+    flops = {mode: operations(work, mode) for mode in MODES if known}
     speeds = rates(work.devices[0], work.forward) if measure and known else {}
     seconds = {mode: seconds_of(done, speeds).total for mode, done in flops.items() if speeds}
     peak = way.peaks.get(way.passes)
@@ -173,7 +164,7 @@ def _forecast(
         device=",".join(map(str, work.devices)),
         forward_dtype=str(work.forward).removeprefix("torch."),
         stored_dtype=str(work.stored).removeprefix("torch."),
-        parameters=_parameters(work.built),
+        parameters=work.built.model.num_parameters(),
         blocks=len(blocks),
         sites=len(shapes),
         pruned_sites=len(work.planned),
@@ -192,7 +183,7 @@ def _forecast(
         operations=flops,
         rates=speeds,
         seconds=seconds or None,
-        left_out=tuple(_left_out(work, way, recipe.method)),
+        left_out=tuple(_left_out(work, recipe.method)),
     )
 
 
@@ -218,7 +209,7 @@ def _workload(
     stored = stored or torch.float32
     forward = calibration_dtype(dtype, devices[0], stored) or stored
     built = build(config, forward, trust_remote_code=remote)
-    size = checkpoint.bytes if checkpoint else _parameters(built) * stored.itemsize
+    size = checkpoint.bytes if checkpoint else built.model.num_parameters() * stored.itemsize
     work = Workload(
         built=built,
         method=method,
@@ -233,10 +224,6 @@ def _workload(
     return work, size, checkpoint is not None
 
 
-def _parameters(built: LanguageModel) -> int:
-    return sum(parameter.numel() for parameter in built.model.parameters())
-
-
 def _zeros(pattern: str) -> Pattern:
     """The pattern of zeros of that name. Raises BadPattern for a structure."""
     chosen = parse(pattern)
@@ -249,9 +236,9 @@ def _zeros(pattern: str) -> Pattern:
     return chosen
 
 
-def _left_out(work: Workload, way: Arrangement, method: str) -> Iterator[str]:
+def _left_out(work: Workload, method: str) -> Iterator[str]:
     """What the figures of this forecast do not count."""
-    kinds = work.outline(way.batch).kinds
+    kinds = work.outline.kinds
     yield from LEFT_OUT
     if unseen := sorted({name for kind in kinds for name in kind.unseen}):
         yield (
@@ -297,8 +284,8 @@ def _run_lines(forecast: Forecast) -> list[str]:
     source = "as their headers say" if forecast.exact else "as the configuration says"
     return [
         f"{forecast.architecture}: {forecast.parameters / 1e9:.4g} B parameters in "
-        f"{forecast.stored_dtype}, {forecast.blocks} blocks, {forecast.sites} sites that hold "
-        f"{forecast.coverage:.1%} of the block weights.",
+        f"{forecast.stored_dtype}, {forecast.blocks} blocks, {forecast.sites} weight matrices that "
+        f"hold {forecast.coverage:.1%} of the block weights.",
         f"Pruning {forecast.pruned_sites} of them with {forecast.method} to {forecast.pattern}: "
         f"{forecast.samples} windows of {forecast.seq_len} tokens in batches of "
         f"{forecast.batch_size}, {forecast.forward_dtype} on {forecast.device}.",

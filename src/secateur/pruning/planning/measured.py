@@ -38,7 +38,7 @@ from secateur.pruning.planning.allocation import (
 )
 from secateur.pruning.planning.search import search
 from secateur.pruning.planning.sensitivity import Sensitivity, levels_around
-from secateur.system.devices import find_devices, find_dtype, forward_dtype
+from secateur.system.devices import find_resources, forward_dtype
 from secateur.system.files import disk_errors
 from secateur.system.machine import typed_command
 from secateur.system.progress import Progress
@@ -49,12 +49,11 @@ from secateur.system.settings import (
     PlannedRecipe,
     Recipe,
     Trust,
+    taken,
 )
 
 OUTLIER, SPREAD = 5.0, 0.08
-"""OWL's M, from how many times the mean a score is an outlier, and λ, how far a block may go from
-the mean.
-"""
+"""OWL's M, how many times the mean an outlier is, and λ, how far a block may go from the mean."""
 
 
 def plan(
@@ -78,54 +77,34 @@ def plan(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
-    """How much to remove from which weight matrix of `model`, measured and written to the JSON file
-    `out`.
+    """Measure how much each weight matrix of `model` can lose, and write it to the JSON file `out`.
 
     The file may be edited, and given to `prune` as `allocate`. Arguments as for `prune`. Raises
     SecateurError.
     """
-    recipe = Recipe(method=method, pattern=pattern, allocate=allocate, skip=skip)
-    text = CalibrationText(
-        calibration=calibration, samples=samples, seq_len=seq_len, seed=seed, data_dir=data_dir
-    )
-    compute = Compute(device=device, dtype=dtype, batch_size=batch_size)
-    destination = Destination(out=out, overwrite=overwrite, command=command)
-    trust = Trust(trust_remote_code=trust_remote_code)
-    return _plan(model, recipe, text, compute, destination, trust, progress or Progress())
-
-
-def _plan(
-    model: str | Path | None,
-    recipe: Recipe,
-    text: CalibrationText,
-    compute: Compute,
-    destination: Destination,
-    trust: Trust,
-    progress: Progress,
-) -> Plan:
-    """The same, of options as they travel."""
-    out = Path(destination.out)
-    find_method(recipe.method)
-    check_allocation(recipe.allocate, recipe.pattern, files=False)
-    find_devices(compute.device)
-    find_dtype(compute.dtype)
-    if out.is_dir() or (out.exists() and not destination.overwrite):
+    recipe, text = taken(Recipe, locals()), taken(CalibrationText, locals())
+    compute, trust = taken(Compute, locals()), taken(Trust, locals())
+    file, progress = Path(out), progress or Progress()
+    find_method(method)
+    check_allocation(allocate, pattern, files=False)
+    find_resources(compute)
+    if file.is_dir() or (file.exists() and not overwrite):
         raise OutputRefused(
-            f"{out} exists already. Choose another --out, or replace it with --overwrite."
+            f"{file} exists already. Choose another --out, or replace it with --overwrite."
         )
-    _, language_model, windows = opened(model, text, compute, trust, out=out, progress=progress)
+    _, language_model, windows = opened(model, text, compute, trust, out=file, progress=progress)
     plan = make_plan(language_model, windows, recipe, compute, progress)
     made = {
         "model": str(model or "demo"),
-        "allocation": recipe.allocate,
-        "method": recipe.method,
-        "pattern": recipe.pattern,
+        "allocation": allocate,
+        "method": method,
+        "pattern": pattern,
         "calibration": windows.fingerprint(),
-        "command": typed_command(destination.command),
+        "command": typed_command(command),
     }
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_plan(out, plan, matrix_shapes(language_model), made)
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_plan(file, plan, matrix_shapes(language_model), made)
     progress.end()
     return plan
 
@@ -154,28 +133,21 @@ def make_plan(
         return plan
     assert isinstance(pattern, Unstructured), "check_allocation refuses others"
     progress.begin(f"planning by {allocate}")
-    devices = find_devices(compute.device)
-    run = BlockRun(
-        language_model,
-        windows.ids,
-        devices,
-        forward_dtype(find_dtype(compute.dtype), devices[0]),
-        compute.batch_size,
-        progress=progress,
-    )
+    devices, name, _ = find_resources(compute)
+    dtype, batch_size = forward_dtype(name, devices[0]), compute.batch_size
+    run = BlockRun(language_model, windows.ids, devices, dtype, batch_size, progress=progress)
     sensitivity = Sensitivity(run, find_method(recipe.method), plan, pattern)
     return scaled(plan, ALLOCATIONS[allocate](sensitivity))
 
 
 def _not_empty(plan: Plan) -> Plan:
     if not plan:
-        raise BadPlan("Every site is left out; nothing would be pruned. Use fewer --skip.")
+        raise BadPlan("Every weight matrix is left out; nothing would be pruned. Use fewer --skip.")
     return plan
 
 
 def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None:
-    """Raise UnknownName for a rule that does not exist, BadPlan for a pattern that cannot be shared
-    out.
+    """Raise UnknownName for an unknown rule, BadPlan for a pattern that cannot be shared out.
 
     `files`: a plan's file will do as well.
     """
@@ -189,15 +161,13 @@ def check_allocation(allocate: str, pattern: str, *, files: bool = True) -> None
     parsed = parse_pattern(pattern)
     if allocate in ALLOCATIONS and not isinstance(parsed, Unstructured):
         raise BadPlan(
-            f"{parsed} removes the same of every site; --allocate {allocate} needs a percentage "
-            "such as '70%'."
+            f"{parsed} removes the same of every weight matrix; --allocate {allocate} needs a "
+            "percentage such as '70%'."
         )
 
 
 def owl(sensitivity: Sensitivity) -> Mapping[str, float]:
-    """The sparsity of each block by its share of outlying scores |w|·‖x‖ (Yin et al. 2024,
-    arXiv:2310.05175).
-    """
+    """The sparsity of each block by its share of outliers among |w|·‖x‖ (OWL, arXiv:2310.05175)."""
     shares: dict[str, float] = {}
 
     def look(step: Step) -> None:
@@ -218,9 +188,7 @@ def owl(sensitivity: Sensitivity) -> Mapping[str, float]:
 
 
 def by_error(sensitivity: Sensitivity) -> Mapping[str, float]:
-    """The sparsity of each weight matrix that makes the sum of relative output errors least, by the
-    method's own errors.
-    """
+    """The sparsity of each matrix that makes the sum of the method's relative errors least."""
     curves: dict[str, list[tuple[float, float]]] = {}
 
     def look(step: Step) -> None:

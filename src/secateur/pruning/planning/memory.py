@@ -15,34 +15,27 @@ methods, which is measured (`cost.Cost`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from math import ceil
 from typing import Any, NamedTuple
-
-import torch
 
 from secateur.errors import UnknownName, UnsupportedModel
 from secateur.kernels.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
 from secateur.models.context import width
 from secateur.models.mapped_tensors import hidden_bytes
-from secateur.models.replay import LanguageModel
-from secateur.models.stream.blocks import PROBE_TOKENS
+from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun
 from secateur.pruning.planning.outline import Kind, Read, build
 from secateur.pruning.planning.passes import MODES, Mode, Workload, needs_dense
 from secateur.system.memory import available_bytes
-from secateur.system.settings import Compute
-from secateur.system.sizes import find_size
 
 PLENTY = 200
 """A run fits for certain where so many times its hidden states and its largest block do."""
 
 PROCESS_BYTES = 360 * 10**6
-"""Python, torch, transformers and datasets, loaded and used once: 353 to 363 MB after a run on a
-model of 4 MB.
-"""
+"""Python, torch, transformers and datasets, used once: 353 to 363 MB with a model of 4 MB."""
 UNKNOWN_COST = (
     "Method {!r} does not say what it costs, so memory, operations and seconds are not forecast; "
     "under a memory limit blocks run in two passes. State it as the method's `cost` "
@@ -58,8 +51,8 @@ not grow with the model.
 
 @dataclass(frozen=True)
 class Moment:
-    """What a run holds at its worst moment: bytes by name, in words, and `when` that is; `bytes` is
-    their sum.
+    """What a run holds at its worst moment, `when` that is: `parts` in bytes by name, and their
+    sum.
 
     `on_device` is the part that lies on the accelerator where there is one; the rest is memory of
     the machine.
@@ -72,10 +65,10 @@ class Moment:
 
 
 class Arrangement(NamedTuple):
-    """How blocks are gone through: in "one" pass or "two"; `spill`: hidden states lie in a file;
-    windows of a batch.
+    """How blocks are gone through: in "one" pass or "two", in batches of `batch` windows.
 
-    `peaks` by passes, with batches of that size and hidden states in memory.
+    `spill`: hidden states lie in a file. `peaks` by passes, with such batches and hidden states in
+    memory.
     """
 
     passes: str
@@ -87,9 +80,8 @@ class Arrangement(NamedTuple):
 def arrange(work: Workload, batch: int, passes: str, limit: int | None) -> Arrangement:
     """The way to stay within `limit` bytes, if there is one; `passes` may name it, or be "auto".
 
-    What costs least comes first: one pass in batches of `batch` windows, the same in smaller ones,
-    two passes, and hidden states in a file. Activations that wait within a block cannot go to a
-    file.
+    What costs least comes first: one pass in batches of `batch` windows, in smaller ones, two
+    passes, hidden states in a file. Activations that wait within a block cannot go to a file.
     """
     modes = [mode for mode in MODES if passes in (mode, "auto")]
     sizes = [batch]
@@ -98,7 +90,7 @@ def arrange(work: Workload, batch: int, passes: str, limit: int | None) -> Arran
 
     @cache
     def peaks(size: int) -> dict[str, Moment]:
-        return {mode: worst(work, size, mode) for mode in MODES}
+        return {mode: worst(replace(work, batch=size), mode) for mode in MODES}
 
     for spill, mode, size in (*product([False], modes, sizes), *product([True], modes[-1:], sizes)):
         peak = peaks(size)[mode]
@@ -108,9 +100,7 @@ def arrange(work: Workload, batch: int, passes: str, limit: int | None) -> Arran
 
 
 def without_forecast(passes: str, limit: int | None, batch: int) -> Arrangement:
-    """The way where nothing can be forecast: what takes least memory if there is a `limit`, and
-    what was asked for.
-    """
+    """The way where nothing can be forecast: with a `limit`, the one that takes least memory."""
     way = passes if passes != "auto" else "one" if limit is None else "two"
     return Arrangement(way, limit is not None, batch, {})
 
@@ -122,34 +112,27 @@ def check_passes(passes: str) -> None:
 
 
 def way_through(
-    language_model: LanguageModel,
-    shape: Sequence[int],
-    method: Method,
-    planned: Collection[str],
-    compute: Compute,
-    forward: torch.dtype | None,
-    devices: Sequence[torch.device],
+    run: BlockRun, method: Method, planned: Collection[str], passes: str, limit: int | None
 ) -> dict[str, Any]:
-    """What `arrange` says for a real model and windows of that shape, `[samples, length]`.
+    """What `arrange` says for a run that prunes the `planned` weight matrices.
 
     As JSON can hold it: {"passes": "one" or "two", "spill": whether hidden states go to a file,
-    "batch_size": windows of a batch, at most `compute.batch_size`}. Without `compute.memory` the
-    limit is what is free on the first device now. Where that is plenty, and where a block cannot be
-    run without numbers, nothing is forecast.
+    "batch_size": windows of a batch, at most that of the run}. Without a limit it is what is free
+    on the first device now. Where that is plenty, and where a block cannot be run without numbers,
+    nothing is forecast.
     """
-    passes, batch, limit = compute.passes, compute.batch_size, find_size(compute.memory)
-    stored = language_model.model.dtype
-    forward = forward or stored
-    largest = max(sum(p.numel() for p in block.parameters()) for block in language_model.blocks)
+    model, batch, (samples, length) = run.language_model, run.batch_size, run.tokens.shape
+    stored, devices = model.model.dtype, [*run.devices] * run.ranks.size
+    forward = run.dtype or stored
+    largest = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
     free = available_bytes(devices[0]) if limit is None else limit
-    if PLENTY * (hidden_bytes(shape, width(language_model), forward) + largest * 4) < free:
+    if PLENTY * (hidden_bytes(run.tokens.shape, width(model), forward) + largest * 4) < free:
         way = without_forecast(passes, None, batch)
     elif method.cost is None:
         way = without_forecast(passes, limit, batch)
     else:
         try:
-            built, spilled = build(language_model.model.config, forward), language_model.spilled
-            samples, length = shape
+            built, spilled = build(model.model.config, forward), model.spilled
             work = Workload(
                 built, method, planned, samples, length, forward, stored, devices, spilled
             )
@@ -169,11 +152,11 @@ _IN_HOST_MEMORY = (
 Parts = dict[str, float]
 
 
-def worst(work: Workload, batch: int, mode: Mode) -> Moment:
-    """The moment at which a run holds most, in batches of so many windows."""
+def worst(work: Workload, mode: Mode) -> Moment:
+    """The moment at which a run holds most."""
     moments: list[Moment] = []
-    for kind in work.outline(batch).kinds:
-        for when, sizes in _moments(work, batch, mode, kind):
+    for kind in work.outline.kinds:
+        for when, sizes in _moments(work, mode, kind):
             parts = {name: int(size) for name, size in sizes.items() if size}
             total = sum(parts.values())
             in_host = sum(parts.get(name, 0) for name in _IN_HOST_MEMORY)
@@ -181,31 +164,31 @@ def worst(work: Workload, batch: int, mode: Mode) -> Moment:
     return max(moments, key=lambda moment: moment.bytes)
 
 
-def _moments(work: Workload, batch: int, mode: Mode, kind: Kind) -> Iterator[tuple[str, Parts]]:
-    """(when, what is held) for the moments of one block."""
-    method, need, outline = work.method, work.method.need, work.outline(batch)
+def _moments(work: Workload, mode: Mode, kind: Kind) -> Iterator[tuple[str, Parts]]:
+    """(when, bytes that are alive by name) for the moments of one block."""
+    method, need, outline = work.method, work.method.need, work.outline
     dense = needs_dense(method)
-    running = _running(work, batch, kind)
+    running = _running(work, kind)
     hidden = running["hidden states"] / (1 + dense)
     reads = [read for read in kind.reads if work.rows(kind, read)]
     at_block = running | {
         "block as stored": (1 + method.permute)
         * (kind.parameters * work.stored.itemsize + kind.buffer_bytes),
-        "probes": sum(4 * read.columns * work.probe_tokens(batch, read) for read in reads),
+        "probes": sum(4 * read.columns * work.probe_tokens(read) for read in reads),
     }
     groups: dict[str, list[Read]] = {}
     for read in reads:
         groups.setdefault(read.group, []).append(read)
     if mode == "one":
         turns, busy = list(groups.values()), 0
-        batches = ceil(work.windows(batch) / batch) / len(work.devices) * (1 + dense)
+        batches = ceil(work.windows / work.batch) / len(work.devices) * (1 + dense)
         waiting = [batches * max(read.live_bytes for read in turn) for turn in turns]
     else:
         turns = list(groups.values()) if method.sequential else [reads]
         busy, waiting = kind.held_bytes * (1 + ("cross" in need)), [0.0] * len(turns)
     for turn, size in zip(turns, waiting, strict=True):
         solved = at_block | {"waiting activations": size, "statistics": _statistics(work, turn)}
-        adding = max((_adding(work, batch, read) for read in turn), default=0) if need else 0
+        adding = max((_adding(work, read) for read in turn), default=0) if need else 0
         looked = {"activations of the batch at hand": busy, "adding statistics": adding}
         yield "looking at inputs", solved | looked
         yield "solving", solved | {"solver": _solving(work, turn)}
@@ -223,15 +206,15 @@ def _moments(work: Workload, batch: int, mode: Mode, kind: Kind) -> Iterator[tup
         yield "refining", running | tuned | at_block | tuning
 
 
-def _running(work: Workload, batch: int, kind: Kind) -> Parts:
-    """What is held all the while that a block is at hand."""
-    outline, copies = work.outline(batch), 1 + needs_dense(work.method)
+def _running(work: Workload, kind: Kind) -> Parts:
+    """What is alive all the while that a block is at hand."""
+    outline, copies = work.outline, 1 + needs_dense(work.method)
     block = kind.parameters * work.forward.itemsize + kind.buffer_bytes
-    hidden = outline.hidden_bytes * work.windows(batch) / batch / len(work.devices)
+    hidden = outline.hidden_bytes * work.windows / work.batch / len(work.devices)
     return {
         "process": PROCESS_BYTES,
         "allocator": ALLOCATOR_BYTES,
-        "calibration tokens": 8 * work.windows(batch) * work.length,
+        "calibration tokens": 8 * work.windows * work.length,
         "weights that the loader stacks": 0 if work.spilled else work.stacked_bytes,
         "masks and rotary tables": outline.call_bytes,
         "hidden states": hidden * copies,
@@ -242,7 +225,7 @@ def _running(work: Workload, batch: int, kind: Kind) -> Parts:
 
 def _matrices(work: Workload) -> int:
     """How many statistics `[in, in]` the method needs."""
-    return ("gram" in work.method.need) + ("cross" in work.method.need)
+    return len(work.method.need & {"gram", "cross"})
 
 
 def _statistics(work: Workload, reads: Sequence[Read]) -> float:
@@ -250,11 +233,9 @@ def _statistics(work: Workload, reads: Sequence[Read]) -> float:
     return sum(8 * _matrices(work) * read.columns**2 + 8 * read.columns for read in reads)
 
 
-def _adding(work: Workload, batch: int, read: Read) -> float:
-    """In C the columns of some tokens, put together; in torch a product, and inputs once more in
-    float32.
-    """
-    matrices, tokens = _matrices(work), batch * work.length * read.share
+def _adding(work: Workload, read: Read) -> float:
+    """In C the columns of some tokens; in torch a product, and inputs once more in float32."""
+    matrices, tokens = _matrices(work), work.batch * work.length * read.share
     if work.on_host and (width := panel_width(work.forward)):
         return matrices * min(tokens, TOKENS_AT_A_TIME) * read.columns * width
     copied = 0 if work.forward.itemsize == 4 else 4 * tokens * read.columns * max(matrices, 1)
@@ -271,9 +252,7 @@ def _solving(work: Workload, reads: Sequence[Read]) -> float:
 
 
 def _workspace(work: Workload, read: Read) -> float:
-    """The weights in float32, once more on top of each other where several are solved as one, and
-    the solver.
-    """
+    """The weights in float32, once more where several are solved as one, and the solver."""
     solves, outputs = "gram" in work.method.need, read.rows.values()
     together = solves and work.method.row_wise
     rows = sum(outputs) if together else max(outputs)

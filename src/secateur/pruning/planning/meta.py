@@ -60,9 +60,7 @@ class ExpertLayer(NamedTuple):
 
 
 def attention(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> int:
-    """Operations of attention for shapes `[batch, heads, tokens, width]`: the scores, and the sum
-    of the values.
-    """
+    """Operations of attention, scores and sums; shapes `[batch, heads, tokens, width]`."""
     batch, heads, tokens, width = q
     return 2 * batch * heads * tokens * k[-2] * (width + v[-1])
 
@@ -96,9 +94,7 @@ class Rules(TorchFunctionMode):
         return result
 
     def experts(self, module: nn.Module) -> Callable[..., Tensor]:
-        """A forward for an experts module that only allocates, as the products of sorted tokens
-        do.
-        """
+        """A forward for experts that only allocates, as the products of sorted tokens do."""
 
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             layer = ExpertLayer.of(module, [*args, *kwargs.values()])
@@ -119,11 +115,9 @@ _ANSWERS: dict[Any, Any] = {Tensor.__bool__: True, Tensor.__contains__: False, T
 
 @contextmanager
 def without_numbers(module: nn.Module) -> Iterator[Rules]:
-    """While open, forwards of a module run on the meta device; the rules that answer for
-    numbers.
-    """
+    """While open, a module runs on the meta device; gives the rules that answer for numbers."""
     rules = Rules()
-    fused = [part for part in module.modules() if experts.is_experts(part)]
+    fused = experts.fused_experts(module).values()
     try:
         for part in fused:
             part.forward = rules.experts(part)  # type: ignore[method-assign]

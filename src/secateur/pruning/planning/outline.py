@@ -9,7 +9,7 @@ table of families; meta.py says what is answered by rule.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,8 +26,9 @@ from transformers.core_model_loading import WeightConverter
 from secateur.errors import UnsupportedModel, in_one_line
 from secateur.models import experts
 from secateur.models.checks import LOAD_ERRORS
+from secateur.models.hooks import watched
 from secateur.models.load import find_stack
-from secateur.models.matrices import signature, weight_matrices
+from secateur.models.matrices import linear_layers, signature, weight_matrices
 from secateur.models.replay import Call, LanguageModel, run_block
 from secateur.pruning.planning.meta import META, ExpertLayer, Live, storage, without_numbers
 
@@ -89,9 +90,7 @@ class Outline:
 
 
 def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> LanguageModel:
-    """The causal LM of a configuration on the meta device. Raises UnsupportedModel for an unknown
-    architecture.
-    """
+    """The model of a configuration on the meta device; UnsupportedModel for an unknown one."""
     try:
         with META:
             model = AutoModelForCausalLM.from_config(
@@ -106,27 +105,18 @@ def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -
 
 
 def outline(built: LanguageModel, batch: int, length: int, *, tuning: bool = False) -> Outline:
-    """What the blocks of a model on the meta device do to `batch` windows of `length` tokens;
-    `tuning`: with a backward pass as well.
+    """What the blocks of a model on the meta device do to `batch` windows of `length` tokens.
 
-    Raises UnsupportedModel where a block cannot be run without numbers.
+    `tuning`: with a backward pass. Raises UnsupportedModel where a block cannot be run without
+    numbers.
     """
-    blocks = built.blocks
     alike: dict[Any, list[int]] = {}
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(built.blocks):
         alike.setdefault(signature(block), []).append(index)
     try:
         calls = _calls(built, [indices[0] for indices in alike.values()], batch, length)
         kinds = tuple(
-            _kind(
-                blocks[indices[0]],
-                *calls[indices[0]],
-                count=len(indices),
-                name=built.block_name(indices[0]),
-                has_last=len(blocks) - 1 in indices,
-                tuning=tuning,
-            )
-            for indices in alike.values()
+            _kind(built, indices, *calls[indices[0]], tuning=tuning) for indices in alike.values()
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModel(
@@ -141,13 +131,11 @@ def outline(built: LanguageModel, batch: int, length: int, *, tuning: bool = Fal
 
 
 def restacked(built: LanguageModel) -> int:
-    """Parameters of fused experts that the loader copies, since the checkpoint holds them in
-    pieces.
-    """
+    """Parameters of fused experts that the loader puts together from pieces in the checkpoint."""
     rules = get_model_conversion_mapping(built.model)
     if not any(isinstance(rule, WeightConverter) for rule in rules):
         return 0
-    fused = (module for module in built.model.modules() if experts.is_experts(module))
+    fused = experts.fused_experts(built.model).values()
     return sum(
         getattr(module, name).numel() for module in fused for name in experts.matrices(module)
     )
@@ -164,21 +152,18 @@ def _calls(
     """What enters the `wanted` blocks, and how they are called."""
     calls: dict[int, tuple[Tensor, Call]] = {}
 
-    def hook(index: int) -> Callable[..., None]:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named = dict(kwargs)
-            hidden, *rest = args or [named.pop("hidden_states")]
-            calls[index] = hidden, Call(tuple(rest), named)
-            if len(calls) == len(wanted):
-                raise _Reached
-
-        return note
+    def note(index: int, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        named = dict(kwargs)
+        hidden, *rest = args or [named.pop("hidden_states")]
+        calls[index] = hidden, Call(tuple(rest), named)
+        if len(calls) == len(wanted):
+            raise _Reached
 
     blocks = built.blocks
     with without_numbers(built.model), ExitStack() as hooks:
         for index in wanted:
-            handle = blocks[index].register_forward_pre_hook(hook(index), with_kwargs=True)
-            hooks.callback(handle.remove)
+            see = partial(note, index)
+            hooks.enter_context(blocks[index].register_forward_pre_hook(see, with_kwargs=True))
         try:
             built.model(torch.zeros(batch, length, dtype=torch.long, device=META), use_cache=False)
         except _Reached:
@@ -190,18 +175,12 @@ def _calls(
 
 
 def _kind(
-    block: nn.Module,
-    hidden: Tensor,
-    call: Call,
-    *,
-    count: int,
-    name: str,
-    has_last: bool,
-    tuning: bool,
+    built: LanguageModel, indices: Sequence[int], hidden: Tensor, call: Call, *, tuning: bool
 ) -> Kind:
-    """One block run: with the inputs of its matrices held, freely, and with a graph for the
-    backward pass.
+    """Run the first of the blocks that are alike: with the inputs of its matrices held, freely, and
+    with a graph for the backward pass.
     """
+    block = built.blocks[indices[0]]
     holding, free, tuned = Live(), Live(), Live()
     with torch.no_grad(), without_numbers(block), holding:
         _, reads = _run(block, hidden, call, holding, hold=True)
@@ -213,9 +192,9 @@ def _kind(
             run_block(block, hidden, call)
     reached = {name for read in reads for name in read.rows}
     return Kind(
-        count=count,
-        name=name,
-        has_last=has_last,
+        count=len(indices),
+        name=built.block_name(indices[0]),
+        has_last=len(built.blocks) - 1 in indices,
         parameters=sum(p.numel() for p in block.parameters()),
         buffer_bytes=sum(b.nbytes for b in block.buffers()),
         reads=tuple(replace(read, live_bytes=alive[read.group]) for read in reads),
@@ -233,26 +212,26 @@ def _run(
 ) -> tuple[dict[str, int], list[Read]]:
     """(what is alive when each group is reached, what the matrices read).
 
-    With `hold` the inputs that are read stay alive, as those do that a run looks at; an identity
-    tells inputs apart only while they live, so without it none are told.
+    With `hold` the inputs that are read stay alive, as when a run looks at them, and the second is
+    filled: only while they live do identities tell inputs apart.
     """
     alive: dict[str, int] = {}
     dense: dict[tuple[int, int], Read] = {}
     of_experts: list[Read] = []
     inputs: list[Tensor] = []
-    known = weight_matrices(block)
+    known, modules = weight_matrices(block), experts.fused_experts(block)
 
-    def linear(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
+    def linear(name: str, arguments: list[Any]) -> None:
+        x = arguments[0]
         alive[name] = live.now
         if hold:
             inputs.append(x)
             read = dense.setdefault((id(x), x._version), Read(x.shape[-1], {}, 1.0, name))
             read.rows[name] = known[name].weight.shape[0]
 
-    def fused(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        layer = ExpertLayer.of(module, [*args, *kwargs.values()])
-        for part, matrix in enumerate(experts.matrices(module)):
+    def fused(name: str, arguments: list[Any]) -> None:
+        layer = ExpertLayer.of(modules[name], arguments)
+        for part, matrix in enumerate(experts.matrices(modules[name])):
             group, (rows, columns) = f"{name}.{matrix}", layer.shapes[part]
             alive[group] = live.now + part * layer.inner_bytes
             if hold:
@@ -262,12 +241,6 @@ def _run(
                     for expert in range(layer.number)
                 )
 
-    with ExitStack() as hooks:
-        for name, module in block.named_modules():
-            if experts.is_experts(module):
-                see = partial(fused, name)
-                hooks.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
-            elif name in known:
-                hooks.callback(module.register_forward_pre_hook(partial(linear, name)).remove)
+    with watched(linear_layers(block), linear), watched(modules, fused):
         run_block(block, hidden, call)
     return alive, [*dense.values(), *of_experts]

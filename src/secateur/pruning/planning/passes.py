@@ -26,9 +26,7 @@ from secateur.system.machine import best_seconds, matrix_rate, square_side
 Mode = Literal["one", "two"]
 MODES: tuple[Mode, ...] = ("one", "two")
 GRAM = "Gram matrices"
-"""What their rate is called: two operations for each product of two inputs, though half of them are
-not computed.
-"""
+"""Their rate: two operations for each product of two inputs, though half are not computed."""
 
 
 class Passes(NamedTuple):
@@ -42,15 +40,9 @@ class Passes(NamedTuple):
     first: int
     after: int
 
-    def windows(self, samples: int, batch_size: int, last: bool) -> int:
-        """Windows through one block."""
-        whole = self.whole + (0 if last else self.after)
-        return whole * samples + self.first * min(samples, batch_size)
-
 
 def passes(method: Method, groups: int, mode: Mode) -> Passes:
-    """The passes through a block whose weight matrices fall into `groups`, where those of a group
-    read the same input.
+    """The passes through a block whose weight matrices read `groups` different inputs.
 
     `two`: one pass looks and the next goes on; a method that is `sequential` looks at every group.
     `one`: the block runs once, all batches waiting at each group until it is solved.
@@ -78,8 +70,8 @@ class Workload:
     """A run, as far as its memory and its operations depend on it.
 
     `built` is the model on the meta device, `planned` names the weight matrices that are pruned,
-    `samples` windows of `length` tokens go through it, shared by `devices`, in the dtype `forward`.
-    `spilled`: weights that the loader stacks lie in a file.
+    `samples` windows of `length` tokens go through it, `batch` at a time, shared by `devices`, in
+    the dtype `forward`. `spilled`: weights that the loader stacks lie in a file.
     """
 
     built: LanguageModel
@@ -91,6 +83,7 @@ class Workload:
     stored: torch.dtype
     devices: Sequence[torch.device]
     spilled: bool = False
+    batch: int = 1
     _outlines: dict[int, Outline] = field(default_factory=dict, repr=False)
 
     @property
@@ -109,26 +102,26 @@ class Workload:
         """Weights that the loader puts together, as they are stored."""
         return restacked(self.built) * self.stored.itemsize
 
-    def outline(self, batch: int) -> Outline:
-        """What batches of so many windows make of the model; found once for each size."""
-        if batch not in self._outlines:
+    @property
+    def outline(self) -> Outline:
+        """What a batch makes of the model, computed once for each size of it."""
+        if self.batch not in self._outlines:
             tuning = self.method.refine > 0
-            self._outlines[batch] = outline(self.built, batch, self.length, tuning=tuning)
-        return self._outlines[batch]
+            self._outlines[self.batch] = outline(self.built, self.batch, self.length, tuning=tuning)
+        return self._outlines[self.batch]
 
-    def windows(self, batch: int) -> int:
+    @property
+    def windows(self) -> int:
         """How many windows go through the blocks: without need of any, those of the first batch."""
-        return self.samples if self.method.need or self.method.refine else batch
+        return self.samples if self.method.need or self.method.refine else self.batch
 
     def rows(self, kind: Kind, read: Read) -> list[int]:
         """The outputs of each matrix that reads an input and is pruned."""
         return [rows for name, rows in read.rows.items() if f"{kind.name}.{name}" in self.planned]
 
-    def probe_tokens(self, batch: int, read: Read) -> int:
-        """Of the first batch's tokens, those that the output error is measured on, evenly
-        spaced.
-        """
-        tokens = batch * self.length * read.share
+    def probe_tokens(self, read: Read) -> int:
+        """How many tokens of the first batch the output error is measured on."""
+        tokens = self.batch * self.length * read.share
         return ceil(tokens / max(ceil(tokens / PROBE_TOKENS), 1))
 
 
@@ -148,25 +141,23 @@ class Operations:
         return self.forward + self.statistics + self.solve
 
 
-def operations(work: Workload, batch: int, mode: Mode) -> Operations:
-    """The operations of all blocks, in batches of so many windows."""
-    kinds = work.outline(batch).kinds
+def operations(work: Workload, mode: Mode) -> Operations:
+    """The operations of all blocks."""
+    kinds = work.outline.kinds
     return Operations(
-        sum(_forward(work, batch, mode, kind) for kind in kinds),
-        sum(_statistics(work, batch, kind) for kind in kinds),
-        sum(_solve(work, batch, kind) for kind in kinds),
+        sum(_forward(work, mode, kind) for kind in kinds),
+        sum(_statistics(work, kind) for kind in kinds),
+        sum(_solve(work, kind) for kind in kinds),
     )
 
 
-def _forward(work: Workload, batch: int, mode: Mode, kind: Kind) -> float:
-    """Forward passes through blocks of a kind; the last of the model has fewer, since nothing comes
-    after it.
-    """
-    windows, count = work.windows(batch), kind.count
+def _forward(work: Workload, mode: Mode, kind: Kind) -> float:
+    """Forward passes through blocks of a kind; the model's last has fewer: nothing follows it."""
+    windows, count = work.windows, kind.count
     often = passes(work.method, kind.groups, mode)
-    inner = often.windows(windows, batch, last=True) * count
+    inner = (often.whole * windows + often.first * min(windows, work.batch)) * count
     outer = often.after * windows * (count - kind.has_last)
-    flops = (kind.flops * (inner + outer) + kind.watch_flops * inner) / batch
+    flops = (kind.flops * (inner + outer) + kind.watch_flops * inner) / work.batch
     if mode == "one" or work.method.sequential:
         flops += kind.flops  # one batch, to find the stages
     if mode == "one" and kind.has_last and not work.method.refine:  # it ends at its last matrices
@@ -176,20 +167,17 @@ def _forward(work: Workload, batch: int, mode: Mode, kind: Kind) -> float:
     return flops
 
 
-def _statistics(work: Workload, batch: int, kind: Kind) -> float:
+def _statistics(work: Workload, kind: Kind) -> float:
     """Gram matrices of all inputs, and their products with those of the dense model."""
-    tokens, need = work.windows(batch) * work.length, work.method.need
-    return sum(
-        kind.count
-        * (("gram" in need) + ("cross" in need and read.share == 1))
-        * 2
-        * (tokens * read.share)
-        * read.columns**2
-        for read in kind.reads
-    )
+    flops, need = 0.0, work.method.need
+    for read in kind.reads:
+        matrices = ("gram" in need) + ("cross" in need and read.share == 1)
+        tokens = work.windows * work.length * read.share
+        flops += kind.count * matrices * 2 * tokens * read.columns**2
+    return flops
 
 
-def _solve(work: Workload, batch: int, kind: Kind) -> float:
+def _solve(work: Workload, kind: Kind) -> float:
     """The method itself, and what a matrix gives before and after, for the error that is reported.
 
     Matrices that read the same input are solved as one where their rows are independent.
@@ -197,7 +185,7 @@ def _solve(work: Workload, batch: int, kind: Kind) -> float:
     method, flops = work.method, 0.0
     for read in kind.reads:
         if rows := work.rows(kind, read):
-            errors = 4 * work.probe_tokens(batch, read) * read.columns * sum(rows)
+            errors = 4 * work.probe_tokens(read) * read.columns * sum(rows)
             stacks = [sum(rows)] if method.row_wise and "gram" in method.need else rows
             solving = sum(work.cost.of_matrix(stack, read.columns) for stack in stacks)
             flops += kind.count * (work.cost.shared(read.columns) + solving + errors)
@@ -205,9 +193,7 @@ def _solve(work: Workload, batch: int, kind: Kind) -> float:
 
 
 def rates(device: torch.device, forward: torch.dtype) -> dict[str, float]:
-    """Operations a second of matrix products in the dtypes of a run and of its Gram matrices,
-    measured now.
-    """
+    """Operations a second of products in the dtypes of a run and of Gram matrices, measured now."""
     dtypes = dict.fromkeys((forward, torch.float32))
     measured = {str(dtype).removeprefix("torch."): matrix_rate(dtype, device) for dtype in dtypes}
     side = square_side(device)
@@ -218,9 +204,7 @@ def rates(device: torch.device, forward: torch.dtype) -> dict[str, float]:
 
 
 def seconds_of(operations: Operations, rates: Mapping[str, float]) -> Operations:
-    """Seconds in place of operations, at the rates that were measured; that of the forward passes
-    comes first.
-    """
+    """Seconds in place of operations, at `rates`, of which the first is that of forward passes."""
     return Operations(
         operations.forward / next(iter(rates.values())),
         operations.statistics / rates[GRAM],

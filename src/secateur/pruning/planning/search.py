@@ -1,6 +1,4 @@
-"""A plan by search: sparsity moves between blocks as long as that brings the whole model nearer to
-the dense one.
-"""
+"""A plan by search: sparsity moves between blocks while that brings the model nearer to dense."""
 
 from __future__ import annotations
 
@@ -25,19 +23,16 @@ SEARCH_WINDOWS = 8
 
 
 def search(sensitivity: Sensitivity) -> Mapping[str, float]:
-    """The sparsity of each weight matrix: of the blocks by search, inside each block by the errors
-    of its matrices.
+    """The sparsity of each weight matrix: moved between blocks while that helps, shared out within.
 
-    Sparsity moves 5 % at a time from one block to another while that lowers the divergence from the
-    dense model.
-
-    The divergence is KL(dense ‖ pruned) of the next-token distributions on the first
-    `SEARCH_WINDOWS` calibration windows, with every block pruned beforehand at every level on the
-    dense model's inputs (as the database of EvoPress, Sieberling et al. 2025, arXiv:2410.14649).
-    That database lies in the folder for temporary files and takes up to nine times the model's
-    blocks; in memory are the hidden states of those windows at every block (9 GB for Llama 2 7B in
-    float32). Blocks exchange only with blocks of as many weights. What a block ends with is shared
-    out among its matrices by `least_error`, from the errors that filling the database has measured.
+    Sparsity moves 5 % at a time from one block to another of as many weights, while that lowers
+    KL(dense ‖ pruned) of the next-token distributions on the first `SEARCH_WINDOWS` calibration
+    windows. Every block is pruned beforehand at every level on the dense model's inputs (as the
+    database of EvoPress, Sieberling et al. 2025, arXiv:2410.14649). That database lies in the
+    folder for temporary files and takes up to nine times the model's blocks; in memory are the
+    hidden states of those windows at every block (9 GB for Llama 2 7B in float32). What a block
+    ends with is shared out among its matrices by `least_error`, from the errors that filling the
+    database has measured.
     """
     levels, sizes = levels_around(sensitivity.sparsity), sensitivity.sizes
     with TemporaryDirectory(prefix="secateur-") as folder:

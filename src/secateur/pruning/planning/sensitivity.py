@@ -27,9 +27,7 @@ MOST = 0.95
 
 
 class Group(NamedTuple):
-    """Weight matrices that are solved together, by their name in the block, float32 `[out, in]`,
-    and the statistics of their input.
-    """
+    """Weights by name, float32 `[out, in]`, that are solved together, and what enters them."""
 
     weights: dict[str, Tensor]
     stats: Stats
@@ -60,9 +58,7 @@ class Sensitivity:
 
     @property
     def blocks(self) -> dict[str, int]:
-        """How many weights the plan covers in each block, by its name; blocks without any are left
-        out.
-        """
+        """How many weights the plan covers in each block, by its name, where it covers any."""
         sizes, model = self.sizes, self.run.language_model
         names = [model.block_name(index) for index in range(len(model.blocks))]
         covered = {
@@ -72,9 +68,7 @@ class Sensitivity:
         return {block: size for block, size in covered.items() if size}
 
     def each(self, what: str, look: Callable[[Step], None]) -> None:
-        """`look` at the blocks of the dense model in order, with their inputs; none of them is held
-        after that.
-        """
+        """`look` at the blocks of the dense model in order; none of them is held after that."""
         progress, count = self.run.progress, len(self.run.language_model.blocks)
         for step in stream(self.run):
             progress.advance(f"{what} {step.name}", step.index, count)
@@ -91,9 +85,7 @@ class Sensitivity:
             yield Group(weights, stats[names[0]])
 
     def pruned(self, group: Group, level: float) -> Iterator[tuple[str, float, Tensor]]:
-        """(name, relative output error, weight `[out, in]`) of the matrices of a group, pruned to a
-        sparsity.
-        """
+        """(name, relative output error, pruned weight `[out, in]`) of each matrix of a group."""
         pattern = replace(self.pattern, ratio=max(level, 0.0))
         weights, gram = list(group.weights.values()), group.stats.mean("gram")
         solved = prune_together(self.method, weights, group.stats, [pattern] * len(weights))
@@ -104,8 +96,7 @@ class Sensitivity:
 
 
 def levels_around(sparsity: float) -> list[float]:
-    """The sparsities to try, rising: the one asked for, and around it what is not below 0 or above
-    95 %.
+    """The sparsities to try, rising: the one asked for, and others around it from 0 to 95 %.
 
     Raises BadPlan for more than 95 %, where there is nothing to share out.
     """

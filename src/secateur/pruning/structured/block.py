@@ -9,7 +9,7 @@ feed-forward reads what attention leaves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -21,7 +21,7 @@ from secateur.methods.statistics import OF_DENSE, Stats
 from secateur.methods.structures import NAMES
 from secateur.models.channels.groups import ChannelGroup
 from secateur.models.matrices import bias, put, refuse_non_finite_weights, weight_matrices
-from secateur.models.replay import run_block, working_copy
+from secateur.models.replay import Call, run_block, working_copy
 from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun, Step
 from secateur.models.stream.forward import Batch
 from secateur.models.stream.observe import CalibrationStatistics
@@ -29,7 +29,7 @@ from secateur.models.stream.refine import Tuned, refine
 from secateur.pruning.structured.channel_scores import SELECTIONS, lowest, taylor
 from secateur.pruning.structured.depth import Missing, last_matrix, missing
 from secateur.pruning.structured.expert_scores import EXPERTS, highest_in_groups, routed_to
-from secateur.pruning.structured.feasibility import BlockRemoval, Consumer
+from secateur.pruning.structured.feasibility import BlockRemoval, Choice
 from secateur.pruning.structured.method import StructuredMethod
 from secateur.pruning.structured.reconstruct import NEED, reconstructed
 from secateur.pruning.structured.slicing import State, without_experts, without_groups
@@ -57,23 +57,21 @@ class BlockSlicer:
 
     @torch.no_grad()
     def remove(self, removal: BlockRemoval) -> State:
-        """The tensors of the block, as stored, without what is removed, and with what makes up for
-        that.
-        """
+        """The tensors of the block, as stored, with less in it and with what makes up for that."""
         refuse_non_finite_weights(self.step.name, weight_matrices(self.original))
         self.stored = working_copy(self.original, torch.device("cpu"), None)
-        kept_experts = self._kept_experts(removal) if removal.experts else {}
-        consumers = {
-            of: {name: c for name, c in removal.consumers.items() if c.of == of}
-            for of in ("heads", "channels")
-        }
+        by_kind: dict[str, dict[str, Choice]] = {"heads": {}, "channels": {}, "experts": {}}
+        for name, choice in removal.items():
+            by_kind[choice.of][name] = choice
+        experts = by_kind.pop("experts")
+        kept_experts = self._kept_experts(experts) if experts else {}
         if self.method.reconstruct and (self.span or self.method.dense_target):
             last = last_matrix(
-                self.step.block, *self.step.inputs.first(), list(consumers["channels"])
+                self.step.block, *self.step.inputs.first(), list(by_kind["channels"])
             )
             self.absorbing = last.name if last else None
         removed: dict[str, list[ChannelGroup]] = {}
-        for some in filter(None, consumers.values()):
+        for some in filter(None, by_kind.values()):
             removed |= self._remove_groups(some)
         if self.span and self.method.reconstruct and not self.absorbing:
             note = (
@@ -82,12 +80,12 @@ class BlockSlicer:
             )
             self.reports.append(MatrixReport(self.step.name, (0, 0), None, 0.0, None, note))
         if self.absorbing and self.absorbing not in removed:
-            self._remove_groups({self.absorbing: Consumer([], "blocks")})
+            self._remove_groups({self.absorbing: Choice("blocks", 0)})
         return without_experts(self.stored, without_groups(self.stored, removed), kept_experts)
 
     def refine(self, smaller: nn.Module, state: State) -> tuple[State, Tuned]:
-        """The tensors of the smaller block tuned as a whole to do what the dense one does, and the
-        span after it.
+        """The tensors of the smaller block, tuned to do what the dense one and the span after it
+        do.
 
         `smaller` is its module in float32, which is changed. What no expert's token reaches moves
         by nothing.
@@ -115,55 +113,48 @@ class BlockSlicer:
         return [(i, working_copy(blocks[i], self.step.device, self.run.dtype)) for i in self.span]
 
     def _kept_experts(self, removal: BlockRemoval) -> dict[str, Tensor]:
-        step = self.step
-        routed = routed_to(
-            step.block, ((h, calls[step.index]) for h, calls in step.inputs.windows())
-        )
+        routed = routed_to(self.step.block, self._batches())
         # of every group in which a router looks for experts the same number goes
         groups = getattr(self.run.language_model.model.config, "n_group", None) or 1
         score = EXPERTS[self.method.selections["experts"]]
         return {
-            name: highest_in_groups(score(routed[name]), total - removed, groups)
-            for name, (total, removed) in removal.experts.items()
+            name: highest_in_groups(score(routed[name]), choice.left, groups)
+            for name, choice in removal.items()
         }
 
-    def _remove_groups(self, consumers: Mapping[str, Consumer]) -> dict[str, list[ChannelGroup]]:
-        """Choose groups of consumers in one forward, write zeros in their place and what makes up
-        for them; returns the groups.
-        """
+    def _batches(self) -> Iterator[tuple[Tensor, Call]]:
+        """The hidden states of every batch as they enter the block, and its calls."""
+        return ((hidden, calls[self.step.index]) for hidden, calls in self.step.inputs.windows())
+
+    def _remove_groups(self, choices: BlockRemoval) -> dict[str, list[ChannelGroup]]:
+        """Choose groups, write zeros there and what makes up for them; the groups by matrix."""
         step, dense = self.step, self.method.dense_target
         need = {"square"}
         if self.method.reconstruct:
-            need |= NEED | (OF_DENSE if dense and self.absorbing not in consumers else set())
-        for consumer in consumers.values():
-            if consumer.groups:
-                need |= SELECTIONS[self.method.selections[consumer.of]].need
+            need |= NEED | (OF_DENSE if dense and self.absorbing not in choices else set())
+        for choice in choices.values():
+            if choice.groups:
+                need |= SELECTIONS[self.method.selections[choice.of]].need
         if "taylor" in need:  # which is no statistic of a forward
             need = need - {"taylor"} | {"gram"}
-        observed = step.observe(need, PROBE_TOKENS, list(consumers))
+        observed = step.observe(need, PROBE_TOKENS, list(choices))
         added = None
-        if self.absorbing in consumers:
+        if self.absorbing in choices:
             targets = [b.target.to(step.device) for b in step.batches()] if dense else None
-            added = missing(
-                step.block,
-                self._span_blocks(),
-                str(self.absorbing),
-                step.inputs.windows(),
-                step.index,
-                targets,
-            )
+            span, name = self._span_blocks(), str(self.absorbing)
+            added = missing(step.block, span, name, step.inputs.windows(), step.index, targets)
         started = perf_counter()
         removed = {
             name: self._remove_from(
-                name, consumer, observed, added if name == self.absorbing else None
+                name, choice, observed, added if name == self.absorbing else None
             )
-            for name, consumer in consumers.items()
+            for name, choice in choices.items()
         }
         step.seconds.solve += perf_counter() - started
-        return {name: groups for name, groups in removed.items() if consumers[name].groups}
+        return {name: groups for name, groups in removed.items() if choices[name].groups}
 
     def _remove_from(
-        self, name: str, consumer: Consumer, observed: CalibrationStatistics, added: Missing | None
+        self, name: str, choice: Choice, observed: CalibrationStatistics, added: Missing | None
     ) -> list[ChannelGroup]:
         """Remove groups of one matrix, which also takes over what is `added` to its output."""
         step = self.step
@@ -174,8 +165,8 @@ class BlockSlicer:
         stats = observed.stats.get(name)
         kept = torch.ones(weight.shape[1], dtype=torch.bool, device=step.device)
         groups: list[ChannelGroup] = []
-        if consumer.groups:
-            groups = [consumer.groups[i] for i in self._choose(name, consumer, weight, stats)]
+        if choice.groups:
+            groups = [choice.groups[i] for i in self._choose(name, choice, weight, stats)]
             kept[[i for group in groups for i in group.inputs]] = False
         new, new_bias = weight * kept, old_bias
         if self.method.reconstruct and stats is not None:
@@ -190,35 +181,30 @@ class BlockSlicer:
         else:
             error = _error_on(change, weight, observed.probes.get(name))
         note = self._note(weight, stats, absorbs=name == self.absorbing)
-        self.reports.append(_report(f"{step.name}.{name}", consumer, weight, error, note))
+        self.reports.append(_report(f"{step.name}.{name}", choice, weight, error, note))
         return groups
 
-    def _choose(
-        self, name: str, consumer: Consumer, weight: Tensor, stats: Stats | None
-    ) -> list[int]:
+    def _choose(self, name: str, choice: Choice, weight: Tensor, stats: Stats | None) -> list[int]:
         """The numbers of the groups that go."""
-        inputs = consumer.inputs.to(weight.device)
-        selection = SELECTIONS[self.method.selections[consumer.of]]
+        inputs = choice.inputs.to(weight.device)
+        selection = SELECTIONS[self.method.selections[choice.of]]
         if stats is None:
-            return lowest(weight.square().sum(0)[inputs].sum(1), consumer.removed).tolist()
+            return lowest(weight.square().sum(0)[inputs].sum(1), choice.removed).tolist()
         if "taylor" in selection.need and self.step.sites[name].expert:
             # an expert's output is added: to first order they are the same
             selection = SELECTIONS["energy"]
         if "taylor" in selection.need:
-            step = self.step
-            batches = ((h, calls[step.index]) for h, calls in step.inputs.windows())
-            block = working_copy(step.block, step.device, torch.float32)
-            score = taylor(block, name, inputs, batches).to(weight.device)
+            block = working_copy(self.step.block, self.step.device, torch.float32)
+            score = taylor(block, name, inputs, self._batches()).to(weight.device)
             stats = Stats(stats.tokens, {**stats.sums, "taylor": score})
-        return selection.choose(weight, stats, inputs, consumer.removed).tolist()
+        return selection.choose(weight, stats, inputs, choice.removed).tolist()
 
     def _put_bias(self, name: str, values: Tensor) -> None:
         """Write a bias `[out]` into both copies of the block, rounded as it is stored."""
-        for block in (self.stored, self.step.block):
-            written, stored = (bias(b, weight_matrices(b)[name]) for b in (block, self.stored))
-            assert written is not None
-            assert stored is not None
-            written[1].copy_(values.to(stored[1].dtype))
+        for block in (self.stored, self.step.block):  # the second gets what the first has rounded
+            named = bias(block, weight_matrices(block)[name])
+            assert named is not None
+            values = named[1].copy_(values)
 
     def _note(self, weight: Tensor, stats: Stats | None, *, absorbs: bool) -> str:
         note = "" if stats is not None else "no calibration token: chosen by weights"
@@ -254,9 +240,7 @@ def _error_on(change: Tensor, weight: Tensor, probe: Tensor | None) -> float | N
 
 
 def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) -> float:
-    """The same where δ should have been added: E‖change x + δ‖² relative to E‖W x‖², over all
-    tokens.
-    """
+    """The same where δ should be added: E‖change x + δ‖² relative to E‖W x‖², over all tokens."""
     gram, mean = stats.mean("gram"), stats.mean("sum")
     with_one = torch.cat([mean, torch.ones_like(mean[:1])])
     gram = torch.cat([torch.cat([gram, mean[None]]), with_one[:, None]], 1).to(change.device)
@@ -268,11 +252,10 @@ def _error_left(change: Tensor, weight: Tensor, stats: Stats, added: Missing) ->
 
 
 def _report(
-    name: str, consumer: Consumer, weight: Tensor, error: float | None, note: str
+    name: str, choice: Choice, weight: Tensor, error: float | None, note: str
 ) -> MatrixReport:
-    if not (total := len(consumer.groups)):
-        return MatrixReport(name, (len(weight), weight.shape[1]), None, 0.0, error, note)
-    left = total - consumer.removed
-    inputs = left * len(consumer.groups[0].inputs)
-    pattern = f"{left} of {total} {NAMES[consumer.of]} kept"
-    return MatrixReport(name, (len(weight), inputs), pattern, 0.0, error, note)
+    rows, inputs, pattern = *weight.shape, None
+    if choice.groups:
+        inputs = choice.left * len(choice.groups[0].inputs)
+        pattern = f"{choice.left} of {choice.total} {NAMES[choice.of]} kept"
+    return MatrixReport(name, (rows, inputs), pattern, 0.0, error, note)

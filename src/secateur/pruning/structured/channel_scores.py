@@ -33,9 +33,7 @@ ROUNDS = 16
 
 
 class Selection(NamedTuple):
-    """`need` are keys of `STATS`; `choose(weight, stats, units, count)` gives the units that go,
-    int64 `[count]`.
-    """
+    """Statistics (`STATS`), and `choose(weight, stats, units, count)`: the units that go, int64."""
 
     need: frozenset[str]
     choose: Callable[[Tensor, Stats, Tensor, int], Tensor]
@@ -47,10 +45,15 @@ def lowest(score: Tensor, count: int) -> Tensor:
 
 
 def energy(weight: Tensor, stats: Stats, units: Tensor) -> Tensor:
-    """What each unit adds to the output: tr(W_g C_gg W_gᵀ), C = E[x xᵀ]. For one input ‖W_:j‖²
-    E[x_j²].
-    """
-    return _energy(weight, stats.mean("gram").to(weight.device), units)
+    """What each unit adds to the output: tr(W_g C_gg W_gᵀ), C = E[x xᵀ]."""
+    gram = stats.mean("gram").to(weight.device)
+    if units.shape[1] == 1:
+        inputs = units[:, 0]
+        return weight[:, inputs].square().sum(0) * gram.diagonal()[inputs]
+    parts = [
+        (weight[:, inputs] @ gram[inputs][:, inputs] * weight[:, inputs]).sum() for inputs in units
+    ]
+    return torch.stack(parts)
 
 
 def fluctuation(weight: Tensor, stats: Stats, units: Tensor) -> Tensor:
@@ -59,20 +62,8 @@ def fluctuation(weight: Tensor, stats: Stats, units: Tensor) -> Tensor:
 
     What a unit adds on average costs nothing where a bias can hold it.
     """
-    variance = (
-        (stats.mean("gram").diagonal() - stats.mean("sum").square()).clamp_min(0).to(weight.device)
-    )
-    return (weight.square().sum(0) * variance)[units].sum(1)
-
-
-def _energy(weight: Tensor, gram: Tensor, units: Tensor) -> Tensor:
-    if units.shape[1] == 1:
-        inputs = units[:, 0]
-        return weight[:, inputs].square().sum(0) * gram.diagonal()[inputs]
-    parts = [
-        (weight[:, inputs] @ gram[inputs][:, inputs] * weight[:, inputs]).sum() for inputs in units
-    ]
-    return torch.stack(parts)
+    variance = (stats.mean("gram").diagonal() - stats.mean("sum").square()).clamp_min(0)
+    return (weight.square().sum(0) * variance.to(weight.device))[units].sum(1)
 
 
 def optimal_brain_surgeon(weight: Tensor, stats: Stats, units: Tensor, count: int) -> Tensor:

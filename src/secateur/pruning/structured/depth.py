@@ -29,13 +29,9 @@ from secateur.models.replay import Call, in_float32, run_block, working_copy
 from secateur.models.stream.blocks import BlockRun, stream
 
 KL_WINDOWS = 32
-
-
 Holds = Callable[[Sequence[int]], bool]
 Blocks = Callable[[BlockRun, int, Holds], list[int]]
-"""(model, how many go, whether a stock configuration holds the model without these) → the blocks
-that go, ascending.
-"""
+"""(run, how many go, whether a configuration holds the rest) → the blocks that go, ascending."""
 
 
 @torch.no_grad()
@@ -60,9 +56,7 @@ def angular(run: BlockRun, count: int, holds: Holds) -> list[int]:
 
 
 def _cosines(run: BlockRun, span: int, *, last: bool) -> list[float]:
-    """The mean cosine of what enters block i and what leaves block i + span − 1; at the last token,
-    or at all.
-    """
+    """The mean cosine of what enters block i and leaves i + span − 1, at all tokens or the last."""
     entering: list[list[Tensor]] = []
     cosines: list[float] = []
     count = len(run.language_model.blocks)
@@ -121,11 +115,10 @@ BLOCKS: dict[str, Blocks] = {"influence": influence, "angular": angular, "kl": k
 def last_matrix(
     block: nn.Module, hidden: Tensor, call: Call, first: Collection[str] = ()
 ) -> WeightMatrix | None:
-    """The weight matrix whose output is simply added to the block's, of several the one with most
-    inputs; None where there is none.
+    """The weight matrix whose output is simply added to the block's, None where there is none.
 
-    Those in `first` are asked before the others. Asked of the block itself: its weight is changed a
-    little, and the output must change by that times the input.
+    Those in `first` are asked before others, and those with more inputs. The block itself answers:
+    a weight is changed a little, and the output must change by that times the input.
     """
     block = working_copy(block, hidden.device, torch.float32)
     hidden, call = hidden.float(), in_float32(call)
@@ -181,9 +174,9 @@ def missing(
     """What should be added to what a block gives, on all batches.
 
     That is the effect of a span of blocks that are removed; with `dense`, what the dense block
-    gives on dense inputs by batch, also all that the stream has lost up to here. `block`, its
-    number `index`, and the blocks of the span are working copies on the device of the hidden
-    states; x are the inputs of `matrix` in the block.
+    gives on dense inputs by batch, also all that the stream has lost before. `block`, its number
+    `index`, and the span are working copies on the device of the hidden states; x are the inputs of
+    `matrix`.
     """
     total, power, tokens = torch.zeros(()), 0.0, 0
     for batch, (hidden, calls) in enumerate(windows):

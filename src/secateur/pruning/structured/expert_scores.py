@@ -22,9 +22,7 @@ from secateur.models.replay import Call, run_block
 
 @dataclass
 class Routed:
-    """What was routed to each expert: tokens, and the sum of gate · ‖output‖ over them, both
-    float64 `[experts]`.
-    """
+    """Tokens of each expert, and the sum of gate · ‖output‖ over them, float64 `[experts]`."""
 
     tokens: Tensor
     contribution: Tensor
@@ -51,9 +49,7 @@ EXPERTS: dict[str, Callable[[Routed], Tensor]] = {
 
 
 def highest_in_groups(score: Tensor, count: int, groups: int) -> Tensor:
-    """The `count` experts with the highest scores `[experts]`, int64 ascending, as many of each
-    group of neighbours.
-    """
+    """The `count` experts with the highest scores, as many of each group, int64 ascending."""
     inside = score.view(groups, -1)
     order = inside.argsort(dim=1, descending=True, stable=True)[:, : count // groups]
     return (order + inside.shape[1] * torch.arange(groups)[:, None]).flatten().sort().values

@@ -9,54 +9,46 @@ here with the counts that would do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import lcm
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from secateur.errors import BadPattern, SecateurError, UnsupportedModel
-from secateur.methods.structures import Structure, Units, default_alignment, parts
+from secateur.methods.structures import Kind, Structure, Units, default_alignment, parts
 from secateur.models.channels.groups import ChannelGroup, removable_groups
 from secateur.models.channels.trace import trace
+from secateur.models.experts import count, fused_experts
 from secateur.models.matrices import signature, weight_matrices
-from secateur.models.replay import LanguageModel, Shell, close, own, run_block, working_copy
-from secateur.pruning.structured.slicing import (
-    experts_of,
-    module_of,
-    without_experts,
-    without_groups,
-)
-from secateur.pruning.structured.target_config import (
-    CHANNELS,
-    EXPERTS,
-    HEADS,
-    Number,
-    Target,
-    empty,
-    find_target,
-    tensor_shapes,
-)
+from secateur.models.replay import Call, LanguageModel, Shell, close, own, run_block, working_copy
+from secateur.pruning.structured.slicing import State, module_of, without_experts, without_groups
+from secateur.pruning.structured.target_config import Number, empty, find_target, tensor_shapes
 
 NARROW = 0.1
-"""A matrix with fewer inputs than this share of the widest is no feed-forward: a low-rank side
-path, say.
-"""
+"""With fewer inputs than this share of the widest, a matrix is a side path, no feed-forward."""
 
 
 @dataclass(frozen=True)
-class Consumer:
-    """A weight matrix whose inputs go in groups, all of `of` (channels, heads), and how many of
-    these groups are removed.
+class Choice:
+    """How many of the `total` channels, heads or experts of one module are removed; which, is open.
+
+    Channels and heads go by the name of the weight matrix that reads them, in `groups` of inputs;
+    `expert`: whether that belongs to one expert. Experts go by the name of their module.
     """
 
-    groups: list[ChannelGroup]
-    of: str
-    removed: int = 0
+    of: Kind | Literal["blocks"]
+    total: int
+    groups: Sequence[ChannelGroup] = ()
     expert: bool = False
+    removed: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.total - self.removed
 
     @property
     def inputs(self) -> Tensor:
@@ -64,36 +56,26 @@ class Consumer:
         return torch.tensor([group.inputs for group in self.groups])
 
 
-@dataclass(frozen=True)
-class BlockRemoval:
-    """What goes out of every block of one kind: groups of channels by the name of the matrix that
-    reads them, heads first, and experts by the name of their module.
-    """
+BlockRemoval = Mapping[str, Choice]
+"""What goes out of every block of one kind, by name: heads first, then channels, then experts."""
 
-    consumers: dict[str, Consumer]
-    experts: dict[str, tuple[int, int]]
-    """(how many there are, how many go)"""
 
-    @property
-    def last_groups(self) -> dict[str, list[ChannelGroup]]:
-        """The last groups of every consumer, as many as go: they stand in for those that will be
-        chosen.
-        """
-        return {
-            name: consumer.groups[len(consumer.groups) - consumer.removed :]
-            for name, consumer in self.consumers.items()
-        }
+def last_groups(removal: BlockRemoval) -> dict[str, Sequence[ChannelGroup]]:
+    """The last groups of every matrix, as many as go, in place of those that will be chosen."""
+    return {name: part.groups[part.left :] for name, part in removal.items() if part.groups}
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What goes out of a model: `kinds` by the signature of a block, `kept` the blocks that stay,
-    `target` the smaller model.
+    """What goes out of a model, by the signature of a block; `kept` names the blocks that stay.
+
+    `smaller` is what is left, on the meta device, and `changes` what it has in its `config.json`.
     """
 
     kinds: Mapping[Any, BlockRemoval]
     kept: tuple[int, ...]
-    target: Target
+    smaller: LanguageModel
+    changes: Mapping[str, Any]
 
     def of(self, block: nn.Module) -> BlockRemoval:
         return self.kinds[signature(block)]
@@ -128,7 +110,7 @@ class Feasibility:
                 for kind, block in alternative.items()
             }
             if target := self._target(kinds, kept):
-                removal = Removal(kinds, tuple(kept), target)
+                removal = Removal(kinds, tuple(kept), *target)
                 _try(self.language_model, removal, self.device)
                 return removal
         raise UnsupportedModel(self._no_target(structure, available, kept))
@@ -136,53 +118,48 @@ class Feasibility:
     def holds(self, removed: Sequence[int]) -> bool:
         """Whether a stock configuration holds the model without these blocks."""
         blocks = self.language_model.blocks
-        nothing = {signature(block): BlockRemoval({}, {}) for block in blocks}
+        nothing: dict[Any, BlockRemoval] = {signature(block): {} for block in blocks}
         kept = [index for index in range(len(blocks)) if index not in removed]
         return len(nothing) == 1 or self._target(nothing, kept) is not None
 
     def _available(self, structure: Structure) -> dict[Any, BlockRemoval]:
-        """All that could go out of each kind of block, of what the structure names. Raises
-        UnsupportedModel for nothing.
-        """
+        """All that could go of what a structure names, by kind of block; else UnsupportedModel."""
         units = [part for part in parts(structure) if isinstance(part, Units)]
         wanted = {part.of for part in units}
         available: dict[Any, BlockRemoval] = {}
         for index, block in enumerate(self.language_model.blocks):
             if (kind := signature(block)) not in available:
-                consumers = self._consumers(index) if wanted & {"channels", "heads"} else {}
-                experts = experts_of(block) if "experts" in wanted else {}
-                available[kind] = BlockRemoval(
-                    {name: c for name, c in consumers.items() if c.of in wanted},
-                    {name: (count, 0) for name, count in experts.items()},
-                )
-        there = {c.of for removal in available.values() for c in removal.consumers.values()}
-        there |= {"experts" for removal in available.values() if removal.experts}
+                available[kind] = self._choices(index, wanted)
+        there = {choice.of for removal in available.values() for choice in removal.values()}
         for part in units:
             if part.of not in there:
                 raise UnsupportedModel(_cannot_go(self.language_model, part))
         return available
 
-    def _consumers(self, index: int) -> dict[str, Consumer]:
-        """The matrices of a block whose inputs go in groups, heads first."""
+    def _choices(self, index: int, wanted: Set[str]) -> BlockRemoval:
+        """What could go out of a block, of the kinds that are wanted."""
         block = self.language_model.blocks[index]
         kind, matrices = signature(block), weight_matrices(block)
-        if kind not in self._groups:
+        if wanted & {"channels", "heads"} and kind not in self._groups:
             self._groups[kind] = removable_groups(
                 trace(self.language_model, index, device=self.device, dtype=torch.float32)
             )
-        groups = self._groups[kind]
+        groups = self._groups.get(kind, {})
         heads = {n: g for n, g in groups.items() if len(g[0].inputs) > 1 and len(g) > 1}
         channels = {n: g for n, g in groups.items() if len(g[0].inputs) == 1}
         widest = max(map(len, channels.values()), default=0)
         channels = {n: g for n, g in channels.items() if len(g) >= NARROW * widest}
-        return {
-            name: Consumer(found, of, expert=matrices[name].expert)
-            for of, some in (("heads", heads), ("channels", channels))
-            for name, found in some.items()
-        }
+        choices = {n: Choice("heads", len(g), g, matrices[n].expert) for n, g in heads.items()}
+        for name, some in channels.items():
+            choices[name] = Choice("channels", len(some), some, matrices[name].expert)
+        for name, module in fused_experts(block).items():
+            choices[name] = Choice("experts", count(module))
+        return {name: choice for name, choice in choices.items() if choice.of in wanted}
 
-    def _target(self, kinds: Mapping[Any, BlockRemoval], kept: Sequence[int]) -> Target | None:
-        """The stock model without what goes, by its shapes."""
+    def _target(
+        self, kinds: Mapping[Any, BlockRemoval], kept: Sequence[int]
+    ) -> tuple[LanguageModel, Mapping[str, Any]] | None:
+        """The stock model without what goes, by its shapes, and what changes in its config."""
         language_model = self.language_model
         starts = tuple(f"{language_model.block_name(i)}." for i in range(len(self._empty.blocks)))
         shapes = {
@@ -195,11 +172,9 @@ class Feasibility:
             kind = signature(language_model.blocks[index])
             if kind not in of_kind:
                 block, removal = self._empty.blocks[index], kinds[kind]
-                state = without_groups(block, removal.last_groups)
-                left = {
-                    n: torch.arange(total - gone) for n, (total, gone) in removal.experts.items()
-                }
-                state = without_experts(block, state, left)
+                state = without_groups(block, last_groups(removal))
+                experts = {n: torch.arange(p.left) for n, p in removal.items() if not p.groups}
+                state = without_experts(block, state, experts)
                 of_kind[kind] = {name: tuple(tensor.shape) for name, tensor in state.items()}
             for name, shape in of_kind[kind].items():
                 shapes[f"{language_model.block_name(position)}.{name}"] = shape
@@ -211,16 +186,9 @@ class Feasibility:
         """Why nothing holds the result, and what would be held."""
         reasons = []
         for of in ("heads", "channels"):
-            most = max(
-                (
-                    len(consumer.groups)
-                    for removal in available.values()
-                    for consumer in removal.consumers.values()
-                    if consumer.of == of
-                ),
-                default=0,
-            )
-            if not most:
+            choices = (choice for removal in available.values() for choice in removal.values())
+            totals = [choice.total for choice in choices if choice.of == of]
+            if not (most := max(totals, default=0)):
                 continue
             fitting = [
                 f"{left} of {most}"
@@ -268,26 +236,18 @@ def _alternatives(available: Mapping[Any, BlockRemoval]) -> Iterator[Mapping[Any
     def only(head: str | None) -> Mapping[Any, BlockRemoval]:
         chosen = {}
         for kind, removal in available.items():
-            widths = [len(c.groups) for c in removal.consumers.values() if c.of == "channels"]
-            consumers = {
-                name: consumer
-                for name, consumer in removal.consumers.items()
-                if (
-                    head in (None, name)
-                    if consumer.of == "heads"
-                    else len(consumer.groups) == max(widths)
-                )
+            widest = max((p.total for p in removal.values() if p.of == "channels"), default=0)
+            chosen[kind] = {
+                name: choice
+                for name, choice in removal.items()
+                if (choice.of != "heads" or head in (None, name))
+                and (choice.of != "channels" or choice.total == widest)
             }
-            chosen[kind] = BlockRemoval(consumers, removal.experts)
         return chosen
 
     yield only(None)
-    heads = dict.fromkeys(
-        name
-        for removal in available.values()
-        for name, consumer in removal.consumers.items()
-        if consumer.of == "heads"
-    )
+    choices = [choice for removal in available.values() for choice in removal.items()]
+    heads = dict.fromkeys(name for name, choice in choices if choice.of == "heads")
     if len(heads) > 1:
         yield from map(only, heads)
 
@@ -296,51 +256,39 @@ def _counted(
     removal: BlockRemoval, structure: Structure, align: int | None, language_model: LanguageModel
 ) -> BlockRemoval:
     """The same with the numbers that go. Raises BadPattern."""
-    asked = {part.of: part for part in parts(structure) if isinstance(part, Units)}
+    asked: dict[str, Units] = {p.of: p for p in parts(structure) if isinstance(p, Units)}
     config, family = language_model.model.config, type(language_model.model).__name__
     # Kernels that multiply by all experts at once take rows of whole 16 bytes only.
     least = 16 // (getattr(config, "dtype", None) or torch.float32).itemsize
-    consumers = {}
-    for name, consumer in removal.consumers.items():
-        total, steps = len(consumer.groups), align
-        if consumer.expert:
+    counted = {}
+    for name, choice in removal.items():
+        total, units, steps = choice.total, asked[choice.of], align
+        if choice.expert:
             steps = lcm(align or default_alignment(total), least)
-        kept = asked[consumer.of].kept(total, steps, f"{name} of {family}")  # type: ignore[index]
-        consumers[name] = replace(consumer, removed=total - kept)
-    experts = {}
-    for name, (total, _) in removal.experts.items():
-        kept = asked["experts"].kept(total, align, f"{name} of {family}")
-        active = getattr(config, "num_experts_per_tok", None) or 1
-        if kept < active:
-            raise BadPattern(
-                f"{name} sends every token to {active} of its {total} experts; {asked['experts']} "
-                f"would leave {kept}. At most {100 * (total - active) / total:.3g}% can go."
-            )
-        _check_routing(config, name, kept)
-        experts[name] = total, total - kept
-    return BlockRemoval(consumers, experts)
+        kept = units.kept(total, steps, f"{name} of {family}")
+        if choice.of == "experts":
+            _check_routing(config, name, total, kept, units)
+        counted[name] = replace(choice, removed=total - kept)
+    return counted
 
 
 def _left(removal: BlockRemoval, of: str, left: int) -> BlockRemoval:
-    """The same where `left` groups of one kind stay, and nothing else goes."""
-    return BlockRemoval(
-        {
-            name: replace(consumer, removed=max(len(consumer.groups) - left, 0))
-            for name, consumer in removal.consumers.items()
-            if consumer.of == of
-        },
-        {},
-    )
+    """The same where `left` units of one kind stay, and nothing else goes."""
+    choices = {name: choice for name, choice in removal.items() if choice.of == of}
+    return {n: replace(p, removed=max(p.total - left, 0)) for n, p in choices.items()}
 
 
-def _check_routing(config: Any, name: str, kept: int) -> None:
-    """Raise BadPattern where a router that looks for experts in groups could not do so among those
-    that stay.
-    """
+def _check_routing(config: Any, name: str, total: int, kept: int, asked: Units) -> None:
+    """Raise BadPattern where a router cannot do what it does among the `kept` experts."""
     groups, chosen, active = (
         getattr(config, field, None) or 1
         for field in ("n_group", "topk_group", "num_experts_per_tok")
     )
+    if kept < active:
+        raise BadPattern(
+            f"{name} sends every token to {active} of its {total} experts; {asked} "
+            f"would leave {kept}. At most {100 * (total - active) / total:.3g}% can go."
+        )
     if groups > 1 and (kept % groups or kept // groups < 2 or chosen * (kept // groups) < active):
         raise BadPattern(
             f"{name} chooses {active} experts from {chosen} of {groups} groups; {kept} experts "
@@ -353,30 +301,21 @@ def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockRemoval]) -
     """The numbers of a configuration that change."""
     numbers: list[Number] = []
     query_heads = getattr(language_model.model.config, "num_attention_heads", None)
-    for removal in kinds.values():
-        for consumer in removal.consumers.values():
-            total = len(consumer.groups)
-            left = total - consumer.removed
-            if consumer.of == "heads":
-                numbers += [
-                    Number(old, old * left // total, HEADS) for old in (total, query_heads or total)
-                ]
-            else:
-                numbers.append(Number(total, left, CHANNELS))
-        numbers += [
-            Number(total, total - gone, EXPERTS) for total, gone in removal.experts.values()
-        ]
+    for choice in (choice for removal in kinds.values() for choice in removal.values()):
+        olds = [choice.total]
+        if choice.of == "heads" and query_heads:
+            olds.append(query_heads)
+        numbers += [Number(old, old * choice.left // choice.total, choice.of) for old in olds]
     return [number for number in dict.fromkeys(numbers) if number.old != number.new]
 
 
 @torch.no_grad()
 def _try(language_model: LanguageModel, removal: Removal, device: torch.device) -> None:
-    """Compare blocks of the smaller model with the dense ones whose groups that go read as zero, in
-    one pass.
+    """Compare blocks of the smaller model with dense ones whose groups that go read as zero.
 
     One block of every kind, or every one that stays where blocks go: some count them, or know their
-    own number. Blocks that lose experts route otherwise than before and are left out; the reloaded
-    model is compared at the end.
+    own number. Blocks that lose experts route otherwise and are left out; the reloaded model is
+    compared at the end.
     """
     embeddings: Any = language_model.model.get_input_embeddings()
     draw = torch.Generator().manual_seed(0)
@@ -384,46 +323,41 @@ def _try(language_model: LanguageModel, removal: Removal, device: torch.device) 
     hidden, calls = Shell(language_model, device, torch.float32, head=False).enter(tokens)
     blocks = language_model.blocks
     tried, fewer = set(), len(removal.kept) < len(blocks)
-    wanted = [i for i in removal.kept if fewer or removal.of(blocks[i]).consumers]
+    wanted = [i for i in removal.kept if fewer or last_groups(removal.of(blocks[i]))]
     for index, original in enumerate(blocks[: max(wanted, default=-1) + 1]):
         block, call = working_copy(original, device, torch.float32), calls[index]
-        of_block, kind = removal.of(original), signature(original)
+        kind, choices = signature(original), removal.of(original)
+        routed = any(choice.of == "experts" for choice in choices.values())
         before = own(call, {})
         dense = run_block(block, hidden, call)
-        if index in wanted and not of_block.experts and (fewer or kind not in tried):
+        if index in wanted and not routed and (fewer or kind not in tried):
             tried.add(kind)
-            gone = of_block.last_groups
-            state = without_groups(block, gone)
-            for name, groups in gone.items():
+            empty = removal.smaller.blocks[removal.kept.index(index)]
+            state = without_groups(block, last_groups(choices))
+            for name, groups in last_groups(choices).items():
                 inputs = [i for group in groups for i in group.inputs]
                 weight_matrices(block)[name].weight[:, inputs] = 0
-            expected = run_block(block, hidden, before) if gone else dense
-            meta = removal.target.language_model.blocks[removal.kept.index(index)]
-
-            def smaller(meta=meta, state=state, block=block, hidden=hidden, call=call) -> Tensor:
-                return run_block(module_of(meta, state, block).to(device), hidden, own(call, {}))
-
-            _compare(language_model, index, expected, smaller)
+            expected = run_block(block, hidden, before) if choices else dense
+            if difference := _difference(empty, state, block, hidden, call, expected):
+                raise UnsupportedModel(
+                    f"{language_model.block_name(index)} of {type(language_model.model).__name__} "
+                    "does not compute the same with fewer channels, heads or blocks as with zeros "
+                    f"in their place ({difference}): it depends on their number or order."
+                )
         hidden = dense
 
 
-def _compare(
-    language_model: LanguageModel, index: int, wanted: Tensor, smaller: Callable[[], Tensor]
-) -> None:
-    """Raise UnsupportedModel unless the smaller block runs and gives what is wanted."""
-    what = "its output differs"
+def _difference(
+    empty: nn.Module, state: State, block: nn.Module, hidden: Tensor, call: Call, wanted: Tensor
+) -> str:
+    """How the smaller block differs from what is wanted, in words; "" where it does not."""
     if not wanted.isfinite().all():
-        return  # named when its weights are read
+        return ""  # named when its weights are read
     try:
-        got = smaller()
-        if got.shape == wanted.shape and close(wanted, got):
-            return
+        smaller = module_of(empty, state, block).to(hidden.device)
+        got = run_block(smaller, hidden, own(call, {}))
     except SecateurError:
         raise
     except Exception as error:  # whatever a family's forward raises when its sizes do not fit
-        what = type(error).__name__
-    raise UnsupportedModel(
-        f"{language_model.block_name(index)} of {type(language_model.model).__name__} does not "
-        "compute the same with fewer channels, heads or blocks as with zeros in their place "
-        f"({what}): it depends on their number or order."
-    )
+        return type(error).__name__
+    return "" if got.shape == wanted.shape and close(wanted, got) else "its output differs"

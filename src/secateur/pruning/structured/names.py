@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 
 from torch import Tensor
@@ -11,24 +10,18 @@ from torch import Tensor
 from secateur.checkpoints.folder import Checkpoint
 from secateur.models.replay import LanguageModel
 from secateur.models.stored import checkpoint_tensors
+from secateur.pruning.structured.feasibility import Removal
 
 
 class Names:
-    """Which tensors the smaller checkpoint has, by the names that the source has, or would have,
-    for them.
-    """
+    """The tensors of the smaller checkpoint, by the names that the source has for such tensors."""
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        language_model: LanguageModel,
-        smaller: LanguageModel,
-        kept: Sequence[int],
-    ) -> None:
-        self.source, self.dense, self.smaller, self.kept = source, language_model, smaller, kept
-        start = language_model.block_name(0)
-        state = {f"{start}.{n}": t for n, t in language_model.blocks[0].named_parameters()}
-        first = next(iter(checkpoint_tensors(language_model, state, source.places)))
+    def __init__(self, source: Checkpoint, dense: LanguageModel, removal: Removal) -> None:
+        self.source, self.dense = source, dense
+        self.kept, self.smaller = removal.kept, removal.smaller
+        start = dense.block_name(0)
+        state = {f"{start}.{n}": t for n, t in dense.blocks[0].named_parameters()}
+        first = next(iter(checkpoint_tensors(dense, state, source.places)))
         # what the source writes before the number of a block
         self.stem = f"{first.partition('.0.')[0]}."
 
@@ -38,9 +31,7 @@ class Names:
 
     @cached_property
     def places(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """For every tensor of the smaller checkpoint the source's tensor that it comes from, and
-        its own shape.
-        """
+        """For every tensor of the smaller checkpoint the source's name of it, and its shape."""
         inside: set[str] = set()
         for index, block in enumerate(self.dense.blocks):
             inside |= self._stored(self.dense, index, index, block.state_dict()).keys()
@@ -52,11 +43,14 @@ class Names:
         for position, block in enumerate(self.smaller.blocks):
             moved = self._moved(position, self.kept[position])
             for name, tensor in self.of_block(position, block.state_dict()).items():
-                places[name] = moved.name(name), tuple(tensor.shape)
+                places[name] = moved[name], tuple(tensor.shape)
         return places
 
-    def _moved(self, position: int, index: int) -> _Moved:
-        return _Moved(self.source, f"{self.stem}{position}.", f"{self.stem}{index}.")
+    def _moved(self, position: int, index: int) -> dict[str, str]:
+        """What the source calls the tensors of its block `index`, by their names at `position`."""
+        now, before = f"{self.stem}{position}.", f"{self.stem}{index}."
+        names = (name for name in self.source.places if name.startswith(before))
+        return {now + name.removeprefix(before): name for name in names}
 
     def _stored(
         self, model: LanguageModel, position: int, index: int, state: Mapping[str, Tensor]
@@ -65,20 +59,3 @@ class Names:
         buffers = {f"{start}.{name}" for name, _ in model.blocks[position].named_buffers()}
         tensors = {f"{start}.{name}": tensor for name, tensor in state.items()}
         return checkpoint_tensors(model, tensors, self._moved(position, index), buffers)
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """The names of a block's tensors where the block has moved; the source has those that are in
-    it.
-    """
-
-    source: Checkpoint
-    now: str
-    before: str
-
-    def name(self, name: str) -> str:
-        return self.before + name.removeprefix(self.now) if name.startswith(self.now) else name
-
-    def __contains__(self, name: object) -> bool:
-        return self.name(str(name)) in self.source.places

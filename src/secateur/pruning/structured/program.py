@@ -24,9 +24,9 @@ from secateur.checkpoints.record import Report, pruning_record
 from secateur.checkpoints.result_folder import configure
 from secateur.checkpoints.shards import resized, size_of
 from secateur.errors import BadPattern
-from secateur.methods.structures import NAMES, Budget, Depth, Structure, parse_structure, parts
+from secateur.methods.structures import NAMES, Depth, Structure, parse_structure, parts
 from secateur.models.context import check_windows
-from secateur.models.matrices import coverage, weight_matrices
+from secateur.models.matrices import coverage, model_coverage
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
 from secateur.models.stream.block_writer import BlockWriter, block_writer, with_room
 from secateur.models.stream.blocks import BlockRun, stream
@@ -50,11 +50,12 @@ CHECKED_TOKENS = 256
 
 
 class Slicing(NamedTuple):
-    """A structured run as it has been decided: by which method, and what goes."""
+    """A structured run as it has been decided: how, what goes, and what tensors are called."""
 
     run: BlockRun
     method: StructuredMethod
     removal: Removal
+    names: Names
 
 
 def prune_structure(
@@ -66,8 +67,7 @@ def prune_structure(
     progress: Progress,
     feasibility: Feasibility | None = None,
 ) -> Report:
-    """`prune_checkpoint` for a structure: writes the smaller model; returns the report in
-    `pruning.json`.
+    """Write the smaller model of a structure; returns the report that `pruning.json` holds.
 
     `feasibility`: of this model, where it was asked before, since tracing a block takes long.
     """
@@ -93,7 +93,7 @@ def prune_structure(
     }
     with PeakMemory() as peak:
         removal = _removal(run, method, feasibility, structure, source.bytes, recipe.align)
-        names = Names(source, language_model, removal.target.language_model, removal.kept)
+        names = Names(source, language_model, removal)
         report = _report(recipe, structure, opened, run, removal)
         size = size_of(source, names.places)
         with block_writer(
@@ -103,27 +103,23 @@ def prune_structure(
                 report.take(entry)
             if not writer.done:
                 run = with_room(run, writer.folder.parent, 1 + method.second_stream, limit)
-                _write(Slicing(run, method, removal), names, writer, report, trust)
-            report.sparsity = _share_removed(language_model, removal)
+                _write(Slicing(run, method, removal, names), writer, report, trust)
             report.peak_bytes, report.out = peak.bytes, Path(destination.out)
             writer.finish(pruning_record(source.folder, report, destination.command, options))
     return report
 
 
-def _write(
-    slicing: Slicing, names: Names, writer: BlockWriter, report: Report, trust: Trust
-) -> None:
+def _write(slicing: Slicing, writer: BlockWriter, report: Report, trust: Trust) -> None:
     """Write the smaller model, and let a fresh process compare it. Raises UnsupportedModel."""
-    (run, _, removal), result = slicing, writer.result
+    run, _, removal, names = slicing
+    result, again = writer.result, bool(writer.entries)
     assert result is not None  # structures are taken out in one process
-    again = bool(writer.entries)
     result.places = resized(result.source, result.partial, names.places, again=again)
     if not again:
-        model_type = run.language_model.model.config.model_type
-        configure(result, removal.target.changes, model_type)
+        configure(result, removal.changes, run.language_model.model.config.model_type)
         result.sync()
     run.progress.begin(f"shrinking with {report.method} to {report.pattern}")
-    logits = _slice_blocks(slicing, names, writer, report)
+    logits = _slice_blocks(slicing, writer, report)
     result.settle()
     run.progress.begin("loading the result in a fresh process")
     refuse_unequal(
@@ -137,11 +133,8 @@ def _write(
 def refuse_structure(
     feasibility: Feasibility, structure: Structure, size: int, align: int | None
 ) -> None:
-    """Raise BadPattern or UnsupportedModel where a model, `size` bytes of weights, cannot be made
-    smaller like that.
-    """
-    if isinstance(structure, Budget):
-        structure = within_budget(feasibility, structure, size, align)
+    """Raise BadPattern or UnsupportedModel where a model of `size` bytes cannot lose that."""
+    structure = within_budget(feasibility, structure, size, align)
     feasibility.removal(structure, align)
     for part in parts(structure):
         if isinstance(part, Depth):
@@ -158,8 +151,7 @@ def _removal(
 ) -> Removal:
     """What goes, blocks included. Raises BadPattern or UnsupportedModel."""
     started = perf_counter()
-    if isinstance(structure, Budget):
-        structure = within_budget(feasibility, structure, size, align)
+    structure = within_budget(feasibility, structure, size, align)
     run.progress.begin("finding what belongs together")
     removal = feasibility.removal(structure, align)
     total = len(removal.kept)
@@ -181,14 +173,13 @@ def _removal(
 
 
 @torch.no_grad()
-def _slice_blocks(slicing: Slicing, names: Names, writer: BlockWriter, report: Report) -> Tensor:
-    """Slice and write every block that stays; the logits of the first window's first tokens in the
-    smaller model.
+def _slice_blocks(slicing: Slicing, writer: BlockWriter, report: Report) -> Tensor:
+    """Slice and write every block that stays; the logits of the first window's first tokens.
 
     These go through the smaller blocks in float32, whatever dtype the stream has, so that they can
     be compared closely. The first blocks may be finished: they are gone through as they are.
     """
-    run, method, removal = slicing
+    run, method, removal, names = slicing
     model, device, count = run.language_model, run.devices[0], len(removal.kept)
     tokens, finished = run.tokens[:1, :CHECKED_TOKENS], writer.finished()
     hidden, calls = Shell(model, device, torch.float32, head=False).enter(tokens)
@@ -197,7 +188,7 @@ def _slice_blocks(slicing: Slicing, names: Names, writer: BlockWriter, report: R
     steps = stream(run, dense=method.second_stream, kept=removal.kept, finished=finished)
     for position, step in enumerate(steps, len(finished)):
         run.progress.advance(step.name, position, count)
-        original, empty = model.blocks[step.index], removal.target.language_model.blocks[position]
+        original, empty = model.blocks[step.index], removal.smaller.blocks[position]
         following = removal.kept[position + 1] if position + 1 < count else len(model.blocks)
         slicer = BlockSlicer(step, original, range(step.index + 1, following), run, method)
         state, tuned = slicer.remove(removal.of(original)), None
@@ -232,16 +223,17 @@ def _report(
     recipe: Recipe, structure: Structure, opened: Opened, run: BlockRun, removal: Removal
 ) -> Report:
     """The report of a run that is about to begin."""
-    language_model = opened.language_model
-    counts = [coverage(block) for block in language_model.blocks]
-    dense = language_model.model.num_parameters()
-    left = block_parameters(removal.target.language_model)
+    language_model, smaller = opened.language_model, removal.smaller
+    dense, left = language_model.model.num_parameters(), block_parameters(smaller)
+    weights, weights_left = (
+        sum(coverage(block)[0] for block in model.blocks) for model in (language_model, smaller)
+    )
     return Report(
         recipe.method,
         str(structure),
         "structured",
-        0.0,
-        sum(covered for covered, _ in counts) / max(sum(total for _, total in counts), 1),
+        1 - weights_left / max(weights, 1),
+        model_coverage(language_model),
         [],
         run.seconds,
         None,
@@ -251,29 +243,12 @@ def _report(
     )
 
 
-def _share_removed(language_model: LanguageModel, removal: Removal) -> float:
-    """The share of the blocks' matrix weights that are removed."""
-    before, after = (
-        sum(
-            matrix.stored.numel()
-            for block in model.blocks
-            for matrix in weight_matrices(block).values()
-        )
-        for model in (language_model, removal.target.language_model)
-    )
-    return 1 - after / max(before, 1)
-
-
 def _in_words(language_model: LanguageModel, removal: Removal) -> dict[str, str]:
     """What goes, by where: `mlp.down_proj` → `128 of 512 channels`; `blocks` → which."""
     words: dict[str, str] = {}
-    for block in removal.kinds.values():
-        for name, consumer in block.consumers.items():
-            words[re.sub(r"\.\d+\.", ".*.", name)] = (
-                f"{consumer.removed} of {len(consumer.groups)} {NAMES[consumer.of]}"
-            )
-        for name, (total, removed) in block.experts.items():
-            words[name] = f"{removed} of {total} experts"
+    for name, choice in (item for block in removal.kinds.values() for item in block.items()):
+        what = f"{choice.removed} of {choice.total} {NAMES[choice.of]}"
+        words[re.sub(r"\.\d+\.", ".*.", name)] = what
     blocks = [i for i in range(len(language_model.blocks)) if i not in removal.kept]
     if blocks:
         words["blocks"] = ", ".join(map(str, blocks))

@@ -26,15 +26,11 @@ from secateur.methods.least_squares import normalise
 from secateur.methods.statistics import Stats
 
 NEED = frozenset({"gram", "sum"})
-"""The statistics that are read; "cross" and "dense sum" as well where the target is the dense
-model.
-"""
+"""The statistics that are read, besides `OF_DENSE` where the target is the dense model."""
 
 
 class Reconstructed(NamedTuple):
-    """`weight` `[out, in]` float32, zero at inputs that are removed; `bias` `[out]`, None where
-    there was none.
-    """
+    """`weight` `[out, in]` float32, zero where inputs are removed; `bias` `[out]` or None."""
 
     weight: Tensor
     bias: Tensor | None
@@ -47,8 +43,7 @@ def reconstructed(
     bias: Tensor | None = None,
     added: Tensor | None = None,
 ) -> Reconstructed:
-    """The best weight `[out, in]` float32 on the inputs `kept`, bool `[in]`, and the bias that goes
-    with it.
+    """The best weight `[out, in]` float32 on the inputs `kept`, bool `[in]`, and its bias.
 
     `added` is E[δ xᵀ] `[out, in]`, with its mean as one more column at the end where there is a
     bias: the target is W x + δ. Raises NotSolved where the Gram matrix cannot be factorised.

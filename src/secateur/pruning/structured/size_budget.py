@@ -27,37 +27,35 @@ MOST, MOST_BLOCKS = 0.5, 0.25
 
 
 class _Half(NamedTuple):
-    """Half of the units of a kind: how many parameters they hold, and of how many units in a block
-    how many go.
-    """
+    """Half of the units of a kind: their parameters, and of how many in a block how many go."""
 
     parameters: int
     total: int
     removed: int
 
     def reaching(self, parameters: float, step: int) -> int:
-        """The fewest units, a multiple of `step`, that hold so many parameters, or as many as may
-        go.
-        """
+        """The fewest units in steps of `step` that hold so many parameters, or all that may go."""
         needed = max(parameters, 0) * self.removed / self.parameters
         return min(self.removed, step * ceil(needed / step))
 
 
 def within_budget(
-    feasibility: Feasibility, budget: Budget, size: int, align: int | None
+    feasibility: Feasibility, structure: Structure, size: int, align: int | None
 ) -> Structure:
-    """The structure that leaves at most the budget of a model whose weights are `size` bytes.
-    Raises BadPattern.
+    """For a budget, what leaves at most that of a model whose weights are `size` bytes; any other
+    structure as it is. Raises BadPattern.
     """
+    if not isinstance(budget := structure, Budget):
+        return structure
     language_model = feasibility.language_model
     total, count = language_model.model.num_parameters(), len(language_model.blocks)
     share = budget.share if budget.share is not None else (budget.bytes or 0) / size
     if share >= 1:
         raise BadPattern(f"The model has {size:,} bytes of weights already; {budget} was asked.")
     missing, chosen = total * (1 - share), list[Units | Depth]()
-    experts = _half(feasibility, "experts", align)
-    channels = _half(feasibility, "channels", align)
-    heads = _half(feasibility, "heads", align)
+    kinds: tuple[Kind, ...] = ("experts", "channels", "heads")
+    halves = {of: _half(feasibility, of, align) for of in kinds}
+    experts, channels, heads = halves.values()
     if experts:
         taken = experts.reaching(missing, 1)
         chosen.append(Units(taken / experts.total, "experts"))
@@ -80,7 +78,6 @@ def within_budget(
             if channels and (taken := channels.reaching(wanted / left, step)):
                 chosen.append(Units(taken / channels.total, "channels"))
             return chosen[0] if len(chosen) == 1 else Several(tuple(chosen))
-    halves = {"experts": experts, "channels": channels, "heads": heads}
     known = [of for of, half in halves.items() if half] or ["nothing"]
     raise BadPattern(
         f"{budget} is out of reach: for a size at most half of the {' and '.join(known)} are taken "
@@ -99,13 +96,7 @@ def _half(feasibility: Feasibility, of: Kind, align: int | None) -> _Half | None
         if of == "channels" and align:
             raise
         return None
-    counts = [
-        count
-        for block in removal.kinds.values()
-        for count in (
-            *((len(c.groups), c.removed) for c in block.consumers.values()),
-            *block.experts.values(),
-        )
-    ]
+    choices = [choice for block in removal.kinds.values() for choice in block.values()]
+    most = max((choice.total, choice.removed) for choice in choices)
     parameters = block_parameters(feasibility.language_model)
-    return _Half(parameters - block_parameters(removal.target.language_model), *max(counts))
+    return _Half(parameters - block_parameters(removal.smaller), *most)

@@ -2,9 +2,8 @@
 and a stock module that runs them.
 
 What is sliced are rows and columns of the matrices of a group, and the biases that go with the
-rows.
-The module is the one that the family itself builds for the new configuration (`target_config`), so
-what runs here is what every loader will run.
+rows. The module is the one that the family itself builds for the new configuration
+(`target_config`), so what runs is what every loader will run.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ State = dict[str, Tensor]
 
 
 def without_groups(block: nn.Module, removed: Mapping[str, Iterable[ChannelGroup]]) -> State:
-    """The tensors of a block without groups of channels, given by the name of the matrix whose
-    inputs they are.
+    """The tensors of a block without groups of channels, by the matrix whose inputs they are.
 
     The block is not changed. Tensors that are not sliced are its own.
     """
@@ -48,7 +46,7 @@ def without_groups(block: nn.Module, removed: Mapping[str, Iterable[ChannelGroup
             )
     for parameter, parts in sliced.items():
         fused = parts[0][0].expert
-        slices = [_slice(state, matrix, out, inputs) for matrix, out, inputs in parts]
+        slices = [_slice(matrix, out, inputs) for matrix, out, inputs in parts]
         if not fused:
             state[parameter] = slices[0]
         elif len(slices) == len(state[parameter]):
@@ -67,20 +65,14 @@ def _others(size: int, removed: Collection[int]) -> Tensor:
     return kept.nonzero().flatten()
 
 
-def _slice(
-    state: Mapping[str, Tensor], matrix: WeightMatrix, out: Tensor, inputs: Tensor
-) -> Tensor:
-    stored = state[matrix.parameter]
-    if matrix.expert:
-        stored = stored[int(matrix.name.rsplit(".", 2)[1])]
-    weight = stored.T if matrix.transposed else stored
-    left = weight[out.to(weight.device)][:, inputs.to(weight.device)]
+def _slice(matrix: WeightMatrix, out: Tensor, inputs: Tensor) -> Tensor:
+    """The rows `out` and the columns `inputs` of a matrix, as it is stored."""
+    left = matrix.weight[out.to(matrix.weight.device)][:, inputs.to(matrix.weight.device)]
     return (left.T if matrix.transposed else left).contiguous()
 
 
 def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) -> State:
-    """The tensors of a block with fewer experts: `kept` gives for every experts module the int64
-    indices that stay.
+    """The tensors of a block without some experts; `kept`: those that stay, int64, by module.
 
     With an expert go its two matrices, and its row of whatever chooses experts: router weights and
     biases beside it.
@@ -108,18 +100,8 @@ def without_experts(block: nn.Module, state: State, kept: Mapping[str, Tensor]) 
     return state
 
 
-def experts_of(block: nn.Module) -> dict[str, int]:
-    """How many experts every fused experts module of a block holds, by its name."""
-    return {
-        name: experts.count(module)
-        for name, module in block.named_modules()
-        if experts.is_experts(module)
-    }
-
-
 def module_of(empty: nn.Module, state: Mapping[str, Tensor], original: nn.Module) -> nn.Module:
-    """The stock module `empty` (on the meta device) with these tensors, and the buffers of the
-    original.
+    """The stock module `empty` (on the meta device) with these tensors and the original's buffers.
 
     Raises UnsupportedModel where a buffer that is not stored has another shape in the smaller
     block.

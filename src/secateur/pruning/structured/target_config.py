@@ -29,51 +29,39 @@ CARRIERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None},
     )
 }
-"""Other families that compute the same from the same tensors, where a family's own configuration
-refuses the numbers.
-
-Llama wants the hidden size to be a multiple of its heads, although it has a `head_dim`; Mistral
-does not.
+"""Families that compute the same, where a family's own configuration refuses the numbers: Llama
+wants the hidden size to be a multiple of its heads, although it has a `head_dim`; Mistral does not.
 """
 LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 """Fields that say something of the first so many blocks."""
 
 
+FIELDS = {
+    "channels": ("inter", "inner", "ffn", "ff", "mlp", "expansion"),
+    "heads": ("head",),
+    "experts": ("expert",),
+}
+"""What the name of a field contains that says how many there are of a kind."""
+
+
 @dataclass(frozen=True)
 class Number:
-    """A number that changes, and what the name of its field in a configuration contains."""
+    """A number of a configuration that changes, of channels, heads or experts."""
 
     old: int
     new: int
-    names: tuple[str, ...]
+    of: str
 
-    def of(self, value: int | None) -> int:
-        """What a field becomes that held the old number, or twice that (gate and up together), or
-        nothing.
-        """
+    def instead_of(self, value: int | None) -> int:
+        """What a field becomes that held the old number, twice that (gate and up), or nothing."""
         return self.new * (value or self.old) // self.old
-
-
-CHANNELS = ("inter", "inner", "ffn", "ff", "mlp", "expansion")
-HEADS = ("head",)
-EXPERTS = ("expert",)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A smaller model on the meta device, and what is to be changed in the source's `config.json`
-    to get it.
-    """
-
-    language_model: LanguageModel
-    changes: Mapping[str, Any]
 
 
 def find_target(
     language_model: LanguageModel, shapes: Shapes, numbers: Sequence[Number], kept: Sequence[int]
-) -> Target | None:
-    """The model with tensors of exactly these `shapes` (by name in the model); None where no
-    configuration has them.
+) -> tuple[LanguageModel, Mapping[str, Any]] | None:
+    """The model with exactly these `shapes` by name, on the meta device, and what it changes in the
+    source's `config.json`; None where no configuration has them.
 
     `numbers` are those that change, `kept` the blocks that stay.
     """
@@ -88,7 +76,7 @@ def find_target(
             if model is not None and tensor_shapes(model) == shapes:
                 tuples = tuple(language_model.tuples[i] for i in kept)
                 smaller = LanguageModel(model, find_stack(model), tuples)
-                return Target(smaller, {**changes, **fields})
+                return smaller, {**changes, **fields}
     return None
 
 
@@ -121,19 +109,19 @@ def _built(kind: Any, fields: dict[str, Any], language_model: LanguageModel) -> 
 def _candidates(
     config: Any, numbers: Sequence[Number], kept: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """Changes to the fields of a configuration that may give the numbers, those with few fields
-    first.
-    """
+    """Changes to fields of a configuration that may give the numbers, few fields first."""
     values = config.to_dict()
     depth = _fewer_blocks(config, values, kept)
     choices = []
     for number in numbers:
         names = [name for name, value in values.items() if _may_hold(name, value, number)]
         sets = [chosen for size in (1, 2, 3) for chosen in combinations(names, size)]
-        choices.append([{name: number.of(values[name]) for name in chosen} for chosen in sets])
+        choices.append(
+            [{name: number.instead_of(values[name]) for name in chosen} for chosen in sets]
+        )
     # the width of a head, which many derive from their number unless it is said
     widths: list[dict[str, Any]] = [{}]
-    if any(number.names == HEADS for number in numbers):
+    if any(number.of == "heads" for number in numbers):
         width = values.get("head_dim") or config.hidden_size // config.num_attention_heads
         widths.insert(0, {"head_dim": width})
     for explicit, *chosen in product(widths, *choices):
@@ -144,9 +132,9 @@ def _candidates(
 
 
 def _may_hold(name: str, value: Any, number: Number) -> bool:
-    if not any(part in name for part in number.names) or isinstance(value, bool):
+    if not any(part in name for part in FIELDS[number.of]) or isinstance(value, bool):
         return False
-    if number.names == CHANNELS:  # GPT-2's n_inner is 4 x hidden where it is not said
+    if number.of == "channels":  # GPT-2's n_inner is 4 x hidden where it is not said
         return value in (number.old, 2 * number.old, None)
     return value == number.old
 

@@ -57,9 +57,7 @@ def refuse_unequal(
 def difference(
     folder: Path, tokens: Tensor, logits: Tensor, *, trust_remote_code: bool = False
 ) -> float:
-    """‖got − expected‖ / ‖expected‖ of the logits of the model in `folder`, computed in float32 on
-    the CPU.
-    """
+    """‖got − expected‖ / ‖expected‖ of the logits of `folder`, in float32 on the CPU."""
     spill = spill_folder(folder, open_checkpoint(folder).bytes)
     language_model = load(folder, trust_remote_code=trust_remote_code, spill=spill)
     shell = Shell(language_model, torch.device("cpu"), torch.float32)
