@@ -22,8 +22,10 @@ from secateur.checkpoints.folder import open_checkpoint
 from secateur.cli.tables import speed_table
 from secateur.data.windows import Windows
 from secateur.models.load import load
+from secateur.pruning.check import find_recipe
 from secateur.pruning.opening import Opened
 from secateur.pruning.prune import prune_checkpoint
+from secateur.system.devices import find_resources
 from secateur.system.progress import show
 from secateur.system.settings import Compute, Destination, Recipe, Trust
 
@@ -50,8 +52,8 @@ if __name__ == "__main__":
         if not folders[-1].exists():
             prune_checkpoint(
                 Opened(open_checkpoint(dense), load(dense), Windows(ids, "random", "none", 0, None)),
-                Recipe(method="random" if "channels" in pattern else "magnitude", pattern=pattern),
-                Compute(),
+                find_recipe(Recipe(method="random" if "channels" in pattern else "magnitude", pattern=pattern)),
+                find_resources(Compute()),
                 Destination(out=folders[-1]),
                 Trust(),
             )

@@ -167,8 +167,10 @@ def run_secateur(job: Job) -> dict[str, float]:
     from secateur.checkpoints.folder import open_checkpoint
     from secateur.data.windows import Windows
     from secateur.models.load import load
+    from secateur.pruning.check import find_recipe
     from secateur.pruning.opening import Opened
     from secateur.pruning.prune import prune_checkpoint
+    from secateur.system.devices import find_resources
     from secateur.system.settings import Compute, Destination, Recipe, Trust
 
     windows = Windows(torch.load(job.work / "calibration.pt"), "demo", "calibration", 0, None)
@@ -176,8 +178,8 @@ def run_secateur(job: Job) -> dict[str, float]:
     with Meter() as meter:
         prune_checkpoint(
             Opened(source, language_model, windows),
-            Recipe(method=job.method, pattern="50%"),
-            Compute(device="cpu", dtype=job.dtype, batch_size=job.batch),
+            find_recipe(Recipe(method=job.method, pattern="50%")),
+            find_resources(Compute(device="cpu", dtype=job.dtype, batch_size=job.batch)),
             Destination(out=job.out, overwrite=True),
             Trust(),
         )

@@ -26,8 +26,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaF
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.data.windows import Windows
 from secateur.models.load import load
+from secateur.pruning.check import find_recipe
 from secateur.pruning.opening import Opened
-from secateur.pruning.structured.program import prune_structure
+from secateur.pruning.prune import prune_checkpoint
+from secateur.system.devices import find_resources
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, Destination, Recipe, Trust
 
@@ -135,10 +137,10 @@ def main() -> None:
         for number, pattern in enumerate(chosen.patterns.split(",")):
             folders[pattern] = place / f"smaller-{number}"
             ids = torch.randint(3, 1000, (2, 64), generator=torch.Generator().manual_seed(0))
-            prune_structure(
+            prune_checkpoint(
                 Opened(open_checkpoint(source), load(source), Windows(ids, "random", "none", 0, None)),
-                Recipe(method="influence" if "blocks" in pattern else "random", pattern=pattern),
-                Compute(),
+                find_recipe(Recipe(method="influence" if "blocks" in pattern else "random", pattern=pattern)),
+                find_resources(Compute()),
                 Destination(out=folders[pattern]),
                 Trust(),
                 Progress(),

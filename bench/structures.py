@@ -21,8 +21,11 @@ from secateur.checkpoints.folder import open_checkpoint
 from secateur.data.windows import Windows
 from secateur.errors import SecateurError, UnsupportedModel
 from secateur.models.load import load
+from secateur.pruning.check import find_recipe
 from secateur.pruning.opening import Opened
+from secateur.pruning.prune import prune_checkpoint
 from secateur.pruning.structured import program, verify
+from secateur.system.devices import find_resources
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, Destination, Recipe, Trust
 
@@ -43,10 +46,14 @@ def tried(source: Path, out: Path, pattern: str, method: str) -> str:
     ids = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
     opened = Opened(open_checkpoint(source), load(source), Windows(ids, "random", "none", 1, None))
     try:
-        program.prune_structure(
-            opened, Recipe(method=method, pattern=pattern), Compute(), Destination(out=out, overwrite=True), Trust(),
+        prune_checkpoint(
+            opened,
+            find_recipe(Recipe(method=method, pattern=pattern)),
+            find_resources(Compute()),
+            Destination(out=out, overwrite=True),
+            Trust(),
             Progress(),
-        )  # fmt: skip
+        )
     except SecateurError as error:
         return str(error)
     return "held"

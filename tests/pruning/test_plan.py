@@ -33,14 +33,15 @@ from secateur.pruning.planning.allocation import (
 from secateur.pruning.planning.measured import ALLOCATIONS, make_plan
 from secateur.pruning.planning.search import _Judge, _Library
 from secateur.pruning.planning.sensitivity import Sensitivity, levels_around
+from secateur.system.devices import find_resources
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, Recipe
 
 
 def planned(language_model, windows, allocate, **options):
     """`make_plan` with loose options, batches of 8 windows, or so many."""
-    compute = Compute(batch_size=options.pop("batch_size", 8))
-    return make_plan(language_model, windows, Recipe(allocate=allocate, **options), compute, Progress())
+    resources = find_resources(Compute(batch_size=options.pop("batch_size", 8)))
+    return make_plan(language_model, windows, Recipe(allocate=allocate, **options), resources, Progress())
 
 
 SHAPES = {"a.q": (4, 8), "a.down": (8, 16), "b.q": (4, 8), "b.down": (8, 16)}

@@ -8,8 +8,10 @@ from secateur.checkpoints.folder import Checkpoint
 from secateur.checkpoints.record import Report
 from secateur.data.windows import Windows
 from secateur.models.replay import LanguageModel
+from secateur.pruning.check import find_recipe
 from secateur.pruning.opening import Opened
 from secateur.pruning.prune import prune_checkpoint
+from secateur.system.devices import find_resources
 from secateur.system.settings import Compute, Destination, Recipe, Trust
 
 Settings = TypeVar("Settings", Recipe, Compute, Destination, Trust)
@@ -24,6 +26,6 @@ def prune_opened(
         return kind(**{each.name: options.pop(each.name) for each in fields(kind) if each.name in options})
 
     options["out"] = out
-    recipe, compute = settings(Recipe), settings(Compute)
+    chosen, resources = find_recipe(settings(Recipe)), find_resources(settings(Compute))
     destination, trust = settings(Destination), settings(Trust)
-    return prune_checkpoint(Opened(source, language_model, windows), recipe, compute, destination, trust, **options)
+    return prune_checkpoint(Opened(source, language_model, windows), chosen, resources, destination, trust, **options)

@@ -13,7 +13,7 @@ from secateur.pruning.planning.measured import check_allocation
 from secateur.pruning.structured.channel_scores import SELECTIONS
 from secateur.pruning.structured.depth import BLOCKS
 from secateur.pruning.structured.expert_scores import EXPERTS
-from secateur.pruning.structured.method import PRESETS, check_structure
+from secateur.pruning.structured.method import PRESETS, Slices, find_structure
 from secateur.system.settings import Recipe
 
 
@@ -25,15 +25,8 @@ class Zeros(NamedTuple):
     pattern: Pattern
 
 
-def check_method(recipe: Recipe) -> None:
-    """Raise UnknownName, BadPattern or BadPlan where method, pattern and options do not go
-    together.
-    """
-    find_recipe(recipe)
-
-
-def find_recipe(recipe: Recipe) -> Zeros | Structure:
-    """Read a recipe: what makes zeros, or the structure that goes.
+def find_recipe(recipe: Recipe) -> Zeros | Slices:
+    """Read a recipe: what makes zeros, or a smaller model.
 
     Raises UnknownName, BadPattern or BadPlan where method, pattern and options do not go together.
     """
@@ -46,8 +39,7 @@ def find_recipe(recipe: Recipe) -> Zeros | Structure:
             )
         if recipe.allocate != "uniform":
             check_allocation(recipe.allocate, "50%")
-        check_structure(pattern, recipe.method, recipe.allocate, recipe.skip, recipe.align)
-        return pattern
+        return Slices(recipe, find_structure(pattern, recipe), pattern)
     if name in {*SELECTIONS, *BLOCKS, *EXPERTS}:
         raise BadPattern(
             f"{name!r} chooses whole structures; {pattern} is a pattern of zeros. "

@@ -14,6 +14,7 @@ from secateur.models.replay import LanguageModel
 from secateur.pruning.check import Zeros
 from secateur.pruning.prepare import block_run, prepare
 from secateur.pruning.prune import pruned_blocks
+from secateur.system.devices import find_resources
 from secateur.system.memory import PeakMemory
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, Recipe, Trust, taken
@@ -40,13 +41,14 @@ def prune_model(
     Raises BadPattern for a structure, which leaves another model: use `prune`.
     """
     given = locals()
-    recipe, compute, trust = taken(Recipe, given), taken(Compute, given), taken(Trust, given)
+    recipe, trust = taken(Recipe, given), taken(Trust, given)
+    resources = find_resources(taken(Compute, given))
     zeros = Zeros(recipe, pattern=parse_pattern(pattern), method=find_method(method))
     spill = Path(gettempdir())
     with PeakMemory() as peak:
-        run = block_run(language_model, windows, compute, spill, progress or Progress())
+        run = block_run(language_model, windows, resources, spill, progress or Progress())
         report, pruning = prepare(
-            run, windows, zeros, compute, trust, lambda what, decide: decide()
+            run, windows, zeros, resources, trust, lambda what, decide: decide()
         )
         for block in pruned_blocks(pruning):
             for name, tensor in block.tensors.items():

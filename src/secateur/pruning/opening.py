@@ -9,9 +9,9 @@ from secateur.models.context import default_corpus, default_length
 from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.replay import LanguageModel
+from secateur.system.devices import Resources
 from secateur.system.progress import Progress
-from secateur.system.settings import CalibrationText, Compute, Trust
-from secateur.system.sizes import find_size
+from secateur.system.settings import CalibrationText, Trust
 
 
 class Opened(NamedTuple):
@@ -25,7 +25,7 @@ class Opened(NamedTuple):
 def opened(
     model: str | Path | None,
     text: CalibrationText,
-    compute: Compute,
+    resources: Resources,
     trust: Trust,
     *,
     out: Path,
@@ -39,7 +39,7 @@ def opened(
     folder = resolve(model)
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
-    spill = spill_folder(out, source.bytes, find_size(compute.memory))
+    spill = spill_folder(out, source.bytes, resources.limit)
     language_model = load(folder, trust_remote_code=trust.trust_remote_code, spill=spill)
     windows = draw_calibration(language_model, folder, model, text, trust)
     return Opened(source, language_model, windows)

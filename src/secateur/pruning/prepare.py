@@ -25,13 +25,12 @@ from secateur.pruning.check import Zeros
 from secateur.pruning.planning.allocation import Plan, is_file, label
 from secateur.pruning.planning.measured import make_plan
 from secateur.pruning.planning.memory import UNKNOWN_COST, way_through
-from secateur.system.devices import calibration_dtype, find_resources
+from secateur.system.devices import Resources, calibration_dtype
 from secateur.system.files import file_sha256
 from secateur.system.machine import versions
 from secateur.system.memory import release_memory
 from secateur.system.progress import Progress
-from secateur.system.settings import Compute, Trust
-from secateur.system.sizes import find_size
+from secateur.system.settings import Trust
 
 MINIMUM_COVERAGE = 0.95
 
@@ -56,22 +55,21 @@ class Pruning:
 def block_run(
     language_model: LanguageModel,
     windows: Windows,
-    compute: Compute,
+    resources: Resources,
     spill: Path,
     progress: Progress,
     ranks: Ranks = ALONE,
 ) -> BlockRun:
     """The calibration windows on their way through the blocks, on the devices and in the dtype that
-    `compute` names; `spill` is the folder for what does not fit into memory.
+    `resources` name; `spill` is the folder for what does not fit into memory.
     """
-    resources = find_resources(compute)
     first, stored = resources.devices[0], language_model.model.dtype
     return BlockRun(
         language_model,
         windows.ids,
         resources.devices,
         ranks.same(lambda: calibration_dtype(resources.dtype, first, stored)),
-        compute.batch_size,
+        resources.batch_size,
         spill,
         ranks,
         progress=progress,
@@ -79,7 +77,7 @@ def block_run(
 
 
 def conditions_of(
-    run: BlockRun, windows: Windows, zeros: Zeros, compute: Compute
+    run: BlockRun, windows: Windows, zeros: Zeros, resources: Resources
 ) -> dict[str, Any]:
     """What must be the same for a run that died to be gone on with, as JSON can hold it."""
     recipe = zeros.recipe
@@ -88,9 +86,9 @@ def conditions_of(
         "method": recipe.method,
         "pattern": str(zeros.pattern),
         "allocate": recipe.allocate,
-        "passes": compute.passes,
+        "passes": resources.passes,
         "dtype": str(forward).removeprefix("torch."),
-        "batch_size": compute.batch_size,
+        "batch_size": resources.batch_size,
         "skip": list(recipe.skip),
         "plan": file_sha256(Path(recipe.allocate)) if is_file(recipe.allocate) else None,
         "calibration": windows.fingerprint(),
@@ -103,7 +101,7 @@ def prepare(
     run: BlockRun,
     windows: Windows,
     zeros: Zeros,
-    compute: Compute,
+    resources: Resources,
     trust: Trust,
     once: Callable[[str, Callable[[], Any]], Any],
 ) -> tuple[Report, Pruning]:
@@ -121,7 +119,7 @@ def prepare(
             f"not share; found {run.ranks.size}. Run it in one, or leave +refine and +permute out."
         )
     started = perf_counter()
-    decided = once("decided", lambda: _decide(run, windows, zeros, compute))
+    decided = once("decided", lambda: _decide(run, windows, zeros, resources))
     run.seconds.plan = perf_counter() - started
     release_memory()
     plan = {name: parse_pattern(part) for name, part in decided["plan"].items()}
@@ -160,11 +158,11 @@ def _checked_coverage(language_model: LanguageModel, zeros: Zeros, trust: Trust)
     return share
 
 
-def _decide(run: BlockRun, windows: Windows, zeros: Zeros, compute: Compute) -> dict[str, Any]:
+def _decide(run: BlockRun, windows: Windows, zeros: Zeros, resources: Resources) -> dict[str, Any]:
     """The plan and the way through the blocks, as JSON can hold it: what a run that goes on takes
     over rather than decide again.
     """
     recipe = zeros.recipe
-    plan = make_plan(run.language_model, windows, recipe, compute, run.progress)
-    way = way_through(run, zeros.method, plan, compute.passes, find_size(compute.memory))
+    plan = make_plan(run.language_model, windows, recipe, resources, run.progress)
+    way = way_through(run, zeros.method, plan, resources.passes, resources.limit)
     return {**way, "plan": {name: str(part) for name, part in plan.items()}}

@@ -17,23 +17,21 @@ from torch import nn
 from secateur.checkpoints.output_folder import refuse_output
 from secateur.checkpoints.record import Report, pruning_record, total_sparsity
 from secateur.errors import UnsupportedModel
-from secateur.methods.structures import Structure
 from secateur.models.stream.block_writer import block_writer
 from secateur.models.stream.blocks import stream
 from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
-from secateur.pruning.check import check_method, find_recipe
+from secateur.pruning.check import Zeros, find_recipe
 from secateur.pruning.opening import Opened, opened
 from secateur.pruning.permute import groups_by_kind
-from secateur.pruning.planning.memory import check_passes
 from secateur.pruning.planning.passes import needs_dense
 from secateur.pruning.prepare import Pruning, block_run, conditions_of, prepare
+from secateur.pruning.structured.method import Slices
 from secateur.pruning.structured.program import prune_structure
-from secateur.system.devices import find_devices, find_dtype
+from secateur.system.devices import Resources, find_resources
 from secateur.system.memory import PeakMemory
 from secateur.system.progress import Progress
 from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust, taken
-from secateur.system.sizes import find_size
 
 
 def prune(
@@ -76,25 +74,21 @@ def prune(
     compute, destination = taken(Compute, given), taken(Destination, given)
     trust = taken(Trust, given)
     # Whatever can be refused is refused before the model is touched.
-    check_method(recipe)
-    find_dtype(dtype)
-    find_size(memory)
-    check_passes(passes)
+    chosen = find_recipe(recipe)
     refuse_output(Path(out), overwrite=overwrite)
     with joined(device) as (ranks, device):
-        find_devices(device)
-        compute = replace(compute, device=device)
+        resources = find_resources(replace(compute, device=device))
         progress = (progress if ranks.first else None) or Progress()
-        everything = opened(model, text, compute, trust, out=Path(out), progress=progress)
-        report = prune_checkpoint(everything, recipe, compute, destination, trust, progress, ranks)
+        source = opened(model, text, resources, trust, out=Path(out), progress=progress)
+        report = prune_checkpoint(source, chosen, resources, destination, trust, progress, ranks)
     progress.end()
     return report
 
 
 def prune_checkpoint(
     opened: Opened,
-    recipe: Recipe,
-    compute: Compute,
+    chosen: Zeros | Slices,
+    resources: Resources,
     destination: Destination,
     trust: Trust,
     progress: Progress | None = None,
@@ -106,18 +100,20 @@ def prune_checkpoint(
     there are zeros only.
     """
     progress, (source, language_model, windows) = progress or Progress(), opened
-    zeros, out = find_recipe(recipe), Path(destination.out)
-    if isinstance(zeros, Structure):
+    if isinstance(chosen, Slices):
         if ranks.size > 1:
-            raise UnsupportedModel(f"{zeros} is taken out in one process; found {ranks.size}.")
-        return prune_structure(opened, recipe, compute, destination, trust, progress)
-    run = block_run(language_model, windows, compute, out.resolve().parent, progress, ranks)
-    conditions, count = conditions_of(run, windows, zeros, compute), len(language_model.blocks)
+            raise UnsupportedModel(
+                f"{chosen.structure} is taken out in one process; found {ranks.size}."
+            )
+        return prune_structure(opened, chosen, resources, destination, trust, progress)
+    out = Path(destination.out)
+    run = block_run(language_model, windows, resources, out.resolve().parent, progress, ranks)
+    conditions, count = conditions_of(run, windows, chosen, resources), len(language_model.blocks)
     with (
         PeakMemory() as peak,
         block_writer(source, language_model, destination, trust, conditions, ranks) as writer,
     ):
-        report, pruning = prepare(run, windows, zeros, compute, trust, writer.once)
+        report, pruning = prepare(run, windows, chosen, resources, trust, writer.once)
         for entry in writer.entries:
             report.take(entry)
         if len(writer.entries) < count:
@@ -130,7 +126,7 @@ def prune_checkpoint(
         options = {
             "dtype": conditions["dtype"],
             "batch_size": pruning.run.batch_size,
-            "skip": list(recipe.skip),
+            "skip": list(chosen.recipe.skip),
             "passes": pruning.passes,
         }
         writer.finish(pruning_record(source.folder, report, destination.command, options))

@@ -1,6 +1,6 @@
 """Devices and dtypes as they are named in options."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -9,22 +9,29 @@ from secateur.system.machine import CPU, multiplies_bfloat16
 from secateur.system.settings import Compute
 from secateur.system.sizes import find_size
 
+PASSES = ("one", "two", "auto")
+"""How often blocks run."""
 
-class Resources(NamedTuple):
-    """What the text of `Compute` names: the devices, the dtype of forward passes or "auto", and how
-    many bytes a run may take, None for all that are free.
+
+@dataclass(frozen=True)
+class Resources:
+    """`Compute` as it is read: the devices, the dtype of forward passes or "auto", how many bytes a
+    run may take, None for all that are free, windows in a pass, and how often blocks run.
     """
 
     devices: list[torch.device]
     dtype: str
     limit: int | None
+    batch_size: int
+    passes: str
 
 
 def find_resources(compute: Compute) -> Resources:
-    """Read devices, dtype and memory limit. Raises UnknownName."""
-    return Resources(
-        find_devices(compute.device), find_dtype(compute.dtype), find_size(compute.memory)
-    )
+    """Read the options of a computation. Raises UnknownName."""
+    if compute.passes not in PASSES:
+        raise UnknownName("number of passes", compute.passes, PASSES)
+    devices, limit = find_devices(compute.device), find_size(compute.memory)
+    return Resources(devices, find_dtype(compute.dtype), limit, compute.batch_size, compute.passes)
 
 
 def find_devices(text: str) -> list[torch.device]:

@@ -20,7 +20,7 @@ from secateur.methods.pattern_text import parse
 from secateur.models import experts
 from secateur.models.load import load
 from secateur.models.matrices import bias, weight_matrices
-from secateur.pruning.check import check_method
+from secateur.pruning.check import find_recipe
 from secateur.pruning.structured import block as smaller_block
 from secateur.pruning.structured import feasibility, program, verify
 from secateur.pruning.structured.expert_scores import highest_in_groups
@@ -418,7 +418,7 @@ def test_expert_biases_and_biases_follow(tmp_path: Path, in_process):
 )
 def test_what_does_not_go_together_is_refused(arguments, kind, words):
     with pytest.raises(kind, match=words):
-        check_method(Recipe(**dict(zip(("method", "pattern", "allocate", "skip", "align"), arguments, strict=False))))
+        find_recipe(Recipe(**dict(zip(("method", "pattern", "allocate", "skip", "align"), arguments, strict=False))))
 
 
 @pytest.mark.parametrize(

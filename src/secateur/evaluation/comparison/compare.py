@@ -45,7 +45,7 @@ from secateur.pruning.opening import draw_calibration
 from secateur.pruning.planning.memory import way_through
 from secateur.pruning.structured.feasibility import Feasibility
 from secateur.pruning.structured.program import refuse_structure
-from secateur.system.devices import calibration_dtype, find_devices, forward_dtype
+from secateur.system.devices import calibration_dtype, forward_dtype
 from secateur.system.files import file_sha256, write_whole
 from secateur.system.machine import machine, versions
 from secateur.system.progress import Progress
@@ -60,7 +60,6 @@ from secateur.system.settings import (
     Trust,
     ZeroShot,
 )
-from secateur.system.sizes import find_size
 
 HIDDEN = "dense.hidden"
 """The file with the last hidden states of the dense model, while rows are made."""
@@ -132,9 +131,9 @@ def _open(asked: Comparison) -> tuple[ComparisonContext, Results]:
     draws = [Draw(number, windows, asked.texts[number][1]) for number, windows in enumerate(drawn)]
     tokenizer = load_tokenizer(source.folder, trust_remote_code=asked.trust.trust_remote_code)
     judged = judged_windows(language_model, tokenizer, asked.model, asked.text)
-    check_windows(language_model, judged, asked.compute.batch_size)
+    check_windows(language_model, judged, asked.resources.batch_size)
     passes = _passes(asked, language_model, draws[0].windows)
-    asked = replace(asked, compute=replace(asked.compute, passes=passes))
+    asked = replace(asked, resources=replace(asked.resources, passes=passes))
     results = _results(asked, source, language_model, judged, draws)
     windows = [judged, *(draw.windows for draw in draws)]
     training = training_windows(asked, language_model, tokenizer, windows)
@@ -142,8 +141,8 @@ def _open(asked: Comparison) -> tuple[ComparisonContext, Results]:
         language_model,
         judged.ids,
         asked.device,
-        forward_dtype(asked.compute.dtype, asked.device),
-        asked.compute.batch_size,
+        forward_dtype(asked.resources.dtype, asked.device),
+        asked.resources.batch_size,
         spill=asked.out / HIDDEN,
     )
     store = _store(asked.out, results)
@@ -157,7 +156,7 @@ def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:
     language_model = load(
         source.folder,
         trust_remote_code=asked.trust.trust_remote_code,
-        spill=spill_folder(asked.out / HIDDEN, source.bytes, find_size(asked.compute.memory)),
+        spill=spill_folder(asked.out / HIDDEN, source.bytes, asked.resources.limit),
     )
     feasibility = Feasibility(language_model, asked.device)
     for pattern in dict.fromkeys(cell.pattern for cell in asked.cells):
@@ -170,15 +169,15 @@ def _passes(asked: Comparison, language_model: LanguageModel, calibration: Windo
     """How often blocks run, the same for all rows: as in the rows that are there already, since
     what is free changes from run to run; else once where that fits for each.
     """
-    compute = asked.compute
-    if compute.passes != "auto":
-        return compute.passes
+    resources = asked.resources
+    if resources.passes != "auto":
+        return resources.passes
     if (recorded := recorded_condition(asked.out, "passes")) is not None:
         return recorded
-    forward = calibration_dtype(compute.dtype, asked.device, language_model.model.dtype)
-    devices = [asked.device] * len(find_devices(compute.device))
-    run = BlockRun(language_model, calibration.ids, devices, forward, compute.batch_size)
-    shapes, limit = matrix_shapes(language_model), find_size(compute.memory)
+    forward = calibration_dtype(resources.dtype, asked.device, language_model.model.dtype)
+    devices = [asked.device] * len(resources.devices)
+    run = BlockRun(language_model, calibration.ids, devices, forward, resources.batch_size)
+    shapes, limit = matrix_shapes(language_model), resources.limit
     methods = dict.fromkeys(cell.method for cell in asked.cells if not cell.structured)
     ways = (
         way_through(run, find_method(method), shapes, "auto", limit)["passes"] for method in methods
@@ -194,16 +193,18 @@ def _results(
     draws: Sequence[Draw],
 ) -> Results:
     """The results without rows. Their options are what rows of one table have in common."""
-    compute, grid = asked.compute, asked.grid
+    resources, grid = asked.resources, asked.grid
     stored = language_model.model.dtype
     options = {
-        "passes": compute.passes,
-        "dtype": str(forward_dtype(compute.dtype, asked.device)),
-        "calibration dtype": str(calibration_dtype(compute.dtype, asked.device, stored) or stored),
+        "passes": resources.passes,
+        "dtype": str(forward_dtype(resources.dtype, asked.device)),
+        "calibration dtype": str(
+            calibration_dtype(resources.dtype, asked.device, stored) or stored
+        ),
         "device": asked.device.type,
         "skip": list(grid.skip),
         **({"align": grid.align} if grid.align else {}),
-        "batch_size": compute.batch_size,
+        "batch_size": resources.batch_size,
     }
     model = {
         "name": str(asked.model or "demo"),

@@ -14,7 +14,7 @@ from secateur.evaluation.results.schema import row_name
 from secateur.methods import find_method
 from secateur.methods.pattern_text import parse, share_of
 from secateur.methods.structures import Structure
-from secateur.pruning.check import check_method
+from secateur.pruning.check import find_recipe
 from secateur.pruning.planning.measured import ALLOCATIONS, check_allocation
 from secateur.system.settings import Grid, Recipe
 
@@ -88,7 +88,7 @@ def cells(grid: Grid) -> list[Cell]:
     """Every row: each method with the patterns of its kind, zeros or structures.
 
     Raises UnknownName or BadPattern for a method that goes with none of the patterns, or a pattern
-    with none of the methods; and whatever `check_method` raises for the options.
+    with none of the methods; and whatever `find_recipe` raises for the options.
     """
     if not grid.methods or not grid.patterns or not grid.allocate:
         raise BadPattern(
@@ -104,12 +104,12 @@ def cells(grid: Grid) -> list[Cell]:
         for method in grid.methods:
             recipe = Recipe(method=method, pattern=pattern)
             try:
-                check_method(recipe)
+                find_recipe(recipe)
             except (UnknownName, BadPattern) as error:
                 refused[method] = refused[pattern] = error
                 continue
             for rule in uniform or grid.allocate:
-                check_method(replace(recipe, allocate=rule, skip=grid.skip, align=align))
+                find_recipe(replace(recipe, allocate=rule, skip=grid.skip, align=align))
                 if rule not in ("uniform", *ALLOCATIONS):
                     check_allocation(rule, str(parsed), files=False)
                 rows.append(Cell(method, str(parsed), rule))

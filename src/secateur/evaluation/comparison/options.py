@@ -16,9 +16,8 @@ from secateur.errors import BadPattern, UnknownName
 from secateur.evaluation.comparison.grid import Cell, cells, check_searched
 from secateur.evaluation.results.schema import find_tolerance
 from secateur.evaluation.tasks.answer import check_tasks
-from secateur.pruning.planning.memory import check_passes
 from secateur.recovery.checks import check_way
-from secateur.system.devices import find_devices, find_dtype
+from secateur.system.devices import Resources, find_resources
 from secateur.system.machine import typed_command
 from secateur.system.progress import Progress
 from secateur.system.settings import (
@@ -35,7 +34,6 @@ from secateur.system.settings import (
     ZeroShot,
     taken,
 )
-from secateur.system.sizes import find_size
 
 
 @dataclass(frozen=True)
@@ -43,24 +41,27 @@ class Comparison:
     """What a comparison was asked for, checked.
 
     `texts` are the calibration texts of the draws, each with the number of its corpus; `cells` are
-    the rows; `tolerance` is a share of the dense perplexity. Tasks have their names written out,
-    memory is in bytes.
+    the rows; `tolerance` is a share of the dense perplexity. Tasks have their names written out.
     """
 
     model: str | Path | None
     cells: list[Cell]
     texts: list[tuple[CalibrationText, int]]
     tolerance: float | None
-    device: torch.device
     grid: Grid
     recovered: RecoveredRows
     zero_shot: ZeroShot
     timed: TimedRows
     text: EvaluationText
-    compute: Compute
+    resources: Resources
     destination: Destination
     trust: Trust
     progress: Progress
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which models are judged."""
+        return self.resources.devices[0]
 
     @property
     def out(self) -> Path:
@@ -75,7 +76,7 @@ def read_options(given: Mapping[str, Any]) -> Comparison:
     """The options of a call of `compare`. Raises SecateurError for what is wrong with any model."""
     grid, recovered = taken(Grid, given), taken(RecoveredRows, given)
     timed, zero_shot = taken(TimedRows, given), taken(ZeroShot, given)
-    text, compute = taken(EvaluationText, given), taken(Compute, given)
+    text = taken(EvaluationText, given)
     for name in grid.values:
         if name not in VALUES:
             raise UnknownName("kind of values", name, VALUES)
@@ -83,26 +84,25 @@ def read_options(given: Mapping[str, Any]) -> Comparison:
         find_runtime(name)
     for way in recovered.recover:
         check_way(Training(way=way), "the dense model")
-    check_passes(compute.passes)
-    memory, tolerance = find_size(compute.memory), find_tolerance(grid.tolerance)
+    resources, tolerance = find_resources(taken(Compute, given)), find_tolerance(grid.tolerance)
     tasks = check_tasks(zero_shot, Path(text.data_dir) if text.data_dir else None)
     texts, rows = _texts(taken(CalibrationDraws, given), text), cells(grid)
     if tolerance is not None:
         check_searched(rows)
-    device, command = find_devices(compute.device)[0], typed_command(given["command"])
     return Comparison(
         model=given["model"],
         cells=rows,
         texts=texts,
         tolerance=tolerance,
-        device=device,
         grid=grid,
         recovered=recovered,
         zero_shot=replace(zero_shot, tasks=tasks),
         timed=timed,
         text=text,
-        compute=replace(compute, dtype=find_dtype(compute.dtype), memory=memory),
-        destination=replace(taken(Destination, given), overwrite=True, command=command),
+        resources=resources,
+        destination=replace(
+            taken(Destination, given), overwrite=True, command=typed_command(given["command"])
+        ),
         trust=taken(Trust, given),
         progress=given["progress"] or Progress(),
     )

@@ -23,9 +23,11 @@ from secateur.evaluation.results.schema import Row, row_name
 from secateur.models.load import load
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
+from secateur.pruning.check import find_recipe
 from secateur.pruning.opening import Opened
 from secateur.pruning.prune import prune_checkpoint
 from secateur.pruning.structured.feasibility import Feasibility
+from secateur.pruning.structured.method import Slices
 from secateur.pruning.structured.program import prune_structure
 from secateur.system.settings import Recipe
 from secateur.system.tensors import count_zeros
@@ -121,10 +123,11 @@ class ComparisonContext:
         )
         opened = Opened(self.source, self.dense.language_model, draw.windows)
         destination = replace(asked.destination, out=place)
-        settings = (recipe, asked.compute, destination, asked.trust, asked.progress)
-        if cell.structured:
-            return prune_structure(opened, *settings, self.feasibility)
-        return prune_checkpoint(opened, *settings)
+        chosen = find_recipe(recipe)
+        rest = (asked.resources, destination, asked.trust, asked.progress)
+        if isinstance(chosen, Slices):
+            return prune_structure(opened, chosen, *rest, self.feasibility)
+        return prune_checkpoint(opened, chosen, *rest)
 
     def forget(self, row: Row, label: str = "") -> None:
         """Delete the checkpoint of a row; its figures stay, and say first that there is none."""

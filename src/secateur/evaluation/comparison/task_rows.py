@@ -51,7 +51,7 @@ def answer_rows(context: ComparisonContext, rows: Sequence[Row]) -> None:
 def _answers(context: ComparisonContext, row: Row) -> dict[str, Answers]:
     """What a row answers on each task: kept from a run before, or asked now."""
     asked, folder, model = context.asked, context.source.folder, None
-    trust, batch_size = asked.trust.trust_remote_code, asked.compute.batch_size
+    trust, batch_size = asked.trust.trust_remote_code, asked.resources.batch_size
     answers: dict[str, Answers] = {}
     for name in asked.zero_shot.tasks:
         items = None if asked.data_dir is None else file_sha256(find_items(name, asked.data_dir))

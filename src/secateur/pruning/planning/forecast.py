@@ -29,13 +29,7 @@ from secateur.models.load import load_config, resolve
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.pruning.planning.allocation import uniform
-from secateur.pruning.planning.memory import (
-    UNKNOWN_COST,
-    Moment,
-    arrange,
-    check_passes,
-    without_forecast,
-)
+from secateur.pruning.planning.memory import UNKNOWN_COST, Moment, arrange, without_forecast
 from secateur.pruning.planning.outline import build
 from secateur.pruning.planning.passes import (
     MODES,
@@ -45,9 +39,9 @@ from secateur.pruning.planning.passes import (
     rates,
     seconds_of,
 )
-from secateur.system.devices import calibration_dtype, find_devices, find_dtype
+from secateur.system.devices import Resources, calibration_dtype, find_resources
 from secateur.system.settings import CalibrationText, Compute, Recipe, Trust, taken
-from secateur.system.sizes import find_size, in_words
+from secateur.system.sizes import in_words
 
 LEFT_OUT = (
     "Seconds are operations over the rate of products alone: no scores, masks, norms and other "
@@ -126,24 +120,25 @@ def forecast(
     Raises BadPattern for structures, and SecateurError as `prune` does.
     """
     recipe, text = taken(Recipe, locals()), taken(CalibrationText, locals())
-    compute, trust = taken(Compute, locals()), taken(Trust, locals())
-    return _forecast(model, recipe, text, compute, trust, measure)
+    resources, trust = find_resources(taken(Compute, locals())), taken(Trust, locals())
+    return _forecast(model, recipe, text, resources, trust, measure)
 
 
 def _forecast(
     model: str | Path | None,
     recipe: Recipe,
     text: CalibrationText,
-    compute: Compute,
+    resources: Resources,
     trust: Trust,
     measure: bool,
 ) -> Forecast:
-    work, size, exact = _workload(model, recipe, text, compute, trust)
-    limit, batch = find_size(compute.memory), min(text.samples, compute.batch_size)
+    work, size, exact = _workload(model, recipe, text, resources, trust)
+    passes, limit = resources.passes, resources.limit
+    batch = min(text.samples, resources.batch_size)
     if known := work.method.cost is not None:
-        way = arrange(work, batch, compute.passes, limit)
+        way = arrange(work, batch, passes, limit)
     else:
-        way = without_forecast(compute.passes, limit, batch)
+        way = without_forecast(passes, limit, batch)
     work = replace(work, batch=way.batch)
     flops = {mode: operations(work, mode) for mode in MODES if known}
     speeds = rates(work.devices[0], work.forward) if measure and known else {}
@@ -188,18 +183,21 @@ def _forecast(
 
 
 def _workload(
-    model: str | Path | None, recipe: Recipe, text: CalibrationText, compute: Compute, trust: Trust
+    model: str | Path | None,
+    recipe: Recipe,
+    text: CalibrationText,
+    resources: Resources,
+    trust: Trust,
 ) -> tuple[Workload, int, bool]:
     """(the run, bytes of the checkpoint, whether they are exact). Refuses what `prune` would."""
     pattern, method = _zeros(recipe.pattern), find_method(recipe.method)
-    limit, remote = find_size(compute.memory), trust.trust_remote_code
-    check_passes(compute.passes)
-    if min(text.samples, compute.batch_size) < 1:
+    remote = trust.trust_remote_code
+    if min(text.samples, resources.batch_size) < 1:
         raise NotEnoughText(
             f"At least one window a batch is needed; found {text.samples} windows in batches of "
-            f"{compute.batch_size}."
+            f"{resources.batch_size}."
         )
-    devices, dtype = find_devices(compute.device), find_dtype(compute.dtype)
+    devices = resources.devices
     folder = resolve(model, ("config.json", INDEX, *(("*.py",) if remote else ())))
     config = load_config(folder, trust_remote_code=remote)
     length = text.seq_len or min(2048, context(config) or 2048)
@@ -207,7 +205,7 @@ def _workload(
     checkpoint = open_checkpoint(folder) if is_whole(folder) else None
     stored = stored_dtype(checkpoint) if checkpoint else getattr(config, "dtype", None)
     stored = stored or torch.float32
-    forward = calibration_dtype(dtype, devices[0], stored) or stored
+    forward = calibration_dtype(resources.dtype, devices[0], stored) or stored
     built = build(config, forward, trust_remote_code=remote)
     size = checkpoint.bytes if checkpoint else built.model.num_parameters() * stored.itemsize
     work = Workload(
@@ -219,7 +217,7 @@ def _workload(
         forward=forward,
         stored=stored,
         devices=devices,
-        spilled=too_large(size, limit),
+        spilled=too_large(size, resources.limit),
     )
     return work, size, checkpoint is not None
 

@@ -38,7 +38,7 @@ from secateur.pruning.planning.allocation import (
 )
 from secateur.pruning.planning.search import search
 from secateur.pruning.planning.sensitivity import Sensitivity, levels_around
-from secateur.system.devices import find_resources, forward_dtype
+from secateur.system.devices import Resources, find_resources, forward_dtype
 from secateur.system.files import disk_errors
 from secateur.system.machine import typed_command
 from secateur.system.progress import Progress
@@ -83,17 +83,16 @@ def plan(
     SecateurError.
     """
     recipe, text = taken(Recipe, locals()), taken(CalibrationText, locals())
-    compute, trust = taken(Compute, locals()), taken(Trust, locals())
+    resources, trust = find_resources(taken(Compute, locals())), taken(Trust, locals())
     file, progress = Path(out), progress or Progress()
     find_method(method)
     check_allocation(allocate, pattern, files=False)
-    find_resources(compute)
     if file.is_dir() or (file.exists() and not overwrite):
         raise OutputRefused(
             f"{file} exists already. Choose another --out, or replace it with --overwrite."
         )
-    _, language_model, windows = opened(model, text, compute, trust, out=file, progress=progress)
-    plan = make_plan(language_model, windows, recipe, compute, progress)
+    _, language_model, windows = opened(model, text, resources, trust, out=file, progress=progress)
+    plan = make_plan(language_model, windows, recipe, resources, progress)
     made = {
         "model": str(model or "demo"),
         "allocation": allocate,
@@ -114,14 +113,14 @@ def make_plan(
     language_model: LanguageModel,
     windows: Windows,
     recipe: Recipe,
-    compute: Compute,
+    resources: Resources,
     progress: Progress,
 ) -> Plan:
     """The plan that `recipe.allocate` names: `uniform`, a key of `ALLOCATIONS`, or a JSON file.
 
     The model is not changed. Raises UnknownName, BadPlan, BadPattern.
     """
-    check_windows(language_model, windows, compute.batch_size)
+    check_windows(language_model, windows, resources.batch_size)
     shapes, allocate = matrix_shapes(language_model), recipe.allocate
     if is_file(allocate):
         plan, left = read_plan(Path(allocate), shapes), names_left(shapes, recipe.skip)
@@ -133,8 +132,8 @@ def make_plan(
         return plan
     assert isinstance(pattern, Unstructured), "check_allocation refuses others"
     progress.begin(f"planning by {allocate}")
-    devices, name, _ = find_resources(compute)
-    dtype, batch_size = forward_dtype(name, devices[0]), compute.batch_size
+    devices, batch_size = resources.devices, resources.batch_size
+    dtype = forward_dtype(resources.dtype, devices[0])
     run = BlockRun(language_model, windows.ids, devices, dtype, batch_size, progress=progress)
     sensitivity = Sensitivity(run, find_method(recipe.method), plan, pattern)
     return scaled(plan, ALLOCATIONS[allocate](sensitivity))

@@ -21,7 +21,7 @@ from itertools import product
 from math import ceil
 from typing import Any, NamedTuple
 
-from secateur.errors import UnknownName, UnsupportedModel
+from secateur.errors import UnsupportedModel
 from secateur.kernels.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
 from secateur.models.context import width
@@ -103,12 +103,6 @@ def without_forecast(passes: str, limit: int | None, batch: int) -> Arrangement:
     """The way where nothing can be forecast: with a `limit`, the one that takes least memory."""
     way = passes if passes != "auto" else "one" if limit is None else "two"
     return Arrangement(way, limit is not None, batch, {})
-
-
-def check_passes(passes: str) -> None:
-    """Raise UnknownName for what is neither "one", "two" nor "auto"."""
-    if passes not in (*MODES, "auto"):
-        raise UnknownName("number of passes", passes, (*MODES, "auto"))
 
 
 def way_through(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from secateur.errors import BadPattern, BadPlan, UnknownName
@@ -12,6 +12,7 @@ from secateur.methods.structures import Budget, Depth, Structure, Units, parts
 from secateur.pruning.structured.channel_scores import SELECTIONS
 from secateur.pruning.structured.depth import BLOCKS
 from secateur.pruning.structured.expert_scores import EXPERTS
+from secateur.system.settings import Recipe
 
 BEST = {"channels": "obs", "heads": "obs", "experts": "reap", "blocks": "kl"}
 PRESETS: dict[str, tuple[Mapping[str, str], tuple[str, ...]]] = {
@@ -42,6 +43,14 @@ class StructuredMethod(NamedTuple):
     def second_stream(self) -> bool:
         """Whether what the dense model gives is wanted beside what the smaller one gives."""
         return self.dense_target or self.refine > 0
+
+
+class Slices(NamedTuple):
+    """A recipe for a smaller model, with the method and the structure that it names."""
+
+    recipe: Recipe
+    method: StructuredMethod
+    structure: Structure
 
 
 def find_structured_method(name: str, structure: Structure) -> StructuredMethod:
@@ -76,11 +85,13 @@ def find_structured_method(name: str, structure: Structure) -> StructuredMethod:
     return StructuredMethod(chosen, dense or "repair" in suffixes, dense, refine)
 
 
-def check_structure(
-    structure: Structure, method: str, allocate: str, skip: Sequence[str], align: int | None
-) -> None:
-    """Raise UnknownName or BadPattern for options that do not go with a structure."""
-    find_structured_method(method, structure)
+def find_structure(structure: Structure, recipe: Recipe) -> StructuredMethod:
+    """The method of a recipe for a structure.
+
+    Raises UnknownName, BadPlan or BadPattern for options that do not go with it.
+    """
+    method = find_structured_method(recipe.method, structure)
+    allocate, skip, align = recipe.allocate, recipe.skip, recipe.align
     if allocate != "uniform":
         raise BadPlan(
             f"{structure} takes the same out of every block, since stock configurations hold "
@@ -96,3 +107,4 @@ def check_structure(
             f"{structure} takes the same out of every block, so --skip {skip[0]} cannot leave one "
             "out."
         )
+    return method

@@ -24,7 +24,7 @@ from secateur.checkpoints.record import Report, pruning_record
 from secateur.checkpoints.result_folder import configure
 from secateur.checkpoints.shards import resized, size_of
 from secateur.errors import BadPattern
-from secateur.methods.structures import NAMES, Depth, Structure, parse_structure, parts
+from secateur.methods.structures import NAMES, Depth, Structure, parts
 from secateur.models.context import check_windows
 from secateur.models.matrices import coverage, model_coverage
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
@@ -34,16 +34,16 @@ from secateur.pruning.opening import Opened
 from secateur.pruning.structured.block import BlockSlicer
 from secateur.pruning.structured.depth import BLOCKS
 from secateur.pruning.structured.feasibility import Feasibility, Removal, block_parameters
-from secateur.pruning.structured.method import StructuredMethod, find_structured_method
+from secateur.pruning.structured.method import Slices, StructuredMethod
 from secateur.pruning.structured.names import Names
 from secateur.pruning.structured.size_budget import within_budget
 from secateur.pruning.structured.slicing import module_of
 from secateur.pruning.structured.verify import refuse_unequal
-from secateur.system.devices import find_resources, forward_dtype
+from secateur.system.devices import Resources, forward_dtype
 from secateur.system.machine import versions
 from secateur.system.memory import PeakMemory, release_memory
 from secateur.system.progress import Progress
-from secateur.system.settings import Compute, Destination, Recipe, Trust
+from secateur.system.settings import Destination, Recipe, Trust
 
 CHECKED_TOKENS = 256
 """How many tokens of the first window the reloaded model is compared on."""
@@ -60,8 +60,8 @@ class Slicing(NamedTuple):
 
 def prune_structure(
     opened: Opened,
-    recipe: Recipe,
-    compute: Compute,
+    slices: Slices,
+    resources: Resources,
     destination: Destination,
     trust: Trust,
     progress: Progress,
@@ -72,17 +72,13 @@ def prune_structure(
     `feasibility`: of this model, where it was asked before, since tracing a block takes long.
     """
     source, language_model, windows = opened
-    structure = parse_structure(recipe.pattern)
-    assert structure is not None
-    method = find_structured_method(recipe.method, structure)
-    check_windows(language_model, windows, compute.batch_size)
-    devices, dtype, limit = find_resources(compute)
-    forward = forward_dtype(dtype, devices[0])
-    run = BlockRun(
-        language_model, windows.ids, devices, forward, compute.batch_size, progress=progress
-    )
+    recipe, method, structure = slices
+    devices, batch_size = resources.devices, resources.batch_size
+    check_windows(language_model, windows, batch_size)
+    forward = forward_dtype(resources.dtype, devices[0])
+    run = BlockRun(language_model, windows.ids, devices, forward, batch_size, progress=progress)
     feasibility = feasibility or Feasibility(language_model, devices[0])
-    options = {"dtype": compute.dtype, "batch_size": compute.batch_size, "align": recipe.align}
+    options = {"dtype": resources.dtype, "batch_size": batch_size, "align": recipe.align}
     conditions = {
         "method": recipe.method,
         "pattern": str(structure),
@@ -102,7 +98,9 @@ def prune_structure(
             for entry in writer.entries:
                 report.take(entry)
             if not writer.done:
-                run = with_room(run, writer.folder.parent, 1 + method.second_stream, limit)
+                run = with_room(
+                    run, writer.folder.parent, 1 + method.second_stream, resources.limit
+                )
                 _write(Slicing(run, method, removal, names), writer, report, trust)
             report.peak_bytes, report.out = peak.bytes, Path(destination.out)
             writer.finish(pruning_record(source.folder, report, destination.command, options))
