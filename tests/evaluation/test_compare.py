@@ -67,9 +67,9 @@ def test_a_finished_row_is_kept_and_only_what_is_missing_is_computed(options, tm
     pruned = []
     real = rows.prune_checkpoint
 
-    def counted(opened, recipe, *args):
-        pruned.append((recipe.method, recipe.pattern))
-        return real(opened, recipe, *args)
+    def counted(opened, chosen, *args):
+        pruned.append((chosen.recipe.method, chosen.recipe.pattern))
+        return real(opened, chosen, *args)
 
     monkeypatch.setattr(rows, "prune_checkpoint", counted)
     (tmp_path / "rows" / "wanda-50pct.json").unlink()
