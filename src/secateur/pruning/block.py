@@ -6,8 +6,6 @@ stream goes on, and one as it is stored, which is the result. What is pruned is 
 whatever dtype the forward has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """Whether a method, a pattern and their options go together, asked before any work."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 from secateur.errors import BadPattern

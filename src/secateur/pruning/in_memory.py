@@ -1,7 +1,5 @@
 """`prune` for a model in memory: the same loop over the blocks, and nothing on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import gettempdir

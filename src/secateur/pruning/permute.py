@@ -12,8 +12,6 @@ order is a hard problem; this finds a good one. What no trace can see is compare
 (`same_output`, `verified`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any

@@ -6,8 +6,6 @@
 `prune` is the whole of it on disk: the loop `pruned_blocks`, and a writer of finished blocks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path

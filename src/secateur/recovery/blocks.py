@@ -7,8 +7,6 @@ block also makes up for what earlier ones could not. Only the linear layers are 
 of windows once.
 """
 
-from __future__ import annotations
-
 from math import isfinite
 from time import perf_counter
 from typing import Any

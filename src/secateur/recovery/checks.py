@@ -1,7 +1,5 @@
 """What a recovery refuses before it begins: options, other models, folders that were changed."""
 
-from __future__ import annotations
-
 import os
 from importlib.util import find_spec
 from pathlib import Path

@@ -8,8 +8,6 @@ transformers' Trainer.
 Under torchrun every process has its share of each step's windows; the first alone writes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """One recovery: what it is given, and what it did."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter

@@ -6,8 +6,6 @@ section 3). So the forward sees the masked sum. That costs a matrix of the weigh
 layer at a time, beside the two narrow ones that are trained.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

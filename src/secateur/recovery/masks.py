@@ -1,7 +1,5 @@
 """The mask of a pruned model, what is written after training it, and that both are the same."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 
 import torch

@@ -11,8 +11,6 @@ Whatever the way, the mask at the end is the mask at the beginning. A structured
 it is trained as the dense model that it is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

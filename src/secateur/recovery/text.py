@@ -1,7 +1,5 @@
 """The text that a model recovers on: windows that it was not calibrated or judged on."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training: transformers' `Trainer` with a target, checkpoints that are whole, our progress."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from time import perf_counter

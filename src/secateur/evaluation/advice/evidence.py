@@ -2,8 +2,6 @@
 speeds, ties.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass

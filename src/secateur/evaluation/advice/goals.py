@@ -6,8 +6,6 @@ why: what was found, what it costs, and how far the runner-up is. It measures no
 priors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any

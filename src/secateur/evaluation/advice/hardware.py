@@ -6,8 +6,6 @@ torch calls an accelerator, by whole words, so that a card that is not in the fi
 measured, never as another one.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The same comparison again keeps its rows and adds what is missing, so its own co
 it is enough.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 

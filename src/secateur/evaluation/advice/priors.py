@@ -5,8 +5,6 @@ said there again: its rule is asked, for a typical matrix. Every sentence that l
 begins with `LABEL`; none is a figure of the model at hand.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from secateur.deployment.sparsity_support import KNOWN, LINEAR, RULES, RUNTIME_FACTS, Matrix, Rule

@@ -10,8 +10,6 @@ sentence labelled as prior (`priors`), with the command that measures it.
 It does not prune or time anything, and does not weigh goals against each other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path

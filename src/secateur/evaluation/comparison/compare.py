@@ -11,8 +11,6 @@ against each other, and two rows whose paired difference has a 95 % interval tha
 a tie.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path

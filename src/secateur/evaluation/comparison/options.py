@@ -1,7 +1,5 @@
 """The options of a comparison, and all that can be refused before a model is opened."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product

@@ -1,7 +1,5 @@
 """Finished rows on disk, so that the same command again computes only what is missing."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass

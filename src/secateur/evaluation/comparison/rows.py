@@ -1,7 +1,5 @@
 """How a row is made: a model is pruned, and evaluated beside the dense one by windows."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

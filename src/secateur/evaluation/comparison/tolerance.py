@@ -2,8 +2,6 @@
 by bisection.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -6,8 +6,6 @@ dark. Whoever points at a mark reads what it is. Kinds of sparsity differ in sha
 colour.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Columns for speed appear where it was measured, each figure with its runtime, an
 otherwise; so do those for tasks. No sheet stands without its calibration size.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

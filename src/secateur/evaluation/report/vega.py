@@ -5,8 +5,6 @@ MB of memory, and ends its process where `ulimit -v` leaves less. Hours of compa
 with it.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

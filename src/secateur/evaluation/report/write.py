@@ -1,7 +1,5 @@
 """A comparison as a Markdown page and as one for a browser, which needs nothing else."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined

@@ -1,7 +1,5 @@
 """Which row of a comparison is better than which: places are ranges, and ties are called ties."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -7,8 +7,6 @@ over items. One task runs at a time, so that a result does not depend on which o
 for. Models run in the dtype that is stored, as in lm-eval's own command.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec

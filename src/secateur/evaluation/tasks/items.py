@@ -8,8 +8,6 @@ before a model sees any, so that a wrong file is one sentence and no odd accurac
 none of the choices would silently count as wrong.
 """
 
-from __future__ import annotations
-
 import json
 import lzma
 import zlib

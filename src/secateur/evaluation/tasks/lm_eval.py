@@ -8,8 +8,6 @@ command gives on the same checkpoint and batch size. It logs, warns and shows ba
 that away and puts everything back.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -10,8 +10,6 @@ out of numbers; `measured.py` measures them.
 * `least_error`: error curves are given, and each weight is removed where the next one costs least.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise

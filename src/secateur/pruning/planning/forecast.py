@@ -9,8 +9,6 @@ than a second. What that leaves out stands in `left_out`. Structures make anothe
 program and are refused.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod

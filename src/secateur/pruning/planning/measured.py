@@ -7,8 +7,6 @@ sparsity between blocks. Only percentages can be shared out: N:M removes the sam
 arithmetic is in allocation.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 

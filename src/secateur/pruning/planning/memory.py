@@ -12,8 +12,6 @@ three things are constants: `PROCESS_BYTES`, `ALLOCATOR_BYTES` and the working m
 methods, which is measured (`cost.Cost`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache

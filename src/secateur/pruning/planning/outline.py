@@ -7,8 +7,6 @@ matrices read the same input, the operations, and what is alive at every matrix.
 table of families; meta.py says what is answered by rule.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace

@@ -4,8 +4,6 @@ Both follow from what a method says of itself (`Method.need`, `sequential`, `ref
 from what the blocks do to a batch (`outline`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

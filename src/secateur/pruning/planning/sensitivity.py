@@ -3,8 +3,6 @@
 Nothing is written into the model; every block sees the inputs that the dense blocks before it give.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod

@@ -7,8 +7,6 @@ stream runs and the one that is stored change alike. Heads go before channels, s
 feed-forward reads what attention leaves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter

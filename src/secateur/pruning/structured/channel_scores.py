@@ -16,8 +16,6 @@ border, unlike in LLM-Pruner (Ma et al. 2023, arXiv:2305.11627), whose score is 
 loss.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 

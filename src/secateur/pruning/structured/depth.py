@@ -14,8 +14,6 @@ last matrix W of block i adds W x to h_i, the best linear stand-in is W + E[δ x
 of the block's output instead; that is contained in this.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 

@@ -7,8 +7,6 @@ does without them. So whatever cannot be held, or is wired in a way that no trac
 here with the counts that would do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property

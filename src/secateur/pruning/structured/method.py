@@ -1,7 +1,5 @@
 """Methods for structures: what chooses the parts that go, and what makes up for them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

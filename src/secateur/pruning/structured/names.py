@@ -1,7 +1,5 @@
 """Names of tensors before and after whole blocks have left a model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cached_property
 

@@ -9,8 +9,6 @@ dense model.
 Whatever can be refused is refused when feasibility is asked, before any work.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict
 from pathlib import Path

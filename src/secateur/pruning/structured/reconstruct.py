@@ -14,8 +14,6 @@ contains FLAP's bias compensation (An et al. 2024, arXiv:2312.11983) as the case
 W_S.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -6,8 +6,6 @@ parameters; up to half of the feed-forward channels, which cost least quality fo
 the blocks; half of the heads.
 """
 
-from __future__ import annotations
-
 from math import ceil
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ rows. The module is the one that the family itself builds for the new configurat
 (`target_config`), so what runs is what every loader will run.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy

@@ -6,8 +6,6 @@ it is the model that is wanted. A wrong guess has other shapes, and what shapes 
 compared in numbers (`program`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass

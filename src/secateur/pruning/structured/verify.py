@@ -7,8 +7,6 @@ EXPECTED is a safetensors file with `tokens` and `logits`. A fresh process has n
 but the folder: no patched module, no tensor in memory, no configuration object.
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
