@@ -20,7 +20,7 @@ def main(out: str = "out/examples/own", pattern: str = "50%", samples: int = 32)
     secateur.METHODS["clipped"] = secateur.scored({"square"}, "row", clipped)
     for method in ("wanda", "clipped", "clipped+refit"):
         report = secateur.prune(out=out, method=method, pattern=pattern, samples=samples, overwrite=True)
-        error = sum(site.output_error or 0 for site in report.sites) / len(report.sites)
+        error = sum(matrix.output_error or 0 for matrix in report.sites) / len(report.sites)
         print(f"{method:<14} mean relative output error {error:.4f}")
 
 

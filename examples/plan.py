@@ -1,4 +1,4 @@
-"""Say what a run will take before any work, then measure how much each site can lose and prune by that.
+"""Say what a run will take before any work, then measure how much each matrix can lose and prune by that.
 
 python examples/plan.py --allocate error
 """
@@ -18,8 +18,8 @@ def main(out: Path = Path("out/examples/plan"), allocate: str = "owl", samples: 
     out.mkdir(parents=True, exist_ok=True)
     file = out / "plan.json"
     plan = secateur.plan(out=file, allocate=allocate, pattern="70%", samples=samples, overwrite=True)
-    for site, pattern in list(plan.items())[:7]:
-        print(f"{pattern!s:>8}  {site}")
+    for matrix, pattern in list(plan.items())[:7]:
+        print(f"{pattern!s:>8}  {matrix}")
     report = secateur.prune(out=out / "pruned", allocate=str(file), samples=samples, overwrite=True)
     print(f"pruned to {report.sparsity:.2%}")
 

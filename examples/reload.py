@@ -13,7 +13,7 @@ import secateur
 
 def main(out: str = "out/examples/reload", method: str = "default", pattern: str = "50%", samples: int = 32) -> None:
     report = secateur.prune(out=out, method=method, pattern=pattern, samples=samples, overwrite=True)
-    print(f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of {len(report.sites)} sites")
+    print(f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of {len(report.sites)} matrices")
 
     model: Any = AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)

@@ -45,7 +45,7 @@ def test_every_example_is_run_here_and_short():
 def test_a_pruned_model_loads_in_plain_transformers(tmp_path):
     options = ("--method", "wanda", "--pattern", "50% of row", "--samples", "2")
     said = run("reload", tmp_path / "out", *options, start=subprocess.run)
-    assert "wanda 50% of row: 50.00% of the weights of 42 sites" in said
+    assert "wanda 50% of row: 50.00% of the weights of 42 matrices" in said
     assert "as transformers has it: 50.00%" in said
     assert "def read(self, size):" in said
     assert sparsity(tmp_path / "out") == 0.5
