@@ -15,9 +15,7 @@ def journal_of(out: Path) -> Path:
 
 
 def check_output_folder(source: Checkpoint, out: Path, *, overwrite: bool) -> None:
-    """Raise OutputRefused where `out` cannot hold a result made of `source`, BadCheckpoint for
-    links out of that.
-    """
+    """Raise OutputRefused where `out` cannot hold a result of `source`; BadCheckpoint for links."""
     out, model = out.resolve(), source.folder.resolve()
     if out == model:
         raise OutputRefused(f"{out} is the model itself. Choose another folder.")

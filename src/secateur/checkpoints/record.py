@@ -72,9 +72,7 @@ class Report:
     parameters: tuple[int, int] | None = None
     """Of a smaller model: how many parameters it had and has."""
     removed: dict[str, str] = field(default_factory=dict)
-    """Of a smaller model: what was taken out of which part of a block, in words, and which
-    blocks.
-    """
+    """Of a smaller model: what was taken out of which part of a block, and which blocks."""
     out: Path | None = None
     note: str = ""
     """What the reader must know of the run as a whole, in a sentence."""
@@ -147,9 +145,7 @@ class Seconds:
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:
-    """The folder's own pruning.json, or None. Raises BadCheckpoint where it is none, or says what
-    nobody can read.
-    """
+    """The folder's own pruning.json, None where it has none. Raises BadCheckpoint for a bad one."""
     file = folder / RECORD
     if not file.exists():
         return None

@@ -77,9 +77,7 @@ class Output:
                     stream.write(stored.flatten().view(torch.uint8).numpy().data)
 
     def commit(self, tensors: Mapping[str, Tensor], block: Any) -> None:
-        """`write` and then record a finished block, while the caller goes on; errors come with the
-        next call.
-        """
+        """`write` a finished block and record it in a thread; errors come with the next call."""
         self.settle()
         self._writing = self._writer.submit(self._commit, dict(tensors), block)
 

@@ -124,9 +124,7 @@ def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | Non
 
 
 def _ended(error: BaseException, result: Output | None, made: list[Path]) -> BaseException:
-    """What to raise for an error that ended a run: finished blocks are kept, unless they would only
-    fail again.
-    """
+    """What to raise for an error that ended a run; finished blocks are kept if that can help."""
     with suppress(Exception):
         if result:
             result.settle()
@@ -156,9 +154,7 @@ def _ended(error: BaseException, result: Output | None, made: list[Path]) -> Bas
 
 
 def configure(result: Output, changes: Mapping[str, Any], model_type: str) -> None:
-    """Change fields of `config.json`, in the part that describes a model of that type. Raises
-    BadCheckpoint.
-    """
+    """Change fields of `config.json`, in the part for a model of that type."""
     file = result.partial / "config.json"
     config = json_object(file)
     parts = [

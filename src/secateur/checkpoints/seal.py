@@ -18,9 +18,7 @@ Stamps = Mapping[str, list[int]]
 
 
 def stamps(source: Checkpoint) -> dict[str, list[int]]:
-    """Size and time of change of the files that a run reads: what tells whether they are still the
-    same.
-    """
+    """Size and time of change of the files that a run reads, to tell whether they change."""
     files = {name: (source.folder / name).stat() for name in ("config.json", *source.shards)}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in files.items()}
 

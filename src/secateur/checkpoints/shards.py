@@ -24,9 +24,7 @@ from secateur.system.json_files import write_json
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, tuple[str, Shape]]
-"""By the name of every tensor of a smaller checkpoint: the tensor of the source that it comes from,
-and its shape.
-"""
+"""By a tensor's name in a smaller checkpoint: the source's tensor behind it, and its shape."""
 
 CHUNK = 2**24
 SHARD_BYTES = 5 * 10**9
@@ -64,9 +62,7 @@ def write_index(folder: Path, shard_of: Mapping[str, str], total_size: int) -> N
 
 
 def save(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a shard beside a config.json, whose permissions it gets. Raises DiskFull or
-    OutputRefused.
-    """
+    """Write a shard, with the permissions of config.json. Raises DiskFull, OutputRefused."""
     try:
         save_file(tensors, file, metadata=dict(metadata or {"format": "pt"}))
     except SafetensorError as error:  # which tells errors of the disk in words alone

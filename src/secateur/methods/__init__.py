@@ -33,9 +33,7 @@ METHODS: dict[str, Method] = {
     "default": _alps_fast,
     "best": dense_target(alps(iterations=20))._replace(refine=REFINE_EPOCHS),
 }
-"""Every method by its name, presets last. `find_method` reads names with refinements, such as
-`wanda+refit`.
-"""
+"""Every method by name, presets last; `find_method` reads `wanda+refit` and the like."""
 REFINEMENTS: dict[str, Callable[[Method], Method]] = {"refit": refit, "swap": swap}
 """What is done to a method's result, matrix by matrix."""
 SWITCHES: dict[str, Callable[[Method], Method]] = {

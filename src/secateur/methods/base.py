@@ -27,9 +27,7 @@ class Pruned(NamedTuple):
 
 
 def importance(weight: Tensor, stats: Stats) -> Tensor:
-    """|w| · the root mean square of its input, `[out, in]`: what a weight adds to the output
-    (Wanda's score).
-    """
+    """What a weight adds to the output, `[out, in]`: |w| · root mean square of its input."""
     return weight.abs().mul_(stats.power().sqrt().to(weight.device))
 
 

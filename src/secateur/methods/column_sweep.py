@@ -123,9 +123,7 @@ def sweep_block(
 
 
 def _groups(pattern: Pattern, rows: int) -> list[tuple[int, int]] | None:
-    """How many rows keep how many of every `pattern.chunk`, from the top; None for what is not
-    N:M.
-    """
+    """(rows, n kept of every `pattern.chunk`) from the top; None for what is not N:M."""
     stack = pattern if isinstance(pattern, Stacked) else Stacked((rows,), (pattern,))
     groups = []
     for count, part in zip(stack.rows, stack.parts, strict=True):

@@ -13,9 +13,7 @@ from secateur.methods.base import Method
 
 
 def dense_target(method: Method) -> Method:
-    """The method with the dense model's outputs as its target. Raises UnknownName after one that
-    solves nothing.
-    """
+    """The method aiming at the dense model's outputs. Raises UnknownName if it solves nothing."""
     if "gram" not in method.need:
         raise UnknownName(
             "refinement 'dense-target' after a method that solves nothing",

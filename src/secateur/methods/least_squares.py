@@ -37,16 +37,12 @@ class Problem(NamedTuple):
     alive: Tensor
 
     def restore(self, solution: Tensor, kept: Tensor, dense: Tensor) -> Tensor:
-        """A solution in the original coordinates, zero off the mask; kept weights of dead inputs
-        stay dense.
-        """
+        """A solution in the original coordinates, 0 off the mask; dead inputs stay dense."""
         return torch.where(self.alive, solution / self.scale, dense).where(kept, 0.0)
 
 
 def ridge(stats: Stats) -> float:
-    """The relative damping λ: 0.01, growing to 0.1 as the tokens fall below 32 for each input
-    channel.
-    """
+    """The relative damping λ: 0.01, growing to 0.1 with fewer than 32 tokens for each channel."""
     tokens_per_channel = stats.tokens / len(stats.sums["gram"])
     return min(max(0.01 * 32 / max(tokens_per_channel, 1e-9), 0.01), 0.1)
 

@@ -21,9 +21,7 @@ def parse(text: str) -> Pattern | Structure:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """The pattern of zeros that `text` names. Raises BadPattern for anything else, structures
-    too.
-    """
+    """The pattern of zeros that `text` names. Raises BadPattern for anything else."""
     if match := re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip()):
         return NM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"(-?\d+(?:\.\d+)?)%(?: of (row|matrix))?", text.strip()):

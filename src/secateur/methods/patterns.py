@@ -41,9 +41,7 @@ class Pattern(Protocol):
         ...
 
     def columns(self, rows: int, start: int, stop: int) -> Self:
-        """The pattern that columns `start:stop` must hold so that the whole matrix holds this one
-        exactly.
-        """
+        """What columns `start:stop` must hold for the whole matrix to hold this pattern."""
         ...
 
     def check(self, shape: tuple[int, int], name: str) -> None:

@@ -31,9 +31,7 @@ from secateur.methods.statistics import Stats
 
 
 def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
-    """SparseGPT with relative `damping` of the mean diagonal, masks chosen for `width` columns at a
-    time.
-    """
+    """SparseGPT with relative `damping`, masks chosen for `width` columns at a time."""
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         block = block_width(pattern, width)
@@ -51,9 +49,7 @@ def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
 
 
 def sweep(width: int = 128) -> Method:
-    """SparseGPT's sweep in normalised coordinates: the same but for its damping, which is relative
-    (see least_squares.py).
-    """
+    """SparseGPT's sweep in normalised coordinates, with their damping (least_squares.py)."""
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)

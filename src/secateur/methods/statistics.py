@@ -37,9 +37,7 @@ OF_DENSE = frozenset({"cross", "dense sum"})
 
 @dataclass(frozen=True, eq=False)
 class Stats:
-    """Sums over the tokens that a weight matrix saw. `derived` keeps what was computed from them
-    once.
-    """
+    """Sums over the tokens that a weight matrix saw; `derived` caches what is made of them."""
 
     tokens: int
     sums: Mapping[str, Tensor]
@@ -47,9 +45,7 @@ class Stats:
 
     @classmethod
     def of(cls, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
-        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE`
-        only with it.
-        """
+        """The statistics `need` of inputs x `[tokens, in]`, in any floating-point dtype."""
         shapes = {
             name: x.shape[1:] * (2 if name in MATRICES else 1)
             for name in need
@@ -62,9 +58,7 @@ class Stats:
         return cls(0, empty).add(x, empty, dense)
 
     def add(self, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
-        """These and those of inputs x `[tokens, in]`, in the same memory: the ones before are no
-        more.
-        """
+        """These plus those of inputs x `[tokens, in]`, added in place: the old sums are gone."""
         for name in need:
             if name not in OF_DENSE or dense is not None:
                 STATS[name](self.sums[name], x, x if dense is None else dense)
@@ -84,9 +78,7 @@ class Stats:
         return self.mean("square") if "square" in self.sums else self.mean("gram").diagonal()
 
     def once(self, key: object, compute: Callable[[], Value]) -> Value:
-        """`compute()`, evaluated once for these statistics and shared by all matrices that have
-        them.
-        """
+        """`compute()`, done once for these statistics and shared by all matrices that have them."""
         if key not in self.derived:
             self.derived[key] = compute()
         return self.derived[key]

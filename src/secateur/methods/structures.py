@@ -22,16 +22,12 @@ from secateur.system.sizes import NUMBER, SIZES, parse_size
 
 Kind = Literal["channels", "heads", "experts"]
 NAMES = {"channels": "channels", "heads": "key-value heads", "experts": "experts"}
-"""What is counted: of heads, those with keys and values of their own; the query heads that read
-them go along.
-"""
+"""What is counted: heads with keys and values of their own; their query heads go along."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """Remove the share `ratio` of the channels, heads or experts of every block. Raises BadPattern
-    outside 0 to 1.
-    """
+    """Remove a share of the channels, heads or experts of every block. Raises BadPattern."""
 
     ratio: float
     of: Kind
@@ -82,9 +78,7 @@ def default_alignment(total: int) -> int:
 
 @dataclass(frozen=True)
 class Depth:
-    """Remove whole blocks: `count` of them, or the share `ratio`. Raises BadPattern for neither or
-    both.
-    """
+    """Remove `count` whole blocks, or the share `ratio`. Raises BadPattern for neither or both."""
 
     count: int | None = None
     ratio: float | None = None
@@ -116,9 +110,7 @@ class Depth:
 
 @dataclass(frozen=True)
 class Several:
-    """Several structures removed together, at most one of each kind. Raises BadPattern
-    otherwise.
-    """
+    """Several structures, at most one of each kind. Raises BadPattern otherwise."""
 
     parts: tuple[Units | Depth, ...]
 
@@ -177,9 +169,7 @@ def parts(structure: Structure) -> tuple[Units | Depth, ...]:
 
 
 def parse_structure(text: str) -> Structure | None:
-    """The structure that `text` names, None where it names none. Raises BadPattern for an
-    impossible one.
-    """
+    """The structure that `text` names, else None. Raises BadPattern for an impossible one."""
     text = re.sub(r"\s*%", "%", text.strip())
     if match := re.fullmatch(rf"to ({NUMBER})% of parameters", text):
         return Budget(share=float(match[1]) / 100)

@@ -23,9 +23,7 @@ from secateur.methods.statistics import Stats
 
 
 def swap(method: Method, steps: int = 100, candidates: int = 64) -> Method:
-    """The method followed by up to `steps` exchanges in each row. Raises UnknownName after one that
-    changes weights.
-    """
+    """The method, then up to `steps` exchanges a row. Raises UnknownName if it changes weights."""
     if method.updates:
         raise UnknownName(
             "refinement 'swap' after a method that changes weights", "swap", ("refit",)
@@ -51,9 +49,7 @@ def swap(method: Method, steps: int = 100, candidates: int = 64) -> Method:
 def _best_exchanges(
     problem: Problem, kept: Tensor, chunk: int | None, candidates: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(index removed, index restored, change of the error) for the best exchange of every row, each
-    `[out]`.
-    """
+    """(index removed, index restored, change of error) of each row's best exchange."""
     w, gram = problem.weight, problem.gram
     image = w.where(~kept, 0.0) @ gram  # c = u H
     square = w.square() * gram.diagonal()

@@ -13,9 +13,7 @@ from secateur.methods.statistics import Stats
 
 @dataclass(frozen=True)
 class Stacked:
-    """Several matrices on top of each other, `rows` of each, every one to its own pattern; chunks
-    must agree.
-    """
+    """Matrices on top of each other, `rows` of each, with a pattern each; chunks must agree."""
 
     rows: tuple[int, ...]
     parts: tuple[Pattern, ...]
@@ -52,9 +50,7 @@ class Stacked:
 def solved_together(
     method: Method, names: Iterable[str], stats: Mapping[str, Stats]
 ) -> list[list[str]]:
-    """The weight matrices in order; those that read the same input together, where a solver can
-    use its Gram matrix for all of them.
-    """
+    """The weight matrices in order; those with one input together, if `gram` is needed of it."""
     together: dict[object, list[str]] = {}
     for name in names:
         shared = "gram" in method.need and name in stats

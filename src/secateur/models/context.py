@@ -33,9 +33,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def width(language_model: LanguageModel) -> int:
-    """Numbers of a token between the blocks of a model, at least: some families have several
-    streams of them.
-    """
+    """Numbers of a token between the blocks, at least: some families have several streams."""
     return language_model.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
 
 

@@ -12,9 +12,7 @@ from secateur.models.stream.blocks import BlockRun
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; what p cannot say costs
-    nothing.
-    """
+    """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; 0 · log 0 counts as 0."""
     return (log_p.exp() * (log_p - log_q)).where(log_p > -torch.inf, 0.0).sum(-1)
 
 

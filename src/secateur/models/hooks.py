@@ -58,9 +58,7 @@ def visited(block: nn.Module, visit: Callable[[list[tuple[str, Tensor]]], None])
 
 @contextmanager
 def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `record(name, x [tokens, in])` is called for every weight matrix that a forward
-    of the block reaches.
-    """
+    """While open, call `record(name, x [tokens, in])` for every matrix that a forward reaches."""
 
     def visit(reached: list[tuple[str, Tensor]]) -> None:
         for name, x in reached:

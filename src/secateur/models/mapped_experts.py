@@ -29,9 +29,7 @@ SMALL = 2**20
 
 
 def too_large(checkpoint_bytes: int, limit: int | None = None) -> bool:
-    """Whether a copy of the weights in every process here is more than half of `limit` bytes, or of
-    what is free.
-    """
+    """Whether the weights, once for each process, take over half of `limit`, or of what is free."""
     if limit is not None:
         return 2 * checkpoint_bytes > limit
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as torchrun says

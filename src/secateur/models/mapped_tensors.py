@@ -50,9 +50,7 @@ class HiddenStateStore:
         self._tensors.append(self._mapped(tensor) if self._file else tensor)
 
     def _mapped(self, tensor: Tensor) -> Tensor:
-        """A copy in the file. A mapping costs a file descriptor, so it is made for more than one
-        tensor.
-        """
+        """A copy in the file. A mapping costs a file descriptor, so several tensors share one."""
         assert self._file is not None
         size = -(-tensor.nbytes // ALIGNED) * ALIGNED
         if size > len(self._room):

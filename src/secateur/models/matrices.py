@@ -24,9 +24,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class WeightMatrix:
-    """One prunable matrix of a block: a view `[out, in]` of a parameter, whatever way the layer
-    stores it.
-    """
+    """One prunable matrix of a block: a view `[out, in]` of a parameter, however that is stored."""
 
     name: str
     parameter: str

@@ -51,18 +51,14 @@ class LanguageModel:
 
 
 def working_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of a block on `device`, in `dtype` (None: as stored). The original keeps its mapped
-    weights.
-    """
+    """A copy of a block on `device`, in `dtype` (None: as stored); the original stays mapped."""
     return _cast(deepcopy(module), device, dtype)
 
 
 def _cast(
     module: nn.Module, device: torch.device, dtype: torch.dtype | None, *, recurse: bool = True
 ) -> nn.Module:
-    """Move a module; parameters take the dtype, buffers (rotary tables, masks) only where it is
-    wider.
-    """
+    """Move a module; parameters take the dtype, buffers (rotary tables) only where it is wider."""
     for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
         target = None
         if dtype and tensor.is_floating_point():
@@ -99,9 +95,7 @@ class _Reached(Exception):
 
 
 class _Tap(nn.Module):
-    """Stands in for a block: hands each call to the shell, and looks like the block to whoever
-    asks.
-    """
+    """Stands in for a block: hands each call to the shell, and has the block's attributes."""
 
     def __init__(self, block: nn.Module, index: int) -> None:
         super().__init__()
@@ -175,9 +169,7 @@ class Shell:
                 tap.called = None
 
     def enter(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """The hidden state that enters block 0 for tokens `[batch, length]`, and every block's
-        call.
-        """
+        """What enters block 0 for tokens `[batch, length]`, and the call of every block."""
         calls: list[Call] = []
         entering: list[Tensor] = []
 
@@ -202,9 +194,7 @@ class Shell:
         )
 
     def leave(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """The logits `[batch, length, vocabulary]` when `hidden` is what the last block
-        returned.
-        """
+        """The logits `[batch, length, vocabulary]` for `hidden`, which the last block returned."""
         with self._answering(lambda index, entering, call: hidden.to(entering.device)):
             return self.model(tokens.to(self.device), use_cache=False).logits
 
@@ -223,9 +213,7 @@ def _looked_up(embedding: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tens
 
 
 def own(value: Any, memo: dict[int, Any]) -> Any:
-    """Recorded calls once more, with one `memo` for a batch: tensors are shared, what blocks leave
-    for later is not.
-    """
+    """A copy of recorded calls, with one `memo` for a batch; only tensors are shared."""
     if isinstance(value, Call):
         return Call(*(own(part, memo) for part in value))
     if isinstance(value, (tuple, list)):

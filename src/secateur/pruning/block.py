@@ -34,9 +34,7 @@ from secateur.system.tensors import count_zeros
 
 @dataclass
 class PrunedBlock:
-    """A finished block: the parameters that changed, by their name in the model, in the dtype they
-    are stored in.
-    """
+    """A finished block: the parameters that changed, by name in the model, as they are stored."""
 
     index: int
     tensors: dict[str, Tensor]

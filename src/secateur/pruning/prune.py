@@ -138,9 +138,7 @@ def prune_checkpoint(
 
 
 def pruned_blocks(pruning: Pruning, finished: Sequence[nn.Module] = ()) -> Iterator[PrunedBlock]:
-    """Prune every block in order, and give it; the first may be `finished` and are not given
-    again.
-    """
+    """Prune every block in order, and give it; the first may be `finished`, and are not given."""
     run, method = pruning.run, pruning.method
     count, classes = len(run.language_model.blocks), groups_by_kind(run)
     if not method.need and not method.refine:  # enough for the probe on which errors are measured

@@ -28,9 +28,7 @@ def find_resources(compute: Compute) -> Resources:
 
 
 def find_devices(text: str) -> list[torch.device]:
-    """The devices that `text` names, separated by commas; `auto` is all GPUs, else the CPU. Raises
-    UnknownName.
-    """
+    """The devices that `text` names; `auto` is all GPUs, else the CPU. Raises UnknownName."""
     if text == "auto":
         return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [CPU]
     known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -52,9 +50,7 @@ def find_dtype(name: str) -> str:
 
 
 def timed_dtype(name: str) -> torch.dtype:
-    """The dtype of models that are timed on the CPU. Raises UnknownName for one without fast
-    products there.
-    """
+    """The dtype of models timed on the CPU. Raises UnknownName for one without fast products."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if (full := find_dtype(name)) not in kinds:
         raise UnknownName("dtype that can be timed", name, kinds)
@@ -69,9 +65,7 @@ def forward_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def calibration_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype | None:
-    """The same for passes that only collect statistics: `auto` takes bfloat16 as stored where the
-    CPU multiplies it.
-    """
+    """The same for calibration passes: `auto` takes bfloat16 as stored if the CPU multiplies it."""
     if name == "auto" and stored == torch.bfloat16 and multiplies_bfloat16():
         return None
     return forward_dtype(name, device)

@@ -1,6 +1,4 @@
-"""Ctrl-C during long work: the first one asks to stop where nothing is lost, the second stops at
-once.
-"""
+"""Ctrl-C during long work: the first asks to stop where nothing is lost, the second stops."""
 
 from __future__ import annotations
 

@@ -43,9 +43,7 @@ class ChannelGroup:
 def interchangeable_groups(
     language_model: LanguageModel, index: int, device: torch.device
 ) -> dict[str, list[list[ChannelGroup]]]:
-    """The classes of interchangeable groups of every weight matrix of a block that has any; traced
-    in float32.
-    """
+    """By weight matrix, the groups of its inputs that may change places; traced in float32."""
     trace = trace_block(language_model, index, device=device, dtype=torch.float32)
     readers = {consumer for _, consumer in trace.reach}
     return {name: classes for name in sorted(readers) if (classes := interchangeable(trace, name))}
@@ -170,9 +168,7 @@ def _classes(
     fixed: list[tuple[int, ...]],
     width: int,
 ) -> list[list[ChannelGroup]]:
-    """Groups whose inputs are the sets of one kind, in classes that no other channel tells
-    apart.
-    """
+    """Groups whose inputs are the sets of one kind, in classes that no other channel divides."""
     place = {i: (group, at) for group, inputs in enumerate(kind) for at, i in enumerate(inputs)}
     belonging: list[list[tuple[str, tuple[int, ...], int]]] = [[] for _ in kind]
     fixed = list(fixed)

@@ -50,9 +50,7 @@ class Trace:
     direct: frozenset[str]
 
     def elsewhere(self, producer: str, consumer: str) -> Tensor:
-        """The channels of a producer that arrive at something else than this consumer, bool
-        `[out]`.
-        """
+        """The channels of a producer that arrive elsewhere than at this consumer, `[out]`."""
         channels = self.leaks[producer].clone()
         for (source, other), reach in self.reach.items():
             if source == producer and other != consumer:
@@ -157,9 +155,7 @@ def _with_experts(block: nn.Module, traced: Trace, batch: int) -> Trace:
 
 
 def _through_gate(module: nn.Module, batch: int) -> Tensor:
-    """Which output of an expert's first matrix arrives at which input of its second: bool `[out,
-    in]`.
-    """
+    """Which output of an expert's first matrix arrives at which input of its second."""
     first, _ = experts.matrices(module)
     weight, outputs = getattr(module, first), experts.outputs(module, first)
     parts = []
@@ -171,9 +167,7 @@ def _through_gate(module: nn.Module, batch: int) -> Tensor:
 
 
 class _Poison:
-    """Hooks on a block that put NaN into the output of a weight matrix, stop it at the next one and
-    note where it was seen.
-    """
+    """Hooks that put NaN into what one matrix returns, stop it at the next, and note where."""
 
     def __init__(self, block: nn.Module, batch: int) -> None:
         self.block, self.batch = block, batch
@@ -269,9 +263,7 @@ class _Poison:
         return output
 
     def _lose(self, x: Tensor) -> None:
-        """Note the items with a NaN in x, which enters no weight matrix; all of them where they
-        cannot be told apart.
-        """
+        """Note the items with a NaN in x, which enters no matrix; all where that is unclear."""
         items = self._items(x.isnan())
         if items is not None:
             self.lost |= items.any(3).any(2).any(0).cpu()
@@ -279,9 +271,7 @@ class _Poison:
             self.lost[:] = True
 
     def _items(self, x: Tensor) -> Tensor | None:
-        """x as `[streams, batch, tokens, width]`, a view if contiguous; None where it is laid out
-        otherwise.
-        """
+        """x as `[streams, batch, tokens, width]`, a view if contiguous; None for another layout."""
         sizes = [size for size in x.shape[:-1] if size != 1]
         if sizes[-2:] != [self.batch, TOKENS] and sizes != [self.batch * TOKENS]:
             return None

@@ -29,9 +29,7 @@ PROBE_TOKENS = 256
 
 
 class Step:
-    """One block with its calibration inputs. `block` is a working copy; `sites` are views of its
-    weight matrices, by name.
-    """
+    """One block with its calibration inputs; `block` is a copy, `sites` views of its matrices."""
 
     def __init__(
         self,
@@ -98,9 +96,7 @@ class Step:
     def _paused(
         self, stages: Sequence[list[str]], need: Collection[str], probe: int, *, leave: bool
     ) -> Iterator[tuple[list[str], CalibrationStatistics]]:
-        """Every stage of one forward, which goes on through what is pruned, to its end if it is to
-        `leave` the block.
-        """
+        """Every stage of one forward pass, which goes on to the block's end if it is to `leave`."""
         paired = self._dense if OF_DENSE.intersection(need) else None
         with closing(PausedPass(self.inputs, paired, stages)) as paused:
             for number, names in enumerate(stages):
@@ -120,9 +116,7 @@ class Step:
         return statistics
 
     def batches(self) -> list[Batch]:
-        """The inputs of the block, and what the dense block gives on the dense inputs; `stream`
-        with `dense` only.
-        """
+        """The inputs of the block and the dense block's outputs; only for `stream(dense=True)`."""
         started = perf_counter()
         targets = self._dense_outputs()
         self.seconds.forward += perf_counter() - started

@@ -63,9 +63,7 @@ class Ranks:
             yield entered[0] if entered else None
 
     def add(self, stats: Mapping[str, Stats]) -> dict[str, Stats]:
-        """The sums of all ranks, by matrix; one that has seen no token of it has nothing to
-        add.
-        """
+        """The sums of all ranks, by matrix; a rank may have seen no token of one."""
         if self.size == 1:
             return dict(stats)
         seen: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
@@ -81,9 +79,7 @@ class Ranks:
         return total
 
     def hand_round(self, tensor: Tensor, owner: int) -> Tensor:
-        """A tensor as the rank `owner` has it, whatever its dtype; the others give one of the same
-        shape.
-        """
+        """A tensor of any dtype as rank `owner` has it; the others give one of the same shape."""
         if self.size == 1:
             return tensor
         raw = tensor.contiguous().flatten().view(torch.uint8)
@@ -120,9 +116,7 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Ranks, str]]:
-    """The ranks that torchrun has started, and this one's share of the devices; alone without
-    it.
-    """
+    """The ranks that torchrun has started, and this one's share of the devices; else one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE, device

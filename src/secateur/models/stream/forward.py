@@ -54,9 +54,7 @@ class BlockRun:
 
 
 class Batch(NamedTuple):
-    """Some calibration windows at one block: `hidden` enters it, `target` is what should leave
-    it.
-    """
+    """Some calibration windows at one block: `hidden` enters it, `target` should leave it."""
 
     hidden: Tensor
     call: Call
@@ -89,9 +87,7 @@ class ForwardPass:
         run.seconds.forward += perf_counter() - started
 
     def beside(self) -> ForwardPass:
-        """A second stream from the same hidden states, in the same threads, with calls of its
-        own.
-        """
+        """A second stream from the same hidden states, in the same threads, with its own calls."""
         other = copy(self)
         other.hidden, other.replicas = HiddenStateStore(self.run.spill, self.hidden), []
         other.calls = [own(calls, {}) for calls in self.calls]
@@ -147,9 +143,7 @@ class ForwardPass:
         return self.hidden[0].to(self.run.devices[0]), self.calls[0][self.index]
 
     def windows(self) -> list[tuple[Tensor, list[Call]]]:
-        """The hidden states of every batch as they enter the block, and the calls of all blocks of
-        the model.
-        """
+        """By batch, the hidden states that enter the block, and the calls of all blocks."""
         batches = zip(self.hidden, self.calls, strict=True)
         return [(hidden.to(self.run.devices[0]), calls) for hidden, calls in batches]
 
@@ -171,9 +165,7 @@ class ForwardPass:
         return into
 
     def each(self, work: Callable[[int], Value]) -> list[Value]:
-        """`work(share)` for every device at once, each in a thread of its own; the results in
-        device order.
-        """
+        """`work(share)` for every device at once, each in its thread; results in device order."""
         if not self._threads:
             return [work(0)]
         work = torch.no_grad()(work)

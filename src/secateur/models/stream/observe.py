@@ -114,9 +114,7 @@ class Watch:
         self._dense: dict[str, Tensor] = {}
 
     def next_batch(self, probe: int, dense: dict[str, Tensor]) -> None:
-        """Forget the tensors of the batch before; of the next, keep `probe` tokens. `dense` are its
-        inputs in the dense model.
-        """
+        """Begin a batch; `probe` tokens of it are kept, `dense` has its inputs in the dense model."""
         self._seen.clear()
         self._probe, self._dense = probe, dense
 

@@ -70,9 +70,7 @@ def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> InputGroups:
 
 
 class _Forward:
-    """One batch on its way through the block: the last stage it has reached, and the inputs that
-    wait there.
-    """
+    """One batch on its way through the block: the last stage reached, and its inputs there."""
 
     def __init__(self, run: Callable[[], Tensor]) -> None:
         self.stage, self.waiting = -1, list[tuple[str, Tensor]]()

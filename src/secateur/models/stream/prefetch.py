@@ -45,9 +45,7 @@ class Prefetch:
 
 
 def _moved(block: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A working copy that is there when this returns; on a GPU it does not wait for what that
-    computes.
-    """
+    """A finished working copy; on a GPU it does not wait for what that computes."""
     if device.type != "cuda":
         return working_copy(block, device, dtype)
     stream = torch.cuda.Stream(device)

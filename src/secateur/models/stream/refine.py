@@ -36,9 +36,7 @@ et al. 2022, arXiv:2203.03466, table 3). On the demo model 0.14, 0.4 and 1.4 wer
 
 
 class Tuned(NamedTuple):
-    """A block's relative output error before and after; the same twice where tuned weights were no
-    better.
-    """
+    """A block's relative output error before and after; the same where tuning did not help."""
 
     before: float
     after: float
@@ -125,9 +123,7 @@ def _loss(block: nn.Module, batch: Batch) -> Tensor:
 def refine_block(
     step: Step, result: nn.Module, changed: Sequence[str], pruned: Container[str], epochs: int
 ) -> Tuned:
-    """Tune the `changed` parameters of a pruned block, in float32, and round what came out into
-    both copies; experts that were not `pruned` stay as they are.
-    """
+    """Tune the `changed` parameters of a pruned block, and round them into both copies."""
     batches = step.batches()
     started = perf_counter()
     block = working_copy(step.block, step.device, torch.float32)
