@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor
@@ -78,12 +80,9 @@ class Report:
     """What the reader must know of the run as a whole, in a sentence."""
 
     def take(self, block: dict[str, Any]) -> None:
-        """Add a finished block: {"block": its name, "sites": [fields of a MatrixReport, …],
-        "refined": pair or None}.
-        """
-        self.sites += [
-            MatrixReport(**{**site, "shape": tuple(site["shape"])}) for site in block["sites"]
-        ]
+        """Add a finished block, as JSON can hold it: `PrunedBlock.entry`."""
+        for matrix in block["sites"]:
+            self.sites.append(MatrixReport(**{**matrix, "shape": tuple(matrix["shape"])}))
         if block["refined"]:
             before, after = block["refined"]
             self.refined[block["block"]] = (before, after)
@@ -109,9 +108,7 @@ def output_error(inputs: Tensor, change: Tensor, weight: Tensor) -> float:
     """
     lost, whole = ((inputs @ part.T).square().sum() for part in (change, weight))
     if not (lost + whole).isfinite():
-        lost, whole = (
-            (inputs.double() @ part.double().T).square().sum() for part in (change, weight)
-        )
+        return output_error(inputs.double(), change.double(), weight.double())
     return (lost / whole.clamp_min(1e-30)).item()
 
 
@@ -142,6 +139,13 @@ class Seconds:
     @property
     def total(self) -> float:
         return sum(asdict(self).values())
+
+    @contextmanager
+    def counted(self, what: str) -> Iterator[None]:
+        """Add the time between entering and leaving to the field of that name."""
+        started = perf_counter()
+        yield
+        setattr(self, what, getattr(self, what) + perf_counter() - started)
 
 
 def record_of(folder: Path) -> dict[str, Any] | None:

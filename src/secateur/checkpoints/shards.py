@@ -46,12 +46,9 @@ def header(
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": stops[-2:]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    places = {
-        name: TensorLocation(shard, 8 + len(text) + start, stop - start, shape, dtype)
-        for (name, (dtype, shape)), start, stop in zip(
-            tensors.items(), stops[:-1], stops[1:], strict=True
-        )
-    }
+    places, begin = {}, 8 + len(text)
+    for (name, (dtype, shape)), start, stop in zip(tensors.items(), stops, stops[1:], strict=False):
+        places[name] = TensorLocation(shard, begin + start, stop - start, shape, dtype)
     return len(text).to_bytes(8, "little") + text, places
 
 
@@ -75,8 +72,7 @@ def save(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | N
 def save_in_shards(
     tensors: Iterable[tuple[str, Tensor]], folder: Path, most: int = SHARD_BYTES
 ) -> None:
-    """Write tensors as a checkpoint, in shards of at most `most` bytes where one tensor does not
-    take more.
+    """Write tensors as a checkpoint, in shards of at most `most` bytes or a single tensor.
 
     A shard is in memory at a time. One alone is `model.safetensors`; several have an index.
     """
@@ -98,9 +94,8 @@ def save_in_shards(
     finish()
     shard_of: dict[str, str] = {}
     for index, inside in enumerate(names):
-        file = (
-            SINGLE if len(names) == 1 else f"model-{index + 1:05d}-of-{len(names):05d}.safetensors"
-        )
+        several = f"model-{index + 1:05d}-of-{len(names):05d}.safetensors"
+        file = several if len(names) > 1 else SINGLE
         (folder / f"part-{index}.safetensors").rename(folder / file)
         shard_of |= dict.fromkeys(inside, file)
     if len(names) > 1:
@@ -118,8 +113,7 @@ def size_of(source: Checkpoint, tensors: Tensors) -> int:
 def resized(
     source: Checkpoint, folder: Path, tensors: Tensors, *, again: bool = False
 ) -> Mapping[str, TensorLocation]:
-    """Write the shards of a smaller checkpoint to `folder`, unless they are there `again`; the
-    places of its tensors.
+    """Write the shards of a smaller checkpoint, unless they are there `again`; gives its places.
 
     A tensor lies in the shard that its origin lies in, in the same order. What has kept its shape
     is copied byte for byte, everything else is left to be written. A shard that has no tensor left

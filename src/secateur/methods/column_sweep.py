@@ -95,17 +95,17 @@ def sweep_block(
     """
     groups = _groups(pattern, len(values)) if given is None else [(len(values), 0)]
     width = values.shape[1]
-    if groups is None or values.dtype != torch.float32:
+    compiled = library() if values.device.type == "cpu" else None
+    by_gpu = values.is_cuda and on_gpu.usable(width)
+    if groups is None or values.dtype != torch.float32 or not (compiled or by_gpu):
         return sweep_block_in_torch(values, inverse, alive, pattern, given)
     kept = torch.empty_like(values, dtype=torch.bool) if given is None else given.contiguous()
-    if values.is_cuda and on_gpu.usable(width):
-        for part, mask, n in zip(*_split(groups, values, kept), strict=True):
-            on_gpu.sweep_block(part, mask, inverse, alive, pattern.chunk or width, n)
-        return kept
-    if values.device.type != "cpu" or (compiled := library()) is None:
-        return sweep_block_in_torch(values, inverse, alive, pattern, given)
     columns, usable = inverse.T.contiguous(), alive.float().contiguous()
-    for part, mask, n in zip(*_split(groups, values, kept), strict=True):
+    rows, counts = zip(*groups, strict=True)
+    for part, mask, n in zip(values.split(rows), kept.split(rows), counts, strict=True):
+        if not compiled:
+            on_gpu.sweep_block(part, mask, inverse, alive, pattern.chunk or width, n)
+            continue
         failed = compiled.secateur_sweep_block(
             best(),
             part.data_ptr(),
@@ -131,11 +131,6 @@ def _groups(pattern: Pattern, rows: int) -> list[tuple[int, int]] | None:
             return None
         groups.append((count, part.n))
     return groups
-
-
-def _split(groups: list[tuple[int, int]], values: Tensor, kept: Tensor) -> tuple:
-    rows, counts = zip(*groups, strict=True)
-    return values.split(rows), kept.split(rows), counts
 
 
 def sweep_block_in_torch(

@@ -9,6 +9,7 @@ two devices choose the masks of one.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -46,16 +47,10 @@ class Stats:
     @classmethod
     def of(cls, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
         """The statistics `need` of inputs x `[tokens, in]`, in any floating-point dtype."""
-        shapes = {
-            name: x.shape[1:] * (2 if name in MATRICES else 1)
-            for name in need
-            if name not in OF_DENSE or dense is not None
-        }
-        empty = {
-            name: torch.zeros(shape, dtype=torch.float64, device=x.device)
-            for name, shape in shapes.items()
-        }
-        return cls(0, empty).add(x, empty, dense)
+        known = [name for name in need if name not in OF_DENSE or dense is not None]
+        shapes = {name: x.shape[1:] * (2 if name in MATRICES else 1) for name in known}
+        zeros = partial(torch.zeros, dtype=torch.float64, device=x.device)
+        return cls(0, {name: zeros(shape) for name, shape in shapes.items()}).add(x, known, dense)
 
     def add(self, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
         """These plus those of inputs x `[tokens, in]`, added in place: the old sums are gone."""

@@ -70,24 +70,31 @@ def _cast(
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """The hidden state `[batch, tokens, hidden]` after a block."""
-    call = Call(*(_move(part, hidden.device) for part in call))
+    call = with_leaves(call, lambda leaf: _moved(leaf, hidden.device))
     output = block(hidden, *call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
 def in_float32(call: Call) -> Call:
     """The call with its floating-point tensors (rotary tables, ALiBi, masks) in float32."""
-    return Call(*(_move(part, None, torch.float32) for part in call))
+    return with_leaves(call, lambda leaf: _moved(leaf, None, torch.float32))
 
 
-def _move(value: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+def _moved(leaf: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(device, dtype if leaf.is_floating_point() else None)
+
+
+def with_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A recorded call with `change(leaf)` for whatever in it is no tuple, list or dict."""
+    if isinstance(value, Call):
+        return Call(*(with_leaves(part, change) for part in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(part, device, dtype) for part in value)
+        return type(value)(with_leaves(part, change) for part in value)
     if isinstance(value, dict):
-        return {key: _move(part, device, dtype) for key, part in value.items()}
-    return value
+        return {key: with_leaves(part, change) for key, part in value.items()}
+    return change(value)
 
 
 class _Reached(Exception):
@@ -214,13 +221,11 @@ def _looked_up(embedding: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tens
 
 def own(value: Any, memo: dict[int, Any]) -> Any:
     """A copy of recorded calls, with one `memo` for a batch; only tensors are shared."""
-    if isinstance(value, Call):
-        return Call(*(own(part, memo) for part in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(own(part, memo) for part in value)
-    if type(value) is dict:
-        return {key: own(part, memo) for key, part in value.items()}
-    return value if isinstance(value, Tensor) else memo.setdefault(id(value), deepcopy(value))
+
+    def copied(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, Tensor) else memo.setdefault(id(leaf), deepcopy(leaf))
+
+    return with_leaves(value, copied)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from secateur.methods.statistics import Stats
 from secateur.methods.together import prune_together, solved_together
 from secateur.models.matrices import WeightMatrix, put, refuse_non_finite_weights, weight_matrices
 from secateur.models.replay import working_copy
-from secateur.models.stream.blocks import PROBE_TOKENS, Step
+from secateur.models.stream.blocks import Step
 from secateur.models.stream.observe import CalibrationStatistics
 from secateur.models.stream.refine import Tuned, refine_block
 from secateur.pruning.permute import Classes, Permutation
@@ -84,18 +83,16 @@ def prune_block(step: Step, pruning: Pruning, classes: Mapping[str, Classes]) ->
     refuse_non_finite_weights(step.name, dense)
     for group, observed in step.stages(
         method.need,
-        PROBE_TOKENS,
         {name for name in step.sites if work.pattern(name)},
         one_pass=pruning.passes == "one" and not method.permute,
         sequential=method.sequential,
         again=method.refine > 0,
     ):
         work.probes |= observed.probes
-        started = perf_counter()
-        for notes in run.ranks.together(partial(_solve, work, run.ranks.mine(group), observed)):
-            work.notes |= notes
-        _hand_round(work, group)
-        step.seconds.solve += perf_counter() - started
+        with run.seconds.counted("solve"):
+            for notes in run.ranks.together(partial(_solve, work, run.ranks.mine(group), observed)):
+                work.notes |= notes
+            _hand_round(work, group)
     release_memory()
     changed = sorted({step.sites[name].parameter for name in work.notes})
     tuned = None

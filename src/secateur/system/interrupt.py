@@ -12,8 +12,7 @@ from typing import Any
 
 @contextmanager
 def asked_to_stop(where: str) -> Iterator[Callable[[], bool]]:
-    """While open, tells whether the user has asked to stop; the answer to the first Ctrl-C says
-    `where` that will be.
+    """While open, tells whether the user has asked to stop; the first Ctrl-C prints `where`.
 
     Outside the main thread, where Python hears no signals, nobody asks.
     """
@@ -26,11 +25,8 @@ def asked_to_stop(where: str) -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: Any) -> None:
         asked.set()
         signal.signal(signal.SIGINT, before)
-        print(
-            f"secateur: stopping {where}; Ctrl-C once more stops at once.",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = f"secateur: stopping {where}; Ctrl-C once more stops at once."
+        print(message, file=sys.stderr, flush=True)
 
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, ask)

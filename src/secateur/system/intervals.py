@@ -27,14 +27,8 @@ def bootstrap_interval(
     an observation odd for both cancels in their difference.
     """
     draw = np.random.default_rng(0)
-    return percentile_interval(
-        np.concatenate(
-            [
-                statistic(draw.integers(count, size=(AT_ONCE, count)))
-                for _ in range(resamples // AT_ONCE)
-            ]
-        )
-    )
+    indices = (draw.integers(count, size=(AT_ONCE, count)) for _ in range(resamples // AT_ONCE))
+    return percentile_interval(np.concatenate([statistic(each) for each in indices]))
 
 
 def resampled_means(values: Floats, name: str) -> Floats:

@@ -48,12 +48,9 @@ class Lines(Progress):
         self.shown = now
         elapsed = now - self.started
         remaining = f"{elapsed / done * (total - done):.0f} s" if done else "?"
-        print(
-            f"  {done}/{total} {what}  elapsed {elapsed:.0f} s  remaining {remaining}  "
-            f"peak memory {_peak(self.peak)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        times = f"elapsed {elapsed:.0f} s  remaining {remaining}"
+        line = f"  {done}/{total} {what}  {times}  peak memory {_peak(self.peak)}"
+        print(line, file=sys.stderr, flush=True)
 
 
 class Terminal(Progress):

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from secateur.models import experts
 from secateur.models.hooks import watched
 from secateur.models.matrices import linear_layers, weight_matrices
-from secateur.models.replay import Call, LanguageModel, Shell, run_block, working_copy
+from secateur.models.replay import Call, LanguageModel, Shell, run_block, with_leaves, working_copy
 
 TOKENS = 2
 """Tokens of a batch item: two, so that attention has something to mix."""
@@ -75,9 +75,8 @@ def trace(
     model. Experts of a module share one.
     """
     device = device or torch.device("cpu")
-    block, hidden, call = entering(
-        language_model, index, torch.full((batch, TOKENS), 1), device, dtype
-    )
+    tokens = torch.ones(batch, TOKENS, dtype=torch.long)
+    block, hidden, call = entering(language_model, index, tokens, device, dtype)
     poison = _Poison(block, batch)
     reach: dict[tuple[str, str], Tensor] = {}
     leaks: dict[str, Tensor] = {}
@@ -203,9 +202,11 @@ class _Poison:
         self._lose(forward())
         if not self.spoken:
             self.lost[:] = True  # the weight is read without calling its module
-        for tensor in _left_behind(call):
-            if tensor.dim() and len(tensor) == self.batch:
-                self.lost |= tensor.isnan().flatten(1).any(1).cpu()
+        leaves: list[Any] = []
+        with_leaves(call, leaves.append)  # a block may leave something there for a later one
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.batch:
+                self.lost |= leaf.isnan().flatten(1).any(1).cpu()
         return self.arrived, self.lost
 
     def between(
@@ -276,12 +277,3 @@ class _Poison:
         if sizes[-2:] != [self.batch, TOKENS] and sizes != [self.batch * TOKENS]:
             return None
         return x.reshape(-1, self.batch, TOKENS, x.shape[-1])
-
-
-def _left_behind(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a call: a block may leave something there for a later one."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield value
-    elif isinstance(value, (tuple, list, Mapping)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _left_behind(part)

@@ -46,9 +46,7 @@ class Ranks:
 
     def same(self, compute: Callable[[], Value]) -> Value:
         """What `compute()` gives on rank 0, everywhere. The value is pickled."""
-        if self.size == 1:
-            return compute()
-        return self._answers(compute if self.first else lambda: None)[0]
+        return self.together(compute if self.first else lambda: None)[0]
 
     def together(self, compute: Callable[[], Value]) -> list[Value]:
         """What `compute()` gives on each rank, in order."""
@@ -123,9 +121,8 @@ def joined(device: str) -> Iterator[tuple[Ranks, str]]:
         return
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     with _others():
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timedelta(days=7)
-        )  # planning may take long
+        backend, week = "nccl" if cuda else "gloo", timedelta(days=7)  # planning may take long
+        dist.init_process_group(backend, timeout=week)
     try:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda:
@@ -142,8 +139,8 @@ def _others() -> Iterator[None]:
     except RuntimeError as error:
         raise RankLost(
             f"Another process of this run has died ({in_one_line(error, 120)}). What is finished "
-            "is kept: the same "
-            "command goes on, and pruning does with another number of processes too."
+            "is kept: the same command goes on, and pruning does with another number of processes "
+            "too."
         ) from error
 
 

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -78,13 +77,12 @@ class ForwardPass:
         self._prefetch = Prefetch(run.devices, run.dtype)
         self._threads = [ThreadPoolExecutor(1) for _ in run.devices] if count > 1 else []
         shell = shell or Shell(run.language_model, run.devices[0], run.dtype, head=False)
-        started = perf_counter()
-        for number, batch in enumerate(run.ranks.mine(run.tokens.split(run.batch_size))):
-            hidden, calls = shell.enter(batch)
-            self.hidden.append(hidden if run.spill else hidden.to(run.devices[number % count]))
-            alike = number and same(calls, self.calls[0])
-            self.calls.append(self.calls[0] if alike else calls)
-        run.seconds.forward += perf_counter() - started
+        with run.seconds.counted("forward"):
+            for number, batch in enumerate(run.ranks.mine(run.tokens.split(run.batch_size))):
+                hidden, calls = shell.enter(batch)
+                self.hidden.append(hidden if run.spill else hidden.to(run.devices[number % count]))
+                alike = number and same(calls, self.calls[0])
+                self.calls.append(self.calls[0] if alike else calls)
 
     def beside(self) -> ForwardPass:
         """A second stream from the same hidden states, in the same threads, with its own calls."""

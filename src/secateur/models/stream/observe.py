@@ -25,13 +25,11 @@ class CalibrationStatistics(NamedTuple):
     """What was seen of a block's inputs, by weight matrix; one that saw no token is missing.
 
     `stats`, one for all matrices that share an input; `probes`, some inputs `[tokens, in]` float32
-    to measure errors on; and the seconds that the forwards and the statistics took.
+    to measure errors on.
     """
 
     stats: dict[str, Stats]
     probes: dict[str, Tensor]
-    forward_seconds: float = 0.0
-    statistics_seconds: float = 0.0
 
 
 @torch.no_grad()
@@ -75,8 +73,9 @@ def probed(flow: ForwardPass, probe: int, number: int) -> int:
 def merged(
     flow: ForwardPass, watches: Sequence[Watch], shared: Mapping[str, str], seconds: float
 ) -> CalibrationStatistics:
-    """What all devices and ranks saw together, in `seconds`; `shared`: of every weight matrix, the
-    one that reads the same input first. Raises NonFinite.
+    """What all devices and ranks saw together, after `seconds`, which the run counts.
+
+    `shared`: of every weight matrix, the one that reads the same input first. Raises NonFinite.
     """
     stats, probes = dict(watches[0].stats), watches[0].probes
     for watch in watches[1:]:
@@ -85,12 +84,12 @@ def merged(
     stats = flow.run.ranks.add(stats)
     name = flow.run.language_model.block_name(flow.index)
     flow.run.ranks.together(lambda: refuse_non_finite(name, stats, probes))
-    statistics = sum(watch.seconds for watch in watches)
+    adding = sum(watch.seconds for watch in watches)
+    flow.run.seconds.statistics += adding
+    flow.run.seconds.forward += seconds - adding
     return CalibrationStatistics(
         {name: stats[first] for name, first in shared.items() if first in stats},
         {name: probes[first] for name, first in shared.items() if first in probes},
-        seconds - statistics,
-        statistics,
     )
 
 
@@ -98,9 +97,8 @@ class Watch:
     """Sees the inputs of weight matrices on one device: one set of sums for all that read the same
     tensor.
 
-    Sharing is observed, not declared: within a batch, a matrix whose input is a tensor already seen
-    belongs to the one that saw it first. The tensors of a batch are held until the next, so that no
-    identity is reused.
+    Within a batch, a matrix whose input is a tensor already seen belongs to the one that saw it
+    first. The tensors of a batch are held until the next, so that no identity is reused.
     """
 
     def __init__(self, need: Collection[str], only: Collection[str] | None = None) -> None:
@@ -114,7 +112,7 @@ class Watch:
         self._dense: dict[str, Tensor] = {}
 
     def next_batch(self, probe: int, dense: dict[str, Tensor]) -> None:
-        """Begin a batch; `probe` tokens of it are kept, `dense` has its inputs in the dense model."""
+        """Begin a batch: keep `probe` tokens of it; `dense` has its inputs in the dense model."""
         self._seen.clear()
         self._probe, self._dense = probe, dense
 
@@ -138,10 +136,8 @@ class Watch:
         if self.need:
             dense = self._dense.get(name)
             dense = None if dense is None else dense.reshape(x.shape)
-            sums = self.stats.get(name)
-            self.stats[name] = (
-                sums.add(x, self.need, dense) if sums else Stats.of(x, self.need, dense)
-            )
+            add = self.stats[name].add if name in self.stats else Stats.of
+            self.stats[name] = add(x, self.need, dense)
         if self._probe:
             step = -(-len(x) // self._probe)
             kept = x[::step].to(torch.float32, copy=True)  # a view would hold all of x

@@ -34,10 +34,9 @@ from secateur.models.stream.observe import CalibrationStatistics, Watch, merged,
 
 
 class InputGroups(NamedTuple):
-    """The matrices of a block in the `order` in which a forward reaches them, those with one input
-    together; the rest.
+    """The matrices of a block, in groups that share an input, in the `order` of a forward pass.
 
-    All experts' matrices of one kind are one stage. Forwards can be stopped at each in turn if
+    All experts' matrices of one kind are one group. Forwards can be stopped at each in turn if
     `plain`: not where one is called twice, or where experts are modules of their own, of which
     every batch takes others.
     """
@@ -58,9 +57,7 @@ def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> InputGroups:
     for name in dict(reached):
         parameter, x = known[name].parameter, first[name]
         if known[name].expert:
-            groups[parameter] = [
-                other for other, matrix in known.items() if matrix.parameter == parameter
-            ]
+            groups[parameter] = [n for n, one in known.items() if one.parameter == parameter]
         else:
             groups.setdefault((id(x), x._version), []).append(name)
     order = list(groups.values())
@@ -76,25 +73,21 @@ class _Forward:
         self.stage, self.waiting = -1, list[tuple[str, Tensor]]()
         self.seen: dict[int, ref[Tensor]] = {}  # the input of every stage passed
         self.output: Tensor | None = None
-        self._stack = greenlet(run)
-        self._stack.gr_context = copy_context()
+        self.stack = greenlet(run)
+        self.stack.gr_context = copy_context()
 
     def go_on(self) -> None:
         """Run to the next stage, or to the end."""
-        self._stack.parent = getcurrent()
-        output = self._stack.switch()
-        self.output = output if self._stack.dead else None
+        self.stack.parent = getcurrent()
+        output = self.stack.switch()
+        self.output = output if self.stack.dead else None
 
     def wait(self, stage: int, reached: list[tuple[str, Tensor]]) -> None:
         """Inside the forward: stop here until `go_on`."""
         self.stage, self.waiting = stage, reached
         self.seen[stage] = ref(reached[0][1])
-        assert self._stack.parent is not None
-        self._stack.parent.switch()
-
-    def drop(self) -> None:
-        """Give up what is left of the forward."""
-        self._stack.throw(GreenletExit)
+        assert self.stack.parent is not None
+        self.stack.parent.switch()
 
 
 class PausedForwards:
@@ -141,7 +134,7 @@ class PausedForwards:
     def close(self) -> None:
         """Give up what has not ended."""
         for forward in self.forwards.values():
-            forward.drop()
+            forward.stack.throw(GreenletExit)
         self.forwards.clear()
         self._hooks.close()
 
@@ -160,15 +153,13 @@ class PausedForwards:
             forward.wait(stage, reached)
         elif stage not in forward.seen or forward.seen[stage]() is not x:
             raise UnsupportedModel(
-                f"{name} is reached in another order, or with another input, by some batches "
-                "than by the first. "
-                "Use --passes two."
+                f"{name} is reached in another order, or with another input, by some batches than "
+                "by the first. Use --passes two."
             )
 
 
 class PausedPass:
-    """All batches of a pass, stopped within the block at hand; with `dense`, those of the dense
-    stream beside them.
+    """All batches of a pass, stopped within the block at hand, and those of a `dense` stream.
 
     `stages` are the groups of weight matrices at which they stop, in order.
     """
@@ -177,10 +168,8 @@ class PausedPass:
         self, flow: ForwardPass, dense: ForwardPass | None, stages: Sequence[list[str]]
     ) -> None:
         self.flow, self.stages = flow, stages
-        self._streams = [flow, dense] if dense else [flow]
-        self._forwards = flow.each(
-            lambda share: [self._start(stream, share) for stream in self._streams]
-        )
+        streams = [flow, dense] if dense else [flow]
+        self._forwards = flow.each(lambda share: [self._start(each, share) for each in streams])
 
     def _start(self, stream: ForwardPass, share: int) -> PausedForwards:
         starts = {n: partial(stream.forward, share, n) for n in stream.batches_of(share)}
@@ -213,7 +202,6 @@ class PausedPass:
         return self._forwards[share][0].outputs()
 
     def dense_outputs(self, share: int) -> Iterator[tuple[int, Tensor]]:
-        """The same of the dense stream."""
         return self._forwards[share][1].outputs()
 
     def close(self) -> None:

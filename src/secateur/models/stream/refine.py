@@ -16,7 +16,6 @@ zero. A block that did not come nearer keeps its weights.
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -60,13 +59,10 @@ def refine(
     leaves out stays zero.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
-    inputs = {
-        matrix.parameter: matrix.weight.shape[1] for matrix in weight_matrices(block).values()
-    }
+    inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
     start = {name: parameter.detach().clone() for name, parameter in tuned.items()}
     before = error(block, batches)
-    for parameter in block.parameters():
-        parameter.requires_grad_(False)
+    block.requires_grad_(False)
     groups = []
     for name, parameter in tuned.items():
         parameter.requires_grad_(True)
@@ -76,9 +72,8 @@ def refine(
     steps = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(steps, 1))
     draw = torch.Generator().manual_seed(0)
-    hidden = batches[
-        0
-    ].hidden  # Adam does not see the scale; gradients in float16 would be zero without it
+    hidden = batches[0].hidden
+    # Adam does not see the scale; gradients in float16 would be zero without it.
     scale = float(hidden.shape[-1] * (hidden.numel() // hidden.shape[-1]) ** 0.5)
     with torch.enable_grad():
         for _ in range(epochs):
@@ -103,12 +98,9 @@ def refine(
 @torch.no_grad()
 def error(block: nn.Module, batches: Sequence[Batch]) -> float:
     """The mean over tokens of ‖output − target‖² / ‖target‖²."""
-    windows = [
-        batch.hidden.shape[-3] for batch in batches
-    ]  # Gemma 3n has several streams before them
-    return sum(_loss(block, b).item() * n for b, n in zip(batches, windows, strict=True)) / sum(
-        windows
-    )
+    counts = [batch.hidden.shape[-3] for batch in batches]  # of windows; Gemma 3n: [streams, …]
+    lost = (_loss(block, one).item() * n for one, n in zip(batches, counts, strict=True))
+    return sum(lost) / sum(counts)
 
 
 def _loss(block: nn.Module, batch: Batch) -> Tensor:
@@ -123,19 +115,21 @@ def _loss(block: nn.Module, batch: Batch) -> Tensor:
 def refine_block(
     step: Step, result: nn.Module, changed: Sequence[str], pruned: Container[str], epochs: int
 ) -> Tuned:
-    """Tune the `changed` parameters of a pruned block, and round them into both copies."""
+    """Tune the `changed` parameters of a pruned block, and round them into both copies.
+
+    Experts that were not `pruned` stay as they are.
+    """
     batches = step.batches()
-    started = perf_counter()
-    block = working_copy(step.block, step.device, torch.float32)
-    for name in changed:
-        block.get_parameter(name).data.copy_(result.get_parameter(name).data)
-    kept = {name: block.get_parameter(name) != 0 for name in changed}
-    for matrix in weight_matrices(block).values():
-        if matrix.expert and matrix.parameter in kept and matrix.name not in pruned:
-            kept[matrix.parameter][int(matrix.name.rsplit(".", 2)[1])] = False
-    tuned = refine(block, kept, batches, epochs)
-    for name in changed:
-        stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
-        step.block.get_parameter(name).data.copy_(stored)
-    step.seconds.refine += perf_counter() - started
+    with step.seconds.counted("refine"):
+        block = working_copy(step.block, step.device, torch.float32)
+        for name in changed:
+            block.get_parameter(name).data.copy_(result.get_parameter(name).data)
+        kept = {name: block.get_parameter(name) != 0 for name in changed}
+        for matrix in weight_matrices(block).values():
+            if matrix.expert and matrix.parameter in kept and matrix.name not in pruned:
+                kept[matrix.parameter][int(matrix.name.rsplit(".", 2)[1])] = False
+        tuned = refine(block, kept, batches, epochs)
+        for name in changed:
+            stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
+            step.block.get_parameter(name).data.copy_(stored)
     return tuned
