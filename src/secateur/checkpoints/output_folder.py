@@ -31,8 +31,7 @@ def check_output_folder(source: Checkpoint, out: Path, *, overwrite: bool) -> No
 def refuse_output(out: Path, *, overwrite: bool, strict: bool = False) -> None:
     """Raise OutputRefused where `out` holds something that may not be replaced.
 
-    Unless `strict`, what a run may have left that died when it had renamed its result is let
-    through.
+    Unless `strict`, what a run may have left that died after it renamed its result is let through.
     """
     if (
         not strict

@@ -1,5 +1,4 @@
-"""The bytes of a result: the source folder again, shard for shard, with the pruned tensors
-overwritten in place.
+"""The bytes of a result: the source folder again, the pruned tensors overwritten in place.
 
 Their unchanged shape and dtype allow that. So headers, tensor order, sharding and every tensor that
 was not pruned stay byte for byte as they were, and memory never holds more than a block.

@@ -43,11 +43,9 @@ def seal(source: Checkpoint, begun: Stamps, partial: Path, record: dict[str, Any
 
 
 def give_name(partial: Path, out: Path, *, overwrite: bool) -> None:
-    """Rename the folder `partial` to `out`; what was there before lies aside until
-    `discard_replaced`.
+    """Rename `partial` to `out`; what was there before lies aside until `discard_replaced`.
 
-    Raises OutputRefused where something has come to lie at `out` during the run; the result then
-    has another name beside it.
+    Raises OutputRefused where `out` has appeared during the run; the result then has another name.
     """
     try:
         refuse_output(out, overwrite=overwrite)

@@ -1,5 +1,4 @@
-"""SparseGPT's sweep over the columns: which weights go, and how the later ones make up for them,
-block by block.
+"""SparseGPT's sweep over the columns: which weights go, and how the later ones make up for them.
 
 With H the damped Gram matrix of the inputs and H⁻¹ = Uᵀ U, U upper triangular, a weight that goes
 leaves the error w / U_jj, and the later columns take it up along row U_j (Frantar & Alistarh 2023,
@@ -40,8 +39,7 @@ def block_width(pattern: Pattern, width: int) -> int:
 
 
 def responses(gram: Tensor, width: int) -> Tensor:
-    """How weights answer to each other, `[in, in]`, from H `[in, in]` positive definite, in blocks
-    of `width` columns.
+    """How weights answer to each other, `[in, in]`, for a positive definite H `[in, in]`.
 
     On its diagonal the blocks A_bb⁻¹, upper triangular; above them A_·b A_bb⁻¹: what was taken off
     the earlier weights times this is added to the block's. Zero below. Raises
@@ -61,8 +59,7 @@ def responses(gram: Tensor, width: int) -> Tensor:
 def sweep(
     weight: Tensor, answers: Tensor, alive: Tensor, pattern: Pattern, width: int
 ) -> tuple[Tensor, Tensor]:
-    """(kept bool, updated weight), both `[out, in]`: the columns in order, each leaving its error
-    to the later ones.
+    """(kept, updated weight), both `[out, in]`: each column leaves its error to the later ones.
 
     `answers` are the `responses` in blocks of this `width`; inputs that are not `alive` `[in]` go
     first. Unstructured masks are chosen a block at a time over all rows, others group by group.
@@ -87,11 +84,9 @@ def sweep(
 def sweep_block(
     values: Tensor, inverse: Tensor, alive: Tensor, pattern: Pattern, given: Tensor | None
 ) -> Tensor:
-    """Sweep the columns of a block: kept bool `[out, width]`; its weights, `values` of the same
-    shape, are overwritten.
+    """Sweep the columns of a block, overwriting its weights `values` `[out, width]`: the mask.
 
-    `inverse` is U of the block. The mask is `given`, or chosen by the pattern when the sweep
-    reaches a group.
+    `inverse` is U of the block. The mask is `given`, or chosen when the sweep reaches a group.
     """
     groups = _groups(pattern, len(values)) if given is None else [(len(values), 0)]
     width = values.shape[1]

@@ -18,8 +18,7 @@ WIDTH = 128
 
 
 class Cost(NamedTuple):
-    """What a method does to a weight matrix `[out, in]`, or to several that read the same input, on
-    top of each other.
+    """What a method does to a weight matrix `[out, in]`, or to a stack that reads the same input.
 
     `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the
     columns; `factors`, Cholesky and what sweeps need of it, made once for all that read the same

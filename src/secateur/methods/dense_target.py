@@ -1,5 +1,4 @@
-"""`+dense-target`: aim at what the dense model computes from its own inputs, not at the dense
-weights.
+"""`+dense-target`: aim at what the dense model computes, not at the dense weights.
 
 With x the inputs that the pruned prefix gives and x_dense those of the same tokens in the dense
 model, a solver that is given B = W E[x_dense xᵀ] makes up for the error of the matrices before

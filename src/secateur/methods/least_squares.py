@@ -1,5 +1,4 @@
-"""The best weights on a fixed mask: ridge least squares on the inputs that a weight matrix saw, in
-coordinates that behave.
+"""The best weights on a fixed mask: ridge least squares on the inputs that a weight matrix saw.
 
 The output error is ‖(W − V) X‖² = tr (W − V) H (W − V)ᵀ with H the Gram matrix of its inputs.
 Channels of language models differ in scale by orders of magnitude, so everything is done in
@@ -71,8 +70,7 @@ def _normalised(stats: Stats, damping: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def masked_least_squares(problem: Problem, kept: Tensor, start: Tensor, iterations: int) -> Tensor:
-    """The solution on the mask `kept` after some steps of conjugate gradients from `start`, `[out,
-    in]`.
+    """The solution `[out, in]` on the mask `kept` after some conjugate gradient steps from `start`.
 
     All rows at once: each has its own step lengths, and one product `[out, in] × [in, in]` an
     iteration serves them all (Meng et al. 2024, sec. 3.3, arXiv:2406.07831). The row objective

@@ -45,8 +45,7 @@ def share_of(text: str) -> tuple[float, str] | None:
     """The share in percent that a pattern takes out and of what: "" for single weights, " of
     channels" …
 
-    None for a pattern that is no share. Patterns with the same end are one family, whose members
-    have an order.
+    None for a pattern that is no share. Patterns with the same end form an ordered family.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)%((?: of [a-z]+)?)", text)
     return (float(match[1]), match[2]) if match else None

@@ -24,33 +24,26 @@ class Pattern(Protocol):
     @property
     def kind(self) -> str:
         """The kind of sparsity, as tables show it."""
-        ...
 
     @property
     def sparsity(self) -> float:
         """The share of weights removed."""
-        ...
 
     @property
     def chunk(self) -> int | None:
         """How many consecutive inputs are decided together; None where any number will do."""
-        ...
 
     def within(self, group: Group) -> Self:
         """This pattern with the comparison group filled in where it was left open."""
-        ...
 
     def columns(self, rows: int, start: int, stop: int) -> Self:
         """What columns `start:stop` must hold for the whole matrix to hold this pattern."""
-        ...
 
     def check(self, shape: tuple[int, int], name: str) -> None:
         """Raise BadPattern where a matrix `[out, in]` cannot hold this pattern."""
-        ...
 
     def mask(self, scores: Tensor) -> Tensor:
         """The kept weights, bool `[out, in]`, for scores `[out, in]`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -58,8 +51,7 @@ class Unstructured:
     """Remove the `ratio` lowest-scored weights of each row, or of the whole matrix.
 
     `round(ratio * n)` weights are removed from each group of n. A whole matrix keeps something
-    (`check`); a few of its columns (`columns`) may lose everything. Raises BadPattern unless 0 <=
-    ratio <= 1.
+    (`check`); a few of its columns may lose everything. Raises BadPattern unless 0 <= ratio <= 1.
     """
 
     ratio: float
@@ -70,9 +62,9 @@ class Unstructured:
             raise self._out_of_range()
 
     def _out_of_range(self) -> BadPattern:
+        share = f"{100 * self.ratio:g}%"
         return BadPattern(
-            "Sparsity is the share removed, at least 0% and under 100%; found "
-            f"{100 * self.ratio:g}%."
+            f"Sparsity is the share removed, at least 0% and under 100%; found {share}."
         )
 
     def __str__(self) -> str:
@@ -145,11 +137,7 @@ class NM:
             )
 
     def crowded(self, weight: Tensor) -> Tensor:
-        """Which groups of a matrix `[…, in]` hold more than n weights that are not zero: bool `[…,
-        in / m]`.
-
-        The inputs must be whole groups.
-        """
+        """Which groups of a matrix `[…, in]` hold over n weights that are not 0, `[…, in / m]`."""
         return crowded(weight, self.n, self.m)
 
     def holds(self, weight: Tensor) -> bool:

@@ -1,5 +1,4 @@
-"""SparseGPT: prune column by column and let the later columns make up for it (Frantar & Alistarh
-2023, alg. 1, arXiv:2301.00774).
+"""SparseGPT (Frantar & Alistarh 2023, alg. 1, arXiv:2301.00774): later columns repair earlier ones.
 
 With H = E[x xᵀ] damped by `damping · mean(diag H)` and U the upper Cholesky factor of H⁻¹ = Uᵀ U, a
 weight's score is w² / U_jj², its removal leaves the error w / U_jj, and the later columns absorb it
@@ -81,8 +80,7 @@ def _answers(stats: Stats, damping: float, block: int) -> tuple[Tensor, float]:
 def damped(gram: Tensor, damping: float) -> Tensor:
     """H + damping · mean(diag H) · I, `[in, in]`.
 
-    The mean is over inputs that were not always zero, and the others get it for their diagonal, so
-    the scale of H does not matter.
+    Inputs that were always zero do not enter the mean and get it themselves: H may have any scale.
     """
     gram = gram.clone()
     diagonal = gram.diagonal()

@@ -1,5 +1,4 @@
-"""What is remembered of the inputs of a weight matrix: sums over tokens, so that parts of the work
-merge exactly.
+"""What is remembered of the inputs of a weight matrix: sums over tokens, which add exactly.
 
 Batches, devices, ranks and resumed runs each see some tokens; adding what they saw gives what one
 run over all tokens would have seen. Every token weighs the same, whatever sequence it came from.
@@ -28,8 +27,7 @@ STATS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
 }
 """Each statistic of inputs x `[tokens, in]`: what adds those of some tokens to a total in float64.
 
-`dense` are the inputs of the same tokens in the dense model, in the same dtype; those in `OF_DENSE`
-alone read them.
+`dense`: inputs of the same tokens in the dense model, same dtype; only `OF_DENSE` read them.
 """
 MATRICES = frozenset({"gram", "cross"})
 """The statistics that are `[in, in]`."""

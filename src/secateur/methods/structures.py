@@ -1,5 +1,4 @@
-"""What structured pruning takes out whole: channels, heads, experts, blocks. `parse` reads what
-`str` writes.
+"""What structured pruning takes out whole; `parse` reads what `str` writes.
 
     25% of channels    of the feed-forward channels of every block, or of every expert
     25% of heads       of the key-value heads of every block, with the query heads that read them
@@ -8,8 +7,7 @@
     A + B              several of these, one after the other
     to 75% of parameters, to 6GB    whatever reaches that size (`size_budget`)
 
-What is left is a smaller dense model. Every block keeps the same number, since stock configurations
-hold nothing else.
+What is left is a smaller dense model. Every block keeps as many, as stock configurations want.
 """
 
 import re
@@ -41,8 +39,7 @@ class Units:
     kind = "structured"
 
     def kept(self, total: int, align: int | None, where: str) -> int:
-        """How many of `total` units stay: the multiple of `align` that is nearest to what was
-        asked.
+        """How many of `total` units stay: the multiple of `align` nearest to what was asked.
 
         Raises BadPattern where that is none or all of them.
         """
@@ -67,8 +64,7 @@ class Units:
 def default_alignment(total: int) -> int:
     """The largest power of two up to 128 that divides a width and is at most a 32nd of it.
 
-    Kernels lose speed on widths that are no multiple of 16 or 128; small models have no width to
-    give away for it.
+    Kernels lose speed on widths that are no multiple of 16 or 128; small models have less to give.
     """
     align = gcd(total, 128)
     while align > 1 and align > total // 32:

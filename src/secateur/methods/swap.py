@@ -1,5 +1,4 @@
-"""`+swap`: a better mask for weights that must stay as they are, by one exchange at a time
-(SparseSwaps, 2025).
+"""`+swap`: a better mask for weights that stay as they are, by exchanges (SparseSwaps, 2025).
 
 With u the removed part of a row, the row's output error is u H uᵀ. Removing weight q in exchange
 for weight p changes it by a_q + b_p − 2 w_q w_p H_qp, with c = u H, a_q = 2 w_q c_q + w_q² H_qq and

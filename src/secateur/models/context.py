@@ -48,8 +48,7 @@ def check_length(config: Any, length: int) -> None:
 
 
 def check_windows(language_model: LanguageModel, windows: Windows, batch_size: int) -> None:
-    """Raise UnsupportedModel where the windows have tokens that the model lacks, or are longer than
-    its context.
+    """Raise UnsupportedModel for tokens that the model lacks, and windows longer than its context.
 
     Raises NotEnoughText for batches of nothing.
     """

@@ -32,8 +32,7 @@ def watched(
 
 @contextmanager
 def visited(block: nn.Module, visit: Callable[[list[tuple[str, Tensor]]], None]) -> Iterator[None]:
-    """While open, `visit([(name, x [tokens, in]), …])` is called wherever a forward of the block
-    reaches weight matrices.
+    """While open, call `visit([(name, x [tokens, in]), …])` where a forward reaches matrices.
 
     A linear layer comes alone; the first matrices of fused experts come together, and after them
     the second ones, whose inputs are computed when the first call has returned.

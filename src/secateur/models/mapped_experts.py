@@ -1,5 +1,4 @@
-"""Weights that transformers puts together anew when it loads a checkpoint, in a file instead of in
-memory.
+"""Weights that transformers puts together when it loads a checkpoint, in a file, not in memory.
 
 Most weights of a loaded model are the mapped checkpoint itself. But many mixtures are stored expert
 by expert, and transformers stacks the experts of a block into one tensor: a copy of nearly the
@@ -49,8 +48,7 @@ def spill_folder(out: Path | None, checkpoint_bytes: int, limit: int | None = No
 
 @contextmanager
 def stacked_on_disk(folder: Path | None) -> Iterator[None]:
-    """While open, what `from_pretrained` makes of several tensors is moved to a file without a name
-    in `folder`.
+    """While open, what `from_pretrained` makes of several tensors goes to a file in `folder`.
 
     Without a folder it stays in memory. Raises DiskFull, OutputRefused.
     """

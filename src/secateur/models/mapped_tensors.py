@@ -1,6 +1,4 @@
-"""The hidden states of the calibration windows, batch by batch: in memory, or in a file where there
-are too many.
-"""
+"""The hidden states of the calibration windows, by batch: in memory, or in a file if too many."""
 
 from __future__ import annotations
 

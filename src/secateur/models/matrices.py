@@ -111,8 +111,7 @@ def bias(block: nn.Module, matrix: WeightMatrix) -> tuple[str, Tensor] | None:
 def signature(block: nn.Module) -> tuple[Any, ...]:
     """What blocks of one kind have in common; one trace serves them all.
 
-    Module types, shapes of parameters, and flags and factors (a block may reuse the keys of
-    another, or gate sparsely).
+    Module types, parameter shapes, flags and factors (a block may share keys, or gate sparsely).
     """
     signs: list[Any] = [(name, tuple(p.shape)) for name, p in block.named_parameters()]
     for name, module in block.named_modules():

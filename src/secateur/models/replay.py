@@ -240,8 +240,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def close(wanted: Tensor, got: Tensor) -> bool:
-    """Whether each channel (last dimension) differs by little of its norm, or of 1 % of the typical
-    norm.
+    """Whether each channel (last dimension) differs by little of its norm, or of 1 % of the median.
 
     Little is 0.1 %, or a few roundings of a 16-bit dtype: a wrong order is far off.
     """

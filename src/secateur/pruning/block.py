@@ -1,5 +1,4 @@
-"""One block: the statistics of its inputs, then the method, weight matrix by weight matrix; what
-comes out is ready to be written.
+"""One block: statistics of its inputs, then the method, weight matrix by weight matrix.
 
 Two copies of the block are changed alike: the one in the dtype of the forward passes, on which the
 stream goes on, and one as it is stored, which is the result. What is pruned is the stored weight,
@@ -42,14 +41,15 @@ class PrunedBlock:
 
     def entry(self, name: str) -> dict[str, Any]:
         """What `Report.take` takes, as JSON can hold it."""
-        sites = [asdict(report) for report in self.reports]
-        return {"block": name, "sites": sites, "refined": self.tuned}
+        matrices = [asdict(report) for report in self.reports]
+        return {"block": name, "sites": matrices, "refined": self.tuned}
 
 
 @dataclass
 class _Work:
-    """A block while it is pruned: its matrices as they were and as they are stored; of those that
-    were pruned a note, and inputs `[tokens, in]` to measure errors on.
+    """A block while it is pruned: its matrices as they were (`dense`) and as they will be stored.
+
+    Of those that were pruned a note, and inputs `[tokens, in]` to measure errors on.
     """
 
     step: Step
@@ -81,13 +81,14 @@ def prune_block(step: Step, pruning: Pruning, classes: Mapping[str, Classes]) ->
     dense, targets = weight_matrices(original), weight_matrices(result)
     work = _Work(step, pruning, dense, targets, permutation)
     refuse_non_finite_weights(step.name, dense)
-    for group, observed in step.stages(
+    stages = step.stages(
         method.need,
         {name for name in step.sites if work.pattern(name)},
         one_pass=pruning.passes == "one" and not method.permute,
         sequential=method.sequential,
         again=method.refine > 0,
-    ):
+    )
+    for group, observed in stages:
         work.probes |= observed.probes
         with run.seconds.counted("solve"):
             for notes in run.ranks.together(partial(_solve, work, run.ranks.mine(group), observed)):
@@ -140,18 +141,16 @@ def _hand_round(work: _Work, group: Sequence[str]) -> None:
 
 def _report(work: _Work, name: str) -> MatrixReport:
     """What became of a weight matrix."""
-    matrix, full_name, pattern = work.targets[name], f"{work.step.name}.{name}", work.pattern(name)
+    matrix, pattern, error = work.targets[name], work.pattern(name), None
     rows, columns = matrix.weight.shape
-    share = count_zeros(matrix.weight) / (rows * columns)
-    if name not in work.notes:
-        note = UNSEEN if pattern else LEFT_OUT
-        return MatrixReport(full_name, (rows, columns), None, share, None, note)
-    error = None
-    if (probe := work.probes.get(name)) is not None:
+    if (note := work.notes.get(name)) is None:
+        pattern, note = None, UNSEEN if pattern else LEFT_OUT
+    elif (probe := work.probes.get(name)) is not None:
         before, after = (m.weight.to(probe.device).float() for m in (work.dense[name], matrix))
         error = output_error(probe, before - after, before)
-    note = work.notes[name]
-    return MatrixReport(full_name, (rows, columns), str(pattern), share, error, note)
+    name, shown = f"{work.step.name}.{name}", pattern and str(pattern)
+    share = count_zeros(matrix.weight) / (rows * columns)
+    return MatrixReport(name, (rows, columns), shown, share, error, note)
 
 
 def _advance(work: _Work, what: str) -> None:

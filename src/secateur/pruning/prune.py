@@ -62,8 +62,7 @@ def prune(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Prune a model and write the result to the folder `out`; returns the report that
-    `pruning.json` holds.
+    """Prune a model and write it to the folder `out`; returns the report in its `pruning.json`.
 
     The options are those of the command, whose help says what each is (`system.settings`); `model`
     None is the embedded demo model. Statistics and solving are float32 whatever the `dtype` of the
@@ -72,9 +71,12 @@ def prune(
     in all its kinds; then `out` is untouched.
     """
     given = locals()
-    recipe, text = taken(Recipe, given), taken(CalibrationText, given)
-    compute, destination = taken(Compute, given), taken(Destination, given)
-    trust = taken(Trust, given)
+    recipe, text, compute = (
+        taken(Recipe, given),
+        taken(CalibrationText, given),
+        taken(Compute, given),
+    )
+    destination, trust = taken(Destination, given), taken(Trust, given)
     # Whatever can be refused is refused before the model is touched.
     check_method(recipe)
     find_dtype(dtype)
@@ -102,8 +104,7 @@ def prune_checkpoint(
 ) -> Report:
     """`prune` for a model that is loaded already, and calibration windows that are drawn already.
 
-    A structure makes a smaller model and is another program, `prune_structure`; from here on
-    there are zeros only.
+    A structure makes a smaller model, in another program; from there on there are zeros only.
     """
     progress, (source, language_model, windows) = progress or Progress(), opened
     zeros, out = find_recipe(recipe), Path(destination.out)
@@ -113,10 +114,8 @@ def prune_checkpoint(
         return prune_structure(opened, recipe, compute, destination, trust, progress)
     run = block_run(language_model, windows, compute, out.resolve().parent, progress, ranks)
     conditions, count = conditions_of(run, windows, zeros, compute), len(language_model.blocks)
-    with (
-        PeakMemory() as peak,
-        block_writer(source, language_model, destination, trust, conditions, ranks) as writer,
-    ):
+    writing = block_writer(source, language_model, destination, trust, conditions, ranks)
+    with PeakMemory() as peak, writing as writer:
         report, pruning = prepare(run, windows, zeros, compute, trust, writer.once)
         for entry in writer.entries:
             report.take(entry)
@@ -125,8 +124,8 @@ def prune_checkpoint(
                 entry = block.entry(language_model.block_name(block.index))
                 report.take(entry)
                 writer.commit(block.tensors, entry, last=block.index == count - 1)
-        report.sparsity = total_sparsity(report.sites)
-        report.peak_bytes, report.out = peak.bytes, out
+        report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
+        report.out = out
         options = {
             "dtype": conditions["dtype"],
             "batch_size": pruning.run.batch_size,

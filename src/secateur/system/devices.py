@@ -72,8 +72,7 @@ def calibration_dtype(name: str, device: torch.device, stored: torch.dtype) -> t
 
 
 def training_dtype(name: str, device: torch.device, stored: torch.dtype) -> str:
-    """What is multiplied while weights in float32 are trained: "float32" or "bfloat16", the latter
-    under autocast.
+    """What training multiplies in: "float32" or, under autocast, "bfloat16"; weights are float32.
 
     `auto` takes bfloat16 for what is stored in 16 bits where the device multiplies it. Raises
     UnknownName for float16, in which gradients vanish.

@@ -46,8 +46,7 @@ def _of_cores(key: str) -> list[str]:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float = 0.2) -> float:
-    """Operations a second of square products in `dtype`, the best of those that fit into `seconds`,
-    at least two.
+    """Operations a second of square products in `dtype`, the best of those that fit into `seconds`.
 
     Wall time, on as many threads as torch uses now: other work on the machine shows. The numbers
     are random, since GPUs multiply what is all the same faster.

@@ -65,8 +65,7 @@ def release_memory() -> None:
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Let the process keep what it frees, for work that wants blocks of the same sizes again and
-    again.
+    """Let the process keep what it frees, for work that wants blocks of one size again and again.
 
     glibc gives blocks of more than 32 MiB back at once, and each page of the next is a fault: a
     tenth of the time of a training step on the demo model.
@@ -114,11 +113,9 @@ def resident_bytes() -> int | None:
 
 
 class PeakMemory:
-    """The largest `anonymous_bytes()` between entering and leaving; `bytes` is None where it is
-    unknown.
+    """The largest `anonymous_bytes()` between entering and leaving; `bytes` None if unknown.
 
-    What was freed before is given back to the system first, so that it does not count. `kind` asks
-    for another kind of memory.
+    Memory freed before is given back first, and does not count. `kind` asks for another kind.
     """
 
     def __init__(self, kind: Callable[[], int | None] = anonymous_bytes) -> None:

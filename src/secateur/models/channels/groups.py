@@ -29,11 +29,9 @@ Channel = tuple[str, int]
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Inputs of a consumer, and the output channels that feed these inputs or some of them, and no
-    other.
+    """Inputs of a consumer, and the output channels that feed some of these inputs and no other.
 
-    In a class of groups (`interchangeable`) the i-th input and the i-th output of one correspond to
-    those of another.
+    Of groups in one class (`interchangeable`), i-th inputs and i-th outputs correspond.
     """
 
     inputs: tuple[int, ...]
@@ -50,8 +48,7 @@ def interchangeable_groups(
 
 
 def removable_groups(trace: Trace) -> dict[str, list[ChannelGroup]]:
-    """The groups that can be taken out whole, by the weight matrix that reads them, which has
-    groups of one size.
+    """The groups that can be taken out whole, alike in size, by the weight matrix reading them.
 
     Channels and inputs that meet belong together, and so does whatever meets one of them: a
     feed-forward channel, or a key-value head with the query heads that read it. What also arrives

@@ -1,5 +1,4 @@
-"""Where each output channel of a block's weight matrices arrives: by tracing, with no table of
-families.
+"""Where each output channel of a block's weight matrices arrives, found by tracing.
 
 NaN is put into one output channel of one weight matrix, and one looks where it arrives: at which
 inputs of which matrices, or at the block's output. NaN passes through every activation, product and
@@ -112,11 +111,9 @@ def entering(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> tuple[nn.Module, Tensor, Call]:
-    """A working copy of a block, the hidden state that enters it for tokens `[batch, length]`, and
-    its call.
+    """A copy of a block, what enters it for tokens `[batch, length]`, and its call.
 
-    The blocks before it are run, since a block may need what another left in its call (shared keys
-    and values).
+    The blocks before it are run: a block may need keys and values that another left in its call.
     """
     hidden, calls = Shell(language_model, device, dtype, head=False).enter(tokens)
     for block, call in zip(language_model.blocks[:index], calls[:index], strict=True):
@@ -190,8 +187,7 @@ class _Poison:
         producer: str | None,
         part: range | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """(inputs that NaN reached by consumer, bool `[batch, in]`; items whose NaN went elsewhere,
-        bool `[batch]`).
+        """(inputs that NaN reached, `[batch, in]` by consumer; items that lost theirs, `[batch]`).
 
         The NaN is in output channel `part[c]` of item c, or in all channels of all items.
         """

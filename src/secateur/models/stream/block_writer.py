@@ -6,8 +6,7 @@
             writer.commit(tensors, entry, last=step.last)    # its bytes, then the journal
         writer.finish(record)                                # the result has its name
 
-Zeros, structures and recovery block by block are written by it. With several ranks the first one
-writes, and all know the same.
+Zeros, structures and recovery by blocks are written by it. With several ranks the first writes.
 """
 
 from __future__ import annotations

@@ -43,14 +43,10 @@ class Step:
         self.run, self.index, self.seconds = inputs.run, inputs.index, inputs.run.seconds
         self.name = self.run.language_model.block_name(self.index)
         self.block = inputs.replicas[0]
+        self.device = next(self.block.parameters()).device
         self.sites = weight_matrices(self.block)
         self._left = False  # whether the hidden states are those behind the block already
         self._targets: HiddenStateStore | None = None  # what the dense block gives on dense inputs
-
-    @property
-    def device(self) -> torch.device:
-        """Where the working copy lies."""
-        return next(self.block.parameters()).device
 
     def observe(
         self, need: Iterable[str], probe: int, only: Collection[str] | None = None
@@ -117,7 +113,7 @@ class Step:
         last come those that the first batch does not reach.
         """
         groups = self._input_groups()
-        return [*groups.order, *([groups.unreached] if groups.unreached else [])]
+        return [group for group in (*groups.order, groups.unreached) if group]
 
     def leave(self) -> None:
         """Run the block over all batches, where that is not done yet; outputs replace inputs."""

@@ -1,5 +1,4 @@
-"""Several processes on one run: `torchrun --nproc-per-node N -m secateur prune …`, on one machine
-or many.
+"""Several processes on one run: `torchrun --nproc-per-node N -m secateur prune …`, on any machines.
 
 Every rank has its share of the calibration windows and of the matrices to solve. Statistics are
 sums, so they are reduced, and solved weights are handed round. Each rank then holds the same block
@@ -27,8 +26,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `size`. Whatever is called on one must be called on all, in the same
-    order.
+    """This process, `rank` of `size`. All must call the same things in the same order.
 
     Raises RankLost where another rank has died; an error of ours on one rank is raised on all.
     """

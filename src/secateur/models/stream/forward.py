@@ -1,5 +1,4 @@
-"""One stream of hidden states through the blocks: what enters the block at hand, its calls,
-and the block on every device.
+"""One stream of hidden states through the blocks, and the block at hand on every device.
 
 The work is split over the devices by batches: every device has a replica of the current block and
 its share of the batches. Statistics are sums, so the shares merge exactly; they are added in the
@@ -179,8 +178,7 @@ def final_hidden(
     dtype: torch.dtype | None,
     batch_size: int,
 ) -> Tensor:
-    """What the last block returns for tokens `[samples, length]`: `[…, samples, length, hidden]`,
-    on the CPU.
+    """What the last block returns for tokens, `[…, samples, length, hidden]` on the CPU.
 
     Most families have nothing before the samples; Gemma 3n has several streams there.
     """

@@ -24,8 +24,7 @@ from secateur.system.tensors import is_finite
 class CalibrationStatistics(NamedTuple):
     """What was seen of a block's inputs, by weight matrix; one that saw no token is missing.
 
-    `stats`, one for all matrices that share an input; `probes`, some inputs `[tokens, in]` float32
-    to measure errors on.
+    `stats`, one for all matrices that share an input; `probes`, some inputs `[tokens, in]` float32.
     """
 
     stats: dict[str, Stats]
@@ -94,8 +93,7 @@ def merged(
 
 
 class Watch:
-    """Sees the inputs of weight matrices on one device: one set of sums for all that read the same
-    tensor.
+    """Sees the inputs of weight matrices on one device; those that read one tensor share sums.
 
     Within a batch, a matrix whose input is a tensor already seen belongs to the one that saw it
     first. The tensors of a batch are held until the next, so that no identity is reused.

@@ -91,8 +91,7 @@ class _Forward:
 
 
 class PausedForwards:
-    """The forwards of some batches through one block, all stopped at the same stage; of one thread,
-    until `close`.
+    """The forwards of some batches through one block, all stopped at one stage, in one thread.
 
     `starts` holds what runs the block, by the number of the batch. Raises UnsupportedModel where a
     batch takes another way through the block than the one that the stages were found on.
@@ -114,8 +113,7 @@ class PausedForwards:
     def inputs(self, stage: int) -> Iterator[tuple[int, list[tuple[str, Tensor]]]]:
         """(batch, [(matrix, input [tokens, in]), …]) of every forward once it has come to `stage`.
 
-        The first matrix of a shared input stands for all. A forward that never comes to the stage
-        has none.
+        The first matrix of a shared input stands for all. A forward that misses the stage has none.
         """
         for number, forward in self.forwards.items():
             while forward.stage < stage and forward.output is None:

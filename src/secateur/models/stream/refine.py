@@ -1,5 +1,4 @@
-"""`+refine`: the kept weights of one finished block, tuned together so that the block does what the
-dense one does.
+"""`+refine`: the kept weights of a block, tuned together so that it does what the dense one does.
 
 A solver sees one matrix; here attention, gates and products of the whole block take
 part. Masks stand still, Adam moves what is kept, and the loss is the error of the block's output on
@@ -52,11 +51,9 @@ def refine(
     epochs: int,
     rate: float = RATE,
 ) -> Tuned:
-    """Tune the parameters named in `kept` (bool, of their shape) in place; float32 parameters, or
-    none changes enough.
+    """Tune the parameters named in `kept` (bool, of their shape) in place, in float32.
 
-    Parameters are visited in one fixed shuffled order of `batches`, `epochs` times. What `kept`
-    leaves out stays zero.
+    The `batches` come in a fixed shuffled order, `epochs` times. What `kept` leaves out stays 0.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
     inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
