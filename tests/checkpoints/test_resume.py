@@ -278,7 +278,7 @@ def test_differences_in_words():
     assert differences({"a": (1, 2)}, {"a": [1, 2]}) == []
     before, now = ({"calibration": {"text": "t" * 200, "seed": seed}} for seed in (0, 1))
     assert differences(before, now) == ["calibration.seed was 0, now 1"]
-    assert differences({"plan": None}, {"plan": {"a": 1}}) == ["plan was null, now {\"a\": 1}"]
+    assert differences({"plan": None}, {"plan": {"a": 1}}) == ['plan was null, now {"a": 1}']
 
 
 def test_a_comparison_goes_on_inside_a_row(tiny_llama, text_file, out, capfd):

@@ -6,13 +6,13 @@ presets, by what they cost: `fast` factorises nothing, `default` is about as fas
 `best` takes the time it takes. Figures for all of them: docs/quality.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+from secateur.errors import UnknownName
 from secateur.methods.alps import alps
 from secateur.methods.base import Method, Pruned, scored
 from secateur.methods.dense_target import dense_target
 from secateur.methods.magnitude import magnitude
-from secateur.methods.names import read_name
 from secateur.methods.refit import refit
 from secateur.methods.ria import ria
 from secateur.methods.sparsegpt import sparsegpt, sweep
@@ -43,6 +43,25 @@ SWITCHES: dict[str, Callable[[Method], Method]] = {
     "refine": lambda method: method._replace(refine=REFINE_EPOCHS),
 }
 """What the stream of blocks does for a method, whatever it is."""
+
+
+def read_name(
+    name: str,
+    methods: Collection[str],
+    refinements: Collection[str],
+    method: str = "method",
+    refinement: str = "refinement",
+) -> tuple[str, list[str]]:
+    """The method and the refinements that `a+b+c` names. Raises UnknownName for what is in neither
+    table, which it calls `method` or `refinement`.
+    """
+    first, *rest = name.split("+")
+    if first not in methods:
+        raise UnknownName(method, first, methods)
+    for other in rest:
+        if other not in refinements:
+            raise UnknownName(refinement, other, refinements)
+    return first, rest
 
 
 def find_method(name: str) -> Method:

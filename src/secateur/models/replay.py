@@ -120,8 +120,7 @@ class _Tap(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.called is None:
-            raise AssertionError("a tap was called outside enter() and leave()")
+        assert self.called, "a tap was called outside enter() and leave()"
         hidden, *rest = args or [kwargs.pop("hidden_states")]
         return self.called(self.index, hidden, Call(tuple(rest), kwargs))
 

@@ -126,12 +126,8 @@ def prune_checkpoint(
                 writer.commit(block.tensors, entry, last=block.index == count - 1)
         report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
         report.out = out
-        options = {
-            "dtype": conditions["dtype"],
-            "batch_size": pruning.run.batch_size,
-            "skip": list(recipe.skip),
-            "passes": pruning.passes,
-        }
+        options = {"dtype": conditions["dtype"], "batch_size": pruning.run.batch_size}
+        options |= {"skip": list(recipe.skip), "passes": pruning.passes}
         writer.finish(pruning_record(source.folder, report, destination.command, options))
     return report
 

@@ -95,8 +95,7 @@ class ForwardPass:
         blocks = self.run.language_model.blocks
         self.close()
         self.index = index
-        moved = self._prefetch.take(index) if block is None else None
-        if moved:
+        if block is None and (moved := self._prefetch.take(index)):
             self.replicas = moved
         else:
             self.replace(block or blocks[index])
@@ -144,22 +143,21 @@ class ForwardPass:
         batches = zip(self.hidden, self.calls, strict=True)
         return [(hidden.to(self.run.devices[0]), calls) for hidden, calls in batches]
 
-    def advance(self, outputs: Outputs) -> None:
-        """Put what leaves the block in the place of what entered it, on all devices at once."""
-        self._store(outputs, self.hidden)
-
     def aside(self, outputs: Outputs) -> HiddenStateStore:
         """What leaves the block, beside what entered it."""
-        return self._store(outputs, HiddenStateStore(self.run.spill, self.hidden))
+        return self.advance(outputs, HiddenStateStore(self.run.spill, self.hidden))
 
     @torch.no_grad()
-    def _store(self, outputs: Outputs, into: HiddenStateStore) -> HiddenStateStore:
-        def store(share: int) -> None:
-            for number, output in outputs(share):
-                into[number] = output
+    def advance(self, outputs: Outputs, into: HiddenStateStore | None = None) -> HiddenStateStore:
+        """Put what leaves the block in the place of what entered it (or `into`), on all devices."""
+        store = self.hidden if into is None else into
 
-        self.each(store)
-        return into
+        def fill(share: int) -> None:
+            for number, output in outputs(share):
+                store[number] = output
+
+        self.each(fill)
+        return store
 
     def each(self, work: Callable[[int], Value]) -> list[Value]:
         """`work(share)` for every device at once, each in its thread; results in device order."""
@@ -186,8 +184,7 @@ def final_hidden(
     flow = ForwardPass(run, shell)
     for index in range(len(language_model.blocks)):
         flow.open(index)
-        for number, output in flow.outputs(0):
-            flow.hidden[number] = output
+        flow.advance(flow.outputs)
     return torch.cat([hidden.cpu() for hidden in flow.hidden], dim=-3)
 
 
@@ -200,16 +197,15 @@ def linear_inputs(
     """
     inputs: dict[str, Tensor] = {}
 
-    def wanted(name: str) -> bool:
-        is_linear = not any(part.isdigit() for part in name.split("."))
-        return is_linear and (only is None or name in only)
-
     def record(name: str, x: Tensor) -> None:
-        if wanted(name):
+        if not _of_expert(name) and (only is None or name in only):
             inputs[name] = x
 
-    if only is not None and not any(map(wanted, only)):
-        return inputs
-    with recorded_inputs(flow.replicas[share], record):
-        flow.forward(share, number)
+    if only is None or not all(map(_of_expert, only)):
+        with recorded_inputs(flow.replicas[share], record):
+            flow.forward(share, number)
     return inputs
+
+
+def _of_expert(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
