@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from secateur.models import experts
 from secateur.models.hooks import watched
 from secateur.models.matrices import linear_layers, weight_matrices
-from secateur.models.replay import Call, LanguageModel, Shell, run_block, with_leaves, working_copy
+from secateur.models.replay import Call, LanguageModel, Shell, run_block, working_copy
 
 TOKENS = 2
 """Tokens of a batch item: two, so that attention has something to mix."""
@@ -198,11 +198,9 @@ class _Poison:
         self._lose(forward())
         if not self.spoken:
             self.lost[:] = True  # the weight is read without calling its module
-        leaves: list[Any] = []
-        with_leaves(call, leaves.append)  # a block may leave something there for a later one
-        for leaf in leaves:
-            if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == self.batch:
-                self.lost |= leaf.isnan().flatten(1).any(1).cpu()
+        for tensor in _left_behind(call):
+            if tensor.dim() and len(tensor) == self.batch:
+                self.lost |= tensor.isnan().flatten(1).any(1).cpu()
         return self.arrived, self.lost
 
     def between(
@@ -273,3 +271,12 @@ class _Poison:
         if sizes[-2:] != [self.batch, TOKENS] and sizes != [self.batch * TOKENS]:
             return None
         return x.reshape(-1, self.batch, TOKENS, x.shape[-1])
+
+
+def _left_behind(value: Any) -> Iterator[Tensor]:
+    """The tensors in a call: a block may leave something there, in a mapping, for a later one."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _left_behind(part)
