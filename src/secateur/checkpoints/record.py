@@ -1,7 +1,4 @@
-"""What a pruning run says of itself: a report of every weight matrix, and one of the run.
-
-`pruning.json` holds them.
-"""
+"""What `pruning.json` holds: a report of every weight matrix of a run, and one of the run."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from secateur.system.machine import typed_command, versions
 from secateur.system.typed import Fields, Whole, read_as
 
 
-class _Site(Fields):
+class _Matrix(Fields):
     site: str
     pattern: str | None = None
 
@@ -31,7 +28,7 @@ class _Record(Fields):
 
     method: str | None = None
     pattern: str | None = None
-    sites: list[_Site] | None = None
+    sites: list[_Matrix] | None = None
     parameters: tuple[Whole, Whole] | None = None
     removed: dict[str, str] | None = None
 
@@ -57,7 +54,7 @@ class MatrixReport:
 
 @dataclass
 class Report:
-    """What a run did."""
+    """What a pruning run did."""
 
     method: str
     pattern: str

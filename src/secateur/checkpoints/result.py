@@ -1,7 +1,7 @@
 """The bytes of a result: the source folder again, the pruned tensors overwritten in place.
 
-Their unchanged shape and dtype allow that. So headers, tensor order, sharding and every tensor that
-was not pruned stay byte for byte as they were, and memory never holds more than a block.
+Headers, tensor order, sharding and every tensor that was not pruned stay byte for byte as they
+were, and memory never holds more than a block.
 
 `Output` works in a hidden folder beside the result (`result_folder`) and renames it at the end;
 until then nothing has the final name. A finished block is on disk before the journal (`journal`)
@@ -55,10 +55,7 @@ class Output:
                 self.journal.add(kind, value)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite tensors by checkpoint name, cast to the dtype stored there, zeros +0.0.
-
-        Raises DiskFull or OutputRefused.
-        """
+        """Overwrite tensors by name, cast as stored, zeros +0.0. Raises DiskFull, OutputRefused."""
         with disk_errors(self.out):
             for name, tensor in tensors.items():
                 place = self.places[name]

@@ -52,8 +52,8 @@ def read_name(
     method: str = "method",
     refinement: str = "refinement",
 ) -> tuple[str, list[str]]:
-    """The method and the refinements that `a+b+c` names. Raises UnknownName for what is in neither
-    table, which it calls `method` or `refinement`.
+    """The method and the refinements of a name `a+b+c`; UnknownName calls what is unknown `method`
+    or `refinement`.
     """
     first, *rest = name.split("+")
     if first not in methods:

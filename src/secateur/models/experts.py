@@ -98,9 +98,7 @@ def routers(block: nn.Module) -> set[nn.Module]:
 
 def has_list(block: nn.Module) -> bool:
     """Whether a block holds experts that are modules of their own, a list of them."""
-    return any(
-        isinstance(module, nn.ModuleList) and _experts_in(module) for module in block.modules()
-    )
+    return any(isinstance(one, nn.ModuleList) and _experts_in(one) for one in block.modules())
 
 
 def _experts_in(module: nn.Module) -> int | None:

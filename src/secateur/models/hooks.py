@@ -46,10 +46,8 @@ def visited(block: nn.Module, visit: Callable[[list[tuple[str, Tensor]]], None])
         module, (hidden, chosen) = fused[name], arguments[:2]
         first, second = experts.matrices(module)
         visit([(f"{name}.{e}.{first}", x) for e, x in experts.routed(module, hidden, chosen)])
-        inner = (
-            (e, experts.inner(module, e, x)) for e, x in experts.routed(module, hidden, chosen)
-        )
-        visit([(f"{name}.{e}.{second}", x) for e, x in inner])
+        routed = experts.routed(module, hidden, chosen)
+        visit([(f"{name}.{e}.{second}", experts.inner(module, e, x)) for e, x in routed])
 
     with watched(linear_layers(block), linear), watched(fused, both):
         yield

@@ -36,9 +36,7 @@ def too_large(checkpoint_bytes: int, limit: int | None = None) -> bool:
 
 
 def spill_folder(out: Path | None, checkpoint_bytes: int, limit: int | None = None) -> Path | None:
-    """Where it goes if it is `too_large`, else None: the folder that `out` will lie in, or the
-    nearest above that is there; without a result, where temporary files go.
-    """
+    """Where weights that are `too_large` for memory go: beside `out`, or to the temporary files."""
     if not too_large(checkpoint_bytes, limit):
         return None
     if out is None:

@@ -59,9 +59,8 @@ def weight_matrices(block: nn.Module) -> dict[str, WeightMatrix]:
     for name, module in block.named_modules():
         if name in linear:
             weight: Tensor = module.weight.data  # type: ignore[assignment]
-            matrices.append(
-                WeightMatrix(name, f"{name}.weight", weight, isinstance(module, Conv1D))
-            )
+            transposed = isinstance(module, Conv1D)
+            matrices.append(WeightMatrix(name, f"{name}.weight", weight, transposed))
         for part in experts.matrices(module) if name in fused else ():
             transposed = experts.is_transposed(module)
             matrices += [
@@ -134,11 +133,9 @@ def model_coverage(language_model: LanguageModel) -> float:
 
 def matrix_shapes(language_model: LanguageModel) -> Shapes:
     """`[out, in]` of every weight matrix by full name."""
-    return {
-        f"{language_model.block_name(index)}.{name}": (
-            matrix.weight.shape[0],
-            matrix.weight.shape[1],
-        )
-        for index, block in enumerate(language_model.blocks)
-        for name, matrix in weight_matrices(block).items()
-    }
+    shapes: dict[str, tuple[int, int]] = {}
+    for index, block in enumerate(language_model.blocks):
+        for name, matrix in weight_matrices(block).items():
+            rows, columns = matrix.weight.shape
+            shapes[f"{language_model.block_name(index)}.{name}"] = rows, columns
+    return shapes

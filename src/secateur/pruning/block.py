@@ -1,8 +1,7 @@
 """One block: statistics of its inputs, then the method, weight matrix by weight matrix.
 
-Two copies of the block are changed alike: the one in the dtype of the forward passes, on which the
-stream goes on, and one as it is stored, which is the result. What is pruned is the stored weight,
-whatever dtype the forward has.
+Two copies of the block are changed alike: one in the dtype of the forward passes, which go on
+through it, and one as it is stored, which is the result. What is pruned is the stored weight.
 """
 
 from __future__ import annotations
@@ -154,6 +153,5 @@ def _report(work: _Work, name: str) -> MatrixReport:
 
 
 def _advance(work: _Work, what: str) -> None:
-    """Say what is at hand."""
     run = work.pruning.run
     run.progress.advance(what, work.step.index, len(run.language_model.blocks))

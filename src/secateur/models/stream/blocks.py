@@ -1,10 +1,9 @@
 """The blocks in order, each with its calibration inputs: data only moves forward.
 
 `stream` records what enters block 0, then yields one `Step` per block. While a step is open its
-user reads statistics of the block's inputs and writes new weights into the working copy; asking for
-the next step runs the changed block, so the inputs of block i+1 come from the pruned block i, and
-overwrites the hidden states. With `Step.stages` that is one forward, which stops wherever weight
-matrices are to be pruned and goes on through them.
+user reads statistics of the block's inputs and writes new weights into the working copy; the next
+step begins with a run of the changed block, whose outputs overwrite its inputs. With `Step.stages`
+that is one forward pass, which stops wherever weight matrices are to be pruned.
 """
 
 from __future__ import annotations

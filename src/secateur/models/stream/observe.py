@@ -1,8 +1,7 @@
 """What is seen of the inputs of a block's weight matrices, over all devices and ranks.
 
-`observe` runs the block at hand once and returns sums over the calibration tokens; `paused` sees
-the same in the one forward that goes on through what is pruned. Statistics are sums, added in the
-order of the devices.
+`observe` runs the block at hand once and sums over the calibration tokens, device by device;
+`paused` sees the same in the one forward pass that goes on through what is pruned.
 """
 
 from __future__ import annotations
@@ -41,9 +40,8 @@ def observe(
 ) -> CalibrationStatistics:
     """Run the block as it is now once, and sum up the statistics `need` of its inputs.
 
-    `dense`: the stream through the dense model, for statistics of both; `only`: the weight matrices
-    that are looked at; `probe`: see `Step.observe`. Without statistics to gather, the first batch
-    is enough. Raises NonFinite.
+    `dense`: the stream through the dense model, for statistics of both; `only`, `probe`: see
+    `Step.observe`. Without statistics to gather, the first batch is enough. Raises NonFinite.
     """
     paired = dense if OF_DENSE.intersection(need) else None
 
