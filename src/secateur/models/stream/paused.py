@@ -76,19 +76,6 @@ class _Forward:
         self.stack = greenlet(run)
         self.stack.gr_context = copy_context()
 
-    def go_on(self) -> None:
-        """Run to the next stage, or to the end."""
-        self.stack.parent = getcurrent()
-        output = self.stack.switch()
-        self.output = output if self.stack.dead else None
-
-    def wait(self, stage: int, reached: list[tuple[str, Tensor]]) -> None:
-        """Inside the forward: stop here until `go_on`."""
-        self.stage, self.waiting = stage, reached
-        self.seen[stage] = ref(reached[0][1])
-        assert self.stack.parent is not None
-        self.stack.parent.switch()
-
 
 class PausedForwards:
     """The forwards of some batches through one block, all stopped at one stage, in one thread.
@@ -103,7 +90,6 @@ class PausedForwards:
         stages: Sequence[Sequence[str]],
         starts: Mapping[int, Callable[[], Tensor]],
     ) -> None:
-        self.stages = stages
         self.forwards = {number: _Forward(start) for number, start in starts.items()}
         self._stage_of = {name: number for number, stage in enumerate(stages) for name in stage}
         self._running: _Forward | None = None
@@ -137,10 +123,13 @@ class PausedForwards:
         self._hooks.close()
 
     def _go_on(self, forward: _Forward) -> None:
-        self._running = forward
-        forward.go_on()
+        """Run a forward to its next stage, or to its end."""
+        self._running, forward.stack.parent = forward, getcurrent()
+        output = forward.stack.switch()
+        forward.output = output if forward.stack.dead else None
 
     def _visit(self, reached: list[tuple[str, Tensor]]) -> None:
+        """Inside a forward: wait for `_go_on` where it comes to another stage."""
         forward = self._running
         reached = [(name, x) for name, x in reached if name in self._stage_of]
         if not reached or forward is None:
@@ -148,7 +137,9 @@ class PausedForwards:
         name, x = reached[0]
         stage = self._stage_of[name]
         if stage > forward.stage:
-            forward.wait(stage, reached)
+            forward.stage, forward.waiting, forward.seen[stage] = stage, reached, ref(x)
+            assert forward.stack.parent is not None
+            forward.stack.parent.switch()
         elif stage not in forward.seen or forward.seen[stage]() is not x:
             raise UnsupportedModel(
                 f"{name} is reached in another order, or with another input, by some batches than "
