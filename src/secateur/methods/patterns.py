@@ -24,26 +24,33 @@ class Pattern(Protocol):
     @property
     def kind(self) -> str:
         """The kind of sparsity, as tables show it."""
+        ...
 
     @property
     def sparsity(self) -> float:
         """The share of weights removed."""
+        ...
 
     @property
     def chunk(self) -> int | None:
         """How many consecutive inputs are decided together; None where any number will do."""
+        ...
 
     def within(self, group: Group) -> Self:
         """This pattern with the comparison group filled in where it was left open."""
+        ...
 
     def columns(self, rows: int, start: int, stop: int) -> Self:
         """What columns `start:stop` must hold for the whole matrix to hold this pattern."""
+        ...
 
     def check(self, shape: tuple[int, int], name: str) -> None:
         """Raise BadPattern where a matrix `[out, in]` cannot hold this pattern."""
+        ...
 
     def mask(self, scores: Tensor) -> Tensor:
         """The kept weights, bool `[out, in]`, for scores `[out, in]`."""
+        ...
 
 
 @dataclass(frozen=True)

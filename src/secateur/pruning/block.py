@@ -147,7 +147,7 @@ def _report(work: _Work, name: str) -> MatrixReport:
     elif (probe := work.probes.get(name)) is not None:
         before, after = (m.weight.to(probe.device).float() for m in (work.dense[name], matrix))
         error = output_error(probe, before - after, before)
-    name, shown = f"{work.step.name}.{name}", pattern and str(pattern)
+    name, shown = f"{work.step.name}.{name}", None if pattern is None else str(pattern)
     share = count_zeros(matrix.weight) / (rows * columns)
     return MatrixReport(name, (rows, columns), shown, share, error, note)
 

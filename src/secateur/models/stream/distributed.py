@@ -44,7 +44,9 @@ class Ranks:
 
     def same(self, compute: Callable[[], Value]) -> Value:
         """What `compute()` gives on rank 0, everywhere. The value is pickled."""
-        return self.together(compute if self.first else lambda: None)[0]
+        if self.size == 1:
+            return compute()
+        return self._answers(compute if self.first else lambda: None)[0]
 
     def together(self, compute: Callable[[], Value]) -> list[Value]:
         """What `compute()` gives on each rank, in order."""
@@ -68,10 +70,9 @@ class Ranks:
                 seen[name] = (tokens + seen.get(name, (0, {}))[0], shapes)
         total = {}
         for name, (tokens, shapes) in seen.items():
-            sums = stats[name].sums if name in stats else {}
-            total[name] = Stats(
-                tokens, {what: self._sum(sums.get(what), shapes[what]) for what in shapes}
-            )
+            own = stats[name].sums if name in stats else {}
+            sums = {what: self._sum(own.get(what), shape) for what, shape in shapes.items()}
+            total[name] = Stats(tokens, sums)
         return total
 
     def hand_round(self, tensor: Tensor, owner: int) -> Tensor:
