@@ -62,7 +62,7 @@ def prune(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Prune a model and write it to the folder `out`; returns the report in its `pruning.json`.
+    """Prune a model and write the result to the folder `out`; returns the report of the run.
 
     The options are those of the command, whose help says what each is (`system.settings`); `model`
     None is the embedded demo model. Statistics and solving are float32 whatever the `dtype` of the
