@@ -196,7 +196,7 @@ def test_what_waits_is_forecast_from_the_configuration(family):
     held = PausedForwards(step.block, found.order, {0: lambda: run_block(step.block, hidden, call)})
     for stage, names in enumerate(found.order):
         list(held.inputs(stage))
-        frame, tensors = held.forwards[0]._stack.gr_frame, {}
+        frame, tensors = held.forwards[0].stack.gr_frame, {}
         while frame is not None:
             for value in tree_leaves(list(frame.f_locals.values())):
                 if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter):

@@ -1,7 +1,5 @@
 """Checkpoint folders on disk: what is read is checked first. What is written is in result.py."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping

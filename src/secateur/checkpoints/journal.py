@@ -1,13 +1,10 @@
-"""What a run has finished, and under which conditions, so that the same command goes on where a
-killed one stopped.
+"""What a run has finished, and under which conditions, so that the same command can go on.
 
 Of a `Journal` the first line holds the conditions of the run, each later one something that is done
 and safe on disk. Every line has a checksum in front: a line that was cut short, and all behind it,
 never happened. While a run is going on, it holds the lock of its journal. What is done alone and
 may be deleted alone, such as a row of a comparison, is `Finished`, in a file of its own.
 """
-
-from __future__ import annotations
 
 import fcntl
 import json
@@ -44,11 +41,9 @@ class Finished:
 
 
 class Journal:
-    """The journal in `file`, which is made where there is none. Raises OutputRefused where another
-    run holds it.
+    """The journal in `file`, made if it is not there. Raises OutputRefused if another run holds it.
 
-    `conditions` are None, and `entries` empty, unless a run has begun. An entry is a pair (kind,
-    value).
+    `conditions` are None, and `entries` of (kind, value) empty, unless a run has begun.
     """
 
     def __init__(self, file: Path) -> None:

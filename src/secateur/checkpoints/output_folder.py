@@ -1,7 +1,5 @@
 """Which folders a result may be written to, and what lies beside them while it is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from secateur.checkpoints.folder import Checkpoint
@@ -15,9 +13,7 @@ def journal_of(out: Path) -> Path:
 
 
 def check_output_folder(source: Checkpoint, out: Path, *, overwrite: bool) -> None:
-    """Raise OutputRefused where `out` cannot hold a result made of `source`, BadCheckpoint for
-    links out of that.
-    """
+    """Raise OutputRefused where `out` cannot hold a result of `source`; BadCheckpoint for links."""
     out, model = out.resolve(), source.folder.resolve()
     if out == model:
         raise OutputRefused(f"{out} is the model itself. Choose another folder.")
@@ -33,8 +29,7 @@ def check_output_folder(source: Checkpoint, out: Path, *, overwrite: bool) -> No
 def refuse_output(out: Path, *, overwrite: bool, strict: bool = False) -> None:
     """Raise OutputRefused where `out` holds something that may not be replaced.
 
-    Unless `strict`, what a run may have left that died when it had renamed its result is let
-    through.
+    Unless `strict`, what a run may have left that died after it renamed its result is let through.
     """
     if (
         not strict

@@ -1,13 +1,12 @@
-"""What a pruning run says of itself: a report of every weight matrix, and one of the run.
-
-`pruning.json` holds them.
-"""
+"""What `pruning.json` holds: a report of every weight matrix of a run, and one of the run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +18,7 @@ from secateur.system.machine import typed_command, versions
 from secateur.system.typed import Fields, Whole, read_as
 
 
-class _Site(Fields):
+class _Matrix(Fields):
     site: str
     pattern: str | None = None
 
@@ -29,7 +28,7 @@ class _Record(Fields):
 
     method: str | None = None
     pattern: str | None = None
-    sites: list[_Site] | None = None
+    sites: list[_Matrix] | None = None
     parameters: tuple[Whole, Whole] | None = None
     removed: dict[str, str] | None = None
 
@@ -55,7 +54,7 @@ class MatrixReport:
 
 @dataclass
 class Report:
-    """What a run did."""
+    """What a pruning run did."""
 
     method: str
     pattern: str
@@ -72,20 +71,15 @@ class Report:
     parameters: tuple[int, int] | None = None
     """Of a smaller model: how many parameters it had and has."""
     removed: dict[str, str] = field(default_factory=dict)
-    """Of a smaller model: what was taken out of which part of a block, in words, and which
-    blocks.
-    """
+    """Of a smaller model: what was taken out of which part of a block, and which blocks."""
     out: Path | None = None
     note: str = ""
     """What the reader must know of the run as a whole, in a sentence."""
 
     def take(self, block: dict[str, Any]) -> None:
-        """Add a finished block: {"block": its name, "sites": [fields of a MatrixReport, …],
-        "refined": pair or None}.
-        """
-        self.sites += [
-            MatrixReport(**{**site, "shape": tuple(site["shape"])}) for site in block["sites"]
-        ]
+        """Add a finished block, as JSON can hold it: `PrunedBlock.entry`."""
+        for matrix in block["sites"]:
+            self.sites.append(MatrixReport(**{**matrix, "shape": tuple(matrix["shape"])}))
         if block["refined"]:
             before, after = block["refined"]
             self.refined[block["block"]] = (before, after)
@@ -111,9 +105,7 @@ def output_error(inputs: Tensor, change: Tensor, weight: Tensor) -> float:
     """
     lost, whole = ((inputs @ part.T).square().sum() for part in (change, weight))
     if not (lost + whole).isfinite():
-        lost, whole = (
-            (inputs.double() @ part.double().T).square().sum() for part in (change, weight)
-        )
+        return output_error(inputs.double(), change.double(), weight.double())
     return (lost / whole.clamp_min(1e-30)).item()
 
 
@@ -145,11 +137,16 @@ class Seconds:
     def total(self) -> float:
         return sum(asdict(self).values())
 
+    @contextmanager
+    def counted(self, what: str) -> Iterator[None]:
+        """Add the time between entering and leaving to the field of that name."""
+        started = perf_counter()
+        yield
+        setattr(self, what, getattr(self, what) + perf_counter() - started)
+
 
 def record_of(folder: Path) -> dict[str, Any] | None:
-    """The folder's own pruning.json, or None. Raises BadCheckpoint where it is none, or says what
-    nobody can read.
-    """
+    """The folder's own pruning.json, None where it has none. Raises BadCheckpoint for a bad one."""
     file = folder / RECORD
     if not file.exists():
         return None

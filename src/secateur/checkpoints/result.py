@@ -1,16 +1,13 @@
-"""The bytes of a result: the source folder again, shard for shard, with the pruned tensors
-overwritten in place.
+"""The bytes of a result: the source folder again, the pruned tensors overwritten in place.
 
-Their unchanged shape and dtype allow that. So headers, tensor order, sharding and every tensor that
-was not pruned stay byte for byte as they were, and memory never holds more than a block.
+Headers, tensor order, sharding and every tensor that was not pruned stay byte for byte as they
+were, and memory never holds more than a block.
 
 `Output` works in a hidden folder beside the result (`result_folder`) and renames it at the end;
 until then nothing has the final name. A finished block is on disk before the journal (`journal`)
 says so, and the journal is what a later run believes: after `kill -9` or a power cut the same
 command takes up the blocks that it names and does the others again.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,52 +38,41 @@ class Output:
         journal: Journal | None = None,
     ) -> None:
         self.source, self.out, self.partial, self.overwrite = source, out, partial, overwrite
-        self.places = source.places
-        self.journal = journal
-        self.stamps = stamps(source)
+        self.places, self.journal, self.stamps = source.places, journal, stamps(source)
         self._writer = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
 
     def recorded(self, kind: str) -> list[Any]:
-        """What this run, before it died, has recorded of a kind; empty for a run that begins."""
+        """What this run has recorded of a kind before it died; empty for a run that begins."""
         return self.journal.of(kind) if self.journal else []
 
     def record(self, kind: str, value: Any) -> None:
-        """Keep something that was found, as JSON can hold it, for the case that the run dies."""
+        """Keep a value that JSON can hold, for the case that the run dies."""
         if self.journal:
             with disk_errors(self.out):
                 self.journal.add(kind, value)
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrite tensors by checkpoint name; shapes as in `places`, cast to the dtype stored
-        there, zeros +0.0.
-
-        Raises DiskFull or OutputRefused.
-        """
+        """Overwrite tensors by name, cast as stored, zeros +0.0. Raises DiskFull, OutputRefused."""
         with disk_errors(self.out):
             for name, tensor in tensors.items():
                 place = self.places[name]
-                stored = tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous()
-                stored = stored + 0.0  # -0.0 becomes +0.0
-                if tuple(stored.shape) != place.shape:
-                    raise AssertionError(
-                        f"{name} has shape {tuple(stored.shape)}, stored {place.shape}"
-                    )
+                stored = tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous() + 0.0  # no -0.0
+                shape = tuple(stored.shape)
+                assert shape == place.shape, f"{name} has shape {shape}, stored {place.shape}"
                 with (self.partial / place.shard).open("r+b") as stream:
                     stream.seek(place.offset)
                     stream.write(stored.flatten().view(torch.uint8).numpy().data)
 
     def commit(self, tensors: Mapping[str, Tensor], block: Any) -> None:
-        """`write` and then record a finished block, while the caller goes on; errors come with the
-        next call.
-        """
+        """`write` a finished block and record it in a thread; errors come with the next call."""
         self.settle()
         self._writing = self._writer.submit(self._commit, dict(tensors), block)
 
     def settle(self) -> None:
         """Wait until what was committed is on disk."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
+        writing, self._writing = self._writing, None
+        if writing:
             writing.result()
 
     def _commit(self, tensors: Mapping[str, Tensor], block: Any) -> None:

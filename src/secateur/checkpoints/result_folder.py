@@ -1,7 +1,5 @@
 """A result folder begun, taken up where a run died, or given up."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,18 +21,9 @@ from secateur.errors import (
 )
 from secateur.system.files import disk_errors, sync
 from secateur.system.json_files import json_object, write_json
+from secateur.system.sizes import in_words
 
-_OTHER_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-)
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 @contextmanager
@@ -47,8 +36,7 @@ def output(
     run: Mapping[str, Any] | None = None,
     restart: bool = False,
 ) -> Iterator[Output]:
-    """A result folder beside `out`, holding a copy of the source; removed again unless it is
-    finished.
+    """A result folder beside `out` with a copy of the source; removed unless it is finished.
 
     With `other_weights` the shards are left to whoever makes others of so many bytes
     (`shards.resized`). With the conditions of a `run`, it is kept when the run dies with blocks
@@ -94,46 +82,38 @@ def _taken_up(result: Output, conditions: Mapping[str, Any], restart: bool) -> b
             return False
         raise ConditionsDiffer(
             f"A half-finished run for {result.out} has other conditions: {'; '.join(differing)}. "
-            "Give the same to go "
-            "on, choose another --out, or discard it with --restart."
+            "Give the same to go on, choose another --out, or discard it with --restart."
         )
     return result.done or result.partial.is_dir()
 
 
 def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | None) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    copied = [
-        file
-        for file in sorted(source.folder.iterdir())
-        if file.is_file()
-        and file.name not in (RECORD, *source.shards)
-        and not file.name.endswith(_OTHER_WEIGHTS)
-    ]
+    files = [file for file in sorted(source.folder.iterdir()) if file.is_file()]
+    ours = (RECORD, *source.shards)  # written anew
+    copied = [f for f in files if f.name not in ours and not f.name.endswith(_WEIGHTS)]
     free = shutil.disk_usage(out.parent).free
     size = source.bytes if other_weights is None else other_weights
     if free < (size := size + sum(file.stat().st_size for file in copied)):
-        raise DiskFull(f"{out} needs {_size(size)}, the disk has {_size(free)} free.")
+        needed, left = (in_words(count, ("GiB", "MiB"), least=1 / 8) for count in (size, free))
+        raise DiskFull(f"{out} needs {needed}, the disk has {left} free.")
     partial.mkdir()
-    for file in [
-        *copied,
-        *(source.folder / shard for shard in source.shards if other_weights is None),
-    ]:
+    if other_weights is None:
+        copied += [source.folder / shard for shard in source.shards]
+    for file in copied:
         shutil.copyfile(file, partial / file.name)
         sync(partial / file.name)
     sync(partial)
 
 
 def _ended(error: BaseException, result: Output | None, made: list[Path]) -> BaseException:
-    """What to raise for an error that ended a run: finished blocks are kept, unless they would only
-    fail again.
-    """
+    """What to raise for an error that ended a run; finished blocks are kept if that can help."""
     with suppress(Exception):
         if result:
             result.settle()
     finished = len(result.recorded(BLOCK)) if result else 0
-    mended = not isinstance(error, SecateurError) or isinstance(
-        error, (DiskFull, OutputRefused, Interrupted, RankLost)
-    )
+    passing = (DiskFull, OutputRefused, Interrupted, RankLost)
+    mended = not isinstance(error, SecateurError) or isinstance(error, passing)
     other = isinstance(error, ConditionsDiffer)  # what lies there is not ours
     if result and result.journal and not other and not (finished and mended):
         result.journal.remove()
@@ -156,16 +136,11 @@ def _ended(error: BaseException, result: Output | None, made: list[Path]) -> Bas
 
 
 def configure(result: Output, changes: Mapping[str, Any], model_type: str) -> None:
-    """Change fields of `config.json`, in the part that describes a model of that type. Raises
-    BadCheckpoint.
-    """
+    """Change fields of `config.json`, in the part for a model of that type."""
     file = result.partial / "config.json"
     config = json_object(file)
-    parts = [
-        part
-        for part in (config, *config.values())
-        if isinstance(part, dict) and part.get("model_type") == model_type
-    ]
+    parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
+    parts = [part for part in parts if part.get("model_type") == model_type]
     if not parts:
         raise BadCheckpoint(
             f"{result.source.folder / 'config.json'} has no part for a {model_type!r} model."
@@ -173,7 +148,3 @@ def configure(result: Output, changes: Mapping[str, Any], model_type: str) -> No
     parts[0].update(changes)
     with disk_errors(result.out):
         write_json(file, config, 2)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"

@@ -1,7 +1,5 @@
 """The end of a result: its record, proof that the source is still the same, and its name."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +16,7 @@ Stamps = Mapping[str, list[int]]
 
 
 def stamps(source: Checkpoint) -> dict[str, list[int]]:
-    """Size and time of change of the files that a run reads: what tells whether they are still the
-    same.
-    """
+    """Size and time of change of the files that a run reads, to tell whether they change."""
     files = {name: (source.folder / name).stat() for name in ("config.json", *source.shards)}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in files.items()}
 
@@ -45,11 +41,9 @@ def seal(source: Checkpoint, begun: Stamps, partial: Path, record: dict[str, Any
 
 
 def give_name(partial: Path, out: Path, *, overwrite: bool) -> None:
-    """Rename the folder `partial` to `out`; what was there before lies aside until
-    `discard_replaced`.
+    """Rename `partial` to `out`; what was there before lies aside until `discard_replaced`.
 
-    Raises OutputRefused where something has come to lie at `out` during the run; the result then
-    has another name beside it.
+    Raises OutputRefused where `out` has appeared during the run; the result then has another name.
     """
     try:
         refuse_output(out, overwrite=overwrite)

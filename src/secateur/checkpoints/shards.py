@@ -6,8 +6,6 @@ computed, so that finished blocks can be written to their places as before and m
 more than one.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 from collections.abc import Iterable, Mapping
@@ -24,9 +22,7 @@ from secateur.system.json_files import write_json
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, tuple[str, Shape]]
-"""By the name of every tensor of a smaller checkpoint: the tensor of the source that it comes from,
-and its shape.
-"""
+"""By a tensor's name in a smaller checkpoint: the source's tensor behind it, and its shape."""
 
 CHUNK = 2**24
 SHARD_BYTES = 5 * 10**9
@@ -48,12 +44,9 @@ def header(
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": stops[-2:]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    places = {
-        name: TensorLocation(shard, 8 + len(text) + start, stop - start, shape, dtype)
-        for (name, (dtype, shape)), start, stop in zip(
-            tensors.items(), stops[:-1], stops[1:], strict=True
-        )
-    }
+    places, begin = {}, 8 + len(text)
+    for (name, (dtype, shape)), start, stop in zip(tensors.items(), stops, stops[1:], strict=False):
+        places[name] = TensorLocation(shard, begin + start, stop - start, shape, dtype)
     return len(text).to_bytes(8, "little") + text, places
 
 
@@ -64,9 +57,7 @@ def write_index(folder: Path, shard_of: Mapping[str, str], total_size: int) -> N
 
 
 def save(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a shard beside a config.json, whose permissions it gets. Raises DiskFull or
-    OutputRefused.
-    """
+    """Write a shard, with the permissions of config.json. Raises DiskFull, OutputRefused."""
     try:
         save_file(tensors, file, metadata=dict(metadata or {"format": "pt"}))
     except SafetensorError as error:  # which tells errors of the disk in words alone
@@ -79,8 +70,7 @@ def save(tensors: dict[str, Tensor], file: Path, metadata: Mapping[str, str] | N
 def save_in_shards(
     tensors: Iterable[tuple[str, Tensor]], folder: Path, most: int = SHARD_BYTES
 ) -> None:
-    """Write tensors as a checkpoint, in shards of at most `most` bytes where one tensor does not
-    take more.
+    """Write tensors as a checkpoint, in shards of at most `most` bytes or a single tensor.
 
     A shard is in memory at a time. One alone is `model.safetensors`; several have an index.
     """
@@ -102,9 +92,8 @@ def save_in_shards(
     finish()
     shard_of: dict[str, str] = {}
     for index, inside in enumerate(names):
-        file = (
-            SINGLE if len(names) == 1 else f"model-{index + 1:05d}-of-{len(names):05d}.safetensors"
-        )
+        several = f"model-{index + 1:05d}-of-{len(names):05d}.safetensors"
+        file = several if len(names) > 1 else SINGLE
         (folder / f"part-{index}.safetensors").rename(folder / file)
         shard_of |= dict.fromkeys(inside, file)
     if len(names) > 1:
@@ -122,8 +111,7 @@ def size_of(source: Checkpoint, tensors: Tensors) -> int:
 def resized(
     source: Checkpoint, folder: Path, tensors: Tensors, *, again: bool = False
 ) -> Mapping[str, TensorLocation]:
-    """Write the shards of a smaller checkpoint to `folder`, unless they are there `again`; the
-    places of its tensors.
+    """Write the shards of a smaller checkpoint, unless they are there `again`; gives its places.
 
     A tensor lies in the shard that its origin lies in, in the same order. What has kept its shape
     is copied byte for byte, everything else is left to be written. A shard that has no tensor left

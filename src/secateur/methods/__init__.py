@@ -6,13 +6,13 @@ presets, by what they cost: `fast` factorises nothing, `default` is about as fas
 `best` takes the time it takes. Figures for all of them: docs/quality.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
+from secateur.errors import UnknownName
 from secateur.methods.alps import alps
 from secateur.methods.base import Method, Pruned, scored
 from secateur.methods.dense_target import dense_target
 from secateur.methods.magnitude import magnitude
-from secateur.methods.names import read_name
 from secateur.methods.refit import refit
 from secateur.methods.ria import ria
 from secateur.methods.sparsegpt import sparsegpt, sweep
@@ -33,9 +33,7 @@ METHODS: dict[str, Method] = {
     "default": _alps_fast,
     "best": dense_target(alps(iterations=20))._replace(refine=REFINE_EPOCHS),
 }
-"""Every method by its name, presets last. `find_method` reads names with refinements, such as
-`wanda+refit`.
-"""
+"""Every method by name, presets last; `find_method` reads `wanda+refit` and the like."""
 REFINEMENTS: dict[str, Callable[[Method], Method]] = {"refit": refit, "swap": swap}
 """What is done to a method's result, matrix by matrix."""
 SWITCHES: dict[str, Callable[[Method], Method]] = {
@@ -45,6 +43,25 @@ SWITCHES: dict[str, Callable[[Method], Method]] = {
     "refine": lambda method: method._replace(refine=REFINE_EPOCHS),
 }
 """What the stream of blocks does for a method, whatever it is."""
+
+
+def read_name(
+    name: str,
+    methods: Collection[str],
+    refinements: Collection[str],
+    method: str = "method",
+    refinement: str = "refinement",
+) -> tuple[str, list[str]]:
+    """The method and the refinements of a name `a+b+c`; UnknownName calls what is unknown `method`
+    or `refinement`.
+    """
+    first, *rest = name.split("+")
+    if first not in methods:
+        raise UnknownName(method, first, methods)
+    for other in rest:
+        if other not in refinements:
+            raise UnknownName(refinement, other, refinements)
+    return first, rest
 
 
 def find_method(name: str) -> Method:

@@ -21,9 +21,7 @@ from secateur.methods.statistics import Stats
 def alps(
     stages: int = 16, updates: int = 2, first: float = 0.05, last: float = 5.0, iterations: int = 10
 ) -> Method:
-    """ADMM with `stages` penalties from `first` to `last`, `updates` at each, and `iterations` of
-    refit.
-    """
+    """ADMM with penalties from `first` to `last`, `updates` at each, then `iterations` of refit."""
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)

@@ -27,9 +27,7 @@ class Pruned(NamedTuple):
 
 
 def importance(weight: Tensor, stats: Stats) -> Tensor:
-    """|w| · the root mean square of its input, `[out, in]`: what a weight adds to the output
-    (Wanda's score).
-    """
+    """What a weight adds to the output, `[out, in]`: |w| · root mean square of its input."""
     return weight.abs().mul_(stats.power().sqrt().to(weight.device))
 
 
@@ -69,11 +67,9 @@ def scored(
     row_wise: bool = True,
     cost: Cost | None = None,
 ) -> Method:
-    """Make a method that removes the lowest `score(weight, stats)` `[out, in]` and changes no other
-    weight.
+    """Make a method that removes the lowest `score(weight, stats)` and changes no other weight.
 
-    The pruned weights take the place of the scores: asking the system for new memory would cost
-    more than all the rest.
+    The pruned weights are written over the scores: new memory would cost more than all the rest.
     """
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
@@ -81,8 +77,7 @@ def scored(
         scores = score(weight, stats)
         kept = pattern.mask(scores)
         own = scores.dtype == weight.dtype and scores.data_ptr() != weight.data_ptr()
-        return Pruned(
-            torch.where(kept, weight, weight.new_zeros(()), out=scores if own else None), kept
-        )
+        zero, out = weight.new_zeros(()), scores if own else None
+        return Pruned(torch.where(kept, weight, zero, out=out), kept)
 
     return Method(frozenset(need), group, prune, row_wise=row_wise, score=score, cost=cost)

@@ -1,5 +1,4 @@
-"""SparseGPT's sweep over the columns: which weights go, and how the later ones make up for them,
-block by block.
+"""SparseGPT's sweep over the columns: which weights go, and how the later ones make up for them.
 
 With H the damped Gram matrix of the inputs and H⁻¹ = Uᵀ U, U upper triangular, a weight that goes
 leaves the error w / U_jj, and the later columns take it up along row U_j (Frantar & Alistarh 2023,
@@ -18,8 +17,6 @@ Inside of a block rows are independent, and every column is a few operations: sw
 rows at a time through all columns (float32, CPU), kernels/sweep.py does it on a GPU, and torch
 elsewhere, one column of all rows at a time.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -40,8 +37,7 @@ def block_width(pattern: Pattern, width: int) -> int:
 
 
 def responses(gram: Tensor, width: int) -> Tensor:
-    """How weights answer to each other, `[in, in]`, from H `[in, in]` positive definite, in blocks
-    of `width` columns.
+    """How weights answer to each other, `[in, in]`, for a positive definite H `[in, in]`.
 
     On its diagonal the blocks A_bb⁻¹, upper triangular; above them A_·b A_bb⁻¹: what was taken off
     the earlier weights times this is added to the block's. Zero below. Raises
@@ -61,8 +57,7 @@ def responses(gram: Tensor, width: int) -> Tensor:
 def sweep(
     weight: Tensor, answers: Tensor, alive: Tensor, pattern: Pattern, width: int
 ) -> tuple[Tensor, Tensor]:
-    """(kept bool, updated weight), both `[out, in]`: the columns in order, each leaving its error
-    to the later ones.
+    """(kept, updated weight), both `[out, in]`: each column leaves its error to the later ones.
 
     `answers` are the `responses` in blocks of this `width`; inputs that are not `alive` `[in]` go
     first. Unstructured masks are chosen a block at a time over all rows, others group by group.
@@ -87,25 +82,23 @@ def sweep(
 def sweep_block(
     values: Tensor, inverse: Tensor, alive: Tensor, pattern: Pattern, given: Tensor | None
 ) -> Tensor:
-    """Sweep the columns of a block: kept bool `[out, width]`; its weights, `values` of the same
-    shape, are overwritten.
+    """Sweep the columns of a block, overwriting its weights `values` `[out, width]`: the mask.
 
-    `inverse` is U of the block. The mask is `given`, or chosen by the pattern when the sweep
-    reaches a group.
+    `inverse` is U of the block. The mask is `given`, or chosen when the sweep reaches a group.
     """
     groups = _groups(pattern, len(values)) if given is None else [(len(values), 0)]
     width = values.shape[1]
-    if groups is None or values.dtype != torch.float32:
+    compiled = library() if values.device.type == "cpu" else None
+    by_gpu = values.is_cuda and on_gpu.usable(width)
+    if groups is None or values.dtype != torch.float32 or not (compiled or by_gpu):
         return sweep_block_in_torch(values, inverse, alive, pattern, given)
     kept = torch.empty_like(values, dtype=torch.bool) if given is None else given.contiguous()
-    if values.is_cuda and on_gpu.usable(width):
-        for part, mask, n in zip(*_split(groups, values, kept), strict=True):
-            on_gpu.sweep_block(part, mask, inverse, alive, pattern.chunk or width, n)
-        return kept
-    if values.device.type != "cpu" or (compiled := library()) is None:
-        return sweep_block_in_torch(values, inverse, alive, pattern, given)
     columns, usable = inverse.T.contiguous(), alive.float().contiguous()
-    for part, mask, n in zip(*_split(groups, values, kept), strict=True):
+    rows, counts = zip(*groups, strict=True)
+    for part, mask, n in zip(values.split(rows), kept.split(rows), counts, strict=True):
+        if not compiled:
+            on_gpu.sweep_block(part, mask, inverse, alive, pattern.chunk or width, n)
+            continue
         failed = compiled.secateur_sweep_block(
             best(),
             part.data_ptr(),
@@ -123,9 +116,7 @@ def sweep_block(
 
 
 def _groups(pattern: Pattern, rows: int) -> list[tuple[int, int]] | None:
-    """How many rows keep how many of every `pattern.chunk`, from the top; None for what is not
-    N:M.
-    """
+    """(rows, n kept of every `pattern.chunk`) from the top; None for what is not N:M."""
     stack = pattern if isinstance(pattern, Stacked) else Stacked((rows,), (pattern,))
     groups = []
     for count, part in zip(stack.rows, stack.parts, strict=True):
@@ -133,11 +124,6 @@ def _groups(pattern: Pattern, rows: int) -> list[tuple[int, int]] | None:
             return None
         groups.append((count, part.n))
     return groups
-
-
-def _split(groups: list[tuple[int, int]], values: Tensor, kept: Tensor) -> tuple:
-    rows, counts = zip(*groups, strict=True)
-    return values.split(rows), kept.split(rows), counts
 
 
 def sweep_block_in_torch(

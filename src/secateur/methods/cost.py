@@ -18,8 +18,7 @@ WIDTH = 128
 
 
 class Cost(NamedTuple):
-    """What a method does to a weight matrix `[out, in]`, or to several that read the same input, on
-    top of each other.
+    """What a method does to a weight matrix `[out, in]`, or to a stack that reads the same input.
 
     `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the
     columns; `factors`, Cholesky and what sweeps need of it, made once for all that read the same
@@ -71,9 +70,7 @@ class Cost(NamedTuple):
         return 4 * self.kept * columns**2
 
     def followed_by(self, products: int) -> Cost:
-        """The cost of this method and then a solver of so many products, which works in coordinates
-        of its own.
-        """
+        """The cost of this method and then of a solver with so many products."""
         return self._replace(
             products=self.products + products,
             targets=self.targets + 1,
@@ -84,7 +81,5 @@ class Cost(NamedTuple):
 
 
 def refit_products(iterations: int) -> int:
-    """Products of a refit: the target, the first residual, one an iteration, the objective at the
-    end.
-    """
+    """Products of a refit: target, first residual, one an iteration, objective at the end."""
     return iterations + 3

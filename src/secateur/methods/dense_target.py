@@ -1,5 +1,4 @@
-"""`+dense-target`: aim at what the dense model computes from its own inputs, not at the dense
-weights.
+"""`+dense-target`: aim at what the dense model computes, not at the dense weights.
 
 With x the inputs that the pruned prefix gives and x_dense those of the same tokens in the dense
 model, a solver that is given B = W E[x_dense xᵀ] makes up for the error of the matrices before
@@ -13,9 +12,7 @@ from secateur.methods.base import Method
 
 
 def dense_target(method: Method) -> Method:
-    """The method with the dense model's outputs as its target. Raises UnknownName after one that
-    solves nothing.
-    """
+    """The method aiming at the dense model's outputs. Raises UnknownName if it solves nothing."""
     if "gram" not in method.need:
         raise UnknownName(
             "refinement 'dense-target' after a method that solves nothing",

@@ -1,5 +1,4 @@
-"""The best weights on a fixed mask: ridge least squares on the inputs that a weight matrix saw, in
-coordinates that behave.
+"""The best weights on a fixed mask: ridge least squares on the inputs that a weight matrix saw.
 
 The output error is ‖(W − V) X‖² = tr (W − V) H (W − V)ᵀ with H the Gram matrix of its inputs.
 Channels of language models differ in scale by orders of magnitude, so everything is done in
@@ -11,8 +10,6 @@ damping, λ·mean(diag H), swamps ordinary channels when a few are massive.
 The ridge pulls to the dense weights, never to zero: it stands in the target too. Solvers take the
 target B = T·H, not T, so that a target made of dense inputs, B = W·E[x_dense xᵀ], is the same code.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -37,16 +34,12 @@ class Problem(NamedTuple):
     alive: Tensor
 
     def restore(self, solution: Tensor, kept: Tensor, dense: Tensor) -> Tensor:
-        """A solution in the original coordinates, zero off the mask; kept weights of dead inputs
-        stay dense.
-        """
+        """A solution in the original coordinates, 0 off the mask; dead inputs stay dense."""
         return torch.where(self.alive, solution / self.scale, dense).where(kept, 0.0)
 
 
 def ridge(stats: Stats) -> float:
-    """The relative damping λ: 0.01, growing to 0.1 as the tokens fall below 32 for each input
-    channel.
-    """
+    """The relative damping λ: 0.01, growing to 0.1 with fewer than 32 tokens for each channel."""
     tokens_per_channel = stats.tokens / len(stats.sums["gram"])
     return min(max(0.01 * 32 / max(tokens_per_channel, 1e-9), 0.01), 0.1)
 
@@ -75,8 +68,7 @@ def _normalised(stats: Stats, damping: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def masked_least_squares(problem: Problem, kept: Tensor, start: Tensor, iterations: int) -> Tensor:
-    """The solution on the mask `kept` after some steps of conjugate gradients from `start`, `[out,
-    in]`.
+    """The solution `[out, in]` on the mask `kept` after some conjugate gradient steps from `start`.
 
     All rows at once: each has its own step lengths, and one product `[out, in] × [in, in]` an
     iteration serves them all (Meng et al. 2024, sec. 3.3, arXiv:2406.07831). The row objective
@@ -86,7 +78,7 @@ def masked_least_squares(problem: Problem, kept: Tensor, start: Tensor, iteratio
     start = start.where(kept, 0.0)
     solution = start.clone()
     image = start @ problem.gram
-    before = _objective(problem, start, image)
+    before = objective(problem, start, image)
     residual = (problem.target - image) * kept  # `*`: a third of the time of `where` on a processor
     direction = residual.clone()
     size = residual.square().sum(1, keepdim=True)
@@ -103,11 +95,10 @@ def masked_least_squares(problem: Problem, kept: Tensor, start: Tensor, iteratio
     return start.where(worse[:, None], solution)
 
 
-def objective(problem: Problem, solution: Tensor) -> Tensor:
-    """½ x H xᵀ − B xᵀ of every row x of `solution`: its output error up to a constant, `[out]`."""
-    return _objective(problem, solution, solution @ problem.gram)
+def objective(problem: Problem, solution: Tensor, image: Tensor | None = None) -> Tensor:
+    """½ x H xᵀ − B xᵀ of every row x of `solution`: its output error up to a constant, `[out]`.
 
-
-def _objective(problem: Problem, solution: Tensor, image: Tensor) -> Tensor:
-    """The objective where `image`, the solution times H, is known."""
+    `image` is the solution times H, where that is known.
+    """
+    image = solution @ problem.gram if image is None else image
     return ((0.5 * image - problem.target) * solution).sum(1)

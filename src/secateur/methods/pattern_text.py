@@ -21,9 +21,7 @@ def parse(text: str) -> Pattern | Structure:
 
 
 def parse_pattern(text: str) -> Pattern:
-    """The pattern of zeros that `text` names. Raises BadPattern for anything else, structures
-    too.
-    """
+    """The pattern of zeros that `text` names. Raises BadPattern for anything else."""
     if match := re.fullmatch(r"(\d{1,6}):(\d{1,6})", text.strip()):
         return NM(int(match[1]), int(match[2]))
     if match := re.fullmatch(r"(-?\d+(?:\.\d+)?)%(?: of (row|matrix))?", text.strip()):
@@ -47,8 +45,7 @@ def share_of(text: str) -> tuple[float, str] | None:
     """The share in percent that a pattern takes out and of what: "" for single weights, " of
     channels" …
 
-    None for a pattern that is no share. Patterns with the same end are one family, whose members
-    have an order.
+    None for a pattern that is no share. Patterns with the same end form an ordered family.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)%((?: of [a-z]+)?)", text)
     return (float(match[1]), match[2]) if match else None

@@ -41,9 +41,7 @@ class Pattern(Protocol):
         ...
 
     def columns(self, rows: int, start: int, stop: int) -> Self:
-        """The pattern that columns `start:stop` must hold so that the whole matrix holds this one
-        exactly.
-        """
+        """What columns `start:stop` must hold for the whole matrix to hold this pattern."""
         ...
 
     def check(self, shape: tuple[int, int], name: str) -> None:
@@ -60,8 +58,7 @@ class Unstructured:
     """Remove the `ratio` lowest-scored weights of each row, or of the whole matrix.
 
     `round(ratio * n)` weights are removed from each group of n. A whole matrix keeps something
-    (`check`); a few of its columns (`columns`) may lose everything. Raises BadPattern unless 0 <=
-    ratio <= 1.
+    (`check`); a few of its columns may lose everything. Raises BadPattern unless 0 <= ratio <= 1.
     """
 
     ratio: float
@@ -72,9 +69,9 @@ class Unstructured:
             raise self._out_of_range()
 
     def _out_of_range(self) -> BadPattern:
+        share = f"{100 * self.ratio:g}%"
         return BadPattern(
-            "Sparsity is the share removed, at least 0% and under 100%; found "
-            f"{100 * self.ratio:g}%."
+            f"Sparsity is the share removed, at least 0% and under 100%; found {share}."
         )
 
     def __str__(self) -> str:
@@ -101,8 +98,7 @@ class Unstructured:
             raise self._out_of_range()
 
     def mask(self, scores: Tensor) -> Tensor:
-        if self.over is None:
-            raise AssertionError("the comparison group is open: call within() first")
+        assert self.over, "the comparison group is open: call within() first"
         flat = scores if self.over == "row" else scores.reshape(1, -1)
         return without_lowest(flat, round(self.ratio * flat.shape[1])).view_as(scores)
 
@@ -135,8 +131,7 @@ class NM:
         return self
 
     def columns(self, rows: int, start: int, stop: int) -> "NM":
-        if start % self.m or stop % self.m:
-            raise AssertionError(f"columns {start}:{stop} cut a group of {self.m}")
+        assert start % self.m == stop % self.m == 0, f"{start}:{stop} cut a group of {self.m}"
         return self
 
     def check(self, shape: tuple[int, int], name: str) -> None:
@@ -147,11 +142,7 @@ class NM:
             )
 
     def crowded(self, weight: Tensor) -> Tensor:
-        """Which groups of a matrix `[…, in]` hold more than n weights that are not zero: bool `[…,
-        in / m]`.
-
-        The inputs must be whole groups.
-        """
+        """Which groups of a matrix `[…, in]` hold over n weights that are not 0, `[…, in / m]`."""
         return crowded(weight, self.n, self.m)
 
     def holds(self, weight: Tensor) -> bool:

@@ -15,9 +15,7 @@ from secateur.methods.statistics import Stats
 
 
 def refit(method: Method, iterations: int | None = None) -> Method:
-    """The method followed by `iterations` of masked conjugate gradients (default: 10 or 20, see
-    above).
-    """
+    """The method, then `iterations` of conjugate gradients (default 10 or 20, see above)."""
     steps = iterations or (10 if method.updates else 20)
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:

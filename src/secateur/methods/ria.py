@@ -13,9 +13,7 @@ from secateur.methods.statistics import Stats
 
 
 def ria(exponent: float = 0.5) -> Method:
-    """Relative importance and activations; `exponent` 0 leaves the inputs out, 1 takes them as
-    Wanda does.
-    """
+    """Relative importance and activations; `exponent` 0 leaves inputs out, 1 is as in Wanda."""
 
     def score(weight: Tensor, stats: Stats) -> Tensor:
         size = weight.abs()

@@ -1,5 +1,4 @@
-"""SparseGPT: prune column by column and let the later columns make up for it (Frantar & Alistarh
-2023, alg. 1, arXiv:2301.00774).
+"""SparseGPT (Frantar & Alistarh 2023, alg. 1, arXiv:2301.00774): later columns repair earlier ones.
 
 With H = E[x xᵀ] damped by `damping · mean(diag H)` and U the upper Cholesky factor of H⁻¹ = Uᵀ U, a
 weight's score is w² / U_jj², its removal leaves the error w / U_jj, and the later columns absorb it
@@ -31,9 +30,7 @@ from secateur.methods.statistics import Stats
 
 
 def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
-    """SparseGPT with relative `damping` of the mean diagonal, masks chosen for `width` columns at a
-    time.
-    """
+    """SparseGPT with relative `damping`, masks chosen for `width` columns at a time."""
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         block = block_width(pattern, width)
@@ -51,9 +48,7 @@ def sparsegpt(damping: float = 0.01, width: int = 128) -> Method:
 
 
 def sweep(width: int = 128) -> Method:
-    """SparseGPT's sweep in normalised coordinates: the same but for its damping, which is relative
-    (see least_squares.py).
-    """
+    """SparseGPT's sweep in normalised coordinates, with their damping (least_squares.py)."""
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)
@@ -85,8 +80,7 @@ def _answers(stats: Stats, damping: float, block: int) -> tuple[Tensor, float]:
 def damped(gram: Tensor, damping: float) -> Tensor:
     """H + damping · mean(diag H) · I, `[in, in]`.
 
-    The mean is over inputs that were not always zero, and the others get it for their diagonal, so
-    the scale of H does not matter.
+    Inputs that were always zero do not enter the mean and get it themselves: H may have any scale.
     """
     gram = gram.clone()
     diagonal = gram.diagonal()

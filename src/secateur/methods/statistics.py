@@ -1,5 +1,4 @@
-"""What is remembered of the inputs of a weight matrix: sums over tokens, so that parts of the work
-merge exactly.
+"""What is remembered of the inputs of a weight matrix: sums over tokens, which add exactly.
 
 Batches, devices, ranks and resumed runs each see some tokens; adding what they saw gives what one
 run over all tokens would have seen. Every token weighs the same, whatever sequence it came from.
@@ -9,6 +8,7 @@ two devices choose the masks of one.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,8 +27,7 @@ STATS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
 }
 """Each statistic of inputs x `[tokens, in]`: what adds those of some tokens to a total in float64.
 
-`dense` are the inputs of the same tokens in the dense model, in the same dtype; those in `OF_DENSE`
-alone read them.
+`dense`: inputs of the same tokens in the dense model, same dtype; only `OF_DENSE` read them.
 """
 MATRICES = frozenset({"gram", "cross"})
 """The statistics that are `[in, in]`."""
@@ -37,9 +36,7 @@ OF_DENSE = frozenset({"cross", "dense sum"})
 
 @dataclass(frozen=True, eq=False)
 class Stats:
-    """Sums over the tokens that a weight matrix saw. `derived` keeps what was computed from them
-    once.
-    """
+    """Sums over the tokens that a weight matrix saw; `derived` caches what is made of them."""
 
     tokens: int
     sums: Mapping[str, Tensor]
@@ -47,24 +44,14 @@ class Stats:
 
     @classmethod
     def of(cls, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
-        """The statistics `need` of inputs x `[tokens, in]`, any floating dtype; those `OF_DENSE`
-        only with it.
-        """
-        shapes = {
-            name: x.shape[1:] * (2 if name in MATRICES else 1)
-            for name in need
-            if name not in OF_DENSE or dense is not None
-        }
-        empty = {
-            name: torch.zeros(shape, dtype=torch.float64, device=x.device)
-            for name, shape in shapes.items()
-        }
-        return cls(0, empty).add(x, empty, dense)
+        """The statistics `need` of inputs x `[tokens, in]`, in any floating-point dtype."""
+        known = [name for name in need if name not in OF_DENSE or dense is not None]
+        shapes = {name: x.shape[1:] * (2 if name in MATRICES else 1) for name in known}
+        zeros = partial(torch.zeros, dtype=torch.float64, device=x.device)
+        return cls(0, {name: zeros(shape) for name, shape in shapes.items()}).add(x, known, dense)
 
     def add(self, x: Tensor, need: Iterable[str], dense: Tensor | None = None) -> "Stats":
-        """These and those of inputs x `[tokens, in]`, in the same memory: the ones before are no
-        more.
-        """
+        """These plus those of inputs x `[tokens, in]`, added in place: the old sums are gone."""
         for name in need:
             if name not in OF_DENSE or dense is not None:
                 STATS[name](self.sums[name], x, x if dense is None else dense)
@@ -84,9 +71,7 @@ class Stats:
         return self.mean("square") if "square" in self.sums else self.mean("gram").diagonal()
 
     def once(self, key: object, compute: Callable[[], Value]) -> Value:
-        """`compute()`, evaluated once for these statistics and shared by all matrices that have
-        them.
-        """
+        """`compute()`, done once for these statistics and shared by all matrices that have them."""
         if key not in self.derived:
             self.derived[key] = compute()
         return self.derived[key]

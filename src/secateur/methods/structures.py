@@ -1,5 +1,4 @@
-"""What structured pruning takes out whole: channels, heads, experts, blocks. `parse` reads what
-`str` writes.
+"""What structured pruning takes out whole; `parse` reads what `str` writes.
 
     25% of channels    of the feed-forward channels of every block, or of every expert
     25% of heads       of the key-value heads of every block, with the query heads that read them
@@ -8,8 +7,7 @@
     A + B              several of these, one after the other
     to 75% of parameters, to 6GB    whatever reaches that size (`size_budget`)
 
-What is left is a smaller dense model. Every block keeps the same number, since stock configurations
-hold nothing else.
+What is left is a smaller dense model. Every block keeps as many, as stock configurations want.
 """
 
 import re
@@ -22,16 +20,12 @@ from secateur.system.sizes import NUMBER, SIZES, parse_size
 
 Kind = Literal["channels", "heads", "experts"]
 NAMES = {"channels": "channels", "heads": "key-value heads", "experts": "experts"}
-"""What is counted: of heads, those with keys and values of their own; the query heads that read
-them go along.
-"""
+"""What is counted: heads with keys and values of their own; their query heads go along."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """Remove the share `ratio` of the channels, heads or experts of every block. Raises BadPattern
-    outside 0 to 1.
-    """
+    """Remove a share of the channels, heads or experts of every block. Raises BadPattern."""
 
     ratio: float
     of: Kind
@@ -45,8 +39,7 @@ class Units:
     kind = "structured"
 
     def kept(self, total: int, align: int | None, where: str) -> int:
-        """How many of `total` units stay: the multiple of `align` that is nearest to what was
-        asked.
+        """How many of `total` units stay: the multiple of `align` nearest to what was asked.
 
         Raises BadPattern where that is none or all of them.
         """
@@ -71,8 +64,7 @@ class Units:
 def default_alignment(total: int) -> int:
     """The largest power of two up to 128 that divides a width and is at most a 32nd of it.
 
-    Kernels lose speed on widths that are no multiple of 16 or 128; small models have no width to
-    give away for it.
+    Kernels lose speed on widths that are no multiple of 16 or 128; small models have less to give.
     """
     align = gcd(total, 128)
     while align > 1 and align > total // 32:
@@ -82,9 +74,7 @@ def default_alignment(total: int) -> int:
 
 @dataclass(frozen=True)
 class Depth:
-    """Remove whole blocks: `count` of them, or the share `ratio`. Raises BadPattern for neither or
-    both.
-    """
+    """Remove `count` whole blocks, or the share `ratio`. Raises BadPattern for neither or both."""
 
     count: int | None = None
     ratio: float | None = None
@@ -116,9 +106,7 @@ class Depth:
 
 @dataclass(frozen=True)
 class Several:
-    """Several structures removed together, at most one of each kind. Raises BadPattern
-    otherwise.
-    """
+    """Several structures, at most one of each kind. Raises BadPattern otherwise."""
 
     parts: tuple[Units | Depth, ...]
 
@@ -177,9 +165,7 @@ def parts(structure: Structure) -> tuple[Units | Depth, ...]:
 
 
 def parse_structure(text: str) -> Structure | None:
-    """The structure that `text` names, None where it names none. Raises BadPattern for an
-    impossible one.
-    """
+    """The structure that `text` names, else None. Raises BadPattern for an impossible one."""
     text = re.sub(r"\s*%", "%", text.strip())
     if match := re.fullmatch(rf"to ({NUMBER})% of parameters", text):
         return Budget(share=float(match[1]) / 100)

@@ -1,5 +1,4 @@
-"""`+swap`: a better mask for weights that must stay as they are, by one exchange at a time
-(SparseSwaps, 2025).
+"""`+swap`: a better mask for weights that stay as they are, by exchanges (SparseSwaps, 2025).
 
 With u the removed part of a row, the row's output error is u H uᵀ. Removing weight q in exchange
 for weight p changes it by a_q + b_p − 2 w_q w_p H_qp, with c = u H, a_q = 2 w_q c_q + w_q² H_qq and
@@ -23,9 +22,7 @@ from secateur.methods.statistics import Stats
 
 
 def swap(method: Method, steps: int = 100, candidates: int = 64) -> Method:
-    """The method followed by up to `steps` exchanges in each row. Raises UnknownName after one that
-    changes weights.
-    """
+    """The method, then up to `steps` exchanges a row. Raises UnknownName if it changes weights."""
     if method.updates:
         raise UnknownName(
             "refinement 'swap' after a method that changes weights", "swap", ("refit",)
@@ -51,9 +48,7 @@ def swap(method: Method, steps: int = 100, candidates: int = 64) -> Method:
 def _best_exchanges(
     problem: Problem, kept: Tensor, chunk: int | None, candidates: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(index removed, index restored, change of the error) for the best exchange of every row, each
-    `[out]`.
-    """
+    """(index removed, index restored, change of error) of each row's best exchange."""
     w, gram = problem.weight, problem.gram
     image = w.where(~kept, 0.0) @ gram  # c = u H
     square = w.square() * gram.diagonal()

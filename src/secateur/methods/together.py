@@ -13,9 +13,7 @@ from secateur.methods.statistics import Stats
 
 @dataclass(frozen=True)
 class Stacked:
-    """Several matrices on top of each other, `rows` of each, every one to its own pattern; chunks
-    must agree.
-    """
+    """Matrices on top of each other, `rows` of each, with a pattern each; chunks must agree."""
 
     rows: tuple[int, ...]
     parts: tuple[Pattern, ...]
@@ -52,9 +50,7 @@ class Stacked:
 def solved_together(
     method: Method, names: Iterable[str], stats: Mapping[str, Stats]
 ) -> list[list[str]]:
-    """The weight matrices in order; those that read the same input together, where a solver can
-    use its Gram matrix for all of them.
-    """
+    """The weight matrices in order; those with one input together, if `gram` is needed of it."""
     together: dict[object, list[str]] = {}
     for name in names:
         shared = "gram" in method.need and name in stats
@@ -65,18 +61,14 @@ def solved_together(
 def prune_together(
     method: Method, weights: Sequence[Tensor], stats: Stats, patterns: Sequence[Pattern]
 ) -> list[Pruned]:
-    """`method.prune` of several weights `[out, in]` that read the same input, each to its own
-    pattern.
+    """`method.prune` of weights `[out, in]` that read the same input, each to its own pattern.
 
-    Where rows are independent they are solved as one matrix, so that what is factorised is
-    factorised once.
+    Where rows are independent they are solved as one matrix, and factorised once.
     """
     patterns = [pattern.within(method.group) for pattern in patterns]
     if not method.row_wise or len(weights) == 1 or len({pattern.chunk for pattern in patterns}) > 1:
-        return [
-            method.prune(weight, stats, pattern)
-            for weight, pattern in zip(weights, patterns, strict=True)
-        ]
+        pairs = zip(weights, patterns, strict=True)
+        return [method.prune(weight, stats, pattern) for weight, pattern in pairs]
     rows = tuple(len(weight) for weight in weights)
     pruned = method.prune(torch.cat(list(weights)), stats, Stacked(rows, tuple(patterns)))
     parts = zip(pruned.weight.split(rows), pruned.kept.split(rows), strict=True)

@@ -5,8 +5,6 @@ weights that are missing are made up, those it has no use for are dropped, encod
 that they have seen.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

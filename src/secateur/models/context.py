@@ -1,7 +1,5 @@
 """What a model says of the tokens that it takes: its context, its vocabulary, its width."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +31,7 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def width(language_model: LanguageModel) -> int:
-    """Numbers of a token between the blocks of a model, at least: some families have several
-    streams of them.
-    """
+    """Numbers of a token between the blocks, at least: some families have several streams."""
     return language_model.model.get_input_embeddings().weight.shape[1]  # type: ignore[union-attr]
 
 
@@ -50,8 +46,7 @@ def check_length(config: Any, length: int) -> None:
 
 
 def check_windows(language_model: LanguageModel, windows: Windows, batch_size: int) -> None:
-    """Raise UnsupportedModel where the windows have tokens that the model lacks, or are longer than
-    its context.
+    """Raise UnsupportedModel for tokens that the model lacks, and windows longer than its context.
 
     Raises NotEnoughText for batches of nothing.
     """

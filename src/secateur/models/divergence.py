@@ -1,7 +1,5 @@
 """How far a changed model is from the dense one, by what both predict."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,9 +10,7 @@ from secateur.models.stream.blocks import BlockRun
 
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; what p cannot say costs
-    nothing.
-    """
+    """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; 0 · log 0 counts as 0."""
     return (log_p.exp() * (log_p - log_q)).where(log_p > -torch.inf, 0.0).sum(-1)
 
 

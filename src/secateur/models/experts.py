@@ -14,9 +14,7 @@ from torch import Tensor, nn
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module holds fused experts: both matrices 3-D, and the flags that say how they are
-    applied.
-    """
+    """Whether a module holds fused experts: two 3-D matrices, and flags for how they lie."""
     if not all(hasattr(module, flag) for flag in ("is_transposed", "has_bias", "has_gate")):
         return False
     weights = [getattr(module, part, None) for part in matrices(module)]
@@ -74,9 +72,7 @@ def inner(module: nn.Module, expert: int, x: Tensor) -> Tensor:
 
 
 def activated(module: nn.Module, z: Tensor) -> Tensor:
-    """The inputs of the second matrix, `[tokens, in]`, for what the first one returned, `[tokens,
-    out]`.
-    """
+    """What enters the second matrix, `[tokens, in]`, for what left the first, `[tokens, out]`."""
     if matrices(module)[0] == "gate_up_proj":
         return module._apply_gate(z)  # type: ignore[operator]
     return module.act_fn(z)  # type: ignore[operator]
@@ -102,15 +98,11 @@ def routers(block: nn.Module) -> set[nn.Module]:
 
 def has_list(block: nn.Module) -> bool:
     """Whether a block holds experts that are modules of their own, a list of them."""
-    return any(
-        isinstance(module, nn.ModuleList) and _experts_in(module) for module in block.modules()
-    )
+    return any(isinstance(one, nn.ModuleList) and _experts_in(one) for one in block.modules())
 
 
 def _experts_in(module: nn.Module) -> int | None:
-    """How many experts a module holds, fused or as a list of modules that are alike; None where it
-    is neither.
-    """
+    """How many experts a module holds, fused or as a list of modules of one type, else None."""
     if is_experts(module):
         return count(module)
     alike = isinstance(module, nn.ModuleList) and len({type(expert) for expert in module}) == 1

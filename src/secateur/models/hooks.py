@@ -1,7 +1,5 @@
 """Hooks that see what enters the linear layers and the fused experts of a block."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,8 +30,7 @@ def watched(
 
 @contextmanager
 def visited(block: nn.Module, visit: Callable[[list[tuple[str, Tensor]]], None]) -> Iterator[None]:
-    """While open, `visit([(name, x [tokens, in]), …])` is called wherever a forward of the block
-    reaches weight matrices.
+    """While open, call `visit([(name, x [tokens, in]), …])` where a forward reaches matrices.
 
     A linear layer comes alone; the first matrices of fused experts come together, and after them
     the second ones, whose inputs are computed when the first call has returned.
@@ -47,10 +44,8 @@ def visited(block: nn.Module, visit: Callable[[list[tuple[str, Tensor]]], None])
         module, (hidden, chosen) = fused[name], arguments[:2]
         first, second = experts.matrices(module)
         visit([(f"{name}.{e}.{first}", x) for e, x in experts.routed(module, hidden, chosen)])
-        inner = (
-            (e, experts.inner(module, e, x)) for e, x in experts.routed(module, hidden, chosen)
-        )
-        visit([(f"{name}.{e}.{second}", x) for e, x in inner])
+        routed = experts.routed(module, hidden, chosen)
+        visit([(f"{name}.{e}.{second}", experts.inner(module, e, x)) for e, x in routed])
 
     with watched(linear_layers(block), linear), watched(fused, both):
         yield
@@ -58,9 +53,7 @@ def visited(block: nn.Module, visit: Callable[[list[tuple[str, Tensor]]], None])
 
 @contextmanager
 def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """While open, `record(name, x [tokens, in])` is called for every weight matrix that a forward
-    of the block reaches.
-    """
+    """While open, call `record(name, x [tokens, in])` for every matrix that a forward reaches."""
 
     def visit(reached: list[tuple[str, Tensor]]) -> None:
         for name, x in reached:

@@ -5,8 +5,6 @@ run one by one (`replay`), do not give its own logits bit for bit is refused rat
 wrongly. Weights stay where `from_pretrained` mapped them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace

@@ -1,13 +1,10 @@
-"""Weights that transformers puts together anew when it loads a checkpoint, in a file instead of in
-memory.
+"""Weights that transformers puts together when it loads a checkpoint, in a file, not in memory.
 
 Most weights of a loaded model are the mapped checkpoint itself. But many mixtures are stored expert
 by expert, and transformers stacks the experts of a block into one tensor: a copy of nearly the
 whole model. Where that would be too much for memory, each such tensor is moved to a mapped file as
 soon as it is made.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Iterator
@@ -29,9 +26,7 @@ SMALL = 2**20
 
 
 def too_large(checkpoint_bytes: int, limit: int | None = None) -> bool:
-    """Whether a copy of the weights in every process here is more than half of `limit` bytes, or of
-    what is free.
-    """
+    """Whether the weights, once for each process, take over half of `limit`, or of what is free."""
     if limit is not None:
         return 2 * checkpoint_bytes > limit
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as torchrun says
@@ -39,9 +34,7 @@ def too_large(checkpoint_bytes: int, limit: int | None = None) -> bool:
 
 
 def spill_folder(out: Path | None, checkpoint_bytes: int, limit: int | None = None) -> Path | None:
-    """Where it goes if it is `too_large`, else None: the folder that `out` will lie in, or the
-    nearest above that is there; without a result, where temporary files go.
-    """
+    """Where weights that are `too_large` for memory go: beside `out`, or to the temporary files."""
     if not too_large(checkpoint_bytes, limit):
         return None
     if out is None:
@@ -51,8 +44,7 @@ def spill_folder(out: Path | None, checkpoint_bytes: int, limit: int | None = No
 
 @contextmanager
 def stacked_on_disk(folder: Path | None) -> Iterator[None]:
-    """While open, what `from_pretrained` makes of several tensors is moved to a file without a name
-    in `folder`.
+    """While open, what `from_pretrained` makes of several tensors goes to a file in `folder`.
 
     Without a folder it stays in memory. Raises DiskFull, OutputRefused.
     """

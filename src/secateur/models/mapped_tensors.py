@@ -1,8 +1,4 @@
-"""The hidden states of the calibration windows, batch by batch: in memory, or in a file where there
-are too many.
-"""
-
-from __future__ import annotations
+"""The hidden states of the calibration windows, by batch: in memory, or in a file if too many."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
@@ -50,9 +46,7 @@ class HiddenStateStore:
         self._tensors.append(self._mapped(tensor) if self._file else tensor)
 
     def _mapped(self, tensor: Tensor) -> Tensor:
-        """A copy in the file. A mapping costs a file descriptor, so it is made for more than one
-        tensor.
-        """
+        """A copy in the file. A mapping costs a file descriptor, so several tensors share one."""
         assert self._file is not None
         size = -(-tensor.nbytes // ALIGNED) * ALIGNED
         if size > len(self._room):

@@ -5,8 +5,6 @@ expert's slice of a 3-D parameter. Routers, and whatever else is no such matrix,
 `coverage` says how much that leaves out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +22,7 @@ Shapes = Mapping[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class WeightMatrix:
-    """One prunable matrix of a block: a view `[out, in]` of a parameter, whatever way the layer
-    stores it.
-    """
+    """One prunable matrix of a block: a view `[out, in]` of a parameter, however that is stored."""
 
     name: str
     parameter: str
@@ -61,9 +57,8 @@ def weight_matrices(block: nn.Module) -> dict[str, WeightMatrix]:
     for name, module in block.named_modules():
         if name in linear:
             weight: Tensor = module.weight.data  # type: ignore[assignment]
-            matrices.append(
-                WeightMatrix(name, f"{name}.weight", weight, isinstance(module, Conv1D))
-            )
+            transposed = isinstance(module, Conv1D)
+            matrices.append(WeightMatrix(name, f"{name}.weight", weight, transposed))
         for part in experts.matrices(module) if name in fused else ():
             transposed = experts.is_transposed(module)
             matrices += [
@@ -113,8 +108,7 @@ def bias(block: nn.Module, matrix: WeightMatrix) -> tuple[str, Tensor] | None:
 def signature(block: nn.Module) -> tuple[Any, ...]:
     """What blocks of one kind have in common; one trace serves them all.
 
-    Module types, shapes of parameters, and flags and factors (a block may reuse the keys of
-    another, or gate sparsely).
+    Module types, parameter shapes, flags and factors (a block may share keys, or gate sparsely).
     """
     signs: list[Any] = [(name, tuple(p.shape)) for name, p in block.named_parameters()]
     for name, module in block.named_modules():
@@ -137,11 +131,9 @@ def model_coverage(language_model: LanguageModel) -> float:
 
 def matrix_shapes(language_model: LanguageModel) -> Shapes:
     """`[out, in]` of every weight matrix by full name."""
-    return {
-        f"{language_model.block_name(index)}.{name}": (
-            matrix.weight.shape[0],
-            matrix.weight.shape[1],
-        )
-        for index, block in enumerate(language_model.blocks)
-        for name, matrix in weight_matrices(block).items()
-    }
+    shapes: dict[str, tuple[int, int]] = {}
+    for index, block in enumerate(language_model.blocks):
+        for name, matrix in weight_matrices(block).items():
+            rows, columns = matrix.weight.shape
+            shapes[f"{language_model.block_name(index)}.{name}"] = rows, columns
+    return shapes

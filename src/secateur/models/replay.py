@@ -51,18 +51,14 @@ class LanguageModel:
 
 
 def working_copy(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A copy of a block on `device`, in `dtype` (None: as stored). The original keeps its mapped
-    weights.
-    """
+    """A copy of a block on `device`, in `dtype` (None: as stored); the original stays mapped."""
     return _cast(deepcopy(module), device, dtype)
 
 
 def _cast(
     module: nn.Module, device: torch.device, dtype: torch.dtype | None, *, recurse: bool = True
 ) -> nn.Module:
-    """Move a module; parameters take the dtype, buffers (rotary tables, masks) only where it is
-    wider.
-    """
+    """Move a module; parameters take the dtype, buffers (rotary tables) only where it is wider."""
     for tensor in (*module.parameters(recurse), *module.buffers(recurse)):
         target = None
         if dtype and tensor.is_floating_point():
@@ -74,24 +70,31 @@ def _cast(
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
     """The hidden state `[batch, tokens, hidden]` after a block."""
-    call = Call(*(_move(part, hidden.device) for part in call))
+    call = with_leaves(call, lambda leaf: _moved(leaf, hidden.device))
     output = block(hidden, *call.args, **call.kwargs)
     return output[0] if isinstance(output, tuple) else output
 
 
 def in_float32(call: Call) -> Call:
     """The call with its floating-point tensors (rotary tables, ALiBi, masks) in float32."""
-    return Call(*(_move(part, None, torch.float32) for part in call))
+    return with_leaves(call, lambda leaf: _moved(leaf, None, torch.float32))
 
 
-def _move(value: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, dtype if value.is_floating_point() else None)
+def _moved(leaf: Any, device: torch.device | None, dtype: torch.dtype | None = None) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(device, dtype if leaf.is_floating_point() else None)
+
+
+def with_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A recorded call with `change(leaf)` for whatever in it is no tuple, list or dict."""
+    if isinstance(value, Call):
+        return Call(*(with_leaves(part, change) for part in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(_move(part, device, dtype) for part in value)
+        return type(value)(with_leaves(part, change) for part in value)
     if isinstance(value, dict):
-        return {key: _move(part, device, dtype) for key, part in value.items()}
-    return value
+        return {key: with_leaves(part, change) for key, part in value.items()}
+    return change(value)
 
 
 class _Reached(Exception):
@@ -99,9 +102,7 @@ class _Reached(Exception):
 
 
 class _Tap(nn.Module):
-    """Stands in for a block: hands each call to the shell, and looks like the block to whoever
-    asks.
-    """
+    """Stands in for a block: hands each call to the shell, and has the block's attributes."""
 
     def __init__(self, block: nn.Module, index: int) -> None:
         super().__init__()
@@ -119,8 +120,7 @@ class _Tap(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.called is None:
-            raise AssertionError("a tap was called outside enter() and leave()")
+        assert self.called, "a tap was called outside enter() and leave()"
         hidden, *rest = args or [kwargs.pop("hidden_states")]
         return self.called(self.index, hidden, Call(tuple(rest), kwargs))
 
@@ -175,9 +175,7 @@ class Shell:
                 tap.called = None
 
     def enter(self, tokens: Tensor) -> tuple[Tensor, list[Call]]:
-        """The hidden state that enters block 0 for tokens `[batch, length]`, and every block's
-        call.
-        """
+        """What enters block 0 for tokens `[batch, length]`, and the call of every block."""
         calls: list[Call] = []
         entering: list[Tensor] = []
 
@@ -202,9 +200,7 @@ class Shell:
         )
 
     def leave(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """The logits `[batch, length, vocabulary]` when `hidden` is what the last block
-        returned.
-        """
+        """The logits `[batch, length, vocabulary]` for `hidden`, which the last block returned."""
         with self._answering(lambda index, entering, call: hidden.to(entering.device)):
             return self.model(tokens.to(self.device), use_cache=False).logits
 
@@ -223,16 +219,12 @@ def _looked_up(embedding: nn.Module, tokens: Tensor, dtype: torch.dtype) -> Tens
 
 
 def own(value: Any, memo: dict[int, Any]) -> Any:
-    """Recorded calls once more, with one `memo` for a batch: tensors are shared, what blocks leave
-    for later is not.
-    """
-    if isinstance(value, Call):
-        return Call(*(own(part, memo) for part in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(own(part, memo) for part in value)
-    if type(value) is dict:
-        return {key: own(part, memo) for key, part in value.items()}
-    return value if isinstance(value, Tensor) else memo.setdefault(id(value), deepcopy(value))
+    """A copy of recorded calls, with one `memo` for a batch; only tensors are shared."""
+
+    def copied(leaf: Any) -> Any:
+        return leaf if isinstance(leaf, Tensor) else memo.setdefault(id(leaf), deepcopy(leaf))
+
+    return with_leaves(value, copied)
 
 
 def same(a: Any, b: Any) -> bool:
@@ -247,8 +239,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def close(wanted: Tensor, got: Tensor) -> bool:
-    """Whether each channel (last dimension) differs by little of its norm, or of 1 % of the typical
-    norm.
+    """Whether each channel (last dimension) differs by little of its norm, or of 1 % of the median.
 
     Little is 0.1 %, or a few roundings of a 16-bit dtype: a wrong order is far off.
     """

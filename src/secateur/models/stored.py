@@ -1,7 +1,5 @@
 """The parameters of a model and the tensors of the checkpoint that they were loaded from."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 

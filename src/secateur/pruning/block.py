@@ -1,15 +1,12 @@
-"""One block: the statistics of its inputs, then the method, weight matrix by weight matrix; what
-comes out is ready to be written.
+"""One block: statistics of its inputs, then the method, weight matrix by weight matrix.
 
-Two copies of the block are changed alike: the one in the dtype of the forward passes, on which the
-stream goes on, and one as it is stored, which is the result. What is pruned is the stored weight,
-whatever dtype the forward has.
+Two copies of the block are changed alike: one in the dtype of the forward passes, which go on
+through it, and one as it is stored, which is the result. What is pruned is the stored weight.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,7 +18,7 @@ from secateur.methods.statistics import Stats
 from secateur.methods.together import prune_together, solved_together
 from secateur.models.matrices import WeightMatrix, put, refuse_non_finite_weights, weight_matrices
 from secateur.models.replay import working_copy
-from secateur.models.stream.blocks import PROBE_TOKENS, Step
+from secateur.models.stream.blocks import Step
 from secateur.models.stream.observe import CalibrationStatistics
 from secateur.models.stream.refine import Tuned, refine_block
 from secateur.pruning.permute import Classes, Permutation
@@ -32,9 +29,7 @@ from secateur.system.tensors import count_zeros
 
 @dataclass
 class PrunedBlock:
-    """A finished block: the parameters that changed, by their name in the model, in the dtype they
-    are stored in.
-    """
+    """A finished block: the parameters that changed, by name in the model, as they are stored."""
 
     index: int
     tensors: dict[str, Tensor]
@@ -43,14 +38,15 @@ class PrunedBlock:
 
     def entry(self, name: str) -> dict[str, Any]:
         """What `Report.take` takes, as JSON can hold it."""
-        sites = [asdict(report) for report in self.reports]
-        return {"block": name, "sites": sites, "refined": self.tuned}
+        matrices = [asdict(report) for report in self.reports]
+        return {"block": name, "sites": matrices, "refined": self.tuned}
 
 
 @dataclass
 class _Work:
-    """A block while it is pruned: its matrices as they were and as they are stored; of those that
-    were pruned a note, and inputs `[tokens, in]` to measure errors on.
+    """A block while it is pruned: its matrices as they were (`dense`) and as they will be stored.
+
+    Of those that were pruned a note, and inputs `[tokens, in]` to measure errors on.
     """
 
     step: Step
@@ -82,20 +78,19 @@ def prune_block(step: Step, pruning: Pruning, classes: Mapping[str, Classes]) ->
     dense, targets = weight_matrices(original), weight_matrices(result)
     work = _Work(step, pruning, dense, targets, permutation)
     refuse_non_finite_weights(step.name, dense)
-    for group, observed in step.stages(
+    stages = step.stages(
         method.need,
-        PROBE_TOKENS,
         {name for name in step.sites if work.pattern(name)},
         one_pass=pruning.passes == "one" and not method.permute,
         sequential=method.sequential,
         again=method.refine > 0,
-    ):
+    )
+    for group, observed in stages:
         work.probes |= observed.probes
-        started = perf_counter()
-        for notes in run.ranks.together(partial(_solve, work, run.ranks.mine(group), observed)):
-            work.notes |= notes
-        _hand_round(work, group)
-        step.seconds.solve += perf_counter() - started
+        with run.seconds.counted("solve"):
+            for notes in run.ranks.together(partial(_solve, work, run.ranks.mine(group), observed)):
+                work.notes |= notes
+            _hand_round(work, group)
     release_memory()
     changed = sorted({step.sites[name].parameter for name in work.notes})
     tuned = None
@@ -143,21 +138,18 @@ def _hand_round(work: _Work, group: Sequence[str]) -> None:
 
 def _report(work: _Work, name: str) -> MatrixReport:
     """What became of a weight matrix."""
-    matrix, full_name, pattern = work.targets[name], f"{work.step.name}.{name}", work.pattern(name)
+    matrix, pattern, error = work.targets[name], work.pattern(name), None
     rows, columns = matrix.weight.shape
-    share = count_zeros(matrix.weight) / (rows * columns)
-    if name not in work.notes:
-        note = UNSEEN if pattern else LEFT_OUT
-        return MatrixReport(full_name, (rows, columns), None, share, None, note)
-    error = None
-    if (probe := work.probes.get(name)) is not None:
+    if (note := work.notes.get(name)) is None:
+        pattern, note = None, UNSEEN if pattern else LEFT_OUT
+    elif (probe := work.probes.get(name)) is not None:
         before, after = (m.weight.to(probe.device).float() for m in (work.dense[name], matrix))
         error = output_error(probe, before - after, before)
-    note = work.notes[name]
-    return MatrixReport(full_name, (rows, columns), str(pattern), share, error, note)
+    name, shown = f"{work.step.name}.{name}", None if pattern is None else str(pattern)
+    share = count_zeros(matrix.weight) / (rows * columns)
+    return MatrixReport(name, (rows, columns), shown, share, error, note)
 
 
 def _advance(work: _Work, what: str) -> None:
-    """Say what is at hand."""
     run = work.pruning.run
     run.progress.advance(what, work.step.index, len(run.language_model.blocks))

@@ -58,8 +58,7 @@ def prune(
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Prune a model and write the result to the folder `out`; returns the report that
-    `pruning.json` holds.
+    """Prune a model and write the result to the folder `out`; returns the report of the run.
 
     The options are those of the command, whose help says what each is (`system.settings`); `model`
     None is the embedded demo model. Statistics and solving are float32 whatever the `dtype` of the
@@ -68,11 +67,10 @@ def prune(
     in all its kinds; then `out` is untouched.
     """
     given = locals()
-    recipe, text = taken(Recipe, given), taken(CalibrationText, given)
-    compute, destination = taken(Compute, given), taken(Destination, given)
-    trust = taken(Trust, given)
+    text, compute = taken(CalibrationText, given), taken(Compute, given)
+    destination, trust = taken(Destination, given), taken(Trust, given)
     # Whatever can be refused is refused before the model is touched.
-    chosen = find_recipe(recipe)
+    chosen = find_recipe(taken(Recipe, given))
     refuse_output(Path(out), overwrite=overwrite)
     with joined(device) as (ranks, device):
         resources = find_resources(replace(compute, device=device))
@@ -94,8 +92,7 @@ def prune_checkpoint(
 ) -> Report:
     """`prune` for a model that is loaded already, and calibration windows that are drawn already.
 
-    A structure makes a smaller model and is another program, `prune_structure`; from here on
-    there are zeros only.
+    A structure makes a smaller model, in another program; from there on there are zeros only.
     """
     progress, (source, language_model, windows) = progress or Progress(), opened
     if isinstance(chosen, Slices):
@@ -107,10 +104,8 @@ def prune_checkpoint(
     out = Path(destination.out)
     run = block_run(language_model, windows, resources, out.resolve().parent, progress, ranks)
     conditions, count = conditions_of(run, windows, chosen, resources), len(language_model.blocks)
-    with (
-        PeakMemory() as peak,
-        block_writer(source, language_model, destination, trust, conditions, ranks) as writer,
-    ):
+    writing = block_writer(source, language_model, destination, trust, conditions, ranks)
+    with PeakMemory() as peak, writing as writer:
         report, pruning = prepare(run, windows, chosen, resources, trust, writer.once)
         for entry in writer.entries:
             report.take(entry)
@@ -119,22 +114,16 @@ def prune_checkpoint(
                 entry = block.entry(language_model.block_name(block.index))
                 report.take(entry)
                 writer.commit(block.tensors, entry, last=block.index == count - 1)
-        report.sparsity = total_sparsity(report.sites)
-        report.peak_bytes, report.out = peak.bytes, out
-        options = {
-            "dtype": conditions["dtype"],
-            "batch_size": pruning.run.batch_size,
-            "skip": list(chosen.recipe.skip),
-            "passes": pruning.passes,
-        }
+        report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
+        report.out = out
+        options = {"dtype": conditions["dtype"], "batch_size": pruning.run.batch_size}
+        options |= {"skip": list(chosen.recipe.skip), "passes": pruning.passes}
         writer.finish(pruning_record(source.folder, report, destination.command, options))
     return report
 
 
 def pruned_blocks(pruning: Pruning, finished: Sequence[nn.Module] = ()) -> Iterator[PrunedBlock]:
-    """Prune every block in order, and give it; the first may be `finished` and are not given
-    again.
-    """
+    """Prune every block in order, and give it; the first may be `finished`, and are not given."""
     run, method = pruning.run, pruning.method
     count, classes = len(run.language_model.blocks), groups_by_kind(run)
     if not method.need and not method.refine:  # enough for the probe on which errors are measured

@@ -3,8 +3,6 @@
 Single products on a GPU are timed by the device itself (kernels/device.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import TypeVar

@@ -35,9 +35,7 @@ def find_resources(compute: Compute) -> Resources:
 
 
 def find_devices(text: str) -> list[torch.device]:
-    """The devices that `text` names, separated by commas; `auto` is all GPUs, else the CPU. Raises
-    UnknownName.
-    """
+    """The devices that `text` names; `auto` is all GPUs, else the CPU. Raises UnknownName."""
     if text == "auto":
         return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [CPU]
     known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -59,9 +57,7 @@ def find_dtype(name: str) -> str:
 
 
 def timed_dtype(name: str) -> torch.dtype:
-    """The dtype of models that are timed on the CPU. Raises UnknownName for one without fast
-    products there.
-    """
+    """The dtype of models timed on the CPU. Raises UnknownName for one without fast products."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if (full := find_dtype(name)) not in kinds:
         raise UnknownName("dtype that can be timed", name, kinds)
@@ -76,17 +72,14 @@ def forward_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def calibration_dtype(name: str, device: torch.device, stored: torch.dtype) -> torch.dtype | None:
-    """The same for passes that only collect statistics: `auto` takes bfloat16 as stored where the
-    CPU multiplies it.
-    """
+    """The same for calibration passes: `auto` takes bfloat16 as stored if the CPU multiplies it."""
     if name == "auto" and stored == torch.bfloat16 and multiplies_bfloat16():
         return None
     return forward_dtype(name, device)
 
 
 def training_dtype(name: str, device: torch.device, stored: torch.dtype) -> str:
-    """What is multiplied while weights in float32 are trained: "float32" or "bfloat16", the latter
-    under autocast.
+    """What training multiplies in: "float32" or, under autocast, "bfloat16"; weights are float32.
 
     `auto` takes bfloat16 for what is stored in 16 bits where the device multiplies it. Raises
     UnknownName for float16, in which gradients vanish.

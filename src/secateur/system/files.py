@@ -4,8 +4,6 @@ A folder may hold pipes, which block whoever opens them, and files with terabyte
 folders are looked over once (`refuse_odd_files`) before anything in them is opened.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
@@ -22,8 +20,7 @@ READ_WHOLE = (".json", ".txt", ".jinja", ".model", ".tiktoken", ".py")
 
 
 def reserve(descriptor: int, offset: int, size: int) -> None:
-    """Make room for bytes of an open file on the disk, where the system can: a mapped hole on a
-    full one is a crash.
+    """Reserve room on the disk for bytes of an open file: a mapped hole on a full disk is a crash.
 
     Raises OSError where there is none.
     """
@@ -34,8 +31,7 @@ def reserve(descriptor: int, offset: int, size: int) -> None:
 
 
 def refuse_odd_files(folder: Path) -> None:
-    """Raise BadCheckpoint for pipes, devices and sockets in a folder, links to such, and texts of
-    absurd sizes.
+    """Raise BadCheckpoint for pipes, devices, sockets, links to such, and texts of absurd sizes.
 
     Libraries open what they find by its name, wait for a pipe forever, and read a text as a whole.
     Folders inside are looked over as well, since chat templates may lie there, but not those inside
@@ -59,8 +55,7 @@ def refuse_odd_files(folder: Path) -> None:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Raise BadCheckpoint for links to files outside of a folder whose files are about to be
-    copied, shards excepted.
+    """Raise BadCheckpoint for links out of a folder whose files will be copied, shards excepted.
 
     A link in a folder from elsewhere can name a private key; the copy would then be in a result
     that is given away. The hub's own cache keeps its files in a folder beside the snapshots.

@@ -1,8 +1,4 @@
-"""Ctrl-C during long work: the first one asks to stop where nothing is lost, the second stops at
-once.
-"""
-
-from __future__ import annotations
+"""Ctrl-C during long work: the first asks to stop where nothing is lost, the second stops."""
 
 import signal
 import sys
@@ -14,8 +10,7 @@ from typing import Any
 
 @contextmanager
 def asked_to_stop(where: str) -> Iterator[Callable[[], bool]]:
-    """While open, tells whether the user has asked to stop; the answer to the first Ctrl-C says
-    `where` that will be.
+    """While open, tells whether the user has asked to stop; the first Ctrl-C prints `where`.
 
     Outside the main thread, where Python hears no signals, nobody asks.
     """
@@ -28,11 +23,8 @@ def asked_to_stop(where: str) -> Iterator[Callable[[], bool]]:
     def ask(number: int, frame: Any) -> None:
         asked.set()
         signal.signal(signal.SIGINT, before)
-        print(
-            f"secateur: stopping {where}; Ctrl-C once more stops at once.",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = f"secateur: stopping {where}; Ctrl-C once more stops at once."
+        print(message, file=sys.stderr, flush=True)
 
     if before is signal.default_int_handler:
         signal.signal(signal.SIGINT, ask)

@@ -1,10 +1,7 @@
 """95 % intervals by the bootstrap: how far an estimate would have moved with other data like these.
 
-Percentile intervals (Efron & Tibshirani 1993, ch. 13). Seeds are fixed, so that the same data give
-the same interval.
+Percentile intervals (Efron & Tibshirani 1993, ch. 13). Seeds are fixed: same data, same interval.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -27,22 +24,14 @@ def bootstrap_interval(
     an observation odd for both cancels in their difference.
     """
     draw = np.random.default_rng(0)
-    return percentile_interval(
-        np.concatenate(
-            [
-                statistic(draw.integers(count, size=(AT_ONCE, count)))
-                for _ in range(resamples // AT_ONCE)
-            ]
-        )
-    )
+    indices = (draw.integers(count, size=(AT_ONCE, count)) for _ in range(resamples // AT_ONCE))
+    return percentile_interval(np.concatenate([statistic(each) for each in indices]))
 
 
 def resampled_means(values: Floats, name: str) -> Floats:
-    """The mean of each of 10,000 resamples of few different values: resampling them is a
-    multinomial draw of counts.
+    """The means of 10,000 resamples of few different values, drawn as multinomial counts.
 
-    The seed is the name: lists are resampled apart from each other, and alike whatever others stand
-    beside them.
+    The seed is the name: a list's resamples do not depend on the lists beside it.
     """
     different, counts = np.unique(values, return_counts=True)
     draw = np.random.default_rng(list(name.encode()))

@@ -4,8 +4,6 @@ JSON may be nested until whoever walks it fails, hold text that cannot be printe
 no JSON has: `read_json` refuses all that.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import stat
@@ -21,8 +19,7 @@ MOST_DEPTH = 64
 
 
 def read_json(file: Path, *, finite: bool = False) -> Any:
-    """The value in a JSON file. `finite`: NaN and Infinity, which are no JSON but which Python
-    writes, are refused.
+    """The value in a JSON file. `finite`: NaN and Infinity, which Python writes, are refused.
 
     Raises ValueError for what is no JSON, not UTF-8, nested deeper than `MOST_DEPTH`, too large, no
     plain file, or has text that cannot be encoded again; OSError where it cannot be opened.

@@ -46,8 +46,7 @@ def _of_cores(key: str) -> list[str]:
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float = 0.2) -> float:
-    """Operations a second of square products in `dtype`, the best of those that fit into `seconds`,
-    at least two.
+    """Operations a second of square products in `dtype`, the best of those that fit into `seconds`.
 
     Wall time, on as many threads as torch uses now: other work on the machine shows. The numbers
     are random, since GPUs multiply what is all the same faster.
@@ -58,15 +57,11 @@ def matrix_rate(dtype: torch.dtype, device: torch.device = CPU, seconds: float =
 
 
 def square_side(device: torch.device) -> int:
-    """Rows of a square matrix whose product takes long enough to be timed: a GPU has 1024 × 1024 in
-    its launch.
-    """
+    """Rows of a square matrix whose product takes long enough to be timed, not only launched."""
     return 8192 if device.type == "cuda" else 1024
 
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16; where it does not, torch does so more slowly than
-    float32.
-    """
+    """Whether this processor multiplies bfloat16; if not, torch is slower in it than in float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -25,9 +25,7 @@ _CGROUP_FILES = [
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device; of the processor, what the system and the process's
-    group allow.
-    """
+    """Memory still free on a device; on the CPU, what the system and control groups allow."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     system = _bytes_in(Path("/proc/meminfo"), "MemAvailable")
@@ -48,9 +46,7 @@ def _cached(folder: Path, name: str) -> int:
 
 
 def _memory_groups() -> set[Path]:
-    """The folders of the memory control group of this process and of those that it is in, all of
-    which may limit it.
-    """
+    """The folders of this process's memory control group and those around it: all may limit it."""
     groups = {_CGROUP, _CGROUP / "memory"}
     with suppress(OSError):
         for kinds, name in re.findall(r"^\d+:(.*?):/?(.*)$", _OWN_CGROUP.read_text(), re.MULTILINE):
@@ -62,17 +58,14 @@ def _memory_groups() -> set[Path]:
 
 
 def release_memory() -> None:
-    """Give freed memory back to the system. glibc keeps blocks between live tensors, about a block
-    of the model.
-    """
+    """Give freed memory back to the system: glibc keeps about a block of the model."""
     if sys.platform == "linux" and hasattr(_C_LIBRARY, "malloc_trim"):
         _C_LIBRARY.malloc_trim(0)
 
 
 @contextmanager
 def freed_memory_kept() -> Iterator[None]:
-    """Let the process keep what it frees, for work that wants blocks of the same sizes again and
-    again.
+    """Let the process keep what it frees, for work that wants blocks of one size again and again.
 
     glibc gives blocks of more than 32 MiB back at once, and each page of the next is a fault: a
     tenth of the time of a training step on the demo model.
@@ -92,9 +85,7 @@ def freed_memory_kept() -> Iterator[None]:
 
 
 def will_need(tensors: Iterable[Tensor]) -> None:
-    """Ask the system to read the mapped files behind tensors ahead, while something else is
-    computed.
-    """
+    """Ask the system to read the mapped files behind tensors while something else is computed."""
     if sys.platform != "linux":
         return
     page = os.sysconf("SC_PAGE_SIZE")
@@ -117,18 +108,14 @@ def anonymous_bytes() -> int | None:
 
 
 def resident_bytes() -> int | None:
-    """All resident memory of this process, mapped files included, or None where the system does not
-    tell.
-    """
+    """All resident memory of this process, mapped files included; None where it is unknown."""
     return _bytes_in(Path("/proc/self/status"), "VmRSS")
 
 
 class PeakMemory:
-    """The largest `anonymous_bytes()` between entering and leaving; `bytes` is None where it is
-    unknown.
+    """The largest `anonymous_bytes()` between entering and leaving; `bytes` None if unknown.
 
-    What was freed before is given back to the system first, so that it does not count. `kind` asks
-    for another kind of memory.
+    Memory freed before is given back first, and does not count. `kind` asks for another kind.
     """
 
     def __init__(self, kind: Callable[[], int | None] = anonymous_bytes) -> None:

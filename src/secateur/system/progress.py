@@ -4,8 +4,6 @@ Each line has the block, the weight matrix, the elapsed and the remaining time a
 anonymous memory (what the process itself allocated; mapped checkpoint files are not counted).
 """
 
-from __future__ import annotations
-
 import sys
 from time import perf_counter
 
@@ -48,12 +46,9 @@ class Lines(Progress):
         self.shown = now
         elapsed = now - self.started
         remaining = f"{elapsed / done * (total - done):.0f} s" if done else "?"
-        print(
-            f"  {done}/{total} {what}  elapsed {elapsed:.0f} s  remaining {remaining}  "
-            f"peak memory {_peak(self.peak)}",
-            file=sys.stderr,
-            flush=True,
-        )
+        times = f"elapsed {elapsed:.0f} s  remaining {remaining}"
+        line = f"  {done}/{total} {what}  {times}  peak memory {_peak(self.peak)}"
+        print(line, file=sys.stderr, flush=True)
 
 
 class Terminal(Progress):

@@ -6,8 +6,6 @@ whose defaults are these, and build the objects in their first lines; everything
 objects. Nothing here needs torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -32,6 +30,12 @@ class Option(NamedTuple):
 def option(default: Any, help: str, *flags: str, **rest: Any) -> Any:
     """A field of an options class; `default` MISSING for one that must be given."""
     return field(default=default, metadata={"option": Option(help, flags, **rest)})
+
+
+def corpus(use: str, first: str, other: str, more: str = "") -> Any:
+    """A field that names texts, by default the `first`."""
+    named = f"{use}: {first}, {other}, demo, or files separated by commas."
+    return option(None, f"{named} {more}Default: {first}, demo for the demo.")
 
 
 def taken(kind: type[T], keywords: Mapping[str, Any]) -> T:
@@ -95,11 +99,7 @@ class Text:
 class CalibrationText(Text):
     """The calibration text, whose tokens go through the model while it is pruned."""
 
-    calibration: str | None = option(
-        None,
-        "Text to calibrate on: c4, wikitext2, demo, or files separated by commas. "
-        "Default: c4, demo for the demo.",
-    )
+    calibration: str | None = corpus("Text to calibrate on", "c4", "wikitext2")
     samples: int = option(128, "Calibration windows.", least=1)
     seed: int = option(0, "Seed of the calibration windows.")
 
@@ -108,11 +108,7 @@ class CalibrationText(Text):
 class EvaluationText(Text):
     """The evaluation text, on which a model is judged."""
 
-    evaluation: str | None = option(
-        None,
-        "Text to measure perplexity on: wikitext2, c4, demo, or files separated by commas. "
-        "Default: wikitext2, demo for the demo.",
-    )
+    evaluation: str | None = corpus("Text to measure perplexity on", "wikitext2", "c4")
     windows: int | None = option(None, "Evaluation windows. Default: all.", least=2)
 
 
@@ -212,10 +208,8 @@ class Grid(Limits):
 class CalibrationDraws:
     """The calibration texts: every row is made for every draw of them, the first is the table's."""
 
-    calibration: str | Sequence[str] | None = option(
-        None,
-        "Text to calibrate on: c4, wikitext2, demo, or files separated by commas. May be repeated. "
-        "Default: c4, demo for the demo.",
+    calibration: str | Sequence[str] | None = corpus(
+        "Text to calibrate on", "c4", "wikitext2", "May be repeated. "
     )
     samples: int | Sequence[int] = option(
         128, "Calibration windows; several, as in 1,16,128, for a row each.", listed=True
@@ -284,11 +278,7 @@ class Training(Devices):
 class TrainingText(Text):
     """The training text of a pruned model."""
 
-    text: str | None = option(
-        None,
-        "Text to train on: c4, wikitext2, demo, or files separated by commas. "
-        "Default: c4, demo for the demo.",
-    )
+    text: str | None = corpus("Text to train on", "c4", "wikitext2")
     evaluation: str | None = option(
         None, "Text that will judge the result, and is not trained on: as for --text."
     )

@@ -3,8 +3,6 @@
 Strictly: a text is no number, a bool is no number, numbers are finite and whole ones have 64 bits.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from functools import cache

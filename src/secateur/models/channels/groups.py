@@ -7,8 +7,6 @@ of it follows from where channels arrive (`trace`), so it is true as far as that
 numbers afterwards.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,11 +27,9 @@ Channel = tuple[str, int]
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Inputs of a consumer, and the output channels that feed these inputs or some of them, and no
-    other.
+    """Inputs of a consumer, and the output channels that feed some of these inputs and no other.
 
-    In a class of groups (`interchangeable`) the i-th input and the i-th output of one correspond to
-    those of another.
+    Of groups in one class (`interchangeable`), i-th inputs and i-th outputs correspond.
     """
 
     inputs: tuple[int, ...]
@@ -43,17 +39,14 @@ class ChannelGroup:
 def interchangeable_groups(
     language_model: LanguageModel, index: int, device: torch.device
 ) -> dict[str, list[list[ChannelGroup]]]:
-    """The classes of interchangeable groups of every weight matrix of a block that has any; traced
-    in float32.
-    """
+    """By weight matrix, the groups of its inputs that may change places; traced in float32."""
     trace = trace_block(language_model, index, device=device, dtype=torch.float32)
     readers = {consumer for _, consumer in trace.reach}
     return {name: classes for name in sorted(readers) if (classes := interchangeable(trace, name))}
 
 
 def removable_groups(trace: Trace) -> dict[str, list[ChannelGroup]]:
-    """The groups that can be taken out whole, by the weight matrix that reads them, which has
-    groups of one size.
+    """The groups that can be taken out whole, alike in size, by the weight matrix reading them.
 
     Channels and inputs that meet belong together, and so does whatever meets one of them: a
     feed-forward channel, or a key-value head with the query heads that read it. What also arrives
@@ -170,9 +163,7 @@ def _classes(
     fixed: list[tuple[int, ...]],
     width: int,
 ) -> list[list[ChannelGroup]]:
-    """Groups whose inputs are the sets of one kind, in classes that no other channel tells
-    apart.
-    """
+    """Groups whose inputs are the sets of one kind, in classes that no other channel divides."""
     place = {i: (group, at) for group, inputs in enumerate(kind) for at, i in enumerate(inputs)}
     belonging: list[list[tuple[str, tuple[int, ...], int]]] = [[] for _ in kind]
     fixed = list(fixed)

@@ -1,5 +1,4 @@
-"""Where each output channel of a block's weight matrices arrives: by tracing, with no table of
-families.
+"""Where each output channel of a block's weight matrices arrives, found by tracing.
 
 NaN is put into one output channel of one weight matrix, and one looks where it arrives: at which
 inputs of which matrices, or at the block's output. NaN passes through every activation, product and
@@ -12,8 +11,6 @@ where they are, and tell apart what they feed. Yet NaN says that a channel arriv
 vector of scales that is no module of its own, or a short convolution, is not seen. Whoever moves
 channels must compare numbers afterwards (`permute.verified`).
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -50,9 +47,7 @@ class Trace:
     direct: frozenset[str]
 
     def elsewhere(self, producer: str, consumer: str) -> Tensor:
-        """The channels of a producer that arrive at something else than this consumer, bool
-        `[out]`.
-        """
+        """The channels of a producer that arrive elsewhere than at this consumer, `[out]`."""
         channels = self.leaks[producer].clone()
         for (source, other), reach in self.reach.items():
             if source == producer and other != consumer:
@@ -77,9 +72,8 @@ def trace(
     model. Experts of a module share one.
     """
     device = device or torch.device("cpu")
-    block, hidden, call = entering(
-        language_model, index, torch.full((batch, TOKENS), 1), device, dtype
-    )
+    tokens = torch.ones(batch, TOKENS, dtype=torch.long)
+    block, hidden, call = entering(language_model, index, tokens, device, dtype)
     poison = _Poison(block, batch)
     reach: dict[tuple[str, str], Tensor] = {}
     leaks: dict[str, Tensor] = {}
@@ -115,11 +109,9 @@ def entering(
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> tuple[nn.Module, Tensor, Call]:
-    """A working copy of a block, the hidden state that enters it for tokens `[batch, length]`, and
-    its call.
+    """A copy of a block, what enters it for tokens `[batch, length]`, and its call.
 
-    The blocks before it are run, since a block may need what another left in its call (shared keys
-    and values).
+    The blocks before it are run: a block may need keys and values that another left in its call.
     """
     hidden, calls = Shell(language_model, device, dtype, head=False).enter(tokens)
     for block, call in zip(language_model.blocks[:index], calls[:index], strict=True):
@@ -157,9 +149,7 @@ def _with_experts(block: nn.Module, traced: Trace, batch: int) -> Trace:
 
 
 def _through_gate(module: nn.Module, batch: int) -> Tensor:
-    """Which output of an expert's first matrix arrives at which input of its second: bool `[out,
-    in]`.
-    """
+    """Which output of an expert's first matrix arrives at which input of its second."""
     first, _ = experts.matrices(module)
     weight, outputs = getattr(module, first), experts.outputs(module, first)
     parts = []
@@ -171,9 +161,7 @@ def _through_gate(module: nn.Module, batch: int) -> Tensor:
 
 
 class _Poison:
-    """Hooks on a block that put NaN into the output of a weight matrix, stop it at the next one and
-    note where it was seen.
-    """
+    """Hooks that put NaN into what one matrix returns, stop it at the next, and note where."""
 
     def __init__(self, block: nn.Module, batch: int) -> None:
         self.block, self.batch = block, batch
@@ -197,8 +185,7 @@ class _Poison:
         producer: str | None,
         part: range | None = None,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """(inputs that NaN reached by consumer, bool `[batch, in]`; items whose NaN went elsewhere,
-        bool `[batch]`).
+        """(inputs that NaN reached, `[batch, in]` by consumer; items that lost theirs, `[batch]`).
 
         The NaN is in output channel `part[c]` of item c, or in all channels of all items.
         """
@@ -269,9 +256,7 @@ class _Poison:
         return output
 
     def _lose(self, x: Tensor) -> None:
-        """Note the items with a NaN in x, which enters no weight matrix; all of them where they
-        cannot be told apart.
-        """
+        """Note the items with a NaN in x, which enters no matrix; all where that is unclear."""
         items = self._items(x.isnan())
         if items is not None:
             self.lost |= items.any(3).any(2).any(0).cpu()
@@ -279,9 +264,7 @@ class _Poison:
             self.lost[:] = True
 
     def _items(self, x: Tensor) -> Tensor | None:
-        """x as `[streams, batch, tokens, width]`, a view if contiguous; None where it is laid out
-        otherwise.
-        """
+        """x as `[streams, batch, tokens, width]`, a view if contiguous; None for another layout."""
         sizes = [size for size in x.shape[:-1] if size != 1]
         if sizes[-2:] != [self.batch, TOKENS] and sizes != [self.batch * TOKENS]:
             return None
@@ -289,8 +272,8 @@ class _Poison:
 
 
 def _left_behind(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in a call: a block may leave something there for a later one."""
-    if isinstance(value, Tensor) and value.is_floating_point():
+    """The tensors in a call: a block may leave something there, in a mapping, for a later one."""
+    if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list, Mapping)):
         for part in value.values() if isinstance(value, Mapping) else value:

@@ -6,11 +6,8 @@
             writer.commit(tensors, entry, last=step.last)    # its bytes, then the journal
         writer.finish(record)                                # the result has its name
 
-Zeros, structures and recovery block by block are written by it. With several ranks the first one
-writes, and all know the same.
+Zeros, structures and recovery by blocks are written by it. With several ranks the first writes.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -139,9 +136,7 @@ def block_writer(
 
 
 def with_room(run: BlockRun, folder: Path, streams: int, limit: int | None = None) -> BlockRun:
-    """The run with its hidden states in a file in `folder` if those of so many `streams` would take
-    half of `limit` bytes, or of what is free.
-    """
+    """The run, with its hidden states in a file if they take half of `limit` or of free memory."""
     dtype = run.dtype or run.language_model.model.dtype
     size = streams * hidden_bytes(run.tokens.shape, width(run.language_model), dtype)
     room = available_bytes(run.devices[0]) if limit is None else limit

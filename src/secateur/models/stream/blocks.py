@@ -1,17 +1,14 @@
 """The blocks in order, each with its calibration inputs: data only moves forward.
 
 `stream` records what enters block 0, then yields one `Step` per block. While a step is open its
-user reads statistics of the block's inputs and writes new weights into the working copy; asking for
-the next step runs the changed block, so the inputs of block i+1 come from the pruned block i, and
-overwrites the hidden states. With `Step.stages` that is one forward, which stops wherever weight
-matrices are to be pruned and goes on through them.
+user reads statistics of the block's inputs and writes new weights into the working copy; the next
+step begins with a run of the changed block, whose outputs overwrite its inputs. With `Step.stages`
+that is one forward pass, which stops wherever weight matrices are to be pruned.
 """
-
-from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
-from time import perf_counter
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,55 +26,45 @@ PROBE_TOKENS = 256
 
 
 class Step:
-    """One block with its calibration inputs. `block` is a working copy; `sites` are views of its
-    weight matrices, by name.
-    """
+    """One block with its calibration inputs; `block` is a copy, `sites` views of its matrices."""
 
     def __init__(
         self,
-        flow: ForwardPass,
+        inputs: ForwardPass,
         dense: ForwardPass | None,
         groups: dict[Any, InputGroups],
         *,
         last: bool,
     ) -> None:
-        self.inputs, self._dense, self._groups = flow, dense, groups
-        self.index, self.last = flow.index, last
-        self.name = flow.run.language_model.block_name(flow.index)
-        self.seconds = flow.run.seconds
-        self.block = flow.replicas[0]
+        self.inputs, self._dense, self._groups, self.last = inputs, dense, groups, last
+        self.run, self.index, self.seconds = inputs.run, inputs.index, inputs.run.seconds
+        self.name = self.run.language_model.block_name(self.index)
+        self.block = inputs.replicas[0]
+        self.device = next(self.block.parameters()).device
         self.sites = weight_matrices(self.block)
         self._left = False  # whether the hidden states are those behind the block already
         self._targets: HiddenStateStore | None = None  # what the dense block gives on dense inputs
 
-    @property
-    def device(self) -> torch.device:
-        """Where the working copy lies."""
-        return next(self.block.parameters()).device
-
     def observe(
         self, need: Iterable[str], probe: int, only: Collection[str] | None = None
     ) -> CalibrationStatistics:
-        """Run the block as it is now once, and look at the inputs of its weight matrices, or of
-        those in `only`.
+        """Run the block as it is now once, and sum up what enters its matrices, or `only` some.
 
-        The probe takes evenly spaced tokens of the first batch, about `probe` of them. Raises
-        NonFinite.
+        About `probe` evenly spaced tokens of the first batch are kept. Raises NonFinite.
         """
-        return self._timed(observe(self.inputs, self._dense, tuple(need), probe, only))
+        return observe(self.inputs, self._dense, tuple(need), probe, only)
 
     def stages(
         self,
-        need: Iterable[str],
-        probe: int,
+        need: Collection[str],
         only: Collection[str],
         *,
         one_pass: bool,
         sequential: bool,
         again: bool,
     ) -> Iterator[tuple[list[str], CalibrationStatistics]]:
-        """The weight matrices in `only`, some at a time, with what is seen of their inputs; before
-        the next, they are pruned.
+        """The weight matrices in `only`, some at a time, with the statistics of their inputs; they
+        are pruned before the next ones come.
 
         In one pass, those that share an input come together, in the order in which a forward
         reaches them, and it goes on through what was pruned; to the end of the block, unless the
@@ -89,64 +76,50 @@ class Step:
             if unreached := [name for name in groups.unreached if name in only]:
                 yield unreached, CalibrationStatistics({}, {})  # before any forward starts
             stages = [kept for group in groups.order if (kept := [n for n in group if n in only])]
-            yield from self._paused(stages, tuple(need), probe, leave=not again and not self.last)
+            yield from self._paused(stages, need, leave=not again and not self.last)
             return
         for group in self.groups() if sequential else [list(self.sites)]:
             if kept := [name for name in group if name in only]:
-                yield kept, self.observe(need, probe, kept)
+                yield kept, self.observe(need, PROBE_TOKENS, kept)
 
     def _paused(
-        self, stages: Sequence[list[str]], need: Collection[str], probe: int, *, leave: bool
+        self, stages: Sequence[list[str]], need: Collection[str], *, leave: bool
     ) -> Iterator[tuple[list[str], CalibrationStatistics]]:
-        """Every stage of one forward, which goes on through what is pruned, to its end if it is to
-        `leave` the block.
-        """
+        """Every stage of one forward pass, which goes on to the block's end if it is to `leave`."""
         paired = self._dense if OF_DENSE.intersection(need) else None
         with closing(PausedPass(self.inputs, paired, stages)) as paused:
             for number, names in enumerate(stages):
-                yield names, self._timed(paused.statistics(number, need, probe))
+                yield names, paused.statistics(number, need, PROBE_TOKENS)
                 self.inputs.align()
-            started = perf_counter()
-            if paired:
-                self._targets = paired.aside(paused.dense_outputs)
-            if leave:
-                self.inputs.advance(paused.outputs)
+            with self.seconds.counted("forward"):
+                if paired:
+                    self._targets = paired.aside(paused.dense_outputs)
+                if leave:
+                    self.inputs.advance(paused.outputs)
             self._left = leave
-            self.seconds.forward += perf_counter() - started
-
-    def _timed(self, statistics: CalibrationStatistics) -> CalibrationStatistics:
-        self.seconds.forward += statistics.forward_seconds
-        self.seconds.statistics += statistics.statistics_seconds
-        return statistics
 
     def batches(self) -> list[Batch]:
-        """The inputs of the block, and what the dense block gives on the dense inputs; `stream`
-        with `dense` only.
-        """
-        started = perf_counter()
-        targets = self._dense_outputs()
-        self.seconds.forward += perf_counter() - started
+        """The inputs of the block and the dense block's outputs; only for `stream(dense=True)`."""
+        with self.seconds.counted("forward"):
+            targets = self._dense_outputs()
         calls = (calls[self.index] for calls in self.inputs.calls)
         return [Batch(*parts) for parts in zip(self.inputs.hidden, calls, targets, strict=True)]
 
     def groups(self) -> list[list[str]]:
-        """The weight matrices in the order in which the block reaches them, those that share an
-        input together.
-
-        Those that the first batch does not reach come last.
+        """The matrices in the order in which the block reaches them, those with one input together;
+        last come those that the first batch does not reach.
         """
         groups = self._input_groups()
-        return [*groups.order, *([groups.unreached] if groups.unreached else [])]
+        return [group for group in (*groups.order, groups.unreached) if group]
 
     def leave(self) -> None:
         """Run the block over all batches, where that is not done yet; outputs replace inputs."""
-        started = perf_counter()
-        if self._dense:
-            self._dense.hidden = self._dense_outputs()
-        if not self._left:
-            self.inputs.align()
-            self.inputs.advance(self.inputs.outputs)
-        self.seconds.forward += perf_counter() - started
+        with self.seconds.counted("forward"):
+            if self._dense:
+                self._dense.hidden = self._dense_outputs()
+            if not self._left:
+                self.inputs.align()
+                self.inputs.advance(self.inputs.outputs)
 
     def _dense_outputs(self) -> HiddenStateStore:
         """What the dense block gives on the dense inputs, batch by batch; computed once."""
@@ -158,12 +131,10 @@ class Step:
     @torch.no_grad()
     def _input_groups(self) -> InputGroups:
         """Which weight matrices share an input, asked of one forward for each kind of block."""
-        run = self.inputs.run
-        kind = signature(run.language_model.blocks[self.index])
+        kind = signature(self.run.language_model.blocks[self.index])
         if kind not in self._groups:
-            self._groups[kind] = run.ranks.same(
-                lambda: find_groups(self.block, *self.inputs.first())
-            )
+            ask = partial(find_groups, self.block, *self.inputs.first())
+            self._groups[kind] = self.run.ranks.same(ask)
         return self._groups[kind]
 
 
@@ -174,12 +145,10 @@ def stream(
     kept: Collection[int] | None = None,
     finished: Sequence[nn.Module] = (),
 ) -> Iterator[Step]:
-    """The blocks in order with the inputs that the tokens of the run give them; those in `kept`, or
-    all.
+    """The blocks in order, all or those in `kept`, with the inputs that the run's tokens give them.
 
     With `dense`, a second stream goes through the dense blocks, for the statistic "cross" and for
-    `Step.batches`. The first blocks may be `finished`: these stand in for them, and no step is
-    given.
+    `Step.batches`. The first blocks may be `finished`: these take their place and are not given.
     """
     # Not under no_grad as a whole: torch's wrapper of a generator would hold on to the step before.
     blocks, groups = run.language_model.blocks, dict[Any, InputGroups]()

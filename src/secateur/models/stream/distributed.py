@@ -1,12 +1,9 @@
-"""Several processes on one run: `torchrun --nproc-per-node N -m secateur prune …`, on one machine
-or many.
+"""Several processes on one run: `torchrun --nproc-per-node N -m secateur prune …`, on any machines.
 
 Every rank has its share of the calibration windows and of the matrices to solve. Statistics are
 sums, so they are reduced, and solved weights are handed round. Each rank then holds the same block
 and goes on. Rank 0 alone writes.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,8 +24,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `size`. Whatever is called on one must be called on all, in the same
-    order.
+    """This process, `rank` of `size`. All must call the same things in the same order.
 
     Raises RankLost where another rank has died; an error of ours on one rank is raised on all.
     """
@@ -63,9 +59,7 @@ class Ranks:
             yield entered[0] if entered else None
 
     def add(self, stats: Mapping[str, Stats]) -> dict[str, Stats]:
-        """The sums of all ranks, by matrix; one that has seen no token of it has nothing to
-        add.
-        """
+        """The sums of all ranks, by matrix; a rank may have seen no token of one."""
         if self.size == 1:
             return dict(stats)
         seen: dict[str, tuple[int, dict[str, tuple[int, ...]]]] = {}
@@ -74,16 +68,13 @@ class Ranks:
                 seen[name] = (tokens + seen.get(name, (0, {}))[0], shapes)
         total = {}
         for name, (tokens, shapes) in seen.items():
-            sums = stats[name].sums if name in stats else {}
-            total[name] = Stats(
-                tokens, {what: self._sum(sums.get(what), shapes[what]) for what in shapes}
-            )
+            own = stats[name].sums if name in stats else {}
+            sums = {what: self._sum(own.get(what), shape) for what, shape in shapes.items()}
+            total[name] = Stats(tokens, sums)
         return total
 
     def hand_round(self, tensor: Tensor, owner: int) -> Tensor:
-        """A tensor as the rank `owner` has it, whatever its dtype; the others give one of the same
-        shape.
-        """
+        """A tensor of any dtype as rank `owner` has it; the others give one of the same shape."""
         if self.size == 1:
             return tensor
         raw = tensor.contiguous().flatten().view(torch.uint8)
@@ -120,18 +111,15 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Ranks, str]]:
-    """The ranks that torchrun has started, and this one's share of the devices; alone without
-    it.
-    """
+    """The ranks that torchrun has started, and this one's share of the devices; else one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield ALONE, device
         return
     cuda = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     with _others():
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timedelta(days=7)
-        )  # planning may take long
+        backend, week = "nccl" if cuda else "gloo", timedelta(days=7)  # planning may take long
+        dist.init_process_group(backend, timeout=week)
     try:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if cuda:
@@ -148,8 +136,8 @@ def _others() -> Iterator[None]:
     except RuntimeError as error:
         raise RankLost(
             f"Another process of this run has died ({in_one_line(error, 120)}). What is finished "
-            "is kept: the same "
-            "command goes on, and pruning does with another number of processes too."
+            "is kept: the same command goes on, and pruning does with another number of processes "
+            "too."
         ) from error
 
 

@@ -1,5 +1,4 @@
-"""One stream of hidden states through the blocks: what enters the block at hand, its calls,
-and the block on every device.
+"""One stream of hidden states through the blocks, and the block at hand on every device.
 
 The work is split over the devices by batches: every device has a replica of the current block and
 its share of the batches. Statistics are sums, so the shares merge exactly; they are added in the
@@ -13,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -54,9 +52,7 @@ class BlockRun:
 
 
 class Batch(NamedTuple):
-    """Some calibration windows at one block: `hidden` enters it, `target` is what should leave
-    it.
-    """
+    """Some calibration windows at one block: `hidden` enters it, `target` should leave it."""
 
     hidden: Tensor
     call: Call
@@ -80,18 +76,15 @@ class ForwardPass:
         self._prefetch = Prefetch(run.devices, run.dtype)
         self._threads = [ThreadPoolExecutor(1) for _ in run.devices] if count > 1 else []
         shell = shell or Shell(run.language_model, run.devices[0], run.dtype, head=False)
-        started = perf_counter()
-        for number, batch in enumerate(run.ranks.mine(run.tokens.split(run.batch_size))):
-            hidden, calls = shell.enter(batch)
-            self.hidden.append(hidden if run.spill else hidden.to(run.devices[number % count]))
-            alike = number and same(calls, self.calls[0])
-            self.calls.append(self.calls[0] if alike else calls)
-        run.seconds.forward += perf_counter() - started
+        with run.seconds.counted("forward"):
+            for number, batch in enumerate(run.ranks.mine(run.tokens.split(run.batch_size))):
+                hidden, calls = shell.enter(batch)
+                self.hidden.append(hidden if run.spill else hidden.to(run.devices[number % count]))
+                alike = number and same(calls, self.calls[0])
+                self.calls.append(self.calls[0] if alike else calls)
 
     def beside(self) -> ForwardPass:
-        """A second stream from the same hidden states, in the same threads, with calls of its
-        own.
-        """
+        """A second stream from the same hidden states, in the same threads, with its own calls."""
         other = copy(self)
         other.hidden, other.replicas = HiddenStateStore(self.run.spill, self.hidden), []
         other.calls = [own(calls, {}) for calls in self.calls]
@@ -102,8 +95,7 @@ class ForwardPass:
         blocks = self.run.language_model.blocks
         self.close()
         self.index = index
-        moved = self._prefetch.take(index) if block is None else None
-        if moved:
+        if block is None and (moved := self._prefetch.take(index)):
             self.replicas = moved
         else:
             self.replace(block or blocks[index])
@@ -147,33 +139,28 @@ class ForwardPass:
         return self.hidden[0].to(self.run.devices[0]), self.calls[0][self.index]
 
     def windows(self) -> list[tuple[Tensor, list[Call]]]:
-        """The hidden states of every batch as they enter the block, and the calls of all blocks of
-        the model.
-        """
+        """By batch, the hidden states that enter the block, and the calls of all blocks."""
         batches = zip(self.hidden, self.calls, strict=True)
         return [(hidden.to(self.run.devices[0]), calls) for hidden, calls in batches]
 
-    def advance(self, outputs: Outputs) -> None:
-        """Put what leaves the block in the place of what entered it, on all devices at once."""
-        self._store(outputs, self.hidden)
-
     def aside(self, outputs: Outputs) -> HiddenStateStore:
         """What leaves the block, beside what entered it."""
-        return self._store(outputs, HiddenStateStore(self.run.spill, self.hidden))
+        return self.advance(outputs, HiddenStateStore(self.run.spill, self.hidden))
 
     @torch.no_grad()
-    def _store(self, outputs: Outputs, into: HiddenStateStore) -> HiddenStateStore:
-        def store(share: int) -> None:
-            for number, output in outputs(share):
-                into[number] = output
+    def advance(self, outputs: Outputs, into: HiddenStateStore | None = None) -> HiddenStateStore:
+        """Put what leaves the block in the place of what entered it (or `into`), on all devices."""
+        store = self.hidden if into is None else into
 
-        self.each(store)
-        return into
+        def fill(share: int) -> None:
+            for number, output in outputs(share):
+                store[number] = output
+
+        self.each(fill)
+        return store
 
     def each(self, work: Callable[[int], Value]) -> list[Value]:
-        """`work(share)` for every device at once, each in a thread of its own; the results in
-        device order.
-        """
+        """`work(share)` for every device at once, each in its thread; results in device order."""
         if not self._threads:
             return [work(0)]
         work = torch.no_grad()(work)
@@ -189,8 +176,7 @@ def final_hidden(
     dtype: torch.dtype | None,
     batch_size: int,
 ) -> Tensor:
-    """What the last block returns for tokens `[samples, length]`: `[…, samples, length, hidden]`,
-    on the CPU.
+    """What the last block returns for tokens, `[…, samples, length, hidden]` on the CPU.
 
     Most families have nothing before the samples; Gemma 3n has several streams there.
     """
@@ -198,8 +184,7 @@ def final_hidden(
     flow = ForwardPass(run, shell)
     for index in range(len(language_model.blocks)):
         flow.open(index)
-        for number, output in flow.outputs(0):
-            flow.hidden[number] = output
+        flow.advance(flow.outputs)
     return torch.cat([hidden.cpu() for hidden in flow.hidden], dim=-3)
 
 
@@ -212,16 +197,15 @@ def linear_inputs(
     """
     inputs: dict[str, Tensor] = {}
 
-    def wanted(name: str) -> bool:
-        is_linear = not any(part.isdigit() for part in name.split("."))
-        return is_linear and (only is None or name in only)
-
     def record(name: str, x: Tensor) -> None:
-        if wanted(name):
+        if not _of_expert(name) and (only is None or name in only):
             inputs[name] = x
 
-    if only is not None and not any(map(wanted, only)):
-        return inputs
-    with recorded_inputs(flow.replicas[share], record):
-        flow.forward(share, number)
+    if only is None or not all(map(_of_expert, only)):
+        with recorded_inputs(flow.replicas[share], record):
+            flow.forward(share, number)
     return inputs
+
+
+def _of_expert(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))

@@ -1,8 +1,7 @@
 """What is seen of the inputs of a block's weight matrices, over all devices and ranks.
 
-`observe` runs the block at hand once and returns sums over the calibration tokens; `paused` sees
-the same in the one forward that goes on through what is pruned. Statistics are sums, added in the
-order of the devices.
+`observe` runs the block at hand once and sums over the calibration tokens, device by device;
+`paused` sees the same in the one forward pass that goes on through what is pruned.
 """
 
 from __future__ import annotations
@@ -24,14 +23,11 @@ from secateur.system.tensors import is_finite
 class CalibrationStatistics(NamedTuple):
     """What was seen of a block's inputs, by weight matrix; one that saw no token is missing.
 
-    `stats`, one for all matrices that share an input; `probes`, some inputs `[tokens, in]` float32
-    to measure errors on; and the seconds that the forwards and the statistics took.
+    `stats`, one for all matrices that share an input; `probes`, some inputs `[tokens, in]` float32.
     """
 
     stats: dict[str, Stats]
     probes: dict[str, Tensor]
-    forward_seconds: float = 0.0
-    statistics_seconds: float = 0.0
 
 
 @torch.no_grad()
@@ -44,9 +40,8 @@ def observe(
 ) -> CalibrationStatistics:
     """Run the block as it is now once, and sum up the statistics `need` of its inputs.
 
-    `dense`: the stream through the dense model, for statistics of both; `only`: the weight matrices
-    that are looked at; `probe`: see `Step.observe`. Without statistics to gather, the first batch
-    is enough. Raises NonFinite.
+    `dense`: the stream through the dense model, for statistics of both; `only`, `probe`: see
+    `Step.observe`. Without statistics to gather, the first batch is enough. Raises NonFinite.
     """
     paired = dense if OF_DENSE.intersection(need) else None
 
@@ -75,8 +70,9 @@ def probed(flow: ForwardPass, probe: int, number: int) -> int:
 def merged(
     flow: ForwardPass, watches: Sequence[Watch], shared: Mapping[str, str], seconds: float
 ) -> CalibrationStatistics:
-    """What all devices and ranks saw together, in `seconds`; `shared`: of every weight matrix, the
-    one that reads the same input first. Raises NonFinite.
+    """What all devices and ranks saw together, after `seconds`, which the run counts.
+
+    `shared`: of every weight matrix, the one that reads the same input first. Raises NonFinite.
     """
     stats, probes = dict(watches[0].stats), watches[0].probes
     for watch in watches[1:]:
@@ -85,22 +81,20 @@ def merged(
     stats = flow.run.ranks.add(stats)
     name = flow.run.language_model.block_name(flow.index)
     flow.run.ranks.together(lambda: refuse_non_finite(name, stats, probes))
-    statistics = sum(watch.seconds for watch in watches)
+    adding = sum(watch.seconds for watch in watches)
+    flow.run.seconds.statistics += adding
+    flow.run.seconds.forward += seconds - adding
     return CalibrationStatistics(
         {name: stats[first] for name, first in shared.items() if first in stats},
         {name: probes[first] for name, first in shared.items() if first in probes},
-        seconds - statistics,
-        statistics,
     )
 
 
 class Watch:
-    """Sees the inputs of weight matrices on one device: one set of sums for all that read the same
-    tensor.
+    """Sees the inputs of weight matrices on one device; those that read one tensor share sums.
 
-    Sharing is observed, not declared: within a batch, a matrix whose input is a tensor already seen
-    belongs to the one that saw it first. The tensors of a batch are held until the next, so that no
-    identity is reused.
+    Within a batch, a matrix whose input is a tensor already seen belongs to the one that saw it
+    first. The tensors of a batch are held until the next, so that no identity is reused.
     """
 
     def __init__(self, need: Collection[str], only: Collection[str] | None = None) -> None:
@@ -114,9 +108,7 @@ class Watch:
         self._dense: dict[str, Tensor] = {}
 
     def next_batch(self, probe: int, dense: dict[str, Tensor]) -> None:
-        """Forget the tensors of the batch before; of the next, keep `probe` tokens. `dense` are its
-        inputs in the dense model.
-        """
+        """Begin a batch: keep `probe` tokens of it; `dense` has its inputs in the dense model."""
         self._seen.clear()
         self._probe, self._dense = probe, dense
 
@@ -140,10 +132,8 @@ class Watch:
         if self.need:
             dense = self._dense.get(name)
             dense = None if dense is None else dense.reshape(x.shape)
-            sums = self.stats.get(name)
-            self.stats[name] = (
-                sums.add(x, self.need, dense) if sums else Stats.of(x, self.need, dense)
-            )
+            add = self.stats[name].add if name in self.stats else Stats.of
+            self.stats[name] = add(x, self.need, dense)
         if self._probe:
             step = -(-len(x) // self._probe)
             kept = x[::step].to(torch.float32, copy=True)  # a view would hold all of x

@@ -10,8 +10,6 @@ code is changed. Which matrices make a stage is asked of one whole forward; a bl
 that has no plain answer is left to two passes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
@@ -34,10 +32,9 @@ from secateur.models.stream.observe import CalibrationStatistics, Watch, merged,
 
 
 class InputGroups(NamedTuple):
-    """The matrices of a block in the `order` in which a forward reaches them, those with one input
-    together; the rest.
+    """The matrices of a block, in groups that share an input, in the `order` of a forward pass.
 
-    All experts' matrices of one kind are one stage. Forwards can be stopped at each in turn if
+    All experts' matrices of one kind are one group. Forwards can be stopped at each in turn if
     `plain`: not where one is called twice, or where experts are modules of their own, of which
     every batch takes others.
     """
@@ -58,9 +55,7 @@ def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> InputGroups:
     for name in dict(reached):
         parameter, x = known[name].parameter, first[name]
         if known[name].expert:
-            groups[parameter] = [
-                other for other, matrix in known.items() if matrix.parameter == parameter
-            ]
+            groups[parameter] = [n for n, one in known.items() if one.parameter == parameter]
         else:
             groups.setdefault((id(x), x._version), []).append(name)
     order = list(groups.values())
@@ -70,38 +65,18 @@ def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> InputGroups:
 
 
 class _Forward:
-    """One batch on its way through the block: the last stage it has reached, and the inputs that
-    wait there.
-    """
+    """One batch on its way through the block: the last stage reached, and its inputs there."""
 
     def __init__(self, run: Callable[[], Tensor]) -> None:
         self.stage, self.waiting = -1, list[tuple[str, Tensor]]()
         self.seen: dict[int, ref[Tensor]] = {}  # the input of every stage passed
         self.output: Tensor | None = None
-        self._stack = greenlet(run)
-        self._stack.gr_context = copy_context()
-
-    def go_on(self) -> None:
-        """Run to the next stage, or to the end."""
-        self._stack.parent = getcurrent()
-        output = self._stack.switch()
-        self.output = output if self._stack.dead else None
-
-    def wait(self, stage: int, reached: list[tuple[str, Tensor]]) -> None:
-        """Inside the forward: stop here until `go_on`."""
-        self.stage, self.waiting = stage, reached
-        self.seen[stage] = ref(reached[0][1])
-        assert self._stack.parent is not None
-        self._stack.parent.switch()
-
-    def drop(self) -> None:
-        """Give up what is left of the forward."""
-        self._stack.throw(GreenletExit)
+        self.stack = greenlet(run)
+        self.stack.gr_context = copy_context()
 
 
 class PausedForwards:
-    """The forwards of some batches through one block, all stopped at the same stage; of one thread,
-    until `close`.
+    """The forwards of some batches through one block, all stopped at one stage, in one thread.
 
     `starts` holds what runs the block, by the number of the batch. Raises UnsupportedModel where a
     batch takes another way through the block than the one that the stages were found on.
@@ -113,7 +88,6 @@ class PausedForwards:
         stages: Sequence[Sequence[str]],
         starts: Mapping[int, Callable[[], Tensor]],
     ) -> None:
-        self.stages = stages
         self.forwards = {number: _Forward(start) for number, start in starts.items()}
         self._stage_of = {name: number for number, stage in enumerate(stages) for name in stage}
         self._running: _Forward | None = None
@@ -123,8 +97,7 @@ class PausedForwards:
     def inputs(self, stage: int) -> Iterator[tuple[int, list[tuple[str, Tensor]]]]:
         """(batch, [(matrix, input [tokens, in]), …]) of every forward once it has come to `stage`.
 
-        The first matrix of a shared input stands for all. A forward that never comes to the stage
-        has none.
+        The first matrix of a shared input stands for all. A forward that misses the stage has none.
         """
         for number, forward in self.forwards.items():
             while forward.stage < stage and forward.output is None:
@@ -143,15 +116,18 @@ class PausedForwards:
     def close(self) -> None:
         """Give up what has not ended."""
         for forward in self.forwards.values():
-            forward.drop()
+            forward.stack.throw(GreenletExit)
         self.forwards.clear()
         self._hooks.close()
 
     def _go_on(self, forward: _Forward) -> None:
-        self._running = forward
-        forward.go_on()
+        """Run a forward to its next stage, or to its end."""
+        self._running, forward.stack.parent = forward, getcurrent()
+        output = forward.stack.switch()
+        forward.output = output if forward.stack.dead else None
 
     def _visit(self, reached: list[tuple[str, Tensor]]) -> None:
+        """Inside a forward: wait for `_go_on` where it comes to another stage."""
         forward = self._running
         reached = [(name, x) for name, x in reached if name in self._stage_of]
         if not reached or forward is None:
@@ -159,18 +135,18 @@ class PausedForwards:
         name, x = reached[0]
         stage = self._stage_of[name]
         if stage > forward.stage:
-            forward.wait(stage, reached)
+            forward.stage, forward.waiting, forward.seen[stage] = stage, reached, ref(x)
+            assert forward.stack.parent is not None
+            forward.stack.parent.switch()
         elif stage not in forward.seen or forward.seen[stage]() is not x:
             raise UnsupportedModel(
-                f"{name} is reached in another order, or with another input, by some batches "
-                "than by the first. "
-                "Use --passes two."
+                f"{name} is reached in another order, or with another input, by some batches than "
+                "by the first. Use --passes two."
             )
 
 
 class PausedPass:
-    """All batches of a pass, stopped within the block at hand; with `dense`, those of the dense
-    stream beside them.
+    """All batches of a pass, stopped within the block at hand, and those of a `dense` stream.
 
     `stages` are the groups of weight matrices at which they stop, in order.
     """
@@ -179,10 +155,8 @@ class PausedPass:
         self, flow: ForwardPass, dense: ForwardPass | None, stages: Sequence[list[str]]
     ) -> None:
         self.flow, self.stages = flow, stages
-        self._streams = [flow, dense] if dense else [flow]
-        self._forwards = flow.each(
-            lambda share: [self._start(stream, share) for stream in self._streams]
-        )
+        streams = [flow, dense] if dense else [flow]
+        self._forwards = flow.each(lambda share: [self._start(each, share) for each in streams])
 
     def _start(self, stream: ForwardPass, share: int) -> PausedForwards:
         starts = {n: partial(stream.forward, share, n) for n in stream.batches_of(share)}
@@ -215,7 +189,6 @@ class PausedPass:
         return self._forwards[share][0].outputs()
 
     def dense_outputs(self, share: int) -> Iterator[tuple[int, Tensor]]:
-        """The same of the dense stream."""
         return self._forwards[share][1].outputs()
 
     def close(self) -> None:

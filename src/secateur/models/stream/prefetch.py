@@ -3,8 +3,6 @@
 On a CPU a second block would only take memory, and the processor from the first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -41,17 +39,12 @@ class Prefetch:
             return None
 
     def _copies(self, block: nn.Module) -> list[nn.Module]:
-        return [_moved(block, device, self.dtype) for device in self.devices]
-
-
-def _moved(block: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A working copy that is there when this returns; on a GPU it does not wait for what that
-    computes.
-    """
-    if device.type != "cuda":
-        return working_copy(block, device, dtype)
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        copy = working_copy(block, device, dtype)
-    stream.synchronize()
-    return copy
+        """Finished copies; on a GPU they do not wait for what that computes."""
+        copies = []
+        for device in self.devices:
+            stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+            with torch.cuda.stream(stream):
+                copies.append(working_copy(block, device, self.dtype))
+            if stream:
+                stream.synchronize()
+        return copies

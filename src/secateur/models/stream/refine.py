@@ -1,5 +1,4 @@
-"""`+refine`: the kept weights of one finished block, tuned together so that the block does what the
-dense one does.
+"""`+refine`: the kept weights of a block, tuned together so that it does what the dense one does.
 
 A solver sees one matrix; here attention, gates and products of the whole block take
 part. Masks stand still, Adam moves what is kept, and the loss is the error of the block's output on
@@ -13,10 +12,7 @@ reads it divides by that; the rate is relative to the size of a parameter's weig
 zero. A block that did not come nearer keeps its weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Mapping, Sequence
-from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -36,9 +32,7 @@ et al. 2022, arXiv:2203.03466, table 3). On the demo model 0.14, 0.4 and 1.4 wer
 
 
 class Tuned(NamedTuple):
-    """A block's relative output error before and after; the same twice where tuned weights were no
-    better.
-    """
+    """A block's relative output error before and after; the same where tuning did not help."""
 
     before: float
     after: float
@@ -55,20 +49,15 @@ def refine(
     epochs: int,
     rate: float = RATE,
 ) -> Tuned:
-    """Tune the parameters named in `kept` (bool, of their shape) in place; float32 parameters, or
-    none changes enough.
+    """Tune the parameters named in `kept` (bool, of their shape) in place, in float32.
 
-    Parameters are visited in one fixed shuffled order of `batches`, `epochs` times. What `kept`
-    leaves out stays zero.
+    The `batches` come in a fixed shuffled order, `epochs` times. What `kept` leaves out stays 0.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
-    inputs = {
-        matrix.parameter: matrix.weight.shape[1] for matrix in weight_matrices(block).values()
-    }
+    inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
     start = {name: parameter.detach().clone() for name, parameter in tuned.items()}
     before = error(block, batches)
-    for parameter in block.parameters():
-        parameter.requires_grad_(False)
+    block.requires_grad_(False)
     groups = []
     for name, parameter in tuned.items():
         parameter.requires_grad_(True)
@@ -78,9 +67,8 @@ def refine(
     steps = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(steps, 1))
     draw = torch.Generator().manual_seed(0)
-    hidden = batches[
-        0
-    ].hidden  # Adam does not see the scale; gradients in float16 would be zero without it
+    hidden = batches[0].hidden
+    # Adam does not see the scale; gradients in float16 would be zero without it.
     scale = float(hidden.shape[-1] * (hidden.numel() // hidden.shape[-1]) ** 0.5)
     with torch.enable_grad():
         for _ in range(epochs):
@@ -105,12 +93,9 @@ def refine(
 @torch.no_grad()
 def error(block: nn.Module, batches: Sequence[Batch]) -> float:
     """The mean over tokens of ‖output − target‖² / ‖target‖²."""
-    windows = [
-        batch.hidden.shape[-3] for batch in batches
-    ]  # Gemma 3n has several streams before them
-    return sum(_loss(block, b).item() * n for b, n in zip(batches, windows, strict=True)) / sum(
-        windows
-    )
+    counts = [batch.hidden.shape[-3] for batch in batches]  # of windows; Gemma 3n: [streams, …]
+    lost = (_loss(block, one).item() * n for one, n in zip(batches, counts, strict=True))
+    return sum(lost) / sum(counts)
 
 
 def _loss(block: nn.Module, batch: Batch) -> Tensor:
@@ -125,21 +110,21 @@ def _loss(block: nn.Module, batch: Batch) -> Tensor:
 def refine_block(
     step: Step, result: nn.Module, changed: Sequence[str], pruned: Container[str], epochs: int
 ) -> Tuned:
-    """Tune the `changed` parameters of a pruned block, in float32, and round what came out into
-    both copies; experts that were not `pruned` stay as they are.
+    """Tune the `changed` parameters of a pruned block, and round them into both copies.
+
+    Experts that were not `pruned` stay as they are.
     """
     batches = step.batches()
-    started = perf_counter()
-    block = working_copy(step.block, step.device, torch.float32)
-    for name in changed:
-        block.get_parameter(name).data.copy_(result.get_parameter(name).data)
-    kept = {name: block.get_parameter(name) != 0 for name in changed}
-    for matrix in weight_matrices(block).values():
-        if matrix.expert and matrix.parameter in kept and matrix.name not in pruned:
-            kept[matrix.parameter][int(matrix.name.rsplit(".", 2)[1])] = False
-    tuned = refine(block, kept, batches, epochs)
-    for name in changed:
-        stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
-        step.block.get_parameter(name).data.copy_(stored)
-    step.seconds.refine += perf_counter() - started
+    with step.seconds.counted("refine"):
+        block = working_copy(step.block, step.device, torch.float32)
+        for name in changed:
+            block.get_parameter(name).data.copy_(result.get_parameter(name).data)
+        kept = {name: block.get_parameter(name) != 0 for name in changed}
+        for matrix in weight_matrices(block).values():
+            if matrix.expert and matrix.parameter in kept and matrix.name not in pruned:
+                kept[matrix.parameter][int(matrix.name.rsplit(".", 2)[1])] = False
+        tuned = refine(block, kept, batches, epochs)
+        for name in changed:
+            stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
+            step.block.get_parameter(name).data.copy_(stored)
     return tuned

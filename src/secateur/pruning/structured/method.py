@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from secateur.errors import BadPattern, BadPlan, UnknownName
-from secateur.methods import REFINE_EPOCHS
-from secateur.methods.names import read_name
+from secateur.methods import REFINE_EPOCHS, read_name
 from secateur.methods.structures import Budget, Depth, Structure, Units, parts
 from secateur.pruning.structured.channel_scores import SELECTIONS
 from secateur.pruning.structured.depth import BLOCKS
