@@ -110,16 +110,31 @@ def is_whole(folder: Path) -> bool:
     """Whether the weights lie in the folder, and not the configuration alone. Raises BadCheckpoint
     for a bad index.
     """
-    shards = set(_weight_map(folder).values()) or {SINGLE}
+    shards = set(_weight_map(folder).values()) or {weight_file(folder)}
     return all((folder / shard).is_file() for shard in shards)
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
-    """The shard of every tensor, as the index says; empty where there is no index. Shards may be
-    missing.
+def weight_file(folder: Path) -> str:
+    """The file from which transformers loads the weights of a folder, shards or their index: what
+    config.json names, else `model.safetensors`, else the index.
     """
-    file = folder / INDEX
-    if not file.is_file():
+    named = json_object(folder / "config.json").get("transformers_weights")
+    if named is None:
+        return SINGLE if (folder / SINGLE).is_file() or not (folder / INDEX).is_file() else INDEX
+    if not isinstance(named, str) or Path(named).name != named:
+        raise BadCheckpoint(
+            f"{folder / 'config.json'} names {named!r} as transformers_weights; a file in the same "
+            "folder was wanted."
+        )
+    return named
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The shard of every tensor, as the index says; empty where there is none, or it is not used.
+    Shards may be missing.
+    """
+    file = folder / weight_file(folder)
+    if not file.name.endswith(".index.json") or not file.is_file():
         return {}
     weight_map = json_object(file).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -150,8 +165,13 @@ def _index(folder: Path) -> dict[str, str]:
 
 
 def _single_shard(folder: Path) -> tuple[str, ...]:
-    if (folder / SINGLE).is_file():
-        return (SINGLE,)
+    if (folder / (single := weight_file(folder))).is_file():
+        return (single,)
+    if (folder / "adapter_config.json").is_file():
+        raise BadCheckpoint(
+            f"{folder} holds an adapter, not a model. Merge it into its base model (peft's "
+            "merge_and_unload), save that, and prune it."
+        )
     pickles = sorted(
         f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")
     )

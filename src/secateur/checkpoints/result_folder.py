@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoints.folder import RECORD, Checkpoint
+from secateur.checkpoints.folder import INDEX, RECORD, Checkpoint, weight_file
 from secateur.checkpoints.journal import Journal, differences
 from secateur.checkpoints.output_folder import check_output_folder, journal_of, refuse_output
 from secateur.checkpoints.result import BLOCK, Output
@@ -90,7 +90,9 @@ def _taken_up(result: Output, conditions: Mapping[str, Any], restart: bool) -> b
 def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | None) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     files = [file for file in sorted(source.folder.iterdir()) if file.is_file()]
-    ours = (RECORD, *source.shards)  # written anew
+    ours = [RECORD, *source.shards]  # written anew
+    if weight_file(source.folder) != INDEX:
+        ours.append(INDEX)  # of other weights
     copied = [f for f in files if f.name not in ours and not f.name.endswith(_WEIGHTS)]
     free = shutil.disk_usage(out.parent).free
     size = source.bytes if other_weights is None else other_weights

@@ -93,6 +93,17 @@ def other_shape(shapes: Shapes, model: nn.Module) -> str:
     return ""
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Raise BadCheckpoint for an adapter beside the weights, which transformers would load on top
+    of them where peft is installed.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise BadCheckpoint(
+            f"{folder} holds a model and an adapter (adapter_config.json). Move the adapter "
+            "elsewhere, or merge it (peft's merge_and_unload) and save the merged model."
+        )
+
+
 def refuse_counts(folder: Path) -> None:
     """Raise BadCheckpoint where config.json counts more layers, heads or experts than any model
     has.

@@ -24,6 +24,7 @@ from secateur.models.checks import (
     LOAD_ERRORS,
     bad_config,
     bad_weights,
+    refuse_adapter,
     refuse_counts,
     refuse_encoder,
     refuse_foreign_weights,
@@ -33,6 +34,7 @@ from secateur.models.checks import (
 from secateur.models.context import vocabulary_size
 from secateur.models.mapped_experts import spill_folder, stacked_on_disk
 from secateur.models.replay import LanguageModel, Shell, run_block
+from secateur.models.source import check_loaded
 from secateur.system.files import refuse_odd_files
 from secateur.system.machine import CPU
 
@@ -127,7 +129,9 @@ def load(
     be replayed.
     """
     model, spill = _mapped(folder, trust_remote_code, spill)
-    return replace(replayable(model), spilled=spill is not None)
+    language_model = replayable(model)
+    ignored = check_loaded(open_checkpoint(folder), language_model)
+    return replace(language_model, spilled=spill is not None, ignored=ignored)
 
 
 def load_blocks(
@@ -148,6 +152,7 @@ def _mapped(
     """
     config, built = load_config(folder, trust_remote_code=trust_remote_code), None
     checkpoint = open_checkpoint(folder)
+    refuse_adapter(folder)
     spill = spill or spill_folder(None, checkpoint.bytes)
     try:
         built = without_weights(checkpoint, config, trust_remote_code=trust_remote_code)

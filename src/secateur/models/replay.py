@@ -34,13 +34,15 @@ class Call(NamedTuple):
 @dataclass(frozen=True)
 class LanguageModel:
     """A causal LM and where its blocks are. `tuples` says which blocks return a tuple; `spilled`,
-    whether weights that the loader put together lie in a file rather than in memory.
+    whether weights that the loader put together lie in a file rather than in memory; `ignored`
+    names the tensors of its checkpoint that it did not take.
     """
 
     model: PreTrainedModel
     stack: str
     tuples: tuple[bool, ...]
     spilled: bool = False
+    ignored: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from secateur.methods.patterns import kind_of
 from secateur.models.context import check_windows
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.models.replay import LanguageModel
+from secateur.models.source import ignored_in_words
 from secateur.models.stream.blocks import BlockRun
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.pruning.check import Zeros
@@ -124,6 +125,7 @@ def prepare(
     shapes = matrix_shapes(run.language_model)
     shown = label(plan, shapes) if is_file(recipe.allocate) else str(pattern)
     run.progress.begin(f"pruning with {recipe.method} to {shown}")
+    cost = UNKNOWN_COST.format(recipe.method) if method.cost is None else ""
     report = Report(
         recipe.method,
         shown,
@@ -135,7 +137,7 @@ def prepare(
         None,
         windows.fingerprint(),
         recipe.allocate,
-        note=UNKNOWN_COST.format(recipe.method) if method.cost is None else "",
+        note=" ".join(filter(None, (cost, ignored_in_words(run.language_model)))),
     )
     spill = run.spill if decided["spill"] else None
     run = replace(run, batch_size=decided["batch_size"], spill=spill)

@@ -9,7 +9,7 @@ from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import BadCheckpoint
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
-from secateur.models.stored import checkpoint_tensors
+from secateur.models.source import checkpoint_tensors
 
 
 def masks(language_model: LanguageModel) -> dict[str, Tensor]:

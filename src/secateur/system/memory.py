@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import product
@@ -100,6 +101,32 @@ def _bytes_in(file: Path, key: str) -> int | None:
     """The bytes that a file of /proc gives for a key, None where the system does not tell."""
     lines = file.read_text().splitlines() if file.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:")), None)
+
+
+class MappedFiles:
+    """Where this process has mapped some files into memory; nowhere where the system does not
+    tell.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        wanted = {str(file.resolve()): file for file in files}
+        maps = Path("/proc/self/maps")
+        lines = maps.read_text().splitlines() if maps.exists() else []
+        self._starts, self._files = list[int](), list[tuple[int, Path, int]]()
+        for addresses, _, offset, *_, name in (line.split(maxsplit=5) for line in lines):
+            if name in wanted:
+                start, stop = (int(address, 16) for address in addresses.split("-"))
+                self._starts.append(start)  # in ascending order
+                self._files.append((stop, wanted[name], int(offset, 16)))
+
+    def at(self, tensor: Tensor) -> tuple[Path, int] | None:
+        """The file and the offset at which a contiguous tensor lies, None where it lies in none."""
+        start = tensor.data_ptr()
+        if (number := bisect_right(self._starts, start) - 1) < 0 or not tensor.is_contiguous():
+            return None
+        stop, file, offset = self._files[number]
+        inside = tensor.device.type == "cpu" and start + tensor.nbytes <= stop
+        return (file, offset + start - self._starts[number]) if inside else None
 
 
 def anonymous_bytes() -> int | None:

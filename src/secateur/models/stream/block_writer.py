@@ -25,7 +25,7 @@ from secateur.models.context import width
 from secateur.models.load import load_blocks
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import LanguageModel
-from secateur.models.stored import check_source, checkpoint_tensors
+from secateur.models.source import check_dtypes, checkpoint_tensors
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.models.stream.forward import BlockRun
 from secateur.system.interrupt import asked_to_stop
@@ -87,15 +87,13 @@ class BlockWriter:
         """Write a finished block while the caller goes on, and record `entry`, as JSON can hold it.
 
         `tensors` are the parameters that changed, by their name in the model; `stored`: what they
-        are in the result, where it has other names. Raises UnsupportedModel where the source does
-        not hold what the model was loaded with, Interrupted where the user has asked to stop and
-        this is not the `last` block; an error in writing comes with the next call.
+        are in the result, where it has other names. Raises Interrupted where the user has asked to
+        stop and this is not the `last` block; an error in writing comes with the next call.
         """
         if self.result:
-            source = self.result.source
-            check_source(source, self.language_model, tensors)
             if stored is None:
-                stored = checkpoint_tensors(self.language_model, tensors, source.places)
+                places = self.result.source.places
+                stored = checkpoint_tensors(self.language_model, tensors, places)
             self.result.commit(stored, entry)
         self.entries.append(entry)
         if self.ranks.same(self._stopping) and not last:
@@ -121,8 +119,9 @@ def block_writer(
     """Open the result of a run, or take up what a run under the same `conditions` left.
 
     While open, Ctrl-C stops after the block at hand. `other_weights`: see `result.output`. Raises
-    OutputRefused, DiskFull, ConditionsDiffer.
+    UnsupportedModel, OutputRefused, DiskFull, ConditionsDiffer.
     """
+    check_dtypes(source, language_model)
     opening = output(
         source,
         Path(destination.out),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint
 from secateur.models.replay import LanguageModel
-from secateur.models.stored import checkpoint_tensors
+from secateur.models.source import checkpoint_tensors
 from secateur.pruning.structured.feasibility import Removal
 
 

@@ -1,0 +1,108 @@
+"""The parameters of a model and the tensors of the checkpoint that they were loaded from.
+
+What is loaded must be what is written and what is copied. So every tensor of a loaded model is
+compared with the checkpoint once, before any work; what the model did not take is named.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Container, Mapping
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
+
+from secateur.checkpoints.folder import DTYPES, Checkpoint
+from secateur.errors import BadCheckpoint, UnsupportedModel
+from secateur.models.matrices import weight_matrices
+from secateur.models.replay import LanguageModel
+from secateur.system.memory import MappedFiles
+
+
+def checkpoint_tensors(
+    language_model: LanguageModel,
+    tensors: Mapping[str, Tensor],
+    known: Container[str],
+    optional: Container[str] = (),
+) -> dict[str, Tensor]:
+    """Parameters by their name in the model, turned into the tensors by their name in the
+    checkpoint.
+
+    transformers renames and re-stacks weights when it loads them (experts above all) and knows the
+    way back; `known` holds the names of the checkpoint. Raises UnsupportedModel for a name that it
+    does not hold, unless that is `optional`.
+    """
+    prefix = f"{language_model.model.base_model_prefix}."
+    stored: dict[str, Tensor] = {}
+    for name, tensor in revert_weight_conversion(language_model.model, dict(tensors)).items():
+        spellings = (name, name.removeprefix(prefix), prefix + name)
+        if spelling := next((s for s in spellings if s in known), None):
+            stored[spelling] = tensor
+        elif name not in optional:
+            raise UnsupportedModel(
+                f"The checkpoint has no tensor {name!r}, which the model was loaded from."
+            )
+    return stored
+
+
+@torch.no_grad()
+def check_loaded(source: Checkpoint, language_model: LanguageModel) -> tuple[str, ...]:
+    """Raise BadCheckpoint unless every tensor of a loaded model is what the checkpoint holds; the
+    names of the tensors that the model did not take.
+
+    transformers turns some tensors into others when it loads them; turned back, they must be what
+    they were, in the dtype of the model. A tensor that lies in the mapped file itself, at its
+    place, is not read again.
+    """
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, tensor in language_model.model.state_dict().items():
+        block = name.removeprefix(f"{language_model.stack}.").partition(".")[0]
+        groups[block if name.startswith(f"{language_model.stack}.") else ""][name] = tensor
+    mapped, taken = MappedFiles(source.folder / shard for shard in source.shards), set[str]()
+    for tensors in groups.values():  # what was put together is taken apart a block at a time
+        loaded = checkpoint_tensors(language_model, tensors, source.places, optional=tensors)
+        for name, tensor in loaded.items():
+            place = source.places[name]
+            if mapped.at(tensor) != (source.folder / place.shard, place.offset):
+                stored = source.tensor(name)
+                if not torch.equal(stored.to(tensor.dtype), tensor):
+                    raise BadCheckpoint(
+                        f"{name} in {source.folder / place.shard} is not what transformers loads "
+                        f"from {source.folder}. Leave one set of weights in the folder."
+                    )
+        taken |= loaded.keys()
+    return tuple(sorted(source.places.keys() - taken))
+
+
+def ignored_in_words(language_model: LanguageModel) -> str:
+    """A sentence on the tensors of the checkpoint that the model did not take; empty without."""
+    stack, counts = language_model.stack.split("."), Counter[str]()
+    for name in language_model.ignored:
+        parts = name.split(".")
+        depth = len(stack) + 1 if parts[: len(stack)] == stack else 1
+        counts[".".join(parts[:depth])] += 1
+    parts = [
+        f"{name}.* ({count} tensor{'s' * (count > 1)})" for name, count in sorted(counts.items())
+    ]
+    shown = ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
+    kind = type(language_model.model).__name__
+    return f"Left as it is, since {kind} does not load it: {shown}." if parts else ""
+
+
+def check_dtypes(source: Checkpoint, language_model: LanguageModel) -> None:
+    """Raise UnsupportedModel where a weight matrix is stored in another dtype than it was loaded
+    in: what is kept of it would be rounded.
+    """
+    for index, block in enumerate(language_model.blocks):
+        prefix = language_model.block_name(index)
+        parameters = {matrix.parameter for matrix in weight_matrices(block).values()}
+        loaded = {f"{prefix}.{name}": block.get_parameter(name).data for name in parameters}
+        for name, tensor in checkpoint_tensors(language_model, loaded, source.places).items():
+            dtype = DTYPES.get(source.places[name].dtype)
+            if dtype != tensor.dtype:
+                raise UnsupportedModel(
+                    f"{name} in {source.folder} is stored as {source.places[name].dtype}, and "
+                    f"most weights as {str(tensor.dtype).removeprefix('torch.')}, in which the "
+                    "model is loaded; pruning would round it. Save the model in one dtype."
+                )

@@ -1,0 +1,132 @@
+"""One reader: what is loaded, written and copied is the same set of tensors, and what is besides is named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import secateur
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.errors import BadCheckpoint, UnsupportedModel
+from secateur.models.load import load
+from secateur.models.source import check_loaded
+from secateur.system.memory import MappedFiles
+
+
+@pytest.fixture
+def folder(tiny_llama: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(tiny_llama, tmp_path / "model")
+
+
+@pytest.fixture
+def prune(text_file, tmp_path):
+    def run(folder: Path, **options):
+        given = {"method": "wanda", "calibration": str(text_file), "samples": 4, "seq_len": 16, **options}
+        return secateur.prune(folder, out=tmp_path / "out", **given)
+
+    return run
+
+
+def edited(folder: Path, change) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_difference_in_any_tensor_is_seen(tiny_llama, folder, monkeypatch, mapped):
+    if not mapped:  # as on a system that does not tell, and in a hub cache
+        monkeypatch.setattr(MappedFiles, "at", lambda self, tensor: None)
+    language_model = load(tiny_llama)
+    assert check_loaded(open_checkpoint(tiny_llama), language_model) == ()
+    original = load_file(tiny_llama / "model.safetensors")
+    assert len(original) > 30
+    for name, tensor in original.items():
+        save_file({**original, name: tensor.flip(0) + 1}, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(BadCheckpoint, match=f"{name} in .*model.safetensors is not what transformers loads"):
+            check_loaded(open_checkpoint(folder), language_model)
+
+
+def test_a_mapped_tensor_is_known_by_its_place(tiny_llama):
+    source, language_model = open_checkpoint(tiny_llama), load(tiny_llama)
+    files = MappedFiles(source.folder / shard for shard in source.shards)
+    for name, tensor in language_model.model.state_dict().items():
+        if name in source.places:
+            place = source.places[name]
+            assert files.at(tensor) == (tiny_llama / place.shard, place.offset)
+    assert files.at(torch.ones(3)) is None
+    transposed = language_model.model.get_parameter("model.layers.0.mlp.up_proj.weight").data.T
+    assert files.at(transposed) is None
+
+
+def test_experts_that_are_put_together_are_compared(tiny_mixtral, tmp_path):
+    language_model = load(tiny_mixtral)
+    folder = shutil.copytree(tiny_mixtral, tmp_path / "model")
+    name = next(name for name in load_file(folder / "model.safetensors") if ".experts.1." in name)
+    edited(folder, lambda tensors: tensors[name].add_(1))
+    with pytest.raises(BadCheckpoint, match=name.replace(".", r"\.")):
+        check_loaded(open_checkpoint(folder), language_model)
+
+
+def test_of_two_sets_of_weights_the_one_is_read_that_transformers_reads(folder, prune, tmp_path):
+    """Old shards with their index lie beside a newer model.safetensors."""
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "old", max_shard_size="100kB")
+    for file in (tmp_path / "old").glob("model*"):
+        shutil.copy(file, folder)
+    edited(folder, lambda tensors: tensors["model.embed_tokens.weight"].mul_(1.5))
+    report = prune(folder)
+    assert report.out
+    result, source = load_file(report.out / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert torch.equal(result["model.embed_tokens.weight"], source["model.embed_tokens.weight"])
+    assert sorted(file.name for file in report.out.glob("model*")) == ["model.safetensors"]
+    assert open_checkpoint(report.out).shards == ("model.safetensors",)
+
+
+def test_the_config_may_name_the_weights(folder):
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    assert open_checkpoint(folder).shards == ("other.safetensors",)
+    assert load(folder).ignored == ()
+    (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "../other.safetensors"}))
+    with pytest.raises(BadCheckpoint, match="a file in the same folder was wanted"):
+        open_checkpoint(folder)
+
+
+def test_an_adapter_is_never_merged_in_silence(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadCheckpoint, match="holds a model and an adapter"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(BadCheckpoint, match="holds an adapter, not a model"):
+        load(folder)
+
+
+def test_tensors_that_the_model_does_not_load_are_named_and_kept(folder, prune):
+    extra = {f"mtp.layers.0.{name}.weight": torch.randn(8, 8) for name in ("q", "k")} | {"score.weight": torch.randn(8)}
+    edited(folder, lambda tensors: tensors.update(extra))
+    assert load(folder).ignored == ("mtp.layers.0.k.weight", "mtp.layers.0.q.weight", "score.weight")
+    report = prune(folder)
+    sentence = "Left as it is, since LlamaForCausalLM does not load it: mtp.* (2 tensors), score.* (1 tensor)."
+    assert report.note == sentence
+    assert json.loads((report.out / "pruning.json").read_text())["note"] == sentence
+    written = load_file(report.out / "model.safetensors")
+    assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())
+
+
+def test_a_matrix_in_another_dtype_is_refused_before_any_work(folder, prune):
+    edited(folder, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items() if "up_proj" not in n}))
+    with pytest.raises(UnsupportedModel, match=r"mlp\.up_proj\.weight in .* is stored as F32, and most weights as bf"):
+        prune(folder)
+    assert not (folder.parent / "out").exists()
+
+
+def test_norms_in_another_dtype_are_let_pass(folder, prune):
+    edited(folder, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items() if "norm" not in n}))
+    report = prune(folder)
+    assert load_file(report.out / "model.safetensors")["model.norm.weight"].dtype == torch.float32
