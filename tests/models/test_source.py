@@ -130,3 +130,47 @@ def test_norms_in_another_dtype_are_let_pass(folder, prune):
     edited(folder, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items() if "norm" not in n}))
     report = prune(folder)
     assert load_file(report.out / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+
+
+def renamed(prefix: str):
+    def change(tensors):
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    return change
+
+
+def added(**extra):
+    return lambda tensors: tensors.update({name.replace("__", "."): tensor for name, tensor in extra.items()})
+
+
+def pruned_by_torch(tensors):
+    weight = tensors.pop("model.layers.0.mlp.up_proj.weight")
+    tensors["model.layers.0.mlp.up_proj.weight_orig"] = weight
+    tensors["model.layers.0.mlp.up_proj.weight_mask"] = (weight > 0).float()
+
+
+def a_reward_model(tensors):
+    tensors["score.weight"] = tensors.pop("lm_head.weight")[:1].contiguous()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (renamed("_orig_mod."), r"named _orig_mod\.…, as torch\.compile wraps a model\. Strip '_orig_mod\.'"),
+        (renamed("module."), r"as DataParallel wraps a model"),
+        (renamed("base_model.model."), r"as peft wraps a model"),
+        (pruned_by_torch, r"leftovers of torch\.nn\.utils\.prune.*prune\.remove"),
+        (added(model__a__lora_A__weight=torch.ones(2)), r"weights of an adapter beside.*merge_and_unload"),
+        (added(model__a__qweight=torch.ones(2)), r"quantised by GPTQ or AWQ \(model\.a\.qweight\)"),
+        (added(model__a__weight_packed=torch.ones(2)), r"packed by compressed-tensors"),
+        (added(model__a__weight_scale=torch.ones(2), model__a__weight_scale_2=torch.ones(2)), r"weights in NVFP4"),
+        (added(model__a__weight_scale_inv=torch.ones(2)), r"quantised weights with their scales"),
+        (added(model__a__scales=torch.ones(2), model__a__weight=torch.ones(2, dtype=torch.uint32)), r"quantised by MLX"),
+        (added(model__a__weight=torch.ones(0)), r"is empty, as DeepSpeed's ZeRO-3 saves"),
+        (a_reward_model, r"is a classifier or a reward model: it has score\.weight and no lm_head\.weight"),
+    ],
+)
+def test_what_is_no_plain_model_is_called_by_its_name(folder, change, words):
+    with pytest.raises((BadCheckpoint, UnsupportedModel), match=words):
+        load(edited(folder, change))

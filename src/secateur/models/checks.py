@@ -183,6 +183,12 @@ def refuse_foreign_weights(
     `report` is the loading info of `from_pretrained`. Other weights that went unused are let pass:
     old checkpoints hold rotary tables and masks.
     """
+    head = [name for name in report["unexpected_keys"] if re.match(r"(score|classifier)\.", name)]
+    if head and any(str(name).startswith("lm_head.") for name in report["missing_keys"]):
+        raise UnsupportedModel(
+            f"{folder} is a classifier or a reward model: it has {head[0]} and no lm_head.weight. "
+            "A causal language model was wanted."
+        )
     blocks = len(list(model.get_submodule(stack).children()))
     beyond = [name for name in report["unexpected_keys"] if _block(name, stack) >= blocks]
     for what, names in (

@@ -33,6 +33,7 @@ from secateur.models.checks import (
 )
 from secateur.models.context import vocabulary_size
 from secateur.models.mapped_experts import spill_folder, stacked_on_disk
+from secateur.models.recognise import refuse_other_kinds
 from secateur.models.replay import LanguageModel, Shell, run_block
 from secateur.models.source import check_loaded
 from secateur.system.files import refuse_odd_files
@@ -153,6 +154,7 @@ def _mapped(
     config, built = load_config(folder, trust_remote_code=trust_remote_code), None
     checkpoint = open_checkpoint(folder)
     refuse_adapter(folder)
+    refuse_other_kinds(checkpoint)
     spill = spill or spill_folder(None, checkpoint.bytes)
     try:
         built = without_weights(checkpoint, config, trust_remote_code=trust_remote_code)
