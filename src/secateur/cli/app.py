@@ -16,7 +16,7 @@ from rich.markup import escape
 import secateur
 from secateur.cli import compare, deployment, recommend, recover
 from secateur.cli.options import AsJson, Model, Quiet, options
-from secateur.cli.terminal import command, display, first_process, progress, show
+from secateur.cli.terminal import command, display, first_process, progress, show, usable_streams
 from secateur.errors import Interrupted, RankLost, SecateurError, in_one_line, printable
 from secateur.system.settings import (
     CalibrationText,
@@ -186,6 +186,7 @@ def _interrupted() -> int:
 
 def main() -> None:
     """The entry point of the `secateur` command."""
+    usable_streams()
     if not sys.warnoptions:  # what libraries warn programmers of is not shown, unless asked for
         warnings.simplefilter("ignore")
     sys.exit(guarded(functools.partial(app, standalone_mode=True)))

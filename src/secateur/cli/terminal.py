@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, is_dataclass
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -44,6 +45,18 @@ class display:  # noqa: N801 — used as a function
         self.progress.end()
 
 
+def usable_streams() -> None:
+    """Let any text be printed: a character that the console does not have becomes a question mark,
+    and a stream that was closed before the start swallows what it gets.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def first_process() -> bool:
     """Whether this is the first of the processes that torchrun has started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
@@ -78,5 +91,6 @@ def print_json(value: Any) -> None:
     if not first_process():
         return
     plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, default=str)
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    text = json.dumps(plain, ensure_ascii=not unicode, allow_nan=False, default=str)
     print("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text))
