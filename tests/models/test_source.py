@@ -166,7 +166,7 @@ def a_reward_model(tensors):
         (added(model__a__weight_packed=torch.ones(2)), r"packed by compressed-tensors"),
         (added(model__a__weight_scale=torch.ones(2), model__a__weight_scale_2=torch.ones(2)), r"weights in NVFP4"),
         (added(model__a__weight_scale_inv=torch.ones(2)), r"quantised weights with their scales"),
-        (added(model__a__scales=torch.ones(2), model__a__weight=torch.ones(2, dtype=torch.uint32)), r"quantised by MLX"),
+        (added(a__scales=torch.ones(2), a__weight=torch.ones(2, dtype=torch.uint32)), r"quantised by MLX"),
         (added(model__a__weight=torch.ones(0)), r"is empty, as DeepSpeed's ZeRO-3 saves"),
         (a_reward_model, r"is a classifier or a reward model: it has score\.weight and no lm_head\.weight"),
     ],

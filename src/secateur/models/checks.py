@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.errors import BadCheckpoint, NonFinite, SecateurError, UnsupportedModel, in_one_line
+from secateur.models.draft_heads import draft_head_count
 from secateur.system.json_files import json_object
 
 # What transformers raises for a configuration or weights that it cannot take, whatever is wrong.
@@ -190,7 +191,9 @@ def refuse_foreign_weights(
             "A causal language model was wanted."
         )
     blocks = len(list(model.get_submodule(stack).children()))
-    beyond = [name for name in report["unexpected_keys"] if _block(name, stack) >= blocks]
+    config: Any = model.config
+    known = blocks + draft_head_count(config.get_text_config())
+    beyond = [name for name in report["unexpected_keys"] if _block(name, stack) >= known]
     for what, names in (
         ("it lacks", sorted(map(str, report["missing_keys"]))),
         ("it has besides", sorted(beyond)),

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from secateur.errors import BadPattern
+from secateur.errors import BadPattern, UnknownName
 from secateur.methods import METHODS, Method, find_method
 from secateur.methods.pattern_text import parse
 from secateur.methods.patterns import Pattern
@@ -13,6 +13,8 @@ from secateur.pruning.structured.depth import BLOCKS
 from secateur.pruning.structured.expert_scores import EXPERTS
 from secateur.pruning.structured.method import PRESETS, Slices, find_structure
 from secateur.system.settings import Recipe
+
+DRAFT_HEADS = ("refuse", "drop")
 
 
 class Zeros(NamedTuple):
@@ -29,6 +31,8 @@ def find_recipe(recipe: Recipe) -> Zeros | Slices:
     Raises UnknownName, BadPattern or BadPlan where method, pattern and options do not go together.
     """
     pattern, name = parse(recipe.pattern), recipe.method.split("+")[0]
+    if recipe.draft_heads not in DRAFT_HEADS:
+        raise UnknownName("way with draft heads", recipe.draft_heads, DRAFT_HEADS)
     if isinstance(pattern, Structure):
         if name in METHODS and name not in PRESETS:
             raise BadPattern(
@@ -47,4 +51,8 @@ def find_recipe(recipe: Recipe) -> Zeros | Slices:
     check_allocation(recipe.allocate, recipe.pattern)
     if recipe.align is not None:
         raise BadPattern(f"--align is for the channels of a structure; {pattern} removes none.")
+    if recipe.draft_heads == "drop":
+        raise BadPattern(
+            f"--draft-heads drop is for structures; {pattern} leaves them as they are."
+        )
     return Zeros(recipe, method, pattern)

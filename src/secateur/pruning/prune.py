@@ -45,6 +45,7 @@ def prune(
     seq_len: int | None = CalibrationText.seq_len,
     seed: int = CalibrationText.seed,
     skip: Sequence[str] = Recipe.skip,
+    draft_heads: str = Recipe.draft_heads,
     device: str = Compute.device,
     dtype: str = Compute.dtype,
     batch_size: int = Compute.batch_size,

@@ -56,6 +56,9 @@ class Limits:
     skip: Sequence[str] = option(
         (), "Leave weight matrices out: a glob on their names. May be repeated."
     )
+    draft_heads: str = option(
+        "refuse", "Draft heads, which a structure cannot cut alike: refuse, drop (without them)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

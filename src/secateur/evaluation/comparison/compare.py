@@ -42,7 +42,7 @@ from secateur.models.stream.blocks import BlockRun
 from secateur.pruning.opening import draw_calibration
 from secateur.pruning.planning.memory import way_through
 from secateur.pruning.structured.feasibility import Feasibility
-from secateur.pruning.structured.program import refuse_structure
+from secateur.pruning.structured.program import refuse_draft_heads, refuse_structure
 from secateur.system.devices import calibration_dtype, forward_dtype
 from secateur.system.files import file_sha256, write_whole
 from secateur.system.machine import machine, versions
@@ -87,6 +87,7 @@ def compare(
     seq_len: int | None = EvaluationText.seq_len,
     seed: int | Sequence[int] = CalibrationDraws.seed,
     skip: Sequence[str] = Grid.skip,
+    draft_heads: str = Grid.draft_heads,
     device: str = Compute.device,
     dtype: str = Compute.dtype,
     batch_size: int = Compute.batch_size,
@@ -160,6 +161,7 @@ def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:
     for pattern in dict.fromkeys(cell.pattern for cell in asked.cells):
         if isinstance(structure := parse(pattern), Structure):
             refuse_structure(feasibility, structure, source.bytes, asked.grid.align)
+            refuse_draft_heads(language_model, structure, asked.grid.draft_heads)
     return source, language_model, feasibility
 
 

@@ -1,6 +1,6 @@
 """Names of tensors before and after whole blocks have left a model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 from torch import Tensor
@@ -14,8 +14,14 @@ from secateur.pruning.structured.feasibility import Removal
 class Names:
     """The tensors of the smaller checkpoint, by the names that the source has for such tensors."""
 
-    def __init__(self, source: Checkpoint, dense: LanguageModel, removal: Removal) -> None:
-        self.source, self.dense = source, dense
+    def __init__(
+        self,
+        source: Checkpoint,
+        dense: LanguageModel,
+        removal: Removal,
+        left_out: Collection[str] = (),
+    ) -> None:
+        self.source, self.dense, self.left_out = source, dense, left_out
         self.kept, self.smaller = removal.kept, removal.smaller
         start = dense.block_name(0)
         state = {f"{start}.{n}": t for n, t in dense.blocks[0].named_parameters()}
@@ -36,7 +42,7 @@ class Names:
         places = {
             name: (name, place.shape)
             for name, place in self.source.places.items()
-            if name not in inside and not name.startswith(self.stem)
+            if name not in inside and not name.startswith(self.stem) and name not in self.left_out
         }
         for position, block in enumerate(self.smaller.blocks):
             moved = self._moved(position, self.kept[position])

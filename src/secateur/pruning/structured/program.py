@@ -21,9 +21,10 @@ from torch import Tensor
 from secateur.checkpoints.record import Report, pruning_record
 from secateur.checkpoints.result_folder import configure
 from secateur.checkpoints.shards import resized, size_of
-from secateur.errors import BadPattern
+from secateur.errors import BadPattern, UnsupportedModel
 from secateur.methods.structures import NAMES, Depth, Structure, parts
 from secateur.models.context import check_windows
+from secateur.models.draft_heads import draft_tensors, without_draft_heads
 from secateur.models.matrices import coverage, model_coverage
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
 from secateur.models.stream.block_writer import BlockWriter, block_writer, with_room
@@ -85,10 +86,13 @@ def prune_structure(
         "device": devices[0].type,
         "versions": versions(),
     }
+    drafts = refuse_draft_heads(language_model, structure, recipe.draft_heads)
     with PeakMemory() as peak:
         removal = _removal(run, method, feasibility, structure, source.bytes, recipe.align)
-        names = Names(source, language_model, removal)
+        names = Names(source, language_model, removal, drafts)
         report = _report(recipe, structure, opened, run, removal)
+        if drafts:
+            report.removed["draft heads"] = f"{len(drafts)} tensors"
         size = size_of(source, names.places)
         with block_writer(
             source, language_model, destination, trust, conditions, other_weights=size
@@ -112,7 +116,9 @@ def _write(slicing: Slicing, writer: BlockWriter, report: Report, trust: Trust) 
     assert result is not None  # structures are taken out in one process
     result.places = resized(result.source, result.partial, names.places, again=again)
     if not again:
-        configure(result, removal.changes, run.language_model.model.config.model_type)
+        config = run.language_model.model.config
+        changes = {**removal.changes, **(without_draft_heads(config) if names.left_out else {})}
+        configure(result, changes, config.model_type)
         result.sync()
     run.progress.begin(f"shrinking with {report.method} to {report.pattern}")
     logits = _slice_blocks(slicing, writer, report)
@@ -135,6 +141,22 @@ def refuse_structure(
     for part in parts(structure):
         if isinstance(part, Depth):
             part.removed(len(feasibility.language_model.blocks))
+
+
+def refuse_draft_heads(
+    language_model: LanguageModel, structure: Structure, draft_heads: str
+) -> list[str]:
+    """The tensors of draft heads, which are to be dropped. Raises UnsupportedModel where they are
+    not.
+    """
+    drafts = draft_tensors(language_model)
+    if drafts and draft_heads != "drop":
+        raise UnsupportedModel(
+            f"The checkpoint has draft heads ({drafts[0]} and {len(drafts) - 1} more tensors), "
+            f"which would no longer fit the model without {structure}. Leave them out with "
+            "--draft-heads drop, or use a pattern of zeros."
+        )
+    return drafts
 
 
 def _removal(
