@@ -14,8 +14,9 @@ import secateur
 from secateur.errors import BadCheckpoint, BadPattern, UnknownName, UnsupportedModel
 from secateur.models.load import load
 
-FAMILIES = {"glm4_moe": "model.layers.{blocks}.", "deepseek_v3": "model.layers.{blocks}.", "qwen3_next": "mtp.layers.0."}
-"""By model type: where its checkpoints hold the draft head, beside those that transformers knows by their depth alone."""
+BEHIND = "model.layers.{blocks}."
+FAMILIES = {"glm4_moe": BEHIND, "deepseek_v3": BEHIND, "qwen3_next": "mtp.layers.0."}
+"""By model type: where its checkpoints hold the draft head."""
 
 
 def with_draft_head(family: str, folder: Path, count: int = 1) -> Path:
