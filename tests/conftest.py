@@ -31,6 +31,12 @@ from secateur.pruning.structured import verify
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """What a test draws does not depend on the tests before it in the same process."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def float32_passes() -> Iterator[None]:
     """What `--dtype auto` means does not depend on the machine: as on a processor without products of bfloat16."""

@@ -103,6 +103,18 @@ def test_other_options_are_refused_with_what_differs(arguments, out, capfd):
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("case", ["zeros", "a structure"])
+def test_another_seed_is_refused(arguments, out, case, capfd):
+    """Other calibration tokens: blocks that were pruned on the old ones are not gone on from."""
+    assert started(arguments(*CASES[case]), ("secateur.checkpoints.result.Output._commit", 3, "before")) == DIED
+    left = out.with_name(".out.journal").read_bytes()
+    assert started(arguments(*CASES[case], "--seed", 1)) == 2
+    said = capfd.readouterr().err
+    assert "calibration.seed was 0, now 1" in said
+    assert "calibration.sha256 was " in said
+    assert out.with_name(".out.journal").read_bytes() == left
+
+
 def test_a_finished_run_is_not_mistaken_for_a_half_finished_one(arguments, out, capfd):
     """It died after its last rename: the same command is content, another sees a folder that exists."""
     given = arguments("--method", "wanda")

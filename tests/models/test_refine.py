@@ -142,5 +142,5 @@ def test_targets_are_what_the_dense_model_computes(family):
     run = stream(BlockRun(replayable(tiny_model(family)), TOKENS, [CPU], None, 3), dense=True)
     for index, step in enumerate(run):
         assert torch.allclose(step.batches()[0].target, expected[index], rtol=1e-4, atol=1e-5)
-        for site in step.sites.values():
+        for site in step.matrices.values():
             site.put(site.weight * 0.3)

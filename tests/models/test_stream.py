@@ -39,7 +39,7 @@ def test_statistics_are_those_of_a_plain_forward(family):
     model = tiny_model(family)
     for step in steps(model):
         stats = step.observe({"square", "gram"}, 0).stats
-        expected = seen_by_hooks(model, TOKENS, [f"{step.name}.{site}" for site in step.sites])
+        expected = seen_by_hooks(model, TOKENS, [f"{step.name}.{site}" for site in step.matrices])
         for site, found in stats.items():
             if site.endswith("modality_router"):
                 continue  # called twice in a forward
@@ -64,7 +64,7 @@ def test_inputs_come_from_the_pruned_blocks_before():
         name = f"{step.name}.mlp.down_proj"
         expected = seen_by_hooks(model, TOKENS, [name])[name]  # the model so far: earlier blocks changed
         assert torch.allclose(stats["mlp.down_proj"].mean("square"), expected.square().mean(0), rtol=1e-4)
-        for site in step.sites.values():
+        for site in step.matrices.values():
             site.put(site.weight * 0.5)
         for site in weight_matrices(model.get_submodule(step.name)).values():
             site.put(site.weight * 0.5)
@@ -207,7 +207,7 @@ def test_stats_add(tmp_path: Path):
     x = torch.randn(10, 4)
     whole, parts = Stats.of(x, {"gram"}), Stats.of(x[:3], {"gram"}) + Stats.of(x[3:], {"gram"})
     assert parts.tokens == 10
-    assert torch.allclose(whole.sums["gram"], parts.sums["gram"])
+    assert torch.allclose(whole.sums["gram"], parts.sums["gram"], atol=1e-5)
 
 
 def test_weights_stay_mapped_and_untouched(tiny_llama: Path):
@@ -277,7 +277,7 @@ def test_each_site_gets_the_inputs_that_the_sites_before_it_leave(method, passes
 def test_groups_cover_every_site_once_in_order(family):
     step = next(iter(steps(tiny_model(family))))
     groups = step.groups()
-    assert sorted(name for group in groups for name in group) == sorted(step.sites)
+    assert sorted(name for group in groups for name in group) == sorted(step.matrices)
     if family == "llama":
         ends = [[name.rsplit(".", 1)[-1] for name in group] for group in groups]
         assert ends == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -291,13 +291,13 @@ def test_cross_products_pair_dense_inputs_with_those_of_the_pruned_model(devices
     run = stream(BlockRun(replayable(tiny_model("llama")), TOKENS, devices, None, 3), dense=True)
     for step in run:
         stats = step.observe({"gram", "cross"}, 0).stats
-        names = [f"{step.name}.{site}" for site in step.sites]
+        names = [f"{step.name}.{site}" for site in step.matrices]
         pruned, original = seen_by_hooks(model, TOKENS, names), seen_by_hooks(dense, TOKENS, names)
         for site, found in stats.items():
             name = f"{step.name}.{site}"
             expected = original[name].T @ pruned[name] / TOKENS.numel()
             assert torch.allclose(found.mean("cross"), expected, rtol=1e-3, atol=1e-5)
-        for site in (*step.sites.values(), *weight_matrices(model.get_submodule(step.name)).values()):
+        for site in (*step.matrices.values(), *weight_matrices(model.get_submodule(step.name)).values()):
             site.put(site.weight * 0.7)
 
 

@@ -80,7 +80,7 @@ def prune_block(step: Step, pruning: Pruning, classes: Mapping[str, Classes]) ->
     refuse_non_finite_weights(step.name, dense)
     stages = step.stages(
         method.need,
-        {name for name in step.sites if work.pattern(name)},
+        {name for name in step.matrices if work.pattern(name)},
         one_pass=pruning.passes == "one" and not method.permute,
         sequential=method.sequential,
         again=method.refine > 0,
@@ -92,14 +92,14 @@ def prune_block(step: Step, pruning: Pruning, classes: Mapping[str, Classes]) ->
                 work.notes |= notes
             _hand_round(work, group)
     release_memory()
-    changed = sorted({step.sites[name].parameter for name in work.notes})
+    changed = sorted({step.matrices[name].parameter for name in work.notes})
     tuned = None
     if method.refine and changed:
         _advance(work, f"{step.name} as a whole")
         tuned = refine_block(step, result, changed, work.notes, method.refine)
     written = {*changed, *(permutation.moved if permutation else ())}
     tensors = {f"{step.name}.{n}": result.get_parameter(n).data for n in sorted(written)}
-    return PrunedBlock(step.index, tensors, [_report(work, name) for name in step.sites], tuned)
+    return PrunedBlock(step.index, tensors, [_report(work, name) for name in step.matrices], tuned)
 
 
 def _solve(work: _Work, group: Sequence[str], observed: CalibrationStatistics) -> dict[str, str]:
@@ -119,7 +119,7 @@ def _solve(work: _Work, group: Sequence[str], observed: CalibrationStatistics) -
         weights = [work.dense[n].weight.to(step.device).to(torch.float32, copy=True) for n in names]
         solved = prune_together(method, weights, stats, patterns)
         for name, pruned in zip(names, solved, strict=True):
-            put(f"{step.name}.{name}", pruned.weight, (work.targets[name], step.sites[name]))
+            put(f"{step.name}.{name}", pruned.weight, (work.targets[name], step.matrices[name]))
             notes[name] = ", ".join(filter(None, (note, pruned.note)))
     return notes
 
@@ -132,7 +132,7 @@ def _hand_round(work: _Work, group: Sequence[str]) -> None:
     for position, name in enumerate(group):
         if name in work.notes:
             stored = ranks.hand_round(work.targets[name].stored, position % ranks.size)
-            for copy in (work.targets, work.step.sites):
+            for copy in (work.targets, work.step.matrices):
                 copy[name].stored.copy_(stored)
 
 

@@ -133,7 +133,7 @@ def test_a_fold_is_the_best_linear_stand_in_for_the_blocks_that_are_gone():
     stats = step.observe(NEED, 0, ["mlp.down_proj"]).stats["mlp.down_proj"]
     span = [(i, language_model.blocks[i]) for i in (1, 2)]
     added = missing(step.block, span, "mlp.down_proj", step.inputs.windows(), 0)
-    weight = step.sites["mlp.down_proj"].weight
+    weight = step.matrices["mlp.down_proj"].weight
     kept = torch.ones(weight.shape[1], dtype=torch.bool)
     kept[::4] = False
     folded = reconstructed(weight, stats, kept, None, added.product).weight

@@ -26,7 +26,7 @@ PROBE_TOKENS = 256
 
 
 class Step:
-    """One block with its calibration inputs; `block` is a copy, `sites` views of its matrices."""
+    """One block with its calibration inputs; `block` is a copy, `matrices` views of its own."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Step:
         self.name = self.run.language_model.block_name(self.index)
         self.block = inputs.replicas[0]
         self.device = next(self.block.parameters()).device
-        self.sites = weight_matrices(self.block)
+        self.matrices = weight_matrices(self.block)
         self._left = False  # whether the hidden states are those behind the block already
         self._targets: HiddenStateStore | None = None  # what the dense block gives on dense inputs
 
@@ -78,7 +78,7 @@ class Step:
             stages = [kept for group in groups.order if (kept := [n for n in group if n in only])]
             yield from self._paused(stages, need, leave=not again and not self.last)
             return
-        for group in self.groups() if sequential else [list(self.sites)]:
+        for group in self.groups() if sequential else [list(self.matrices)]:
             if kept := [name for name in group if name in only]:
                 yield kept, self.observe(need, PROBE_TOKENS, kept)
 

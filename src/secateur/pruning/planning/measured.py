@@ -170,7 +170,7 @@ def owl(sensitivity: Sensitivity) -> Mapping[str, float]:
     def look(step: Step) -> None:
         stats = step.observe({"square"}, 0).stats
         scores = [
-            importance(step.sites[name].weight.float(), stats[name]).flatten()
+            importance(step.matrices[name].weight.float(), stats[name]).flatten()
             for name in stats
             if f"{step.name}.{name}" in sensitivity.plan
         ]

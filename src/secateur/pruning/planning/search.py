@@ -92,7 +92,7 @@ class _Library:
                 for group in groups:
                     for name, error, weight in sensitivity.pruned(group, level):
                         self.curves.setdefault(f"{step.name}.{name}", []).append((level, error))
-                        matrix = step.sites[name]
+                        matrix = step.matrices[name]
                         dtype = model.get_parameter(f"{step.name}.{matrix.parameter}").dtype
                         stored = weight.T if matrix.transposed else weight
                         tensors[name] = stored.to("cpu", dtype).contiguous()

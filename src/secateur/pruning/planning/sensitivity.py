@@ -79,7 +79,7 @@ class Sensitivity:
         stats = step.observe((self.method.need - {"cross"}) | {"gram"}, 0).stats
         planned = [name for name in stats if f"{step.name}.{name}" in self.plan]
         for names in solved_together(self.method, planned, stats):
-            weights = {name: step.sites[name].weight.float() for name in names}
+            weights = {name: step.matrices[name].weight.float() for name in names}
             yield Group(weights, stats[names[0]])
 
     def pruned(self, group: Group, level: float) -> Iterator[tuple[str, float, Tensor]]:

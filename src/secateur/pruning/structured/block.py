@@ -170,7 +170,7 @@ class BlockSlicer:
         if self.method.reconstruct and stats is not None:
             product = added.product if added else None
             new, new_bias = reconstructed(weight, stats, kept, old_bias, product)
-        put(f"{step.name}.{name}", new, (targets[name], step.sites[name]))
+        put(f"{step.name}.{name}", new, (targets[name], step.matrices[name]))
         if new_bias is not None:
             self._put_bias(name, new_bias)
         change = _change(weight, old_bias, targets[name].weight, new_bias)
@@ -188,7 +188,7 @@ class BlockSlicer:
         selection = SELECTIONS[self.method.selections[choice.of]]
         if stats is None:
             return lowest(weight.square().sum(0)[inputs].sum(1), choice.removed).tolist()
-        if "taylor" in selection.need and self.step.sites[name].expert:
+        if "taylor" in selection.need and self.step.matrices[name].expert:
             # an expert's output is added: to first order they are the same
             selection = SELECTIONS["energy"]
         if "taylor" in selection.need:
