@@ -6,15 +6,16 @@ import lzma
 import os
 import random
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from datasets import are_progress_bars_disabled
+from support import forks
 from support.families import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -99,8 +100,8 @@ def theirs(stories, shared_data, tmp_path_factory) -> dict[str, Any]:
         "--tasks", ",".join(f"{name}_local" for name in LOCAL), "--include_path", str(place), "--limit", str(LIMIT),
         "--batch_size", "8", "--log_samples", "--output_path", str(place / "out"),
     ]  # fmt: skip
-    environment = {**os.environ, "HF_HOME": str(place / "home"), "HF_DATASETS_CACHE": str(place / "cache")}
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    with patch("datasets.config.HF_DATASETS_CACHE", place / "cache"):
+        done = forks.run(command, cwd=place)
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (place / "out").rglob("results_*.json")
     held = {"results": json.loads(results.read_text())["results"], "samples": {}}
