@@ -31,6 +31,14 @@ from secateur.pruning.structured import verify
 torch.set_num_threads(1)
 
 
+FIRST = ("tests/test_wheel.py", "tests/test_examples.py")
+"""Files of long tests: at the end one process would wait for the other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+
+
 @pytest.fixture(autouse=True)
 def same_numbers() -> None:
     """What a test draws does not depend on the tests before it in the same process."""
