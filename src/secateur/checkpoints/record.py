@@ -50,6 +50,10 @@ class MatrixReport:
     sparsity: float
     output_error: float | None
     note: str = ""
+    zeros_before: int = 0
+    """How many of its weights were zero in the source; 0 where that is less than a hundredth."""
+    zeros_filled: int = 0
+    """How many of these are not zero any more."""
 
 
 @dataclass
@@ -87,8 +91,25 @@ class Report:
     def record(self) -> dict[str, Any]:
         """What a repeated run gives again, as JSON can hold it: no times, no memory, no place."""
         values = asdict(self)
+        for matrix in values["sites"]:
+            if not matrix["zeros_before"]:
+                del matrix["zeros_before"], matrix["zeros_filled"]
         left_out = {"seconds", "peak_bytes", "out"} | ({"note"} if not self.note else set())
         return {key: values[key] for key in values if key not in left_out}
+
+
+def filled_in_words(reports: Sequence[MatrixReport]) -> str:
+    """A sentence on zeros of the source that are none any more; empty where there are none."""
+    before, filled = (
+        sum(getattr(report, name) for report in reports)
+        for name in ("zeros_before", "zeros_filled")
+    )
+    if not filled:
+        return ""
+    return (
+        f"{filled:,} of {before:,} zeros of the source ({filled / before:.1%}) were filled; "
+        "--keep-zeros keeps them."
+    )
 
 
 def total_sparsity(reports: Sequence[MatrixReport]) -> float:

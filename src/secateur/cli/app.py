@@ -68,7 +68,7 @@ def prune(
     Compute,
     Destination,
     Trust,
-    without=("align", "draft_heads", "out", "restart", "allow_low_coverage"),
+    without=("align", "keep_zeros", "draft_heads", "out", "restart", "allow_low_coverage"),
 )
 def plan(
     given: dict[str, Any],

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.record import LEFT_OUT, UNSEEN, MatrixReport, output_error
+from secateur.methods.keep_zeros import prune_keeping_zeros
 from secateur.methods.patterns import Pattern
 from secateur.methods.statistics import Stats
 from secateur.methods.together import prune_together, solved_together
@@ -117,7 +118,8 @@ def _solve(work: _Work, group: Sequence[str], observed: CalibrationStatistics) -
             score = partial(method.score, work.dense[name].weight.float())
             stats, note = work.permutation.apply(name, score, stats, patterns[0], work.probes)
         weights = [work.dense[n].weight.to(step.device).to(torch.float32, copy=True) for n in names]
-        solved = prune_together(method, weights, stats, patterns)
+        solve = prune_keeping_zeros if work.pruning.keep_zeros else prune_together
+        solved = solve(method, weights, stats, patterns)
         for name, pruned in zip(names, solved, strict=True):
             put(f"{step.name}.{name}", pruned.weight, (work.targets[name], step.matrices[name]))
             notes[name] = ", ".join(filter(None, (note, pruned.note)))
@@ -145,9 +147,21 @@ def _report(work: _Work, name: str) -> MatrixReport:
     elif (probe := work.probes.get(name)) is not None:
         before, after = (m.weight.to(probe.device).float() for m in (work.dense[name], matrix))
         error = output_error(probe, before - after, before)
-    name, shown = f"{work.step.name}.{name}", None if pattern is None else str(pattern)
+    short, name = name, f"{work.step.name}.{name}"
+    shown = None if pattern is None else str(pattern)
     share = count_zeros(matrix.weight) / (rows * columns)
-    return MatrixReport(name, (rows, columns), shown, share, error, note)
+    zeros = zeros_in_source(work.dense[short].weight, matrix.weight)
+    return MatrixReport(name, (rows, columns), shown, share, error, note, *zeros)
+
+
+def zeros_in_source(before: Tensor, after: Tensor) -> tuple[int, int]:
+    """How many weights were zero, and how many of these are not any more; (0, 0) where less than a
+    hundredth was.
+    """
+    zeros = count_zeros(before)
+    if zeros < before.numel() / 100:
+        return 0, 0
+    return zeros, zeros - int(((before == 0) & (after == 0)).sum())
 
 
 def _advance(work: _Work, what: str) -> None:

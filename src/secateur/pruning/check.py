@@ -41,6 +41,11 @@ def find_recipe(recipe: Recipe) -> Zeros | Slices:
             )
         if recipe.allocate != "uniform":
             check_allocation(recipe.allocate, "50%")
+        if recipe.keep_zeros:
+            raise BadPattern(
+                f"--keep-zeros is for patterns of zeros; what makes up for {pattern} fills zeros. "
+                "Take out the structure first, then prune to a pattern."
+            )
         return Slices(recipe, find_structure(pattern, recipe), pattern)
     if name in {*SELECTIONS, *BLOCKS, *EXPERTS}:
         raise BadPattern(

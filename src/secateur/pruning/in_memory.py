@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import gettempdir
 
-from secateur.checkpoints.record import Report, total_sparsity
+from secateur.checkpoints.record import Report, filled_in_words, total_sparsity
 from secateur.data.windows import Windows
 from secateur.methods import find_method
 from secateur.methods.pattern_text import parse_pattern
@@ -26,6 +26,7 @@ def prune_model(
     pattern: str = Recipe.pattern,
     allocate: str = Recipe.allocate,
     skip: Sequence[str] = Recipe.skip,
+    keep_zeros: bool = Recipe.keep_zeros,
     device: str = Compute.device,
     dtype: str = Compute.dtype,
     batch_size: int = Compute.batch_size,
@@ -53,4 +54,5 @@ def prune_model(
                 language_model.model.get_parameter(name).data.copy_(tensor)
             report.take(block.entry(language_model.block_name(block.index)))
     report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
+    report.note = " ".join(filter(None, (report.note, filled_in_words(report.sites))))
     return report

@@ -49,6 +49,7 @@ class Pruning:
     method: Method
     plan: Plan
     passes: str = "one"
+    keep_zeros: bool = False
 
 
 def block_run(
@@ -93,6 +94,7 @@ def conditions_of(
         "calibration": windows.fingerprint(),
         "device": run.devices[0].type,
         "versions": versions(),
+        **({"keep_zeros": True} if recipe.keep_zeros else {}),
     }
 
 
@@ -141,7 +143,7 @@ def prepare(
     )
     spill = run.spill if decided["spill"] else None
     run = replace(run, batch_size=decided["batch_size"], spill=spill)
-    return report, Pruning(run, method, plan, decided["passes"])
+    return report, Pruning(run, method, plan, decided["passes"], recipe.keep_zeros)
 
 
 def _checked_coverage(language_model: LanguageModel, zeros: Zeros, trust: Trust) -> float:

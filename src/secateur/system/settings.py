@@ -56,6 +56,7 @@ class Limits:
     skip: Sequence[str] = option(
         (), "Leave weight matrices out: a glob on their names. May be repeated."
     )
+    keep_zeros: bool = option(False, "What is zero already stays zero, under any method.")
     draft_heads: str = option(
         "refuse", "Draft heads, which a structure cannot cut alike: refuse, drop (without them)."
     )

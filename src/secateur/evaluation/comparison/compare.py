@@ -87,6 +87,7 @@ def compare(
     seq_len: int | None = EvaluationText.seq_len,
     seed: int | Sequence[int] = CalibrationDraws.seed,
     skip: Sequence[str] = Grid.skip,
+    keep_zeros: bool = Grid.keep_zeros,
     draft_heads: str = Grid.draft_heads,
     device: str = Compute.device,
     dtype: str = Compute.dtype,
@@ -204,6 +205,7 @@ def _results(
         "device": asked.device.type,
         "skip": list(grid.skip),
         **({"align": grid.align} if grid.align else {}),
+        **({"keep_zeros": True} if grid.keep_zeros else {}),
         "batch_size": resources.batch_size,
     }
     model = {

@@ -118,6 +118,7 @@ class ComparisonContext:
             allocate=cell.rule,
             align=asked.grid.align if cell.structured else None,
             skip=asked.grid.skip,
+            keep_zeros=asked.grid.keep_zeros and not cell.structured,
             draft_heads=asked.grid.draft_heads if cell.structured else "refuse",
         )
         opened = Opened(self.source, self.dense.language_model, draw.windows)
