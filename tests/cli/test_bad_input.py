@@ -629,8 +629,8 @@ ROW = b'{"text": "some words"}\n'
     [
         ("t.txt", b"caf\xe9", "t.txt is not text in UTF-8 ("),
         ("t.jsonl", b'{"text": "caf\xe9"}\n', "t.jsonl is not text in UTF-8 ("),
-        ("t.jsonl", b'{"body": "x"}\n', "Every row needs a field 'text'; row 1 of "),
-        ("t.jsonl", ROW + b'"text"\n', "Every row needs a field 'text'; row 2 of "),
+        ("t.jsonl", b'{"body": "x"}\n', "Every row needs a field 'text' or 'messages'; row 1 of "),
+        ("t.jsonl", ROW + b"7\n", "Every row needs a field 'text' or 'messages'; row 2 of "),
         ("t.jsonl", ROW + b'{"text": null}\n', "The field 'text' must hold a string; in row 2 of "),
         ("t.jsonl", b'{"text": 3}\n', "t.jsonl it holds a int."),
         ("t.jsonl", ROW + b'{"text": \n', "is no JSON: Expecting value"),
@@ -654,7 +654,9 @@ def test_parquet_without_text(prune, tiny_llama, tmp_path):
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "t.parquet")
-    prune(tiny_llama, calibration=tmp_path / "t.parquet", words="Every row needs a field 'text'; row 1 of ")
+    prune(
+        tiny_llama, calibration=tmp_path / "t.parquet", words="Every row needs a field 'text' or 'messages'; row 1 of "
+    )
 
 
 def test_missing_text_file(prune, tiny_llama, tmp_path, text_file):

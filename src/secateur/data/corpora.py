@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from secateur.data import demo
+from secateur.data.chat import FIELDS, Chat, chat_of
 from secateur.errors import BadText, NotEnoughText, SecateurError, UnknownName, in_one_line
 
 CORPORA = ("demo", "c4", "wikitext2")
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
-def corpus_texts(source: str, split: str, data_dir: Path | None) -> Sequence[str]:
+def corpus_texts(source: str, split: str, data_dir: Path | None) -> Sequence[str | Chat]:
     """The documents of a corpus, or of files. Raises UnknownName where `source` is neither."""
     if source == "demo":
         return demo.documents(split)
@@ -48,16 +49,19 @@ def _local_files(folder: Path, split: str) -> Iterator[Path]:
     yield from [file for file in named if split in file.name] if named else files
 
 
-def _from_files(files: Sequence[Path]) -> list[str]:
-    """The documents of files: the whole of a .txt, else the `text` of each row. Raises BadText."""
-    texts: list[str] = []
+def _from_files(files: Sequence[Path]) -> list[str | Chat]:
+    """The documents of files: the whole of a .txt, else the text or the conversation of each row.
+
+    Raises BadText.
+    """
+    texts: list[str | Chat] = []
     for file in files:
         try:
             if file.name.endswith(".txt"):
                 texts.append(file.read_text(encoding="utf-8"))
                 continue
-            for number, row in enumerate(rows(file, "text"), 1):
-                texts.append(_text(row, f"row {number} of {file}"))
+            for number, row in enumerate(rows(file, ("text", *FIELDS)), 1):
+                texts.append(_document(row, f"row {number} of {file}"))
         except UnicodeDecodeError as error:
             raise BadText(
                 f"{file} is not text in UTF-8 ({in_one_line(error)}). Convert it first."
@@ -67,18 +71,18 @@ def _from_files(files: Sequence[Path]) -> list[str]:
     return texts
 
 
-def rows(file: Path, column: str | None = None) -> Iterator[Any]:
+def rows(file: Path, columns: Sequence[str] = ()) -> Iterator[Any]:
     """The rows of a .parquet, of a JSON array, or of a file with one JSON value a line.
 
-    .gz and .xz are unpacked. Of a .parquet one `column` is read alone. Raises BadText for a line
-    that is no JSON, else what the reader raises.
+    .gz and .xz are unpacked. Of a .parquet `columns` are read, those that it has; none means all.
+    Raises BadText for a line that is no JSON, else what the reader raises.
     """
     if file.name.endswith(".parquet"):
         from pyarrow import parquet  # takes long to import
 
         with parquet.ParquetFile(file) as table:
-            columns = column and [name for name in table.schema_arrow.names if name == column]
-            for batch in table.iter_batches(columns=columns):
+            names = [name for name in table.schema_arrow.names if name in columns or not columns]
+            for batch in table.iter_batches(columns=names):
                 yield from batch.to_pylist()
         return
     unpacked: Any = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
@@ -98,9 +102,16 @@ def rows(file: Path, column: str | None = None) -> Iterator[Any]:
                 yield row
 
 
-def _text(row: Any, where: str) -> str:
-    if not isinstance(row, dict) or "text" not in row:
-        raise BadText(f"Every row needs a field 'text'; {where} has none.")
+def _document(row: Any, where: str) -> str | Chat:
+    if isinstance(row, str):
+        row = {"text": row}
+    if not isinstance(row, dict):
+        raise BadText(f"Every row needs a field 'text' or 'messages'; {where} has none.")
+    if "text" not in row:
+        if chat := chat_of(row, where):
+            return chat
+        known = f"; it has {', '.join(map(repr, list(row)[:5]))}" if row else ""
+        raise BadText(f"Every row needs a field 'text' or 'messages'; {where} has none{known}.")
     text = row["text"]
     if not isinstance(text, str):
         kind = "null" if text is None else f"a {type(text).__name__}"

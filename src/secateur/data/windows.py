@@ -2,7 +2,8 @@
 
 Corpora: `demo` (the standard library's text), `wikitext2` and `c4` (through `datasets`, or from a
 local copy under a data folder: `DIR/wikitext2/test.jsonl`, `DIR/c4/*.jsonl`, …), and files (.txt,
-.jsonl, .json.gz, .parquet; rows have a `text` field; several are separated by commas).
+.jsonl, .json.gz, .parquet; rows have a `text` field or hold a conversation, see chat.py; several
+are separated by commas).
 
 c4 and wikitext2 are sampled as the SparseGPT and Wanda code does (random documents longer than the
 window, one random window each; random windows of the joined text). Other corpora are cut into
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from secateur.data.chat import Chat, in_template
 from secateur.data.corpora import corpus_texts
 from secateur.errors import BadCheckpoint, NotEnoughText, in_one_line
 
@@ -135,12 +137,25 @@ def _rust_errors(folder: object) -> Iterator[None]:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Chat], **options: Any
 ) -> list[list[int]]:
-    """The token ids of every text. Raises BadCheckpoint where the tokenizer cannot take them."""
+    """The token ids of every text; of conversations through the chat template.
+
+    Raises BadCheckpoint where the tokenizer cannot take them, BadText without a template.
+    """
+    if chats := [text for text in texts if isinstance(text, Chat)]:
+        marked = encode(
+            tokenizer, [in_template(tokenizer, chat) for chat in chats], add_special_tokens=False
+        )
+        unmarked = encode(tokenizer, [text for text in texts if isinstance(text, str)], **options)
+        of_chats, others = iter(marked), iter(unmarked)
+        return [next(of_chats if isinstance(text, Chat) else others) for text in texts]
+    if not texts:
+        return []
+    plain: Any = list(texts)
     try:
         with _rust_errors(tokenizer.name_or_path):
-            ids: Any = tokenizer(list(texts), verbose=False, **options)["input_ids"]
+            ids: Any = tokenizer(plain, verbose=False, **options)["input_ids"]
     except TOKENIZER_ERRORS as error:
         raise BadCheckpoint(
             f"The tokenizer of {tokenizer.name_or_path} cannot take a text: {in_one_line(error)}."
@@ -222,10 +237,13 @@ def _encoded(
     if not texts:
         return torch.empty(0, dtype=torch.int64)
     if source == "wikitext2":
-        return torch.tensor(encode(tokenizer, ["\n\n".join(texts)])[0], dtype=torch.int64)
-    documents = encode(tokenizer, texts)
-    border = border_of(tokenizer)
-    pieces = [np.asarray([*document, *border], dtype=np.int64) for document in documents]
+        lines = "\n\n".join(text for text in texts if isinstance(text, str))
+        return torch.tensor(encode(tokenizer, [lines])[0], dtype=torch.int64)
+    border = border_of(tokenizer)  # a chat template has its own
+    pieces = [
+        np.asarray([*ids, *(() if isinstance(text, Chat) else border)], dtype=np.int64)
+        for ids, text in zip(encode(tokenizer, texts), texts, strict=True)
+    ]
     return torch.from_numpy(np.concatenate(pieces))
 
 
@@ -239,7 +257,7 @@ def border_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _windows_of_documents(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str | Chat],
     samples: int,
     length: int,
     draw: random.Random,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from secateur.data.chat import Chat
 from secateur.data.corpora import corpus_texts
 from secateur.data.windows import Windows, border_of, encode
 from secateur.errors import NotEnoughText
@@ -43,7 +44,7 @@ def recovery_windows(
     seen = 0
     texts = corpus_texts(source, split, data_dir)
     if source == "wikitext2":  # its texts are lines that belong together
-        texts = ["\n\n".join(texts)]
+        texts = ["\n\n".join(text for text in texts if isinstance(text, str))]
     documents = _documents(tokenizer, texts, seed)
     unknown = (ids for ids in documents if len(ids) >= size or not known.has(ids))
     for window in _windows(unknown, length, border_of(tokenizer)):
@@ -85,7 +86,7 @@ class _Known:
 
 
 def _documents(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], seed: int
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Chat], seed: int
 ) -> Iterator[Tensor]:
     """The documents of a corpus as token ids, in a random order."""
     order = list(range(len(texts)))
