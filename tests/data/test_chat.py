@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -55,7 +56,7 @@ def test_messages_go_through_the_template(model, tmp_path, name):
     source = written(file, rows) if name != "a.json" else str(file)
     if name == "a.json":
         file.write_text(json.dumps(rows))
-    once = tokenizer.apply_chat_template(MESSAGES, tokenize=True, return_dict=False)
+    once: Any = tokenizer.apply_chat_template(MESSAGES, tokenize=True, return_dict=False)
     text = "[system]Be short.\n[user]Who sees the cat?\n[assistant](cats run)The dog.\n"
     assert tokenizer.decode(once) == text
     expected = once * 3  # no <s> in front and no </s> between: the template says what stands there
@@ -75,13 +76,13 @@ def test_other_spellings_are_the_same_conversation(model, tmp_path):
 def test_tools_and_a_system_line_reach_the_template(model, tmp_path):
     row = {"system": "Be short.", "conversations": [{"from": "human", "value": "who"}], "tools": [{"name": "look"}]}
     tokens = in_stream(load_tokenizer(model), written(tmp_path / "a.jsonl", [row] * 2))
-    assert load_tokenizer(model).decode(tokens).startswith("<tools>1\n[system]Be short.\n[user]who\n")
+    assert str(load_tokenizer(model).decode(tokens)).startswith("<tools>1\n[system]Be short.\n[user]who\n")
 
 
 def test_text_and_conversations_stand_side_by_side(model, tmp_path):
     tokenizer = load_tokenizer(model)
     file = written(tmp_path / "a.jsonl", [{"text": "a cat"}, {"messages": MESSAGES}, {"text": "a dog"}])
-    chat = tokenizer.apply_chat_template(MESSAGES, tokenize=True, return_dict=False)
+    chat: Any = tokenizer.apply_chat_template(MESSAGES, tokenize=True, return_dict=False)
     expected = [*tokenizer("a cat")["input_ids"], *chat, *tokenizer("a dog")["input_ids"]]
     assert in_stream(tokenizer, file) == expected[: len(expected) // 2 * 2]
 
