@@ -15,6 +15,7 @@ from secateur.checkpoints.folder import RECORD
 from secateur.errors import BadCheckpoint, in_one_line
 from secateur.system.json_files import read_json
 from secateur.system.machine import typed_command, versions
+from secateur.system.tensors import count_zeros
 from secateur.system.typed import Fields, Whole, read_as
 
 
@@ -128,6 +129,16 @@ def output_error(inputs: Tensor, change: Tensor, weight: Tensor) -> float:
     if not (lost + whole).isfinite():
         return output_error(inputs.double(), change.double(), weight.double())
     return (lost / whole.clamp_min(1e-30)).item()
+
+
+def zeros_in_source(before: Tensor, after: Tensor) -> tuple[int, int]:
+    """How many weights were zero, and how many of these are not any more; (0, 0) where less than a
+    hundredth was.
+    """
+    zeros = count_zeros(before)
+    if zeros < before.numel() / 100:
+        return 0, 0
+    return zeros, zeros - int(((before == 0) & (after == 0)).sum())
 
 
 def pruning_record(

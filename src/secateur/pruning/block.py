@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.record import LEFT_OUT, UNSEEN, MatrixReport, output_error
+from secateur.checkpoints.record import (
+    LEFT_OUT,
+    UNSEEN,
+    MatrixReport,
+    output_error,
+    zeros_in_source,
+)
 from secateur.methods.keep_zeros import prune_keeping_zeros
 from secateur.methods.patterns import Pattern
 from secateur.methods.statistics import Stats
@@ -152,16 +158,6 @@ def _report(work: _Work, name: str) -> MatrixReport:
     share = count_zeros(matrix.weight) / (rows * columns)
     zeros = zeros_in_source(work.dense[short].weight, matrix.weight)
     return MatrixReport(name, (rows, columns), shown, share, error, note, *zeros)
-
-
-def zeros_in_source(before: Tensor, after: Tensor) -> tuple[int, int]:
-    """How many weights were zero, and how many of these are not any more; (0, 0) where less than a
-    hundredth was.
-    """
-    zeros = count_zeros(before)
-    if zeros < before.numel() / 100:
-        return 0, 0
-    return zeros, zeros - int(((before == 0) & (after == 0)).sum())
 
 
 def _advance(work: _Work, what: str) -> None:
