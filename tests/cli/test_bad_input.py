@@ -465,6 +465,11 @@ def test_patterns(prune, tiny_llama, pattern, words):
         ("--device", "cpu,", "There is no device here ''. "),
         ("--device", "cuda:99", "There is no device here 'cuda:99'. "),
         ("--skip", "*.dwn_proj", "There is no weight matrix that matches '*.dwn_proj'. Did you mean 'down_proj'?"),
+        (
+            "--skip",
+            "re:.*down_proj",
+            "--skip takes globs such as '*.down_proj'; found the regular expression 're:.*down_proj'.",
+        ),
         ("--skip", "lm_head", "There is no weight matrix that matches 'lm_head'. Known: down_proj, gate_proj, "),
         ("--seq-len", "129", "Windows of 129 tokens were asked for; the model has a context of 128. Use --seq-len 128"),
     ],

@@ -412,7 +412,9 @@ def test_expert_biases_and_biases_follow(tmp_path: Path, in_process):
         (("energy", "50% of heads", "uniform", (), 8), BadPattern, "--align 8 is for channels"),
         (("energy", "25% of channels", "owll"), UnknownName, "Did you mean 'owl'"),
         (("energy", "25% of channels", "owl"), BadPlan, "takes the same out of every block"),
-        (("energy", "25% of channels", "uniform", ["o_proj"]), BadPattern, "cannot leave one out"),
+        (("energy", "25% of channels", "uniform", ["o_proj"]), BadPattern, "cannot leave one matrix out"),
+        (("kl", "1 block", "uniform", ["o_proj"]), BadPattern, "1 block takes out whole blocks, so --skip o_proj"),
+        (("kl", "1 block", "owl"), BadPlan, "1 block takes out whole blocks; --allocate owl needs a percentage"),
         (("wanda", "50%", "uniform", (), 8), BadPattern, "--align is for the channels"),
     ],
 )

@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import BadPlan, UnknownName, in_one_line
+from secateur.errors import BadPattern, BadPlan, UnknownName, in_one_line
 from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.patterns import Pattern, Unstructured
 from secateur.models.matrices import Shapes
@@ -44,9 +44,16 @@ def uniform(shapes: Shapes, pattern: Pattern, skip: Sequence[str] = ()) -> Plan:
 
 
 def names_left(names: Iterable[str], skip: Sequence[str]) -> list[str]:
-    """The names that match no glob in `skip`; UnknownName for a glob that matches nothing."""
+    """The names that match no glob in `skip`.
+
+    Raises UnknownName for a glob that matches nothing, BadPattern for a regular expression.
+    """
     names, left_out = list(names), set[str]()
     for glob in skip:
+        if glob.startswith("re:"):
+            raise BadPattern(
+                f"--skip takes globs such as '*.down_proj'; found the regular expression {glob!r}."
+            )
         globs = (glob, f"*.{glob}")
         matching = {name for name in names if any(fnmatchcase(name, each) for each in globs)}
         if not matching:

@@ -89,10 +89,13 @@ def find_structure(structure: Structure, recipe: Recipe) -> StructuredMethod:
     """
     method = find_structured_method(recipe.method, structure)
     allocate, skip, align = recipe.allocate, recipe.skip, recipe.align
+    whole = {type(part) for part in parts(structure)} == {Depth}
+    same = "out whole blocks" if whole else "the same out of every block"
     if allocate != "uniform":
+        why = "" if whole else ", since stock configurations hold nothing else"
         raise BadPlan(
-            f"{structure} takes the same out of every block, since stock configurations hold "
-            f"nothing else; --allocate {allocate} needs a percentage such as '70%'."
+            f"{structure} takes {same}{why}; --allocate {allocate} needs a percentage such as "
+            "'70%'."
         )
     channels = isinstance(structure, Budget) or any(
         isinstance(p, Units) and p.of == "channels" for p in parts(structure)
@@ -101,7 +104,6 @@ def find_structure(structure: Structure, recipe: Recipe) -> StructuredMethod:
         raise BadPattern(f"--align {align} is for channels, and {structure} removes none.")
     if skip:
         raise BadPattern(
-            f"{structure} takes the same out of every block, so --skip {skip[0]} cannot leave one "
-            "out."
+            f"{structure} takes {same}, so --skip {skip[0]} cannot leave one matrix out."
         )
     return method
