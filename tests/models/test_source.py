@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.families import tiny_model
 from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.errors import BadCheckpoint, UnsupportedModel
 from secateur.models.load import load
-from secateur.models.source import check_loaded
+from secateur.models.source import check_loaded, ignored_in_words
 from secateur.system.memory import MappedFiles
 
 
@@ -117,6 +118,27 @@ def test_tensors_that_the_model_does_not_load_are_named_and_kept(folder, prune):
     assert json.loads((report.out / "pruning.json").read_text())["note"] == sentence
     written = load_file(report.out / "model.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())
+
+
+def test_tables_of_old_checkpoints_are_named_for_what_they_are(folder):
+    tables = {f"model.layers.{index}.self_attn.rotary_emb.inv_freq": torch.ones(4) for index in range(4)}
+    edited(folder, lambda tensors: tensors.update(tables))
+    words = ignored_in_words(load(folder))
+    assert words.endswith("does not load it: model.layers.*.self_attn.rotary_emb.inv_freq (4 tensors).")
+
+
+def test_masks_under_names_without_the_prefix_are_named_too(tmp_path):
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path)
+    masks = {f"h.{index}.attn.masked_bias": torch.tensor(-1e4) for index in range(model.config.num_hidden_layers)}
+
+    def change(tensors):
+        for name in [*tensors]:
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors.update(masks)
+
+    words = ignored_in_words(load(edited(tmp_path, change)))
+    assert words.endswith(f"does not load it: h.*.attn.masked_bias ({len(masks)} tensors).")
 
 
 def test_a_matrix_in_another_dtype_is_refused_before_any_work(folder, prune):

@@ -6,6 +6,7 @@ compared with the checkpoint once, before any work; what the model did not take 
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Container, Mapping
 
@@ -76,18 +77,29 @@ def check_loaded(source: Checkpoint, language_model: LanguageModel) -> tuple[str
 
 
 def ignored_in_words(language_model: LanguageModel) -> str:
-    """A sentence on the tensors of the checkpoint that the model did not take; empty without."""
-    stack, counts = language_model.stack.split("."), Counter[str]()
-    for name in language_model.ignored:
-        parts = name.split(".")
-        depth = len(stack) + 1 if parts[: len(stack)] == stack else 1
-        counts[".".join(parts[:depth])] += 1
-    parts = [
-        f"{name}.* ({count} tensor{'s' * (count > 1)})" for name, count in sorted(counts.items())
-    ]
+    """A sentence on the tensors of the checkpoint that the model did not take; empty without.
+
+    Where the model has nothing of the kind (`mtp`), or no such block, all of it is one; of its own
+    parts, tensors are named, with `*` for the numbers of blocks.
+    """
+    model, stack = language_model.model, f"{language_model.stack}."
+    names = [name for name, _ in model.named_parameters()]
+    names += [name.removeprefix(f"{model.base_model_prefix}.") for name in names]
+    roots, count = {name.partition(".")[0] for name in names}, len(language_model.blocks)
+
+    def family(name: str) -> str:
+        number = name.removeprefix(stack).partition(".")[0]
+        if name.startswith(stack) and number.isdecimal() and int(number) >= count:
+            return f"{stack}{number}.*"
+        root = name.partition(".")[0]
+        return re.sub(r"\.\d+(?=\.)", ".*", name) if root in roots else f"{root}.*"
+
+    counts = Counter(map(family, language_model.ignored))
+    parts = [f"{name} ({n} tensor{'s' * (n > 1)})" for name, n in sorted(counts.items())]
     shown = ", ".join(parts[:4]) + (f" and {len(parts) - 4} more" if len(parts) > 4 else "")
-    kind = type(language_model.model).__name__
-    return f"Left as it is, since {kind} does not load it: {shown}." if parts else ""
+    return (
+        f"Left as it is, since {type(model).__name__} does not load it: {shown}." if parts else ""
+    )
 
 
 def check_dtypes(source: Checkpoint, language_model: LanguageModel) -> None:
