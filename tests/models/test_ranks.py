@@ -22,7 +22,9 @@ def prune(
         "--batch-size", "2", "--quiet", *more,
     ]  # fmt: skip
     program = SUPPORT / "dying_rank.py" if fail else "secateur"
-    return in_ranks(ranks, program, *words, fresh=fresh, OMP_NUM_THREADS="1", DIE_AT=fail)
+    return in_ranks(
+        ranks, program, *words, fresh=fresh, patience=1.0 if fail else 0.1, OMP_NUM_THREADS="1", DIE_AT=fail
+    )
 
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "sweep+dense-target"), ("mixtral", "wanda")])

@@ -40,13 +40,15 @@ def run(
 
 
 def in_ranks(
-    count: int, program: str | Path, *arguments: str, fresh: bool = False, **environment: str
+    count: int, program: str | Path, *arguments: str, fresh: bool = False, patience: float = 0.1, **environment: str
 ) -> CompletedProcess[str]:
     """A program, secateur or a file, in `count` processes that torchrun starts, or alone; the error of any ends all.
-    `fresh`: torchrun and its processes are no forks of this one, but begin with nothing.
+    `fresh`: torchrun and its processes are no forks of this one, but begin with nothing. `patience`: after so many
+    seconds torchrun sees that one has died, and ends the others, which may have something to say before.
     """
     env = {**os.environ, **environment}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    torchrun += ["--monitor-interval", str(patience)]
     if fresh:
         module = ["-m", str(program)] if program == "secateur" else [str(program)]
         start = torchrun if count > 1 else [sys.executable]
