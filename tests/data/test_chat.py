@@ -132,4 +132,7 @@ def test_a_model_is_pruned_on_its_own_conversations(model, tmp_path):
     drawn = calibration_windows(load_tokenizer(model), source, samples=8, length=32, seed=0)
     assert report.calibration == drawn.fingerprint()
     trained = recovery_windows(load_tokenizer(model), source, count=2, length=32, seed=0)
+    tokenizer = load_tokenizer(model)
+    once: Any = tokenizer.apply_chat_template(MESSAGES, tokenize=True, return_dict=False)
+    assert trained.ids.flatten().tolist() == (once * 2)[:64]  # and no </s> between
     assert torch.isin(trained.ids, drawn.ids.unique()).all()

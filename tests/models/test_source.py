@@ -8,10 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.families import tiny_model
+from support.pruning import prune_opened
 from transformers import AutoModelForCausalLM
 
 import secateur
 from secateur.checkpoints.folder import open_checkpoint
+from secateur.data.windows import Windows
 from secateur.errors import BadCheckpoint, UnsupportedModel
 from secateur.models.load import load
 from secateur.models.source import check_loaded, ignored_in_words
@@ -49,7 +51,7 @@ def test_a_difference_in_any_tensor_is_seen(tiny_llama, folder, monkeypatch, map
     assert len(original) > 30
     for name, tensor in original.items():
         save_file({**original, name: tensor.flip(0) + 1}, folder / "model.safetensors", {"format": "pt"})
-        with pytest.raises(BadCheckpoint, match=f"{name} in .*model.safetensors is not what transformers loads"):
+        with pytest.raises(BadCheckpoint, match=f"{name} in .*model.safetensors is not what the model was loaded with"):
             check_loaded(open_checkpoint(folder), language_model)
 
 
@@ -63,6 +65,19 @@ def test_a_mapped_tensor_is_known_by_its_place(tiny_llama):
     assert files.at(torch.ones(3)) is None
     transposed = language_model.model.get_parameter("model.layers.0.mlp.up_proj.weight").data.T
     assert files.at(transposed) is None
+
+
+def test_a_source_that_changes_between_loading_and_pruning_is_refused(folder, tmp_path):
+    """What is copied is then not what was calibrated on."""
+    language_model, older = load(folder), folder / "model.safetensors"
+    tensors = load_file(older)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, tmp_path / "newer", {"format": "pt"})
+    (tmp_path / "newer").replace(older)
+    windows = Windows(torch.randint(3, 100, (4, 16)), "random", "none", 0, None)
+    with pytest.raises(BadCheckpoint, match=r"embed_tokens\.weight in .* is not what the model was loaded with"):
+        prune_opened(open_checkpoint(folder), language_model, windows, tmp_path / "out", method="magnitude")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 def test_experts_that_are_put_together_are_compared(tiny_mixtral, tmp_path):

@@ -89,6 +89,11 @@ class Report:
             before, after = block["refined"]
             self.refined[block["block"]] = (before, after)
 
+    def end(self, peak_bytes: int | None) -> None:
+        """Sum up what the blocks were, and what the run held at most."""
+        self.sparsity, self.peak_bytes = total_sparsity(self.sites), peak_bytes
+        self.note = " ".join(filter(None, (self.note, filled_in_words(self.sites))))
+
     def record(self) -> dict[str, Any]:
         """What a repeated run gives again, as JSON can hold it: no times, no memory, no place."""
         values = asdict(self)

@@ -58,8 +58,8 @@ class Output:
             for name, tensor in tensors.items():
                 place = self.places[name]
                 stored = tensor.detach().cpu().to(FLOATS[place.dtype]).contiguous() + 0.0  # no -0.0
-                shape = tuple(stored.shape)
-                assert shape == place.shape, f"{name} has shape {shape}, stored {place.shape}"
+                if (shape := tuple(stored.shape)) != place.shape:
+                    raise AssertionError(f"{name} has shape {shape}, stored {place.shape}")
                 with (self.partial / place.shard).open("r+b") as stream:
                     stream.seek(place.offset)
                     stream.write(stored.flatten().view(torch.uint8).numpy().data)

@@ -239,18 +239,19 @@ def _encoded(
     if source == "wikitext2":
         lines = "\n\n".join(text for text in texts if isinstance(text, str))
         return torch.tensor(encode(tokenizer, [lines])[0], dtype=torch.int64)
-    border = border_of(tokenizer)  # a chat template has its own
     pieces = [
-        np.asarray([*ids, *(() if isinstance(text, Chat) else border)], dtype=np.int64)
+        np.asarray([*ids, *border_of(tokenizer, text)], dtype=np.int64)
         for ids, text in zip(encode(tokenizer, texts), texts, strict=True)
     ]
     return torch.from_numpy(np.concatenate(pieces))
 
 
-def border_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What follows each document of a stream: the end-of-text token, or nothing if texts are marked
-    by the tokenizer itself.
+def border_of(tokenizer: PreTrainedTokenizerBase, text: str | Chat) -> list[int]:
+    """What follows a document of a stream: the end-of-text token, or nothing if texts are marked by
+    the tokenizer itself, or by a chat template.
     """
+    if isinstance(text, Chat):
+        return []
     marked = tokenizer.num_special_tokens_to_add() > 0 or tokenizer.eos_token_id is None
     return [] if marked else [int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
 

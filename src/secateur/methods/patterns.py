@@ -98,7 +98,8 @@ class Unstructured:
             raise self._out_of_range()
 
     def mask(self, scores: Tensor) -> Tensor:
-        assert self.over, "the comparison group is open: call within() first"
+        if self.over is None:
+            raise AssertionError("the comparison group is open: call within() first")
         flat = scores if self.over == "row" else scores.reshape(1, -1)
         return without_lowest(flat, round(self.ratio * flat.shape[1])).view_as(scores)
 
@@ -131,7 +132,8 @@ class NM:
         return self
 
     def columns(self, rows: int, start: int, stop: int) -> "NM":
-        assert start % self.m == stop % self.m == 0, f"{start}:{stop} cut a group of {self.m}"
+        if start % self.m or stop % self.m:
+            raise AssertionError(f"columns {start}:{stop} cut a group of {self.m}")
         return self
 
     def check(self, shape: tuple[int, int], name: str) -> None:

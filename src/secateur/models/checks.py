@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.checkpoints.folder import Checkpoint, open_checkpoint
+from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import BadCheckpoint, NonFinite, SecateurError, UnsupportedModel, in_one_line
 from secateur.models.draft_heads import draft_head_count
+from secateur.models.replay import block_number
 from secateur.system.json_files import json_object
 
 # What transformers raises for a configuration or weights that it cannot take, whatever is wrong.
@@ -176,7 +177,7 @@ def without_weights(
 
 
 def refuse_foreign_weights(
-    folder: Path, model: nn.Module, stack: str, report: dict[str, Any]
+    checkpoint: Checkpoint, model: nn.Module, stack: str, report: dict[str, Any]
 ) -> None:
     """Raise BadCheckpoint where weights were missing or there are more blocks; UnsupportedModel for
     odd dtypes.
@@ -184,7 +185,8 @@ def refuse_foreign_weights(
     `report` is the loading info of `from_pretrained`. Other weights that went unused are let pass:
     old checkpoints hold rotary tables and masks.
     """
-    head = [name for name in report["unexpected_keys"] if re.match(r"(score|classifier)\.", name)]
+    folder, surplus = checkpoint.folder, report["unexpected_keys"]
+    head = [name for name in surplus if re.match(r"(score|classifier)\.", name)]
     if head and any(str(name).startswith("lm_head.") for name in report["missing_keys"]):
         raise UnsupportedModel(
             f"{folder} is a classifier or a reward model: it has {head[0]} and no lm_head.weight. "
@@ -193,25 +195,19 @@ def refuse_foreign_weights(
     blocks = len(list(model.get_submodule(stack).children()))
     config: Any = model.config
     known = blocks + draft_head_count(config.get_text_config())
-    beyond = [name for name in report["unexpected_keys"] if _block(name, stack) >= known]
+    beyond = [name for name in surplus if (block_number(name, stack) or 0) >= known]
     for what, names in (
         ("it lacks", sorted(map(str, report["missing_keys"]))),
         ("it has besides", sorted(beyond)),
     ):
         if names:
             raise foreign(folder, f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}")
-    for name, location in open_checkpoint(folder).places.items():
+    for name, location in checkpoint.places.items():
         if location.dtype not in STORED:
             raise UnsupportedModel(
                 f"{name} in {folder} is stored as {location.dtype}, which cannot be pruned. "
                 "Use the float32, bfloat16 or float16 weights."
             )
-
-
-def _block(name: str, stack: str) -> int:
-    """The number of the block that a weight belongs to, -1 for none."""
-    number = name.removeprefix(f"{stack}.").split(".")[0]
-    return int(number) if name.startswith(f"{stack}.") and number.isdecimal() else -1
 
 
 def refuse_encoder(model: nn.Module, logits: Tensor) -> None:

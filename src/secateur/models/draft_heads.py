@@ -7,7 +7,7 @@ Zeros leave them as they are. A smaller model would no longer fit them.
 import re
 from typing import Any
 
-from secateur.models.replay import LanguageModel
+from secateur.models.replay import LanguageModel, block_number
 
 COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 """The fields of configurations that say how many draft heads there are."""
@@ -18,13 +18,12 @@ def draft_tensors(language_model: LanguageModel) -> list[str]:
     """The tensors of draft heads in the checkpoint of a model: by their name, or since they lie in
     blocks behind the last one.
     """
-    stack, count = f"{language_model.stack}.", len(language_model.blocks)
-
-    def is_behind(name: str) -> bool:
-        number = name.removeprefix(stack).partition(".")[0]
-        return name.startswith(stack) and number.isdecimal() and int(number) >= count
-
-    return [name for name in language_model.ignored if _NAMED.search(name) or is_behind(name)]
+    stack, count = language_model.stack, len(language_model.blocks)
+    return [
+        name
+        for name in language_model.ignored
+        if _NAMED.search(name) or (block_number(name, stack) or 0) >= count
+    ]
 
 
 def draft_head_count(config: Any) -> int:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from secateur.checkpoints.folder import open_checkpoint, stored_dtype
+from secateur.checkpoints.folder import Checkpoint, open_checkpoint, stored_dtype
 from secateur.data import demo
 from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
 from secateur.models.checks import (
@@ -129,9 +129,9 @@ def load(
     do not belong together, UnsupportedModel where the architecture is unknown, quantised, or cannot
     be replayed.
     """
-    model, spill = _mapped(folder, trust_remote_code, spill)
+    model, checkpoint, spill = _mapped(folder, trust_remote_code, spill)
     language_model = replayable(model)
-    ignored = check_loaded(open_checkpoint(folder), language_model)
+    ignored = check_loaded(checkpoint, language_model)
     return replace(language_model, spilled=spill is not None, ignored=ignored)
 
 
@@ -141,15 +141,15 @@ def load_blocks(
     """The blocks of a checkpoint of our own making, mapped; some may hold nothing yet, so nothing
     is run.
     """
-    model, _ = _mapped(folder, trust_remote_code, spill)
+    model, *_ = _mapped(folder, trust_remote_code, spill)
     return list(model.get_submodule(find_stack(model)).children())
 
 
 def _mapped(
     folder: Path, trust_remote_code: bool, spill: Path | None
-) -> tuple[PreTrainedModel, Path | None]:
-    """The causal LM, and the folder of weights that the loader put together, None where they lie in
-    memory.
+) -> tuple[PreTrainedModel, Checkpoint, Path | None]:
+    """The causal LM, its checkpoint, and the folder of weights that the loader put together, None
+    where they lie in memory.
     """
     config, built = load_config(folder, trust_remote_code=trust_remote_code), None
     checkpoint = open_checkpoint(folder)
@@ -171,8 +171,8 @@ def _mapped(
     except LOAD_ERRORS as error:
         raise bad_weights(folder, checkpoint.shapes, config, built, error) from error
     model, info = loaded
-    refuse_foreign_weights(folder, model, find_stack(model), info)
-    return model.eval(), spill
+    refuse_foreign_weights(checkpoint, model, find_stack(model), info)
+    return model.eval(), checkpoint, spill
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:

@@ -31,6 +31,12 @@ class Call(NamedTuple):
     kwargs: dict[str, Any]
 
 
+def block_number(name: str, stack: str) -> int | None:
+    """The number of the block in a stack that a parameter belongs to by its name, None for none."""
+    number = name.removeprefix(f"{stack}.").partition(".")[0]
+    return int(number) if name.startswith(f"{stack}.") and number.isdecimal() else None
+
+
 @dataclass(frozen=True)
 class LanguageModel:
     """A causal LM and where its blocks are. `tuples` says which blocks return a tuple; `spilled`,
@@ -122,7 +128,8 @@ class _Tap(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.called, "a tap was called outside enter() and leave()"
+        if self.called is None:
+            raise AssertionError("a tap was called outside enter() and leave()")
         hidden, *rest = args or [kwargs.pop("hidden_states")]
         return self.called(self.index, hidden, Call(tuple(rest), kwargs))
 

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from secateur.checkpoints.folder import DTYPES, Checkpoint
 from secateur.errors import BadCheckpoint, UnsupportedModel
 from secateur.models.matrices import weight_matrices
-from secateur.models.replay import LanguageModel
+from secateur.models.replay import LanguageModel, block_number
 from secateur.system.memory import MappedFiles
 
 
@@ -56,10 +56,9 @@ def check_loaded(source: Checkpoint, language_model: LanguageModel) -> tuple[str
     they were, in the dtype of the model. A tensor that lies in the mapped file itself, at its
     place, is not read again.
     """
-    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    groups: dict[int | None, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in language_model.model.state_dict().items():
-        block = name.removeprefix(f"{language_model.stack}.").partition(".")[0]
-        groups[block if name.startswith(f"{language_model.stack}.") else ""][name] = tensor
+        groups[block_number(name, language_model.stack)][name] = tensor
     mapped, taken = MappedFiles(source.folder / shard for shard in source.shards), set[str]()
     for tensors in groups.values():  # what was put together is taken apart a block at a time
         loaded = checkpoint_tensors(language_model, tensors, source.places, optional=tensors)
@@ -69,8 +68,8 @@ def check_loaded(source: Checkpoint, language_model: LanguageModel) -> tuple[str
                 stored = source.tensor(name)
                 if not torch.equal(stored.to(tensor.dtype), tensor):
                     raise BadCheckpoint(
-                        f"{name} in {source.folder / place.shard} is not what transformers loads "
-                        f"from {source.folder}. Leave one set of weights in the folder."
+                        f"{name} in {source.folder / place.shard} is not what the model was loaded "
+                        "with. Leave one set of weights in the folder, and let it be during a run."
                     )
         taken |= loaded.keys()
     return tuple(sorted(source.places.keys() - taken))
@@ -82,15 +81,14 @@ def ignored_in_words(language_model: LanguageModel) -> str:
     Where the model has nothing of the kind (`mtp`), or no such block, all of it is one; of its own
     parts, tensors are named, with `*` for the numbers of blocks.
     """
-    model, stack = language_model.model, f"{language_model.stack}."
+    model, stack = language_model.model, language_model.stack
     names = [name for name, _ in model.named_parameters()]
     names += [name.removeprefix(f"{model.base_model_prefix}.") for name in names]
     roots, count = {name.partition(".")[0] for name in names}, len(language_model.blocks)
 
     def family(name: str) -> str:
-        number = name.removeprefix(stack).partition(".")[0]
-        if name.startswith(stack) and number.isdecimal() and int(number) >= count:
-            return f"{stack}{number}.*"
+        if (number := block_number(name, stack) or 0) >= count:
+            return f"{stack}.{number}.*"
         root = name.partition(".")[0]
         return re.sub(r"\.\d+(?=\.)", ".*", name) if root in roots else f"{root}.*"
 

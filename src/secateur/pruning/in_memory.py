@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import gettempdir
 
-from secateur.checkpoints.record import Report, filled_in_words, total_sparsity
+from secateur.checkpoints.record import Report
 from secateur.data.windows import Windows
 from secateur.methods import find_method
 from secateur.methods.pattern_text import parse_pattern
@@ -53,6 +53,5 @@ def prune_model(
             for name, tensor in block.tensors.items():
                 language_model.model.get_parameter(name).data.copy_(tensor)
             report.take(block.entry(language_model.block_name(block.index)))
-    report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
-    report.note = " ".join(filter(None, (report.note, filled_in_words(report.sites))))
+    report.end(peak.bytes)
     return report

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from secateur.checkpoints.output_folder import refuse_output
-from secateur.checkpoints.record import Report, filled_in_words, pruning_record, total_sparsity
+from secateur.checkpoints.record import Report, pruning_record
 from secateur.errors import UnsupportedModel
 from secateur.models.stream.block_writer import block_writer
 from secateur.models.stream.blocks import stream
@@ -116,9 +116,8 @@ def prune_checkpoint(
                 entry = block.entry(language_model.block_name(block.index))
                 report.take(entry)
                 writer.commit(block.tensors, entry, last=block.index == count - 1)
-        report.sparsity, report.peak_bytes = total_sparsity(report.sites), peak.bytes
+        report.end(peak.bytes)
         report.out = out
-        report.note = " ".join(filter(None, (report.note, filled_in_words(report.sites))))
         options = {"dtype": conditions["dtype"], "batch_size": pruning.run.batch_size}
         options |= {"skip": list(chosen.recipe.skip), "passes": pruning.passes}
         options |= {"keep_zeros": True} if pruning.keep_zeros else {}

@@ -46,8 +46,8 @@ def recovery_windows(
     if source == "wikitext2":  # its texts are lines that belong together
         texts = ["\n\n".join(text for text in texts if isinstance(text, str))]
     documents = _documents(tokenizer, texts, seed)
-    unknown = (ids for ids in documents if len(ids) >= size or not known.has(ids))
-    for window in _windows(unknown, length, border_of(tokenizer)):
+    unknown = (pair for pair in documents if len(pair[0]) >= size or not known.has(pair[0]))
+    for window in _windows(unknown, length):
         seen += 1
         if not known.has(window, size):
             windows.append(window)
@@ -87,20 +87,21 @@ class _Known:
 
 def _documents(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Chat], seed: int
-) -> Iterator[Tensor]:
-    """The documents of a corpus as token ids, in a random order."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The documents of a corpus as token ids, in a random order, and what follows each."""
     order = list(range(len(texts)))
     random.Random(seed).shuffle(order)
     for start in range(0, len(order), AT_ONCE):
-        for ids in encode(tokenizer, [texts[i] for i in order[start : start + AT_ONCE]]):
-            yield torch.tensor(ids, dtype=torch.int64)
+        some = [texts[i] for i in order[start : start + AT_ONCE]]
+        for text, ids in zip(some, encode(tokenizer, some), strict=True):
+            yield torch.tensor(ids, dtype=torch.int64), torch.tensor(border_of(tokenizer, text))
 
 
-def _windows(documents: Iterable[Tensor], length: int, border: Sequence[int]) -> Iterator[Tensor]:
-    """The documents with a `border` after each, cut into windows that do not overlap."""
-    rest, between = torch.empty(0, dtype=torch.int64), torch.tensor(border, dtype=torch.int64)
-    for document in documents:
-        rest = torch.cat([rest, document, between])
+def _windows(documents: Iterable[tuple[Tensor, Tensor]], length: int) -> Iterator[Tensor]:
+    """The documents, each with what follows it, cut into windows that do not overlap."""
+    rest = torch.empty(0, dtype=torch.int64)
+    for document, border in documents:
+        rest = torch.cat([rest, document, border.to(torch.int64)])
         whole = len(rest) // length * length
         yield from rest[:whole].view(-1, length)
         rest = rest[whole:]

@@ -109,7 +109,7 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
         save(tensors, folder / shard)
         size += sum(tensor.nbytes for tensor in tensors.values())
         shard_of |= dict.fromkeys(tensors, shard)
-    if (source.folder / INDEX).exists():
+    if (folder / INDEX).exists():
         write_index(folder, dict(sorted(shard_of.items())), size)
     config = read_json(folder / "config.json")
     config["quantization_config"] = {

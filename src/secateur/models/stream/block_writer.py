@@ -25,7 +25,7 @@ from secateur.models.context import width
 from secateur.models.load import load_blocks
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import LanguageModel
-from secateur.models.source import check_dtypes, checkpoint_tensors
+from secateur.models.source import check_dtypes, check_loaded, checkpoint_tensors
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.models.stream.forward import BlockRun
 from secateur.system.interrupt import asked_to_stop
@@ -119,7 +119,8 @@ def block_writer(
     """Open the result of a run, or take up what a run under the same `conditions` left.
 
     While open, Ctrl-C stops after the block at hand. `other_weights`: see `result.output`. Raises
-    UnsupportedModel, OutputRefused, DiskFull, ConditionsDiffer.
+    UnsupportedModel or BadCheckpoint where the model is not what the source holds, OutputRefused,
+    DiskFull, ConditionsDiffer.
     """
     check_dtypes(source, language_model)
     opening = output(
@@ -131,6 +132,8 @@ def block_writer(
         restart=destination.restart,
     )
     with ranks.on_first(opening) as result, asked_to_stop("after this block") as stopping:
+        # From its opening on the result sees whether its source changes; it may have before.
+        ranks.same(lambda: result and check_loaded(result.source, language_model))
         yield BlockWriter(language_model, result, trust, ranks, stopping)
 
 
