@@ -118,6 +118,16 @@ def test_without_a_template_the_way_out_is_said(tmp_path):
         evaluation_windows(byte_tokenizer(), source, length=2)
 
 
+def test_a_corpus_of_lines_holds_no_conversations(model, tmp_path):
+    (tmp_path / "wikitext2").mkdir()
+    for split in ("train", "test"):
+        written(tmp_path / "wikitext2" / f"{split}.jsonl", [{"text": "a cat"}, {"messages": MESSAGES}])
+    with pytest.raises(BadText, match=r"row 2 of .*test\.jsonl is a conversation; wikitext2 is lines of one text"):
+        evaluation_windows(load_tokenizer(model), "wikitext2", length=2, data_dir=tmp_path)
+    with pytest.raises(BadText, match=r"row 2 of .*train\.jsonl is a conversation"):
+        recovery_windows(load_tokenizer(model), "wikitext2", count=1, length=8, seed=0, data_dir=tmp_path)
+
+
 def test_what_the_template_refuses_is_said(model, tmp_path):
     (model / "chat_template.jinja").write_text("{{ raise_exception('only users speak') }}")
     source = written(tmp_path / "a.jsonl", [{"messages": MESSAGES}])

@@ -32,7 +32,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat, in_template
 from secateur.data.corpora import corpus_texts
-from secateur.errors import BadCheckpoint, NotEnoughText, in_one_line
+from secateur.errors import BadCheckpoint, BadText, NotEnoughText, in_one_line
 
 # What transformers raises for the files of a tokenizer, whatever it is that is wrong with them.
 TOKENIZER_ERRORS = (
@@ -237,13 +237,20 @@ def _encoded(
     if not texts:
         return torch.empty(0, dtype=torch.int64)
     if source == "wikitext2":
-        lines = "\n\n".join(text for text in texts if isinstance(text, str))
-        return torch.tensor(encode(tokenizer, [lines])[0], dtype=torch.int64)
+        return torch.tensor(encode(tokenizer, [joined(texts)])[0], dtype=torch.int64)
     pieces = [
         np.asarray([*ids, *border_of(tokenizer, text)], dtype=np.int64)
         for ids, text in zip(encode(tokenizer, texts), texts, strict=True)
     ]
     return torch.from_numpy(np.concatenate(pieces))
+
+
+def joined(texts: Sequence[str | Chat]) -> str:
+    """The lines of WikiText-2 as one text, as the papers have it. Raises BadText for messages."""
+    for text in texts:
+        if isinstance(text, Chat):
+            raise BadText(f"{text.where} is a conversation; wikitext2 is lines of one text.")
+    return "\n\n".join(map(str, texts))
 
 
 def border_of(tokenizer: PreTrainedTokenizerBase, text: str | Chat) -> list[int]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat
 from secateur.data.corpora import corpus_texts
-from secateur.data.windows import Windows, border_of, encode
+from secateur.data.windows import Windows, border_of, encode, joined
 from secateur.errors import NotEnoughText
 
 RUN, LEAST = 32, 8
@@ -44,7 +44,7 @@ def recovery_windows(
     seen = 0
     texts = corpus_texts(source, split, data_dir)
     if source == "wikitext2":  # its texts are lines that belong together
-        texts = ["\n\n".join(text for text in texts if isinstance(text, str))]
+        texts = [joined(texts)]
     documents = _documents(tokenizer, texts, seed)
     unknown = (pair for pair in documents if len(pair[0]) >= size or not known.has(pair[0]))
     for window in _windows(unknown, length):
