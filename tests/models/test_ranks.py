@@ -22,9 +22,9 @@ def prune(
         "--batch-size", "2", "--quiet", *more,
     ]  # fmt: skip
     program = SUPPORT / "dying_rank.py" if fail else "secateur"
-    return in_ranks(
-        ranks, program, *words, fresh=fresh, patience=1.0 if fail else 0.1, OMP_NUM_THREADS="1", DIE_AT=fail
-    )
+    environment = {"OMP_NUM_THREADS": "1", "DIE_AT": fail}
+    patience = 1.0 if fail else 0.1
+    return in_ranks(ranks, program, *words, fresh=fresh, patience=patience, environment=environment)
 
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "sweep+dense-target"), ("mixtral", "wanda")])

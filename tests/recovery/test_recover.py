@@ -561,7 +561,7 @@ def in_two_processes(
     """`recover` with `program`, secateur or a file that calls it, as torchrun starts it."""
     words = [str(part) for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
     words = ["recover", str(model), *words, "--quiet"]
-    return in_ranks(2, program, *words, fresh=fresh, OMP_NUM_THREADS="1", **environment)
+    return in_ranks(2, program, *words, fresh=fresh, environment={"OMP_NUM_THREADS": "1", **environment})
 
 
 @pytest.mark.parametrize("way", ["lora", "masked", "distill"])

@@ -40,7 +40,12 @@ def run(
 
 
 def in_ranks(
-    count: int, program: str | Path, *arguments: str, fresh: bool = False, patience: float = 0.1, **environment: str
+    count: int,
+    program: str | Path,
+    *arguments: str,
+    fresh: bool = False,
+    patience: float = 0.1,
+    environment: Mapping[str, str],
 ) -> CompletedProcess[str]:
     """A program, secateur or a file, in `count` processes that torchrun starts, or alone; the error of any ends all.
     `fresh`: torchrun and its processes are no forks of this one, but begin with nothing. `patience`: after so many
