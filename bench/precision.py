@@ -17,7 +17,9 @@ import torch
 from common import options, write
 
 from secateur import prune_model
-from secateur.data.windows import calibration_windows, evaluation_windows, load_tokenizer
+from secateur.data.calibration import calibration_windows
+from secateur.data.tokenizer import load_tokenizer
+from secateur.data.windows import evaluation_windows
 from secateur.evaluation.perplexity import Forward, Measured, measure, perplexity_difference
 from secateur.models.load import load, resolve
 from secateur.system.machine import CPU

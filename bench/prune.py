@@ -235,8 +235,10 @@ def write_inputs(size: Size, work: Path, dtype: str) -> None:
     """A random Llama, calibration tokens and held-out ones, as text in the demo model's tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from secateur.data.calibration import calibration_windows
     from secateur.data.demo import model_folder
-    from secateur.data.windows import calibration_windows, evaluation_windows, load_tokenizer
+    from secateur.data.tokenizer import load_tokenizer
+    from secateur.data.windows import evaluation_windows
 
     torch.manual_seed(0)
     config = LlamaConfig(

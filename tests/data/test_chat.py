@@ -12,8 +12,10 @@ from pyarrow import parquet
 from support.texts import byte_tokenizer
 
 import secateur
+from secateur.data.calibration import calibration_windows
 from secateur.data.corpora import corpus_texts
-from secateur.data.windows import calibration_windows, evaluation_windows, load_tokenizer
+from secateur.data.tokenizer import load_tokenizer
+from secateur.data.windows import evaluation_windows
 from secateur.errors import BadText
 from secateur.recovery.text import recovery_windows
 

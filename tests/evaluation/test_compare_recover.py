@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import secateur
-from secateur.data.windows import calibration_windows, evaluation_windows, load_tokenizer
+from secateur.data.calibration import calibration_windows
+from secateur.data.tokenizer import load_tokenizer
+from secateur.data.windows import evaluation_windows
 from secateur.errors import BadResults, ConditionsDiffer, NotEnoughText, UnknownName
 from secateur.evaluation.comparison import recovered_rows as recovering
 from secateur.evaluation.report.tables import comparison

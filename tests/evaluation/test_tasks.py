@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import secateur
 from secateur.cli import app as cli
-from secateur.data.windows import load_tokenizer
+from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import BadText, NonFinite, NotEnoughText, SecateurError, UnknownName, UnsupportedModel
 from secateur.evaluation.tasks import answer as tasks
 from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, lines, summarise

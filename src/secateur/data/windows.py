@@ -5,22 +5,16 @@ local copy under a data folder: `DIR/wikitext2/test.jsonl`, `DIR/c4/*.jsonl`, â€
 .jsonl, .json.gz, .parquet; rows have a `text` field or hold a conversation, see chat.py; several
 are separated by commas).
 
-c4 and wikitext2 are sampled as the SparseGPT and Wanda code does (random documents longer than the
-window, one random window each; random windows of the joined text). Other corpora are cut into
-windows that do not overlap, at a random shift, and a random choice of them is taken. Their
-documents keep the borders that the tokenizer puts in by itself; where it puts in none, its
+Documents keep the borders that the tokenizer puts in by itself; where it puts in none, its
 end-of-text token follows each document.
 
 Perplexity is measured on the evaluation split cut into windows that do not overlap, the remainder
-dropped; WikiText-2 is joined with two line feeds first, as the papers do.
+dropped; WikiText-2 is joined with two line feeds first, as the papers do. What a model is
+calibrated on is drawn in calibration.py.
 """
 
 import hashlib
-import os
-import random
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,26 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from secateur.data.chat import Chat, in_template
+from secateur.data.chat import Chat
 from secateur.data.corpora import corpus_texts
-from secateur.errors import BadCheckpoint, BadText, NotEnoughText, in_one_line
-
-# What transformers raises for the files of a tokenizer, whatever it is that is wrong with them.
-TOKENIZER_ERRORS = (
-    ValueError,
-    OSError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
-)
-_TOKENIZER_FILES = ("tokenizer", "vocab", "tekken")
+from secateur.data.tokenizer import encode
+from secateur.errors import BadText, NotEnoughText
 
 
 @dataclass(frozen=True)
@@ -73,136 +53,6 @@ class Windows:
         }
 
 
-def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder. Raises BadCheckpoint where there is none."""
-    if not any(
-        file.name.startswith(_TOKENIZER_FILES) or file.suffix in (".model", ".tiktoken")
-        for file in folder.iterdir()
-    ):
-        raise BadCheckpoint(
-            f"{folder} has no tokenizer (tokenizer.json or the like). Copy it there."
-        )
-    try:
-        with _rust_errors(folder), _silent():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-    except TOKENIZER_ERRORS as error:
-        if "trust_remote_code" in str(error):
-            raise BadCheckpoint(
-                f"The tokenizer of {folder} needs code of its own, which is not run unless asked "
-                "for. Read that code, then add --trust-remote-code."
-            ) from error
-        raise BadCheckpoint(
-            f"{folder} has no tokenizer that transformers can load: {in_one_line(error)}."
-        ) from error
-    # Of settings alone, transformers makes a tokenizer of nothing but special tokens.
-    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)) < 2:
-        raise BadCheckpoint(
-            f"{folder} has no tokenizer with a vocabulary. Copy tokenizer.json or the like there."
-        )
-    with _silent():
-        encode(tokenizer, ["a few words"])
-    return tokenizer
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Hide what the process writes: Rust prints pages about a panic, and we say it ourselves."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    kept = {number: os.dup(number) for number in (1, 2)}
-    try:
-        with open(os.devnull, "wb") as nothing:
-            for number in kept:
-                os.dup2(nothing.fileno(), number)
-        yield
-    finally:
-        for number, old in kept.items():
-            os.dup2(old, number)
-            os.close(old)
-
-
-@contextmanager
-def _rust_errors(folder: object) -> Iterator[None]:
-    """Turn what Rust raises for a broken file, a bare Exception or a panic, into BadCheckpoint."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
-            raise
-        raise BadCheckpoint(
-            f"The tokenizer of {folder} is broken: {in_one_line(error)}."
-        ) from error
-
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Chat], **options: Any
-) -> list[list[int]]:
-    """The token ids of every text; of conversations through the chat template.
-
-    Raises BadCheckpoint where the tokenizer cannot take them, BadText without a template.
-    """
-    if chats := [text for text in texts if isinstance(text, Chat)]:
-        marked = encode(
-            tokenizer, [in_template(tokenizer, chat) for chat in chats], add_special_tokens=False
-        )
-        unmarked = encode(tokenizer, [text for text in texts if isinstance(text, str)], **options)
-        of_chats, others = iter(marked), iter(unmarked)
-        return [next(of_chats if isinstance(text, Chat) else others) for text in texts]
-    if not texts:
-        return []
-    plain: Any = list(texts)
-    try:
-        with _rust_errors(tokenizer.name_or_path):
-            ids: Any = tokenizer(plain, verbose=False, **options)["input_ids"]
-    except TOKENIZER_ERRORS as error:
-        raise BadCheckpoint(
-            f"The tokenizer of {tokenizer.name_or_path} cannot take a text: {in_one_line(error)}."
-        ) from error
-    return ids
-
-
-def calibration_windows(
-    tokenizer: PreTrainedTokenizerBase,
-    source: str,
-    *,
-    samples: int,
-    length: int,
-    seed: int,
-    data_dir: Path | None = None,
-) -> Windows:
-    """`samples` windows of `length` tokens to calibrate on. Raises NotEnoughText, UnknownName."""
-    if samples < 1 or length < 2:
-        raise NotEnoughText(
-            f"Calibration needs at least 1 sample of 2 tokens; found {samples} of {length}."
-        )
-    draw = random.Random(seed)
-    if source == "c4":
-        ids = _windows_of_documents(
-            tokenizer, corpus_texts("c4", "train", data_dir), samples, length, draw
-        )
-        return Windows(ids, source, "train", seed, None)
-    split = "calibration" if source == "demo" else "train"
-    stream = _encoded(tokenizer, source, split, data_dir)
-    if len(stream) < samples * length:
-        most = len(stream) // length
-        fewer = f"Use {f'--samples {most}' if most else 'more text'} or a smaller --seq-len."
-        raise NotEnoughText(
-            f"{samples} samples of {length} tokens need {samples * length:,} tokens; {source} "
-            f"({split}) has {len(stream):,}. {fewer}"
-        )
-    if source == "wikitext2":
-        starts = [draw.randint(0, max(len(stream) - length - 1, 0)) for _ in range(samples)]
-    else:
-        spare = len(stream) - samples * length
-        shift = draw.randint(0, min(spare, length - 1))
-        tiles = (len(stream) - shift) // length
-        starts = [shift + length * tile for tile in draw.sample(range(tiles), samples)]
-    ids = torch.stack([stream[start : start + length] for start in starts])
-    return Windows(ids, source, split, seed, len(stream))
-
-
 def evaluation_windows(
     tokenizer: PreTrainedTokenizerBase,
     source: str,
@@ -218,7 +68,7 @@ def evaluation_windows(
             f"{length}."
         )
     split = {"demo": "evaluation", "c4": "validation"}.get(source, "test")
-    stream = _encoded(tokenizer, source, split, data_dir)
+    stream = encoded(tokenizer, source, split, data_dir)
     count = len(stream) // length
     if count < max(windows or 0, 2):
         raise NotEnoughText(
@@ -229,7 +79,7 @@ def evaluation_windows(
     return Windows(ids.contiguous(), source, split, None, len(stream))
 
 
-def _encoded(
+def encoded(
     tokenizer: PreTrainedTokenizerBase, source: str, split: str, data_dir: Path | None
 ) -> Tensor:
     """A corpus as one stream of token ids, int64."""
@@ -261,46 +111,3 @@ def border_of(tokenizer: PreTrainedTokenizerBase, text: str | Chat) -> list[int]
         return []
     marked = tokenizer.num_special_tokens_to_add() > 0 or tokenizer.eos_token_id is None
     return [] if marked else [int(tokenizer.eos_token_id)]  # type: ignore[arg-type]
-
-
-def _windows_of_documents(
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str | Chat],
-    samples: int,
-    length: int,
-    draw: random.Random,
-) -> Tensor:
-    """One random window from each of `samples` random documents that are longer than the window."""
-    windows: list[Tensor] = []
-    lengths: dict[int, int] = {}
-    wanted, most = samples * length, 2000 + 500 * samples  # tokens; documents that are looked at
-
-    def long_enough() -> list[int]:
-        return [tokens for tokens in lengths.values() if tokens > length]
-
-    while len(windows) < samples:
-        looked = len(lengths) == len(texts) or len(lengths) > most
-        if looked and (not long_enough() or sum(long_enough()) < wanted):
-            break
-        number = draw.randint(0, len(texts) - 1)
-        if lengths.get(number, length + 1) <= length:
-            continue
-        ids = encode(tokenizer, [texts[number]])[0]
-        lengths[number] = len(ids)
-        if len(ids) > length:
-            start = draw.randint(0, len(ids) - length - 1)
-            windows.append(torch.tensor(ids[start : start + length]))
-    distinct = sum(long_enough())
-    for number in range(len(texts)):  # repeated draws may have left out long documents
-        if distinct >= wanted or len(lengths) > most:
-            break
-        if number not in lengths:
-            lengths[number] = len(encode(tokenizer, [texts[number]])[0])
-            distinct += lengths[number] if lengths[number] > length else 0
-    if len(windows) < samples or distinct < wanted:
-        raise NotEnoughText(
-            f"{samples} samples of {length} tokens need {wanted:,} tokens from documents longer "
-            f"than {length}; the {len(lengths):,} documents looked at have {distinct:,} in "
-            f"{len(long_enough())} such documents. Use fewer --samples or a smaller --seq-len."
-        )
-    return torch.stack(windows)

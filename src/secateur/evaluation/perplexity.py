@@ -24,7 +24,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.checkpoints.folder import open_checkpoint
-from secateur.data.windows import Windows, evaluation_windows, load_tokenizer
+from secateur.data.tokenizer import load_tokenizer
+from secateur.data.windows import Windows, evaluation_windows
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, summarise
 from secateur.models.context import check_windows, default_corpus, default_length

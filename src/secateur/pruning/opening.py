@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
-from secateur.data.windows import Windows, calibration_windows, load_tokenizer
+from secateur.data.calibration import calibration_windows
+from secateur.data.tokenizer import load_tokenizer
+from secateur.data.windows import Windows
 from secateur.models.context import default_corpus, default_length
 from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder

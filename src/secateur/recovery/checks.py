@@ -9,7 +9,7 @@ import torch
 
 from secateur.checkpoints.folder import RECORD, Checkpoint
 from secateur.checkpoints.record import record_of
-from secateur.data.windows import load_tokenizer
+from secateur.data.tokenizer import load_tokenizer
 from secateur.errors import BadCheckpoint, NonFinite, UnknownName, UnsupportedModel
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel

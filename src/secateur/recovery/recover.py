@@ -20,7 +20,9 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import open_checkpoint, stored_dtype
 from secateur.checkpoints.output_folder import check_output_folder
-from secateur.data.windows import Windows, calibration_windows, evaluation_windows, load_tokenizer
+from secateur.data.calibration import calibration_windows
+from secateur.data.tokenizer import load_tokenizer
+from secateur.data.windows import Windows, evaluation_windows
 from secateur.errors import SecateurError
 from secateur.models.context import check_windows, default_length, width
 from secateur.models.load import load, resolve

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat
 from secateur.data.corpora import corpus_texts
-from secateur.data.windows import Windows, border_of, encode, joined
+from secateur.data.tokenizer import encode
+from secateur.data.windows import Windows, border_of, joined
 from secateur.errors import NotEnoughText
 
 RUN, LEAST = 32, 8

@@ -16,7 +16,7 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.data.windows import encode, load_tokenizer
+from secateur.data.tokenizer import encode, load_tokenizer
 from secateur.errors import UnsupportedModel, in_one_line
 from secateur.system.json_files import read_json
 

@@ -16,7 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
-from secateur.data.windows import Windows, load_tokenizer
+from secateur.data.tokenizer import load_tokenizer
+from secateur.data.windows import Windows
 from secateur.errors import OutputRefused, UnsupportedModel
 from secateur.evaluation.comparison.grid import Draw
 from secateur.evaluation.comparison.options import Comparison, read_options

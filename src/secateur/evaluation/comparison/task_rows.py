@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from secateur.checkpoints.journal import Finished
-from secateur.data.windows import load_tokenizer
+from secateur.data.tokenizer import load_tokenizer
 from secateur.evaluation.comparison.row_store import TASKS, file_name
 from secateur.evaluation.comparison.rows import ComparisonContext
 from secateur.evaluation.results.schema import Row

@@ -1,0 +1,118 @@
+"""The tokenizer of a checkpoint, and the token ids of texts."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from secateur.data.chat import Chat, in_template
+from secateur.errors import BadCheckpoint, in_one_line
+
+# What transformers raises for the files of a tokenizer, whatever it is that is wrong with them.
+TOKENIZER_ERRORS = (
+    ValueError,
+    OSError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+)
+_TOKENIZER_FILES = ("tokenizer", "vocab", "tekken")
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder. Raises BadCheckpoint where there is none."""
+    if not any(
+        file.name.startswith(_TOKENIZER_FILES) or file.suffix in (".model", ".tiktoken")
+        for file in folder.iterdir()
+    ):
+        raise BadCheckpoint(
+            f"{folder} has no tokenizer (tokenizer.json or the like). Copy it there."
+        )
+    try:
+        with _rust_errors(folder), _silent():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except TOKENIZER_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise BadCheckpoint(
+                f"The tokenizer of {folder} needs code of its own, which is not run unless asked "
+                "for. Read that code, then add --trust-remote-code."
+            ) from error
+        raise BadCheckpoint(
+            f"{folder} has no tokenizer that transformers can load: {in_one_line(error)}."
+        ) from error
+    # Of settings alone, transformers makes a tokenizer of nothing but special tokens.
+    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)) < 2:
+        raise BadCheckpoint(
+            f"{folder} has no tokenizer with a vocabulary. Copy tokenizer.json or the like there."
+        )
+    with _silent():
+        encode(tokenizer, ["a few words"])
+    return tokenizer
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Hide what the process writes: Rust prints pages about a panic, and we say it ourselves."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = {number: os.dup(number) for number in (1, 2)}
+    try:
+        with open(os.devnull, "wb") as nothing:
+            for number in kept:
+                os.dup2(nothing.fileno(), number)
+        yield
+    finally:
+        for number, old in kept.items():
+            os.dup2(old, number)
+            os.close(old)
+
+
+@contextmanager
+def _rust_errors(folder: object) -> Iterator[None]:
+    """Turn what Rust raises for a broken file, a bare Exception or a panic, into BadCheckpoint."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise BadCheckpoint(
+            f"The tokenizer of {folder} is broken: {in_one_line(error)}."
+        ) from error
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Chat], **options: Any
+) -> list[list[int]]:
+    """The token ids of every text; of conversations through the chat template.
+
+    Raises BadCheckpoint where the tokenizer cannot take them, BadText without a template.
+    """
+    if chats := [text for text in texts if isinstance(text, Chat)]:
+        marked = encode(
+            tokenizer, [in_template(tokenizer, chat) for chat in chats], add_special_tokens=False
+        )
+        unmarked = encode(tokenizer, [text for text in texts if isinstance(text, str)], **options)
+        of_chats, others = iter(marked), iter(unmarked)
+        return [next(of_chats if isinstance(text, Chat) else others) for text in texts]
+    if not texts:
+        return []
+    plain: Any = list(texts)
+    try:
+        with _rust_errors(tokenizer.name_or_path):
+            ids: Any = tokenizer(plain, verbose=False, **options)["input_ids"]
+    except TOKENIZER_ERRORS as error:
+        raise BadCheckpoint(
+            f"The tokenizer of {tokenizer.name_or_path} cannot take a text: {in_one_line(error)}."
+        ) from error
+    return ids
