@@ -642,7 +642,7 @@ ROW = b'{"text": "some words"}\n'
         ("t.jsonl", b"{", "Line 1 of "),
         ("t.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "Line 1 of "),
         ("t.jsonl", b'{"text": "\\ud800"}\n', "surrogates not allowed"),
-        ("t.json", b"[1, 2", "t.json cannot be read: "),
+        ("t.json", b'["a", "b', "t.json cannot be read: "),
         ("t.json.gz", ROW, "t.json.gz cannot be read: Not a gzipped file"),
         ("t.json.gz", gzip.compress(ROW * 99, mtime=0)[:-12], "t.json.gz cannot be read: Compressed file ended before"),
         ("t.parquet", b"PAR1", "t.parquet cannot be read: Parquet file size is 4 bytes"),

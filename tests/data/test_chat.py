@@ -13,7 +13,7 @@ from support.texts import byte_tokenizer
 
 import secateur
 from secateur.data.calibration import calibration_windows
-from secateur.data.corpora import corpus_texts
+from secateur.data.corpora import corpus_of
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import evaluation_windows
 from secateur.errors import BadText
@@ -92,7 +92,7 @@ def test_text_and_conversations_stand_side_by_side(model, tmp_path):
 def test_a_list_of_strings_is_text(tmp_path):
     file = tmp_path / "a.json"
     file.write_text(json.dumps(["one", "two"]))
-    assert corpus_texts(str(file), "train", None) == ["one", "two"]
+    assert list(corpus_of(str(file), "train", None).documents()) == ["one", "two"]
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_list_of_strings_is_text(tmp_path):
 )
 def test_what_is_no_conversation_is_refused(tmp_path, row, words):
     with pytest.raises(BadText, match=words):
-        corpus_texts(written(tmp_path / "a.jsonl", [row]), "train", None)
+        list(corpus_of(written(tmp_path / "a.jsonl", [row]), "train", None).documents())
 
 
 def test_without_a_template_the_way_out_is_said(tmp_path):

@@ -14,9 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat
-from secateur.data.corpora import corpus_texts
+from secateur.data.corpora import corpus_of, corpus_texts
+from secateur.data.sampling import Sampling, sampled
+from secateur.data.sources import Share, Source, read_shares, read_source
 from secateur.data.tokenizer import encode
-from secateur.data.windows import Windows, encoded
+from secateur.data.windows import Part, Windows, border_of, encoded
 from secateur.errors import NotEnoughText
 
 
@@ -34,30 +36,105 @@ def calibration_windows(
         raise NotEnoughText(
             f"Calibration needs at least 1 sample of 2 tokens; found {samples} of {length}."
         )
+    if shares := read_shares(source):
+        return _mixed(tokenizer, source, shares, (samples, length, seed), data_dir)
+    return _drawn(tokenizer, read_source(source), (samples, length, seed), data_dir)
+
+
+Draw = tuple[int, int, int]
+"""How many windows, of how many tokens, by which seed."""
+
+
+def _drawn(
+    tokenizer: PreTrainedTokenizerBase, source: Source, how: Draw, data_dir: Path | None
+) -> Windows:
+    """Windows of one corpus."""
+    samples, length, seed = how
     draw = random.Random(seed)
-    if source == "c4":
-        ids = _windows_of_documents(
-            tokenizer, corpus_texts("c4", "train", data_dir), samples, length, draw
-        )
-        return Windows(ids, source, "train", seed, None)
-    split = "calibration" if source == "demo" else "train"
-    stream = encoded(tokenizer, source, split, data_dir)
+    split = "calibration" if source.corpus == "demo" else "train"
+    corpus = corpus_of(source, split, data_dir, seed)
+    if source.corpus == "c4":
+        ids = _windows_of_documents(tokenizer, corpus_texts(corpus), samples, length, draw)
+        return Windows(ids, source.text, corpus.split, seed, None)
+    if corpus.is_large(samples * length):
+        sampling = Sampling(tokenizer, border_of, samples, length, draw, lambda _: False)
+        windows, drawn = sampled(sampling, corpus)
+        if len(windows) == samples:
+            return Windows(torch.stack(windows), source.text, corpus.split, seed, None, drawn)
+        draw = random.Random(seed)
+    stream = encoded(tokenizer, corpus)
+    ids = _windows_of_stream(stream, source, corpus.split, (samples, length), draw)
+    return Windows(ids, source.text, corpus.split, seed, len(stream))
+
+
+def _windows_of_stream(
+    stream: Tensor, source: Source, split: str, size: tuple[int, int], draw: random.Random
+) -> Tensor:
+    """Random windows of all tokens of a corpus. Raises NotEnoughText."""
+    samples, length = size
     if len(stream) < samples * length:
         most = len(stream) // length
         fewer = f"Use {f'--samples {most}' if most else 'more text'} or a smaller --seq-len."
         raise NotEnoughText(
-            f"{samples} samples of {length} tokens need {samples * length:,} tokens; {source} "
+            f"{samples} samples of {length} tokens need {samples * length:,} tokens; {source.text} "
             f"({split}) has {len(stream):,}. {fewer}"
         )
-    if source == "wikitext2":
+    if source.corpus == "wikitext2":
         starts = [draw.randint(0, max(len(stream) - length - 1, 0)) for _ in range(samples)]
     else:
         spare = len(stream) - samples * length
         shift = draw.randint(0, min(spare, length - 1))
         tiles = (len(stream) - shift) // length
         starts = [shift + length * tile for tile in draw.sample(range(tiles), samples)]
-    ids = torch.stack([stream[start : start + length] for start in starts])
-    return Windows(ids, source, split, seed, len(stream))
+    return torch.stack([stream[start : start + length] for start in starts]).to(torch.int64)
+
+
+def _mixed(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    shares: Sequence[Share],
+    how: Draw,
+    data_dir: Path | None,
+) -> Windows:
+    """Windows of several texts, each of one alone, in an order by the seed."""
+    samples, length, seed = how
+    counts = apportioned([share.share for share in shares], samples)
+    if 0 in counts:
+        part = shares[counts.index(0)]
+        raise NotEnoughText(
+            f"Of {samples} samples the mixture {source!r} leaves none for {part.source.text}, "
+            f"whose share is {part.share:.2%}. Use more --samples, or leave that part out."
+        )
+    parts = [
+        _drawn(tokenizer, share.source, (count, length, seed), data_dir)
+        for share, count in zip(shares, counts, strict=True)
+    ]
+    order = list(range(samples))
+    random.Random(seed).shuffle(order)
+    table = tuple(
+        Part(
+            one.source,
+            one.split,
+            round(share.share, 6),
+            count,
+            count * length,
+            one.available_tokens,
+            one.drawn,
+        )
+        for one, share, count in zip(parts, shares, counts, strict=True)
+    )
+    ids = torch.cat([one.ids for one in parts])[order]
+    return Windows(ids, source, "mixture", seed, None, None, table)
+
+
+def apportioned(shares: Sequence[float], count: int) -> list[int]:
+    """How many of `count` fall to each share, which add up to 1: by the largest remainders."""
+    quotas = [share * count for share in shares]
+    whole = [int(quota) for quota in quotas]
+    order = sorted(range(len(quotas)), key=lambda part: whole[part] - quotas[part])
+    for part in order[: count - sum(whole)]:
+        whole[part] += 1
+    return whole
 
 
 def _windows_of_documents(

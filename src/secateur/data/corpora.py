@@ -1,44 +1,167 @@
-"""The documents of a corpus, by its name or from files, and the rows of a file."""
+"""The documents of a corpus: the demo's own text, c4 and wikitext2, files, a data set of the hub.
 
-import gzip
-import json
-import lzma
-import zlib
+c4 and wikitext2 come through `datasets`, or from a local copy under a data folder
+(`DIR/wikitext2/test.jsonl`, `DIR/c4/*.jsonl`, …).
+"""
+
+import tempfile
+import weakref
+from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from secateur.data import demo
-from secateur.data.chat import FIELDS, Chat, chat_of
-from secateur.errors import BadText, NotEnoughText, SecateurError, UnknownName, in_one_line
+from secateur.data.chat import Chat
+from secateur.data.readers import (
+    LARGE,
+    Raw,
+    document_of,
+    documents_of,
+    is_packed,
+    kind_of,
+    opened,
+    reading,
+)
+from secateur.data.sources import SUFFIXES, DataSet, Source, read_source
+from secateur.errors import BadText, NotEnoughText, SecateurError, in_one_line
 
-CORPORA = ("demo", "c4", "wikitext2")
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+SHUFFLED = 1000
+"""Rows of a data set that are held to take one at random."""
+File = tuple[Path, str | None]
 
 
-def corpus_texts(source: str, split: str, data_dir: Path | None) -> Sequence[str | Chat]:
-    """The documents of a corpus, or of files. Raises UnknownName where `source` is neither."""
-    if source == "demo":
-        return demo.documents(split)
-    if source in CORPORA:
-        if data_dir is None:
-            return _from_hub(source, split)
-        files = list(_local_files(data_dir / source, split))
+@dataclass(frozen=True)
+class Corpus:
+    """Text by its source and split: in `files`, or as `texts` that are there.
+
+    `more`: whether a data set goes on after these texts.
+    """
+
+    source: Source
+    split: str
+    files: tuple[File, ...] = ()
+    texts: Sequence[str | Chat] = ()
+    more: bool = False
+
+    def documents(self) -> Iterator[str | Chat]:
+        """All documents, one after another. Raises BadText."""
+        yield from self.texts
+        for raw in self.raw():
+            yield raw.parse()
+
+    def raw(self) -> Iterator[Raw]:
+        """All documents of the files, not parsed. Raises BadText."""
+        for file, column in self.files:
+            yield from documents_of(file, column)
+
+    def is_large(self, tokens: int) -> bool:
+        """Whether there is so much text that `tokens` are drawn without reading all of it.
+
+        That is decided by the files alone, so that the draw is the same everywhere.
+        """
+        if self.more or self.source.corpus:
+            return self.more
+        most = max(LARGE, 32 * tokens)
+        return self.text_bytes(most) > most
+
+    def text_bytes(self, most: int) -> int:
+        """The bytes of text in the files, counted until they are more than `most`."""
+        size = 0
+        for file, _ in self.files:
+            size += _text_bytes(file, most - size)
+            if size > most:
+                break
+        return size
+
+
+def corpus_of(
+    source: Source | str, split: str | None, data_dir: Path | None, seed: int | None = None
+) -> Corpus:
+    """The corpus of a source. Raises UnknownName, BadText, NotEnoughText.
+
+    `split` is what the corpora call it that have splits, for data sets unless they name one; a data
+    set is shuffled by `seed`, None leaves it in order.
+    """
+    source = read_source(source) if isinstance(source, str) else source
+    split = split or "train"
+    if source.corpus == "demo":
+        return Corpus(source, split, texts=demo.documents(split))
+    if source.corpus and data_dir is None:
+        return Corpus(source, split, texts=_from_hub(source.corpus, split))
+    if source.corpus and data_dir is not None:
+        files = list(_local_files(data_dir / source.corpus, split))
         if not files:
             raise NotEnoughText(
-                f"{data_dir / source} holds no {split} split ({split}.jsonl, .json.gz, .parquet or "
-                ".txt). Put it there, or leave --data-dir out to fetch the corpus."
+                f"{data_dir / source.corpus} holds no {split} split ({split}.jsonl, .json.gz, "
+                ".parquet or .txt). Put it there, or leave --data-dir out to fetch the corpus."
             )
-        return _from_files(files)
-    files = [Path(part) for part in source.split(",")]
-    for file in files:
-        if not file.name.endswith(SUFFIXES):
-            if not (file.exists() or file.suffix or len(file.parts) > 1):
-                raise UnknownName("corpus", source, CORPORA)
-            raise BadText(f"{file} is no text file that can be read; {', '.join(SUFFIXES)} can.")
-        if not file.is_file():
-            raise BadText(f"There is no text file {file}.")
-    return _from_files(files)
+        return Corpus(source, split, tuple((file, None) for file in files))
+    if source.data_set is not None:
+        split = source.data_set.split or split
+        texts, more = _first_texts(source, source.data_set, split, seed)
+        return Corpus(source, split, texts=texts, more=more)
+    return Corpus(source, split, source.files)
+
+
+def corpus_texts(corpus: Corpus) -> Sequence[str | Chat]:
+    """The documents of a corpus by their number; many of them wait in a file. Raises BadText."""
+    if not corpus.files:
+        return corpus.texts
+    few = corpus.text_bytes(LARGE) <= LARGE
+    return list(corpus.documents()) if few else StoredTexts(corpus)
+
+
+class StoredTexts(Sequence[str | Chat]):
+    """The documents of files by their number, in a temporary file."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        import pickle  # of strings and conversations that we write and read ourselves
+
+        self._pickle = pickle
+        self._file: Any = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._places = array("q", [0])
+        for text in corpus.documents():
+            self._file.write(pickle.dumps(text))
+            self._places.append(self._file.tell())
+
+    def __len__(self) -> int:
+        return len(self._places) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str | Chat: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[str | Chat]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        start = self._places[range(len(self))[index]]
+        self._file.seek(start)
+        return self._pickle.load(self._file)
+
+
+def _text_bytes(file: Path, most: int) -> int:
+    """The bytes of text in a file; counting what is packed ends soon after `most`."""
+    with reading(file):
+        if kind_of(file) == "parquet":
+            return _table_bytes(file)
+        if not is_packed(file):
+            return file.stat().st_size
+        size = 0
+        with opened(file) as stream:
+            while size <= most and (data := stream.read(2**20)):
+                size += len(data)
+        return size
+
+
+def _table_bytes(file: Path) -> int:
+    from pyarrow import parquet  # takes long to import
+
+    with parquet.ParquetFile(file) as table:
+        groups = range(table.metadata.num_row_groups)
+        return sum(table.metadata.row_group(group).total_byte_size for group in groups)
 
 
 def _local_files(folder: Path, split: str) -> Iterator[Path]:
@@ -47,80 +170,6 @@ def _local_files(folder: Path, split: str) -> Iterator[Path]:
     splits = ("train", "validation", "test")
     named = [file for file in files if any(word in file.name for word in splits)]
     yield from [file for file in named if split in file.name] if named else files
-
-
-def _from_files(files: Sequence[Path]) -> list[str | Chat]:
-    """The documents of files: the whole of a .txt, else the text or the conversation of each row.
-
-    Raises BadText.
-    """
-    texts: list[str | Chat] = []
-    for file in files:
-        try:
-            if file.name.endswith(".txt"):
-                texts.append(file.read_text(encoding="utf-8"))
-                continue
-            for number, row in enumerate(rows(file, ("text", *FIELDS)), 1):
-                texts.append(_document(row, f"row {number} of {file}"))
-        except UnicodeDecodeError as error:
-            raise BadText(
-                f"{file} is not text in UTF-8 ({in_one_line(error)}). Convert it first."
-            ) from error
-        except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
-            raise BadText(f"{file} cannot be read: {in_one_line(error)}.") from error
-    return texts
-
-
-def rows(file: Path, columns: Sequence[str] = ()) -> Iterator[Any]:
-    """The rows of a .parquet, of a JSON array, or of a file with one JSON value a line.
-
-    .gz and .xz are unpacked. Of a .parquet `columns` are read, those that it has; none means all.
-    Raises BadText for a line that is no JSON, else what the reader raises.
-    """
-    if file.name.endswith(".parquet"):
-        from pyarrow import parquet  # takes long to import
-
-        with parquet.ParquetFile(file) as table:
-            names = [name for name in table.schema_arrow.names if name in columns or not columns]
-            for batch in table.iter_batches(columns=names):
-                yield from batch.to_pylist()
-        return
-    unpacked: Any = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
-    with unpacked(file, "rt", encoding="utf-8") as stream:
-        array = stream.read(1) == "["
-        stream.seek(0)
-        if array:
-            yield from json.load(stream)
-            return
-        for number, line in enumerate(stream, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    reason = in_one_line(error)
-                    raise BadText(f"Line {number} of {file} is no JSON: {reason}.") from error
-                yield row
-
-
-def _document(row: Any, where: str) -> str | Chat:
-    if isinstance(row, str):
-        row = {"text": row}
-    if not isinstance(row, dict):
-        raise BadText(f"Every row needs a field 'text' or 'messages'; {where} has none.")
-    if "text" not in row:
-        if chat := chat_of(row, where):
-            return chat
-        known = f"; it has {', '.join(map(repr, list(row)[:5]))}" if row else ""
-        raise BadText(f"Every row needs a field 'text' or 'messages'; {where} has none{known}.")
-    text = row["text"]
-    if not isinstance(text, str):
-        kind = "null" if text is None else f"a {type(text).__name__}"
-        raise BadText(f"The field 'text' must hold a string; in {where} it holds {kind}.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadText(f"The text of {where} cannot be encoded: {in_one_line(error)}.") from error
-    return text
 
 
 def _from_hub(source: str, split: str) -> Sequence[str]:
@@ -135,4 +184,33 @@ def _from_hub(source: str, split: str) -> Sequence[str]:
         raise SecateurError(
             f"{source} could not be fetched ({in_one_line(error)}). "
             "Give a local copy with --data-dir, or use 'demo' or files."
+        ) from error
+
+
+def _first_texts(
+    source: Source, name: DataSet, split: str, seed: int | None
+) -> tuple[list[str | Chat], bool]:
+    """Documents of a data set, shuffled by `seed`, up to `LARGE`; and whether there are more."""
+    texts: list[str | Chat] = []
+    size = 0
+    for number, row in enumerate(_rows(source, name, split, seed), 1):
+        if size > LARGE:
+            return texts, True
+        texts.append(document_of(row, f"row {number} of {source.text}", source.column))
+        size += len(str(texts[-1]))
+    return texts, False
+
+
+def _rows(source: Source, name: DataSet, split: str, seed: int | None) -> Iterator[Any]:
+    """The rows of a data set as they arrive. Raises BadText where they do not."""
+    from datasets import load_dataset
+
+    try:
+        rows: Any = load_dataset(name.path, name.subset, split=split, streaming=True)
+        yield from rows if seed is None else rows.shuffle(seed=seed, buffer_size=SHUFFLED)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+        raise BadText(
+            f"{source.text} could not be read as a data set, split {split!r}: "
+            f"{in_one_line(error)}. It is neither a file nor a folder here; a split is named as in "
+            "owner/name[subset](split):column."
         ) from error

@@ -107,12 +107,19 @@ def encode(
         return [next(of_chats if isinstance(text, Chat) else others) for text in texts]
     if not texts:
         return []
+    return tokenize(tokenizer, [text for text in texts if isinstance(text, str)], **options)[
+        "input_ids"
+    ]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> Any:
+    """What the tokenizer gives for texts, its masks left out. Raises BadCheckpoint."""
     plain: Any = list(texts)
+    masks = {"return_attention_mask": False, "return_token_type_ids": False}
     try:
         with _rust_errors(tokenizer.name_or_path):
-            ids: Any = tokenizer(plain, verbose=False, **options)["input_ids"]
+            return tokenizer(plain, verbose=False, **masks, **options)
     except TOKENIZER_ERRORS as error:
         raise BadCheckpoint(
             f"The tokenizer of {tokenizer.name_or_path} cannot take a text: {in_one_line(error)}."
         ) from error
-    return ids

@@ -15,34 +15,54 @@ calibrated on is drawn in calibration.py.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat
-from secateur.data.corpora import corpus_texts
-from secateur.data.tokenizer import encode
+from secateur.data.corpora import Corpus, corpus_of
+from secateur.data.pieces import stream_of
+from secateur.data.readers import Unfinished
 from secateur.errors import BadText, NotEnoughText
+from secateur.system.memory import available_bytes
+from secateur.system.sizes import in_words
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a mixture has of one text: its share of all tokens, and as `Windows` has it."""
+
+    source: str
+    split: str
+    share: float
+    samples: int
+    tokens: int
+    available_tokens: int | None
+    drawn: str | None
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows `ids` `[samples, length]` int64, and what it takes to draw them again."""
+    """Token windows `ids` `[samples, length]` int64, and what it takes to draw them again.
+
+    `drawn` says how where not all of the text was tokenised; `parts` are those of a mixture.
+    """
 
     ids: Tensor
     source: str
     split: str
     seed: int | None
     available_tokens: int | None
+    drawn: str | None = None
+    parts: tuple[Part, ...] = ()
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that identifies these tokens, for a report."""
-        return {
+        identity = {
             "source": self.source,
             "split": self.split,
             "samples": self.ids.shape[0],
@@ -51,6 +71,11 @@ class Windows:
             "available_tokens": self.available_tokens,
             "sha256": hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest(),
         }
+        if self.drawn:
+            identity["drawn"] = self.drawn
+        if self.parts:
+            identity["parts"] = [asdict(part) for part in self.parts]
+        return identity
 
 
 def evaluation_windows(
@@ -68,31 +93,44 @@ def evaluation_windows(
             f"{length}."
         )
     split = {"demo": "evaluation", "c4": "validation"}.get(source, "test")
-    stream = encoded(tokenizer, source, split, data_dir)
+    corpus = corpus_of(source, split, data_dir)
+    most = length * windows if windows and corpus.is_large(0) else None
+    if corpus.is_large(0) and not windows:
+        _check_memory(corpus, source)
+    stream = encoded(tokenizer, corpus, most)
     count = len(stream) // length
     if count < max(windows or 0, 2):
         raise NotEnoughText(
-            f"{windows or 2} evaluation windows of {length} tokens were wanted; {source} ({split}) "
-            f"has {len(stream):,} tokens, {count} windows. Use a smaller --windows or --seq-len."
+            f"{windows or 2} evaluation windows of {length} tokens were wanted; {source} "
+            f"({corpus.split}) has {len(stream):,} tokens, {count} windows. Use a smaller "
+            "--windows or --seq-len."
         )
-    ids = stream[: count * length].view(count, length)[:windows]
-    return Windows(ids.contiguous(), source, split, None, len(stream))
+    ids = stream[: count * length].view(count, length)[:windows].to(torch.int64)
+    available = None if most else len(stream)
+    return Windows(ids.contiguous(), source, corpus.split, None, available)
 
 
-def encoded(
-    tokenizer: PreTrainedTokenizerBase, source: str, split: str, data_dir: Path | None
-) -> Tensor:
-    """A corpus as one stream of token ids, int64."""
-    texts = corpus_texts(source, split, data_dir)
-    if not texts:
-        return torch.empty(0, dtype=torch.int64)
-    if source == "wikitext2":
-        return torch.tensor(encode(tokenizer, [joined(texts)])[0], dtype=torch.int64)
-    pieces = [
-        np.asarray([*ids, *border_of(tokenizer, text)], dtype=np.int64)
-        for ids, text in zip(encode(tokenizer, texts), texts, strict=True)
-    ]
-    return torch.from_numpy(np.concatenate(pieces))
+def _check_memory(corpus: Corpus, source: str) -> None:
+    """Raise BadText where a text whose tokens are all wanted does not fit into memory."""
+    if corpus.more:
+        raise BadText(f"{source} is longer than what is read of a data set. Use --windows.")
+    free = available_bytes(torch.device("cpu"))
+    size = corpus.text_bytes(free)  # about a token for four bytes, as int32 and as int64
+    if 3 * size > free:
+        raise BadText(
+            f"The tokens of all of {source} do not fit into memory, of which {in_words(free)} are "
+            "free. Use --windows; then no more than that is read."
+        )
+
+
+def encoded(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, most: int | None = None) -> Tensor:
+    """A corpus as one stream of token ids `[tokens]` int32; at least `most` where there are."""
+    texts = corpus.documents()
+    if corpus.source.corpus == "wikitext2":
+        lines = list(texts)
+        texts = iter([joined(lines)] if lines else [])
+        return stream_of(tokenizer, texts, lambda *_: [], most)
+    return stream_of(tokenizer, texts, border_of, most)
 
 
 def joined(texts: Sequence[str | Chat]) -> str:
@@ -105,9 +143,9 @@ def joined(texts: Sequence[str | Chat]) -> str:
 
 def border_of(tokenizer: PreTrainedTokenizerBase, text: str | Chat) -> list[int]:
     """What follows a document of a stream: the end-of-text token, or nothing if texts are marked by
-    the tokenizer itself, or by a chat template.
+    the tokenizer itself, or by a chat template, and where the document goes on.
     """
-    if isinstance(text, Chat):
+    if isinstance(text, Chat | Unfinished):
         return []
     marked = tokenizer.num_special_tokens_to_add() > 0 or tokenizer.eos_token_id is None
     return [] if marked else [int(tokenizer.eos_token_id)]  # type: ignore[arg-type]

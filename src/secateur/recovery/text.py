@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat
-from secateur.data.corpora import corpus_texts
+from secateur.data.corpora import corpus_of, corpus_texts
 from secateur.data.tokenizer import encode
 from secateur.data.windows import Windows, border_of, joined
 from secateur.errors import NotEnoughText
@@ -43,7 +43,8 @@ def recovery_windows(
     size = max(min([RUN, length, *(ids.shape[1] for ids in avoid)]), LEAST)
     windows: list[Tensor] = []
     seen = 0
-    texts = corpus_texts(source, split, data_dir)
+    corpus = corpus_of(source, split, data_dir, seed)
+    texts = corpus_texts(corpus)
     if source == "wikitext2":  # its texts are lines that belong together
         texts = [joined(texts)]
     documents = _documents(tokenizer, texts, seed)

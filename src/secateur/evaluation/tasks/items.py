@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.data.corpora import rows
+from secateur.data.readers import rows
 from secateur.errors import BadText, in_one_line
 from secateur.system.typed import Whole, is_a
 
