@@ -20,10 +20,12 @@ from secateur.data import corpora, pieces, readers, sampling
 from secateur.data.calibration import calibration_windows
 from secateur.data.corpora import StoredTexts, corpus_of
 from secateur.data.demo import documents, model_folder
+from secateur.data.overlap import overlapping
 from secateur.data.pieces import batches, long_ids, stream_of
 from secateur.data.tokenizer import encode, load_tokenizer
 from secateur.data.windows import border_of, evaluation_windows
 from secateur.errors import BadText
+from secateur.recovery.text import recovery_windows
 
 LENGTH = 64
 
@@ -338,3 +340,30 @@ def test_utf16_is_converted_as_it_is_read():
     text = "é🙂\n" * 100_000
     stream = readers._InUtf8(io.BytesIO(text.encode("utf-16")))  # type: ignore[arg-type]
     assert io.BufferedReader(stream, 2**10).read() == text.encode()
+
+
+# Recovery, and what texts have in common.
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_large_text_to_recover_on_shares_nothing_with_what_is_avoided(small_limits, tmp_path, name):
+    texts = numbered(1500, random.Random(9))
+    source = written(tmp_path / name, texts)
+    calibrated = draw_of(source, 100)
+    trained = recovery_windows(byte_tokenizer(), source, count=60, length=LENGTH, seed=5, avoid=[calibrated.ids])
+    assert trained.fingerprint()["drawn"]
+    assert overlapping(trained.ids, calibrated.ids) == 0
+    assert not {n for text in texts_of(trained) for n in text.split()[1:-1]} & {
+        n for text in texts_of(calibrated) for n in text.split()[1:-1]
+    }
+    unaware = recovery_windows(byte_tokenizer(), source, count=60, length=LENGTH, seed=5)
+    assert overlapping(unaware.ids, calibrated.ids) > 0
+
+
+def test_windows_that_share_a_run_of_tokens_are_counted():
+    stream = torch.arange(1000)
+    windows = stream[:640].view(10, 64)
+    assert overlapping(windows, stream[600:700].view(1, 100)) == 1
+    assert overlapping(windows, stream[620:700].view(1, 80)) == 0  # 20 in a row
+    assert overlapping(windows, stream[60:160].view(2, 50)) == 2
+    assert overlapping(windows, stream[700:].view(3, 100)) == 0

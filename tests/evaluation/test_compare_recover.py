@@ -10,6 +10,7 @@ import torch
 
 import secateur
 from secateur.data.calibration import calibration_windows
+from secateur.data.overlap import RUN
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import evaluation_windows
 from secateur.errors import BadResults, ConditionsDiffer, NotEnoughText, UnknownName
@@ -20,7 +21,7 @@ from secateur.evaluation.results.schema import check, read_results
 from secateur.models.load import load
 from secateur.recovery import training
 from secateur.recovery.masks import masks
-from secateur.recovery.text import RUN, recovery_windows
+from secateur.recovery.text import recovery_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # transformers and peft warn of their own
 

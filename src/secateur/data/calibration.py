@@ -57,7 +57,7 @@ def _drawn(
         ids = _windows_of_documents(tokenizer, corpus_texts(corpus), samples, length, draw)
         return Windows(ids, source.text, corpus.split, seed, None)
     if corpus.is_large(samples * length):
-        sampling = Sampling(tokenizer, border_of, samples, length, draw, lambda _: False)
+        sampling = Sampling(tokenizer, border_of, samples, length, draw)
         windows, drawn = sampled(sampling, corpus)
         if len(windows) == samples:
             return Windows(torch.stack(windows), source.text, corpus.split, seed, None, drawn)

@@ -37,7 +37,7 @@ def stream_of(
     """
     stream = array("i")
     for some in batches(texts):
-        for text, ids in zip(some, _ids(tokenizer, some), strict=True):
+        for text, ids in zip(some, ids_of(tokenizer, some), strict=True):
             stream.extend(ids)
             stream.extend(border(tokenizer, text))
         if most is not None and len(stream) >= most:
@@ -62,7 +62,8 @@ def batches(texts: Iterable[str | Chat]) -> Iterator[list[str | Chat]]:
         yield some
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str | Chat]) -> list[Any]:
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str | Chat]) -> list[Any]:
+    """The ids of each of the texts, a group of `batches`, as `encode` gives them."""
     if len(texts) == 1 and isinstance(texts[0], str) and len(texts[0]) > 2 * CHARACTERS:
         return [long_ids(tokenizer, texts[0])]
     return encode(tokenizer, texts)

@@ -166,9 +166,9 @@ def _batches(file: Path, columns: Sequence[str]) -> Iterator[Any]:
     """The record batches of a .parquet, with those of the columns that it has; none means all."""
     from pyarrow import parquet  # takes long to import
 
-    with parquet.ParquetFile(file, buffer_size=BUFFER) as table:
+    with parquet.ParquetFile(file, buffer_size=BUFFER, pre_buffer=False) as table:
         names = [name for name in table.schema_arrow.names if name in columns or not columns]
-        yield from table.iter_batches(batch_size=1024, columns=names, use_threads=False)
+        yield from table.iter_batches(batch_size=64, columns=names, use_threads=False)
 
 
 def _table(file: Path, column: str | None) -> Iterator[Raw]:

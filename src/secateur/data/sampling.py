@@ -41,6 +41,7 @@ TRIES = 20
 STEP = 2**16
 
 Refuse = Callable[[Tensor], bool]
+"""Whether the tokens of a document or of a window are not wanted."""
 
 
 class Span(NamedTuple):
@@ -54,19 +55,22 @@ class Span(NamedTuple):
 
 
 class Sampling(NamedTuple):
-    """How windows are drawn: how many, their length, and what puts out one that is not wanted."""
+    """How windows are drawn: how many, their length, and what is left out."""
 
     tokenizer: PreTrainedTokenizerBase
     border: Border
     wanted: int
     length: int
     draw: random.Random
-    refuse: Refuse
+    refuse: Refuse | None = None
 
     @property
     def reserve(self) -> int:
         """Bytes of text from which a window is taken."""
         return BYTES_A_TOKEN * self.length
+
+    def leaves_out(self, ids: Tensor) -> bool:
+        return self.refuse is not None and self.refuse(ids)
 
 
 def sampled(sampling: Sampling, corpus: Corpus) -> tuple[list[Tensor], str]:
@@ -82,7 +86,7 @@ def sampled(sampling: Sampling, corpus: Corpus) -> tuple[list[Tensor], str]:
         if len(windows) == sampling.wanted:
             break
         window = _window(sampling, iter(group))
-        if window is not None and not sampling.refuse(window[0]):
+        if window is not None and not sampling.leaves_out(window[0]):
             windows.append(window[0])
     return windows, how
 
@@ -93,7 +97,10 @@ def _window(sampling: Sampling, spans: Iterator[Span]) -> tuple[Tensor, float, f
     ids: list[int] = []
     begin, end = None, 0.0
     for span in spans:
-        ids += encode(sampling.tokenizer, [span.text])[0]
+        document = encode(sampling.tokenizer, [span.text])[0]
+        if sampling.leaves_out(torch.tensor(document)):
+            continue
+        ids += document
         ids += sampling.border(sampling.tokenizer, span.text) if span.whole else []
         begin, end = span.start if begin is None else begin, span.stop
         if len(ids) >= shift + sampling.length:
@@ -127,7 +134,7 @@ def _entered(sampling: Sampling, corpus: Corpus) -> list[Tensor]:
         if window is None or any(begin < window[2] and window[1] < end for begin, end in taken):
             continue
         taken.append(window[1:])
-        if not sampling.refuse(window[0]):
+        if not sampling.leaves_out(window[0]):
             windows.append(window[0])
         if len(windows) == sampling.wanted:
             break

@@ -21,6 +21,7 @@ from torch import Tensor
 from secateur.checkpoints.folder import open_checkpoint, stored_dtype
 from secateur.checkpoints.output_folder import check_output_folder
 from secateur.data.calibration import calibration_windows
+from secateur.data.overlap import RUN
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import Windows, evaluation_windows
 from secateur.errors import SecateurError
@@ -39,7 +40,7 @@ from secateur.recovery.checks import (
     refuse_other_weights,
 )
 from secateur.recovery.job import Dense, Job, Pruned, Recovery
-from secateur.recovery.text import RUN, recovery_windows
+from secateur.recovery.text import recovery_windows
 from secateur.system.devices import find_devices, training_dtype
 from secateur.system.progress import Progress
 from secateur.system.settings import Destination, Training, TrainingText, Trust, taken
