@@ -64,6 +64,8 @@ def _drawn(
         draw = random.Random(seed)
     stream = encoded(tokenizer, corpus)
     ids = _windows_of_stream(stream, source, corpus.split, (samples, length), draw)
+    if corpus.more:
+        return Windows(ids, source.text, corpus.split, seed, None, "from what came first")
     return Windows(ids, source.text, corpus.split, seed, len(stream))
 
 
