@@ -16,11 +16,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import BadCheckpoint, NonFinite, SecateurError, UnsupportedModel, in_one_line
 from secateur.models.draft_heads import draft_head_count
+from secateur.models.parts import loader
 from secateur.models.replay import block_number
 from secateur.system.json_files import json_object
 
@@ -171,7 +172,7 @@ def without_weights(
     there is none.
     """
     with torch.device("meta"), refusing_more(checkpoint.folder, len(checkpoint.places)):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = loader(config).from_config(config, trust_remote_code=trust_remote_code)
     refuse_larger(checkpoint.folder, checkpoint.shapes, model)
     return model
 
@@ -221,8 +222,8 @@ def refuse_encoder(model: nn.Module, logits: Tensor) -> None:
     if (one - other).abs().max() > 0.01 * one.abs().max():
         raise UnsupportedModel(
             f"{type(model).__name__} is no causal language model as its config.json sets it up: a "
-            "later token changes the logits of those before it. Encoders have no perplexity, and "
-            "cannot be pruned here."
+            "later token changes the logits of those before it. Encoders, and models that read a "
+            "prompt in both directions, have no perplexity, and cannot be pruned here."
         )
 
 

@@ -1,6 +1,7 @@
 """Loading a causal LM: the only file that knows how transformers does it.
 
-The `nn.ModuleList` that holds most parameters is the stack of decoder blocks. A model whose blocks,
+The `nn.ModuleList` that holds most parameters of the language model (`parts`) is the stack of
+decoder blocks. A model whose blocks,
 run one by one (`replay`), do not give its own logits bit for bit is refused rather than pruned
 wrongly. Weights stay where `from_pretrained` mapped them.
 """
@@ -15,7 +16,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint, stored_dtype
 from secateur.data import demo
@@ -33,6 +34,7 @@ from secateur.models.checks import (
 )
 from secateur.models.context import vocabulary_size
 from secateur.models.mapped_experts import spill_folder, stacked_on_disk
+from secateur.models.parts import language_part, loader
 from secateur.models.recognise import refuse_other_kinds
 from secateur.models.replay import LanguageModel, Shell, run_block
 from secateur.models.source import check_loaded
@@ -44,12 +46,13 @@ WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 
 
 def find_stack(model: nn.Module) -> str:
-    """The name of the `nn.ModuleList` that holds most parameters. Raises UnsupportedModel where
-    there is none.
+    """The name of the `nn.ModuleList` that holds most parameters of the language model. Raises
+    UnsupportedModel where there is none.
     """
+    part = language_part(model)
     lists = {
         name: sum(p.numel() for p in module.parameters())
-        for name, module in model.named_modules()
+        for name, module in model.get_submodule(part).named_modules(prefix=part)
         if isinstance(module, nn.ModuleList) and len(module)
     }
     if not lists:
@@ -112,8 +115,8 @@ def _with_tuples(
         logits = model(tokens, use_cache=False).logits
     if len(tuples) != len(blocks):
         raise UnsupportedModel(
-            f"{type(model).__name__} called its {len(blocks)} blocks {len(tuples)} times; once "
-            "each is wanted."
+            f"{type(model).__name__} called its {len(blocks)} blocks {len(tuples)} times for text; "
+            "once each is wanted. What only images or sound reach cannot be pruned by text."
         )
     return LanguageModel(model, stack, tuple(tuples)), logits
 
@@ -159,7 +162,7 @@ def _mapped(
     try:
         built = without_weights(checkpoint, config, trust_remote_code=trust_remote_code)
         with stacked_on_disk(spill):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = loader(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=stored_dtype(checkpoint),

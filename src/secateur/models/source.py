@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from secateur.checkpoints.folder import DTYPES, Checkpoint
-from secateur.errors import BadCheckpoint, UnsupportedModel
+from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel, block_number
 from secateur.system.memory import MappedFiles
@@ -36,7 +36,14 @@ def checkpoint_tensors(
     """
     prefix = f"{language_model.model.base_model_prefix}."
     stored: dict[str, Tensor] = {}
-    for name, tensor in revert_weight_conversion(language_model.model, dict(tensors)).items():
+    try:
+        reverted = revert_weight_conversion(language_model.model, dict(tensors))
+    except ValueError as error:  # what it would put together is not all there
+        raise UnsupportedModel(
+            f"transformers cannot put single weights of {type(language_model.model).__name__} back "
+            f"where they lie in the checkpoint ({in_one_line(error)}), so it cannot be pruned here."
+        ) from error
+    for name, tensor in reverted.items():
         spellings = (name, name.removeprefix(prefix), prefix + name)
         if spelling := next((s for s in spellings if s in known), None):
             stored[spelling] = tensor

@@ -16,6 +16,7 @@ from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.patterns import kind_of
 from secateur.models.context import check_windows
 from secateur.models.matrices import matrix_shapes, model_coverage
+from secateur.models.parts import parts_in_words
 from secateur.models.replay import LanguageModel
 from secateur.models.source import ignored_in_words
 from secateur.models.stream.blocks import BlockRun
@@ -128,6 +129,7 @@ def prepare(
     shown = label(plan, shapes) if is_file(recipe.allocate) else str(pattern)
     run.progress.begin(f"pruning with {recipe.method} to {shown}")
     cost = UNKNOWN_COST.format(recipe.method) if method.cost is None else ""
+    left = parts_in_words(run.language_model.model), ignored_in_words(run.language_model)
     report = Report(
         recipe.method,
         shown,
@@ -139,7 +141,7 @@ def prepare(
         None,
         windows.fingerprint(),
         recipe.allocate,
-        note=" ".join(filter(None, (cost, ignored_in_words(run.language_model)))),
+        note=" ".join(filter(None, (cost, *left))),
     )
     spill = run.spill if decided["spill"] else None
     run = replace(run, batch_size=decided["batch_size"], spill=spill)

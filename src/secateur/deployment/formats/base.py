@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import BadCheckpoint, NonFinite
@@ -34,11 +33,6 @@ class Format(NamedTuple):
     restore: Callable[[Path, Path], None] | None = None
     foreign: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
-
-
-def architecture_of(config: Any) -> str:
-    """The name of transformers' causal LM for a configuration, whatever `architectures` says."""
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, type(config).__name__))
 
 
 def head_size(config: Any) -> int:

@@ -21,10 +21,11 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.checkpoints.folder import FLOATS, Checkpoint
-from secateur.deployment.formats.base import Format, architecture_of, head_size
+from secateur.deployment.formats.base import Format, head_size
 from secateur.deployment.formats.gguf_vocabulary import add_vocabulary
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnknownName, UnsupportedModel
 from secateur.models.load import load_config
+from secateur.models.parts import architecture_of
 from secateur.system.files import disk_errors
 
 FILE = "model.gguf"
@@ -66,7 +67,7 @@ def write_gguf(source: Checkpoint, file: Path, *, values: str, vocabulary: bool 
     if values not in VALUES:
         raise UnknownName("kind of GGUF values", values, VALUES)
     gguf = gguf_package()
-    config = load_config(source.folder).get_text_config()
+    config = load_config(source.folder)
     architecture = _architecture(source.folder, config)
     entries = _entries(gguf, source, config, values)
     factors = _rotary_factors(source.folder, config, architecture)

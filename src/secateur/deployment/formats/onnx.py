@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint
 from secateur.deployment.formats.base import Format, refuse_odd_values
@@ -37,6 +37,7 @@ from secateur.errors import BadPattern, UnsupportedModel, in_one_line
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import find_stack, load_config
 from secateur.models.matrices import weight_matrices
+from secateur.models.parts import loader, other_parts
 from secateur.system.files import disk_errors
 from secateur.system.json_files import write_json
 
@@ -76,10 +77,11 @@ def write(source: Checkpoint, folder: Path) -> None:
             f"ONNX needs the package {' and '.join(absent)}. "
             "Install it: pip install 'secateur[onnx]'."
         )
-    load_config(source.folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=torch.float32, local_files_only=True
-    ).eval()
+    model = (
+        loader(load_config(source.folder))
+        .from_pretrained(source.folder, dtype=torch.float32, local_files_only=True)
+        .eval()
+    )
     stack = find_stack(model)
     blocks: Any = model.get_submodule(stack)
     matrices = {
@@ -102,6 +104,7 @@ def write(source: Checkpoint, folder: Path) -> None:
             "matrices_with_zeros": len(pruned),
             "matrices_in_2:4": sum(TWO_OF_FOUR.holds(weight) for weight in pruned.values()),
             **compare(model, folder / FILE),
+            **({"left_out": sorted(others)} if (others := other_parts(model)) else {}),
         }
         write_json(folder / NOTE, note)
 

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from secateur.checkpoints.folder import FLOATS, INDEX, Checkpoint
 from secateur.checkpoints.shards import save
@@ -32,6 +31,7 @@ from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one
 from secateur.kernels.packed import SLACK, Packed, check, pack, pack_int8, row_starts
 from secateur.models.checks import LOAD_ERRORS, bad_weights, foreign, refuse_larger, refusing_more
 from secateur.models.load import load_config
+from secateur.models.parts import loader
 from secateur.models.stored import stored_matrices
 from secateur.system.files import file_sha256, refuse_odd_files
 from secateur.system.tensors import count_zeros
@@ -221,7 +221,7 @@ def load_packed(
     known = sum(len(shard.names) for shard in packed_shards)
     try:
         with torch.device("meta"), refusing_more(folder, known):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = loader(config).from_config(config)
     except LOAD_ERRORS as error:
         raise bad_weights(folder, {}, config, None, error) from error
     state, packed = _read(packed_shards, skeleton, dtype)

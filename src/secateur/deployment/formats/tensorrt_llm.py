@@ -27,10 +27,11 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import INDEX, Checkpoint
 from secateur.checkpoints.shards import header
-from secateur.deployment.formats.base import Format, architecture_of, head_size
+from secateur.deployment.formats.base import Format, head_size
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, SecateurError, UnsupportedModel
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import load_config
+from secateur.models.parts import architecture_of
 from secateur.system.json_files import write_json
 from secateur.system.tensors import count_zeros
 

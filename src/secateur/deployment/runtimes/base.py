@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+
+from secateur.models.load import load_config
+from secateur.models.parts import loader
 
 
 class Running(ABC):
@@ -82,7 +85,9 @@ def not_installed(modules: Sequence[str], extra: str) -> str | None:
 
 def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """The model of a checkpoint folder, in eval mode."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model: Any = loader(load_config(folder)).from_pretrained(
+        folder, dtype=dtype, local_files_only=True
+    )
     return model.to(device).eval()
 
 

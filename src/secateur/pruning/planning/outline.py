@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
@@ -27,6 +26,7 @@ from secateur.models.checks import LOAD_ERRORS
 from secateur.models.hooks import watched
 from secateur.models.load import find_stack
 from secateur.models.matrices import linear_layers, signature, weight_matrices
+from secateur.models.parts import loader
 from secateur.models.replay import Call, LanguageModel, run_block
 from secateur.pruning.planning.meta import META, ExpertLayer, Live, storage, without_numbers
 
@@ -91,7 +91,7 @@ def build(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -
     """The model of a configuration on the meta device; UnsupportedModel for an unknown one."""
     try:
         with META:
-            model = AutoModelForCausalLM.from_config(
+            model = loader(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
     except LOAD_ERRORS as error:

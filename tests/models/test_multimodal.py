@@ -1,0 +1,169 @@
+"""Models that see or hear as well as read: the language model is found, pruned, and everything else stays as it is.
+
+The tower of every model here has more weights than its language model, which is thus not "the largest list".
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.families import tiny_model
+from support.multimodal import MULTIMODAL, tiny_multimodal
+from support.pruning import prune_opened
+from support.texts import byte_tokenizer
+from transformers import AutoModelForMultimodalLM
+
+import secateur
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.data.windows import Windows
+from secateur.deployment.inspect import inspect
+from secateur.errors import UnsupportedModel
+from secateur.models.load import find_stack, load, load_config, replayable
+from secateur.models.parts import architecture_of, language_part, other_parts
+from secateur.pruning.in_memory import prune_model
+
+REFUSED = {
+    "ernie4_5_vl_moe": "transformers cannot put single weights of Ernie4_5_VLMoeForConditionalGeneration back",
+    "llama4": r"Only 27\.4% of the block weights of Llama4ForConditionalGeneration are prunable matrices",
+    "mllama": "called its 4 blocks 3 times for text; once each is wanted. What only images or sound reach",
+    "paligemma": "Encoders, and models that read a prompt in both directions, have no perplexity",
+}
+pytestmark = pytest.mark.filterwarnings("ignore")  # each family warns about itself in its own way
+
+
+def windows() -> Windows:
+    ids = torch.randint(3, 90, (8, 32), generator=torch.Generator().manual_seed(1))
+    return Windows(ids, "random", "none", 1, None)
+
+
+def test_there_are_enough_families():
+    assert len(set(MULTIMODAL) - set(REFUSED)) == 34
+
+
+@pytest.mark.parametrize("family", sorted(set(MULTIMODAL) - set(REFUSED)))
+def test_zeros_go_into_the_language_model_and_nowhere_else(family: str, tmp_path: Path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = tiny_multimodal(family)
+    model.save_pretrained(source)
+    text = model.get_submodule(language_part(model))
+    assert 2 * sum(p.numel() for p in text.parameters()) < sum(p.numel() for p in model.parameters())
+
+    report = prune_opened(open_checkpoint(source), load(source), windows(), out, method="wanda", pattern="2:4")
+    assert report.coverage >= 0.95
+    assert all(site.site.startswith(f"{language_part(model)}.layers.") for site in report.sites)
+    assert all(site.sparsity == 0.5 for site in report.sites)
+    assert "Left as it is, since no text goes through it: " in report.note
+
+    assert secateur.forecast(source, method="wanda", samples=8, seq_len=32).sites == len(report.sites)
+
+    found, zeroed = inspect(out), set()
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert list(before) == list(after)
+    for name, tensor in before.items():
+        if not torch.equal(tensor, after[name]):
+            zeroed.add(name)
+    assert zeroed == {tensor.name for tensor in found.tensors}
+    assert all("2:4" in tensor.patterns for tensor in found.tensors)
+
+    in_memory, tokens = load(source), windows().ids[:2]
+    prune_model(in_memory, windows(), method="wanda", pattern="2:4")
+    with torch.no_grad():
+        stock = AutoModelForMultimodalLM.from_pretrained(out, dtype="auto").eval()
+        assert type(stock) is type(in_memory.model)
+        expected = in_memory.model(tokens, use_cache=False).logits
+        assert torch.equal(stock(tokens, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_what_the_rules_do_not_fit_is_refused(family: str, tmp_path: Path):
+    tiny_multimodal(family).save_pretrained(tmp_path / "source")
+    with pytest.raises(UnsupportedModel, match=REFUSED[family]):
+        prune_opened(
+            open_checkpoint(tmp_path / "source"), load(tmp_path / "source"), windows(), tmp_path / "out",
+            method="wanda", pattern="2:4",
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_text_alone_has_no_other_parts():
+    model = tiny_model("gpt2")
+    assert (language_part(model), other_parts(model), find_stack(model)) == ("", {}, "transformer.h")
+
+
+def test_the_parts_are_counted_in_tensors():
+    model = tiny_multimodal("llava")
+    names = [*model.state_dict()]
+    assert language_part(model) == "model.language_model"
+    assert other_parts(model) == {
+        "multi_modal_projector": sum("projector" in name for name in names),
+        "vision_tower": sum("vision_tower" in name for name in names),
+    }
+
+
+def test_a_language_model_that_is_not_there_is_missed():
+    model = tiny_multimodal("llava")
+    model.config.text_config = type(model.config.text_config)(**model.config.text_config.to_dict())
+    with pytest.raises(UnsupportedModel, match=r"configuration for text \(LlamaConfig\), and no module that is built"):
+        replayable(model)
+
+
+def test_architectures_say_which_of_two_classes_a_checkpoint_is(tmp_path):
+    tiny_multimodal("qwen3_5").save_pretrained(tmp_path)
+    assert architecture_of(load_config(tmp_path)) == "Qwen3_5ForConditionalGeneration"
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3_5ForCausalLM"]}))
+    assert architecture_of(load_config(tmp_path)) == "Qwen3_5ForCausalLM"
+
+
+@pytest.fixture(scope="module", params=["gemma3", "qwen2_5_vl", "llava"])
+def folder(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("multimodal") / request.param
+    tiny_multimodal(request.param).bfloat16().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+STRUCTURES = ("25% of channels", "1 block", "25% of heads", "25% of experts", "to 75% of parameters", "to 1GB")
+
+
+@pytest.mark.parametrize("pattern", STRUCTURES)
+def test_structures_are_refused_in_words(folder, text_file, tmp_path, pattern):
+    given = {"calibration": str(text_file), "samples": 4, "seq_len": 16}
+    words = r"has more than a language model \(.*\), and is not made smaller .*Use a pattern of zeros, such as '50%'"
+    with pytest.raises(UnsupportedModel, match=words):
+        secateur.prune(folder, out=tmp_path / "out", pattern=pattern, **given)
+    if pattern == STRUCTURES[0]:
+        with pytest.raises(UnsupportedModel, match=words):
+            secateur.compare(folder, out=tmp_path / "out", methods=["default"], patterns=[pattern], windows=4,
+                             evaluation=str(text_file), **given)  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_room_works_on_the_text(folder, text_file, tmp_path):
+    text, short = str(text_file), {"seq_len": 16}
+    given = {"calibration": text, "samples": 4, **short}
+    foreseen = secateur.forecast(folder, method="wanda", samples=4, **short)
+    plan = secateur.plan(folder, out=tmp_path / "plan.json", allocate="error", **given)
+    report = secateur.prune(folder, out=tmp_path / "out", method="wanda", pattern="2:4", **given)
+    assert report.out
+    assert foreseen.sites == len(report.sites) == len(plan)
+    evaluation = secateur.evaluate(report.out, dense=folder, evaluation=text, windows=4, **short)
+    assert evaluation.kl
+    assert evaluation.kl > 0
+    assert secateur.validate(report.out, runtime="packed").kept
+    secateur.export(report.out, out=tmp_path / "packed", to="packed")
+    secateur.export(tmp_path / "packed", out=tmp_path / "dense", to="dense")
+    written = load_file(report.out / "model.safetensors"), load_file(tmp_path / "dense" / "model.safetensors")
+    assert all(torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())
+    secateur.load_packed(tmp_path / "packed", measure=False)
+    for to in ("gguf", "tensorrt-llm"):
+        with pytest.raises(UnsupportedModel, match="ForConditionalGeneration"):
+            secateur.export(report.out, out=tmp_path / to, to=to)
+        assert not (tmp_path / to).exists()
+    secateur.recover(
+        report.out, dense=folder, way="masked", text=text, steps=2, batch_size=2, out=tmp_path / "r", **short
+    )
+    shutil.rmtree(tmp_path / "r")
