@@ -988,3 +988,51 @@ def test_an_interruption(refused, prune, tiny_llama, out, text_file, monkeypatch
 def test_other_errors_of_the_disk_are_one_sentence(refused, tiny_llama, monkeypatch):
     monkeypatch.setattr("secateur.checkpoints.folder._read_header", raising(errno.EIO)(None))
     refused("inspect", tiny_llama, words="[Errno 5] Input/output error")
+
+
+# What is nobody's mistake but ours.
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (AttributeError("'X' object has no attribute 'y'"), 70, "fault of Secateur and not yours: Attribute"),
+        (RecursionError("too\ndeep \x1b[31m"), 70, "RecursionError: too deep \\x1b[31m. Its traceback is in "),
+        (AssertionError(), 70, "AssertionError: AssertionError. Its traceback"),
+        (MemoryError(), 2, "There was not enough memory (MemoryError). Lower --batch-size"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "not enough memory (CUDA out of memory). Lower"),
+        (RuntimeError("[enforce fail] CPUAllocator: can't allocate memory: you tried"), 2, "not enough memory ([enf"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), 70, "UnicodeDecodeError: 'utf-8' codec"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)  # fmt: skip
+def test_no_error_is_a_traceback_on_the_terminal(run, tiny_llama, monkeypatch, tmp_path, error, code, words):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr("secateur.deployment.inspect.open_checkpoint", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found, out, err = run("inspect", tiny_llama)
+    assert (found, out) == (code, "")
+    assert words in err
+    assert err.count("\n") == 1
+    files = list(tmp_path.iterdir())
+    assert len(files) == (code == 70)
+    for file in files:
+        assert str(file) in err
+        assert "Traceback (most recent call last)" in file.read_text()
+        assert type(error).__name__ in file.read_text()
+
+
+def test_a_fault_on_a_full_disk_is_one_line_as_well(run, tiny_llama, monkeypatch, tmp_path):
+    def fail(*arguments, **options):
+        raise LookupError("a")
+
+    monkeypatch.setattr("secateur.deployment.inspect.open_checkpoint", fail)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no-such-folder"))
+    code, _, err = run("inspect", tiny_llama)
+    assert code == 70
+    assert err.startswith(
+        "secateur: This is a fault of Secateur and not yours: LookupError: a. Its traceback could not be "
+    )
+    assert err.count("\n") == 1

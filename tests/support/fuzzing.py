@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 import secateur
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.cli import app as cli
+from secateur.cli.failures import FAULT
 from secateur.deployment.formats.packed import load_packed, shards
 from support.families import tiny_model
 from support.limits import TimeLimit, captured, file_limit, forget_peak, held, peak, time_limit
@@ -217,6 +218,8 @@ def _words(case: Case, command: str, code: Any, out: str, err: str) -> tuple[str
         if case.out.exists() and command != "compare":
             return "left behind", err
         return "refused", err.strip()
+    if code == FAULT:
+        return "traceback", Path(err.split("Its traceback is in ")[-1].split(";")[0]).read_text()[-3000:]
     if code not in ((0, 1) if command.startswith("validate") else (0,)):
         return "exit code", f"{code!r} {err[:1000]!r}"
     if err:

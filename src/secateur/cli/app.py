@@ -6,7 +6,6 @@ Options come from `system.settings`; nothing that needs torch is imported before
 import functools
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +14,9 @@ from rich.markup import escape
 
 import secateur
 from secateur.cli import compare, deployment, recommend, recover
+from secateur.cli.failures import guarded
 from secateur.cli.options import AsJson, Model, Quiet, options
-from secateur.cli.terminal import command, display, first_process, progress, show, usable_streams
-from secateur.errors import Interrupted, RankLost, SecateurError, in_one_line, printable
+from secateur.cli.terminal import command, display, progress, show, usable_streams
 from secateur.system.settings import (
     CalibrationText,
     Compute,
@@ -157,31 +156,6 @@ for heading, commands in {
 }.items():
     for run in commands:
         app.command(rich_help_panel=heading)(run)
-
-
-def guarded(run: Callable[[], Any]) -> int:
-    """Run the command line; its exit code, 2 for the user's mistakes, 130 for an interruption."""
-    try:
-        run()
-    except SecateurError as error:
-        if first_process() or isinstance(error, RankLost):
-            print(f"secateur: {printable(str(error))}", file=sys.stderr)
-        return 130 if isinstance(error, Interrupted) else 2
-    except OSError as error:
-        print(f"secateur: {printable(in_one_line(error))}.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return _interrupted()
-    except SystemExit as left:
-        if left.code != 130:
-            raise
-        return _interrupted()  # typer has caught the interruption
-    return 0
-
-
-def _interrupted() -> int:
-    print("secateur: interrupted; nothing unfinished was left behind.", file=sys.stderr)
-    return 130
 
 
 def main() -> None:
