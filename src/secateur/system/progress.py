@@ -24,6 +24,9 @@ class Progress:
     def advance(self, what: str, done: int, total: int) -> None:
         """`done` of `total` units of the stage are finished; `what` is at hand."""
 
+    def note(self, text: str) -> None:
+        """A line that stays on the screen."""
+
     def end(self) -> None:
         """The run is over."""
 
@@ -38,6 +41,9 @@ class Lines(Progress):
     def begin(self, title: str) -> None:
         self.started, self.shown = perf_counter(), 0.0
         print(title, file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
 
     def advance(self, what: str, done: int, total: int) -> None:
         self.peak, now = max(self.peak, anonymous_bytes() or 0), perf_counter()
@@ -79,6 +85,9 @@ class Terminal(Progress):
             self.task = self.bar.add_task(what, total=total, title=self.title, memory="")
         memory = f"peak {_peak(self.peak)}"
         self.bar.update(self.task, completed=done, total=total, description=what, memory=memory)
+
+    def note(self, text: str) -> None:
+        self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def end(self) -> None:
         self.bar.stop()
