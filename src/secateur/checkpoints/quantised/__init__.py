@@ -1,1 +1,1 @@
-"""Checkpoints whose weights are stored in few bits, read as the plain checkpoints they stand for."""
+"""Checkpoints with weights in few bits, read as the plain checkpoints that they stand for."""

@@ -7,7 +7,7 @@ each is read; nothing is decoded before somebody calls `DenseTensor.read`. What 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ class DenseTensor:
 
     `read` decodes it, anew at each call, in the dtype that the format's own library gives; writers
     cast that. `stored` says how it is stored, for people: "NVFP4", "BF16". `stored_bytes` counts
-    everything that belongs to it, scales too.
+    everything that belongs to it, scales too. `pieces` decodes the same as parts that follow one
+    another in the first dimension, for tensors that are large; without it there is one.
     """
 
     name: str
@@ -32,6 +33,7 @@ class DenseTensor:
     read: Callable[[], Tensor]
     stored: str
     stored_bytes: int
+    pieces: Callable[[], Iterator[Tensor]] | None = None
 
 
 @dataclass(frozen=True)

@@ -191,20 +191,32 @@ def _write_shard(group: list[DenseTensor], file: Path, dtype: str) -> Iterator[D
     with file.open("wb") as stream:
         stream.write(first)
         for tensor in group:
-            decoded = decoded_tensor(tensor).to(DTYPES[places[tensor.name].dtype]).contiguous()
-            stream.write(_bytes(decoded))
+            for piece in decoded_pieces(tensor):
+                decoded = piece.to(DTYPES[places[tensor.name].dtype]).contiguous()
+                stream.write(_bytes(decoded))
             yield tensor
 
 
-def decoded_tensor(tensor: DenseTensor) -> Tensor:
-    """The numbers of a tensor. Raises BadCheckpoint where their shape is another than announced."""
-    decoded = tensor.read()
-    if tuple(decoded.shape) != tensor.shape:
-        raise BadCheckpoint(
-            f"{tensor.name} is {list(decoded.shape)} when it is decoded, and {list(tensor.shape)} "
-            "by its header. Fetch the checkpoint again."
-        )
-    return decoded
+def decoded_pieces(tensor: DenseTensor) -> Iterator[Tensor]:
+    """The numbers of a tensor, in parts that follow one another in the first dimension.
+
+    Raises BadCheckpoint where they do not make the shape that was announced.
+    """
+    rows = 0
+    for piece in tensor.pieces() if tensor.pieces else (tensor.read(),):
+        rows += piece.shape[0] if piece.ndim else 0
+        if piece.shape[1:] != tensor.shape[1:] or piece.ndim != len(tensor.shape):
+            raise _other_shape(tensor, tuple(piece.shape))
+        yield piece
+    if tensor.shape and rows != tensor.shape[0]:
+        raise _other_shape(tensor, (rows, *tensor.shape[1:]))
+
+
+def _other_shape(tensor: DenseTensor, shape: tuple[int, ...]) -> BadCheckpoint:
+    return BadCheckpoint(
+        f"{tensor.name} is {list(shape)} when it is decoded, and {list(tensor.shape)} by its "
+        "header. Fetch the checkpoint again."
+    )
 
 
 def _bytes(tensor: Tensor) -> memoryview:

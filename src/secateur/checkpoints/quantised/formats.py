@@ -1,0 +1,148 @@
+"""The formats of quantised checkpoints that are read: a new one is a file, and a line here.
+
+Which one a folder is follows from `quant_method` in its config.json, or in the file that the
+quantiser wrote beside it, and where neither says it, from the names and dtypes of its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from secateur.checkpoints.folder import INDEX, is_whole, open_checkpoint
+from secateur.checkpoints.quantised import (
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq,
+    mlx,
+    mxfp4,
+    nvfp4,
+)
+from secateur.checkpoints.quantised.base import File, PlainSource
+from secateur.checkpoints.quantised.packed import Decoded, QuantisedFolder, all_tensors
+from secateur.checkpoints.quantised.unpack import SOURCE
+from secateur.errors import BadCheckpoint, UnsupportedModel
+from secateur.system.files import refuse_links_out
+from secateur.system.json_files import json_object
+
+
+class Format(NamedTuple):
+    """A format: whether a folder is in it, and its name in words with what is packed."""
+
+    recognised: Callable[[QuantisedFolder], bool]
+    decoded: Callable[[QuantisedFolder], tuple[str, Decoded]]
+
+
+FORMATS = {
+    "mlx": Format(mlx.recognised, mlx.decoded),
+    "compressed-tensors": Format(compressed_tensors.recognised, compressed_tensors.decoded),
+    "nvfp4": Format(nvfp4.recognised, nvfp4.decoded),
+    "fp8": Format(fp8.recognised, fp8.decoded),
+    "mxfp4": Format(mxfp4.recognised, mxfp4.decoded),
+    "bitsandbytes": Format(bitsandbytes.recognised, bitsandbytes.decoded),
+    "gptq": Format(gptq.recognised, gptq.decoded),
+    "awq": Format(awq.recognised, awq.decoded),
+}
+"""In the order in which they are asked."""
+KEYS = ("quantization_config", "compression_config", "sparsity_config", "quantization")
+"""Where config.json speaks of quantisation; that of a plain model has none of them."""
+BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Files that quantisers write beside config.json."""
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+def plain_source(folder: Path) -> PlainSource | None:
+    """A quantised folder as the plain checkpoint that it stands for; None where it is plain.
+
+    Only headers are read. Raises UnsupportedModel for a format that cannot be read, BadCheckpoint
+    where the tensors are not what the format wants.
+    """
+    if not (folder / "config.json").is_file() or not is_whole(folder):
+        return None
+    config = json_object(folder / "config.json")
+    settings = settings_of(folder, config)
+    if _sparse(settings):
+        return None  # `export --to dense` reads it
+    source = QuantisedFolder(open_checkpoint(folder), config, settings or {})
+    format = next((one for one in FORMATS.values() if one.recognised(source)), None)
+    if format is None:
+        if settings is not None:
+            raise UnsupportedModel(unreadable(folder, settings))
+        return None
+    words, decoded = format.decoded(source)
+    if not any(decoded.values()):
+        raise BadCheckpoint(
+            f"{folder} is quantised, as its config.json says, and holds no quantised weights. If "
+            f"they are plain, delete {_key(config)} from config.json."
+        )
+    refuse_links_out(folder)
+    shards = tuple(folder / shard for shard in source.checkpoint.shards)
+    tensors = all_tensors(source, decoded)
+    return PlainSource(words, folder, shards, plain_config(config), tensors, _files(folder, shards))
+
+
+def settings_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a folder says of its quantisation, in one dictionary; None where it says nothing."""
+    for key in KEYS:
+        if value := config.get(key):
+            nested = {key: value} if key == "sparsity_config" else value
+            return nested if isinstance(nested, dict) else {"quant_method": str(value)}
+    text = config.get("text_config")
+    if isinstance(text, dict) and isinstance(value := text.get("quantization_config"), dict):
+        return value
+    for name in BESIDE:
+        if (folder / name).is_file():
+            value = json_object(folder / name)
+            if name == "hf_quant_config.json":
+                inner = value.get("quantization")
+                return {**(inner if isinstance(inner, dict) else {}), "quant_method": "modelopt"}
+            return {"quant_method": "awq" if "w_bit" in value else "gptq", **value}
+    return None
+
+
+def _sparse(settings: Mapping[str, Any] | None) -> bool:
+    sparse = (settings or {}).get("sparsity_config")
+    return isinstance(sparse, dict) and sparse.get("format", "dense") != "dense"
+
+
+def _key(config: Mapping[str, Any]) -> str:
+    return next((key for key in KEYS if config.get(key)), "the words on quantisation")
+
+
+def unreadable(folder: Path, settings: Mapping[str, Any]) -> str:
+    """What to say of a quantised folder that cannot be read."""
+    if _sparse(settings):
+        return (
+            f"{folder} is packed as {settings['sparsity_config']['format']}. Make it dense first: "
+            f"secateur export {folder} --to dense --out DIR."
+        )
+    method = settings.get("quant_method", "an unnamed method")
+    return (
+        f"{folder} is quantised by {method} (quantization_config in config.json), which cannot be "
+        f"read here; {', '.join(FORMATS)} can. Prune the unquantised model instead."
+    )
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the plain model: without a word on quantisation or dtypes, which are
+    those of the source.
+    """
+    left_out = (*KEYS, "dtype", "torch_dtype")
+    return {
+        key: plain_config(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in left_out
+    }
+
+
+def _files(folder: Path, shards: tuple[Path, ...]) -> dict[str, File]:
+    """What is copied beside the weights: tokenizer, templates, code."""
+    ours = {"config.json", INDEX, SOURCE, *BESIDE, *(shard.name for shard in shards)}
+    return {
+        file.name: file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name not in ours and not file.name.endswith(WEIGHTS)
+    }
