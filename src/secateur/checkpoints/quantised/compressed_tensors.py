@@ -2,7 +2,7 @@
 
 What a module is stored as is read from its parts; the settings say how many bits packed integers
 have, and which block shares a scale. A weight is `(number - zero) * scale` in the dtype of the
-scales, as `dequantize` of the library has it; for four-bit floats that is float32. Sparse formats
+scales, as `dequantize` of the library has it; four-bit floats come in bfloat16. Sparse formats
 are not read here: `export --to dense` reads them.
 """
 
@@ -216,11 +216,11 @@ def _four_bit_matrix(packed: Packed) -> Decoded:
 
 
 def _four_bit_rows(packed: Packed, start: int, stop: int) -> Tensor:
-    """Rows [count, in] float32."""
+    """Rows [count, in] bfloat16, multiplied in float32."""
     values = four_bit(packed.tensor("weight_packed")[start:stop], E2M1)
     scales = packed.tensor("weight_scale")[start:stop]
     scales = power_of_two(scales) if scales.dtype == torch.uint8 else scales.float()
     if packed.has("weight_global_scale"):
         scales = scales / packed.tensor("weight_global_scale").reshape(())
     groups = values.unflatten(-1, (scales.shape[-1], -1))
-    return (groups * scales.unsqueeze(-1)).flatten(-2)
+    return (groups * scales.unsqueeze(-1)).flatten(-2).to(torch.bfloat16)

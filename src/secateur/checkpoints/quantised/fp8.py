@@ -3,8 +3,8 @@
 Block scales are what DeepSeek-V3 is published with (`weight_scale_inv`, which in spite of its name
 is multiplied), and Qwen3, GLM and MiniMax after it; a scale for a row is fbgemm's `weight_scale`,
 one for a tensor ModelOpt's. The product is float32, as `Fp8Dequantize` of transformers has it
-before it casts; where a shape is no multiple of the block, the last blocks are cut short, as in DeepSeek's
-`weight_dequant`.
+before it casts; where a shape is no multiple of the block, the last blocks are cut short, as in
+`weight_dequant` of DeepSeek.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """MLX: groups of a row in 2 to 8 bits, each with a scale and a bias, packed in words of 32 bits.
 
 `weight` uint32 [out, in bits/32], `scales` and `biases` [out, groups]: a weight is `number * scale
-+ bias`, as `mlx.core.dequantize` has it. In the modes mxfp4, mxfp8 and nvfp4 numbers are floats, and
-scales, without biases, are bytes. The settings give bits and group size, and others for single
++ bias`, as `mlx.core.dequantize` has it. In the modes mxfp4, mxfp8 and nvfp4 numbers are floats,
+and scales, without biases, are bytes. The settings give bits and group size, and others for single
 modules by their names.
 """
 

@@ -172,7 +172,7 @@ def four_bit(stored: Tensor, table: Sequence[float] | Tensor) -> Tensor:
 
 def power_of_two(exponents: Tensor) -> Tensor:
     """The scales float32 for exponents in a byte (E8M0), 127 for one."""
-    return torch.ldexp(torch.ones(()), exponents.view(torch.uint8).int() - 127)
+    return exponents.view(torch.float8_e8m0fnu).float()
 
 
 Steps = tuple[int, ...]
