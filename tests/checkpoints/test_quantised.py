@@ -1,30 +1,501 @@
 """Quantised checkpoints: what is read of them is what the library that wrote them reads, to the bit."""
 
+import json
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from support.quantised import NAMES, fixture, quantised_llama
+from reference.quantised import block_fp8, integers_in_any_order
+from safetensors.torch import load_file, save_file
+from support.quantised import NAMES, dense_llama, fixture, quantised_llama, tiny_llama, write
+from support.texts import byte_tokenizer
+from torch import Tensor
+from transformers import GptOssConfig, GptOssForCausalLM
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+import secateur
+from secateur.checkpoints.quantised import unpack
 from secateur.checkpoints.quantised.formats import plain_source
-from secateur.checkpoints.quantised.unpack import decoded_pieces
+from secateur.checkpoints.quantised.packed import unpacked
+from secateur.checkpoints.quantised.unpack import decoded_pieces, place_of, source_of
+from secateur.errors import BadCheckpoint, DiskFull, UnknownName, UnsupportedModel
+from secateur.models.load import resolve
+from secateur.system.progress import Progress
 
-PREFIX = {"square": "model.layers.0.self_attn.q_proj", "up": "model.layers.1.mlp.up_proj", "down": "model.layers.0.mlp.down_proj"}  # fmt: skip
+PREFIX = {
+    "square": "model.layers.0.self_attn.q_proj",
+    "up": "model.layers.1.mlp.up_proj",
+    "down": "model.layers.0.mlp.down_proj",
+}
+FEW = ("ct-int4-zeros", "gptq-4-order", "awq", "bnb-nf4-nested", "bnb-int8", "modelopt-nvfp4", "mlx-4")
+"""One of each library."""
+WORDS = {
+    "ct-int4-zeros": "compressed-tensors 4-bit integers",
+    "gptq-4-order": "GPTQ 4-bit, groups of 32, act-order",
+    "awq": "AWQ 4-bit, groups of 32",
+    "bnb-nf4-nested": "bitsandbytes NF4",
+    "bnb-int8": "bitsandbytes int8",
+    "modelopt-nvfp4": "NVFP4",
+    "mlx-4": "MLX 4-bit, groups of 64",
+}
 
 
-def digest(tensor: torch.Tensor) -> tuple[str, str]:
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of unpacked checkpoints is a folder of the test."""
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def digest(tensor: Tensor) -> tuple[str, str]:
     raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return str(tensor.dtype).removeprefix("torch."), sha256(raw).hexdigest()
 
 
+def decoded(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a quantised folder as its plain model has it."""
+    source = plain_source(folder)
+    assert source is not None
+    return {tensor.name: tensor.read() for tensor in source.tensors}
+
+
+def fp8_llama(folder: Path, block: int = 16, **settings: object) -> Path:
+    """A tiny Llama in block FP8: blocks of 16, or scales as DeepSeek has them."""
+    folder.mkdir(exist_ok=True)
+    model = tiny_llama()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj" in name]:
+        weight = tensors[name].float()
+        rows, columns = (-(-size // block) for size in weight.shape)
+        padded = torch.zeros(rows * block, columns * block)
+        padded[: weight.shape[0], : weight.shape[1]] = weight
+        scales = padded.view(rows, block, columns, block).abs().amax((1, 3)) / 448
+        each = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        tensors[name] = (weight / each[: weight.shape[0], : weight.shape[1]]).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+    words = {"quant_method": "fp8", "weight_block_size": [block, block], **settings}
+    write(folder, tensors, {"quantization_config": words})
+    return folder
+
+
+def gpt_oss(folder: Path) -> Path:
+    """A tiny gpt-oss with experts in MXFP4."""
+    config = GptOssConfig(
+        vocab_size=len(byte_tokenizer()), hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=128, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    GptOssForCausalLM(config).bfloat16().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, out = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(256, (experts, out, inputs // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 124, (experts, out, inputs // 32), dtype=torch.uint8)
+    words = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    write(folder, tensors, {"quantization_config": words})
+    return folder
+
+
+# What is decoded
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_bit_is_what_the_library_gives(name: str, tmp_path: Path):
-    made, source = fixture(name), plain_source(quantised_llama(name, tmp_path))
+    made, source = fixture(name), plain_source(quantised_llama(name, tmp_path / "model"))
     assert source is not None
     tensors = {tensor.name: tensor for tensor in source.tensors}
     for module, expected in made.digests.items():
         tensor = tensors[f"{PREFIX[module]}.weight"]
         assert digest(tensor.read()) == expected
         assert digest(torch.cat(list(decoded_pieces(tensor)))) == expected
+    assert "quantization_config" not in source.config
+    assert not any("scale" in name or "qweight" in name for name in tensors)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_without_settings_the_names_of_tensors_say_it(name: str, tmp_path: Path):
+    if name in ("ct-int4-zeros", "mlx-4"):
+        pytest.skip("the parts do not say how many bits they have")
+    folder = quantised_llama(name, tmp_path / "model")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    expected = decoded(folder)
+    del config["quantization_config"]
+    file.write_text(json.dumps(config))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in decoded(folder).items())
+
+
+def test_pieces_are_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With pieces of a few rows, what is written is the same."""
+    monkeypatch.setattr("secateur.checkpoints.quantised.packed.PIECE", 1)
+    monkeypatch.setattr("secateur.checkpoints.quantised.packed.ROWS", 32)
+    for name in FEW:
+        source = plain_source(quantised_llama(name, tmp_path / name))
+        assert source is not None
+        tensor = next(t for t in source.tensors if t.name == "model.layers.1.mlp.up_proj.weight")
+        pieces = list(decoded_pieces(tensor))
+        assert len(pieces) == 4
+        assert torch.equal(torch.cat(pieces), tensor.read())
+
+
+def test_block_fp8_is_what_transformers_gives(tmp_path: Path):
+    folder = fp8_llama(tmp_path / "model")
+    stored, given = load_file(folder / "model.safetensors"), decoded(folder)
+    for name in [name for name in given if "_proj" in name]:
+        expected = Fp8Dequantize(None)._dequantize_one(stored[name], stored[f"{name}_scale_inv"])
+        assert torch.equal(given[name], expected)
+
+
+def test_blocks_that_are_cut_short_are_those_of_deepseek(tmp_path: Path):
+    folder = fp8_llama(tmp_path / "model", block=48)
+    stored, given = load_file(folder / "model.safetensors"), decoded(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert stored[f"{name}_scale_inv"].shape == (3, 2)
+    assert torch.equal(given[name], block_fp8(stored[name], stored[f"{name}_scale_inv"], 48))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (64, 1), (64,), (1, 128)])
+def test_scales_of_a_row_a_column_or_a_tensor(shape: tuple[int, ...], tmp_path: Path):
+    folder = fp8_llama(tmp_path / "model", weight_block_size=None)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    del tensors[f"{name}_scale_inv"]
+    tensors[f"{name}_scale"] = scale = torch.rand(shape) + 0.5
+    tensors["model.layers.1.mlp.down_proj.input_scale"] = torch.ones(())
+    write(folder, tensors, {})
+    wide = scale.view(-1, 1) if len(shape) == 1 else scale
+    given = decoded(folder)
+    assert torch.equal(given[name], tensors[name].float() * wide)
+    assert "model.layers.1.mlp.down_proj.input_scale" not in given
+
+
+def test_fused_experts_in_fp8(tmp_path: Path):
+    folder = fp8_llama(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    experts = torch.randn(3, 64, 32).to(torch.float8_e4m3fn)
+    tensors["model.layers.0.mlp.experts.gate_up_proj"] = experts
+    tensors["model.layers.0.mlp.experts.gate_up_proj_scale_inv"] = scales = torch.rand(3, 4, 2)
+    write(folder, tensors, {})
+    each = scales.repeat_interleave(16, 1).repeat_interleave(16, 2)
+    assert torch.equal(decoded(folder)["model.layers.0.mlp.experts.gate_up_proj"], experts.float() * each)
+
+
+def test_mxfp4_is_what_transformers_gives(tmp_path: Path):
+    folder = gpt_oss(tmp_path / "model")
+    stored, given = load_file(folder / "model.safetensors"), decoded(folder)
+    names = [name.removesuffix("_blocks") for name in stored if name.endswith("_blocks")]
+    assert len(names) == 4
+    for name in names:
+        expected = convert_moe_packed_tensors(stored[f"{name}_blocks"], stored[f"{name}_scales"])
+        assert given[name].dtype == torch.bfloat16
+        assert torch.equal(given[name].view(torch.int16), expected.view(torch.int16))
+
+
+def test_integers_in_any_order(tmp_path: Path):
+    """Groups that are named input by input, which the library reads no more."""
+    folder = quantised_llama("ct-int4-zeros", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    module = "model.layers.0.mlp.down_proj"
+    order = torch.randperm(128) // 32
+    tensors[f"{module}.weight_g_idx"] = order.int()
+    write(folder, tensors, {})
+    numbers = unpacked(tensors[f"{module}.weight_packed"], 4, 128).int() - 8
+    zeros = unpacked(tensors[f"{module}.weight_zero_point"].T, 4, 64).T.int() - 8
+    expected = integers_in_any_order(numbers, zeros, tensors[f"{module}.weight_scale"], order.tolist())
+    assert torch.equal(decoded(folder)[f"{module}.weight"], expected)
+
+
+# Whole runs
+
+
+def quantised(name: str, folder: Path) -> Path:
+    return (
+        {"fp8": fp8_llama, "mxfp4": gpt_oss}[name](folder)
+        if name in ("fp8", "mxfp4")
+        else quantised_llama(name, folder)
+    )
+
+
+@pytest.mark.parametrize("name", [*FEW, "fp8"])
+def test_pruning_it_is_pruning_the_plain_model(name: str, tmp_path: Path, text_file: Path):
+    folder = quantised(name, tmp_path / "model")
+    matrices = {key: tensor.bfloat16() for key, tensor in decoded(folder).items() if "_proj" in key}
+    dense = dense_llama(matrices, tmp_path / "dense")
+    options = {"pattern": "2:4", "method": "wanda", "calibration": str(text_file), "samples": 4, "seq_len": 32}
+    report = secateur.prune(folder, out=tmp_path / "out", **options)
+    secateur.prune(dense, out=tmp_path / "expected", **options)
+    one, other = (load_file(tmp_path / where / "model.safetensors") for where in ("out", "expected"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) and one[key].dtype == torch.bfloat16 for key in other)
+    assert report.note.startswith(f"Read from {WORDS.get(name, 'block FP8 (16 x 16)')}.")
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert (record["model"], record["source"]["folder"]) == (str(folder), str(folder))
+    assert record["source"]["format"] == WORDS.get(name, "block FP8 (16 x 16)")
+    config = (tmp_path / "out" / "config.json").read_text()
+    assert "quanti" not in config
+    assert json.loads(config)["dtype"] == "bfloat16"
+    assert not (tmp_path / "out" / "source.json").exists()
+    text = {"evaluation": str(text_file), "seq_len": 32, "windows": 4}
+    one, other = (secateur.evaluate(where, dense=dense, **text) for where in (folder, dense))
+    assert one.perplexity == other.perplexity == one.dense_perplexity
+
+
+def test_experts_in_mxfp4_are_pruned(tmp_path: Path, text_file: Path):
+    folder = gpt_oss(tmp_path / "model")
+    report = secateur.prune(
+        folder,
+        out=tmp_path / "out",
+        pattern="50%",
+        method="magnitude",
+        calibration=str(text_file),
+        samples=4,
+        seq_len=32,
+    )
+    assert report.note.startswith("Read from MXFP4.")
+    assert secateur.inspect(tmp_path / "out").sparsity == pytest.approx(0.5, abs=0.02)
+    assert secateur.inspect(folder).format == "MXFP4"
+
+
+@pytest.mark.parametrize("name", [*FEW, "fp8"])
+def test_inspect_and_validate_need_no_copy(name: str, tmp_path: Path, cache: Path):
+    folder = quantised(name, tmp_path / "model")
+    weights = {key: tensor for key, tensor in decoded(folder).items() if "_proj" in key}
+    zeros = sum(int((weight == 0).sum()) for weight in weights.values())
+    inspection = secateur.inspect(folder)
+    assert inspection.format == WORDS.get(name, "block FP8 (16 x 16)")
+    assert inspection.coverage == 1
+    assert inspection.sparsity == pytest.approx(zeros / sum(w.numel() for w in weights.values()))
+    assert {tensor.dtype for tensor in inspection.tensors}.isdisjoint({"BF16", "F16", "F32", "U8"})
+    secateur.validate(folder, runtime="packed")
+    secateur.forecast(folder, pattern="2:4", samples=4)
+    assert not cache.exists()
+
+
+def test_the_dtype_of_the_result_can_be_chosen(tmp_path: Path, text_file: Path):
+    folder = quantised_llama("gptq-4", tmp_path / "model")
+    options = {"pattern": "2:4", "method": "magnitude", "calibration": str(text_file), "samples": 2, "seq_len": 32}
+    secateur.prune(folder, out=tmp_path / "out", result_dtype="float16", **options)
+    assert {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
+    with pytest.raises(UnknownName, match="There is no dtype of a result 'int8'"):
+        secateur.prune(folder, out=tmp_path / "other", result_dtype="int8", **options)
+
+
+def test_the_source_is_not_overwritten(tmp_path: Path, text_file: Path):
+    folder = quantised_llama("gptq-4", tmp_path / "model")
+    (folder / "pruning.json").write_text("{}")
+    with pytest.raises(secateur.SecateurError, match="is the model itself"):
+        secateur.prune(
+            folder,
+            out=folder,
+            overwrite=True,
+            pattern="2:4",
+            method="magnitude",
+            calibration=str(text_file),
+            samples=2,
+            seq_len=32,
+        )
+    assert plain_source(folder) is not None
+
+
+# The copy
+
+
+class Told(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_the_copy_is_made_once_and_says_so(tmp_path: Path, cache: Path):
+    folder, told = quantised_llama("mlx-4", tmp_path / "model"), Told()
+    place = resolve(folder, progress=told)
+    assert len(told.notes) == 1
+    assert "is MLX 4-bit, groups of 64; it is unpacked to" in told.notes[0]
+    assert told.notes[0].endswith("used again from there, and may be deleted.")
+    made = (place / "model.safetensors").stat().st_mtime_ns
+    assert resolve(folder, progress=told) == place
+    assert len(told.notes) == 1
+    assert (place / "model.safetensors").stat().st_mtime_ns == made
+    assert (source_of(place) or {})["folder"] == str(folder)
+    assert sorted(path.name for path in cache.iterdir() if path.suffix != ".lock") == [place.name]
+    other = resolve(folder, dtype="float32", progress=told)
+    assert other != place
+    assert load_file(other / "model.safetensors")["model.norm.weight"].dtype == torch.float32
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    write(folder, tensors, {})
+    assert resolve(folder) != place
+
+
+def test_a_copy_in_shards_is_the_same(tmp_path: Path):
+    source = plain_source(quantised_llama("awq", tmp_path / "model"))
+    assert source is not None
+    whole, tensors = unpack.unpacked(source), {}
+    expected = load_file(whole / "model.safetensors")
+    (tmp_path / "parts").mkdir()
+    unpack.write_plain(source, tmp_path / "parts", "bfloat16", Progress(), most=50_000)
+    files = sorted((tmp_path / "parts").glob("model-*.safetensors"))
+    assert len(files) > 2
+    assert all(file.stat().st_size < 60_000 for file in files)
+    for file in files:
+        tensors |= load_file(file)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    assert secateur.inspect(tmp_path / "parts").sparsity == secateur.inspect(whole).sparsity
+
+
+def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path):
+    folder = quantised_llama("awq", tmp_path / "model")
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(unpack.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DiskFull, match=r"unpacked it takes .* KiB in .*, where 0\.98 KiB are free\..*SECATEUR_CACHE"):
+        resolve(folder)
+    assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_run_that_is_killed_leaves_no_copy(tmp_path: Path):
+    folder = quantised_llama("awq", tmp_path / "model")
+
+    class Dying(Progress):
+        def advance(self, what: str, done: int, total: int) -> None:
+            if done == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resolve(folder, progress=Dying())
+    source = plain_source(folder)
+    assert source is not None
+    place = place_of(source, "bfloat16")
+    assert not place.exists()
+    partial = place.with_name(f".{place.name}.partial")
+    partial.mkdir()  # as kill -9 leaves it
+    (partial / "model.safetensors").write_bytes(b"half")
+    assert resolve(folder) == place
+    assert not partial.exists()
+
+
+# What is refused
+
+
+def broken(name: str, change: str, folder: Path) -> Path:
+    """A folder in which the parts of one module do not fit each other."""
+    quantised(name, folder)
+    tensors = load_file(folder / "model.safetensors")
+    parts = {
+        "ct-int4-zeros": "weight_scale", "gptq-4-order": "scales", "awq": "qzeros",
+        "bnb-nf4-nested": "weight.quant_map", "bnb-int8": "SCB", "modelopt-nvfp4": "weight_scale", "mlx-4": "biases", "fp8": "weight_scale_inv",
+    }  # fmt: skip
+    part = f"model.layers.1.mlp.down_proj.{parts[name]}"
+    if name == "mxfp4":
+        part = "model.layers.1.mlp.experts.down_proj_scales"
+    if change == "missing":
+        del tensors[part]
+    else:
+        tensors[part] = torch.cat([tensors[part].view(torch.uint8)] * 3).view(tensors[part].dtype)
+    write(folder, tensors, {})
+    return folder
+
+
+@pytest.mark.parametrize("name", [*FEW, "fp8"])
+@pytest.mark.parametrize("change", ["missing", "shape"])
+def test_parts_that_do_not_fit_are_refused(name: str, change: str, tmp_path: Path):
+    folder = broken(name, change, tmp_path / "model")
+    with pytest.raises(BadCheckpoint, match=r"model\.layers\.1\.mlp\.down_proj.*Fetch the checkpoint again\."):
+        resolve(folder)
+
+
+@pytest.mark.parametrize("name", ["gptq-4", "fp8"])
+def test_a_file_that_is_cut_short_is_refused(name: str, tmp_path: Path):
+    folder = quantised(name, tmp_path / "model")
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BadCheckpoint, match="is no sound safetensors file"):
+        resolve(folder)
+
+
+def test_groups_that_do_not_exist_are_refused(tmp_path: Path):
+    folder = quantised_llama("gptq-4-order", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.g_idx"][3] = 9
+    write(folder, tensors, {})
+    with pytest.raises(BadCheckpoint, match=r"q_proj in .* has g_idx from 0 to 9; 2 groups"):
+        resolve(folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            {"quant_method": "aqlm"},
+            r"is quantised by aqlm .*which cannot be read here; mlx, .* can\. Prune the unquantised",
+        ),
+        (
+            {"quant_method": "gptq", "checkpoint_format": "marlin"},
+            r"GPTQ weights packed as marlin; gptq or gptq_v2 was",
+        ),
+        (
+            {"quant_method": "awq", "version": "gemv"},
+            r"AWQ weights of 4 bits packed as gemv; 4 bits as gemm were wanted",
+        ),
+        (
+            {"quant_method": "compressed-tensors", "format": "marlin-24"},
+            r"is stored as marlin-24 of compressed-tensors",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_named(words: dict[str, str], message: str, tmp_path: Path):
+    folder = quantised_llama("gptq-4", tmp_path / "model")
+    write(folder, load_file(folder / "model.safetensors"), {"quantization_config": words})
+    with pytest.raises(UnsupportedModel, match=message):
+        resolve(folder)
+
+
+def test_plain_weights_that_are_said_to_be_quantised(tmp_path: Path):
+    folder = dense_llama({}, tmp_path / "model")
+    write(folder, load_file(folder / "model.safetensors"), {"quantization_config": {"quant_method": "fp8"}})
+    with pytest.raises(
+        BadCheckpoint, match=r"holds no quantised weights\. If they are plain, delete quantization_config"
+    ):
+        resolve(folder)
+
+
+# What inspect says of what it cannot count
+
+
+def test_unknown_is_not_zero(tmp_path: Path):
+    folder = quantised_llama("gptq-4", tmp_path / "model")
+    write(folder, load_file(folder / "model.safetensors"), {"quantization_config": {"quant_method": "aqlm"}})
+    inspection = secateur.inspect(folder)
+    assert inspection.sparsity is None
+    assert {tensor.sparsity for tensor in inspection.tensors if tensor.name.endswith("qweight")} == {None}
+
+
+def test_zeros_in_eight_bit_floats_are_counted(tmp_path: Path):
+    folder = dense_llama({}, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj" in name]:
+        half = torch.ones_like(tensors[name])
+        half[::2] = -0.0
+        tensors[name] = half.to(torch.float8_e4m3fn)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert secateur.inspect(folder).sparsity == 0.5
+
+
+def test_parts_of_a_model_are_kept_apart(tmp_path: Path):
+    folder = dense_llama({}, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vision_tower.blocks.0.weight"] = torch.zeros(8, 4, dtype=torch.bfloat16)
+    tensors["model.embed_tokens.weight"][:] = 0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    parts = {part.name: part for part in secateur.inspect(folder).parts}
+    assert (parts["towers"].numbers, parts["towers"].sparsity) == (32, 1)
+    assert parts["embeddings and head"].sparsity == pytest.approx(0.5, abs=0.01)
+    assert parts["weight matrices of blocks"].sparsity == pytest.approx(0, abs=0.01)

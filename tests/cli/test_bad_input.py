@@ -322,7 +322,9 @@ def test_config_without_an_architecture(prune, copy):
 
 def test_quantised_model(prune, copy):
     spoil_json(copy / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    prune(copy, words="is quantised (quantization_config in config.json). Prune the unquantised model instead.")
+    prune(copy, words="holds no quantised weights. If they are plain, delete quantization_config from config.json.")
+    spoil_json(copy / "config.json", quantization_config={"quant_method": "aqlm", "bits": 2})
+    prune(copy, words="is quantised by aqlm (quantization_config in config.json), which cannot be read here;")
 
 
 def test_weights_in_eight_bits(prune, copy):

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from secateur.checkpoints.folder import Checkpoint
+from secateur.checkpoints.quantised.unpack import source_of
 from secateur.errors import OutputRefused
 from secateur.system.files import refuse_links_out
 
@@ -15,7 +16,8 @@ def journal_of(out: Path) -> Path:
 def check_output_folder(source: Checkpoint, out: Path, *, overwrite: bool) -> None:
     """Raise OutputRefused where `out` cannot hold a result of `source`; BadCheckpoint for links."""
     out, model = out.resolve(), source.folder.resolve()
-    if out == model:
+    unpacked_from = source_of(model)
+    if out == model or (unpacked_from and out == Path(unpacked_from["folder"])):
         raise OutputRefused(f"{out} is the model itself. Choose another folder.")
     if model in out.parents or out in model.parents:
         raise OutputRefused(

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.checkpoints.folder import RECORD
+from secateur.checkpoints.quantised.unpack import source_of
 from secateur.errors import BadCheckpoint, in_one_line
 from secateur.system.json_files import read_json
 from secateur.system.machine import typed_command, versions
@@ -146,13 +147,21 @@ def zeros_in_source(before: Tensor, after: Tensor) -> tuple[int, int]:
     return zeros, zeros - int(((before == 0) & (after == 0)).sum())
 
 
+def read_from(folder: Path) -> str:
+    """A sentence on the format that a folder was unpacked from; empty where it was not."""
+    unpacked_from = source_of(folder)
+    return f"Read from {unpacked_from['format']}." if unpacked_from else ""
+
+
 def pruning_record(
     source: Path, report: Report, command: Sequence[str] | None, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What `pruning.json` holds of a run on the checkpoint in `source`."""
+    unpacked_from = source_of(source)
     return {
         "schema": "secateur.pruning/1",
-        "model": str(source),
+        "model": str(unpacked_from["folder"] if unpacked_from else source),
+        **({"source": unpacked_from} if unpacked_from else {}),
         "command": typed_command(command),
         "versions": versions(),
         **report.record(),

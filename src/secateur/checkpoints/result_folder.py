@@ -9,6 +9,7 @@ from typing import Any
 from secateur.checkpoints.folder import INDEX, RECORD, Checkpoint, weight_file
 from secateur.checkpoints.journal import Journal, differences
 from secateur.checkpoints.output_folder import check_output_folder, journal_of, refuse_output
+from secateur.checkpoints.quantised.unpack import SOURCE
 from secateur.checkpoints.result import BLOCK, Output
 from secateur.errors import (
     BadCheckpoint,
@@ -90,7 +91,7 @@ def _taken_up(result: Output, conditions: Mapping[str, Any], restart: bool) -> b
 def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | None) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     files = [file for file in sorted(source.folder.iterdir()) if file.is_file()]
-    ours = [RECORD, *source.shards]  # written anew
+    ours = [RECORD, SOURCE, *source.shards]  # written anew
     if weight_file(source.folder) != INDEX:
         ours.append(INDEX)  # of other weights
     copied = [f for f in files if f.name not in ours and not f.name.endswith(_WEIGHTS)]

@@ -25,6 +25,7 @@ from secateur.system.settings import (
     PlannedRecipe,
     Recipe,
     Trust,
+    Unpacking,
     ZeroShot,
 )
 
@@ -48,7 +49,7 @@ def _options(
         raise typer.Exit
 
 
-@options(Recipe, CalibrationText, Compute, Destination, Trust)
+@options(Recipe, CalibrationText, Compute, Destination, Unpacking, Trust)
 def prune(
     given: dict[str, Any], model: Model = None, quiet: Quiet = False, as_json: AsJson = False
 ) -> None:

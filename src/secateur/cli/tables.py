@@ -15,6 +15,7 @@ from rich.table import Table
 
 from secateur.checkpoints.record import LEFT_OUT
 from secateur.deployment.inspect import rows as inspection_rows
+from secateur.deployment.inspect import share_in_words
 from secateur.deployment.validate import rows as validation_rows
 from secateur.errors import printable
 from secateur.evaluation.report.tables import FIRST, SPEED, TASKS, Sheet, ratio, sheets
@@ -166,7 +167,12 @@ def inspection_summary(inspection: Inspection) -> Iterator[str]:
     known = inspection.coverage is not None
     coverage = f"{inspection.coverage:.1%}" if known else "unknown (architecture not known here)"
     over = f"over {len(inspection.tensors)} tensors; coverage {coverage}"
-    yield f"Sparsity {inspection.sparsity:.2%} {over}."
+    if inspection.format:
+        yield printable(f"Stored as {inspection.format}; zeros are counted in what is decoded.")
+    yield f"Sparsity {share_in_words(inspection.sparsity)} {over}."
+    for part in inspection.parts[1:]:
+        share = share_in_words(part.sparsity)
+        yield f"Besides: {part.name}, {part.numbers:,} numbers, sparsity {share}."
     if record := inspection.record:
         pruned = f"Pruned with {record.get('method')} to {record.get('pattern')}."
         yield printable(pruned)

@@ -165,7 +165,7 @@ def time_layers(
     progress = progress or Progress()
     matrices: dict[str, Tensor] = {}
     for model in models:
-        checkpoint = open_checkpoint(resolve(model))
+        checkpoint = open_checkpoint(resolve(model, progress=progress))
         kinds = set()
         for name, stored in stored_matrices(checkpoint)[0].items():
             kind = (checkpoint.places[name].shape, stored.transposed)

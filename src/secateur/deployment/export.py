@@ -38,7 +38,7 @@ def export(
     UnsupportedModel, OutputRefused, DiskFull.
     """
     progress = progress or Progress()
-    folder, out = resolve(model), Path(out)
+    folder, out = resolve(model, progress=progress), Path(out)
     given = {"values": values, "ranks": ranks, "trust_remote_code": trust_remote_code}
     options = {name: value for name, value in given.items() if value is not None}
     wanted, stored_as = _formats(folder, to, options)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.folder import Checkpoint, open_checkpoint
+from secateur.checkpoints.folder import Checkpoint
+from secateur.checkpoints.quantised.reading import readable_checkpoint
 from secateur.checkpoints.record import record_of
 from secateur.deployment.formats.tensorrt_llm import PRUNED, eligible
 from secateur.deployment.sparsity_support import (
@@ -30,7 +31,7 @@ from secateur.deployment.sparsity_support import (
 )
 from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line, printable
 from secateur.methods.patterns import TWO_OF_FOUR
-from secateur.models.load import resolve
+from secateur.models.load import locate
 from secateur.models.stored import Stored, stored_matrices, unknown_matrices
 from secateur.system.settings import Serving, Trust
 
@@ -94,8 +95,8 @@ def validate(
     if runtime not in RULES:
         raise UnknownName("runtime", runtime, RULES)
     rule = RULES[runtime]
-    folder = resolve(model)
-    checkpoint = open_checkpoint(folder)
+    folder = locate(model)
+    checkpoint = readable_checkpoint(folder)
     record = record_of(folder) or {}
     smaller, notes = record.get("parameters"), rule.remarks(str(folder))
     if smaller:

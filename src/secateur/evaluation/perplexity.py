@@ -176,7 +176,7 @@ def evaluate(
     first, dtype = find_devices(device)[0], find_dtype(dtype)
     asked = check_tasks(zero_shot, local)
     trust: Any = {"trust_remote_code": trust_remote_code}
-    folder = open_checkpoint(resolve(model)).folder
+    folder = open_checkpoint(resolve(model, progress=progress)).folder
     progress.begin(f"loading {model or 'the demo model'}")
     language_model, tokenizer = load(folder, **trust), load_tokenizer(folder, **trust)
     judged = judged_windows(language_model, tokenizer, model, text)
@@ -184,7 +184,7 @@ def evaluate(
     pruned = Forward(language_model, judged.ids, first, forward_dtype(dtype, first), batch_size)
     models, reference, expected, answers = [(language_model, tokenizer)], None, None, None
     if dense is not None:
-        folder = open_checkpoint(resolve(dense)).folder
+        folder = open_checkpoint(resolve(dense, progress=progress)).folder
         reference = pruned.of(load(folder, **trust))
         if asked:
             models.append((reference.language_model, load_tokenizer(folder, **trust)))

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint, stored_dtype
+from secateur.checkpoints.quantised.formats import plain_source, settings_of, unreadable
+from secateur.checkpoints.quantised.reading import DecodedCheckpoint, write_configuration
+from secateur.checkpoints.quantised.unpack import unpacked
 from secateur.data import demo
 from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
 from secateur.models.checks import (
@@ -39,7 +43,10 @@ from secateur.models.recognise import refuse_other_kinds
 from secateur.models.replay import LanguageModel, Shell, run_block
 from secateur.models.source import check_loaded
 from secateur.system.files import refuse_odd_files
+from secateur.system.json_files import json_object
 from secateur.system.machine import CPU
+from secateur.system.progress import Progress
+from secateur.system.settings import Unpacking
 
 WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 """What is downloaded of a model."""
@@ -154,6 +161,7 @@ def _mapped(
     """The causal LM, its checkpoint, and the folder of weights that the loader put together, None
     where they lie in memory.
     """
+    folder = plain_folder(folder)
     config, built = load_config(folder, trust_remote_code=trust_remote_code), None
     checkpoint = open_checkpoint(folder)
     refuse_adapter(folder)
@@ -188,16 +196,48 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     except LOAD_ERRORS as error:
         raise bad_config(folder, error) from error
     if getattr(config, "quantization_config", None):
-        raise UnsupportedModel(
-            f"{folder} is quantised (quantization_config in config.json). Prune the unquantised "
-            "model instead."
-        )
+        settings = settings_of(folder, json_object(folder / "config.json"))
+        raise UnsupportedModel(unreadable(folder, settings or {}))
     # Ours to choose, not the folder's: flex_attention compiles for a minute.
     config._attn_implementation = None
     return config
 
 
-def resolve(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
+def checkpoint_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of the model in a checkpoint, or of the plain one that it stands for.
+
+    Raises UnsupportedModel or BadCheckpoint.
+    """
+    if not isinstance(checkpoint, DecodedCheckpoint):
+        return load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+    with TemporaryDirectory() as place:
+        write_configuration(checkpoint.source, Path(place))
+        return load_config(Path(place), trust_remote_code=trust_remote_code)
+
+
+def resolve(
+    model: str | Path | None,
+    wanted: Sequence[str] = WANTED,
+    *,
+    dtype: str = Unpacking.result_dtype,
+    progress: Progress | None = None,
+) -> Path:
+    """The folder of a model with plain weights: as `locate` gives it, or where it was unpacked to.
+
+    Raises BadCheckpoint, UnsupportedModel for a format that cannot be read, DiskFull.
+    """
+    return plain_folder(locate(model, wanted), dtype, progress)
+
+
+def plain_folder(
+    folder: Path, dtype: str = Unpacking.result_dtype, progress: Progress | None = None
+) -> Path:
+    """A folder itself or, where it is quantised, the plain copy of it."""
+    source = plain_source(folder)
+    return unpacked(source, dtype, progress) if source else folder
+
+
+def locate(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
     """The folder of a model: the embedded demo for None, a folder as it is, else a download of
     `wanted` from the hub.
 

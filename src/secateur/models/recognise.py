@@ -28,7 +28,6 @@ WRAPPED = {
     "base_model.model.": "peft wraps a model",
 }
 """By the prefix of all names: whose it is."""
-_UNQUANTISED = "Prune the unquantised model instead."
 KINDS = (
     Kind(
         r"\.lora_[AB]\.",
@@ -45,22 +44,10 @@ KINDS = (
         "leftovers of torch.nn.utils.parametrize",
         "Call torch.nn.utils.parametrize.remove_parametrizations, and save again.",
     ),
-    Kind(r"\.qweight$", "weights quantised by GPTQ or AWQ", _UNQUANTISED, UnsupportedModel),
-    Kind(
-        r"\.weight_packed$", "weights packed by compressed-tensors", _UNQUANTISED, UnsupportedModel
-    ),
-    Kind(r"\.weight_scale_2$", "weights in NVFP4", _UNQUANTISED, UnsupportedModel),
     Kind(
         r"\.weight_scale(_inv)?$",
-        "quantised weights with their scales",
-        _UNQUANTISED,
-        UnsupportedModel,
-    ),
-    Kind(r"_proj_blocks$", "experts in MXFP4", _UNQUANTISED, UnsupportedModel),
-    Kind(
-        r"\.weight\.(absmax|quant_map|nested_absmax)$",
-        "weights quantised by bitsandbytes",
-        _UNQUANTISED,
+        "quantised weights with their scales, and config.json does not say of which kind",
+        "Fetch config.json again, or prune the unquantised model instead.",
         UnsupportedModel,
     ),
 )
@@ -81,11 +68,6 @@ def refuse_other_kinds(source: Checkpoint) -> None:
     for kind in KINDS:
         if name := next((name for name in names if re.search(kind.names, name)), None):
             raise kind.error(f"{source.folder} holds {kind.what} ({name}). {kind.way_out}")
-    scaled = [name for name in names if name.endswith(".scales")]
-    if scaled and any(place.dtype == "U32" for place in source.places.values()):
-        raise UnsupportedModel(
-            f"{source.folder} holds weights quantised by MLX ({scaled[0]}). {_UNQUANTISED}"
-        )
     if empty := next((name for name, place in source.places.items() if 0 in place.shape), None):
         raise BadCheckpoint(
             f"{empty} in {source.folder} is empty, as DeepSpeed's ZeRO-3 saves what lies on other "

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import UnsupportedModel, in_one_line
 from secateur.models.checks import LOAD_ERRORS, foreign, without_weights
-from secateur.models.load import find_stack, load_config
+from secateur.models.load import checkpoint_config, find_stack
 from secateur.models.matrices import model_coverage, weight_matrices
 from secateur.models.replay import LanguageModel
 from secateur.models.source import checkpoint_tensors
@@ -28,7 +28,7 @@ def stored_matrices(
 
     Only their headers are read. Raises UnsupportedModel.
     """
-    config = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+    config = checkpoint_config(checkpoint, trust_remote_code=trust_remote_code)
     try:
         model = without_weights(checkpoint, config, trust_remote_code=trust_remote_code)
     except LOAD_ERRORS as error:

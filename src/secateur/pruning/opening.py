@@ -13,7 +13,7 @@ from secateur.models.mapped_experts import spill_folder
 from secateur.models.replay import LanguageModel
 from secateur.system.devices import Resources
 from secateur.system.progress import Progress
-from secateur.system.settings import CalibrationText, Trust
+from secateur.system.settings import CalibrationText, Trust, Unpacking
 
 
 class Opened(NamedTuple):
@@ -32,13 +32,15 @@ def opened(
     *,
     out: Path,
     progress: Progress,
+    result_dtype: str = Unpacking.result_dtype,
 ) -> Opened:
     """Load a model and draw the calibration windows for a run that writes `out`.
 
-    `model` is a checkpoint folder, a hub name, or None for the demo model. Weights that do not fit
-    into memory go to a file beside `out`. Raises SecateurError.
+    `model` is a checkpoint folder, a hub name, or None for the demo model; a quantised one is
+    unpacked to `result_dtype`. Weights that do not fit into memory go to a file beside `out`.
+    Raises SecateurError.
     """
-    folder = resolve(model)
+    folder = resolve(model, dtype=result_dtype, progress=progress)
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
     spill = spill_folder(out, source.bytes, resources.limit)

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from secateur.checkpoints.output_folder import refuse_output
-from secateur.checkpoints.record import Report, pruning_record
+from secateur.checkpoints.record import Report, pruning_record, read_from
 from secateur.errors import UnsupportedModel
 from secateur.models.stream.block_writer import block_writer
 from secateur.models.stream.blocks import stream
@@ -29,7 +29,15 @@ from secateur.pruning.structured.program import prune_structure
 from secateur.system.devices import Resources, find_resources
 from secateur.system.memory import PeakMemory
 from secateur.system.progress import Progress
-from secateur.system.settings import CalibrationText, Compute, Destination, Recipe, Trust, taken
+from secateur.system.settings import (
+    CalibrationText,
+    Compute,
+    Destination,
+    Recipe,
+    Trust,
+    Unpacking,
+    taken,
+)
 
 
 def prune(
@@ -55,6 +63,7 @@ def prune(
     data_dir: str | Path | None = CalibrationText.data_dir,
     overwrite: bool = Destination.overwrite,
     restart: bool = Destination.restart,
+    result_dtype: str = Unpacking.result_dtype,
     allow_low_coverage: bool = Trust.allow_low_coverage,
     trust_remote_code: bool = Trust.trust_remote_code,
     command: Sequence[str] | None = None,
@@ -64,9 +73,9 @@ def prune(
 
     The options are those of the command, whose help says what each is (`system.settings`); `model`
     None is the embedded demo model. Statistics and solving are float32 whatever the `dtype` of the
-    forward passes, and the result has the dtype of the source. A run that was killed goes on after
-    its last finished block when it is started again with the same arguments. Raises SecateurError
-    in all its kinds; then `out` is untouched.
+    forward passes, and the result has the dtype of the source, or `result_dtype` where that is
+    quantised. A run that was killed goes on after its last finished block when it is started again
+    with the same arguments. Raises SecateurError in all its kinds; then `out` is untouched.
     """
     given = locals()
     text, compute = taken(CalibrationText, given), taken(Compute, given)
@@ -77,7 +86,8 @@ def prune(
     with joined(device) as (ranks, device):
         resources = find_resources(replace(compute, device=device))
         progress = (progress if ranks.first else None) or Progress()
-        source = opened(model, text, resources, trust, out=Path(out), progress=progress)
+        place = {"out": Path(out), "result_dtype": result_dtype}
+        source = opened(model, text, resources, trust, progress=progress, **place)
         report = prune_checkpoint(source, chosen, resources, destination, trust, progress, ranks)
     progress.end()
     return report
@@ -109,6 +119,7 @@ def prune_checkpoint(
     writing = block_writer(source, language_model, destination, trust, conditions, ranks)
     with PeakMemory() as peak, writing as writer:
         report, pruning = prepare(run, windows, chosen, resources, trust, writer.once)
+        report.note = " ".join(filter(None, (read_from(source.folder), report.note)))
         for entry in writer.entries:
             report.take(entry)
         if len(writer.entries) < count:

@@ -140,7 +140,7 @@ def _pruned(
     model: str | Path, destination: Destination, trust: Trust, progress: Progress
 ) -> Pruned:
     """The pruned model, which is what its record says. Raises SecateurError."""
-    folder = resolve(model)
+    folder = resolve(model, progress=progress)
     source = open_checkpoint(folder)
     check_output_folder(source, Path(destination.out), overwrite=destination.overwrite)
     record = pruning_record(source)

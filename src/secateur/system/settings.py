@@ -172,6 +172,16 @@ class Destination:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unpacking:
+    """A quantised source, which is unpacked before it is read."""
+
+    result_dtype: str = option(
+        "bfloat16",
+        "dtype of the result of a quantised model: bfloat16, float16, float32. Others keep theirs.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trust:
     """What is refused unless a user lets it pass."""
 

@@ -70,6 +70,8 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
     tensors: dict[str, Any] = dict(activation_scales(source))
     tensors |= dict.fromkeys(n for n in source.checkpoint.places if n.endswith(OTHERS))
     kinds = set[str]()
+    for packed in source.packed("weight_packed"):
+        packed.place("weight_scale")
     for packed in source.packed("weight_scale"):
         settings = _settings_of(packed.prefix.rstrip("."), groups)
         matrix = _matrix(packed, settings)

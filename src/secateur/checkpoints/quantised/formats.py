@@ -67,12 +67,16 @@ def plain_source(folder: Path) -> PlainSource | None:
     if _sparse(settings):
         return None  # `export --to dense` reads it
     source = QuantisedFolder(open_checkpoint(folder), config, settings or {})
-    format = next((one for one in FORMATS.values() if one.recognised(source)), None)
-    if format is None:
+    name = next((name for name, one in FORMATS.items() if one.recognised(source)), None)
+    if name is None:
         if settings is not None:
             raise UnsupportedModel(unreadable(folder, settings))
         return None
-    words, decoded = format.decoded(source)
+    try:
+        words, decoded = FORMATS[name].decoded(source)
+        tensors = all_tensors(source, decoded)
+    except BadCheckpoint as error:
+        raise BadCheckpoint(f"Read as {name}: {error}") from error
     if not any(decoded.values()):
         raise BadCheckpoint(
             f"{folder} is quantised, as its config.json says, and holds no quantised weights. If "
@@ -80,7 +84,6 @@ def plain_source(folder: Path) -> PlainSource | None:
         )
     refuse_links_out(folder)
     shards = tuple(folder / shard for shard in source.checkpoint.shards)
-    tensors = all_tensors(source, decoded)
     return PlainSource(words, folder, shards, plain_config(config), tensors, _files(folder, shards))
 
 

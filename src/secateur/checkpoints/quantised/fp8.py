@@ -47,10 +47,11 @@ METHODS = ("fp8", "fbgemm_fp8", "mxfp8", "modelopt")
 
 
 def recognised(source: QuantisedFolder) -> bool:
-    """Whether the settings say so or, without settings, block scales are there."""
+    """Whether the settings say so or, without settings, scales are beside eight-bit floats."""
     method = source.settings.get("quant_method")
-    scales = any(name.endswith("_scale_inv") for name in source.checkpoint.places)
-    return method in METHODS or (method is None and scales)
+    places = source.checkpoint.places.items()
+    eight = [Packed(source.checkpoint, name) for name, one in places if one.dtype in FLOAT8]
+    return method in METHODS or (method is None and any(map(scale_of, eight)))
 
 
 def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:

@@ -39,7 +39,9 @@ def _packed_along_inputs(source: QuantisedFolder) -> bool:
     if packed is None:
         return False
     parts = Packed(packed.checkpoint, f"{packed.prefix}.")
-    return parts.place("qweight").shape[-1:] == parts.place("scales").shape[-1:]
+    return not parts.has("scales") or (
+        parts.place("qweight").shape[-1:] == parts.place("scales").shape[-1:]
+    )
 
 
 def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:

@@ -64,13 +64,15 @@ def _tensor(packed: Packed, settings: Mapping[str, Any]) -> Decoded:
     bits, group = FLOAT_MODES.get(mode, (settings.get("bits", 4), settings.get("group_size", 64)))
     if mode not in ("affine", *FLOAT_MODES) or bits not in BITS or not isinstance(group, int):
         raise packed.bad(f"is said to be {mode} of {bits} bits in groups of {group}")
-    *rows, words = packed.place("weight", ["U32"]).shape
+    *rows, words = packed.place("weight", ["U32"]).shape or (0,)
     *_, groups = packed.place("scales").shape or (0,)
+    if not rows:
+        raise packed.bad(f"has weight of shape {[words]}; a matrix was wanted")
     shape = (*rows, group * groups)
     packed.require("scales", (*rows, groups), list(FLOATS) if mode == "affine" else ["U8"])
     if mode == "affine":
         packed.require("biases", (*rows, groups), [packed.place("scales").dtype])
-    if not rows or words * 32 != bits * group * groups:
+    if words * 32 != bits * group * groups:
         raise packed.bad(
             f"has {words} words and {groups} groups a row, which {bits} bits in groups of {group} "
             "do not give"

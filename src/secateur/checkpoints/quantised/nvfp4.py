@@ -30,6 +30,7 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
     """The format in words, and every tensor that is stored in NVFP4 or FP8."""
     words, tensors = fp8.decoded(source)
     for packed in source.packed(SCALE_2):
+        packed.place(WEIGHT)
         if packed.has("pre_quant_scale"):
             raise packed.bad("has a pre_quant_scale, which would have to go into what is before it")
         if packed.place(WEIGHT).dtype == "U8":

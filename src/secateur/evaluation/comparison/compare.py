@@ -152,7 +152,7 @@ def _open(asked: Comparison) -> tuple[ComparisonContext, Results]:
 
 def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:
     """Load the dense model, ask what it can lose. Raises where that is less than a row wants."""
-    source = open_checkpoint(resolve(asked.model))
+    source = open_checkpoint(resolve(asked.model, progress=asked.progress))
     asked.progress.begin(f"loading {asked.model or 'the demo model'}")
     language_model = load(
         source.folder,

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import torch
 
-from secateur.checkpoints.folder import INDEX, is_whole, open_checkpoint, stored_dtype
+from secateur.checkpoints.folder import INDEX, Checkpoint, is_whole, stored_dtype
+from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
 from secateur.errors import BadPattern, NotEnoughText
 from secateur.methods import find_method
 from secateur.methods.pattern_text import parse
 from secateur.methods.patterns import Pattern
 from secateur.methods.structures import Structure
 from secateur.models.context import check_length, context
-from secateur.models.load import load_config, resolve
+from secateur.models.load import checkpoint_config, locate
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.pruning.planning.allocation import uniform
@@ -196,13 +197,16 @@ def _workload(
             f"{resources.batch_size}."
         )
     devices = resources.devices
-    folder = resolve(model, ("config.json", INDEX, *(("*.py",) if remote else ())))
-    config = load_config(folder, trust_remote_code=remote)
+    folder = locate(model, ("config.json", INDEX, *(("*.py",) if remote else ())))
+    checkpoint = readable_checkpoint(folder) if is_whole(folder) else None
+    decoded = isinstance(checkpoint, DecodedCheckpoint)
+    opened = checkpoint or Checkpoint(folder, (), {})
+    config = checkpoint_config(opened, trust_remote_code=remote)
     length = text.seq_len or min(2048, context(config) or 2048)
     check_length(config, length)
-    checkpoint = open_checkpoint(folder) if is_whole(folder) else None
-    stored = stored_dtype(checkpoint) if checkpoint else getattr(config, "dtype", None)
-    stored = stored or torch.float32
+    stored = getattr(config, "dtype", None) or torch.float32
+    if checkpoint:
+        stored = torch.bfloat16 if decoded else stored_dtype(checkpoint)
     forward = calibration_dtype(resources.dtype, devices[0], stored) or stored
     built = build(config, forward, trust_remote_code=remote)
     size = checkpoint.bytes if checkpoint else built.model.num_parameters() * stored.itemsize

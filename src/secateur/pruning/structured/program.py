@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.record import Report, pruning_record
+from secateur.checkpoints.record import Report, pruning_record, read_from
 from secateur.checkpoints.result_folder import configure
 from secateur.checkpoints.shards import resized, size_of
 from secateur.errors import BadPattern, UnsupportedModel
@@ -93,6 +93,7 @@ def prune_structure(
         removal = _removal(run, method, feasibility, structure, source.bytes, recipe.align)
         names = Names(source, language_model, removal, drafts)
         report = _report(recipe, structure, opened, run, removal)
+        report.note = " ".join(filter(None, (read_from(source.folder), report.note)))
         if drafts:
             report.removed["draft heads"] = f"{len(drafts)} tensors"
         size = size_of(source, names.places)
