@@ -390,12 +390,11 @@ def broken(name: str, change: str, folder: Path) -> Path:
     quantised(name, folder)
     tensors = load_file(folder / "model.safetensors")
     parts = {
-        "ct-int4-zeros": "weight_scale", "gptq-4-order": "scales", "awq": "qzeros",
-        "bnb-nf4-nested": "weight.quant_map", "bnb-int8": "SCB", "modelopt-nvfp4": "weight_scale", "mlx-4": "biases", "fp8": "weight_scale_inv",
+        "ct-int4-zeros": "weight_scale", "gptq-4-order": "scales", "awq": "qzeros", "mlx-4": "biases",
+        "bnb-nf4-nested": "weight.quant_map", "bnb-int8": "SCB", "modelopt-nvfp4": "weight_scale",
+        "fp8": "weight_scale_inv",
     }  # fmt: skip
     part = f"model.layers.1.mlp.down_proj.{parts[name]}"
-    if name == "mxfp4":
-        part = "model.layers.1.mlp.experts.down_proj_scales"
     if change == "missing":
         del tensors[part]
     else:
