@@ -24,7 +24,7 @@ FIELDS = {
 }  # fmt: skip
 TOP = [
     "schema", "model", "calibrations", "evaluation", "options", "machine", "versions", "command", "rows", "not_timed",
-    "tolerance",
+    "tolerance", "notes",
 ]  # fmt: skip
 
 

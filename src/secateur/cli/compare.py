@@ -3,7 +3,7 @@ several.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -11,6 +11,7 @@ from rich.markup import escape
 import secateur
 from secateur.cli.options import AsJson, Model, Quiet, options
 from secateur.cli.terminal import command, console, display, show
+from secateur.errors import printable
 from secateur.system.settings import (
     CalibrationDraws,
     Compute,
@@ -22,6 +23,9 @@ from secateur.system.settings import (
     Trust,
     ZeroShot,
 )
+
+if TYPE_CHECKING:
+    from secateur.evaluation.results.schema import Results
 
 
 @options(
@@ -45,10 +49,8 @@ def compare(
     with display(quiet) as shows:
         results = secateur.compare(model, **given, command=command(), progress=shows)
 
-    from secateur.cli.tables import comparison_tables
-
     written = f"Written to {escape(str(given['out'] / 'results.json'))}, report.html and report.md."
-    show(results, as_json, lambda: [comparison_tables(results, console().width), written])
+    show(results, as_json, lambda: [*_shown(results), written])
 
 
 @options(Destination, without=("overwrite", "restart"))
@@ -63,7 +65,13 @@ def report(
     """
     joined = secateur.report(results, **given)
 
+    written = f"Written to {escape(str(given['out'] / 'report.html'))}, report.md and results.json."
+    show(joined, False, lambda: [*_shown(joined), written])
+
+
+def _shown(results: Results) -> list[Any]:
+    """The tables of a comparison, and what must be known besides."""
     from secateur.cli.tables import comparison_tables
 
-    written = f"Written to {escape(str(given['out'] / 'report.html'))}, report.md and results.json."
-    show(joined, False, lambda: [comparison_tables(joined, console().width), written])
+    notes = (escape(printable(note)) for note in results.notes)
+    return [comparison_tables(results, console().width), *notes]

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from secateur.checkpoints.record import LEFT_OUT
+from secateur.data.windows import parts_in_words
 from secateur.deployment.inspect import rows as inspection_rows
 from secateur.deployment.inspect import share_in_words
 from secateur.deployment.validate import rows as validation_rows
@@ -121,6 +122,8 @@ def summary(report: Report) -> Iterator[str]:
             f"{len(report.sites)} weight matrices are zero (coverage {report.coverage:.1%} of the "
             "block weights)."
         )
+    if parts := parts_in_words(report.calibration):
+        yield f"Calibrated on {parts}."
     matrices = report.sites
     errors = {one.site: one.output_error for one in matrices if one.output_error is not None}
     if errors:

@@ -14,7 +14,7 @@ calibrated on is drawn in calibration.py.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,15 @@ class Windows:
         if self.parts:
             identity["parts"] = [asdict(part) for part in self.parts]
         return identity
+
+
+def parts_in_words(text: Mapping[str, Any]) -> str:
+    """What a mixture has of each text, from its fingerprint; nothing where it is none."""
+    return "; ".join(
+        f"{part['source']} {part['share']:.1%}: {part['samples']} windows, "
+        f"{part['tokens']:,} tokens"
+        for part in text.get("parts", ())
+    )
 
 
 def evaluation_windows(

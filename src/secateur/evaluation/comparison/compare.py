@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
+from secateur.data.overlap import overlapping, run_length
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import Windows
 from secateur.errors import OutputRefused, UnsupportedModel
@@ -136,6 +137,7 @@ def _open(asked: Comparison) -> tuple[ComparisonContext, Results]:
     passes = _passes(asked, language_model, draws[0].windows)
     asked = replace(asked, resources=replace(asked.resources, passes=passes))
     results = _results(asked, source, language_model, judged, draws)
+    results.notes += overlap_notes(judged, drawn)
     windows = [judged, *(draw.windows for draw in draws)]
     training = training_windows(asked, language_model, tokenizer, windows)
     dense = Forward(
@@ -148,6 +150,21 @@ def _open(asked: Comparison) -> tuple[ComparisonContext, Results]:
     )
     store = _store(asked.out, results)
     return ComparisonContext(asked, source, dense, draws, store, feasibility, training), results
+
+
+def overlap_notes(judged: Windows, drawn: Sequence[Windows]) -> list[str]:
+    """A sentence for each calibration text of which a draw shares tokens with the evaluation."""
+    shared: dict[str, int] = {}
+    size = run_length(judged.ids.shape[1], [windows.ids for windows in drawn])
+    for windows in drawn:
+        count = overlapping(judged.ids, windows.ids)
+        shared[windows.source] = max(count, shared.get(windows.source, 0))
+    return [
+        f"{count} of {len(judged.ids)} evaluation windows share {size} tokens in a row or more "
+        f"with the calibration text {source}: a model is judged there on what it was calibrated on."
+        for source, count in shared.items()
+        if count
+    ]
 
 
 def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:

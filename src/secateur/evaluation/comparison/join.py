@@ -91,6 +91,7 @@ def join(one: Results, other: Results, name: str, other_name: str) -> Results:
         machine=one.machine if timed else other.machine,
         command=[*one.command, "&&", *other.command],
         not_timed=one.not_timed | other.not_timed,
+        notes=[*dict.fromkeys([*one.notes, *other.notes])],
         tolerance=tolerance,
     )
     rank([row for row in joined.rows if not row.searched])

@@ -9,11 +9,10 @@ colour.
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from secateur.evaluation.report.tables import fastest, method, number
+from secateur.evaluation.report.tables import fastest, method, number, text_name
 from secateur.evaluation.report.vega import draw
 from secateur.evaluation.results.schema import KINDS, Results, Row
 from secateur.methods.pattern_text import share_of
@@ -177,7 +176,7 @@ def _draws(results: Results) -> Plan | None:
                 "y": row.perplexity,
                 "method": method(row),
                 "pattern": row.pattern,
-                "text": Path(text["source"]).name,
+                "text": text_name(text),
                 "words": f"{method(row)} {row.pattern}, {text['samples']} samples of "
                 f"{text['source']}, seed {text['seed']}: {number(row.perplexity)}",
             }

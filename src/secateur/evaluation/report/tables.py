@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.data.windows import parts_in_words
 from secateur.evaluation.results.schema import Recovered, Results, Row
 from secateur.methods.pattern_text import share_of
 
@@ -162,6 +163,7 @@ def draws(results: Results) -> Sheet:
             key = method(row), row.pattern, row.kind, text["source"], text["samples"]
             drawn[key].append(row.perplexity)
     rows, texts = [key[:3] for key in drawn], [text["source"] for text in results.calibrations]
+    names = {text["source"]: text_name(text) for text in results.calibrations}
     order = sorted(
         (key for key, values in drawn.items() if rows.count(key[:3]) > 1 or len(values) > 1),
         key=lambda key: (rows.index(key[:3]), texts.index(key[3]), key[4]),
@@ -173,7 +175,7 @@ def draws(results: Results) -> Sheet:
         lines.append(
             {
                 **_names(*key[:3]),
-                "text": _text(Path(key[3]).name),
+                "text": _text(names[key[3]]),
                 "samples": _figure(key[4], "{}"),
                 "seeds": _figure(len(values), "{}"),
                 "perplexity": (number(mean), mean),
@@ -233,6 +235,7 @@ def conditions(results: Results) -> list[tuple[str, str]]:
         ("machine", _pairs(results.machine)),
         ("versions", _pairs(results.versions)),
         ("command", " ".join(results.command)),
+        *(("note", note) for note in results.notes),
         *(("left out", f"{what}: {why}") for what, why in results.not_timed.items()),
     ]
 
@@ -240,7 +243,15 @@ def conditions(results: Results) -> list[tuple[str, str]]:
 def _source(text: dict[str, Any], what: str) -> str:
     size = f"{text['samples']} {what} of {text['length']} tokens"
     seed = f", seed {text['seed']}" if what == "samples" else ""
+    if parts := parts_in_words(text):
+        seed = f"{seed} ({parts})"
     return f"{text['source']} ({text['split']}), {size}{seed}, sha256 {text['sha256'][:16]}…"
+
+
+def text_name(text: Mapping[str, Any]) -> str:
+    """What a text is called in titles: a file without its folders, the parts of a mixture."""
+    names = [Path(part["source"]).name for part in text.get("parts", ())]
+    return f"a mixture of {', '.join(names)}" if names else Path(text["source"]).name
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
@@ -252,9 +263,9 @@ def _title(results: Results) -> str:
     judged, calibrated = results.evaluation, results.calibrations[0]
     return (
         f"{Path(results.model['name']).name}: perplexity on {judged['samples']} windows of "
-        f"{judged['length']} tokens ({Path(judged['source']).name}), calibrated on "
+        f"{judged['length']} tokens ({text_name(judged)}), calibrated on "
         f"{calibrated['samples']} × {calibrated['length']} tokens "
-        f"({Path(calibrated['source']).name})"
+        f"({text_name(calibrated)})"
     )
 
 

@@ -248,6 +248,7 @@ class Results:
     rows: list[Row]
     not_timed: dict[str, str] = field(default_factory=dict)
     tolerance: Annotated[dict[str, Any], AfterValidator(_searched)] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def dense(self) -> Row:
