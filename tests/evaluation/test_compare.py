@@ -20,7 +20,7 @@ needs_library = pytest.mark.skipif(library() is None, reason="the package was in
 FIELDS = {
     "method", "pattern", "kind", "sparsity", "perplexity", "delta", "delta_interval", "kl", "top1_agreement",
     "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint", "allocation", "parameters", "values",
-    "latency", "calibration", "tasks", "sites", "loss", "searched", "recovered",
+    "latency", "calibration", "tasks", "sites", "loss", "searched", "recovered", "bits_per_byte",
 }  # fmt: skip
 TOP = [
     "schema", "model", "calibrations", "evaluation", "options", "machine", "versions", "command", "rows", "not_timed",
@@ -246,3 +246,28 @@ def test_a_grid_with_an_impossible_row_is_refused_before_any_work(options, tmp_p
     with pytest.raises(SecateurError, match=words):
         secateur.compare(**{**options, **changed}, out=tmp_path / "out")
     assert not (tmp_path / "out" / "rows").exists()
+
+
+def test_rows_from_before_bits_a_byte_are_found_again_and_get_theirs(options, tmp_path, monkeypatch):
+    first = secateur.compare(**options, out=tmp_path)
+    for file in (tmp_path / "rows").glob("*.json"):
+        kept = json.loads(file.read_text())
+        del kept["row"]["bits_per_byte"]
+        file.write_text(json.dumps(kept))
+    monkeypatch.setattr(rows.ComparisonContext, "_pruned", None)  # nothing is pruned again
+    again = secateur.compare(**options, out=tmp_path)
+    assert [row.bits_per_byte for row in again.rows] == [row.bits_per_byte for row in first.rows]
+    for row in again.rows:  # of the byte tokenizer, bits a byte are nearly bits a token
+        assert row.bits_per_byte == pytest.approx(np.log2(row.perplexity), rel=0.02)
+
+
+def test_a_comparison_from_before_bits_a_byte_is_read_and_shown_without(options, tmp_path):
+    results = secateur.compare(**options, out=tmp_path)
+    assert "bits a byte" in markdown(results)
+    held = json.loads((tmp_path / "results.json").read_text())
+    del held["notes"]
+    for row in held["rows"]:
+        del row["bits_per_byte"]
+    (tmp_path / "old.json").write_text(json.dumps(held))
+    joined = secateur.report([tmp_path / "old.json"], out=tmp_path / "page")
+    assert "bits a byte" not in markdown(joined)

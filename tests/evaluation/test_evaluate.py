@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import secateur
 from secateur.errors import DiskFull
+from secateur.evaluation.bits import text_bytes
 from secateur.evaluation.perplexity import Forward, measure, perplexity_difference
 from secateur.models.load import load, replayable
 from secateur.system.progress import Progress
@@ -155,3 +156,69 @@ def test_a_disk_too_small_to_spill_is_one_sentence(tiny_llama, tmp_path, monkeyp
     run = Forward(load(tiny_llama), ids, torch.device("cpu"), torch.float32, 2, spill=tmp_path / "spill")
     with pytest.raises(DiskFull, match="The disk filled up while"):
         measure(run, None, Progress())
+
+
+def test_perplexity_with_bos_in_each_window_equals_stock_transformers(tiny_llama, text_file):
+    found = secateur.evaluate(str(tiny_llama), evaluation=str(text_file), seq_len=64, windows=12, bos="each-window")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents(text_file)]
+    stream = [token for ids in texts for token in [*ids, tokenizer.eos_token_id]]
+    ids = torch.tensor([[tokenizer.bos_token_id, *stream[63 * i : 63 * (i + 1)]] for i in range(12)])
+    expected = plain_losses(tiny_llama, ids).double().mean().exp().item()
+    assert found.perplexity == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("bos", ["stream", "each-window"])
+def test_bits_a_byte_against_a_loop_over_tokens(tiny_llama, text_file, bos):
+    """Every token of this tokenizer is a byte, but special ones are none."""
+    found = secateur.evaluate(str(tiny_llama), evaluation=str(text_file), seq_len=64, windows=8, bos=bos)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    if bos == "stream":
+        ids = plain_windows(tiny_llama, documents(text_file), 64)[:8]
+    else:
+        texts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in documents(text_file)]
+        stream = [token for one in texts for token in [*one, tokenizer.eos_token_id]]
+        ids = torch.tensor([[1, *stream[63 * i : 63 * (i + 1)]] for i in range(8)])
+    nats, size = 0.0, 0
+    for window in ids:
+        with torch.no_grad():
+            log_p = model(window[None]).logits[0].double().log_softmax(-1)
+        for place in range(1, len(window)):
+            nats -= log_p[place - 1, window[place]].item()
+            size += window[place].item() not in tokenizer.all_special_ids
+    assert found.bits_per_byte == pytest.approx(nats / np.log(2) / size, rel=1e-5)
+
+
+def test_the_bytes_of_text_are_those_of_utf8():
+    """Words in pieces, a leading space, letters of several bytes; nothing is cut through here."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "▁a": 2, "▁nä": 3, "he": 4, "▁€": 5, "▁": 6}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
+    ids = torch.tensor([[2, 3, 4, 5], [4, 2, 1, 3], [3, 1, 6, 5]])
+    expected = len(" nähe €".encode()) + len(" a nä".encode()) + len("  €".encode())
+    assert text_bytes(tokenizer, ids) == expected
+
+
+def test_much_that_hangs_on_bos_is_said(tiny_llama, text_file, monkeypatch):
+    """The two figures are those of stock transformers, on the same tokens."""
+    given = {"evaluation": str(text_file), "seq_len": 64, "windows": 8}
+    assert secateur.evaluate(str(tiny_llama), **given).note == ""
+    monkeypatch.setattr("secateur.evaluation.bos.MUCH", 1.0)
+    note = secateur.evaluate(str(tiny_llama), **given).note
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    ids = plain_windows(tiny_llama, documents(text_file), 64)[:4]
+    with_bos = torch.cat([torch.ones_like(ids[:, :1]), ids], 1)
+    with torch.no_grad():
+        without = model(ids).logits[:, :-1].flatten(0, 1)
+        begun = model(with_bos).logits[:, 1:-1].flatten(0, 1)
+    target = ids[:, 1:].flatten()
+    figures = [torch.nn.functional.cross_entropy(one, target).exp().item() for one in (without, begun)]
+    assert f"{figures[0]:.4g} without and {figures[1]:.4g} with BOS before each of 4 windows" in note
+    assert "The way in use is --bos stream" in note

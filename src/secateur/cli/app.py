@@ -91,7 +91,17 @@ def plan(
 
         progress(quiet=True)
         foreseen = secateur.forecast(
-            model, **_but(given, "allocate", "calibration", "seed", "data_dir", "overwrite")
+            model,
+            **_but(
+                given,
+                "allocate",
+                "calibration",
+                "seed",
+                "data_dir",
+                "bos",
+                "calibration_on",
+                "overwrite",
+            ),
         )
         return show(foreseen, as_json, lambda: map(escape, lines(foreseen)))
     with display(quiet) as shows:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from secateur.checkpoints.record import LEFT_OUT
+from secateur.data.bos import bos_in_words
 from secateur.data.windows import parts_in_words
 from secateur.deployment.inspect import rows as inspection_rows
 from secateur.deployment.inspect import share_in_words
@@ -122,8 +123,12 @@ def summary(report: Report) -> Iterator[str]:
             f"{len(report.sites)} weight matrices are zero (coverage {report.coverage:.1%} of the "
             "block weights)."
         )
-    if parts := parts_in_words(report.calibration):
-        yield f"Calibrated on {parts}."
+    text = report.calibration
+    mixed = f" ({parts})" if (parts := parts_in_words(text)) else ""
+    yield (
+        f"Calibrated on {text['samples']} windows of {text['length']} tokens of {text['source']}"
+        f"{mixed}, {bos_in_words(text)}{_counted_in_words(text)}."
+    )
     matrices = report.sites
     errors = {one.site: one.output_error for one in matrices if one.output_error is not None}
     if errors:
@@ -146,17 +151,31 @@ def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
     """What was measured of a model, and its distance from the dense one where it was asked."""
     text = evaluation.evaluation
     yield (
-        f"Perplexity {evaluation.perplexity:.4f} on {text['source']} ({text['split']}), "
-        f"{text['samples']} windows of {text['length']} tokens."
+        f"Perplexity {evaluation.perplexity:.4f}{_bits(evaluation.bits_per_byte)} on "
+        f"{text['source']} ({text['split']}), {text['samples']} windows of {text['length']} "
+        f"tokens, {bos_in_words(text)}."
     )
     if evaluation.delta is not None and evaluation.delta_interval is not None:
         low, high = evaluation.delta_interval
         yield (
-            f"Dense {evaluation.dense_perplexity:.4f}, difference {evaluation.delta:+.4f} "
+            f"Dense {evaluation.dense_perplexity:.4f}{_bits(evaluation.dense_bits_per_byte)}, "
+            f"difference {evaluation.delta:+.4f} "
             f"(95 % interval {low:+.4f} to {high:+.4f}), KL {evaluation.kl:.4f} nats, "
             f"the same top token {evaluation.top1_agreement:.1%} of the time."
         )
     yield from task_lines(evaluation.tasks or {})
+    if evaluation.note:
+        yield evaluation.note
+
+
+def _counted_in_words(text: dict[str, Any]) -> str:
+    if "counted" not in text:
+        return ""
+    return f", statistics on {text['counted_tokens']:,} tokens of the {text['counted']}"
+
+
+def _bits(value: float | None) -> str:
+    return "" if value is None else f", {value:.4f} bits a byte,"
 
 
 def inspection_table(inspection: Inspection) -> Table:

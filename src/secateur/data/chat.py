@@ -69,16 +69,25 @@ def _message(message: Any, name: str, where: str) -> dict[str, Any]:
 
 def in_template(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> str:
     """A conversation as the text that the model was tuned on. Raises BadText without a template."""
+    return rendered(tokenizer, chat)
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, chat: Chat, **options: Any) -> Any:
+    """What the chat template makes of a conversation, text unless the `options` say otherwise.
+
+    They are those of `apply_chat_template`. Raises BadText without a template.
+    """
     if not tokenizer.chat_template:
         raise BadText(
             f"{chat.where} is a conversation, and the tokenizer of {tokenizer.name_or_path} has no "
             "chat template. Give rows with a field 'text', or put chat_template.jinja there."
         )
     try:
-        text: Any = tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False)
+        return tokenizer.apply_chat_template(
+            chat.messages, tools=chat.tools, **{"tokenize": False, **options}
+        )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise BadText(
             f"The chat template of {tokenizer.name_or_path} does not take {chat.where}: "
             f"{in_one_line(error)}."
         ) from error
-    return text

@@ -99,9 +99,7 @@ def encode(
     Raises BadCheckpoint where the tokenizer cannot take them, BadText without a template.
     """
     if chats := [text for text in texts if isinstance(text, Chat)]:
-        marked = encode(
-            tokenizer, [in_template(tokenizer, chat) for chat in chats], add_special_tokens=False
-        )
+        marked = _of_chats(tokenizer, chats)
         unmarked = encode(tokenizer, [text for text in texts if isinstance(text, str)], **options)
         of_chats, others = iter(marked), iter(unmarked)
         return [next(of_chats if isinstance(text, Chat) else others) for text in texts]
@@ -123,3 +121,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options
         raise BadCheckpoint(
             f"The tokenizer of {tokenizer.name_or_path} cannot take a text: {in_one_line(error)}."
         ) from error
+
+
+def _of_chats(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Chat]) -> list[list[int]]:
+    """The token ids of conversations; a `Reader` has its own way with them."""
+    if (own_way := getattr(tokenizer, "ids_of_chat", None)) is not None:
+        return list(map(own_way, chats))
+    texts = [in_template(tokenizer, chat) for chat in chats]
+    return encode(tokenizer, texts, add_special_tokens=False)

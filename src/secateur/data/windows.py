@@ -50,6 +50,8 @@ class Windows:
     """Token windows `ids` `[samples, length]` int64, and what it takes to draw them again.
 
     `drawn` says how where not all of the text was tokenised; `parts` are those of a mixture.
+    `bos`: where BOS stands (`reader.WAYS`). `counted` `[samples, length]` bool: the tokens that
+    statistics are taken on; None for all.
     """
 
     ids: Tensor
@@ -59,6 +61,8 @@ class Windows:
     available_tokens: int | None
     drawn: str | None = None
     parts: tuple[Part, ...] = ()
+    bos: str = "stream"
+    counted: Tensor | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that identifies these tokens, for a report."""
@@ -70,12 +74,26 @@ class Windows:
             "seed": self.seed,
             "available_tokens": self.available_tokens,
             "sha256": hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest(),
+            **({} if self.bos == "stream" else {"bos": self.bos}),
+            **self._counted(),
         }
         if self.drawn:
             identity["drawn"] = self.drawn
         if self.parts:
             identity["parts"] = [asdict(part) for part in self.parts]
         return identity
+
+    def empty_in_words(self) -> str:
+        """A sentence on windows in which no token counts; nothing where there are none."""
+        empty = 0 if self.counted is None else int((~self.counted.any(1)).sum())
+        return f"{empty} of {len(self.ids)} windows hold no token that counts." if empty else ""
+
+    def _counted(self) -> dict[str, Any]:
+        if self.counted is None:
+            return {}
+        empty = int((~self.counted.any(1)).sum())
+        tokens = int(self.counted.sum())
+        return {"counted": "assistant", "counted_tokens": tokens, "empty_windows": empty}
 
 
 def parts_in_words(text: Mapping[str, Any]) -> str:

@@ -13,28 +13,29 @@ arithmetic is float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from secateur.checkpoints.folder import open_checkpoint
+from secateur.data.bos import readable
+from secateur.data.reader import Reader
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import Windows, evaluation_windows
 from secateur.errors import NonFinite, UnsupportedModel
+from secateur.evaluation.bits import bits_per_byte, text_bytes
+from secateur.evaluation.bos import bos_note
+from secateur.evaluation.forward import Forward
 from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, summarise
-from secateur.models.context import check_windows, default_corpus, default_length
+from secateur.models.context import check_windows, default_corpus, default_length, reader_of
 from secateur.models.divergence import divergence
 from secateur.models.load import load, resolve
-from secateur.models.replay import LanguageModel, Shell
-from secateur.models.stream.forward import final_hidden
+from secateur.models.replay import LanguageModel
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
-from secateur.system.files import disk_errors, reserve
 from secateur.system.intervals import Floats, bootstrap_interval
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, EvaluationText, Trust, ZeroShot, taken
@@ -73,67 +74,6 @@ class Measured:
         }
 
 
-@dataclass
-class Forward:
-    """A model and how it is run over windows `[windows, length]`, in groups that fit in memory.
-
-    With `spill`, the last hidden states are kept in that file after the first pass and read from
-    then on.
-    """
-
-    language_model: LanguageModel
-    tokens: Tensor
-    device: torch.device
-    dtype: torch.dtype | None
-    batch_size: int
-    spill: Path | None = None
-    group: int = field(init=False)
-    shell: Shell = field(init=False)
-    spilled: np.memmap | None = field(init=False, default=None)
-    done: set[int] = field(init=False, default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.group = max(self.batch_size, 65536 // self.tokens.shape[1])
-        self.shell = Shell(self.language_model, self.device, self.dtype)
-
-    @property
-    def vocabulary(self) -> int:
-        return self.language_model.model.config.get_text_config().vocab_size
-
-    def of(self, other: LanguageModel) -> Forward:
-        """Another model, run over the same windows in the same way."""
-        return Forward(other, self.tokens, self.device, self.dtype, self.batch_size)
-
-    def groups(self) -> Iterator[slice]:
-        for start in range(0, len(self.tokens), self.group):
-            yield slice(start, min(start + self.group, len(self.tokens)))
-
-    def hidden(self, windows: slice) -> Tensor:
-        """What the last block returns, `[…, windows, length, hidden]`."""
-        if windows.start in self.done and self.spilled is not None:
-            return torch.from_numpy(self.spilled[..., windows, :, :].copy())
-        hidden = final_hidden(
-            self.language_model, self.shell, self.tokens[windows], self.dtype, self.batch_size
-        )
-        if self.spill and hidden.dtype == torch.float32:
-            if self.spilled is None:
-                shape = (*hidden.shape[:-3], len(self.tokens), *hidden.shape[-2:])
-                self.spilled = self._reserve(self.spill, shape)
-            self.spilled[..., windows, :, :] = hidden.numpy()
-            self.done.add(windows.start)
-        return hidden
-
-    def _reserve(self, file: Path, shape: tuple[int, ...]) -> np.memmap:
-        """A float32 file whose space is taken at once: on a full disk, a mapped hole is a crash."""
-        with disk_errors(file), file.open("wb") as stream:
-            reserve(stream.fileno(), 0, 4 * int(np.prod(shape)))
-        return np.memmap(file, np.float32, "r+", shape=shape)
-
-    def logits(self, windows: slice, hidden: Tensor) -> Tensor:
-        """Next-token logits `[windows, length - 1, vocabulary]` float32."""
-        return self.shell.leave(self.tokens[windows], hidden.to(self.device))[:, :-1].float()
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """What `evaluate` returns; None is what was not asked for, or wants a dense model."""
@@ -146,6 +86,10 @@ class Evaluation:
     kl: float | None = None
     top1_agreement: float | None = None
     tasks: dict[str, dict[str, Any]] | None = None
+    bits_per_byte: float | None = None
+    dense_bits_per_byte: float | None = None
+    note: str = ""
+    """What the reader must know besides, in a sentence."""
 
 
 def evaluate(
@@ -161,6 +105,7 @@ def evaluate(
     dtype: str = Compute.dtype,
     batch_size: int = Compute.batch_size,
     data_dir: str | Path | None = EvaluationText.data_dir,
+    bos: str = EvaluationText.bos,
     trust_remote_code: bool = Trust.trust_remote_code,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -171,7 +116,7 @@ def evaluate(
     model); all of its windows of `seq_len` tokens count, or the first `windows`. `tasks` names
     zero-shot tasks, to be answered in the dtype that is stored. Raises SecateurError.
     """
-    zero_shot, text = taken(ZeroShot, locals()), taken(EvaluationText, locals())
+    zero_shot, text = taken(ZeroShot, locals()), readable(taken(EvaluationText, locals()))
     progress, local = progress or Progress(), Path(data_dir) if data_dir else None
     first, dtype = find_devices(device)[0], find_dtype(dtype)
     asked = check_tasks(zero_shot, local)
@@ -179,51 +124,67 @@ def evaluate(
     folder = open_checkpoint(resolve(model, progress=progress)).folder
     progress.begin(f"loading {model or 'the demo model'}")
     language_model, tokenizer = load(folder, **trust), load_tokenizer(folder, **trust)
-    judged = judged_windows(language_model, tokenizer, model, text)
+    reader = reader_of(language_model, tokenizer, bos)
+    judged = judged_windows(language_model, reader, model, text)
     check_windows(language_model, judged, batch_size)
     pruned = Forward(language_model, judged.ids, first, forward_dtype(dtype, first), batch_size)
-    models, reference, expected, answers = [(language_model, tokenizer)], None, None, None
+    models, reference, answers = [(language_model, reader)], None, None
     if dense is not None:
         folder = open_checkpoint(resolve(dense, progress=progress)).folder
         reference = pruned.of(load(folder, **trust))
         if asked:
-            models.append((reference.language_model, load_tokenizer(folder, **trust)))
+            other = replace(reader, tokenizer=load_tokenizer(folder, **trust))
+            models.append((reference.language_model, other))
         _check_vocabularies(pruned, reference, f"{dense}", f"{model or 'the demo model'}")
-    progress.begin("evaluating")
-    measured = measure(pruned, reference, progress)
-    if reference is not None:
-        progress.begin("evaluating the dense model")
-        expected = measure(reference, None, progress)
+    found = _beside(pruned, reference, reader, judged, progress)
     if asked:
         progress.begin("answering tasks")
         run: Any = dict(data_dir=local, batch_size=batch_size, device=first, progress=progress)
         answers = summarise(*(answer_tasks(*each, zero_shot, **run) for each in models))
     progress.end()
-    if expected is None:
-        return Evaluation(measured.perplexity, judged.fingerprint(), tasks=answers)
-    return Evaluation(
-        evaluation=judged.fingerprint(),
+    return replace(found, tasks=answers)
+
+
+def _beside(
+    pruned: Forward, dense: Forward | None, reader: Reader, judged: Windows, progress: Progress
+) -> Evaluation:
+    """What is measured of a model, beside a dense one where there is one."""
+    progress.begin("evaluating")
+    measured = measure(pruned, dense, progress)
+    length, size = judged.ids.shape[1], text_bytes(reader, judged.ids)
+    found = Evaluation(
+        measured.perplexity,
+        judged.fingerprint(),
+        bits_per_byte=bits_per_byte(measured.loss, length, size),
+        note=bos_note(dense or pruned, reader),
+    )
+    if dense is None:
+        return found
+    progress.begin("evaluating the dense model")
+    expected = measure(dense, None, progress)
+    return replace(
+        found,
         dense_perplexity=expected.perplexity,
-        tasks=answers,
+        dense_bits_per_byte=bits_per_byte(expected.loss, length, size),
         **measured.beside(expected),
     )
 
 
 def judged_windows(
-    language_model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    model: str | Path | None,
-    text: EvaluationText,
+    language_model: LanguageModel, reader: Reader, model: str | Path | None, text: EvaluationText
 ) -> Windows:
     """The windows that a model is judged on: of `text`, by default wikitext2, of the demo model the
     demo's own.
     """
-    return evaluation_windows(
-        tokenizer,
-        default_corpus(model, text.evaluation, "wikitext2"),
-        length=text.seq_len or default_length(language_model),
-        windows=text.windows,
-        data_dir=Path(text.data_dir) if text.data_dir else None,
+    return reader.windows(
+        text.seq_len or default_length(language_model),
+        lambda reading, length: evaluation_windows(
+            reading,
+            default_corpus(model, text.evaluation, "wikitext2"),
+            length=length,
+            windows=text.windows,
+            data_dir=Path(text.data_dir) if text.data_dir else None,
+        ),
     )
 
 

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from secateur.data.bos import bos_way
+from secateur.data.reader import Reader
 from secateur.data.windows import Windows
 from secateur.errors import NotEnoughText, UnsupportedModel
 from secateur.models.replay import LanguageModel
@@ -23,6 +25,17 @@ def default_length(language_model: LanguageModel) -> int:
 def default_corpus(model: str | Path | None, corpus: str | None, otherwise: str) -> str:
     """The corpus where none is asked for: the demo's own text for the demo model."""
     return corpus or ("demo" if model is None else otherwise)
+
+
+def reader_of(
+    language_model: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    bos: str,
+    counted: str = "all",
+) -> Reader:
+    """The tokenizer of a model, which puts BOS as `--bos` says. Raises UnsupportedModel."""
+    kind = language_model.model.config.get_text_config().model_type
+    return Reader(tokenizer, bos_way(tokenizer, kind, bos), counted)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

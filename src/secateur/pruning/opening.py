@@ -7,7 +7,7 @@ from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.data.calibration import calibration_windows
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import Windows
-from secateur.models.context import default_corpus, default_length
+from secateur.models.context import default_corpus, default_length, reader_of
 from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.replay import LanguageModel
@@ -61,11 +61,16 @@ def draw_calibration(
     Without a corpus that is c4, or the demo's own text where `model` is the demo. Raises
     NotEnoughText, UnknownName, BadText, BadCheckpoint.
     """
-    return calibration_windows(
-        load_tokenizer(folder, trust_remote_code=trust.trust_remote_code),
-        default_corpus(model, text.calibration, "c4"),
-        samples=text.samples,
-        length=text.seq_len or default_length(language_model),
-        seed=text.seed,
-        data_dir=Path(text.data_dir) if text.data_dir else None,
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust.trust_remote_code)
+    reader = reader_of(language_model, tokenizer, text.bos, text.calibration_on)
+    return reader.windows(
+        text.seq_len or default_length(language_model),
+        lambda reading, length: calibration_windows(
+            reading,
+            default_corpus(model, text.calibration, "c4"),
+            samples=text.samples,
+            length=length,
+            seed=text.seed,
+            data_dir=Path(text.data_dir) if text.data_dir else None,
+        ),
     )

@@ -14,6 +14,7 @@ from torch import nn
 
 from secateur.checkpoints.output_folder import refuse_output
 from secateur.checkpoints.record import Report, pruning_record, read_from
+from secateur.data.bos import readable
 from secateur.errors import UnsupportedModel
 from secateur.models.stream.block_writer import block_writer
 from secateur.models.stream.blocks import stream
@@ -61,6 +62,8 @@ def prune(
     passes: str = Compute.passes,
     memory: str | int | None = Compute.memory,
     data_dir: str | Path | None = CalibrationText.data_dir,
+    bos: str = CalibrationText.bos,
+    calibration_on: str = CalibrationText.calibration_on,
     overwrite: bool = Destination.overwrite,
     restart: bool = Destination.restart,
     result_dtype: str = Unpacking.result_dtype,
@@ -78,7 +81,7 @@ def prune(
     with the same arguments. Raises SecateurError in all its kinds; then `out` is untouched.
     """
     given = locals()
-    text, compute = taken(CalibrationText, given), taken(Compute, given)
+    text, compute = readable(taken(CalibrationText, given)), taken(Compute, given)
     destination, trust = taken(Destination, given), taken(Trust, given)
     # Whatever can be refused is refused before the model is touched.
     chosen = find_recipe(taken(Recipe, given))
@@ -141,7 +144,7 @@ def pruned_blocks(pruning: Pruning, finished: Sequence[nn.Module] = ()) -> Itera
     run, method = pruning.run, pruning.method
     count, classes = len(run.language_model.blocks), groups_by_kind(run)
     if not method.need and not method.refine:  # enough for the probe on which errors are measured
-        run = replace(run, tokens=run.tokens[: run.batch_size])
+        run = run.first_batch()
     for step in stream(run, dense=needs_dense(method), finished=finished):
         run.progress.advance(f"{step.name} inputs", step.index, count)
         block = prune_block(step, pruning, classes(step) if method.permute else {})

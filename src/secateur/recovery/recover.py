@@ -20,12 +20,14 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import open_checkpoint, stored_dtype
 from secateur.checkpoints.output_folder import check_output_folder
+from secateur.data.bos import readable
 from secateur.data.calibration import calibration_windows
 from secateur.data.overlap import RUN
+from secateur.data.reader import Reader
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import Windows, evaluation_windows
 from secateur.errors import SecateurError
-from secateur.models.context import check_windows, default_length, width
+from secateur.models.context import check_windows, default_length, reader_of, width
 from secateur.models.load import load, resolve
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.distributed import joined
@@ -72,6 +74,7 @@ def recover(
     device: str = Training.device,
     dtype: str = Training.dtype,
     data_dir: str | Path | None = TrainingText.data_dir,
+    bos: str = TrainingText.bos,
     avoid: Sequence[Tensor] = (),
     overwrite: bool = Destination.overwrite,
     restart: bool = Destination.restart,
@@ -81,11 +84,10 @@ def recover(
 ) -> Recovery:
     """Fine-tune a pruned checkpoint so that its zeros stay, and write it to `out`.
 
-    The options are those of the command (`system.settings`). Windows that were calibrated on, that
-    overlap the text `evaluation` or are in `avoid` `[windows, length]` are not trained on; `apart`
-    says whether all were known. Raises SecateurError; NonFinite where the loss is NaN.
+    The options are those of the command. Text of the calibration, of `evaluation` or in `avoid`
+    `[windows, length]` is not trained on; `apart` says whether all was known. Raises SecateurError.
     """
-    training, texts = taken(Training, locals()), taken(TrainingText, locals())
+    training, texts = taken(Training, locals()), readable(taken(TrainingText, locals()))
     destination, trust = taken(Destination, locals()), taken(Trust, locals())
     check_way(training, dense)
     with joined(device) as (ranks, device):
@@ -179,14 +181,17 @@ def _windows(
     if texts.evaluation:  # in windows so short that nearly all of it is there
         judged = evaluation_windows(tokenizer, texts.evaluation, length=RUN, data_dir=local)
         seen.append(judged.ids)
-    windows = recovery_windows(
-        tokenizer,
-        texts.text or ("demo" if demo else "c4"),
-        count=training.steps * training.batch_size * training.accumulate * processes,
-        length=texts.seq_len or default_length(language_model),
-        seed=training.seed,
-        avoid=seen,
-        data_dir=local,
+    windows = reader_of(language_model, tokenizer, texts.bos).windows(
+        texts.seq_len or default_length(language_model),
+        lambda reading, length: recovery_windows(
+            reading,
+            texts.text or ("demo" if demo else "c4"),
+            count=training.steps * training.batch_size * training.accumulate * processes,
+            length=length,
+            seed=training.seed,
+            avoid=seen,
+            data_dir=local,
+        ),
     )
     check_windows(language_model, windows, training.batch_size)
     return windows, demo or calibrated is not None
@@ -197,13 +202,19 @@ def _calibrated(calibration: Any, tokenizer: Any, data_dir: Path | None) -> Wind
     if not isinstance(calibration, dict):
         return None
     try:
-        windows = calibration_windows(
-            tokenizer,
-            str(calibration["source"]),
-            samples=int(calibration["samples"]),
-            length=int(calibration["length"]),
-            seed=int(calibration["seed"]),
-            data_dir=data_dir,
+        reader = Reader(
+            tokenizer, str(calibration.get("bos", "stream")), str(calibration.get("counted", "all"))
+        )
+        windows = reader.windows(
+            int(calibration["length"]),
+            lambda reading, length: calibration_windows(
+                reading,
+                str(calibration["source"]),
+                samples=int(calibration["samples"]),
+                length=length,
+                seed=int(calibration["seed"]),
+                data_dir=data_dir,
+            ),
         )
     except (SecateurError, KeyError, TypeError, ValueError):
         return None

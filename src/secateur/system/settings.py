@@ -97,10 +97,26 @@ class Text:
         None, "Tokens in a window. Default: 2048, or the context if smaller.", least=2
     )
     data_dir: str | Path | None = option(None, "A folder with local copies of the corpora.")
+    bos: str = option(
+        "auto",
+        "Where BOS stands: each-window, stream (as the tokenizer has it), never; auto: each-window "
+        "for a family that leans on it (Gemma), else stream.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationText(Text):
+class CalibrationTokens:
+    """Which tokens of the calibration text count."""
+
+    calibration_on: str = option(
+        "all",
+        "Tokens of conversations that statistics are taken on: all, assistant (what the model "
+        "itself would say).",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationText(Text, CalibrationTokens):
     """The calibration text, whose tokens go through the model while it is pruned."""
 
     calibration: str | None = corpus("Text to calibrate on", "c4", "wikitext2")
@@ -219,7 +235,7 @@ class Grid(Limits):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrationDraws:
+class CalibrationDraws(CalibrationTokens):
     """The calibration texts: every row is made for every draw of them, the first is the table's."""
 
     calibration: str | Sequence[str] | None = corpus(

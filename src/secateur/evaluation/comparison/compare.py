@@ -20,6 +20,7 @@ from secateur.data.overlap import overlapping, run_length
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import Windows
 from secateur.errors import OutputRefused, UnsupportedModel
+from secateur.evaluation.bos import bos_note
 from secateur.evaluation.comparison.grid import Draw
 from secateur.evaluation.comparison.options import Comparison, read_options
 from secateur.evaluation.comparison.recovered_rows import recovered_rows, training_windows
@@ -28,14 +29,15 @@ from secateur.evaluation.comparison.rows import ComparisonContext
 from secateur.evaluation.comparison.task_rows import answer_rows
 from secateur.evaluation.comparison.timed_rows import time_rows
 from secateur.evaluation.comparison.tolerance import search_tolerance
-from secateur.evaluation.perplexity import Forward, judged_windows
+from secateur.evaluation.forward import Forward
+from secateur.evaluation.perplexity import judged_windows
 from secateur.evaluation.report.write import write_report
 from secateur.evaluation.results.ranking import rank
 from secateur.evaluation.results.schema import SCHEMA, Results
 from secateur.methods import find_method
 from secateur.methods.pattern_text import parse
 from secateur.methods.structures import Structure
-from secateur.models.context import check_windows
+from secateur.models.context import check_windows, reader_of
 from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.matrices import matrix_shapes
@@ -97,6 +99,8 @@ def compare(
     passes: str = Compute.passes,
     memory: str | int | None = Compute.memory,
     data_dir: str | Path | None = EvaluationText.data_dir,
+    bos: str = EvaluationText.bos,
+    calibration_on: str = CalibrationDraws.calibration_on,
     restart: bool = Destination.restart,
     allow_low_coverage: bool = Trust.allow_low_coverage,
     trust_remote_code: bool = Trust.trust_remote_code,
@@ -132,14 +136,15 @@ def _open(asked: Comparison) -> tuple[ComparisonContext, Results]:
     ]
     draws = [Draw(number, windows, asked.texts[number][1]) for number, windows in enumerate(drawn)]
     tokenizer = load_tokenizer(source.folder, trust_remote_code=asked.trust.trust_remote_code)
-    judged = judged_windows(language_model, tokenizer, asked.model, asked.text)
+    reader = reader_of(language_model, tokenizer, asked.text.bos)
+    judged = judged_windows(language_model, reader, asked.model, asked.text)
     check_windows(language_model, judged, asked.resources.batch_size)
     passes = _passes(asked, language_model, draws[0].windows)
     asked = replace(asked, resources=replace(asked.resources, passes=passes))
     results = _results(asked, source, language_model, judged, draws)
     results.notes += overlap_notes(judged, drawn)
     windows = [judged, *(draw.windows for draw in draws)]
-    training = training_windows(asked, language_model, tokenizer, windows)
+    training = training_windows(asked, language_model, reader, windows)
     dense = Forward(
         language_model,
         judged.ids,
@@ -149,7 +154,10 @@ def _open(asked: Comparison) -> tuple[ComparisonContext, Results]:
         spill=asked.out / HIDDEN,
     )
     store = _store(asked.out, results)
-    return ComparisonContext(asked, source, dense, draws, store, feasibility, training), results
+    context = ComparisonContext(
+        asked, source, dense, draws, store, feasibility, reader, judged, training
+    )
+    return context, results
 
 
 def overlap_notes(judged: Windows, drawn: Sequence[Windows]) -> list[str]:
@@ -286,6 +294,8 @@ def _make_rows(context: ComparisonContext, results: Results) -> None:
             results.tolerance = {"share": asked.tolerance, "found": list(map(asdict, reached))}
     finally:
         (context.out / HIDDEN).unlink(missing_ok=True)
+    results.notes += filter(None, [bos_note(context.dense, context.reader)])
+    context.in_bits(results.rows)
     rank([row for row in results.rows if not row.searched])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from secateur.data.bos import readable
 from secateur.deployment.formats.packed import VALUES
 from secateur.deployment.runtimes import find_runtime
 from secateur.errors import BadPattern, UnknownName
@@ -74,7 +75,7 @@ def read_options(given: Mapping[str, Any]) -> Comparison:
     """The options of a call of `compare`. Raises SecateurError for what is wrong with any model."""
     grid, recovered = taken(Grid, given), taken(RecoveredRows, given)
     timed, zero_shot = taken(TimedRows, given), taken(ZeroShot, given)
-    text = taken(EvaluationText, given)
+    text = readable(taken(EvaluationText, given))
     for name in grid.values:
         if name not in VALUES:
             raise UnknownName("kind of values", name, VALUES)
@@ -116,7 +117,13 @@ def _texts(draws: CalibrationDraws, text: EvaluationText) -> list[tuple[Calibrat
         raise BadPattern(
             "A comparison wants at least one calibration text, one number of samples and one seed."
         )
-    shared = CalibrationText(seq_len=text.seq_len, data_dir=text.data_dir)
+    shared = CalibrationText(
+        seq_len=text.seq_len,
+        data_dir=text.data_dir,
+        bos=text.bos,
+        calibration_on=draws.calibration_on,
+    )
+    readable(shared)
     return [
         (replace(shared, calibration=corpus, samples=samples, seed=seed), corpora.index(corpus))
         for corpus, samples, seed in product(

@@ -7,10 +7,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from secateur.checkpoints.folder import open_checkpoint, stored_dtype
 from secateur.checkpoints.record import record_of
+from secateur.data.reader import Reader
 from secateur.data.windows import Windows
 from secateur.errors import BadCheckpoint, ConditionsDiffer, NonFinite, UnsupportedModel
 from secateur.evaluation.comparison.options import Comparison
@@ -29,24 +28,24 @@ from secateur.system.settings import Training
 
 
 def training_windows(
-    asked: Comparison,
-    language_model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
-    avoid: Sequence[Windows],
+    asked: Comparison, language_model: LanguageModel, reader: Reader, avoid: Sequence[Windows]
 ) -> Windows | None:
     """The text that rows are fine-tuned on, apart from what is to avoid: the evaluation windows
     and those of the draws. None where no row is. Raises NotEnoughText.
     """
     if not asked.recovered.recover:
         return None
-    windows = recovery_windows(
-        tokenizer,
-        default_corpus(asked.model, asked.recovered.recover_text, "c4"),
-        count=asked.recovered.recover_steps * Training.batch_size,
-        length=avoid[0].ids.shape[1],
-        seed=avoid[1].seed or 0,
-        avoid=[known.ids for known in avoid],
-        data_dir=asked.data_dir,
+    windows = reader.windows(
+        avoid[0].ids.shape[1],
+        lambda reading, length: recovery_windows(
+            reading,
+            default_corpus(asked.model, asked.recovered.recover_text, "c4"),
+            count=asked.recovered.recover_steps * Training.batch_size,
+            length=length,
+            seed=avoid[1].seed or 0,
+            avoid=[known.ids for known in avoid],
+            data_dir=asked.data_dir,
+        ),
     )
     check_windows(language_model, windows, Training.batch_size)
     return windows

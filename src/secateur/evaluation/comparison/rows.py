@@ -11,12 +11,15 @@ import numpy as np
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.checkpoints.record import Report, Seconds
+from secateur.data.reader import Reader
 from secateur.data.windows import Windows
 from secateur.deployment.export import export
+from secateur.evaluation.bits import bits_per_byte, text_bytes
 from secateur.evaluation.comparison.grid import Cell, Draw
 from secateur.evaluation.comparison.options import Comparison
 from secateur.evaluation.comparison.row_store import CHECKPOINTS, RowStore, file_name
-from secateur.evaluation.perplexity import Forward, Measured, measure
+from secateur.evaluation.forward import Forward
+from secateur.evaluation.perplexity import Measured, measure
 from secateur.evaluation.results.schema import Row, row_name
 from secateur.models.load import load
 from secateur.models.matrices import weight_matrices
@@ -35,8 +38,8 @@ from secateur.system.tensors import count_zeros
 class ComparisonContext:
     """What all rows of a comparison have in common: the options, the model, the texts.
 
-    `dense` runs the dense model over the evaluation windows; `training` is the text that rows are
-    fine-tuned on, None where none is.
+    `dense` runs the dense model over the evaluation windows `judged`, which `reader` has read;
+    `training` is the text that rows are fine-tuned on, None where none is.
     """
 
     asked: Comparison
@@ -45,6 +48,8 @@ class ComparisonContext:
     draws: Sequence[Draw]
     store: RowStore
     feasibility: Feasibility
+    reader: Reader
+    judged: Windows
     training: Windows | None = None
 
     @property
@@ -55,6 +60,12 @@ class ComparisonContext:
     def expected(self) -> Measured:
         """The dense model's loss."""
         return Measured(np.asarray(self.dense_row().loss))
+
+    def in_bits(self, rows: Sequence[Row]) -> None:
+        """Say the loss of rows in bits a byte as well."""
+        size = text_bytes(self.reader, self.judged.ids)
+        for row in rows:
+            row.bits_per_byte = bits_per_byte(np.asarray(row.loss), self.judged.ids.shape[1], size)
 
     def dense_row(self) -> Row:
         """The row of the model as it came."""

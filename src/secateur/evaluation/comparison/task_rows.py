@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from secateur.checkpoints.journal import Finished
-from secateur.data.tokenizer import load_tokenizer
 from secateur.evaluation.comparison.row_store import TASKS, file_name
 from secateur.evaluation.comparison.rows import ComparisonContext
 from secateur.evaluation.results.schema import Row
@@ -60,6 +59,7 @@ def _answers(context: ComparisonContext, row: Row) -> dict[str, Answers]:
             "lm_eval": version("lm_eval"),
             # what tells these weights from others
             "loss": sha256(json.dumps(row.loss).encode()).hexdigest(),
+            **({} if context.reader.bos == "stream" else {"bos": context.reader.bos}),
         }
         file = context.out / TASKS / f"{file_name(row.name)}-{name}.json"
         if (before := _kept(file)) and before.conditions == conditions:
@@ -70,7 +70,7 @@ def _answers(context: ComparisonContext, row: Row) -> dict[str, Answers]:
         model = model or load(weights, trust_remote_code=trust)
         answers |= answer_tasks(
             model,
-            load_tokenizer(folder, trust_remote_code=trust),
+            context.reader,
             replace(asked.zero_shot, tasks=[name]),
             data_dir=asked.data_dir,
             batch_size=batch_size,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.data.bos import bos_in_words
 from secateur.data.windows import parts_in_words
 from secateur.evaluation.results.schema import Recovered, Results, Row
 from secateur.methods.pattern_text import share_of
@@ -50,8 +51,11 @@ def comparison(results: Results) -> Sheet:
     if results.tolerance:  # what was searched for comes where it belongs
         rows = sorted(rows, key=lambda row: _order(row.pattern))
     answered, timed = any(row.tasks for row in rows), any(row.latency for row in rows)
+    bits = any(row.bits_per_byte is not None for row in rows)
     lines = [
-        _cells(row) | (_task_cells(row) if answered else {}) | (_speed_cells(row) if timed else {})
+        (_with_bits(row) if bits else _cells(row))
+        | (_task_cells(row) if answered else {})
+        | (_speed_cells(row) if timed else {})
         for row in rows
     ]
     patterns = list(dict.fromkeys(row.pattern for row in rows))
@@ -85,6 +89,13 @@ def _cells(row: Row) -> dict[str, Figure]:
         "peak memory": _figure(row.peak_bytes, f"{(row.peak_bytes or 0) / 2**20:.0f} MiB"),
         "on disk": _figure(row.disk_bytes, f"{row.disk_bytes / 2**20:.1f} MiB"),
     }
+
+
+def _with_bits(row: Row) -> dict[str, Figure]:
+    """The cells of a row, with bits a byte behind the perplexity."""
+    cells = _cells(row)
+    first = dict(list(cells.items())[: list(cells).index("perplexity") + 1])
+    return {**first, "bits a byte": _figure(row.bits_per_byte, "{:.4f}"), **cells}
 
 
 def _names(*texts: str) -> dict[str, Figure]:
@@ -245,7 +256,10 @@ def _source(text: dict[str, Any], what: str) -> str:
     seed = f", seed {text['seed']}" if what == "samples" else ""
     if parts := parts_in_words(text):
         seed = f"{seed} ({parts})"
-    return f"{text['source']} ({text['split']}), {size}{seed}, sha256 {text['sha256'][:16]}…"
+    return (
+        f"{text['source']} ({text['split']}), {size}{seed}, {bos_in_words(text)}, sha256 "
+        f"{text['sha256'][:16]}…"
+    )
 
 
 def text_name(text: Mapping[str, Any]) -> str:

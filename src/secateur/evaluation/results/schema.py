@@ -202,6 +202,7 @@ class Row:
     loss: list[Annotated[float, Field(ge=0, lt=MOST_LOSS)]] = field(default_factory=list)
     searched: bool = False
     recovered: Recovered | None = None
+    bits_per_byte: Number | None = None
 
     @property
     def name(self) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from secateur.data.reader import Reader
 from secateur.errors import NotEnoughText, UnknownName, UnsupportedModel
 from secateur.evaluation.tasks.items import PAPERS, TASKS, find_items, read_items
 from secateur.evaluation.tasks.lm_eval import Answers, answer, on_device, quiet, wrapped
@@ -56,7 +57,7 @@ def check_tasks(zero_shot: ZeroShot, data_dir: Path | None = None) -> list[str]:
 
 def answer_tasks(
     language_model: LanguageModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | Reader,
     zero_shot: ZeroShot,
     *,
     data_dir: Path | None = None,

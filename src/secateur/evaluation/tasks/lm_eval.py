@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from secateur.data.reader import Reader
 from secateur.errors import BadText, NonFinite, SecateurError, UnsupportedModel, in_one_line
 from secateur.evaluation.tasks.items import TASKS, Row, find_items, read_items
 from secateur.models.context import vocabulary_size
@@ -142,15 +143,21 @@ def on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
 
 
 def wrapped(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int, progress: Progress
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | Reader,
+    batch_size: int,
+    progress: Progress,
 ) -> Any:
     """lm-eval's own wrapper around a loaded model, which shows how far it is and refuses what
-    cannot be scored.
+    cannot be scored. Where a `Reader` begins windows with BOS, so do its requests; where it takes
+    BOS out, they have none.
 
     Raises UnsupportedModel for a tokenizer that lm-eval cannot use.
     """
     base: Any = import_module("lm_eval.models.huggingface").HFLM
-    where = tokenizer.name_or_path
+    bos = tokenizer.bos if isinstance(tokenizer, Reader) else "stream"
+    tokenizer = tokenizer.tokenizer if isinstance(tokenizer, Reader) else tokenizer
+    where, first = tokenizer.name_or_path, tokenizer.bos_token_id
     if not isinstance(tokenizer, (PreTrainedTokenizer, PreTrainedTokenizerFast)):
         raise UnsupportedModel(
             f"The tokenizer of {where} is a {type(tokenizer).__name__}, which lm-eval cannot use."
@@ -164,22 +171,14 @@ def wrapped(
     class Wrapper(base):
         task, rows, total = "", 0, 0
 
+        def tok_encode(self, *args: Any, **options: Any) -> list[int]:
+            return _begun(super().tok_encode(*args, **options), bos, first)
+
         def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **options: Any) -> Any:
-            for _, before, after in requests:
-                if not before or not 0 < len(after) <= self.max_length:
-                    raise UnsupportedModel(
-                        f"{self.task} has an answer of {len(after)} tokens after {len(before)}; at "
-                        f"least 1 after 1 and at most the model's context of {self.max_length} are "
-                        "wanted. Leave this task out."
-                    )
-                if max(*before, *after) >= vocabulary:
-                    raise UnsupportedModel(
-                        f"The tokenizer gives token {max(*before, *after)}, the model has "
-                        f"{vocabulary}: they do not belong together."
-                    )
+            _refuse(requests, self.task, self.max_length, vocabulary)
             self.rows, self.total = 0, len(requests)
             likelihoods = super()._loglikelihood_tokens(requests, *args, **options)
             progress.advance(self.task, self.total, self.total)
@@ -199,6 +198,30 @@ def wrapped(
     return Wrapper(
         pretrained=model, tokenizer=deepcopy(tokenizer), backend="causal", batch_size=batch_size
     )
+
+
+def _begun(ids: list[int], bos: str, first: Any) -> list[int]:
+    """The tokens of a request, with BOS before them or without, as windows have it."""
+    if bos == "stream" or first is None:
+        return ids
+    rest = ids[1:] if ids[:1] == [first] else ids
+    return [first, *rest] if bos == "each-window" else rest
+
+
+def _refuse(requests: Any, task: str, context: int, vocabulary: int) -> None:
+    """Raise UnsupportedModel for a request that cannot be scored."""
+    for _, before, after in requests:
+        if not before or not 0 < len(after) <= context:
+            raise UnsupportedModel(
+                f"{task} has an answer of {len(after)} tokens after {len(before)}; at least 1 "
+                f"after 1 and at most the model's context of {context} are wanted. Leave this task "
+                "out."
+            )
+        if max(*before, *after) >= vocabulary:
+            raise UnsupportedModel(
+                f"The tokenizer gives token {max(*before, *after)}, the model has {vocabulary}: "
+                "they do not belong together."
+            )
 
 
 @contextmanager
