@@ -103,7 +103,9 @@ class Step:
         with self.seconds.counted("forward"):
             targets = self._dense_outputs()
         calls = (calls[self.index] for calls in self.inputs.calls)
-        return [Batch(*parts) for parts in zip(self.inputs.hidden, calls, targets, strict=True)]
+        counted = map(self.inputs.counted_in, range(len(self.inputs.calls)))
+        parts = zip(self.inputs.hidden, calls, targets, counted, strict=True)
+        return [Batch(*part) for part in parts]
 
     def groups(self) -> list[list[str]]:
         """The matrices in the order in which the block reaches them, those with one input together;

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -37,7 +37,8 @@ class BlockRun:
 
     `tokens` `[samples, length]` go through in batches of `batch_size` windows, shared by `devices`
     and `ranks`, in `dtype` (None: as stored). `spill` is a folder for hidden states that should not
-    lie in memory. `seconds` counts where the time goes.
+    lie in memory. `seconds` counts where the time goes. `counted` `[samples, length]` bool: the
+    tokens that statistics are taken on, None for all.
     """
 
     language_model: LanguageModel
@@ -49,21 +50,32 @@ class BlockRun:
     ranks: Ranks = ALONE
     seconds: Seconds = field(default_factory=Seconds)
     progress: Progress = field(default_factory=Progress)
+    counted: Tensor | None = None
+
+    def first_batch(self) -> BlockRun:
+        """The same run on its first batch alone."""
+        counted = None if self.counted is None else self.counted[: self.batch_size]
+        return replace(self, tokens=self.tokens[: self.batch_size], counted=counted)
 
 
 class Batch(NamedTuple):
-    """Some calibration windows at one block: `hidden` enters it, `target` should leave it."""
+    """Some calibration windows at one block: `hidden` enters it, `target` should leave it.
+
+    `counted` `[windows, length]` bool: the tokens that count, None for all.
+    """
 
     hidden: Tensor
     call: Call
     target: Tensor
+    counted: Tensor | None = None
 
 
 class ForwardPass:
     """The hidden states that enter the block at hand, by batch, and what runs them through it.
 
-    `calls` holds how the model calls each block, by batch; `replicas` the block at hand on each
-    device, in the dtype of the run. With several ranks, every one has its share of the batches.
+    `calls` holds how the model calls each block, by batch, `counted` which of its tokens count;
+    `replicas` the block at hand on each device, in the dtype of the run. With several ranks, every
+    one has its share of the batches.
     """
 
     @torch.no_grad()
@@ -71,6 +83,8 @@ class ForwardPass:
         self.run, self.index = run, -1
         self.hidden = HiddenStateStore(run.spill)
         self.calls: list[list[Call]] = []
+        masks = None if run.counted is None else run.counted.split(run.batch_size)
+        self.counted: list[Tensor] | None = None if masks is None else list(run.ranks.mine(masks))
         self.replicas: list[nn.Module] = []
         count = len(run.devices)
         self._prefetch = Prefetch(run.devices, run.dtype)
@@ -124,6 +138,10 @@ class ForwardPass:
     def batches_of(self, share: int) -> range:
         """The numbers of the batches that a device has."""
         return range(share, len(self.hidden), len(self.run.devices))
+
+    def counted_in(self, number: int) -> Tensor | None:
+        """The tokens of a batch that count, `[windows, length]` bool; None for all."""
+        return None if self.counted is None else self.counted[number]
 
     def forward(self, share: int, number: int) -> Tensor:
         """What the block at hand makes of one batch, on the device that has it."""

@@ -50,7 +50,7 @@ def observe(
         with recorded_inputs(flow.replicas[share], watch.see):
             for number in flow.batches_of(share)[: None if need else 1]:
                 pairs = linear_inputs(paired, share, number, only) if paired else {}
-                watch.next_batch(probed(flow, probe, number), pairs)
+                watch.next_batch(probed(flow, probe, number), pairs, flow.counted_in(number))
                 flow.forward(share, number)
         return watch
 
@@ -106,11 +106,16 @@ class Watch:
         self._seen: dict[tuple[int, int], tuple[str, Tensor]] = {}
         self._probe = 0
         self._dense: dict[str, Tensor] = {}
+        self._counted: Tensor | None = None
 
-    def next_batch(self, probe: int, dense: dict[str, Tensor]) -> None:
-        """Begin a batch: keep `probe` tokens of it; `dense` has its inputs in the dense model."""
+    def next_batch(
+        self, probe: int, dense: dict[str, Tensor], counted: Tensor | None = None
+    ) -> None:
+        """Begin a batch: keep `probe` tokens of it; `dense` has its inputs in the dense model, and
+        `counted` `[windows, length]` says which tokens are seen at all.
+        """
         self._seen.clear()
-        self._probe, self._dense = probe, dense
+        self._probe, self._dense, self._counted = probe, dense, counted
 
     def see(self, name: str, x: Tensor) -> None:
         """Add an input `[…, in]` that a forward has brought to a weight matrix."""
@@ -124,14 +129,18 @@ class Watch:
                 f"{name} shares its input with other matrices in one batch and not in the next."
             )
         if first == name and x.numel():
-            self._add(name, x.reshape(-1, x.shape[-1]))
+            self._add(name, x)
         _settle(x)
         self.seconds += perf_counter() - started
 
-    def _add(self, name: str, x: Tensor) -> None:
+    def _add(self, name: str, inputs: Tensor) -> None:
+        x = chosen_tokens(name, inputs, self._counted)
+        if not len(x):
+            return
         if self.need:
             dense = self._dense.get(name)
-            dense = None if dense is None else dense.reshape(x.shape)
+            if dense is not None:
+                dense = chosen_tokens(name, dense.reshape(inputs.shape), self._counted)
             add = self.stats[name].add if name in self.stats else Stats.of
             self.stats[name] = add(x, self.need, dense)
         if self._probe:
@@ -139,6 +148,25 @@ class Watch:
             kept = x[::step].to(torch.float32, copy=True)  # a view would hold all of x
             before = self.probes.get(name)
             self.probes[name] = kept if before is None else torch.cat([before, kept])
+
+
+def chosen_tokens(name: str, x: Tensor, counted: Tensor | None) -> Tensor:
+    """Those of the inputs x `[…, in]` of a matrix whose tokens count, `[tokens, in]`.
+
+    `counted` is `[windows, length]` bool, None for all; x is `[…, windows, length, in]`, or has
+    these two in one. Raises UnsupportedModel for any other arrangement.
+    """
+    if counted is None:
+        return x.reshape(-1, x.shape[-1])
+    rows = counted.to(x.device)
+    if x.shape[-3:-1] == rows.shape:
+        return x[..., rows, :].reshape(-1, x.shape[-1])
+    if x.dim() == 2 and len(x) == rows.numel():
+        return x[rows.flatten()]
+    raise UnsupportedModel(
+        f"Which tokens enter {name} is not known: its input is {list(x.shape)} for windows of "
+        f"{list(rows.shape)} tokens. Leave --calibration-on out."
+    )
 
 
 def _settle(x: Tensor) -> None:

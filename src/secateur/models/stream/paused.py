@@ -176,7 +176,8 @@ class PausedPass:
             pairs = theirs[0].inputs(stage) if theirs and not fused else None
             for number, reached in ours.inputs(stage):
                 dense = dict(next(pairs)[1]) if pairs else {}
-                watch.next_batch(probed(self.flow, probe, number), dense)
+                counted = self.flow.counted_in(number)
+                watch.next_batch(probed(self.flow, probe, number), dense, counted)
                 for name, x in reached:
                     watch.see(name, x)
             return watch

@@ -56,6 +56,7 @@ def refine(
     tuned = {name: block.get_parameter(name) for name in kept}
     inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
     start = {name: parameter.detach().clone() for name, parameter in tuned.items()}
+    batches = [batch for batch in batches if _weight(batch)]
     before = error(block, batches)
     block.requires_grad_(False)
     groups = []
@@ -93,9 +94,16 @@ def refine(
 @torch.no_grad()
 def error(block: nn.Module, batches: Sequence[Batch]) -> float:
     """The mean over tokens of ‖output − target‖² / ‖target‖²."""
-    counts = [batch.hidden.shape[-3] for batch in batches]  # of windows; Gemma 3n: [streams, …]
-    lost = (_loss(block, one).item() * n for one, n in zip(batches, counts, strict=True))
+    counts = [_weight(batch) for batch in batches]
+    lost = (_loss(block, one).item() * n for one, n in zip(batches, counts, strict=True) if n)
     return sum(lost) / sum(counts)
+
+
+def _weight(batch: Batch) -> int:
+    """How much a batch counts: its windows, or where not all tokens count those that do."""
+    if batch.counted is None:
+        return batch.hidden.shape[-3]  # Gemma 3n: [streams, …]
+    return int(batch.counted.sum())
 
 
 def _loss(block: nn.Module, batch: Batch) -> Tensor:
@@ -104,7 +112,8 @@ def _loss(block: nn.Module, batch: Batch) -> Tensor:
     with torch.autocast(device.type, hidden.dtype, enabled=hidden.dtype != torch.float32):
         output = run_block(block, hidden, batch.call)
     power = target.square().sum(-1).clamp_min(1e-30)
-    return ((output.float() - target).square().sum(-1) / power).mean()
+    errors = (output.float() - target).square().sum(-1) / power  # […, windows, length]
+    return (errors if batch.counted is None else errors[..., batch.counted.to(device)]).mean()
 
 
 def refine_block(

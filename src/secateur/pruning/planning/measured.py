@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from secateur.data.bos import readable
 from secateur.data.windows import Windows
 from secateur.errors import BadPlan, OutputRefused, UnknownName
 from secateur.methods import find_method
@@ -70,6 +71,8 @@ def plan(
     dtype: str = Compute.dtype,
     batch_size: int = Compute.batch_size,
     data_dir: str | Path | None = CalibrationText.data_dir,
+    bos: str = CalibrationText.bos,
+    calibration_on: str = CalibrationText.calibration_on,
     overwrite: bool = Destination.overwrite,
     trust_remote_code: bool = Trust.trust_remote_code,
     command: Sequence[str] | None = None,
@@ -80,7 +83,7 @@ def plan(
     The file may be edited, and given to `prune` as `allocate`. Arguments as for `prune`. Raises
     SecateurError.
     """
-    recipe, text = taken(Recipe, locals()), taken(CalibrationText, locals())
+    recipe, text = taken(Recipe, locals()), readable(taken(CalibrationText, locals()))
     resources, trust = find_resources(taken(Compute, locals())), taken(Trust, locals())
     file, progress = Path(out), progress or Progress()
     find_method(method)
@@ -132,7 +135,20 @@ def make_plan(
     progress.begin(f"planning by {allocate}")
     devices, batch_size = resources.devices, resources.batch_size
     dtype = forward_dtype(resources.dtype, devices[0])
-    run = BlockRun(language_model, windows.ids, devices, dtype, batch_size, progress=progress)
+    if windows.counted is not None and allocate == "search":
+        raise BadPlan(
+            "search looks at predictions after all tokens, and --calibration-on assistant counts "
+            "some. Use --allocate error, or leave it out."
+        )
+    run = BlockRun(
+        language_model,
+        windows.ids,
+        devices,
+        dtype,
+        batch_size,
+        progress=progress,
+        counted=windows.counted,
+    )
     sensitivity = Sensitivity(run, find_method(recipe.method), plan, pattern)
     return scaled(plan, ALLOCATIONS[allocate](sensitivity))
 

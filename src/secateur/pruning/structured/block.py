@@ -21,7 +21,6 @@ from secateur.models.channels.groups import ChannelGroup
 from secateur.models.matrices import bias, put, refuse_non_finite_weights, weight_matrices
 from secateur.models.replay import Call, run_block, working_copy
 from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun, Step
-from secateur.models.stream.forward import Batch
 from secateur.models.stream.observe import CalibrationStatistics
 from secateur.models.stream.refine import Tuned, refine
 from secateur.pruning.structured.channel_scores import SELECTIONS, lowest, taylor
@@ -93,7 +92,7 @@ class BlockSlicer:
         for number, block in self._span_blocks():
             calls = [calls[number] for _, calls in step.inputs.windows()]
             batches = [
-                Batch(b.hidden, b.call, run_block(block, b.target.to(step.device), call))
+                b._replace(target=run_block(block, b.target.to(step.device), call))
                 for b, call in zip(batches, calls, strict=True)
             ]
         started = perf_counter()
