@@ -91,17 +91,7 @@ def plan(
 
         progress(quiet=True)
         foreseen = secateur.forecast(
-            model,
-            **_but(
-                given,
-                "allocate",
-                "calibration",
-                "seed",
-                "data_dir",
-                "bos",
-                "calibration_on",
-                "overwrite",
-            ),
+            model, **_but(given, "allocate", "calibration", "seed", "data_dir", *NOT_FORESEEN)
         )
         return show(foreseen, as_json, lambda: map(escape, lines(foreseen)))
     with display(quiet) as shows:
@@ -111,6 +101,10 @@ def plan(
     removed = {name: str(pattern) for name, pattern in measured.items()}
     lines = [f"{share:>8}  {escape(name)}" for name, share in removed.items()]
     return show(removed, as_json, lambda: [*lines, f"Written to {escape(str(out))}."])
+
+
+NOT_FORESEEN = ("bos", "calibration_on", "self_temperature", "self_tokens", "overwrite")
+"""Options of `plan` that a forecast does not depend on, besides the text and how it is shared."""
 
 
 def _but(given: dict[str, Any], *names: str) -> dict[str, Any]:

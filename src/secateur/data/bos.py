@@ -11,7 +11,7 @@ one trained on stories, take BOS for the start of a new one. So it is chosen, an
 
 from typing import Any, TypeVar
 
-from secateur.errors import UnknownName, UnsupportedModel
+from secateur.errors import BadText, UnknownName, UnsupportedModel
 from secateur.system.settings import Text
 
 Options = TypeVar("Options", bound=Text)
@@ -38,6 +38,9 @@ def readable(text: Options) -> Options:
         raise UnknownName("way of --bos", bos, ("auto", *WAYS))
     if counted not in COUNTED:
         raise UnknownName("kind of tokens for --calibration-on", counted, COUNTED)
+    temperature = getattr(text, "self_temperature", 0.0)
+    if not 0 <= temperature < float("inf"):
+        raise BadText(f"--self-temperature is 0 or more; found {temperature}.")
     return text
 
 

@@ -31,11 +31,14 @@ class Reader:
         return getattr(self.tokenizer, name)
 
     def __call__(self, texts: Any, **options: Any) -> dict[str, Any]:
-        """What the tokenizer gives for texts, with `input_ids` as they are read."""
+        """What the tokenizer gives for a list of texts, as they are read."""
         encoded: Any = self.tokenizer(texts, **options)
         ids = encoded["input_ids"]
-        one = isinstance(texts, str)
-        return {**encoded, "input_ids": self.read(ids) if one else list(map(self.read, ids))}
+        left_out = [len(one) - len(self.read(one)) for one in ids]
+        return {
+            name: [one[first:] for one, first in zip(values, left_out, strict=True)]
+            for name, values in encoded.items()
+        }
 
     def read(self, ids: list[int]) -> list[int]:
         """The token ids of a document, without a BOS at its start unless it is a stream."""

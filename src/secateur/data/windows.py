@@ -51,7 +51,7 @@ class Windows:
 
     `drawn` says how where not all of the text was tokenised; `parts` are those of a mixture.
     `bos`: where BOS stands (`reader.WAYS`). `counted` `[samples, length]` bool: the tokens that
-    statistics are taken on; None for all.
+    statistics are taken on; None for all. `generated`: how a model made them itself, if it did.
     """
 
     ids: Tensor
@@ -63,6 +63,7 @@ class Windows:
     parts: tuple[Part, ...] = ()
     bos: str = "stream"
     counted: Tensor | None = None
+    generated: Mapping[str, Any] | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that identifies these tokens, for a report."""
@@ -76,6 +77,7 @@ class Windows:
             "sha256": hashlib.sha256(self.ids.numpy().astype("<i8").tobytes()).hexdigest(),
             **({} if self.bos == "stream" else {"bos": self.bos}),
             **self._counted(),
+            **({"generated": dict(self.generated)} if self.generated else {}),
         }
         if self.drawn:
             identity["drawn"] = self.drawn

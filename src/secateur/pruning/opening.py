@@ -5,12 +5,14 @@ from typing import NamedTuple
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.data.calibration import calibration_windows
+from secateur.data.prompts import PREFIX
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import Windows
 from secateur.models.context import default_corpus, default_length, reader_of
 from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
 from secateur.models.replay import LanguageModel
+from secateur.pruning.own_text import Workplace, own_file, own_windows
 from secateur.system.devices import Resources
 from secateur.system.progress import Progress
 from secateur.system.settings import CalibrationText, Trust, Unpacking
@@ -32,20 +34,22 @@ def opened(
     *,
     out: Path,
     progress: Progress,
+    restart: bool = False,
     result_dtype: str = Unpacking.result_dtype,
 ) -> Opened:
     """Load a model and draw the calibration windows for a run that writes `out`.
 
     `model` is a checkpoint folder, a hub name, or None for the demo model; a quantised one is
-    unpacked to `result_dtype`. Weights that do not fit into memory go to a file beside `out`.
-    Raises SecateurError.
+    unpacked to `result_dtype`. Weights that do not fit into memory go to a file beside `out`, and
+    so does what the model says itself; `restart` discards that. Raises SecateurError.
     """
     folder = resolve(model, dtype=result_dtype, progress=progress)
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
     spill = spill_folder(out, source.bytes, resources.limit)
     language_model = load(folder, trust_remote_code=trust.trust_remote_code, spill=spill)
-    windows = draw_calibration(language_model, folder, model, text, trust)
+    place = Workplace(own_file(out), source.sha256, resources, progress, restart)
+    windows = draw_calibration(language_model, folder, model, text, trust, place)
     return Opened(source, language_model, windows)
 
 
@@ -55,16 +59,21 @@ def draw_calibration(
     model: str | Path | None,
     text: CalibrationText,
     trust: Trust,
+    place: Workplace,
 ) -> Windows:
     """Draw calibration windows from `text` with the tokenizer in `folder`.
 
-    Without a corpus that is c4, or the demo's own text where `model` is the demo. Raises
-    NotEnoughText, UnknownName, BadText, BadCheckpoint.
+    `self:` and files of prompts: the model makes the text, at `place`. Without a corpus that is
+    c4, or the demo's own text where `model` is the demo. Raises NotEnoughText, UnknownName,
+    BadText, BadCheckpoint.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust.trust_remote_code)
     reader = reader_of(language_model, tokenizer, text.bos, text.calibration_on)
+    length = text.seq_len or default_length(language_model)
+    if str(text.calibration).startswith(PREFIX):
+        return own_windows(language_model, reader, text, length, place)
     return reader.windows(
-        text.seq_len or default_length(language_model),
+        length,
         lambda reading, length: calibration_windows(
             reading,
             default_corpus(model, text.calibration, "c4"),

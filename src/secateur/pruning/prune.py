@@ -22,6 +22,7 @@ from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
 from secateur.pruning.check import Zeros, find_recipe
 from secateur.pruning.opening import Opened, opened
+from secateur.pruning.own_text import own_file, refuse_ranks
 from secateur.pruning.permute import groups_by_kind
 from secateur.pruning.planning.passes import needs_dense
 from secateur.pruning.prepare import Pruning, block_run, conditions_of, prepare
@@ -64,6 +65,8 @@ def prune(
     data_dir: str | Path | None = CalibrationText.data_dir,
     bos: str = CalibrationText.bos,
     calibration_on: str = CalibrationText.calibration_on,
+    self_temperature: float = CalibrationText.self_temperature,
+    self_tokens: int = CalibrationText.self_tokens,
     overwrite: bool = Destination.overwrite,
     restart: bool = Destination.restart,
     result_dtype: str = Unpacking.result_dtype,
@@ -89,9 +92,11 @@ def prune(
     with joined(device) as (ranks, device):
         resources = find_resources(replace(compute, device=device))
         progress = (progress if ranks.first else None) or Progress()
-        place = {"out": Path(out), "result_dtype": result_dtype}
+        refuse_ranks(text, ranks.size)
+        place = {"out": Path(out), "result_dtype": result_dtype, "restart": restart}
         source = opened(model, text, resources, trust, progress=progress, **place)
         report = prune_checkpoint(source, chosen, resources, destination, trust, progress, ranks)
+    own_file(Path(out)).unlink(missing_ok=True)
     progress.end()
     return report
 

@@ -106,13 +106,17 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationTokens:
-    """Which tokens of the calibration text count."""
+    """The tokens of the calibration text, which count and which the model itself makes."""
 
     calibration_on: str = option(
         "all",
         "Tokens of conversations that statistics are taken on: all, assistant (what the model "
         "itself would say).",
     )
+    self_temperature: float = option(
+        0.7, "Temperature of what the model says to 'self:prompts.jsonl'; 0: the likeliest token."
+    )
+    self_tokens: int = option(512, "The most tokens that it says to a prompt.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,7 @@ from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import BlockRun
 from secateur.pruning.opening import draw_calibration
+from secateur.pruning.own_text import Workplace
 from secateur.pruning.planning.memory import way_through
 from secateur.pruning.structured.feasibility import Feasibility
 from secateur.pruning.structured.program import refuse_draft_heads, refuse_structure
@@ -53,6 +54,7 @@ from secateur.system.machine import machine, versions
 from secateur.system.progress import Progress
 from secateur.system.settings import (
     CalibrationDraws,
+    CalibrationText,
     Compute,
     Destination,
     EvaluationText,
@@ -65,6 +67,8 @@ from secateur.system.settings import (
 
 HIDDEN = "dense.hidden"
 """The file with the last hidden states of the dense model, while rows are made."""
+OWN = "self"
+"""The folder with what the model said itself, a file for each set of prompts and seed."""
 
 
 def compare(
@@ -101,6 +105,8 @@ def compare(
     data_dir: str | Path | None = EvaluationText.data_dir,
     bos: str = EvaluationText.bos,
     calibration_on: str = CalibrationDraws.calibration_on,
+    self_temperature: float = CalibrationDraws.self_temperature,
+    self_tokens: int = CalibrationDraws.self_tokens,
     restart: bool = Destination.restart,
     allow_low_coverage: bool = Trust.allow_low_coverage,
     trust_remote_code: bool = Trust.trust_remote_code,
@@ -131,8 +137,15 @@ def _open(asked: Comparison) -> tuple[ComparisonContext, Results]:
     """
     source, language_model, feasibility = _load(asked)
     drawn = [
-        draw_calibration(language_model, source.folder, asked.model, text, asked.trust)
-        for text, _ in asked.texts
+        draw_calibration(
+            language_model,
+            source.folder,
+            asked.model,
+            text,
+            asked.trust,
+            _workplace(asked, source, text, corpus),
+        )
+        for text, corpus in asked.texts
     ]
     draws = [Draw(number, windows, asked.texts[number][1]) for number, windows in enumerate(drawn)]
     tokenizer = load_tokenizer(source.folder, trust_remote_code=asked.trust.trust_remote_code)
@@ -173,6 +186,15 @@ def overlap_notes(judged: Windows, drawn: Sequence[Windows]) -> list[str]:
         for source, count in shared.items()
         if count
     ]
+
+
+def _workplace(
+    asked: Comparison, source: Checkpoint, text: CalibrationText, corpus: int
+) -> Workplace:
+    """Where what the model says itself is kept: once for all rows, whatever number of samples."""
+    file = asked.out / OWN / f"text-{corpus}-seed-{text.seed}"
+    restart = asked.destination.restart
+    return Workplace(file, source.sha256, asked.resources, asked.progress, restart)
 
 
 def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:

@@ -122,6 +122,8 @@ def _texts(draws: CalibrationDraws, text: EvaluationText) -> list[tuple[Calibrat
         data_dir=text.data_dir,
         bos=text.bos,
         calibration_on=draws.calibration_on,
+        self_temperature=draws.self_temperature,
+        self_tokens=draws.self_tokens,
     )
     readable(shared)
     return [

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from secateur.data.reader import Reader
 from secateur.errors import NotEnoughText, UnknownName, UnsupportedModel
 from secateur.evaluation.tasks.items import PAPERS, TASKS, find_items, read_items
-from secateur.evaluation.tasks.lm_eval import Answers, answer, on_device, quiet, wrapped
+from secateur.evaluation.tasks.lm_eval import Answers, answer, quiet, wrapped
+from secateur.models.generate import on_device
 from secateur.models.replay import LanguageModel
 from secateur.system.intervals import percentile_interval, resampled_means
 from secateur.system.progress import Progress

@@ -24,7 +24,6 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import ConfigDict, PlainValidator
-from torch import nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizer,
@@ -127,19 +126,6 @@ def _in_memory(rows: list[Row]) -> Callable[..., Any]:
         return dict.fromkeys(("train", "validation", "test"), Dataset.from_list(rows))
 
     return splits
-
-
-def on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The model, or a copy where it is not on that device; mapped weights are not copied before."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if all(tensor.device == device for tensor in tensors):
-        return model
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        moved = tensor.detach().to(device)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(moved, requires_grad=False) if is_parameter else moved
-    return deepcopy(model, memo)
 
 
 def wrapped(

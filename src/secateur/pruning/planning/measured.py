@@ -24,6 +24,7 @@ from secateur.models.matrices import matrix_shapes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import BlockRun, Step
 from secateur.pruning.opening import opened
+from secateur.pruning.own_text import own_file
 from secateur.pruning.planning.allocation import (
     Plan,
     by_outliers,
@@ -73,6 +74,8 @@ def plan(
     data_dir: str | Path | None = CalibrationText.data_dir,
     bos: str = CalibrationText.bos,
     calibration_on: str = CalibrationText.calibration_on,
+    self_temperature: float = CalibrationText.self_temperature,
+    self_tokens: int = CalibrationText.self_tokens,
     overwrite: bool = Destination.overwrite,
     trust_remote_code: bool = Trust.trust_remote_code,
     command: Sequence[str] | None = None,
@@ -105,6 +108,7 @@ def plan(
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_plan(file, plan, matrix_shapes(language_model), made)
+    own_file(file).unlink(missing_ok=True)
     progress.end()
     return plan
 
