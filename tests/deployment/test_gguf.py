@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 from support.families import tiny_config, tiny_model
+from support.splits import TEXTS, splitting
 from support.texts import byte_tokenizer
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from secateur.checkpoints.folder import open_checkpoint
+from secateur.checkpoints.quantised.gguf_tokenizer import SPLITS
 from secateur.data import demo
 from secateur.deployment.formats.gguf import FILE, write
-from secateur.deployment.formats.gguf_vocabulary import SPLITS, add_vocabulary, read_vocabulary
+from secateur.deployment.formats.gguf_vocabulary import add_vocabulary, read_vocabulary
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnknownName, UnsupportedModel
 
 package = pytest.importorskip("gguf", reason="the package gguf is not installed")
@@ -40,15 +41,6 @@ MORE = {
     "qwen2": {f"model.layers.1.self_attn.{p}_proj.bias": f"blk.1.attn_{p}.bias" for p in "qkv"},
     "qwen3": {f"model.layers.1.self_attn.{p}_norm.weight": f"blk.1.attn_{p}_norm.weight" for p in "qk"},
 }
-TEXTS = (
-    "Once upon a time, there was a xyzzy little girl.",
-    "  two spaces,\ttabs\t\tand\n\nlines \r\n\r\n   \n x",
-    "I'm HE'LL don't 12345 6 78.90 x=1000000",
-    "naïve café — 漢字かな 안녕 Привет мир ½ ² ٣٤",
-    "CamelCaseWord snake_case // path/to/file?!\n\n\n",
-    "",
-    " ",
-)
 
 
 def saved(model: torch.nn.Module, folder: Path) -> Path:
@@ -210,32 +202,6 @@ def test_the_demo_vocabulary(tmp_path):
     assert held["tokenizer.ggml.add_bos_token"] is False
     assert held["tokenizer.ggml.eos_token_id"] == 0
     assert held["tokenizer.ggml.token_type"][:2] == [package.TokenType.CONTROL, package.TokenType.NORMAL]  # type: ignore[index]
-
-
-def splitting(rules: tuple[str, ...], ignore_merges: bool) -> Tokenizer:
-    """A byte-level tokenizer that splits by these rules; its merges reach over every border, so that each one shows.
-
-    " xyzzy" is a token that no merge makes: it is only found whole, where words skip the merges.
-    """
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=520, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )  # type: ignore[call-arg]
-    tokenizer.train_from_iterator([text.replace(" xyzzy", "") for text in TEXTS], trainer)
-    steps: list = [
-        pre_tokenizers.ByteLevel(add_prefix_space=False)
-        if rule.startswith("as ")
-        else pre_tokenizers.Split(Regex(rule), "isolated")
-        for rule in rules
-    ]
-    if rules[-1:] != ("as GPT-2",):
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    held = json.loads(tokenizer.to_str())
-    held["model"]["vocab"]["Ġxyzzy"] = len(held["model"]["vocab"])
-    return Tokenizer.from_str(json.dumps(held))
 
 
 @pytest.mark.parametrize(("rules", "ignore_merges"), SPLITS)

@@ -16,29 +16,10 @@ from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from secateur.checkpoints.quantised.gguf_tokenizer import GPT2, SPLITS
 from secateur.data.tokenizer import encode, load_tokenizer
 from secateur.errors import UnsupportedModel, in_one_line
 from secateur.system.json_files import read_json
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-_TEKKEN = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+"
-    rf"|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*|\p{{N}}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2 = "as GPT-2"
-SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
-    ((_GPT2,), False): "gpt-2",
-    ((r"\p{N}", _GPT2), False): "smollm",
-    ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}|{_REST}",), False): "qwen2",
-    ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}",), True): "llama-bpe",
-    ((rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_REST}",), False): "dbrx",
-    ((_TEKKEN,), True): "tekken",
-}
-"""llama.cpp's name for (expressions that split a text in turn; whether whole words skip merges)."""
 
 
 class Vocabulary(NamedTuple):
@@ -153,7 +134,7 @@ def _steps(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
 def _rule(step: dict[str, Any]) -> str:
     """The expression that a pre-tokenizer splits by, or its name where it is no known kind."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-        return _GPT2 if step.get("use_regex", True) else ""
+        return GPT2 if step.get("use_regex", True) else ""
     if step["type"] == "Digits" and step["individual_digits"]:
         return r"\p{N}"
     if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:

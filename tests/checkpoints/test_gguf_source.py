@@ -1,0 +1,309 @@
+"""GGUF as a source: against the model that was written, `gguf`'s own dequantisation put in order row by row, and
+transformers' loading of the whole file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.families import tiny_config, tiny_model
+from support.splits import TEXTS, splitting
+from support.texts import byte_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from secateur.checkpoints.folder import open_checkpoint
+from secateur.checkpoints.quantised.gguf import gguf_source
+from secateur.checkpoints.quantised.gguf_tokenizer import SPLITS
+from secateur.checkpoints.quantised.unpack import write_plain
+from secateur.data import demo
+from secateur.deployment.formats.gguf import FILE, write
+from secateur.errors import BadCheckpoint, UnsupportedModel
+from secateur.system.json_files import read_json, write_json
+from secateur.system.progress import Progress
+
+package = pytest.importorskip("gguf", reason="the package gguf is not installed")
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    tokenizer: Any = byte_tokenizer()
+    tokenizer.save_pretrained(folder)
+    stored = read_json(folder / "tokenizer.json")
+    stored["model"] |= {"unk_token": None, "merges": [["t", "h"]]}  # a vocabulary of real files has merges
+    stored["model"]["vocab"]["th"] = len(stored["model"]["vocab"])
+    write_json(folder / "tokenizer.json", stored)
+    return folder
+
+
+def converted(folder: Path, out: Path, values: str = "as stored") -> Path:
+    out.mkdir(exist_ok=True)
+    write(open_checkpoint(folder), out, values=values)
+    return out / FILE
+
+
+def plain(file: Path, folder: Path, dtype: str = "float32") -> Path:
+    """A GGUF file written as a plain checkpoint."""
+    folder.mkdir()
+    write_plain(gguf_source(file), folder, dtype, Progress())
+    return folder
+
+
+Edit = Callable[[str, np.ndarray], list[tuple[str, np.ndarray, Any]]]
+
+
+def as_stored(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray, Any]]:
+    return [(name, value, None)]
+
+
+def rewritten(file: Path, out: Path, edit: Edit = as_stored, **settings: Any) -> Path:
+    """The file again, each tensor as `edit` gives it (name, data, type), with other settings; None takes one away."""
+    reader = package.GGUFReader(file)
+    writer = package.GGUFWriter(out, reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in settings or name == "general.architecture":
+            continue
+        kind, *inner = field.types
+        writer.add_key_value(name, field.contents(), kind, sub_type=inner[-1] if inner else None)
+    for name, value in settings.items():
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        elif value is not None:
+            (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
+    for tensor in reader.tensors:
+        shape = tuple(int(size) for size in tensor.shape[::-1])
+        value = package.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+        for name, data, kind in edit(tensor.name, value):
+            writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_was_written_is_read_again(family, tmp_path):
+    model: Any = tiny_model(family)
+    file = converted(saved(model, tmp_path / "source"), tmp_path / "gguf", "f32")
+    folder = plain(file, tmp_path / "plain")
+    checkpoint, stored = open_checkpoint(folder), model.state_dict()
+    assert checkpoint.places.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert torch.equal(checkpoint.tensor(name), tensor), name
+    again: Any = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(8)[None]  # no longer than Mistral's window here
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    if family != "qwen3":  # of which transformers does not read the size of a head
+        whole = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=FILE, dtype=torch.float32)
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, again.get_parameter(name)), name
+    assert "_name_or_path" not in (folder / "config.json").read_text()
+
+
+def test_bfloat16_is_read_as_it_was(tmp_path):
+    model = tiny_model("llama").bfloat16()
+    folder = plain(converted(saved(model, tmp_path / "source"), tmp_path / "gguf"), tmp_path / "plain", "bfloat16")
+    checkpoint = open_checkpoint(folder)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(checkpoint.tensor(name).to(tensor.dtype), tensor), name
+
+
+def blocks(kind: Any, rows: int, columns: int) -> np.ndarray:
+    """Rows of a quantised tensor: quantised by `gguf` where it can, else bytes drawn at random, scales among them."""
+    draw = np.random.default_rng(int(kind))
+    try:
+        return package.quantize(draw.standard_normal((rows, columns)).astype(np.float32), kind)
+    except NotImplementedError:
+        length, size = package.GGML_QUANT_SIZES[kind]
+        return draw.integers(0, 256, (rows, columns // length * size), np.uint8)
+
+
+FLOATS = {"F32", "F16", "F64", "BF16", "I8", "I16", "I32", "I64"}
+NOT_DEQUANTISED = {"Q8_1", "Q8_K"}  # of activations, in no file
+LATER = {"Q1_0"}  # which gguf 0.19 names and does not dequantise
+TYPES = [kind for kind in package.GGMLQuantizationType if kind.name not in FLOATS | NOT_DEQUANTISED]
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_every_type_is_what_gguf_says(kind, tmp_path):
+    config: Any = tiny_config("llama")
+    config.hidden_size, config.head_dim, config.num_hidden_layers = 256, 64, 1
+    model: Any = AutoModelForCausalLM.from_config(config)
+    file = converted(saved(model, tmp_path / "source"), tmp_path / "gguf", "f32")
+    raw: dict[str, np.ndarray] = {}
+
+    def edit(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray, Any]]:
+        if not name.startswith(("blk.0.attn_q", "blk.0.ffn_gate", "token_embd")):
+            return [(name, value, None)]
+        raw[name] = blocks(kind, *value.shape)
+        return [(name, raw[name], kind)]
+
+    quantised = rewritten(file, tmp_path / "quantised.gguf", edit)
+    if kind.name in LATER:
+        with pytest.raises(UnsupportedModel, match=rf"in {kind.name}, which the package gguf cannot dequantise"):
+            gguf_source(quantised)
+        return
+    source = gguf_source(quantised)
+    assert kind.name in source.format
+    read = {tensor.name: tensor for tensor in source.tensors}
+    with np.errstate(all="ignore"):  # scales drawn at random are infinite at times
+        dense = {name: package.dequantize(data, kind) for name, data in raw.items()}
+    gate = read["model.layers.0.mlp.gate_proj.weight"]
+    np.testing.assert_array_equal(gate.read().numpy(), dense["blk.0.ffn_gate.weight"])
+    assert (gate.stored, gate.stored_bytes) == (kind.name, raw["blk.0.ffn_gate.weight"].nbytes)
+    np.testing.assert_array_equal(read["model.embed_tokens.weight"].read().numpy(), dense["token_embd.weight"])
+    query, heads = read["model.layers.0.self_attn.q_proj.weight"].read().numpy(), config.num_attention_heads
+    for row in range(len(query)):  # row 2 i of a head was row i of its first half, 2 i + 1 row i of the second
+        head, place = divmod(row, len(query) // heads)
+        half, i = divmod(place, len(query) // heads // 2)
+        np.testing.assert_array_equal(
+            query[row], dense["blk.0.attn_q.weight"][head * len(query) // heads + 2 * i + half]
+        )
+
+
+def test_experts_are_taken_apart(tmp_path):
+    """A mixture, written by hand as llama.cpp has it: the experts of a block in one tensor for each matrix."""
+    model: Any = tiny_model("qwen3_moe")
+    model.save_pretrained(tmp_path / "source")
+    source, config = open_checkpoint(tmp_path / "source"), model.config
+    writer = package.GGUFWriter(tmp_path / "moe.gguf", "qwen3moe")
+    for key, value in {
+        "block_count": config.num_hidden_layers, "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size, "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads, "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": 16, "attention.value_length": 16,
+        "expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size, "vocab_size": config.vocab_size,
+    }.items():  # fmt: skip
+        writer.add_uint32(f"qwen3moe.{key}", value)
+    writer.add_float32("qwen3moe.attention.layer_norm_rms_epsilon", config.rms_norm_eps)
+    writer.add_float32("qwen3moe.rope.freq_base", config.rope_parameters["rope_theta"])
+    names = package.get_tensor_name_map(package.MODEL_ARCH.QWEN3MOE, config.num_hidden_layers)
+    for name in source.places:
+        if ".experts." not in name:
+            called = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(called, source.tensor(name).numpy())
+    for block in range(config.num_hidden_layers):
+        for matrix in ("gate", "up", "down"):
+            each = [
+                source.tensor(f"model.layers.{block}.mlp.experts.{expert}.{matrix}_proj.weight").numpy()
+                for expert in range(config.num_experts)
+            ]
+            writer.add_tensor(f"blk.{block}.ffn_{matrix}_exps.weight", np.stack(each))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    read = gguf_source(tmp_path / "moe.gguf")
+    assert {tensor.name: tensor.shape for tensor in read.tensors} == source.shapes
+    for tensor in read.tensors:
+        assert torch.equal(tensor.read(), source.tensor(tensor.name)), tensor.name
+    assert read.config["moe_intermediate_size"] == config.moe_intermediate_size
+    assert read.config["norm_topk_prob"] is True
+
+
+@pytest.mark.parametrize(("rules", "ignore_merges"), SPLITS)
+def test_text_is_split_as_it_was(rules, ignore_merges, tmp_path):
+    config: Any = tiny_config("llama")
+    config.vocab_size = 600
+    model: Any = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "source")
+    made = PreTrainedTokenizerFast(tokenizer_object=splitting(rules, ignore_merges), bos_token="<s>", eos_token="</s>")
+    made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    made.save_pretrained(tmp_path / "source")
+    folder = plain(converted(tmp_path / "source", tmp_path / "gguf"), tmp_path / "plain")
+    again = AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        assert again(text).input_ids == made(text).input_ids, text
+    assert again.chat_template == made.chat_template
+    assert again.eos_token_id == made.eos_token_id
+
+
+def test_the_demo_and_a_sentencepiece_vocabulary(shared_data, tmp_path):
+    for name, folder in (("demo", demo.model_folder()), ("stories", shared_data / "models" / "stories260K")):
+        again = AutoTokenizer.from_pretrained(plain(converted(folder, tmp_path / name), tmp_path / f"{name}-plain"))
+        before = AutoTokenizer.from_pretrained(folder)
+        for text in TEXTS:
+            assert again(text).input_ids == before(text).input_ids, (name, text)
+
+
+def test_scaled_rotation_is_read(tmp_path):
+    linear = {"rope_type": "linear", "factor": 4.0}
+    for number, rope in enumerate((linear, LLAMA3)):
+        config: Any = tiny_config("llama")
+        config.rope_parameters = {"rope_theta": 10000.0, **rope}
+        model: Any = AutoModelForCausalLM.from_config(config)
+        file = converted(saved(model, tmp_path / f"{number}"), tmp_path / f"{number}g", "f32")
+        again: Any = AutoModelForCausalLM.from_pretrained(plain(file, tmp_path / f"{number}p"))
+        ids = torch.arange(100)[None]
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    ids, file = torch.arange(100)[None], tmp_path / "0g" / FILE
+    yarn = rewritten(
+        file, tmp_path / "yarn.gguf",
+        **{"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 32},
+    )  # fmt: skip
+    rope = gguf_source(yarn).config["rope_parameters"]
+    assert rope == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path):
+    return converted(saved(tiny_model("llama"), tmp_path / "source"), tmp_path / "gguf")
+
+
+def test_settings_that_nobody_reads_are_refused(file, tmp_path):
+    odd = rewritten(file, tmp_path / "odd.gguf", **{"llama.logit_scale": 0.5})
+    with pytest.raises(UnsupportedModel, match=r"sets llama\.logit_scale = 0\.5, which is not known of llama"):
+        gguf_source(odd)
+    odd = rewritten(
+        file, tmp_path / "rope.gguf", **{"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}
+    )
+    with pytest.raises(UnsupportedModel, match="scales its rotation as 'longrope'"):
+        gguf_source(odd)
+    odd = rewritten(file, tmp_path / "pre.gguf", **{"tokenizer.ggml.pre": "xyzzy"})
+    with pytest.raises(UnsupportedModel, match=r"splits text by the rule 'xyzzy', which is not known here"):
+        gguf_source(odd)
+    odd = rewritten(file, tmp_path / "arch.gguf", lambda name, value: [(name, value, None)])
+    data = odd.read_bytes().replace(b"llama", b"llamb")
+    odd.write_bytes(data)
+    with pytest.raises(UnsupportedModel, match="of the architecture 'llamb', which transformers cannot"):
+        gguf_source(odd)
+
+
+def test_tensors_that_are_missing_or_left_over_are_refused(file, tmp_path):
+    def without(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray, Any]]:
+        return [] if name == "blk.1.ffn_up.weight" else [(name, value, None)]
+
+    with pytest.raises(UnsupportedModel, match=r"lacks model\.layers\.1\.mlp\.up_proj\.weight \(1 tensors in all\)"):
+        gguf_source(rewritten(file, tmp_path / "less.gguf", without))
+
+    def more(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray, Any]]:
+        extra = [("blk.1.ffn_odd.weight", value, None)] if name == "blk.1.ffn_up.weight" else []
+        return [(name, value, None), *extra]
+
+    with pytest.raises(UnsupportedModel, match=r"blk\.1\.ffn_odd\.weight in .* has no place in LlamaForCausalLM"):
+        gguf_source(rewritten(file, tmp_path / "more.gguf", more))
+
+
+def test_files_that_hold_no_whole_model_are_named(file, tmp_path):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(BadCheckpoint, match="is no sound GGUF file"):
+        gguf_source(cut)
+    cut.write_bytes(b"no GGUF at all")
+    with pytest.raises(BadCheckpoint, match="is no sound GGUF file"):
+        gguf_source(cut)
+    part = rewritten(file, tmp_path / "part.gguf", **{"split.count": 3})
+    with pytest.raises(BadCheckpoint, match="is one of 3 parts. Join them first: llama-gguf-split --merge"):
+        gguf_source(part)
+    adapter = rewritten(file, tmp_path / "adapter.gguf", **{"general.type": "adapter"})
+    with pytest.raises(BadCheckpoint, match=r"holds adapter \(llama\), no language model"):
+        gguf_source(adapter)
