@@ -72,14 +72,26 @@ def check_loaded(source: Checkpoint, language_model: LanguageModel) -> tuple[str
         for name, tensor in loaded.items():
             place = source.places[name]
             if mapped.at(tensor) != (source.folder / place.shard, place.offset):
-                stored = source.tensor(name)
-                if not torch.equal(stored.to(tensor.dtype), tensor):
+                if not _same_numbers(source.tensor(name), tensor):
                     raise BadCheckpoint(
                         f"{name} in {source.folder / place.shard} is not what the model was loaded "
                         "with. Leave one set of weights in the folder, and let it be during a run."
                     )
         taken |= loaded.keys()
     return tuple(sorted(source.places.keys() - taken))
+
+
+def _same_numbers(stored: Tensor, loaded: Tensor) -> bool:
+    """Whether a tensor is the stored one, in its own dtype.
+
+    Of one dtype, bytes are compared, eight at a time: four times as fast as numbers of 16 bits.
+    """
+    if stored.dtype != loaded.dtype or not loaded.is_contiguous():
+        return torch.equal(stored.to(loaded.dtype), loaded)
+    one, other = stored.flatten().view(torch.uint8), loaded.flatten().view(torch.uint8)
+    whole = len(one) // 8 * 8 if other.storage_offset() % 8 == 0 else 0
+    eights = torch.equal(one[:whole].view(torch.int64), other[:whole].view(torch.int64))
+    return stored.shape == loaded.shape and eights and torch.equal(one[whole:], other[whole:])
 
 
 def ignored_in_words(language_model: LanguageModel) -> str:
