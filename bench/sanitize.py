@@ -22,13 +22,15 @@ from torch import Tensor
 
 from secateur.kernels import library as native
 from secateur.kernels import packed as module
+from secateur.kernels.counts import BITS, Counts, count_in_torch
 from secateur.kernels.gram import KINDS
 from secateur.kernels.masks import best_of_groups_in_torch, without_lowest_in_torch
 from secateur.methods.column_sweep import sweep_block_in_torch
 from secateur.methods.patterns import NM, Unstructured
 
 SOURCES = [
-    str(Path(native.__file__).parent / "native" / f"{name}.c") for name in ("packed", "dense", "masks", "sweep", "gram")
+    str(Path(native.__file__).parent / "native" / f"{name}.c")
+    for name in ("packed", "dense", "masks", "counts", "sweep", "gram")
 ]
 FLAGS = [
     "-O1",
@@ -63,6 +65,7 @@ def main() -> None:
         uses = list(range(native.ISAS.index("avx512") if emulated else 0, best + 1))
         check(compiled, uses)
         check_masks(compiled)
+        check_counts(compiled, uses)
         check_sweep(compiled, uses)
         return check_gram(compiled, uses)
     failed = again([])
@@ -168,6 +171,18 @@ def check_masks(compiled: ctypes.CDLL) -> None:
         expected = best_of_groups_in_torch(scores, n, m)
         count += compare(expected, compiled.secateur_best_of_groups, scores, groups, m, n, threads)
     print(f"{count} masks: nothing found")
+
+
+def check_counts(compiled: ctypes.CDLL, uses: list[int]) -> None:
+    heap, checked, counts = Heap(), 0, (ctypes.c_int64 * 7)()
+    for dtype, (rows, columns), use, threads in product(BITS, [(1, 1), (5, 7), (3, 1030), (2, 512)], uses, (1, 3)):
+        weight = torch.randn(rows, columns).masked_fill(torch.rand(rows, columns) < 0.5, 0).to(dtype)
+        places = heap.put(weight)
+        compiled.secateur_count(use, dtype.itemsize, *places, rows, columns, *BITS[dtype], counts, threads)
+        assert Counts(*counts[:4], tuple(counts[4:])) == count_in_torch(weight)
+        heap.empty()
+        checked += 1
+    print(f"{checked} counts: nothing found")
 
 
 def check_sweep(compiled: ctypes.CDLL, uses: list[int]) -> None:

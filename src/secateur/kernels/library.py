@@ -40,6 +40,19 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.secateur_add_products.argtypes = [whole, whole, *[place] * 3, size, size, whole]
     squares = loaded.secateur_add_squares
     squares.argtypes, squares.restype = [whole, whole, *[place] * 2, size, size, whole], None
+    count = loaded.secateur_count
+    count.argtypes = [
+        whole,
+        whole,
+        place,
+        size,
+        size,
+        ctypes.c_uint64,
+        ctypes.c_uint64,
+        place,
+        whole,
+    ]
+    count.restype = None
     loaded.secateur_sweep_block.argtypes = [whole, *[place] * 4, size, size, size, whole, whole]
     return loaded
 
