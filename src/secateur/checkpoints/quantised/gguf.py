@@ -200,8 +200,8 @@ def _refuse_unknown_types(file: Path, reader: Any) -> None:
             _dequantised(np.zeros((1, size), _HELD_AS.get(kind.name, np.uint8)), kind)
         except NotImplementedError as error:
             raise UnsupportedModel(
-                f"{file} holds tensors in {kind.name}, which the package gguf cannot dequantise. Use "
-                "the original checkpoint, or a file of another type."
+                f"{file} holds tensors in {kind.name}, which the package gguf cannot dequantise. "
+                "Use the original checkpoint, or a file of another type."
             ) from error
 
 

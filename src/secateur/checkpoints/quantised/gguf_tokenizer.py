@@ -111,7 +111,7 @@ def _rule(file: Path, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], boo
 
 
 def _is_sentencepiece(settings: Mapping[str, Any]) -> bool:
-    """Whether a vocabulary is SentencePiece's, of a model that transformers has no own reader for."""
+    """Whether a vocabulary is SentencePiece's, of a model for which transformers has no reader."""
     own = settings["general.architecture"] in GGUF_SENTENCEPIECE_BUILDERS
     return settings.get("tokenizer.ggml.model") == "llama" and not own
 
