@@ -163,7 +163,7 @@ def test_no_hub_model_without_a_network(prune):
 
 
 def test_a_file_for_a_folder(prune, text_file):
-    prune(text_file, words="is a file; the folder of a checkpoint was wanted")
+    prune(text_file, words="is a file; the folder of a checkpoint, or a .gguf file, was wanted")
 
 
 def test_no_config(prune, copy):

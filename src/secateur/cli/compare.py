@@ -69,7 +69,7 @@ def report(
     show(joined, False, lambda: [*_shown(joined), written])
 
 
-def _shown(results: Results) -> list[Any]:
+def _shown(results: "Results") -> list[Any]:
     """The tables of a comparison, and what must be known besides."""
     from secateur.cli.tables import comparison_tables
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint, stored_dtype
-from secateur.checkpoints.quantised.formats import plain_source, settings_of, unreadable
+from secateur.checkpoints.quantised.formats import GGUF, plain_source, settings_of, unreadable
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, write_configuration
 from secateur.checkpoints.quantised.unpack import unpacked
 from secateur.data import demo
@@ -232,14 +232,14 @@ def resolve(
 def plain_folder(
     folder: Path, dtype: str = Unpacking.result_dtype, progress: Progress | None = None
 ) -> Path:
-    """A folder itself or, where it is quantised, the plain copy of it."""
+    """A folder itself or, of a quantised one and of a GGUF file, the plain copy."""
     source = plain_source(folder)
     return unpacked(source, dtype, progress) if source else folder
 
 
 def locate(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
-    """The folder of a model: the embedded demo for None, a folder as it is, else a download of
-    `wanted` from the hub.
+    """The folder of a model: the embedded demo for None, a folder or a GGUF file as it is, else a
+    download of `wanted` from the hub.
 
     Raises BadCheckpoint where it is none of these.
     """
@@ -249,8 +249,12 @@ def locate(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
     if folder.is_dir():
         refuse_odd_files(folder)
         return folder
+    if folder.is_file() and folder.suffix == GGUF:
+        return folder
     if folder.exists():
-        raise BadCheckpoint(f"{model} is a file; the folder of a checkpoint was wanted.")
+        raise BadCheckpoint(
+            f"{model} is a file; the folder of a checkpoint, or a .gguf file, was wanted."
+        )
     if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
         raise BadCheckpoint(f"There is no checkpoint folder {model}.")
     try:
