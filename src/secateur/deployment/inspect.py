@@ -18,11 +18,12 @@ from secateur.checkpoints.folder import DTYPES, Checkpoint, open_checkpoint
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
 from secateur.checkpoints.record import record_of
 from secateur.errors import UnsupportedModel
+from secateur.kernels.counts import GROUPS, count
 from secateur.methods.patterns import NM
 from secateur.models.load import locate
 from secateur.models.stored import stored_matrices, unknown_matrices
 from secateur.system.settings import Trust
-from secateur.system.tensors import FLOAT8, count_zeros
+from secateur.system.tensors import FLOAT8
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
 """The N:M patterns that are looked for."""
@@ -140,21 +141,22 @@ def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport
     if not isinstance(checkpoint, DecodedCheckpoint) and place.dtype not in DTYPES:
         return unknown
     tensor = checkpoint.tensor(name)
-    if tensor.dtype in FLOAT8:
-        tensor = tensor.float()
-    if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
+    if tensor.dtype not in FLOAT8 and (not tensor.is_floating_point() or tensor.dtype.itemsize < 2):
         return unknown
     weight = tensor.transpose(-1, -2) if transposed else tensor
-    negative = (tensor == 0) & tensor.signbit()
+    counts, wide = count(weight), weight.shape[-1] if weight.numel() else 0
+    densest = dict(zip(GROUPS, counts.densest, strict=True))
     return TensorReport(
         name,
         place.shape,
         place.dtype,
-        count_zeros(tensor) / max(tensor.numel(), 1),
-        tuple(str(pattern) for pattern in PATTERNS if tensor.numel() and pattern.holds(weight)),
-        int(negative.sum()),
-        int(tensor.isnan().sum()),
-        int(tensor.isinf().sum()),
+        counts.zeros / max(weight.numel(), 1),
+        tuple(
+            str(one) for one in PATTERNS if wide and not wide % one.m and densest[one.m] <= one.n
+        ),
+        counts.negative_zeros,
+        counts.nans,
+        counts.infs,
     )
 
 
