@@ -203,7 +203,7 @@ def a_reward_model(tensors):
         (added(model__a__weight_packed=torch.ones(2)), r"Read as compressed-tensors: .* has no weight_scale"),
         (added(model__a__weight_scale_2=torch.ones(2)), r"Read as nvfp4: model\.a in .* has no weight"),
         (added(model__a__weight_scale_inv=torch.ones(2)), r"quantised weights with their scales"),
-        (added(a__scales=torch.ones(2), a__weight=torch.ones(2, dtype=torch.uint32)), r"Read as mlx: .* of shape \[2\]"),
+        (added(a__scales=torch.ones(2), a__weight=torch.ones(2, dtype=torch.uint32)), r"as mlx: .* of shape \[2\]"),
         (added(model__a__weight=torch.ones(0)), r"is empty, as DeepSpeed's ZeRO-3 saves"),
         (a_reward_model, r"is a classifier or a reward model: it has score\.weight and no lm_head\.weight"),
     ],

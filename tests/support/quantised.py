@@ -93,7 +93,7 @@ def dense_llama(matrices: Mapping[str, Tensor], folder: Path) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             module = name.removesuffix(".weight").split(".", 3)[-1]
-            if (key := name if name in matrices else MODULES.get(module)) in matrices:
+            if (key := name if name in matrices else MODULES.get(module, "")) in matrices:
                 parameter.copy_(matrices[key])
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

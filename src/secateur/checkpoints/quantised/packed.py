@@ -94,17 +94,17 @@ class Packed:
         parts: Sequence[str],
     ) -> Decoded:
         """The plain tensor `prefix + last`; `decode(start, stop)` gives rows of it, or experts."""
-        inside = max(prod(shape[1:]), 1)
+        rows, inside = next(iter(shape), 1), max(prod(shape[1:]), 1)
         step = max(PIECE // inside, 1)
         step = step if len(shape) > 2 else max(step // ROWS, 1) * ROWS
         size = sum(self.place(part).bytes for part in parts if self.has(part))
         tensor = DenseTensor(
             self.prefix + last,
             shape,
-            partial(decode, 0, shape[0]),
+            partial(decode, 0, rows),
             stored,
             size,
-            partial(pieces, decode, shape[0], step),
+            partial(pieces, decode, rows, step),
         )
         return self.decoded(tensor, parts)
 
