@@ -163,3 +163,14 @@ def test_the_record_says_so_in_words(tiny_llama, tmp_path, text_file, capsys):
     shutil.rmtree(tmp_path / "out")
     report = secateur.prune(str(tiny_llama), out=tmp_path / "out", method="wanda", bos="never", **options)
     assert any(one.endswith(", no BOS.") for one in summary(report))
+
+
+def test_a_long_text_is_read_alike_in_pieces(monkeypatch):
+    """Offsets and masks go with the tokens, so pieces are joined where they are without BOS as well."""
+    from secateur.data import pieces
+
+    monkeypatch.setattr(pieces, "CHARACTERS", 500)
+    monkeypatch.setattr(pieces, "OVERLAP", 100)
+    text = "the cat sees a dog and runs " * 100
+    ids = pieces.long_ids(Reader(byte_tokenizer(), "never"), text)
+    assert list(ids) == plain_ids(text)
