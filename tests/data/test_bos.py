@@ -8,7 +8,7 @@ import torch
 from support.texts import byte_tokenizer
 
 import secateur
-from secateur.data.bos import bos_way
+from secateur.data.bos import bos_way, reading_in_words
 from secateur.data.calibration import calibration_windows
 from secateur.data.reader import Reader
 from secateur.data.windows import evaluation_windows
@@ -163,6 +163,13 @@ def test_the_record_says_so_in_words(tiny_llama, tmp_path, text_file, capsys):
     shutil.rmtree(tmp_path / "out")
     report = secateur.prune(str(tiny_llama), out=tmp_path / "out", method="wanda", bos="never", **options)
     assert any(one.endswith(", no BOS.") for one in summary(report))
+
+
+def test_a_text_is_put_into_words():
+    assert reading_in_words({}) == "BOS as the tokenizer puts it"
+    told = {"bos": "each-window", "counted": "assistant", "counted_tokens": 7, "generated": {"temperature": 0.7}}
+    words = "statistics on 7 tokens of the assistant, answers of the dense model at temperature 0.7"
+    assert reading_in_words(told) == f"BOS at the start of every window, {words}"
 
 
 def test_a_long_text_is_read_alike_in_pieces(monkeypatch):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from secateur.checkpoints.record import LEFT_OUT
-from secateur.data.bos import bos_in_words
+from secateur.data.bos import reading_in_words
 from secateur.data.windows import parts_in_words
 from secateur.deployment.inspect import rows as inspection_rows
 from secateur.deployment.inspect import share_in_words
@@ -127,7 +127,7 @@ def summary(report: Report) -> Iterator[str]:
     mixed = f" ({parts})" if (parts := parts_in_words(text)) else ""
     yield (
         f"Calibrated on {text['samples']} windows of {text['length']} tokens of {text['source']}"
-        f"{mixed}, {bos_in_words(text)}{_counted_in_words(text)}."
+        f"{mixed}, {reading_in_words(text)}."
     )
     matrices = report.sites
     errors = {one.site: one.output_error for one in matrices if one.output_error is not None}
@@ -153,7 +153,7 @@ def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
     yield (
         f"Perplexity {evaluation.perplexity:.4f}{_bits(evaluation.bits_per_byte)} on "
         f"{text['source']} ({text['split']}), {text['samples']} windows of {text['length']} "
-        f"tokens, {bos_in_words(text)}."
+        f"tokens, {reading_in_words(text)}."
     )
     if evaluation.delta is not None and evaluation.delta_interval is not None:
         low, high = evaluation.delta_interval
@@ -166,12 +166,6 @@ def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
     yield from task_lines(evaluation.tasks or {})
     if evaluation.note:
         yield evaluation.note
-
-
-def _counted_in_words(text: dict[str, Any]) -> str:
-    if "counted" not in text:
-        return ""
-    return f", statistics on {text['counted_tokens']:,} tokens of the {text['counted']}"
 
 
 def _bits(value: float | None) -> str:

@@ -9,6 +9,7 @@ never trained on a text without BOS and lose nearly everything where there is no
 one trained on stories, take BOS for the start of a new one. So it is chosen, and stated.
 """
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from secateur.errors import BadText, UnknownName, UnsupportedModel
@@ -23,7 +24,7 @@ WAYS = {
 }
 """The ways to put BOS, each in words."""
 COUNTED = ("all", "assistant")
-LEANING = "gemma"
+LEANING = ("gemma", "recurrent_gemma", "vaultgemma")
 """How the types of models begin that were never trained on a text without BOS, and that lose nearly
 everything without: gemma-2b has a perplexity of 650 on WikiText-2, and of 21 with it.
 """
@@ -70,6 +71,12 @@ def bos_way(tokenizer: Any, model_type: str, asked: str) -> str:
     return asked
 
 
-def bos_in_words(text: dict[str, Any]) -> str:
-    """Where BOS stood in a text, from its fingerprint."""
-    return WAYS.get(str(text.get("bos", "stream")), f"BOS {text.get('bos')}")
+def reading_in_words(text: Mapping[str, Any]) -> str:
+    """How a text was read, from its fingerprint: where BOS stood, what counted, who wrote it."""
+    bos, generated = str(text.get("bos") or "stream"), text.get("generated") or {}
+    words = [WAYS.get(bos, f"BOS {bos}")]
+    if text.get("counted"):
+        words.append(f"statistics on {text.get('counted_tokens')} tokens of the {text['counted']}")
+    if generated:
+        words.append(f"answers of the dense model at temperature {generated.get('temperature')}")
+    return ", ".join(words)

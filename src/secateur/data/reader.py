@@ -57,7 +57,7 @@ class Reader:
             plain: Any = self.tokenizer(text, verbose=False, add_special_tokens=False)["input_ids"]
             return self.read(plain)
         ids = assistant_ids(self.tokenizer, chat)
-        bos = self.tokenizer.bos_token_id
+        bos: Any = self.tokenizer.bos_token_id
         begins = self.bos != "stream" and bos is not None and ids[:1] in ([bos], [~bos])
         return ids[1:] if begins else ids
 

@@ -66,7 +66,8 @@ def answers(
     draw = _Draw(drawing, [number for number, _ in prompts], advance)
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        made = model.generate(
+        generate: Any = model.generate
+        made: Tensor = generate(
             padded.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=config,
@@ -74,7 +75,7 @@ def answers(
         )
     finally:
         model.generation_config = own
-    return [_ended(row, drawing.stop) for row in made[:, width:].tolist()]  # type: ignore[union-attr]
+    return [_ended(row, drawing.stop) for row in made[:, width:].tolist()]
 
 
 def _ended(ids: list[int], stop: Sequence[int]) -> list[int]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.data.bos import bos_in_words
+from secateur.data.bos import reading_in_words
 from secateur.data.windows import parts_in_words
 from secateur.evaluation.results.schema import Recovered, Results, Row
 from secateur.methods.pattern_text import share_of
@@ -257,7 +257,7 @@ def _source(text: dict[str, Any], what: str) -> str:
     if parts := parts_in_words(text):
         seed = f"{seed} ({parts})"
     return (
-        f"{text['source']} ({text['split']}), {size}{seed}, {bos_in_words(text)}, sha256 "
+        f"{text['source']} ({text['split']}), {size}{seed}, {reading_in_words(text)}, sha256 "
         f"{text['sha256'][:16]}…"
     )
 

@@ -49,6 +49,10 @@ class Text(Fields):
     length: Whole
     sha256: str
     seed: Whole | None = None
+    bos: str | None = None
+    counted: str | None = None
+    counted_tokens: Whole | None = None
+    generated: dict[str, Any] | None = None
 
 
 class Timed(Fields):
