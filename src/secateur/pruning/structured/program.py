@@ -75,17 +75,8 @@ def prune_structure(
     recipe, method, structure = slices
     devices, batch_size = resources.devices, resources.batch_size
     check_windows(language_model, windows, batch_size)
-    forward = forward_dtype(resources.dtype, devices[0])
     refuse_uncounted(slices, windows)
-    run = BlockRun(
-        language_model,
-        windows.ids,
-        devices,
-        forward,
-        batch_size,
-        progress=progress,
-        counted=windows.counted,
-    )
+    run = _block_run(opened, resources, progress)
     feasibility = feasibility or Feasibility(language_model, devices[0])
     options = {"dtype": resources.dtype, "batch_size": batch_size, "align": recipe.align}
     conditions = {
@@ -102,7 +93,9 @@ def prune_structure(
         removal = _removal(run, method, feasibility, structure, source.bytes, recipe.align)
         names = Names(source, language_model, removal, drafts)
         report = _report(recipe, structure, opened, run, removal)
-        report.note = " ".join(filter(None, (read_from(source.folder), report.note)))
+        report.note = " ".join(
+            filter(None, (read_from(source.folder), windows.empty_in_words(), report.note))
+        )
         if drafts:
             report.removed["draft heads"] = f"{len(drafts)} tensors"
         size = size_of(source, names.places)
@@ -119,6 +112,19 @@ def prune_structure(
             report.peak_bytes, report.out = peak.bytes, Path(destination.out)
             writer.finish(pruning_record(source.folder, report, destination.command, options))
     return report
+
+
+def _block_run(opened: Opened, resources: Resources, progress: Progress) -> BlockRun:
+    """The calibration windows on their way through the blocks."""
+    return BlockRun(
+        opened.language_model,
+        opened.windows.ids,
+        resources.devices,
+        forward_dtype(resources.dtype, resources.devices[0]),
+        resources.batch_size,
+        progress=progress,
+        counted=opened.windows.counted,
+    )
 
 
 def _write(slicing: Slicing, writer: BlockWriter, report: Report, trust: Trust) -> None:
