@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +11,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from secateur.checkpoints.no_weights import INDEX, SINGLE, no_config, no_weights
 from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
 from secateur.system.files import file_sha256
 from secateur.system.json_files import json_object
 
 MOST_NAME = 1000
 """Characters in the name of a tensor. Real ones have less than 200."""
-SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
+RECORD = "pruning.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = FLOATS | {
     "BOOL": torch.bool,
@@ -86,7 +87,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, every header checked against its file. Raises BadCheckpoint."""
     if not (folder / "config.json").is_file():
-        raise BadCheckpoint(f"{folder} is no checkpoint folder: it has no config.json.")
+        raise no_config(str(folder), (file.name for file in folder.iterdir()))
     json_object(folder / "config.json")
     indexed = _index(folder)
     shards = tuple(sorted(set(indexed.values()))) if indexed else _single_shard(folder)
@@ -114,13 +115,16 @@ def is_whole(folder: Path) -> bool:
     return all((folder / shard).is_file() for shard in shards)
 
 
-def weight_file(folder: Path) -> str:
+def weight_file(folder: Path, files: Container[str] | None = None) -> str:
     """The file from which transformers loads the weights of a folder, shards or their index: what
     config.json names, else `model.safetensors`, else the index.
+
+    `files`: the names in the repository that the folder comes from; None for what lies there.
     """
     named = json_object(folder / "config.json").get("transformers_weights")
     if named is None:
-        return SINGLE if (folder / SINGLE).is_file() or not (folder / INDEX).is_file() else INDEX
+        there = {name for name in (SINGLE, INDEX) if _has(folder, name, files)}
+        return SINGLE if SINGLE in there or INDEX not in there else INDEX
     if not isinstance(named, str) or Path(named).name != named:
         raise BadCheckpoint(
             f"{folder / 'config.json'} names {named!r} as transformers_weights; a file in the same "
@@ -129,11 +133,22 @@ def weight_file(folder: Path) -> str:
     return named
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def _has(folder: Path, name: str, files: Container[str] | None) -> bool:
+    return (folder / name).is_file() if files is None else name in files
+
+
+def wanted_shards(folder: Path, files: Container[str]) -> list[str]:
+    """The files that the weights lie in, of a repository with these files, whose config.json and
+    index are in the folder. Raises BadCheckpoint for a bad index.
+    """
+    return sorted(set(_weight_map(folder, files).values())) or [weight_file(folder, files)]
+
+
+def _weight_map(folder: Path, files: Container[str] | None = None) -> dict[str, str]:
     """The shard of every tensor, as the index says; empty where there is none, or it is not used.
     Shards may be missing.
     """
-    file = folder / weight_file(folder)
+    file = folder / weight_file(folder, files)
     if not file.name.endswith(".index.json") or not file.is_file():
         return {}
     weight_map = json_object(file).get("weight_map")
@@ -167,26 +182,7 @@ def _index(folder: Path) -> dict[str, str]:
 def _single_shard(folder: Path) -> tuple[str, ...]:
     if (folder / (single := weight_file(folder))).is_file():
         return (single,)
-    if (folder / "adapter_config.json").is_file():
-        raise BadCheckpoint(
-            f"{folder} holds an adapter, not a model. Merge it into its base model (peft's "
-            "merge_and_unload), save that, and prune it."
-        )
-    pickles = sorted(
-        f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".ckpt")
-    )
-    if pickles:
-        raise BadCheckpoint(
-            f"{folder} has only pickled weights ({pickles[0]}), which can run code when loaded. "
-            "Convert them to safetensors first: load the model in a place you trust and call "
-            "save_pretrained."
-        )
-    if packed := sorted(f.name for f in folder.glob("packed-*.safetensors")):
-        raise BadCheckpoint(
-            f"{folder} is packed ({packed[0]}). Make it dense first: secateur export {folder} "
-            "--to dense --out DIR."
-        )
-    raise BadCheckpoint(f"{folder} has no weights: neither {SINGLE} nor {INDEX}.")
+    raise no_weights(str(folder), (file.name for file in folder.iterdir()))
 
 
 def _read_header(file: Path) -> Iterator[tuple[str, TensorLocation]]:

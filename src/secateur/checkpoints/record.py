@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from secateur.checkpoints.folder import RECORD
+from secateur.checkpoints.hub import commit_of
 from secateur.checkpoints.quantised.unpack import source_of
 from secateur.errors import BadCheckpoint, in_one_line
 from secateur.system.json_files import read_json
@@ -158,10 +159,12 @@ def pruning_record(
 ) -> dict[str, Any]:
     """What `pruning.json` holds of a run on the checkpoint in `source`."""
     unpacked_from = source_of(source)
+    origin = Path(unpacked_from["folder"]) if unpacked_from else source
     return {
         "schema": "secateur.pruning/1",
-        "model": str(unpacked_from["folder"] if unpacked_from else source),
+        "model": str(origin),
         **({"source": unpacked_from} if unpacked_from else {}),
+        **({"hub": commit} if (commit := commit_of(origin)) else {}),
         "command": typed_command(command),
         "versions": versions(),
         **report.record(),

@@ -47,7 +47,7 @@ def bench(
     return show(results, as_json, lambda: [speed_table(results), *skipped])
 
 
-@options(Destination, without=("restart",))
+@options(Destination, Trust, without=("restart", "allow_low_coverage", "trust_remote_code"))
 def export(
     given: dict[str, Any],
     model: Model = None,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def progress(quiet: bool) -> Progress:
     """The progress display, with the loading bars of the libraries turned off."""
     import datasets
+    import huggingface_hub
     import transformers
 
     from secateur.system import progress
@@ -29,6 +30,9 @@ def progress(quiet: bool) -> Progress:
         logging.CRITICAL
     )  # what is an error to us is raised as well, and told once
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()
+    if quiet:
+        huggingface_hub.utils.disable_progress_bars()
     return progress.show(quiet)
 
 

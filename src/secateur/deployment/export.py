@@ -15,7 +15,7 @@ from secateur.system.files import disk_errors
 from secateur.system.json_files import read_json, write_json
 from secateur.system.machine import typed_command, versions
 from secateur.system.progress import Progress
-from secateur.system.settings import Destination
+from secateur.system.settings import Destination, Trust
 
 
 def export(
@@ -26,6 +26,7 @@ def export(
     values: str | None = None,
     ranks: int | None = None,
     trust_remote_code: bool | None = None,
+    revision: str | None = Trust.revision,
     overwrite: bool = Destination.overwrite,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
@@ -38,7 +39,7 @@ def export(
     UnsupportedModel, OutputRefused, DiskFull.
     """
     progress = progress or Progress()
-    folder, out = resolve(model, progress=progress), Path(out)
+    folder, out = resolve(model, Trust(revision=revision), progress=progress), Path(out)
     given = {"values": values, "ranks": ranks, "trust_remote_code": trust_remote_code}
     options = {name: value for name, value in given.items() if value is not None}
     wanted, stored_as = _formats(folder, to, options)

@@ -22,7 +22,7 @@ from secateur.kernels.counts import GROUPS, count
 from secateur.methods.patterns import NM
 from secateur.models.load import locate
 from secateur.models.stored import stored_matrices, unknown_matrices
-from secateur.system.settings import Trust
+from secateur.system.settings import Trust, taken
 from secateur.system.tensors import FLOAT8
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
@@ -80,10 +80,13 @@ class Inspection:
 
 
 def inspect(
-    model: str | Path | None = None, *, trust_remote_code: bool = Trust.trust_remote_code
+    model: str | Path | None = None,
+    *,
+    trust_remote_code: bool = Trust.trust_remote_code,
+    revision: str | None = Trust.revision,
 ) -> Inspection:
     """Sparsity and patterns of every weight matrix of a checkpoint folder. Raises BadCheckpoint."""
-    folder = locate(model)
+    folder = locate(model, taken(Trust, locals()))
     try:
         checkpoint = readable_checkpoint(folder)
         stored, coverage = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)

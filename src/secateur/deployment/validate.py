@@ -33,7 +33,7 @@ from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.load import locate
 from secateur.models.stored import Stored, stored_matrices, unknown_matrices
-from secateur.system.settings import Serving, Trust
+from secateur.system.settings import Serving, Trust, taken
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def validate(
     batch: int = Serving.batch,
     ranks: int = Serving.ranks,
     trust_remote_code: bool = Trust.trust_remote_code,
+    revision: str | None = Trust.revision,
 ) -> Validation:
     """Say for every weight matrix of a checkpoint whether `runtime` will use its zeros, and why.
 
@@ -95,7 +96,7 @@ def validate(
     if runtime not in RULES:
         raise UnknownName("runtime", runtime, RULES)
     rule = RULES[runtime]
-    folder = locate(model)
+    folder = locate(model, taken(Trust, locals()))
     checkpoint = readable_checkpoint(folder)
     record = record_of(folder) or {}
     smaller, notes = record.get("parameters"), rule.remarks(str(folder))

@@ -107,6 +107,7 @@ def evaluate(
     data_dir: str | Path | None = EvaluationText.data_dir,
     bos: str = EvaluationText.bos,
     trust_remote_code: bool = Trust.trust_remote_code,
+    revision: str | None = Trust.revision,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Measure the perplexity of a model, and its distance from `dense` where that is given.
@@ -120,20 +121,21 @@ def evaluate(
     progress, local = progress or Progress(), Path(data_dir) if data_dir else None
     first, dtype = find_devices(device)[0], find_dtype(dtype)
     asked = check_tasks(zero_shot, local)
-    trust: Any = {"trust_remote_code": trust_remote_code}
-    folder = open_checkpoint(resolve(model, progress=progress)).folder
+    given: Any = {"trust_remote_code": trust_remote_code}
+    trust = Trust(revision=revision, **given)
+    folder = open_checkpoint(resolve(model, trust, progress=progress)).folder
     progress.begin(f"loading {model or 'the demo model'}")
-    language_model, tokenizer = load(folder, **trust), load_tokenizer(folder, **trust)
+    language_model, tokenizer = load(folder, **given), load_tokenizer(folder, **given)
     reader = reader_of(language_model, tokenizer, bos)
     judged = judged_windows(language_model, reader, model, text)
     check_windows(language_model, judged, batch_size)
     pruned = Forward(language_model, judged.ids, first, forward_dtype(dtype, first), batch_size)
     models, reference, answers = [(language_model, reader)], None, None
     if dense is not None:
-        folder = open_checkpoint(resolve(dense, progress=progress)).folder
-        reference = pruned.of(load(folder, **trust))
+        folder = open_checkpoint(resolve(dense, Trust(**given), progress=progress)).folder
+        reference = pruned.of(load(folder, **given))
         if asked:
-            other = replace(reader, tokenizer=load_tokenizer(folder, **trust))
+            other = replace(reader, tokenizer=load_tokenizer(folder, **given))
             models.append((reference.language_model, other))
         _check_vocabularies(pruned, reference, f"{dense}", f"{model or 'the demo model'}")
     found = _beside(pruned, reference, reader, judged, progress)

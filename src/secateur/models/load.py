@@ -1,26 +1,32 @@
 """Loading a causal LM: the only file that knows how transformers does it.
 
 The `nn.ModuleList` that holds most parameters of the language model (`parts`) is the stack of
-decoder blocks. A model whose blocks,
-run one by one (`replay`), do not give its own logits bit for bit is refused rather than pruned
-wrongly. Weights stay where `from_pretrained` mapped them.
+decoder blocks. A model whose blocks, run one by one (`replay`), do not give its own logits bit for
+bit is refused rather than pruned wrongly. Weights stay where `from_pretrained` mapped them.
 """
 
-from collections.abc import Sequence
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint, stored_dtype
-from secateur.checkpoints.quantised.formats import GGUF, plain_source, settings_of, unreadable
+from secateur.checkpoints.hub import Wanted, fetch
+from secateur.checkpoints.quantised.formats import (
+    GGUF,
+    plain_config,
+    plain_source,
+    refuse_unreadable,
+    settings_of,
+    unreadable,
+)
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, write_configuration
 from secateur.checkpoints.quantised.unpack import unpacked
 from secateur.data import demo
@@ -43,13 +49,10 @@ from secateur.models.recognise import refuse_other_kinds
 from secateur.models.replay import LanguageModel, Shell, run_block
 from secateur.models.source import check_loaded
 from secateur.system.files import refuse_odd_files
-from secateur.system.json_files import json_object
+from secateur.system.json_files import json_object, write_json
 from secateur.system.machine import CPU
 from secateur.system.progress import Progress
-from secateur.system.settings import Unpacking
-
-WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
-"""What is downloaded of a model."""
+from secateur.system.settings import Trust, Unpacking
 
 
 def find_stack(model: nn.Module) -> str:
@@ -215,9 +218,26 @@ def checkpoint_config(checkpoint: Checkpoint, *, trust_remote_code: bool = False
         return load_config(Path(place), trust_remote_code=trust_remote_code)
 
 
+def described_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of the plain model where the weights are not there yet.
+
+    Raises UnsupportedModel or BadCheckpoint where that alone says that it cannot be read.
+    """
+    config = json_object(folder / "config.json")
+    settings = settings_of(folder, config)
+    if settings is None:
+        return load_config(folder, trust_remote_code=trust_remote_code)
+    refuse_unreadable(folder, settings)
+    with TemporaryDirectory() as place:
+        write_json(Path(place) / "config.json", plain_config(config))
+        for file in folder.glob("*.py"):
+            shutil.copy(file, place)
+        return load_config(Path(place), trust_remote_code=trust_remote_code)
+
+
 def resolve(
     model: str | Path | None,
-    wanted: Sequence[str] = WANTED,
+    trust: Trust | None = None,
     *,
     dtype: str = Unpacking.result_dtype,
     progress: Progress | None = None,
@@ -226,7 +246,7 @@ def resolve(
 
     Raises BadCheckpoint, UnsupportedModel for a format that cannot be read, DiskFull.
     """
-    return plain_folder(locate(model, wanted), dtype, progress)
+    return plain_folder(locate(model, trust), dtype, progress)
 
 
 def plain_folder(
@@ -237,16 +257,20 @@ def plain_folder(
     return unpacked(source, dtype, progress) if source else folder
 
 
-def locate(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
-    """The folder of a model: the embedded demo for None, a folder or a GGUF file as it is, else a
-    download of `wanted` from the hub.
+def locate(model: str | Path | None, trust: Trust | None = None, *, weights: bool = True) -> Path:
+    """The folder of a model: the embedded demo for None, a folder or a GGUF file as it is, else
+    what is fetched from the hub, NAME or NAME@REVISION; without `weights` what describes them.
 
     Raises BadCheckpoint where it is none of these.
     """
-    if model is None:
-        return demo.model_folder()
-    folder = Path(model)
+    trust = trust or Trust()
+    folder = demo.model_folder() if model is None else Path(model)
     if folder.is_dir():
+        if trust.revision:
+            raise BadCheckpoint(
+                f"--revision {trust.revision} is for names of the hub; {model or 'the demo model'} "
+                "is a folder. Leave it out."
+            )
         refuse_odd_files(folder)
         return folder
     if folder.is_file() and folder.suffix == GGUF:
@@ -255,12 +279,9 @@ def locate(model: str | Path | None, wanted: Sequence[str] = WANTED) -> Path:
         raise BadCheckpoint(
             f"{model} is a file; the folder of a checkpoint, or a .gguf file, was wanted."
         )
-    if str(model).count("/") > 1 or str(model).startswith((".", "/", "~")):
+    name, _, revision = str(model).partition("@")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise BadCheckpoint(f"There is no checkpoint folder {model}.")
-    try:
-        return Path(snapshot_download(str(model), allow_patterns=list(wanted)))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError, RuntimeError) as error:
-        raise BadCheckpoint(
-            f"{model} is neither a folder here nor a model that the hub gives out: "
-            f"{in_one_line(error)}."
-        ) from error
+    check = partial(described_config, trust_remote_code=trust.trust_remote_code)
+    wanted = Wanted(check, trust.trust_remote_code, weights)
+    return fetch(name, revision or trust.revision, wanted)

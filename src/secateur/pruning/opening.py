@@ -43,7 +43,7 @@ def opened(
     unpacked to `result_dtype`. Weights that do not fit into memory go to a file beside `out`, and
     so does what the model says itself; `restart` discards that. Raises SecateurError.
     """
-    folder = resolve(model, dtype=result_dtype, progress=progress)
+    folder = resolve(model, trust, dtype=result_dtype, progress=progress)
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
     spill = spill_folder(out, source.bytes, resources.limit)

@@ -72,6 +72,7 @@ def prune(
     result_dtype: str = Unpacking.result_dtype,
     allow_low_coverage: bool = Trust.allow_low_coverage,
     trust_remote_code: bool = Trust.trust_remote_code,
+    revision: str | None = Trust.revision,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:

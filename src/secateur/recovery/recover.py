@@ -12,6 +12,7 @@ it is trained as the dense model that it is.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def recover(
     overwrite: bool = Destination.overwrite,
     restart: bool = Destination.restart,
     trust_remote_code: bool = Trust.trust_remote_code,
+    revision: str | None = Trust.revision,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Recovery:
@@ -142,7 +144,7 @@ def _pruned(
     model: str | Path, destination: Destination, trust: Trust, progress: Progress
 ) -> Pruned:
     """The pruned model, which is what its record says. Raises SecateurError."""
-    folder = resolve(model, progress=progress)
+    folder = resolve(model, trust, progress=progress)
     source = open_checkpoint(folder)
     check_output_folder(source, Path(destination.out), overwrite=destination.overwrite)
     record = pruning_record(source)
@@ -155,7 +157,7 @@ def _pruned(
 
 def _dense(model: str | Path, pruned: Pruned, trust: Trust) -> Dense:
     """The model that was pruned. Raises SecateurError."""
-    folder = resolve(model)
+    folder = resolve(model, replace(trust, revision=None))
     dense = Dense(folder, load(folder, trust_remote_code=trust.trust_remote_code))
     refuse_other_model(pruned, dense, trust)
     return dense

@@ -203,12 +203,17 @@ class Unpacking:
 
 @dataclass(frozen=True, kw_only=True)
 class Trust:
-    """What is refused unless a user lets it pass."""
+    """What is let in from elsewhere."""
 
     allow_low_coverage: bool = option(
         False, "Prune although most weights are in no matrix that can be pruned."
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    revision: str | None = option(
+        None,
+        "Of a hub name, the branch, tag or commit; default: main. NAME@REVISION says it as well, "
+        "and for --dense.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,8 @@ FORMATS = {
     "awq": Format(awq.recognised, awq.decoded),
 }
 """In the order in which they are asked."""
+METHODS = {*FORMATS, *fp8.METHODS, "auto-round", "modelopt", "modelopt_fp4"}
+"""What `quant_method` may be; which of its kinds are read, the tensors say."""
 KEYS = ("quantization_config", "compression_config", "sparsity_config", "quantization")
 """Where config.json speaks of quantisation; that of a plain model has none of them."""
 BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
@@ -119,6 +121,12 @@ def _sparse(settings: Mapping[str, Any] | None) -> bool:
 
 def _key(config: Mapping[str, Any]) -> str:
     return next((key for key in KEYS if config.get(key)), "the words on quantisation")
+
+
+def refuse_unreadable(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise UnsupportedModel where the name of the method alone says that it cannot be read."""
+    if settings.get("quant_method") not in (None, *METHODS) or _sparse(settings):
+        raise UnsupportedModel(unreadable(folder, settings))
 
 
 def unreadable(folder: Path, settings: Mapping[str, Any]) -> str:

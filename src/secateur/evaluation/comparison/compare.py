@@ -110,6 +110,7 @@ def compare(
     restart: bool = Destination.restart,
     allow_low_coverage: bool = Trust.allow_low_coverage,
     trust_remote_code: bool = Trust.trust_remote_code,
+    revision: str | None = Trust.revision,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Results:
@@ -199,7 +200,7 @@ def _workplace(
 
 def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:
     """Load the dense model, ask what it can lose. Raises where that is less than a row wants."""
-    source = open_checkpoint(resolve(asked.model, progress=asked.progress))
+    source = open_checkpoint(resolve(asked.model, asked.trust, progress=asked.progress))
     asked.progress.begin(f"loading {asked.model or 'the demo model'}")
     language_model = load(
         source.folder,

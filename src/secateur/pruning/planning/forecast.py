@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.checkpoints.folder import INDEX, Checkpoint, is_whole, stored_dtype
+from secateur.checkpoints.folder import is_whole, stored_dtype
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
 from secateur.errors import BadPattern, NotEnoughText
 from secateur.methods import find_method
@@ -24,7 +24,7 @@ from secateur.methods.pattern_text import parse
 from secateur.methods.patterns import Pattern
 from secateur.methods.structures import Structure
 from secateur.models.context import check_length, context
-from secateur.models.load import checkpoint_config, locate
+from secateur.models.load import checkpoint_config, described_config, locate
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.pruning.planning.allocation import uniform
@@ -108,6 +108,7 @@ def forecast(
     passes: str = Compute.passes,
     memory: int | str | None = Compute.memory,
     trust_remote_code: bool = Trust.trust_remote_code,
+    revision: str | None = Trust.revision,
     measure: bool = True,
 ) -> Forecast:
     """Say what pruning a model will take, from its config.json; arguments as for `prune`.
@@ -197,11 +198,13 @@ def _workload(
             f"{resources.batch_size}."
         )
     devices = resources.devices
-    folder = locate(model, ("config.json", INDEX, *(("*.py",) if remote else ())))
+    folder = locate(model, trust, weights=False)
     checkpoint = readable_checkpoint(folder) if is_whole(folder) else None
     decoded = isinstance(checkpoint, DecodedCheckpoint)
-    opened = checkpoint or Checkpoint(folder, (), {})
-    config = checkpoint_config(opened, trust_remote_code=remote)
+    if checkpoint:
+        config = checkpoint_config(checkpoint, trust_remote_code=remote)
+    else:
+        config = described_config(folder, trust_remote_code=remote)
     length = text.seq_len or min(2048, context(config) or 2048)
     check_length(config, length)
     stored = getattr(config, "dtype", None) or torch.float32

@@ -78,6 +78,7 @@ def plan(
     self_tokens: int = CalibrationText.self_tokens,
     overwrite: bool = Destination.overwrite,
     trust_remote_code: bool = Trust.trust_remote_code,
+    revision: str | None = Trust.revision,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Plan:
