@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from secateur.checkpoints.copied import belonging_folders, refuse_links_out
 from secateur.checkpoints.folder import Checkpoint
 from secateur.checkpoints.quantised.unpack import source_of
 from secateur.errors import OutputRefused
-from secateur.system.files import refuse_links_out
 
 
 def journal_of(out: Path) -> Path:
@@ -56,7 +56,8 @@ def refuse_output(out: Path, *, overwrite: bool, strict: bool = False) -> None:
             raise OutputRefused(
                 f"{out} is no checkpoint folder, so --overwrite does not replace it."
             )
-        if folders := sorted(path.name for path in out.iterdir() if path.is_dir()):
+        inside = {path.name for path in out.iterdir() if path.is_dir()}
+        if folders := sorted(inside - {*belonging_folders(out)}):
             raise OutputRefused(
                 f"{out} holds other folders ({folders[0]}), so --overwrite does not replace it. "
                 "Delete it yourself."

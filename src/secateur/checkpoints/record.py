@@ -94,7 +94,11 @@ class Report:
     def end(self, peak_bytes: int | None) -> None:
         """Sum up what the blocks were, and what the run held at most."""
         self.sparsity, self.peak_bytes = total_sparsity(self.sites), peak_bytes
-        self.note = " ".join(filter(None, (self.note, filled_in_words(self.sites))))
+        self.remark(filled_in_words(self.sites))
+
+    def remark(self, sentence: str) -> None:
+        """Add a sentence to what the reader must know of the run, unless it is empty."""
+        self.note = " ".join(filter(None, (self.note, sentence)))
 
     def record(self) -> dict[str, Any]:
         """What a repeated run gives again, as JSON can hold it: no times, no memory, no place."""

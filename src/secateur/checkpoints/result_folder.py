@@ -6,7 +6,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from secateur.checkpoints.folder import INDEX, RECORD, Checkpoint, weight_file
+from secateur.checkpoints.copied import belonging_files
+from secateur.checkpoints.folder import Checkpoint
 from secateur.checkpoints.journal import Journal, differences
 from secateur.checkpoints.output_folder import check_output_folder, journal_of, refuse_output
 from secateur.checkpoints.quantised.unpack import SOURCE
@@ -23,8 +24,6 @@ from secateur.errors import (
 from secateur.system.files import disk_errors, sync
 from secateur.system.json_files import json_object, write_json
 from secateur.system.sizes import in_words
-
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 @contextmanager
@@ -90,11 +89,7 @@ def _taken_up(result: Output, conditions: Mapping[str, Any], restart: bool) -> b
 
 def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | None) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    files = [file for file in sorted(source.folder.iterdir()) if file.is_file()]
-    ours = [RECORD, SOURCE, *source.shards]  # written anew
-    if weight_file(source.folder) != INDEX:
-        ours.append(INDEX)  # of other weights
-    copied = [f for f in files if f.name not in ours and not f.name.endswith(_WEIGHTS)]
+    copied = [file for file in belonging_files(source) if file.name != SOURCE]
     free = shutil.disk_usage(out.parent).free
     size = source.bytes if other_weights is None else other_weights
     if free < (size := size + sum(file.stat().st_size for file in copied)):
@@ -104,8 +99,10 @@ def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | Non
     if other_weights is None:
         copied += [source.folder / shard for shard in source.shards]
     for file in copied:
-        shutil.copyfile(file, partial / file.name)
-        sync(partial / file.name)
+        copy = partial / file.relative_to(source.folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
+        sync(copy)
     sync(partial)
 
 

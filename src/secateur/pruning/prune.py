@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from secateur.checkpoints.copied import left_behind_in_words
 from secateur.checkpoints.output_folder import refuse_output
 from secateur.checkpoints.record import Report, pruning_record, read_from
 from secateur.data.bos import readable
@@ -129,6 +130,7 @@ def prune_checkpoint(
     with PeakMemory() as peak, writing as writer:
         report, pruning = prepare(run, windows, chosen, resources, trust, writer.once)
         report.note = " ".join(filter(None, (read_from(source.folder), report.note)))
+        report.remark(left_behind_in_words(source))
         for entry in writer.entries:
             report.take(entry)
         if len(writer.entries) < count:

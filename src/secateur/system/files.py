@@ -54,24 +54,6 @@ def refuse_odd_files(folder: Path) -> None:
             )
 
 
-def refuse_links_out(folder: Path) -> None:
-    """Raise BadCheckpoint for links out of a folder whose files will be copied, shards excepted.
-
-    A link in a folder from elsewhere can name a private key; the copy would then be in a result
-    that is given away. The hub's own cache keeps its files in a folder beside the snapshots.
-    """
-    allowed = {folder.resolve()}
-    if folder.resolve().parent.name == "snapshots":
-        allowed.add(folder.resolve().parent.parent / "blobs")
-    for path in folder.iterdir():
-        if path.is_symlink() and path.is_file() and path.suffix != ".safetensors":
-            target = path.resolve()
-            if allowed.isdisjoint(target.parents):
-                raise BadCheckpoint(
-                    f"{path} is a link to {target}, outside of the folder. Put a copy in its place."
-                )
-
-
 def file_sha256(file: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with file.open("rb") as stream:

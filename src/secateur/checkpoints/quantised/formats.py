@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from secateur.checkpoints.copied import refuse_links_out
 from secateur.checkpoints.folder import INDEX, is_whole, open_checkpoint
 from secateur.checkpoints.quantised import (
     awq,
@@ -26,7 +27,6 @@ from secateur.checkpoints.quantised.gguf import gguf_source
 from secateur.checkpoints.quantised.packed import Decoded, QuantisedFolder, all_tensors
 from secateur.checkpoints.quantised.unpack import SOURCE
 from secateur.errors import BadCheckpoint, UnsupportedModel
-from secateur.system.files import refuse_links_out
 from secateur.system.json_files import json_object
 
 

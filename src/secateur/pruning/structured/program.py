@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateur.checkpoints.copied import left_behind_in_words
 from secateur.checkpoints.record import Report, pruning_record, read_from
 from secateur.checkpoints.result_folder import configure
 from secateur.checkpoints.shards import resized, size_of
@@ -96,6 +97,7 @@ def prune_structure(
         report.note = " ".join(
             filter(None, (read_from(source.folder), windows.empty_in_words(), report.note))
         )
+        report.remark(left_behind_in_words(source))
         if drafts:
             report.removed["draft heads"] = f"{len(drafts)} tensors"
         size = size_of(source, names.places)
