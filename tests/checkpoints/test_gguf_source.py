@@ -1,7 +1,7 @@
 """GGUF as a source: against the model that was written, `gguf`'s own dequantisation put in order row by row, and
 transformers' loading of the whole file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,9 @@ def as_stored(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray, Any]]
     return [(name, value, None)]
 
 
-def rewritten(file: Path, out: Path, edit: Edit = as_stored, **settings: Any) -> Path:
-    """The file again, each tensor as `edit` gives it (name, data, type), with other settings; None takes one away."""
+def rewritten(file: Path, out: Path, edit: Edit = as_stored, settings: Mapping[str, Any] | None = None) -> Path:
+    """The file again, each tensor as `edit` gives it (name, data, type), with other settings."""
+    settings = settings or {}
     reader = package.GGUFReader(file)
     writer = package.GGUFWriter(out, reader.fields["general.architecture"].contents())
     for name, field in reader.fields.items():
@@ -73,7 +74,7 @@ def rewritten(file: Path, out: Path, edit: Edit = as_stored, **settings: Any) ->
     for name, value in settings.items():
         if isinstance(value, str):
             writer.add_string(name, value)
-        elif value is not None:
+        else:
             (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(name, value)
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in tensor.shape[::-1])
@@ -246,7 +247,7 @@ def test_scaled_rotation_is_read(tmp_path):
     ids, file = torch.arange(100)[None], tmp_path / "0g" / FILE
     yarn = rewritten(
         file, tmp_path / "yarn.gguf",
-        **{"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 32},
+        settings={"llama.rope.scaling.type": "yarn", "llama.rope.scaling.original_context_length": 32},
     )  # fmt: skip
     rope = gguf_source(yarn).config["rope_parameters"]
     assert rope == {
@@ -260,15 +261,15 @@ def file(tmp_path):
 
 
 def test_settings_that_nobody_reads_are_refused(file, tmp_path):
-    odd = rewritten(file, tmp_path / "odd.gguf", **{"llama.logit_scale": 0.5})
+    odd = rewritten(file, tmp_path / "odd.gguf", settings={"llama.logit_scale": 0.5})
     with pytest.raises(UnsupportedModel, match=r"sets llama\.logit_scale = 0\.5, which is not known of llama"):
         gguf_source(odd)
     odd = rewritten(
-        file, tmp_path / "rope.gguf", **{"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}
+        file, tmp_path / "rope.gguf", settings={"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}
     )
     with pytest.raises(UnsupportedModel, match="scales its rotation as 'longrope'"):
         gguf_source(odd)
-    odd = rewritten(file, tmp_path / "pre.gguf", **{"tokenizer.ggml.pre": "xyzzy"})
+    odd = rewritten(file, tmp_path / "pre.gguf", settings={"tokenizer.ggml.pre": "xyzzy"})
     with pytest.raises(UnsupportedModel, match=r"splits text by the rule 'xyzzy', which is not known here"):
         gguf_source(odd)
     odd = rewritten(file, tmp_path / "arch.gguf", lambda name, value: [(name, value, None)])
@@ -301,9 +302,9 @@ def test_files_that_hold_no_whole_model_are_named(file, tmp_path):
     cut.write_bytes(b"no GGUF at all")
     with pytest.raises(BadCheckpoint, match="is no sound GGUF file"):
         gguf_source(cut)
-    part = rewritten(file, tmp_path / "part.gguf", **{"split.count": 3})
+    part = rewritten(file, tmp_path / "part.gguf", settings={"split.count": 3})
     with pytest.raises(BadCheckpoint, match=r"is one of 3 parts\. Join them first: llama-gguf-split --merge"):
         gguf_source(part)
-    adapter = rewritten(file, tmp_path / "adapter.gguf", **{"general.type": "adapter"})
+    adapter = rewritten(file, tmp_path / "adapter.gguf", settings={"general.type": "adapter"})
     with pytest.raises(BadCheckpoint, match=r"holds adapter \(llama\), no language model"):
         gguf_source(adapter)

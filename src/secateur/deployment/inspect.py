@@ -148,7 +148,7 @@ def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport
         return unknown
     weight = tensor.transpose(-1, -2) if transposed else tensor
     counts, wide = count(weight), weight.shape[-1] if weight.numel() else 0
-    densest = dict(zip(GROUPS, counts.densest, strict=True))
+    densest: dict[int, int] = dict(zip(GROUPS, counts.densest, strict=True))
     return TensorReport(
         name,
         place.shape,

@@ -35,7 +35,7 @@ class Counts(NamedTuple):
     negative_zeros: int
     nans: int
     infs: int
-    densest: tuple[int, int, int]
+    densest: tuple[int, ...]
 
 
 def count(weight: Tensor) -> Counts:

@@ -215,7 +215,7 @@ def _stored(reading: Reading, name: str, tensors: Sequence[Any]) -> dict[str, Te
     """
     made: dict[str, Any] = {"tensors": {}}  # where transformers puts what it stacks
     bare = {key.removesuffix(".weight"): value for key, value in reading.names.items()}
-    value: Tensor | None = None
+    value = torch.empty(0)
     for tensor in tensors:
         weights = _dequantised(tensor.data, tensor.tensor_type)
         keys = reading.names if tensor.name in reading.names else bare

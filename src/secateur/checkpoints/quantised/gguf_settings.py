@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
-from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
 from secateur.errors import UnsupportedModel
 

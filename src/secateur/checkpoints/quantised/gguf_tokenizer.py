@@ -98,7 +98,7 @@ def _rule(file: Path, settings: Mapping[str, Any]) -> tuple[tuple[str, ...], boo
     """The expressions by which the tokenizer splits a text, and whether whole words skip merges;
     None where transformers' table has it.
     """
-    name = settings.get("tokenizer.ggml.pre", "default")
+    name: str = settings.get("tokenizer.ggml.pre", "default")
     if (rule := _RULES.get(_SAME.get(name, name))) is not None:
         return rule
     if name in GGUF_PRE_TOKENIZER_SPLITS:
