@@ -2,11 +2,12 @@
 
     python bench/chat_calibration.py --data-dir DIR --json bench/results/chat-calibration.json
 
-SmolLM2-135M-Instruct (bench/real.py fetches it) is pruned with one method and one pattern, calibrated on C4, on chat, on
-half of each, and on its own answers to the questions of the chat; chat once more with statistics on the assistant's
+SmolLM2-135M-Instruct (bench/real.py fetches it) is pruned with one method and one pattern, calibrated on C4, on chat,
+on half of each, and on its own answers to the questions of the chat; chat once more with statistics on the assistant's
 tokens alone. Each result is judged on WikiText-2 and on chat that nothing was calibrated on: perplexity, and KL against
-the dense model with a 95 % interval from a bootstrap over windows. The chat is made of PIQA and ARC-easy of the folder's
-tasks: the question, and the right answer as the assistant's; the last fifth is held out. Goes on where it was killed.
+the dense model with a 95 % interval from a bootstrap over windows. The chat is made of PIQA and ARC-easy of the
+folder's tasks: the question, and the right answer as the assistant's; the last fifth is held out. Goes on where it was
+killed.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def main() -> None:
         if not done.is_file():
             settings: Any = dict(seq_len=given.seq_len, data_dir=given.data_dir, progress=Progress())
             report = secateur.prune(
-                model, place, method=given.method, pattern=given.pattern, samples=given.samples, **text, **settings
+                model, out=place, method=given.method, pattern=given.pattern, samples=given.samples, **text, **settings
             )
             measured: dict[str, Any] = {"calibration": report.calibration}
             for evaluation in ("wikitext2", str(out / "heldout.jsonl")):

@@ -78,8 +78,9 @@ def main() -> None:
             results[name] = one = measured(config, Path(folder), given.rounds)
         ten = {what: 10e9 / one["bytes"] * one[what] for what in ("read", "compared", "inspected")}
         print(
-            f"{name}: {one['bytes'] / 1e9:.2f} GB; for 10 GB: read {ten['read']:.2f} s, compared {ten['compared']:.2f} s, "
-            f"inspected {ten['inspected']:.2f} s ({one['read'] / one['inspected']:.0%} of reading's rate)",
+            f"{name}: {one['bytes'] / 1e9:.2f} GB; for 10 GB: read {ten['read']:.2f} s, compared "
+            f"{ten['compared']:.2f} s, inspected {ten['inspected']:.2f} s ({one['read'] / one['inspected']:.0%} of "
+            "reading's rate)",
             flush=True,
         )
     write(given.json, results=results)

@@ -160,7 +160,8 @@ def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
         yield (
             f"Dense {evaluation.dense_perplexity:.4f}{_bits(evaluation.dense_bits_per_byte)}, "
             f"difference {evaluation.delta:+.4f} "
-            f"(95 % interval {low:+.4f} to {high:+.4f}), KL {evaluation.kl:.4f} nats, "
+            f"(95 % interval {low:+.4f} to {high:+.4f}), KL {evaluation.kl:.4f} nats"
+            f"{_within(evaluation.kl_interval)}, "
             f"the same top token {evaluation.top1_agreement:.1%} of the time."
         )
     yield from task_lines(evaluation.tasks or {})
@@ -170,6 +171,10 @@ def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
 
 def _bits(value: float | None) -> str:
     return "" if value is None else f", {value:.4f} bits a byte,"
+
+
+def _within(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" ({interval[0]:.4f} to {interval[1]:.4f})"
 
 
 def inspection_table(inspection: Inspection) -> Table:

@@ -61,6 +61,13 @@ class Measured:
     def mean_kl(self) -> float | None:
         return None if self.kl is None else float(self.kl.mean())
 
+    @property
+    def kl_interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean KL by a bootstrap over windows."""
+        if (kl := self.kl) is None:
+            return None
+        return bootstrap_interval(lambda chosen: kl[chosen].mean(1), len(kl))
+
     def beside(self, dense: Measured) -> dict[str, Any]:
         """What is said of a model beside the dense one, by the names of the fields that have it."""
         delta, interval = perplexity_difference(self.loss, dense.loss)
@@ -84,6 +91,7 @@ class Evaluation:
     delta: float | None = None
     delta_interval: tuple[float, float] | None = None
     kl: float | None = None
+    kl_interval: tuple[float, float] | None = None
     top1_agreement: float | None = None
     tasks: dict[str, dict[str, Any]] | None = None
     bits_per_byte: float | None = None
@@ -168,6 +176,7 @@ def _beside(
         found,
         dense_perplexity=expected.perplexity,
         dense_bits_per_byte=bits_per_byte(expected.loss, length, size),
+        kl_interval=measured.kl_interval,
         **measured.beside(expected),
     )
 
