@@ -1,6 +1,10 @@
 """Quantised checkpoints: what is read of them is what the library that wrote them reads, to the bit."""
 
 import json
+import random
+import subprocess
+import sys
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import pytest
 import torch
 from reference.quantised import block_fp8, integers_in_any_order
 from safetensors.torch import load_file, save_file
+from support.command_line import run
 from support.quantised import NAMES, dense_llama, fixture, quantised_llama, tiny_llama, write
 from support.texts import byte_tokenizer
 from torch import Tensor
@@ -150,6 +155,30 @@ def test_block_fp8_is_what_transformers_gives(tmp_path: Path):
     for name in [name for name in given if "_proj" in name]:
         expected = Fp8Dequantize(None)._dequantize_one(stored[name], stored[f"{name}_scale_inv"])
         assert torch.equal(given[name], expected)
+
+
+def test_exponents_as_scales_are_what_transformers_gives(tmp_path: Path):
+    """MXFP8: a byte for the power of two of 32 weights."""
+    folder = fp8_llama(tmp_path / "model", quant_method="mxfp8", weight_block_size=[1, 32])
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_scale_inv")]:
+        rows, columns = tensors[name.removesuffix("_scale_inv")].shape
+        tensors[name] = torch.randint(110, 130, (rows, columns // 32), dtype=torch.uint8)
+    write(folder, tensors, {})
+    for name, given in decoded(folder).items():
+        if "_proj" in name:
+            expected = Fp8Dequantize(None)._dequantize_one(tensors[name], tensors[f"{name}_scale_inv"], torch.float32)
+            assert torch.equal(given, expected)
+
+
+def test_zeros_of_autoround_are_stored_as_its_packing_says(tmp_path: Path):
+    """`auto_round` stores zeros as they are, `auto_round:auto_gptq` less one (auto_round/inference/backend.py)."""
+    for name, packing in (("gptq-4-order", "auto_round:auto_gptq"), ("gptq-4-v2", "auto_round")):
+        folder = quantised_llama(name, tmp_path / name)
+        expected = decoded(folder)
+        words = {"quant_method": "auto-round", "packing_format": packing}
+        write(folder, load_file(folder / "model.safetensors"), {"quantization_config": words})
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in decoded(folder).items())
 
 
 def test_blocks_that_are_cut_short_are_those_of_deepseek(tmp_path: Path):
@@ -303,6 +332,47 @@ def test_the_source_is_not_overwritten(tmp_path: Path, text_file: Path):
     assert plain_source(folder) is not None
 
 
+def test_it_is_exported_as_a_dense_checkpoint(tmp_path: Path):
+    folder = quantised_llama("awq", tmp_path / "model")
+    secateur.export(folder, to="dense", out=tmp_path / "out")
+    given = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensor.bfloat16(), given[name]) for name, tensor in decoded(folder).items())
+    assert "quanti" not in (tmp_path / "out" / "config.json").read_text()
+    assert not (tmp_path / "out" / "source.json").exists()
+    record = json.loads((tmp_path / "out" / "pruning.json").read_text())
+    assert record["exported"]["from"] == "AWQ 4-bit, groups of 32"
+
+
+def test_the_command_line_says_what_it_reads(tmp_path: Path, text_file: Path, cache: Path):
+    folder = quantised_llama("modelopt-nvfp4", tmp_path / "model")
+    text = run("inspect", folder)
+    assert "Stored as NVFP4; zeros are counted in what is decoded." in text
+    assert "NVFP4" in text.splitlines()[-8]
+    text = run(
+        "prune", folder, "--out", tmp_path / "out", "--method", "magnitude", "--pattern", "2:4",
+        "--calibration", text_file, "--samples", 2, "--seq-len", 32, "--result-dtype", "float16",
+    )  # fmt: skip
+    assert "Read from NVFP4." in text
+    assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype == torch.float16
+
+
+def test_a_pruned_model_is_recovered_beside_its_quantised_source(tmp_path: Path, text_file: Path):
+    folder = quantised_llama("gptq-4", tmp_path / "model")
+    text = {"samples": 2, "seq_len": 32, "calibration": str(text_file)}
+    secateur.prune(folder, out=tmp_path / "pruned", pattern="2:4", method="magnitude", **text)
+    secateur.recover(
+        tmp_path / "pruned",
+        dense=folder,
+        out=tmp_path / "out",
+        way="distill",
+        steps=1,
+        batch_size=1,
+        seq_len=32,
+        text=str(text_file),
+    )
+    assert all("2:4" in tensor.patterns for tensor in secateur.inspect(tmp_path / "out").tensors)
+
+
 # The copy
 
 
@@ -333,6 +403,22 @@ def test_the_copy_is_made_once_and_says_so(tmp_path: Path, cache: Path):
     tensors["model.norm.weight"] += 1
     write(folder, tensors, {})
     assert resolve(folder) != place
+
+
+def test_of_several_processes_one_makes_the_copy(tmp_path: Path, cache: Path):
+    """Three begin at once; the shard is written once, and all get the same folder."""
+    folder = quantised_llama("gptq-3", tmp_path / "model")
+    code = (
+        "import sys; from secateur.models.load import resolve; from secateur.system.progress import Lines;"
+        "print(resolve(sys.argv[1], progress=Lines()))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    told = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0]
+    assert len({out for out, _ in told}) == 1
+    assert sum("it is unpacked to" in errors for _, errors in told) == 1
+    assert len([path for path in cache.iterdir() if path.suffix != ".lock"]) == 1
 
 
 def test_a_copy_in_shards_is_the_same(tmp_path: Path):
@@ -411,6 +497,30 @@ def test_parts_that_do_not_fit_are_refused(name: str, change: str, tmp_path: Pat
         resolve(folder)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_spoilt_parts_are_sentences(name: str, tmp_path: Path):
+    """Parts that are gone, halved, flat, scalar, empty or of another dtype: read, or refused in words."""
+    folder, draw = quantised_llama(name, tmp_path / "model"), random.Random(name)
+    stored = load_file(folder / "model.safetensors")
+    spoil = (
+        lambda t: t[: len(t) // 2].clone(),
+        lambda t: t.reshape(-1).clone(),
+        lambda t: t.reshape(-1)[:1].reshape(()).clone(),
+        lambda t: t[:0].clone(),
+        lambda t: torch.zeros(t.shape),
+        lambda t: torch.zeros(t.shape, dtype=torch.int64),
+    )
+    names = [key for key in stored if "_proj" in key]
+    for change in [*spoil, *spoil]:
+        key = draw.choice(names)
+        other = change(stored[key]) if stored[key].ndim else None
+        tensors = {name: tensor for name, tensor in {**stored, key: other}.items() if tensor is not None}
+        write(folder, tensors, {})
+        with suppress(BadCheckpoint, UnsupportedModel):
+            source = plain_source(folder)
+            assert source is None or all(tensor.read().shape == tensor.shape for tensor in source.tensors)
+
+
 @pytest.mark.parametrize("name", ["gptq-4", "fp8"])
 def test_a_file_that_is_cut_short_is_refused(name: str, tmp_path: Path):
     folder = quantised(name, tmp_path / "model")
@@ -438,7 +548,7 @@ def test_groups_that_do_not_exist_are_refused(tmp_path: Path):
         ),
         (
             {"quant_method": "gptq", "checkpoint_format": "marlin"},
-            r"GPTQ weights packed as marlin; gptq or gptq_v2 was",
+            r"GPTQ weights packed as marlin; one of gptq, gptq_v2, ",
         ),
         (
             {"quant_method": "awq", "version": "gemv"},

@@ -222,6 +222,9 @@ MADE = {
     "ct-mxfp4": _compressed(
         "mxfp4-pack-quantized", **FLOAT4, strategy="group", group_size=32, scale_dtype="torch.uint8"
     ),
+    "ct-mxfp8": _compressed(
+        "mxfp8-quantized", **FLOAT8, strategy="group", group_size=32, scale_dtype="torch.uint8"
+    ),
     "gptq-2": _gptq(2, sym=False, order=False),
     "gptq-3": _gptq(3, sym=False, order=True),
     "gptq-4": _gptq(4, sym=True, order=False),

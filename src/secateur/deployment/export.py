@@ -1,9 +1,11 @@
 """A checkpoint in another form: for a runtime that wants one, or back to a dense folder."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from secateur.checkpoints.folder import INDEX, Checkpoint, open_checkpoint
+from secateur.checkpoints.quantised.unpack import source_of
 from secateur.checkpoints.record import record_of
 from secateur.checkpoints.result_folder import output
 from secateur.checkpoints.shards import save_in_shards
@@ -44,12 +46,14 @@ def export(
     options = {name: value for name, value in given.items() if value is not None}
     wanted, stored_as = _formats(folder, to, options)
     progress.begin(f"writing {to}")
-    source = open_checkpoint(folder) if wanted else Checkpoint(folder, (), {})
+    unpacked_from = source_of(folder) or {}
+    opens = wanted or unpacked_from
+    source = open_checkpoint(folder) if opens else Checkpoint(folder, (), {})
     loaded_by = wanted.loaded_by if wanted else "every loader of safetensors checkpoints"
     record = record_of(folder) or {}
     record["exported"] = {
         "to": to,
-        "from": stored_as or "dense",
+        "from": stored_as or unpacked_from.get("format") or "dense",
         "options": options,
         "loaded_by": loaded_by,
         "versions": versions(),
@@ -63,6 +67,9 @@ def export(
             wanted.write(source, result.partial, **options)
         elif stored_as is not None:
             _densify(folder, result.partial, FORMATS[stored_as])
+        else:  # unpacked already
+            for shard in source.shards:
+                shutil.copyfile(folder / shard, result.partial / shard)
         result.finish(record)
     progress.end()
     return loaded_by
@@ -83,7 +90,7 @@ def _formats(
         if option not in allowed:
             raise UnknownName(f"option of {to}", option, allowed or ["none"])
     stored_as = format_of(folder)
-    if wanted is None and stored_as is None:
+    if wanted is None and stored_as is None and not source_of(folder):
         open_checkpoint(folder)  # says what is wrong, where something is
         raise BadCheckpoint(f"{folder} is a dense checkpoint already.")
     if wanted is not None and stored_as is not None:

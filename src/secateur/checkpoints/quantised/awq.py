@@ -34,7 +34,8 @@ def recognised(source: QuantisedFolder) -> bool:
 def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
     """The format in words, and every packed matrix. Raises UnsupportedModel for other packings."""
     settings = source.settings
-    packing = str(settings.get("version", settings.get("checkpoint_format", "gemm"))).lower()
+    named = (settings.get(key) for key in ("version", "checkpoint_format", "format"))
+    packing = str(next(filter(None, named), "gemm")).lower()
     bits = settings.get("bits", settings.get("w_bit", BITS))
     if packing != "gemm" or bits != BITS:
         raise UnsupportedModel(

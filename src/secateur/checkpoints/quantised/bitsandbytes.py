@@ -76,7 +76,8 @@ def _state(packed: Packed, part: str) -> dict[str, Any]:
     sizes = isinstance(shape, list) and bool(shape) and all(isinstance(n, int) for n in shape)
     blocks = [state.get("blocksize"), state.get("nested_blocksize", 2)]
     even = all(isinstance(size, int) and size > 0 and size % 2 == 0 for size in blocks)
-    if not sizes or not even or state.get("dtype") not in DTYPES:
+    offset = isinstance(state.get("nested_offset", 0.0), (int, float))
+    if not sizes or not even or not offset or str(state.get("dtype")) not in DTYPES:
         raise packed.bad(f"has a {part.lstrip('.')} without shape, blocksize or dtype")
     return state
 

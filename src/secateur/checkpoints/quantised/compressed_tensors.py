@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import FLOATS
-from secateur.checkpoints.quantised.fp8 import activation_scales
+from secateur.checkpoints.quantised.fp8 import activation_scales, block_size
 from secateur.checkpoints.quantised.packed import (
     E2M1,
     FLOAT8,
@@ -31,7 +31,7 @@ from secateur.checkpoints.quantised.packed import (
     spread,
     unpacked,
 )
-from secateur.errors import UnsupportedModel
+from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
 
 FORMATS = (
     "pack-quantized",
@@ -61,8 +61,8 @@ def recognised(source: QuantisedFolder) -> bool:
 def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
     """The format in words, and every tensor that is packed. Raises UnsupportedModel for others."""
     groups = _groups(source.settings)
-    for name in {source.settings.get("format"), *(g.get("format") for g in groups)} - {None}:
-        if name not in FORMATS:
+    for name in (one.get("format") for one in (source.settings, *groups)):
+        if name not in (None, *FORMATS):
             raise UnsupportedModel(
                 f"{source.checkpoint.folder} is stored as {name} of compressed-tensors; one of "
                 f"{', '.join(FORMATS)} was wanted. Prune the unquantised model."
@@ -92,13 +92,23 @@ def _settings_of(module: str, groups: list[Mapping[str, Any]]) -> Mapping[str, A
     """
 
     def named(target: str) -> bool:
-        if target.startswith("re:"):
+        if not target.startswith("re:"):
+            return target == module
+        try:
             return re.match(target.removeprefix("re:"), module) is not None
-        return target == module
+        except re.error as error:
+            raise BadCheckpoint(
+                f"config.json names modules by {target!r}, which is no regular expression "
+                f"({in_one_line(error)}). Fetch it again."
+            ) from error
 
-    by_name = [g for g in groups if any(map(named, map(str, g.get("targets") or ())))]
+    by_name = [g for g in groups if any(map(named, map(str, _listed(g.get("targets")))))]
     weights = next(iter([*by_name, *groups]), {}).get("weights")
     return weights if isinstance(weights, dict) else {}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _matrix(packed: Packed, settings: Mapping[str, Any]) -> Decoded:
@@ -111,7 +121,8 @@ def _matrix(packed: Packed, settings: Mapping[str, Any]) -> Decoded:
     if not isinstance(bits, int) or not 1 <= bits <= 8:
         raise packed.bad(f"has integers of {bits} bits, as the settings say; 1 to 8 were wanted")
     packed.require("weight_packed", (shape[0], -(-shape[1] * bits // 32)), ["I32"])
-    steps = _steps(packed, shape, None)
+    own = packed.place("weight_scale", list(FLOATS)).shape not in ((), (1,), (1, 1))
+    steps = _steps(packed, shape, whole_rows=own)
     if packed.has("weight_zero_point"):
         _check_zeros(packed, bits, shape[0])
     decode = partial(_integers, packed, bits, shape, steps)
@@ -128,13 +139,23 @@ def _shape(packed: Packed) -> tuple[int, int]:
 
 
 def _check_zeros(packed: Packed, bits: int, rows: int) -> None:
-    zeros, groups = packed.place("weight_zero_point"), packed.place("weight_scale").shape[-1]
+    zeros, scales = packed.place("weight_zero_point"), packed.place("weight_scale").shape
+    groups = next(reversed(scales), 1)
     wanted = rows if zeros.dtype != "I32" else -(-rows * bits // 32)
     packed.require("weight_zero_point", (wanted, groups))
 
 
-def _steps(packed: Packed, shape: tuple[int, ...], block: tuple[int, int] | None) -> Steps:
-    """How the scales lie over the weights. Raises BadCheckpoint where they do not fit."""
+def _steps(
+    packed: Packed,
+    shape: tuple[int, ...],
+    block: tuple[int, int] | None = None,
+    *,
+    whole_rows: bool = False,
+) -> Steps:
+    """How the scales lie over the weights; with `whole_rows`, each row has its own.
+
+    Raises BadCheckpoint where they do not fit.
+    """
     scales = packed.place("weight_scale")
     steps = scale_steps(shape, scales.shape, block)
     if packed.has("weight_g_idx"):
@@ -143,7 +164,8 @@ def _steps(packed: Packed, shape: tuple[int, ...], block: tuple[int, int] | None
         steps = (1, 1)
         if scales.shape != (shape[0], groups) or not 0 <= index.min() <= index.max() < groups:
             raise packed.bad(f"has a g_idx that names more groups than the {groups} it has")
-    if len(shape) < 2 or not all(steps):
+    rows_fit = not whole_rows or scales.shape[:1] == shape[:1]
+    if len(shape) < 2 or not all(steps) or not rows_fit:
         raise packed.bad(
             f"has scales of shape {list(scales.shape)} for weights of shape {list(shape)}"
         )
@@ -185,9 +207,11 @@ def _over(
 def _unpacked_matrix(packed: Packed, settings: Mapping[str, Any]) -> Decoded:
     """A weight whose numbers are a byte each, integers or FP8."""
     place = packed.place("weight", [*FLOAT8, "I8"])
-    structure = settings.get("block_structure")
-    block = (structure[0], structure[1]) if isinstance(structure, list) else None
+    block = block_size({"weight_block_size": settings.get("block_structure")})
+    scales = packed.place("weight_scale", ["U8", *FLOATS])
     steps = _steps(packed, place.shape, block)
+    if packed.has("weight_zero_point"):
+        packed.require("weight_zero_point", scales.shape)
     stored = "8-bit integers" if place.dtype == "I8" else place.dtype
     decode = partial(_bytes, packed, steps)
     return packed.dense("weight", place.shape, decode, stored, ("weight", *PARTS))
@@ -207,10 +231,10 @@ def _bytes(packed: Packed, steps: Steps, start: int, stop: int) -> Tensor:
 
 def _four_bit_matrix(packed: Packed) -> Decoded:
     """A weight in four-bit floats: NVFP4 where its scales are FP8, MXFP4 where they are powers."""
-    *rows, half = packed.place("weight_packed").shape
+    *rows, half = packed.place("weight_packed").shape or (0,)
     shape, scales = (*rows, 2 * half), packed.place("weight_scale", ["F8_E4M3", "U8", *FLOATS])
     stored = "MXFP4" if scales.dtype == "U8" else "NVFP4"
-    _steps(packed, shape, None)
+    _steps(packed, shape, whole_rows=True)
     if stored == "NVFP4" and packed.place("weight_global_scale", ["F32"]).bytes != 4:
         raise packed.bad("has a global scale of several numbers; one was wanted")
     decode = partial(_four_bit_rows, packed)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.folder import TensorLocation
+from secateur.checkpoints.folder import FLOATS, TensorLocation
 from secateur.checkpoints.quantised.packed import (
     FLOAT8,
     Decoded,
@@ -95,7 +95,8 @@ def _in_words(place: TensorLocation, scale: TensorLocation, block: tuple[int, in
 
 def eight_bit_float(packed: Packed, scale: str, block: tuple[int, int] | None) -> Decoded:
     """A tensor whose scales are the part `scale`. Raises BadCheckpoint where they do not fit it."""
-    shape, given = packed.place("").shape, packed.place(scale).shape
+    shape = packed.place("").shape
+    given = packed.place(scale, ["U8", "F8_E8M0", *FLOATS]).shape
     steps = scale_steps(shape, given, block)
     if len(shape) < 2 or not all(steps):
         raise packed.bad(f"has scales of shape {list(given)} for weights of shape {list(shape)}")

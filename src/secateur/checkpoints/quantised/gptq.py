@@ -23,14 +23,21 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 BITS = (2, 3, 4, 8)
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}
 """A word of ones."""
-VERSIONS = {"gptq": 1, "gptq_v2": 2}
+VERSIONS = {
+    "gptq": 1,
+    "gptq_v2": 2,
+    "auto_round:auto_gptq": 1,
+    "auto_round": 2,
+    "auto_round:gptqmodel": 2,
+}
+"""By the name of a packing: 1 where zeros are stored less one. The last three are AutoRound's."""
 
 
 def recognised(source: QuantisedFolder) -> bool:
     """Whether the settings say so or, without settings, weights are packed along the inputs."""
     method = source.settings.get("quant_method")
     if method == "auto-round":
-        return "gptq" in str(source.settings.get("packing_format", "gptq"))
+        return "awq" not in str(source.settings.get("packing_format"))
     return method == "gptq" or (method is None and _packed_along_inputs(source))
 
 
@@ -47,12 +54,15 @@ def _packed_along_inputs(source: QuantisedFolder) -> bool:
 def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
     """The format in words, and every packed matrix. Raises UnsupportedModel for other packings."""
     settings = source.settings
-    version = VERSIONS.get(str(settings.get("checkpoint_format", "gptq")))
-    if settings.get("is_marlin_format") or version is None:
-        packing = settings.get("checkpoint_format", "marlin")
+    marlin = "marlin" if settings.get("is_marlin_format") else None
+    keys = ("packing_format", "checkpoint_format", "format")
+    packing = str(marlin or next(filter(None, map(settings.get, keys)), "gptq"))
+    version = VERSIONS.get(packing)
+    if version is None:
         raise UnsupportedModel(
-            f"{source.checkpoint.folder} holds GPTQ weights packed as {packing}; gptq or gptq_v2 "
-            "was wanted. Save them again as gptq, or prune the unquantised model."
+            f"{source.checkpoint.folder} holds GPTQ weights packed as {packing}; one of "
+            f"{', '.join(VERSIONS)} was wanted. Save them again as gptq, or prune the unquantised "
+            "model."
         )
     tensors: dict[str, Any] = {}
     kinds, sorted_inputs = set[tuple[int, int]](), False
@@ -76,7 +86,10 @@ def _sizes(packed: Packed) -> tuple[int, int]:
     bits = 32 * columns // max(out, 1)
     if bits not in BITS or -(-out * bits // 32) != columns:
         raise packed.bad(f"has {columns} columns of qzeros for {out} outputs; no bits fit that")
-    inputs = packed.place("g_idx", WORDS).shape[0] if packed.has("g_idx") else rows * 32 // bits
+    inputs = rows * 32 // bits
+    if packed.has("g_idx"):
+        inputs = next(iter(packed.place("g_idx", WORDS).shape), 0)
+        packed.require("g_idx", (inputs,))
     if -(-inputs * bits // 32) != rows:
         raise packed.bad(f"has {rows} rows of qweight for {inputs} inputs of {bits} bits")
     packed.require("scales", (groups, out), list(FLOATS))

@@ -39,7 +39,7 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
 
 
 def _matrix(packed: Packed) -> Decoded:
-    *rows, half = packed.place(WEIGHT, ["U8"]).shape
+    *rows, half = packed.place(WEIGHT, ["U8"]).shape or (0,)
     *_, groups = packed.place(SCALE, ["F8_E4M3"]).shape or (0,)
     packed.require(SCALE, (*rows, groups), ["F8_E4M3"])
     if not groups or 2 * half % groups or packed.place(SCALE_2, ["F32"]).bytes != 4:
