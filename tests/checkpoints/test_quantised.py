@@ -438,6 +438,16 @@ def test_a_copy_in_shards_is_the_same(tmp_path: Path):
     assert secateur.inspect(tmp_path / "parts").sparsity == secateur.inspect(whole).sparsity
 
 
+def test_the_copy_has_the_templates_in_folders(tmp_path: Path):
+    folder = quantised_llama("awq", tmp_path / "model")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (folder / "quant_config.json").write_text('{"w_bit": 4}')
+    place = resolve(folder)
+    assert (place / "additional_chat_templates" / "tools.jinja").read_text() == "{{ messages }}"
+    assert not (place / "quant_config.json").exists()
+
+
 def test_a_full_disk_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path):
     folder = quantised_llama("awq", tmp_path / "model")
     usage = type("Usage", (), {"free": 1000})

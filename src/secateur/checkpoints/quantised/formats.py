@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.checkpoints.copied import refuse_links_out
-from secateur.checkpoints.folder import INDEX, is_whole, open_checkpoint
+from secateur.checkpoints.copied import belonging_files, refuse_links_out
+from secateur.checkpoints.folder import INDEX, Checkpoint, is_whole, open_checkpoint
 from secateur.checkpoints.quantised import (
     awq,
     bitsandbytes,
@@ -56,7 +56,6 @@ BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files that quantisers write beside config.json."""
 GGUF = ".gguf"
 """The end of a file's name that is a model by itself."""
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
 
 
 def plain_source(folder: Path) -> PlainSource | None:
@@ -92,7 +91,9 @@ def plain_source(folder: Path) -> PlainSource | None:
         )
     refuse_links_out(folder)
     shards = tuple(folder / shard for shard in source.checkpoint.shards)
-    return PlainSource(words, folder, shards, plain_config(config), tensors, _files(folder, shards))
+    return PlainSource(
+        words, folder, shards, plain_config(config), tensors, _files(source.checkpoint)
+    )
 
 
 def settings_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -155,11 +156,11 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _files(folder: Path, shards: tuple[Path, ...]) -> dict[str, File]:
+def _files(checkpoint: Checkpoint) -> dict[str, File]:
     """What is copied beside the weights: tokenizer, templates, code."""
-    ours = {"config.json", INDEX, SOURCE, *BESIDE, *(shard.name for shard in shards)}
+    written = {checkpoint.folder / name for name in ("config.json", INDEX, SOURCE)}
     return {
-        file.name: file
-        for file in sorted(folder.iterdir())
-        if file.is_file() and file.name not in ours and not file.name.endswith(WEIGHTS)
+        file.relative_to(checkpoint.folder).as_posix(): file
+        for file in belonging_files(checkpoint)
+        if file not in written
     }

@@ -124,7 +124,7 @@ def _make(source: PlainSource, folder: Path, dtype: str, progress: Progress, mos
         origin = str(source.origin.resolve())
         record = {"format": source.format, "folder": origin, "weights": stamps, "dtype": dtype}
         write_json(partial / SOURCE, record)
-        for file in partial.iterdir():
+        for file in (*partial.rglob("*"), partial):
             sync(file)
         shutil.rmtree(folder, ignore_errors=True)  # one without its source.json
         partial.rename(folder)
@@ -152,6 +152,7 @@ def write_plain(
     """
     write_json(folder / "config.json", {**source.config, "dtype": dtype}, 2)
     for name, file in source.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         if isinstance(file, Path):
             shutil.copyfile(file, folder / name)
         else:
