@@ -15,7 +15,7 @@ from secateur.models.replay import LanguageModel
 from secateur.pruning.own_text import Workplace, own_file, own_windows
 from secateur.system.devices import Resources
 from secateur.system.progress import Progress
-from secateur.system.settings import CalibrationText, Trust, Unpacking
+from secateur.system.settings import CalibrationText, Destination, Trust, Unpacking
 
 
 class Opened(NamedTuple):
@@ -32,23 +32,23 @@ def opened(
     resources: Resources,
     trust: Trust,
     *,
-    out: Path,
+    destination: Destination,
     progress: Progress,
-    restart: bool = False,
     result_dtype: str = Unpacking.result_dtype,
 ) -> Opened:
-    """Load a model and draw the calibration windows for a run that writes `out`.
+    """Load a model and draw the calibration windows for a run to a destination.
 
     `model` is a checkpoint folder, a hub name, or None for the demo model; a quantised one is
-    unpacked to `result_dtype`. Weights that do not fit into memory go to a file beside `out`, and
-    so does what the model says itself; `restart` discards that. Raises SecateurError.
+    unpacked to `result_dtype`. Weights that do not fit into memory go to a file beside what is
+    written, and so does what the model says itself, which `restart` discards. Raises SecateurError.
     """
     folder = resolve(model, trust, dtype=result_dtype, progress=progress)
     source = open_checkpoint(folder)
     progress.begin(f"loading {model or 'the demo model'}")
+    out = Path(destination.out)
     spill = spill_folder(out, source.bytes, resources.limit)
     language_model = load(folder, trust_remote_code=trust.trust_remote_code, spill=spill)
-    place = Workplace(own_file(out), source.sha256, resources, progress, restart)
+    place = Workplace(own_file(out), source.sha256, resources, progress, destination.restart)
     windows = draw_calibration(language_model, folder, model, text, trust, place)
     return Opened(source, language_model, windows)
 

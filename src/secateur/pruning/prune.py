@@ -95,8 +95,8 @@ def prune(
         resources = find_resources(replace(compute, device=device))
         progress = (progress if ranks.first else None) or Progress()
         refuse_ranks(text, ranks.size)
-        place = {"out": Path(out), "result_dtype": result_dtype, "restart": restart}
-        source = opened(model, text, resources, trust, progress=progress, **place)
+        where = {"destination": destination, "progress": progress, "result_dtype": result_dtype}
+        source = opened(model, text, resources, trust, **where)
         report = prune_checkpoint(source, chosen, resources, destination, trust, progress, ranks)
     own_file(Path(out)).unlink(missing_ok=True)
     progress.end()

@@ -86,8 +86,7 @@ def recover(
 ) -> Recovery:
     """Fine-tune a pruned checkpoint so that its zeros stay, and write it to `out`.
 
-    The options are those of the command. Text of the calibration, of `evaluation` or in `avoid`
-    `[windows, length]` is not trained on; `apart` says whether all was known. Raises SecateurError.
+    `apart`: nothing of calibration, `evaluation` or `avoid` is trained on. Raises SecateurError.
     """
     training, texts = taken(Training, locals()), readable(taken(TrainingText, locals()))
     destination, trust = taken(Destination, locals()), taken(Trust, locals())

@@ -96,7 +96,10 @@ def plan(
         raise OutputRefused(
             f"{file} exists already. Choose another --out, or replace it with --overwrite."
         )
-    _, language_model, windows = opened(model, text, resources, trust, out=file, progress=progress)
+    destination = Destination(out=file)
+    _, language_model, windows = opened(
+        model, text, resources, trust, destination=destination, progress=progress
+    )
     plan = make_plan(language_model, windows, recipe, resources, progress)
     made = {
         "model": str(model or "demo"),
