@@ -3,9 +3,10 @@
     python bench/bos.py --json bench/results/bos.json
 
 A Llama of a million parameters is trained on TinyStories with the tokenizer of stories260K, BOS at the start of every
-window and nowhere else. Then it is pruned to 50 %, calibrated on windows as the tokenizer cuts them (`stream`) and on
-windows that begin with BOS (`each-window`), and every result is judged on both kinds of window, and on some without
-any BOS.
+window and nowhere else; a second one begins with an embedding of BOS a hundred times as large, so that this position is
+the same in every layer and heads may rest on it, as those of large models do. Then each is pruned to 50 %, calibrated
+on windows as the tokenizer cuts them (`stream`) and on windows that begin with BOS (`each-window`), and every result is
+judged on both kinds of window, and on some without any BOS.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def stream(tokenizer: Any, file: Path) -> Tensor:
     return torch.tensor([token for one in ids for token in [*one, tokenizer.eos_token_id]])
 
 
-def train(given: Any, tokenizer: Any, tokens: Tensor) -> LlamaForCausalLM:
-    """A model trained on random windows of the stream, each behind BOS."""
+def train(given: Any, tokenizer: Any, tokens: Tensor, sink: float) -> LlamaForCausalLM:
+    """A model trained on random windows of the stream behind BOS, whose embedding begins `sink` times as large."""
     torch.manual_seed(given.seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -53,6 +54,7 @@ def train(given: Any, tokenizer: Any, tokens: Tensor) -> LlamaForCausalLM:
         tie_word_embeddings=False,
     )
     model = LlamaForCausalLM(config).train()
+    model.get_input_embeddings().weight.data[tokenizer.bos_token_id] *= sink
     optimiser = torch.optim.AdamW(model.parameters(), lr=given.rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, given.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -88,35 +90,44 @@ def judged(model: Path, dense: Path, given: Any, evaluation: Path) -> dict[str, 
     return results
 
 
-def main() -> None:
-    given = options(
-        __doc__,
-        dict(steps=500, batch=16, length=256, hidden=128, layers=5, rate=3e-3, seed=0),
-        dict(samples=64, windows=128, data=Path("../shared/data"), json=Path),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(given.data / "models" / "stories260K")
-    stories, evaluation = (given.data / "tinystories" / name for name in ("v2_train_head.jsonl", "valid_head.jsonl"))
-    began = time.perf_counter()
-    trained = train(given, tokenizer, stream(tokenizer, stories))
-    seconds = time.perf_counter() - began
-    rows = []
+def pruned(trained: LlamaForCausalLM, tokenizer: Any, given: Any, files: tuple[Path, Path]) -> list[dict[str, Any]]:
+    """The rows of a model: dense, then by method and calibration, each judged on every kind of window."""
+    stories, evaluation = files
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense"
         trained.save_pretrained(dense)
         tokenizer.save_pretrained(dense)
-        rows.append({"method": "dense", "calibration": None, "judged": judged(dense, dense, given, evaluation)})
+        rows = [{"method": "dense", "calibration": None, "judged": judged(dense, dense, given, evaluation)}]
         for method in METHODS:
             for way in WAYS:
                 out = Path(folder) / f"{method}-{way}"
                 text = dict(calibration=str(stories), samples=given.samples, seq_len=given.length, bos=way)
                 secateur.prune(dense, out=out, method=method, pattern="50%", **text)
                 rows.append({"method": method, "calibration": way, "judged": judged(out, dense, given, evaluation)})
-    for row in rows:
-        figures = "  ".join(f"{way} {row['judged'][way]['perplexity']:.3f}" for way in JUDGED)
-        print(f"{row['method']:<10} calibrated on {row['calibration'] or '-':<12} judged on {figures}")
-    facts = {name: value for name, value in vars(given).items() if name not in ("data", "json")}
-    parameters = trained.num_parameters()
-    write(given.json, command=sys.argv, options=facts, parameters=parameters, train_seconds=seconds, rows=rows)
+    return rows
+
+
+def main() -> None:
+    given = options(
+        __doc__,
+        dict(steps=600, batch=16, length=256, hidden=128, layers=5, rate=3e-3, seed=0),
+        dict(samples=64, windows=128, sinks="1,100", data=Path("../shared/data"), json=Path),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(given.data / "models" / "stories260K")
+    stories, evaluation = (given.data / "tinystories" / name for name in ("v2_train_head.jsonl", "valid_head.jsonl"))
+    tokens, models = stream(tokenizer, stories), []
+    for sink in given.sinks.split(","):
+        began = time.perf_counter()
+        trained = train(given, tokenizer, tokens, float(sink))
+        facts = {"sink": float(sink), "parameters": trained.num_parameters(), "seconds": time.perf_counter() - began}
+        rows = pruned(trained, tokenizer, given, (stories, evaluation))
+        models.append({**facts, "rows": rows})
+        for row in rows:
+            figures = "  ".join(f"{way} {row['judged'][way]['perplexity']:.3f}" for way in JUDGED)
+            calibrated = f"{row['method']:<10} calibrated on {row['calibration'] or '-':<12}"
+            print(f"BOS × {sink}: {calibrated} judged on {figures}", flush=True)
+        asked = {name: value for name, value in vars(given).items() if name not in ("data", "json")}
+        write(given.json, command=sys.argv, options=asked, models=models)
 
 
 if __name__ == "__main__":

@@ -133,3 +133,13 @@ def test_other_figures_of_choosing_stand_on_the_pages_that_it_links_to():
     """Pages against pages: this finds a figure that was changed in one place alone, not one that was never measured."""
     sources = "".join(read(f"docs/{name}.md") for name in ("quality", "structured", "speed", "demo-model"))
     assert figures(read("docs/choosing.md")) <= figures(sources) | figures("".join(map(str, RULES.values())))
+
+
+def test_what_bos_is_worth_is_what_was_measured():
+    """The table of the page of comparisons, line by line: bench/bos.py."""
+    page = read("docs/comparing.md")
+    for model in results()["bos"]["models"]:
+        for row in model["rows"]:
+            calibration = f"`{row['calibration']}`" if row["calibration"] else "–"
+            judged = [f"{row['judged'][way]['perplexity']:.3f}" for way in ("stream", "each-window", "never")]
+            assert f"| × {model['sink']:.0f} | {row['method']} | {calibration} | {' | '.join(judged)} |" in page
