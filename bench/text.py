@@ -2,10 +2,10 @@ r"""What drawing calibration text costs: CPU seconds and memory for small and la
 
     python bench/text.py --folder /tmp/bench-text --json bench/results/text.json
 
-Writes rows of text as .jsonl of 5 MB and of 5 GB, .jsonl.gz and .parquet of 1 GB (the size of the text in them) below
-`--folder`, one at a time, and deletes each. Every draw runs in a process of its own: the tokenizer is loaded and has
-tokenised a few words, then 128 windows of 2048 tokens are drawn. CPU seconds are those of the process and its threads
-while it draws; memory is the peak of its anonymous memory above the start of the drawing, looked at every 50 ms.
+Writes rows of text as .jsonl of 5 MB, 60 MB and 5 GB, text of 60 MB, .jsonl.gz and .parquet of 1 GB (the size of the
+text in them) below `--folder`, one at a time, and deletes each. Every draw runs in a process of its own: the tokenizer
+is loaded and has tokenised a few words, then 128 windows of 2048 tokens are drawn. CPU seconds are those of the process
+and its threads while it draws; memory is the peak of its anonymous memory above the start, looked at every 50 ms.
 """
 
 import gzip
@@ -37,7 +37,14 @@ print(json.dumps({
     "peak_bytes_above_start": peak.bytes - start, "fingerprint": windows.fingerprint(),
 }))
 """
-FILES = {"small.jsonl": 5 * 10**6, "large.jsonl": 5 * 10**9, "large.jsonl.gz": 10**9, "large.parquet": 10**9}
+FILES = {
+    "small.jsonl": 5 * 10**6,
+    "middle.jsonl": 60 * 10**6,
+    "middle.txt": 60 * 10**6,
+    "large.jsonl": 5 * 10**9,
+    "large.jsonl.gz": 10**9,
+    "large.parquet": 10**9,
+}
 
 
 def texts(size: int) -> Iterator[str]:
@@ -67,7 +74,7 @@ def write_file(file: Path, size: int) -> None:
         return
     with gzip.open(file, "wb", 1) if file.suffix == ".gz" else file.open("wb") as stream:
         for text in texts(size):
-            stream.write(json.dumps({"text": text}).encode() + b"\n")
+            stream.write(text.encode() if file.suffix == ".txt" else json.dumps({"text": text}).encode() + b"\n")
 
 
 def drawn(file: Path, tokenizer: str, samples: int, length: int) -> dict:

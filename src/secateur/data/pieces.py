@@ -9,7 +9,6 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from secateur.data.chat import Chat
 from secateur.data.tokenizer import encode, tokenize
 
-CHARACTERS = 2**19
+CHARACTERS = 2**18
 """Characters that are tokenised at once."""
 OVERLAP, ALIKE = 2**13, 32
 """Characters that two pieces share, and how many tokens in a row must be the same there."""
@@ -73,49 +72,51 @@ def long_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
     """The ids of a long text, int32 or a list: those that the tokenizer gives for it as a whole."""
     if not tokenizer.is_fast:
         return encode(tokenizer, [text])[0]
-    stream, start = array("i"), 0
-    piece = _piece(tokenizer, text, 0)
+    stream, start, first = array("i"), 0, 0
+    piece = _Piece.of(tokenizer, text, 0)
     while start + CHARACTERS + OVERLAP < len(text):
         start += CHARACTERS
-        following = _piece(tokenizer, text, start)
+        following = _Piece.of(tokenizer, text, start)
         places = _meeting(piece, following, start + OVERLAP // 2)
         if places is None:
             return encode(tokenizer, [text])[0]
-        stream.frombytes(piece.ids[: places[0]].tobytes())
-        piece = _Piece(following.ids[places[1] :], following.starts[places[1] :])
-    stream.frombytes(piece.ids.tobytes())
+        stream.extend(piece.ids[first : places[0]])
+        piece, first = following, places[1]
+    stream.extend(piece.ids[first:])
     return stream
 
 
 class _Piece(NamedTuple):
-    """The ids of a piece of text, int32, and the character of the text at which each starts."""
+    """The ids of a piece of text that begins at a character, and the tokenizer's own account."""
 
-    ids: np.ndarray
-    starts: np.ndarray
+    ids: list[int]
+    start: int
+    account: Any
 
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> "_Piece":
+        piece = text[start : start + CHARACTERS + OVERLAP]
+        tokens = tokenize(tokenizer, [piece])
+        return cls(tokens["input_ids"][0], start, tokens.encodings[0])
 
-def _piece(tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> _Piece:
-    """The piece that begins at a character; what the tokenizer adds stays at the text's ends."""
-    stop = start + CHARACTERS + OVERLAP
-    options: Any = {"return_offsets_mapping": True, "return_special_tokens_mask": True}
-    tokens = tokenize(tokenizer, [text[start:stop]], **options)
-    ids = np.asarray(tokens["input_ids"][0], np.int32)
-    starts = np.asarray(tokens["offset_mapping"][0], np.int64).reshape(-1, 2)[:, 0] + start
-    own = np.flatnonzero(np.asarray(tokens["special_tokens_mask"][0]) == 0)
-    first = own[0] if start and len(own) else 0
-    last = own[-1] + 1 if stop < len(text) and len(own) else len(ids)
-    return _Piece(ids[first:last], starts[first:last])
+    def token_at(self, character: int) -> int | None:
+        """The first token of a character of the text."""
+        return self.account.char_to_token(character - self.start)
+
+    def begins(self, token: int) -> int | None:
+        """The character of the text at which a token begins, None for one that stands for none."""
+        place = self.account.token_to_chars(token)
+        return None if place is None else place[0] + self.start
 
 
 def _meeting(one: _Piece, other: _Piece, middle: int) -> tuple[int, int] | None:
-    """Where two pieces go on alike, as a place in each: the first behind a character."""
-    for place in range(int(np.searchsorted(one.starts, middle)), len(one.ids) - ALIKE):
-        there = int(np.searchsorted(other.starts, one.starts[place]))
-        if place == 0 or one.starts[place - 1] == one.starts[place]:
+    """Where two pieces go on alike, as a token of each: the first at or behind a character."""
+    for character in range(middle, middle + OVERLAP // 4):
+        mine, its = one.token_at(character), other.token_at(character)
+        if not mine or not its:  # none, or the first, which nothing stands before
             continue
-        mine, its = slice(place, place + ALIKE), slice(there, there + ALIKE)
-        if np.array_equal(one.ids[mine], other.ids[its]) and np.array_equal(
-            one.starts[mine], other.starts[its]
+        if one.ids[mine : mine + ALIKE] == other.ids[its : its + ALIKE] and all(
+            one.begins(mine + n) == other.begins(its + n) for n in range(-1, ALIKE)
         ):
-            return place, there
+            return mine, its
     return None
