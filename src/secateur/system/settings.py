@@ -32,9 +32,15 @@ def option(default: Any, help: str, *flags: str, **rest: Any) -> Any:
     return field(default=default, metadata={"option": Option(help, flags, **rest)})
 
 
+MIXED = "A mixture, by shares of tokens: 'c4:0.7,code/*.py:0.3'. "
+
+
 def corpus(use: str, first: str, other: str, more: str = "") -> Any:
     """A field that names texts, by default the `first`."""
-    named = f"{use}: {first}, {other}, demo, or files separated by commas."
+    named = (
+        f"{use}: {first}, {other}, demo, files, folders or globs separated by commas, or "
+        "owner/name[subset](split):column."
+    )
     return option(None, f"{named} {more}Default: {first}, demo for the demo.")
 
 
@@ -123,7 +129,7 @@ class CalibrationTokens:
 class CalibrationText(Text, CalibrationTokens):
     """The calibration text, whose tokens go through the model while it is pruned."""
 
-    calibration: str | None = corpus("Text to calibrate on", "c4", "wikitext2")
+    calibration: str | None = corpus("Text to calibrate on", "c4", "wikitext2", MIXED)
     samples: int = option(128, "Calibration windows.", least=1)
     seed: int = option(0, "Seed of the calibration windows.")
 
@@ -248,7 +254,7 @@ class CalibrationDraws(CalibrationTokens):
     """The calibration texts: every row is made for every draw of them, the first is the table's."""
 
     calibration: str | Sequence[str] | None = corpus(
-        "Text to calibrate on", "c4", "wikitext2", "May be repeated. "
+        "Text to calibrate on", "c4", "wikitext2", f"{MIXED}May be repeated. "
     )
     samples: int | Sequence[int] = option(
         128, "Calibration windows; several, as in 1,16,128, for a row each.", listed=True
