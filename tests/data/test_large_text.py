@@ -22,6 +22,7 @@ from secateur.data.corpora import StoredTexts, corpus_of
 from secateur.data.demo import documents, model_folder
 from secateur.data.overlap import overlapping
 from secateur.data.pieces import batches, long_ids, stream_of
+from secateur.data.reader import Reader
 from secateur.data.tokenizer import encode, load_tokenizer
 from secateur.data.windows import border_of, evaluation_windows
 from secateur.errors import BadText
@@ -124,6 +125,17 @@ def test_pieces_of_a_text_have_the_tokens_of_the_whole(monkeypatch, tokenizer, c
         "é中🙂 " * 3000,
     ):
         assert list(long_ids(tokenizer, part)) == list(tokenizer(part)["input_ids"])
+
+
+@pytest.mark.parametrize("bos", ["stream", "never", "each-window"])
+def test_pieces_are_read_as_the_whole_is(monkeypatch, bos):
+    reader: Any = Reader(byte_tokenizer(), bos)
+    text = "\n\n".join(documents("evaluation")[:2])[:30_000]
+    whole = encode(reader, [text])[0]
+    assert (whole[0] == byte_tokenizer().bos_token_id) is (bos == "stream")
+    monkeypatch.setattr(pieces, "CHARACTERS", 5000)
+    monkeypatch.setattr(pieces, "OVERLAP", 1000)
+    assert list(long_ids(reader, text)) == whole
 
 
 def test_text_without_a_place_to_join_is_tokenised_whole(monkeypatch):

@@ -72,8 +72,10 @@ def long_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
     """The ids of a long text, int32 or a list: those that the tokenizer gives for it as a whole."""
     if not tokenizer.is_fast:
         return encode(tokenizer, [text])[0]
-    stream, start, first = array("i"), 0, 0
+    stream, start = array("i"), 0
     piece = _Piece.of(tokenizer, text, 0)
+    read = getattr(tokenizer, "read", list)  # a Reader takes BOS out in front
+    first = len(piece.ids) - len(read(piece.ids))
     while start + CHARACTERS + OVERLAP < len(text):
         start += CHARACTERS
         following = _Piece.of(tokenizer, text, start)
@@ -96,7 +98,7 @@ class _Piece(NamedTuple):
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> "_Piece":
         piece = text[start : start + CHARACTERS + OVERLAP]
-        tokens = tokenize(tokenizer, [piece])
+        tokens = tokenize(getattr(tokenizer, "tokenizer", tokenizer), [piece])
         return cls(tokens["input_ids"][0], start, tokens.encodings[0])
 
     def token_at(self, character: int) -> int | None:

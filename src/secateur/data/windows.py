@@ -107,15 +107,6 @@ def parts_in_words(text: Mapping[str, Any]) -> str:
     )
 
 
-def parts_in_words(text: Mapping[str, Any]) -> str:
-    """What a mixture has of each text, from its fingerprint; nothing where it is none."""
-    return "; ".join(
-        f"{part['source']} {part['share']:.1%}: {part['samples']} windows, "
-        f"{part['tokens']:,} tokens"
-        for part in text.get("parts", ())
-    )
-
-
 def evaluation_windows(
     tokenizer: PreTrainedTokenizerBase,
     source: str,

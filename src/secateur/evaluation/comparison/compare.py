@@ -198,21 +198,6 @@ def _workplace(
     return Workplace(file, source.sha256, asked.resources, asked.progress, restart)
 
 
-def overlap_notes(judged: Windows, drawn: Sequence[Windows]) -> list[str]:
-    """A sentence for each calibration text of which a draw shares tokens with the evaluation."""
-    shared: dict[str, int] = {}
-    size = run_length(judged.ids.shape[1], [windows.ids for windows in drawn])
-    for windows in drawn:
-        count = overlapping(judged.ids, windows.ids)
-        shared[windows.source] = max(count, shared.get(windows.source, 0))
-    return [
-        f"{count} of {len(judged.ids)} evaluation windows share {size} tokens in a row or more "
-        f"with the calibration text {source}: a model is judged there on what it was calibrated on."
-        for source, count in shared.items()
-        if count
-    ]
-
-
 def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:
     """Load the dense model, ask what it can lose. Raises where that is less than a row wants."""
     source = open_checkpoint(resolve(asked.model, asked.trust, progress=asked.progress))
