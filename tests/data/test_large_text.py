@@ -225,6 +225,14 @@ def test_what_cannot_be_sampled_is_drawn_from_all_tokens(small_limits, tmp_path)
     assert torch.equal(thin.ids, tiles(byte_tokenizer(), [row["text"] for row in rows], 10, LENGTH, 0))
 
 
+def test_other_columns_of_a_table_are_no_text(small_limits, tmp_path):
+    texts = numbered(60, random.Random(1))
+    noise = [str(random.Random(number).random()) * 100 for number in range(60)]
+    parquet.write_table(pa.table({"noise": noise, "text": texts}), tmp_path / "a.parquet", use_dictionary=False)
+    assert draw_of(str(tmp_path / "a.parquet"), 5).available_tokens == sum(len(text) + 1 for text in texts)
+    assert corpus_of(f"{tmp_path / 'a.parquet'}:noise", "train", None).is_large(1)
+
+
 def test_only_the_first_windows_of_large_text_are_read_to_evaluate(small_limits, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "CHARACTERS", 1000)
     texts = numbered(1000, random.Random(5))

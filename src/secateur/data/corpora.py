@@ -23,6 +23,7 @@ from secateur.data.readers import (
     kind_of,
     opened,
     reading,
+    table_bytes,
 )
 from secateur.data.sources import SUFFIXES, DataSet, Source, read_source
 from secateur.errors import BadText, NotEnoughText, SecateurError, in_one_line
@@ -69,8 +70,8 @@ class Corpus:
     def text_bytes(self, most: int) -> int:
         """The bytes of text in the files, counted until they are more than `most`."""
         size = 0
-        for file, _ in self.files:
-            size += _text_bytes(file, most - size)
+        for file, column in self.files:
+            size += _text_bytes(file, column, most - size)
             if size > most:
                 break
         return size
@@ -142,11 +143,11 @@ class StoredTexts(Sequence[str | Chat]):
         return self._pickle.load(self._file)
 
 
-def _text_bytes(file: Path, most: int) -> int:
+def _text_bytes(file: Path, column: str | None, most: int) -> int:
     """The bytes of text in a file; counting what is packed ends soon after `most`."""
     with reading(file):
         if kind_of(file) == "parquet":
-            return _table_bytes(file)
+            return table_bytes(file, column)
         if not is_packed(file):
             return file.stat().st_size
         size = 0
@@ -154,14 +155,6 @@ def _text_bytes(file: Path, most: int) -> int:
             while size <= most and (data := stream.read(2**20)):
                 size += len(data)
         return size
-
-
-def _table_bytes(file: Path) -> int:
-    from pyarrow import parquet  # takes long to import
-
-    with parquet.ParquetFile(file) as table:
-        groups = range(table.metadata.num_row_groups)
-        return sum(table.metadata.row_group(group).total_byte_size for group in groups)
 
 
 def _local_files(folder: Path, split: str) -> Iterator[Path]:

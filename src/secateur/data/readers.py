@@ -174,12 +174,32 @@ def _batches(file: Path, columns: Sequence[str]) -> Iterator[Any]:
 def _table(file: Path, column: str | None) -> Iterator[Raw]:
     """The documents of a .parquet."""
     number = 0
-    for batch in _batches(file, (column,) if column else ("text", *FIELDS)):
+    for batch in _batches(file, _columns(column)):
         mean = batch.nbytes // max(batch.num_rows, 1)
         for row in range(batch.num_rows):
             number += 1
             cell = _cell_of(batch, row)
             yield Raw(mean, _row_parser(cell, column, number, file))
+
+
+def _columns(column: str | None) -> tuple[str, ...]:
+    """The columns of a table that a document may be made of."""
+    return (column,) if column else ("text", *FIELDS)
+
+
+def table_bytes(file: Path, column: str | None) -> int:
+    """The bytes of the columns of a .parquet that documents are made of, as it says itself."""
+    from pyarrow import parquet  # takes long to import
+
+    with parquet.ParquetFile(file) as table:
+        groups = [table.metadata.row_group(n) for n in range(table.metadata.num_row_groups)]
+    parts = [group.column(n) for group in groups for n in range(group.num_columns)]
+    wanted = _columns(column)
+    return sum(
+        part.total_uncompressed_size
+        for part in parts
+        if part.path_in_schema.split(".")[0] in wanted
+    )
 
 
 def _cell_of(batch: Any, row: int) -> Callable[[], Any]:
