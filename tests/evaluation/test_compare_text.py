@@ -10,6 +10,7 @@ from support.command_line import run
 
 import secateur
 from secateur.cli.tables import comparison_tables, summary
+from secateur.data import corpora, readers
 from secateur.data.windows import Windows
 from secateur.evaluation.comparison.compare import overlap_notes
 from secateur.evaluation.report.write import markdown
@@ -71,6 +72,14 @@ def test_text_that_is_judged_on_and_was_calibrated_on_is_said(options, tmp_path)
     assert words.strip() in " ".join(shown.split())
     assert words in (out / "report.md").read_text()
     assert "notes" not in results["evaluation"]
+
+
+def test_how_much_text_was_drawn_from_is_shown(options, tmp_path, monkeypatch):
+    for module in (readers, corpora):
+        monkeypatch.setattr(module, "LARGE", 2**12)
+    results = secateur.compare(**options | {"samples": 2, "seq_len": 32}, calibration="one.jsonl", out=tmp_path / "out")
+    assert results.calibrations[0]["drawn"] == "at random bytes"
+    assert "2 samples of 32 tokens, seed 0, drawn at random bytes, " in markdown(results)
 
 
 def test_text_that_is_apart_needs_no_word(options, tmp_path):

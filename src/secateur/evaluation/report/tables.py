@@ -256,6 +256,8 @@ def _source(text: dict[str, Any], what: str) -> str:
     seed = f", seed {text['seed']}" if what == "samples" else ""
     if parts := parts_in_words(text):
         seed = f"{seed} ({parts})"
+    if drawn := text.get("drawn"):
+        seed = f"{seed}, drawn {drawn}"
     return (
         f"{text['source']} ({text['split']}), {size}{seed}, {reading_in_words(text)}, sha256 "
         f"{text['sha256'][:16]}…"
