@@ -53,7 +53,7 @@ def train(given: Any, tokenizer: Any, tokens: Tensor, sink: float) -> LlamaForCa
         max_position_embeddings=given.length,
         tie_word_embeddings=False,
     )
-    model = LlamaForCausalLM(config).train()
+    model: Any = LlamaForCausalLM(config).train()
     model.get_input_embeddings().weight.data[tokenizer.bos_token_id] *= sink
     optimiser = torch.optim.AdamW(model.parameters(), lr=given.rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, given.steps // 20)
@@ -101,7 +101,7 @@ def pruned(trained: LlamaForCausalLM, tokenizer: Any, given: Any, files: tuple[P
         for method in METHODS:
             for way in WAYS:
                 out = Path(folder) / f"{method}-{way}"
-                text = dict(calibration=str(stories), samples=given.samples, seq_len=given.length, bos=way)
+                text: Any = dict(calibration=str(stories), samples=given.samples, seq_len=given.length, bos=way)
                 secateur.prune(dense, out=out, method=method, pattern="50%", **text)
                 rows.append({"method": method, "calibration": way, "judged": judged(out, dense, given, evaluation)})
     return rows

@@ -20,6 +20,7 @@ from support.mutations import KINDS, Case
 from support.spoilt_shards import KEY, parts, write
 
 from secateur import errors
+from secateur.checkpoints import copied
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.checkpoints.result_folder import output
 from secateur.errors import BadCheckpoint, ConditionsDiffer, UnsupportedModel
@@ -253,7 +254,7 @@ def test_links_within_the_cache_of_the_hub_are_copied(spoilt, result, tmp_path):
         file.rename(hub / "blobs" / file.name)
         file.symlink_to(hub / "blobs" / file.name)
     snapshot_folder = case.model.rename(hub / "snapshots" / "0")
-    files.refuse_links_out(snapshot_folder)
+    copied.refuse_links_out(snapshot_folder)
     with output(open_checkpoint(snapshot_folder), tmp_path / "copy", overwrite=False) as written:
         assert (written.partial / "config.json").is_file()
 

@@ -1,4 +1,4 @@
-"""A real pretrained model, as `make real` compares it: a small cut, where its wheel can be had from the package index."""
+"""A real pretrained model, as `make real` compares it: a small cut, where the package index gives its wheel."""
 
 import importlib.util
 import json

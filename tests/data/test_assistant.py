@@ -108,7 +108,7 @@ def chats(tmp_path) -> str:
     return str(file)
 
 
-def drawn(model, chats, bos="stream", counted="assistant", samples=6, length=48):
+def drawn(model, chats, bos="stream", counted="assistant", samples=6, length=48) -> Any:
     from secateur.data.tokenizer import load_tokenizer
 
     return Reader(load_tokenizer(model), bos, counted).windows(
@@ -119,12 +119,14 @@ def drawn(model, chats, bos="stream", counted="assistant", samples=6, length=48)
 def test_the_windows_are_those_of_all_tokens(model, chats):
     masked, whole = drawn(model, chats), drawn(model, chats, counted="all")
     assert torch.equal(masked.ids, whole.ids)
+    assert masked.counted is not None
     assert masked.counted.shape == masked.ids.shape
     fingerprint = masked.fingerprint()
     assert fingerprint["counted_tokens"] == int(masked.counted.sum())
     assert {k: v for k, v in fingerprint.items() if "counted" not in k and k != "empty_windows"} == whole.fingerprint()
     begun = drawn(model, chats, bos="each-window")
     assert (begun.ids[:, 0] == 1).all()
+    assert begun.counted is not None
     assert not begun.counted[:, 0].any()
 
 
@@ -152,7 +154,7 @@ def test_the_gram_matrix_is_that_of_the_chosen_tokens(model, chats, passes, fami
     block = language_model.blocks[0]
     for name in seen:
         module = block.get_submodule(name)
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs.setdefault(name, []).append(args[0][0]))
+        module.register_forward_pre_hook(lambda _, args, name=str(name): inputs.setdefault(name, []).append(args[0][0]))  # type: ignore
     with torch.no_grad():
         for window in windows.ids:
             language_model.model(window[None])
@@ -180,7 +182,7 @@ def test_refining_counts_the_same_tokens(model, chats):
         output = run_block(step.block, batch.hidden, batch.call)
         for window in range(len(output)):
             for place in range(output.shape[1]):
-                if batch.counted[window, place]:
+                if batch.counted[window, place]:  # type: ignore[index]
                     target = batch.target[window, place]
                     lost.append((output[window, place] - target).square().sum() / target.square().sum())
     assert error(step.block, batches) == pytest.approx(torch.stack(lost).mean().item(), rel=1e-5)

@@ -27,7 +27,8 @@ from secateur.errors import BadText, NonFinite, NotEnoughText, SecateurError, Un
 from secateur.evaluation.tasks import answer as tasks
 from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, lines, summarise
 from secateur.evaluation.tasks.items import PAPERS, TASKS
-from secateur.evaluation.tasks.lm_eval import Answers, load_task, on_device, quiet
+from secateur.evaluation.tasks.lm_eval import Answers, load_task, quiet
+from secateur.models.generate import on_device
 from secateur.models.load import load
 from secateur.models.replay import LanguageModel
 from secateur.system.intervals import resampled_means

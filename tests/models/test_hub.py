@@ -22,7 +22,7 @@ from support.texts import byte_tokenizer
 
 import secateur
 from secateur.errors import BadCheckpoint, DiskFull, SecateurError, UnsupportedModel
-from secateur.models.load import load, resolve
+from secateur.models.load import load, locate, resolve
 from secateur.system.settings import Trust
 
 NAME = "owner/model"
@@ -218,9 +218,9 @@ def test_offline_what_was_fetched_before_is_used(hub, monkeypatch):
     ):
         resolve(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    resolve(NAME, weights=False)
+    locate(NAME, weights=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert resolve(NAME, weights=False).name == COMMIT
+    assert locate(NAME, weights=False).name == COMMIT
     with pytest.raises(
         BadCheckpoint, match=r"Only a part of owner/model was fetched before, without its weights\. .*OFFLINE"
     ):

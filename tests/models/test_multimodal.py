@@ -6,6 +6,7 @@ The tower of every model here has more weights than its language model, which is
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,7 +144,8 @@ def test_structures_are_refused_in_words(folder, text_file, tmp_path, pattern):
 
 
 def test_every_room_works_on_the_text(folder, text_file, tmp_path):
-    text, short = str(text_file), {"seq_len": 16}
+    text = str(text_file)
+    short: Any = {"seq_len": 16}
     given = {"calibration": text, "samples": 4, **short}
     foreseen = secateur.forecast(folder, method="wanda", samples=4, **short)
     plan = secateur.plan(folder, out=tmp_path / "plan.json", allocate="error", **given)

@@ -47,7 +47,7 @@ OPTIONS: dict[str, Any] = {"samples": 4, "seq_len": 48, "self_tokens": 20, "batc
 
 def test_prompts_end_where_the_model_is_to_speak(model, prompts):
     tokenizer = load_tokenizer(model)
-    texts = {tokenizer.decode(one.ids) for one in read_prompts(tokenizer, prompts, longest=99, seed=0)}
+    texts = {str(tokenizer.decode(one.ids)) for one in read_prompts(tokenizer, prompts, longest=99, seed=0)}
     assert "[user]who runs 3\n[assistant]" in texts
     assert "[user]a cat 8\n[assistant]" in texts
     assert "<s>the tree 0 " in texts

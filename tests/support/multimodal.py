@@ -68,12 +68,13 @@ def _text(default: PreTrainedConfig) -> PreTrainedConfig:
 def tiny_multimodal_config(model_type: str) -> PreTrainedConfig:
     """The family's default configuration, its text part as in `families`, its towers wider than that."""
     default = AutoConfig.for_model(model_type)
-    text, parts = default.get_text_config(), {}
+    text: Any = default.get_text_config()
+    parts: dict[str, Any] = {}
     for name in default.sub_configs:
-        part = getattr(default, name, None)
+        part: Any = getattr(default, name, None)
         if part is None and name == "vision_config":
             part = AutoConfig.for_model(f"{model_type}_vision")
-        if part is text:
+        if part is not None and part is text:
             parts[name] = _text(part)
         elif part is not None:
             parts[name] = type(part)(**{key: value for key, value in TOWER.items() if _settable(part, key)})

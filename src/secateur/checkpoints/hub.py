@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     RepositoryNotFoundError,
     RevisionNotFoundError,
     RevisionResolutionError,

@@ -25,7 +25,8 @@ def loader(config: Any) -> Any:
     A family may have a class for its text alone, and one for all of its parts: `architectures` says
     which of them a checkpoint is.
     """
-    family, named = getattr(config, "model_type", ""), getattr(config, "architectures", None)
+    family: Any = getattr(config, "model_type", "")
+    named = getattr(config, "architectures", None)
     whole = str(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.get(family, ""))
     text_alone = str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family, ""))
     if not whole or text_alone in (named or ()):
