@@ -210,3 +210,13 @@ def test_version_and_help():
     assert run("--version").strip()
     assert "compare" in run("--help")
     assert "--calibration" in run("prune", "--help")
+
+
+def test_bits_a_byte_stand_in_brackets(tiny_llama, text_file):
+    from secateur.cli.tables import evaluation_lines
+
+    given = {"evaluation": str(text_file), "windows": 4, "seq_len": 32}
+    found = secateur.evaluate(str(tiny_llama), dense=str(tiny_llama), **given)
+    first, second = list(evaluation_lines(found))[:2]
+    assert f"Perplexity {found.perplexity:.4f} ({found.bits_per_byte:.4f} bits a byte) on " in first
+    assert f"Dense {found.perplexity:.4f} ({found.dense_bits_per_byte:.4f} bits a byte), difference +0.0000" in second

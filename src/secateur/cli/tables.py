@@ -170,7 +170,7 @@ def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _bits(value: float | None) -> str:
-    return "" if value is None else f", {value:.4f} bits a byte,"
+    return "" if value is None else f" ({value:.4f} bits a byte)"
 
 
 def _within(interval: tuple[float, float] | None) -> str:

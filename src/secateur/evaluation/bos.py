@@ -32,7 +32,7 @@ def bos_note(model: Forward, reader: Reader) -> str:
     rest = (
         f"The way in use is --bos {reader.bos}."
         if (reader.bos == "each-window") == (better == "each-window")
-        else f"The way in use is --bos {reader.bos}; --bos {better} is what this model is made for."
+        else f"The way in use is --bos {reader.bos}; --bos {better} is the better one here."
     )
     return (
         f"Much hangs on BOS: perplexity on the same tokens is {without.exp():.4g} without and "
