@@ -554,7 +554,7 @@ def test_groups_that_do_not_exist_are_refused(tmp_path: Path):
     [
         (
             {"quant_method": "aqlm"},
-            r"is quantised by aqlm .*which cannot be read here; mlx, .* can\. Prune the unquantised",
+            r"is quantised by aqlm .*which cannot be read here; mlx, .* can\. Name the unquantised",
         ),
         (
             {"quant_method": "gptq", "checkpoint_format": "marlin"},

@@ -125,7 +125,7 @@ def bare(folder: Path, *names: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda f: bare(f, "a-Q4.gguf"), r"owner/model holds a GGUF file and no .* \(a-Q4\.gguf\)\. llama"),
+        (lambda f: bare(f, "a-Q4.gguf"), r"owner/model holds a GGUF file and no .* \(a-Q4\.gguf\)\. Name that"),
         (lambda f: bare(f, "pytorch_model.bin"), r"has only pickled weights \(pytorch_model\.bin\)"),
         (lambda f: bare(f, "adapter_config.json"), "holds an adapter, not a model"),
         (lambda f: (f / "adapter_config.json").write_text("{}"), "holds a model and an adapter"),

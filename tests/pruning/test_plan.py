@@ -279,3 +279,16 @@ def test_a_plan_s_file_decides_instead_of_the_pattern(tmp_path):
     assert found.keys() == {name for name in written if not name.endswith("q_proj")}
     with pytest.raises(BadPlan, match="Every weight matrix is left out"):
         planned(language_model, windows(), file, method="wanda", pattern="50%", skip=["*.1.*"])
+
+
+def test_a_plan_of_few_matrices_says_what_stays_dense(tiny_llama, text_file, tmp_path):
+    plan = {"schema": "secateur.plan/1", "sites": {"model.layers.0.mlp.up_proj": "50%"}}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    given = {"method": "magnitude", "calibration": str(text_file), "samples": 4, "seq_len": 16}
+    report = secateur.prune(tiny_llama, out=tmp_path / "out", allocate=str(tmp_path / "plan.json"), **given)
+    assert "The plan leaves 27 of 28 weight matrices dense: model.layers.*.self_attn.q_proj (4), " in report.note
+    (tmp_path / "plan.json").write_text(json.dumps({**plan, "sites": {"*.up_proj": "50%"}}))
+    with pytest.raises(
+        BadPlan, match=r"names '\*\.up_proj'; a plan gives each weight matrix by its full name, without"
+    ):
+        secateur.prune(tiny_llama, out=tmp_path / "out2", allocate=str(tmp_path / "plan.json"), **given)

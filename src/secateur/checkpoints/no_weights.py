@@ -48,7 +48,7 @@ KINDS = (
     Kind(
         r".*\.gguf$",
         "a GGUF file and no safetensors weights",
-        "Name the model that it was made from.",
+        "Name that file (of the hub, after hf download), or the model that it was made from.",
     ),
     Kind(
         r"(consolidated.*\.safetensors|params\.json)$",

@@ -206,7 +206,7 @@ def refuse_foreign_weights(
     for name, location in checkpoint.places.items():
         if location.dtype not in STORED:
             raise UnsupportedModel(
-                f"{name} in {folder} is stored as {location.dtype}, which cannot be pruned. "
+                f"{name} in {folder} is stored as {location.dtype}, which cannot be used here. "
                 "Use the float32, bfloat16 or float16 weights."
             )
 
@@ -223,7 +223,7 @@ def refuse_encoder(model: nn.Module, logits: Tensor) -> None:
         raise UnsupportedModel(
             f"{type(model).__name__} is no causal language model as its config.json sets it up: a "
             "later token changes the logits of those before it. Encoders, and models that read a "
-            "prompt in both directions, have no perplexity, and cannot be pruned here."
+            "prompt in both directions, have no perplexity, and cannot be used here."
         )
 
 

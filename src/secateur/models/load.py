@@ -126,7 +126,7 @@ def _with_tuples(
     if len(tuples) != len(blocks):
         raise UnsupportedModel(
             f"{type(model).__name__} called its {len(blocks)} blocks {len(tuples)} times for text; "
-            "once each is wanted. What only images or sound reach cannot be pruned by text."
+            "once each is wanted. What only images or sound reach cannot be judged by text."
         )
     return LanguageModel(model, stack, tuple(tuples)), logits
 

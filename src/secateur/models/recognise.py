@@ -47,7 +47,7 @@ KINDS = (
     Kind(
         r"\.weight_scale(_inv)?$",
         "quantised weights with their scales, and config.json does not say of which kind",
-        "Fetch config.json again, or prune the unquantised model instead.",
+        "Fetch config.json again, or name the unquantised model instead.",
         UnsupportedModel,
     ),
 )

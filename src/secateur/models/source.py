@@ -41,7 +41,7 @@ def checkpoint_tensors(
     except ValueError as error:  # what it would put together is not all there
         raise UnsupportedModel(
             f"transformers cannot put single weights of {type(language_model.model).__name__} back "
-            f"where they lie in the checkpoint ({in_one_line(error)}), so it cannot be pruned here."
+            f"where they lie in the checkpoint ({in_one_line(error)}), so it cannot be used here."
         ) from error
     for name, tensor in reverted.items():
         spellings = (name, name.removeprefix(prefix), prefix + name)

@@ -23,7 +23,7 @@ from secateur.models.source import ignored_in_words
 from secateur.models.stream.blocks import BlockRun
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.pruning.check import Zeros
-from secateur.pruning.planning.allocation import Plan, is_file, label
+from secateur.pruning.planning.allocation import Plan, is_file, label, left_dense_in_words
 from secateur.pruning.planning.measured import make_plan
 from secateur.pruning.planning.memory import UNKNOWN_COST, way_through
 from secateur.system.devices import Resources, calibration_dtype
@@ -132,7 +132,8 @@ def prepare(
     shown = label(plan, shapes) if is_file(recipe.allocate) else str(pattern)
     run.progress.begin(f"pruning with {recipe.method} to {shown}")
     cost = UNKNOWN_COST.format(recipe.method) if method.cost is None else ""
-    left = parts_in_words(run.language_model.model), ignored_in_words(run.language_model)
+    dense = left_dense_in_words(plan, shapes) if is_file(recipe.allocate) else ""
+    left = dense, parts_in_words(run.language_model.model), ignored_in_words(run.language_model)
     report = Report(
         recipe.method,
         shown,

@@ -40,7 +40,7 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
     if packing != "gemm" or bits != BITS:
         raise UnsupportedModel(
             f"{source.checkpoint.folder} holds AWQ weights of {bits} bits packed as {packing}; 4 "
-            "bits as gemm were wanted. Save them again so, or prune the unquantised model."
+            "bits as gemm were wanted. Save them again so, or name the unquantised model."
         )
     tensors: Decoded = {}
     groups = set[int]()

@@ -65,7 +65,7 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
         if name not in (None, *FORMATS):
             raise UnsupportedModel(
                 f"{source.checkpoint.folder} is stored as {name} of compressed-tensors; one of "
-                f"{', '.join(FORMATS)} was wanted. Prune the unquantised model."
+                f"{', '.join(FORMATS)} was wanted. Name the unquantised model."
             )
     tensors: dict[str, Any] = dict(activation_scales(source))
     tensors |= dict.fromkeys(n for n in source.checkpoint.places if n.endswith(OTHERS))

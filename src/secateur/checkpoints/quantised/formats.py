@@ -140,7 +140,7 @@ def unreadable(folder: Path, settings: Mapping[str, Any]) -> str:
     method = settings.get("quant_method", "an unnamed method")
     return (
         f"{folder} is quantised by {method} (quantization_config in config.json), which cannot be "
-        f"read here; {', '.join(FORMATS)} can. Prune the unquantised model instead."
+        f"read here; {', '.join(FORMATS)} can. Name the unquantised model instead."
     )
 
 

@@ -61,7 +61,7 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
     if version is None:
         raise UnsupportedModel(
             f"{source.checkpoint.folder} holds GPTQ weights packed as {packing}; one of "
-            f"{', '.join(VERSIONS)} was wanted. Save them again as gptq, or prune the unquantised "
+            f"{', '.join(VERSIONS)} was wanted. Save them again as gptq, or name the unquantised "
             "model."
         )
     tensors: dict[str, Any] = {}

@@ -10,6 +10,8 @@ out of numbers; `measured.py` measures them.
 * `least_error`: error curves are given, and each weight is removed where the next one costs least.
 """
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -190,6 +192,11 @@ def read_plan(file: Path, shapes: Shapes) -> Plan:
         )
     plan: dict[str, Pattern] = {}
     for name, text in document["sites"].items():
+        if name not in shapes and any(character in name for character in "*?["):
+            raise BadPlan(
+                f"{file} names {name!r}; a plan gives each weight matrix by its full name, without "
+                "globs. 'secateur plan --out' writes them all, and --skip takes globs."
+            )
         if name not in shapes:
             raise UnknownName("weight matrix in this model", name, shapes)
         if not isinstance(text, str):
@@ -202,6 +209,19 @@ def read_plan(file: Path, shapes: Shapes) -> Plan:
     if not plan:
         raise BadPlan(f"{file} leaves every weight matrix dense; nothing would be pruned.")
     return plan
+
+
+def left_dense_in_words(plan: Plan, shapes: Shapes) -> str:
+    """A sentence on the weight matrices that a plan leaves dense; empty where there are none."""
+    counts = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in shapes if name not in plan)
+    if not counts:
+        return ""
+    parts = [f"{name} ({count})" for name, count in counts.items()]
+    more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
+    return (
+        f"The plan leaves {counts.total()} of {len(shapes)} weight matrices dense: "
+        f"{', '.join(parts[:4])}{more}."
+    )
 
 
 def is_file(allocate: str) -> bool:
