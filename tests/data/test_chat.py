@@ -13,6 +13,7 @@ from support.texts import byte_tokenizer
 
 import secateur
 from secateur.data.calibration import calibration_windows
+from secateur.data.chat import chat_of
 from secateur.data.corpora import corpus_of
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import evaluation_windows
@@ -148,3 +149,9 @@ def test_a_model_is_pruned_on_its_own_conversations(model, tmp_path):
     once: Any = tokenizer.apply_chat_template(MESSAGES, tokenize=True, return_dict=False)
     assert trained.ids.flatten().tolist() == (once * 2)[:64]  # and no </s> between
     assert torch.isin(trained.ids, drawn.ids.unique()).all()
+
+
+def test_an_input_that_is_no_text_is_refused():
+    """Found by fuzzing: it was a TypeError."""
+    with pytest.raises(BadText, match="The field 'input' must hold text; in row 1 it does not"):
+        chat_of({"instruction": "a", "input": 7, "output": "b"}, "row 1")

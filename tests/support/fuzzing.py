@@ -16,9 +16,12 @@ import shutil
 import stat
 import traceback
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -29,8 +32,10 @@ from secateur.cli import app as cli
 from secateur.cli.failures import FAULT
 from secateur.deployment.formats.packed import load_packed, shards
 from support.families import tiny_model
+from support.hub import serving
 from support.limits import TimeLimit, captured, file_limit, forget_peak, held, peak, time_limit
-from support.mutations import KINDS, Case
+from support.multimodal import tiny_multimodal
+from support.mutations import HUB, KINDS, Case
 from support.texts import byte_tokenizer, write_documents
 
 SECONDS, SLOW = 20.0, {"shrink": 100.0}
@@ -66,6 +71,8 @@ def bases(place: Path, *, whole: bool = True) -> None:
     for family in ("llama", "gpt2", "mixtral", "gemma3_text") if whole else ("llama",):
         tiny_model(family).save_pretrained(place / family)
         byte_tokenizer().save_pretrained(place / family)
+    tiny_multimodal("gemma3").save_pretrained(place / "gemma3")
+    byte_tokenizer().save_pretrained(place / "gemma3")
     tiny_model("llama").bfloat16().save_pretrained(place / "bfloat16")
     byte_tokenizer().save_pretrained(place / "bfloat16")
     _shard(place / "llama", place / "sharded")
@@ -180,7 +187,12 @@ def judged(case: Case, command: str, text: Path) -> tuple[str, str]:
     elif command == "load packed":
         run = functools.partial(_load_packed, case.model)
     else:
-        run = functools.partial(cli.app, arguments(case, command, text), standalone_mode=True)
+        own = next(case.root.glob("text.*"), text)
+        words = arguments(case, command, own)
+        if served := (case.root / HUB).exists():
+            words = ["model" if word == str(case.model) else word for word in words]
+        run = functools.partial(cli.app, words, standalone_mode=True)
+        run = functools.partial(_from_hub, case, run) if served else run
     code: Any
     forget_peak()
     with captured() as said:
@@ -198,6 +210,15 @@ def judged(case: Case, command: str, text: Path) -> tuple[str, str]:
     if grown > MEMORY or ("allocate memory" in err and "os error 12" not in err):  # a file mapped is no memory
         return "memory", f"{grown / 2**20:.0f} MiB more; {err[:500]}"
     return _words(case, command, code, out, err)
+
+
+def _from_hub(case: Case, run: Callable[[], Any]) -> None:
+    """Run while a hub on this machine serves the folder of a case."""
+    manner = json.loads((case.root / HUB).read_text())
+    waiting = patch("huggingface_hub.file_download.time.sleep", lambda seconds: None)
+    with TemporaryDirectory() as cache, serving(case.root, Path(cache)) as hub, waiting:
+        hub.manners["model"] = manner
+        run()
 
 
 def _load_packed(folder: Path) -> None:

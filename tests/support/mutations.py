@@ -17,10 +17,13 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from support.spoilt_json import NASTY, spoilt, spoilt_names
 from support.spoilt_shards import spoil_header, spoil_metadata
+from support.spoilt_texts import spoil_text
 from support.spoilt_tokenizers import spoil_settings, spoil_vocabulary
 
 SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
@@ -270,6 +273,73 @@ def packed(case: Case) -> str:
     return f"{file.name}: {spoil_metadata(file, case.draw)}" if case.draw.random() < 0.5 else header(case)
 
 
+def nested(case: Case) -> str:
+    """Change the configuration of the text, or of a tower, of a model that sees."""
+    file, draw = case.model / "config.json", case.draw
+    held = json.loads(file.read_bytes())
+    part = draw.choice(["text_config", "text_config", "text_config", "vision_config", "vision_config", ""])
+    fields = held[part] if part else held
+    name = draw.choice([*sorted(fields), *SIZES[:12], "model_type", "architectures", "quantization_config"])
+    now = fields.get(name)
+    near = [now - 1, now + 1, now * 2, -now, now * 1000] if type(now) is int else []
+    sizes = [0, -1, 1, 3, 10**5, 10**9, 2**62, 10**30, 0.5, *near]
+    families = ["llama", "gemma3_text", "siglip_vision_model", "gemma3", "t5", "no-such"]
+    values = {"model_type": families, "architectures": [["Gemma3ForCausalLM"], ["LlamaForCausalLM"], [], [1]]}
+    fields[name] = draw.choice(values.get(name) or [*sizes, *near, *NASTY])
+    if draw.random() < 0.1:
+        held[part or "text_config"] = draw.choice([{}, None, [], 7, "x", {"model_type": "llama"}])
+    file.write_text(json.dumps(held))
+    return f"config.json: {part}.{name} = {json.dumps(fields[name])[:80]}"
+
+
+STRAYS = (
+    "mtp.layers.0.q_proj.weight", "model.layers.99.mlp.up_proj.weight", "model.layers.4.mlp.up_proj.weight",
+    "vision_tower.encoder.weight", "score.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "lm_head.bias",
+    "model.layers.0.mlp.up_proj.weight_scale", "model.layers.0.mlp.up_proj.qweight", "module.a", "_orig_mod.b",
+    "model.layers.-1.a", "model.layers.00.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.lora_A.weight", "x" * 999,
+    "model.embed_tokens.weight.absmax", "eagle.fc.weight", "model.layers.1e3.a", "a.weight_packed", "a.scales",
+)  # fmt: skip
+
+
+def strays(case: Case) -> str:
+    """Add tensors that the model has no use for."""
+    draw, file = case.draw, case.model / SINGLE
+    tensors, names = load_file(file), draw.sample(STRAYS, draw.randint(1, 3))
+    for name in names:
+        shape = draw.choice([(), (1,), (8, 8), (0,), (64, 64), (2, 3, 4)])
+        dtype = draw.choice([torch.float32, torch.bfloat16, torch.int8, torch.uint32, torch.float8_e4m3fn, torch.bool])
+        tensors[name] = torch.zeros(shape, dtype=dtype)
+    save_file(tensors, file, {"format": "pt"})
+    return f"{file.name}: with {', '.join(name[:40] for name in names)}"
+
+
+def texts(case: Case) -> str:
+    """Write a text of the case's own, which the command reads."""
+    return spoil_text(case.root, case.draw)
+
+
+HUB = "hub.json"
+"""The file of a case whose folder is served by a hub, with what that hub does."""
+
+
+def hub(case: Case) -> str:
+    """Let a hub give out the folder, or refuse it; now and then with something spoilt in it."""
+    draw = case.draw
+    manner = draw.choice(["", "", "", "gated", "missing", "private", "limited", "down", "disabled", "cut"])
+    (case.root / HUB).write_text(json.dumps(manner))
+    what = draw.choice(["nothing", "nothing", "config", "header", "without", "without"])
+    if what == "config":
+        what = config(case)
+    elif what == "header":
+        what = header(case)
+    elif what == "without":
+        file = draw.choice(sorted(case.model.iterdir()))
+        file.unlink()
+        (case.model / draw.choice(["a.gguf", "pytorch_model.bin", "adapter_config.json", "x.h5"])).write_text("{}")
+        what = f"without {file.name}"
+    return f"a hub, {manner or 'polite'}; {what}"
+
+
 READERS = ("inspect", "inspect --json", "validate packed", "validate tensorrt-llm", "open")
 WRITERS = ("prune", "prune magnitude", "evaluate", "export packed", "export sparse-bitmask")
 DENSE = ("llama", "sharded", "pruned")
@@ -281,6 +351,10 @@ KINDS: dict[str, Kind] = {
     "extra": Kind(extra_json, ("llama",), ("prune magnitude", "evaluate"), 3),
     "config": Kind(config, FAMILIES, (*READERS, *READERS, *WRITERS, "export gguf", "export tensorrt-llm"), 22),
     "tokenizer": Kind(tokenizer, ("llama",), ("prune magnitude", "evaluate", "export gguf"), 9),
+    "nested": Kind(nested, ("gemma3",), (*READERS, *READERS, *WRITERS, "shrink", "export gguf", "export tensorrt-llm"), 12),
+    "strays": Kind(strays, ("llama", "pruned"), (*READERS, *WRITERS, "shrink"), 6),
+    "texts": Kind(texts, ("llama",), ("prune magnitude", "prune", "evaluate"), 8),
+    "hub": Kind(hub, DENSE, ("inspect --json", "validate packed", "prune magnitude", "evaluate", "export packed"), 5),
     "record": Kind(record, ("pruned",), (*READERS[:4], "export packed", "export sparse-24-bitmask"), 8),
     "recover": Kind(pruned_folder, ("pruned",), ("recover masked", "recover blocks", "recover lora"), 4),
     "rows": Kind(result_rows, ("compared",), ("compare",), 4),

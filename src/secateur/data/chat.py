@@ -35,6 +35,8 @@ def chat_of(row: Mapping[str, Any], where: str) -> Chat | None:
         name = "messages" if "messages" in row else "conversations"
         messages = [_message(one, name, where) for one in _listed(row[name], name, where)]
     elif isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+        if not isinstance(row.get("input") or "", str):
+            raise BadText(f"The field 'input' must hold text; in {where} it does not.")
         asked = "\n\n".join(filter(None, (row["instruction"], row.get("input"))))
         messages = [
             {"role": "user", "content": asked},
