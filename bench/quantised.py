@@ -2,8 +2,8 @@
 
 Two models of some 0.6 GB in bfloat16 are made: a Llama in block FP8 (128 x 128), and a gpt-oss whose experts are in
 MXFP4. Each run is a process of its own: of the quantised folder with an empty cache ("first"), of it with the copy that
-the first has left ("again"), and of the plain folder. Runs take turns; figures are medians. `peak` is the most that the
-process held in memory, mapped files that it has read included; `anonymous` what it allocated itself.
+the first has left ("again"), and of the plain folder. Runs take turns; figures are medians. `anonymous` is the most
+that the process had allocated itself, mapped files not counted.
 
     python bench/quantised.py --out bench/results/quantised.json
 """
@@ -88,12 +88,12 @@ def run(model: Path, place: Path, cache: Path, method: str) -> dict[str, float]:
     started = time.perf_counter()
     with (place / "report.json").open("wb") as report:
         process = subprocess.Popen(command, stdout=report, env={**os.environ, "SECATEUR_CACHE": str(cache)})
-        _, status, usage = os.wait4(process.pid, 0)
+        status = process.wait()
     seconds = time.perf_counter() - started
     if status:
         raise SystemExit(f"{' '.join(command)} ended with {status}")
     told = json.loads((place / "report.json").read_text())
-    return {"seconds": seconds, "peak": usage.ru_maxrss * 1024, "anonymous": told["peak_bytes"]}
+    return {"seconds": seconds, "anonymous": told["peak_bytes"]}
 
 
 def unpacking(model: Path, cache: Path) -> dict[str, float]:
