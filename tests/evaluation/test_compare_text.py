@@ -54,21 +54,22 @@ def test_a_run_says_what_it_was_calibrated_on(options, tmp_path):
     report = secateur.prune(
         options["model"], out=tmp_path / "out", calibration="one.jsonl:1,code/*.py:1", samples=8, seq_len=64
     )
-    lines = list(summary(report))
-    assert "Calibrated on one.jsonl 50.0%: 4 windows, 256 tokens; code/*.py 50.0%: 4 windows, 256 tokens." in lines
+    words = "(one.jsonl 50.0%: 4 windows, 256 tokens; code/*.py 50.0%: 4 windows, 256 tokens)"
+    assert any(words in line for line in summary(report) if line.startswith("Calibrated on 8 windows"))
 
 
 def test_text_that_is_judged_on_and_was_calibrated_on_is_said(options, tmp_path):
     out = tmp_path / "out"
     shown = run(
         "compare", options["model"], "--calibration", "judge.jsonl", "--evaluation", "judge.jsonl", "--samples", 8,
-        "--seq-len", 64, "--windows", 20, "--methods", "wanda", "--patterns", "2:4", "--out", out, "--quiet",
+        "--seq-len", 64, "--methods", "wanda", "--patterns", "2:4", "--out", out, "--quiet",
     )  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     (note,) = results["notes"]
     words = " evaluation windows share 32 tokens in a row or more with the calibration text judge.jsonl: a model is"
     assert words in note
-    assert 0 < int(note.split(" of 20")[0]) <= 20
+    assert 8 <= int(note.split(" of ")[0]) <= 16  # 8 windows lie in as many others, or across two each
+    assert note.split()[2] == str(results["evaluation"]["samples"])
     assert words.strip() in " ".join(shown.split())
     assert words in (out / "report.md").read_text()
     assert "notes" not in results["evaluation"]
