@@ -16,7 +16,7 @@ BELONGING = (
     "2_Dense/model.safetensors", "2_Dense/config.json", "modules.json", "tokenizer.json", "tokenizer_config.json",
 )  # fmt: skip
 STALE = (
-    "a-Q4.gguf", "model.onnx", "model.onnx_data", "quantize_config.json", "hf_quant_config.json", "quant_config.json",
+    "a-Q4.gguf", "model.onnx", "model.onnx_data",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.safetensors", "params.json", "optimizer.pt",
     "model.fp16.safetensors", "model.fp16.safetensors.index.json", "onnx/model.onnx", "original/params.json",
 )  # fmt: skip

@@ -50,3 +50,9 @@ def test_the_densest_group_is_found_wherever_it_is():
     assert count(weight).densest == (1, 1, 1)
     weight[1, 241:244] = 1
     assert count(weight).densest == (4, 4, 4)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 4), (0, 0)])
+def test_a_matrix_without_numbers_has_none_of_any_kind(shape):
+    """Found by fuzzing: rows of no columns could not be shaped."""
+    assert count(torch.zeros(shape)) == Counts(0, 0, 0, 0, (0, 0, 0))

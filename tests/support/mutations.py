@@ -351,7 +351,7 @@ KINDS: dict[str, Kind] = {
     "extra": Kind(extra_json, ("llama",), ("prune magnitude", "evaluate"), 3),
     "config": Kind(config, FAMILIES, (*READERS, *READERS, *WRITERS, "export gguf", "export tensorrt-llm"), 22),
     "tokenizer": Kind(tokenizer, ("llama",), ("prune magnitude", "evaluate", "export gguf"), 9),
-    "nested": Kind(nested, ("gemma3",), (*READERS, *READERS, *WRITERS, "shrink", "export gguf", "export tensorrt-llm"), 12),
+    "nested": Kind(nested, ("gemma3",), (*READERS, *READERS, *WRITERS, "shrink", "export gguf"), 12),
     "strays": Kind(strays, ("llama", "pruned"), (*READERS, *WRITERS, "shrink"), 6),
     "texts": Kind(texts, ("llama",), ("prune magnitude", "prune", "evaluate"), 8),
     "hub": Kind(hub, DENSE, ("inspect --json", "validate packed", "prune magnitude", "evaluate", "export packed"), 5),

@@ -40,15 +40,12 @@ class Counts(NamedTuple):
 
 def count(weight: Tensor) -> Counts:
     """What the numbers of a floating-point matrix `[…, in]` are."""
-    compiled, rows = library(), weight.reshape(-1, weight.shape[-1])
-    if (
-        compiled is None
-        or weight.dtype not in BITS
-        or weight.device.type != "cpu"
-        or not rows.numel()
-    ):
+    if not weight.numel():
+        return Counts(0, 0, 0, 0, (0,) * len(GROUPS))
+    compiled = library()
+    if compiled is None or weight.dtype not in BITS or weight.device.type != "cpu":
         return count_in_torch(weight)
-    rows = rows.contiguous()
+    rows = weight.reshape(-1, weight.shape[-1]).contiguous()
     counts = (ctypes.c_int64 * 7)()
     size, threads = rows.dtype.itemsize, min(torch.get_num_threads(), len(rows))
     compiled.secateur_count(
