@@ -1012,7 +1012,7 @@ def test_no_error_is_a_traceback_on_the_terminal(run, tiny_llama, monkeypatch, t
     def fail(*arguments, **options):
         raise error
 
-    monkeypatch.setattr("secateur.deployment.inspect.open_checkpoint", fail)
+    monkeypatch.setattr("secateur.deployment.inspect.readable_checkpoint", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     found, out, err = run("inspect", tiny_llama)
     assert (found, out) == (code, "")
@@ -1030,7 +1030,7 @@ def test_a_fault_on_a_full_disk_is_one_line_as_well(run, tiny_llama, monkeypatch
     def fail(*arguments, **options):
         raise LookupError("a")
 
-    monkeypatch.setattr("secateur.deployment.inspect.open_checkpoint", fail)
+    monkeypatch.setattr("secateur.deployment.inspect.readable_checkpoint", fail)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "no-such-folder"))
     code, _, err = run("inspect", tiny_llama)
     assert code == 70
