@@ -152,6 +152,7 @@ def work(place: Path, seed: int, kinds: tuple[str, ...]) -> None:
     faulthandler.enable(log)
     for line in sys.stdin:
         root = place / "case"
+        shutil.rmtree(root, ignore_errors=True)  # of a worker that died
         root.mkdir()
         faulthandler.dump_traceback_later(PATIENCE - 10, exit=True, file=log)
         outcome = run_case(seed, int(line), sound, root, kinds or tuple(KINDS))
