@@ -5,6 +5,7 @@ interruption, 70 for a fault of ours.
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from tempfile import NamedTemporaryFile
@@ -14,6 +15,7 @@ from secateur.cli.terminal import command, first_process
 from secateur.errors import Interrupted, RankLost, SecateurError, in_one_line, printable
 
 MISTAKE, FAULT, INTERRUPTED = 2, 70, 130
+GRACE_SECONDS = 2.0
 
 
 def guarded(run: Callable[[], Any]) -> int:
@@ -23,6 +25,8 @@ def guarded(run: Callable[[], Any]) -> int:
     except SecateurError as error:
         if first_process() or isinstance(error, RankLost):
             _say(str(error))
+        else:  # torchrun ends the others as soon as one has left: the first says it before
+            time.sleep(GRACE_SECONDS)
         return INTERRUPTED if isinstance(error, Interrupted) else MISTAKE
     except OSError as error:
         _say(f"{in_one_line(error)}.")
