@@ -78,10 +78,10 @@ def main() -> None:
         done = place.with_suffix(".json")
         if not done.is_file():
             settings: Any = dict(seq_len=given.seq_len, data_dir=given.data_dir, progress=Progress())
-            report = secateur.prune(
-                model, out=place, method=given.method, pattern=given.pattern, samples=given.samples, **text, **settings
-            )
-            measured: dict[str, Any] = {"calibration": report.calibration}
+            if not place.is_dir():  # a result has its name when it is whole
+                recipe: Any = dict(method=given.method, pattern=given.pattern, samples=given.samples)
+                secateur.prune(model, out=place, **recipe, **text, **settings)
+            measured: dict[str, Any] = {"calibration": read_json(place / "pruning.json")["calibration"]}
             for evaluation in ("wikitext2", str(out / "heldout.jsonl")):
                 found = secateur.evaluate(place, dense=model, evaluation=evaluation, windows=given.windows, **settings)
                 measured[Path(evaluation).stem] = dict(

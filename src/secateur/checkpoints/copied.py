@@ -14,7 +14,8 @@ from secateur.system.json_files import read_json
 
 TEMPLATES, MODULES = "additional_chat_templates", "modules.json"
 _STALE = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx[._]data|npz|imatrix|engine|plan|ot)"
+    r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|onnx|onnx[._]data|npz|imatrix|engine|plan"
+    r"|ot)"
     r"|(hf_)?quant(ize|ization)?_config\.json|params\.json|adapter_config\.json"
     r"|.*\.(safetensors|bin|h5|msgpack)\.index\.json"
 )

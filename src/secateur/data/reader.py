@@ -76,7 +76,8 @@ class Reader:
                 "Use a greater --seq-len, or --bos stream."
             )
         drawn = self._counted(draw(self, length - 1))
-        first = torch.full_like(drawn.ids[:, :1], int(self.tokenizer.bos_token_id))  # type: ignore[arg-type]
+        bos: Any = self.tokenizer.bos_token_id
+        first = torch.full_like(drawn.ids[:, :1], int(bos))
         counted = drawn.counted
         if counted is not None:
             counted = torch.cat([torch.zeros_like(counted[:, :1]), counted], 1)
