@@ -13,6 +13,7 @@ from support.splits import TEXTS, splitting
 from support.texts import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import secateur
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.checkpoints.quantised.gguf import gguf_source
 from secateur.checkpoints.quantised.gguf_tokenizer import SPLITS
@@ -308,3 +309,35 @@ def test_files_that_hold_no_whole_model_are_named(file, tmp_path):
     adapter = rewritten(file, tmp_path / "adapter.gguf", settings={"general.type": "adapter"})
     with pytest.raises(BadCheckpoint, match=r"holds adapter \(llama\), no language model"):
         gguf_source(adapter)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_every_command_takes_the_file(file, text_file, tmp_path, cache):
+    """What is made of the file is what is made of the plain checkpoint, and says what it was read from."""
+    plain_model = plain(file, tmp_path / "plain", "bfloat16")
+    options: Any = {"method": "sparsegpt", "pattern": "2:4", "calibration": str(text_file), "samples": 4, "seq_len": 32}
+    report = secateur.prune(file, out=tmp_path / "one", **options)
+    secateur.prune(plain_model, out=tmp_path / "other", **options)
+    one, other = (open_checkpoint(tmp_path / name) for name in ("one", "other"))
+    assert one.sha256() == other.sha256()
+    assert report.note.startswith("Read from GGUF (F32).")
+    record = read_json(tmp_path / "one" / "pruning.json")
+    assert record["model"] == record["source"]["folder"] == str(file)
+    judged: Any = {"evaluation": str(text_file), "windows": 4, "seq_len": 32}
+    evaluation = secateur.evaluate(tmp_path / "one", dense=file, **judged)
+    assert evaluation.dense_perplexity == secateur.evaluate(plain_model, **judged).perplexity
+    inspection = secateur.inspect(file)
+    assert inspection.format == "GGUF (F32)"
+    assert {tensor.dtype for tensor in inspection.tensors} == {"F32"}
+    of_file, of_plain = (secateur.validate(model, runtime="packed") for model in (file, plain_model))
+    assert of_file.kept == of_plain.kept
+    foreseen = secateur.forecast(file, method="wanda", samples=4, seq_len=32)
+    assert foreseen.sites == len(report.sites)
+    assert len(list(cache.glob("model-*"))) == 1
+    with pytest.raises(BadCheckpoint, match=r"There is no GGUF file .*nosuch\.gguf"):
+        secateur.inspect(tmp_path / "nosuch.gguf")

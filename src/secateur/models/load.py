@@ -280,8 +280,9 @@ def locate(model: str | Path | None, trust: Trust | None = None, *, weights: boo
             f"{model} is a file; the folder of a checkpoint, or a .gguf file, was wanted."
         )
     name, _, revision = str(model).partition("@")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise BadCheckpoint(f"There is no checkpoint folder {model}.")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(GGUF):
+        kind = "GGUF file" if name.endswith(GGUF) else "checkpoint folder"
+        raise BadCheckpoint(f"There is no {kind} {model}.")
     check = partial(described_config, trust_remote_code=trust.trust_remote_code)
     wanted = Wanted(check, trust.trust_remote_code, weights)
     return fetch(name, revision or trust.revision, wanted)

@@ -199,7 +199,7 @@ def _workload(
         )
     devices = resources.devices
     folder = locate(model, trust, weights=False)
-    checkpoint = readable_checkpoint(folder) if is_whole(folder) else None
+    checkpoint = readable_checkpoint(folder) if folder.is_file() or is_whole(folder) else None
     decoded = isinstance(checkpoint, DecodedCheckpoint)
     if checkpoint:
         config = checkpoint_config(checkpoint, trust_remote_code=remote)
