@@ -129,7 +129,7 @@ def prune_checkpoint(
     writing = block_writer(source, language_model, destination, trust, conditions, ranks)
     with PeakMemory() as peak, writing as writer:
         report, pruning = prepare(run, windows, chosen, resources, trust, writer.once)
-        report.note = " ".join(filter(None, (read_from(source.folder), report.note)))
+        report.remark(read_from(source.folder))
         report.remark(left_behind_in_words(source))
         for entry in writer.entries:
             report.take(entry)

@@ -94,9 +94,8 @@ def prune_structure(
         removal = _removal(run, method, feasibility, structure, source.bytes, recipe.align)
         names = Names(source, language_model, removal, drafts)
         report = _report(recipe, structure, opened, run, removal)
-        report.note = " ".join(
-            filter(None, (read_from(source.folder), windows.empty_in_words(), report.note))
-        )
+        report.remark(read_from(source.folder))
+        report.remark(windows.empty_in_words())
         report.remark(left_behind_in_words(source))
         if drafts:
             report.removed["draft heads"] = f"{len(drafts)} tensors"
