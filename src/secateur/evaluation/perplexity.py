@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.data.bos import readable
@@ -46,12 +47,13 @@ LOGITS_AT_ONCE = 2**22  # small enough for the allocator to use the same memory 
 @dataclass(frozen=True)
 class Measured:
     """One model on the evaluation windows, a figure for each: mean loss in nats, and against a
-    dense model KL and agreement.
+    dense model KL, agreement and that model's own loss.
     """
 
     loss: Floats
     kl: Floats | None = None
     top1_agreement: Floats | None = None
+    dense_loss: Floats | None = None
 
     @property
     def perplexity(self) -> float:
@@ -168,10 +170,9 @@ def _beside(
         bits_per_byte=bits_per_byte(measured.loss, length, size),
         note=bos_note(dense or pruned, reader),
     )
-    if dense is None:
+    if measured.dense_loss is None:
         return found
-    progress.begin("evaluating the dense model")
-    expected = measure(dense, None, progress)
+    expected = Measured(measured.dense_loss)
     return replace(
         found,
         dense_perplexity=expected.perplexity,
@@ -213,7 +214,7 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
 
     Raises NonFinite, and UnsupportedModel where the vocabularies differ.
     """
-    loss, kl, agreement = [], [], []
+    loss, kl, agreement, dense_loss = [], [], [], []
     step = max(1, LOGITS_AT_ONCE // (model.tokens.shape[1] * model.vocabulary))
     for windows in model.groups():
         hidden = model.hidden(windows)
@@ -223,8 +224,8 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
             inside = slice(part.start - windows.start, part.stop - windows.start)
             logits = model.logits(part, hidden[..., inside, :, :])
             log_q = logits.log_softmax(-1)
-            target = model.tokens[part, 1:].to(log_q.device)
-            loss.append(-log_q.gather(-1, target[..., None])[..., 0].double().mean(1).cpu())
+            target = model.tokens[part, 1:, None].to(log_q.device)
+            loss.append(_mean_loss(log_q, target))
             if dense is not None and reference is not None:
                 expected = dense.logits(part, reference[..., inside, :, :])
                 if expected.shape != logits.shape:
@@ -233,9 +234,27 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
                         f"{logits.shape[-1]}."
                     )
                 log_p = expected.log_softmax(-1)
+                dense_loss.append(_mean_loss(log_p, target))
                 kl.append(divergence(log_p, log_q).double().mean(1).cpu())
                 agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).cpu())
         progress.advance("evaluating", windows.stop, len(model.tokens))
+    losses = _finite(loss)
+    if dense is None:
+        return Measured(losses)
+    return Measured(
+        losses, torch.cat(kl).numpy(), torch.cat(agreement).numpy(), _finite(dense_loss)
+    )
+
+
+def _mean_loss(log_q: Tensor, target: Tensor) -> Tensor:
+    """The mean loss of each window in nats, float64, from log-probabilities and `target` tokens
+    `[windows, length - 1, 1]`.
+    """
+    return -log_q.gather(-1, target)[..., 0].double().mean(1).cpu()
+
+
+def _finite(loss: list[Tensor]) -> Floats:
+    """The losses of all windows. Raises NonFinite."""
     losses = torch.cat(loss).numpy()
     if not np.isfinite(losses).all():
         raise NonFinite(
@@ -243,9 +262,7 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
             "of NaN or Inf. Check the checkpoint with 'secateur inspect', or evaluate with --dtype "
             "float32."
         )
-    if dense is None:
-        return Measured(losses)
-    return Measured(losses, torch.cat(kl).numpy(), torch.cat(agreement).numpy())
+    return losses
 
 
 def perplexity_difference(loss: Floats, reference: Floats) -> tuple[float, tuple[float, float]]:
