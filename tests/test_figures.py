@@ -68,6 +68,8 @@ def intervals(value: Any) -> Iterator[tuple[float, float, float]]:
     if isinstance(value, dict):
         if value.get("delta_interval"):
             yield value["delta"], *value["delta_interval"]
+        if value.get("kl_interval"):
+            yield value["kl"], *value["kl_interval"]
         if "speedup_quartiles" in value:
             yield value["speedup"], *value["speedup_quartiles"]
         if {"median", "min", "max"} <= value.keys():
