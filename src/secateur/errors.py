@@ -22,6 +22,19 @@ SecateurError               the command line prints the message alone and exits 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LIBRARY_ERRORS = (
+    ValueError,
+    LookupError,
+    RuntimeError,
+    OSError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
+)
+"""What other libraries raise for files that they cannot take, whatever it is that is wrong."""
+
 
 def in_one_line(error: BaseException, most: int = 240) -> str:
     """What another library says went wrong, in one line of at most `most` characters, without the

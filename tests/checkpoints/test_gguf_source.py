@@ -280,6 +280,14 @@ def test_settings_that_nobody_reads_are_refused(file, tmp_path):
         gguf_source(odd)
 
 
+def test_a_rotation_of_a_part_of_a_head_is_refused(tmp_path):
+    """Of Llama transformers takes the rotated width for the size of a head; of the others it drops it."""
+    file = converted(saved(tiny_model("qwen2"), tmp_path / "source"), tmp_path / "gguf")
+    odd = rewritten(file, tmp_path / "part.gguf", settings={"qwen2.rope.dimension_count": 8})
+    with pytest.raises(UnsupportedModel, match="rotates 8 of the 16 numbers of a head, and transformers takes 16"):
+        gguf_source(odd)
+
+
 def test_tensors_that_are_missing_or_left_over_are_refused(file, tmp_path):
     def without(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray, Any]]:
         return [] if name == "blk.1.ffn_up.weight" else [(name, value, None)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.texts import WORDS, byte_tokenizer
+from support.texts import WORDS, byte_tokenizer, chat_model
 
 import secateur
 from secateur.data.assistant import assistant_ids
@@ -89,9 +89,7 @@ def test_a_template_that_hides_the_words_is_refused():
 
 @pytest.fixture
 def model(tiny_llama, tmp_path) -> Path:
-    folder = shutil.copytree(tiny_llama, tmp_path / "chat-model")
-    (folder / "chat_template.jinja").write_text(PLAIN)
-    return folder
+    return chat_model(tiny_llama, tmp_path / "chat-model", PLAIN)
 
 
 @pytest.fixture
@@ -151,10 +149,12 @@ def test_the_gram_matrix_is_that_of_the_chosen_tokens(model, chats, passes, fami
             seen |= {name: part.stats[name] for name in group}
             probes |= part.probes
     inputs: dict[str, list[torch.Tensor]] = {}
-    block = language_model.blocks[0]
+
+    def kept(name: str) -> Any:
+        return lambda _, args: inputs.setdefault(name, []).append(args[0][0])
+
     for name in seen:
-        module = block.get_submodule(name)
-        module.register_forward_pre_hook(lambda _, args, name=str(name): inputs.setdefault(name, []).append(args[0][0]))  # type: ignore
+        language_model.blocks[0].get_submodule(name).register_forward_pre_hook(kept(name))
     with torch.no_grad():
         for window in windows.ids:
             language_model.model(window[None])

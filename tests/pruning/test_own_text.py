@@ -1,12 +1,12 @@
 """The model's own text: what it says, against a loop over its logits; what is kept, and taken up."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.texts import chat_model
 from transformers import AutoModelForCausalLM
 
 import secateur
@@ -26,9 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def model(tiny_llama, tmp_path) -> Path:
-    folder = shutil.copytree(tiny_llama, tmp_path / "chat-model")
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return chat_model(tiny_llama, tmp_path / "chat-model", TEMPLATE)
 
 
 @pytest.fixture

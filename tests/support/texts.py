@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -26,6 +27,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def chat_model(source: Path, out: Path, template: str) -> Path:
+    """A copy of a model's folder with a chat template."""
+    shutil.copytree(source, out)
+    (out / "chat_template.jinja").write_text(template)
+    return out
 
 
 def write_documents(file: Path, count: int = 300) -> None:

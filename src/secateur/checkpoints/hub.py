@@ -26,14 +26,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from secateur.checkpoints.folder import is_whole, wanted_shards
-from secateur.checkpoints.no_weights import INDEX, SINGLE, no_config, no_weights
+from secateur.checkpoints.copied import TEMPLATES
+from secateur.checkpoints.folder import INDEX, SINGLE, is_whole, wanted_shards
+from secateur.checkpoints.no_weights import no_config, no_weights
 from secateur.errors import BadCheckpoint, DiskFull, SecateurError, in_one_line
 from secateur.system.sizes import in_words
 
 TEXTS = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-TEMPLATES = "additional_chat_templates/"
 HUB_ERRORS = (
     HTTPError,
     OSError,
@@ -135,7 +135,11 @@ def _small(files: Iterable[str], wanted: Wanted) -> list[str]:
     for file in files:
         other = file.endswith(".index.json") and file != INDEX
         top = "/" not in file and (file.endswith(TEXTS) or file.startswith(LICENCES))
-        if (top and not other) or file.startswith(TEMPLATES) or (wanted.code and _is_code(file)):
+        if (
+            (top and not other)
+            or file.startswith(f"{TEMPLATES}/")
+            or (wanted.code and _is_code(file))
+        ):
             chosen.append(file)
     return chosen
 

@@ -10,21 +10,10 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat, in_template
-from secateur.errors import BadCheckpoint, in_one_line
+from secateur.errors import LIBRARY_ERRORS, BadCheckpoint, in_one_line
 
-# What transformers raises for the files of a tokenizer, whatever it is that is wrong with them.
-TOKENIZER_ERRORS = (
-    ValueError,
-    OSError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    RuntimeError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
-)
+TOKENIZER_ERRORS = (*LIBRARY_ERRORS, MemoryError)
+"""What transformers raises for the files of a tokenizer."""
 _TOKENIZER_FILES = ("tokenizer", "vocab", "tekken")
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from secateur.data.reader import Reader
-from secateur.evaluation.forward import Forward
+from secateur.evaluation.forward import Forward, mean_loss
 
 WINDOWS, TOKENS, LEAST = 4, 128, 16
 """How many windows of how many tokens are looked at, and the fewest tokens that say anything."""
@@ -45,6 +45,5 @@ def _loss(model: Forward, tokens: Tensor, left_out: int) -> Tensor:
     forward = model.on(tokens)
     windows = slice(0, len(tokens))
     logits = forward.logits(windows, forward.hidden(windows))[:, left_out:]
-    targets = tokens[:, 1 + left_out :].to(logits.device)
-    log_p = logits.log_softmax(-1).gather(-1, targets[..., None])
-    return -log_p.double().mean().cpu()
+    targets = tokens[:, 1 + left_out :, None].to(logits.device)
+    return mean_loss(logits.log_softmax(-1), targets).mean()

@@ -78,3 +78,10 @@ class Forward:
     def logits(self, windows: slice, hidden: Tensor) -> Tensor:
         """Next-token logits `[windows, length - 1, vocabulary]` float32."""
         return self.shell.leave(self.tokens[windows], hidden.to(self.device))[:, :-1].float()
+
+
+def mean_loss(log_q: Tensor, target: Tensor) -> Tensor:
+    """The mean loss of each window in nats, float64, from log-probabilities and `target` tokens
+    `[windows, length - 1, 1]`.
+    """
+    return -log_q.gather(-1, target)[..., 0].double().mean(1).cpu()

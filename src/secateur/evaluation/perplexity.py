@@ -30,7 +30,7 @@ from secateur.data.windows import Windows, evaluation_windows
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.evaluation.bits import bits_per_byte, text_bytes
 from secateur.evaluation.bos import bos_note
-from secateur.evaluation.forward import Forward
+from secateur.evaluation.forward import Forward, mean_loss
 from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, summarise
 from secateur.models.context import check_windows, default_corpus, default_length, reader_of
 from secateur.models.divergence import divergence
@@ -225,7 +225,7 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
             logits = model.logits(part, hidden[..., inside, :, :])
             log_q = logits.log_softmax(-1)
             target = model.tokens[part, 1:, None].to(log_q.device)
-            loss.append(_mean_loss(log_q, target))
+            loss.append(mean_loss(log_q, target))
             if dense is not None and reference is not None:
                 expected = dense.logits(part, reference[..., inside, :, :])
                 if expected.shape != logits.shape:
@@ -234,7 +234,7 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
                         f"{logits.shape[-1]}."
                     )
                 log_p = expected.log_softmax(-1)
-                dense_loss.append(_mean_loss(log_p, target))
+                dense_loss.append(mean_loss(log_p, target))
                 kl.append(divergence(log_p, log_q).double().mean(1).cpu())
                 agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).cpu())
         progress.advance("evaluating", windows.stop, len(model.tokens))
@@ -244,13 +244,6 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
     return Measured(
         losses, torch.cat(kl).numpy(), torch.cat(agreement).numpy(), _finite(dense_loss)
     )
-
-
-def _mean_loss(log_q: Tensor, target: Tensor) -> Tensor:
-    """The mean loss of each window in nats, float64, from log-probabilities and `target` tokens
-    `[windows, length - 1, 1]`.
-    """
-    return -log_q.gather(-1, target)[..., 0].double().mean(1).cpu()
 
 
 def _finite(loss: list[Tensor]) -> Floats:

@@ -19,25 +19,21 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint
-from secateur.errors import BadCheckpoint, NonFinite, SecateurError, UnsupportedModel, in_one_line
+from secateur.errors import (
+    LIBRARY_ERRORS,
+    BadCheckpoint,
+    NonFinite,
+    SecateurError,
+    UnsupportedModel,
+    in_one_line,
+)
 from secateur.models.draft_heads import draft_head_count
 from secateur.models.parts import loader
 from secateur.models.replay import block_number
 from secateur.system.json_files import json_object
 
-# What transformers raises for a configuration or weights that it cannot take, whatever is wrong.
-LOAD_ERRORS = (
-    ValueError,
-    LookupError,
-    RuntimeError,
-    OSError,
-    TypeError,
-    AttributeError,
-    ArithmeticError,
-    AssertionError,
-    ImportError,
-    StrictDataclassError,
-)
+LOAD_ERRORS = (*LIBRARY_ERRORS, StrictDataclassError)
+"""What transformers raises for a configuration or weights that it cannot take."""
 STORED = ("F64", "F32", "F16", "BF16", "I64", "I32", "U8", "BOOL")
 """In which dtypes tensors may be stored; the last four hold positions and masks."""
 MOST_PARTS, SPARE_TENSORS, SPARE_BYTES = 2**16, 2**10, 2**28

@@ -20,13 +20,13 @@ from transformers import AutoConfig, PreTrainedModel
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint, stored_dtype
 from secateur.checkpoints.hub import Wanted, fetch
 from secateur.checkpoints.quantised.formats import (
-    GGUF,
     plain_config,
     plain_source,
     refuse_unreadable,
     settings_of,
     unreadable,
 )
+from secateur.checkpoints.quantised.gguf import SUFFIX, is_gguf
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, write_configuration
 from secateur.checkpoints.quantised.unpack import unpacked
 from secateur.data import demo
@@ -273,15 +273,15 @@ def locate(model: str | Path | None, trust: Trust | None = None, *, weights: boo
             )
         refuse_odd_files(folder)
         return folder
-    if folder.is_file() and folder.suffix == GGUF:
+    if is_gguf(folder):
         return folder
     if folder.exists():
         raise BadCheckpoint(
             f"{model} is a file; the folder of a checkpoint, or a .gguf file, was wanted."
         )
     name, _, revision = str(model).partition("@")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(GGUF):
-        kind = "GGUF file" if name.endswith(GGUF) else "checkpoint folder"
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(SUFFIX):
+        kind = "GGUF file" if name.endswith(SUFFIX) else "checkpoint folder"
         raise BadCheckpoint(f"There is no {kind} {model}.")
     check = partial(described_config, trust_remote_code=trust.trust_remote_code)
     wanted = Wanted(check, trust.trust_remote_code, weights)

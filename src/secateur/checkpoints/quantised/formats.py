@@ -23,7 +23,7 @@ from secateur.checkpoints.quantised import (
     nvfp4,
 )
 from secateur.checkpoints.quantised.base import File, PlainSource
-from secateur.checkpoints.quantised.gguf import gguf_source
+from secateur.checkpoints.quantised.gguf import gguf_source, is_gguf
 from secateur.checkpoints.quantised.packed import Decoded, QuantisedFolder, all_tensors
 from secateur.checkpoints.quantised.unpack import SOURCE
 from secateur.errors import BadCheckpoint, UnsupportedModel
@@ -54,8 +54,6 @@ KEYS = ("quantization_config", "compression_config", "sparsity_config", "quantiz
 """Where config.json speaks of quantisation; that of a plain model has none of them."""
 BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files that quantisers write beside config.json."""
-GGUF = ".gguf"
-"""The end of a file's name that is a model by itself."""
 
 
 def plain_source(folder: Path) -> PlainSource | None:
@@ -65,7 +63,7 @@ def plain_source(folder: Path) -> PlainSource | None:
     Only headers are read. Raises UnsupportedModel for a format that cannot be read, BadCheckpoint
     where the tensors are not what the format wants.
     """
-    if folder.suffix == GGUF and folder.is_file():
+    if is_gguf(folder):
         return gguf_source(folder)
     if not (folder / "config.json").is_file() or not is_whole(folder):
         return None

@@ -31,21 +31,15 @@ from transformers.modeling_gguf_pytorch_utils import (
 from secateur.checkpoints.quantised.base import DenseTensor, PlainSource
 from secateur.checkpoints.quantised.gguf_settings import gguf_config
 from secateur.checkpoints.quantised.gguf_tokenizer import tokenizer_files
-from secateur.errors import BadCheckpoint, SecateurError, UnsupportedModel, in_one_line
-
-GGUF_ERRORS = (
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OSError,
-    ArithmeticError,
-    NotImplementedError,
-    ImportError,
-    RuntimeError,
-    AssertionError,
+from secateur.errors import (
+    LIBRARY_ERRORS,
+    BadCheckpoint,
+    SecateurError,
+    UnsupportedModel,
+    in_one_line,
 )
-"""What transformers and the `gguf` package raise for a file that they cannot take."""
+
+SUFFIX = ".gguf"
 ROPE_FACTORS = "rope_freqs.weight"
 _HELD_AS = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8, "I32": np.int32}
 """How the reader gives tensors that are no blocks of bytes."""
@@ -61,6 +55,11 @@ class Reading(NamedTuple):
     model: PreTrainedModel
     processor: TensorProcessor
     names: dict[str, str]
+
+
+def is_gguf(place: Path) -> bool:
+    """Whether a file is a model by itself: it ends in `.gguf`, and is there."""
+    return place.suffix == SUFFIX and place.is_file()
 
 
 def gguf_source(file: Path) -> PlainSource:
@@ -111,7 +110,7 @@ def _reader(file: Path) -> Any:
         ) from error
     try:
         return gguf.GGUFReader(file)
-    except GGUF_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         raise BadCheckpoint(
             f"{file} is no sound GGUF file ({in_one_line(error)}). It may be cut short; fetch it "
             "again."
@@ -136,7 +135,7 @@ def _refusing(file: Path, architecture: str) -> Iterator[None]:
         yield
     except SecateurError:
         raise
-    except GGUF_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         raise UnsupportedModel(
             f"{file} holds a model of the architecture {architecture!r}, which transformers cannot "
             f"take from GGUF: {in_one_line(error)}. Use the original checkpoint."
@@ -214,13 +213,14 @@ def _stored(reading: Reading, name: str, tensors: Sequence[Any]) -> dict[str, Te
     the plain checkpoint that it is stored as.
     """
     made: dict[str, Any] = {"tensors": {}}  # where transformers puts what it stacks
-    bare = {key.removesuffix(".weight"): value for key, value in reading.names.items()}
     value = torch.empty(0)
     for tensor in tensors:
         weights = _dequantised(tensor.data, tensor.tensor_type)
-        keys = reading.names if tensor.name in reading.names else bare
         done = reading.processor.process(
-            weights=weights, name=tensor.name, tensor_key_mapping=keys, parsed_parameters=made
+            weights=weights,
+            name=tensor.name,
+            tensor_key_mapping=reading.names,
+            parsed_parameters=made,
         )
         value = torch.from_numpy(np.array(done.weights))
     value = made["tensors"].get(name, value)

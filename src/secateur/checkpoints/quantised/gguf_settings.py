@@ -59,6 +59,7 @@ def gguf_config(file: Path, settings: Settings, rope_factors: np.ndarray | None)
                 f"{file} sets {key} = {str(value)[:40]}, which is not known of "
                 f"{config.model_type}: it would run as another model. Use the original checkpoint."
             )
+    _refuse_partial_rotation(file, settings, config)
     scaled = _scaled_rotation(file, architecture, settings, config, rope_factors)
     if scaled:
         config.rope_parameters = {**config.rope_parameters, **scaled}
@@ -68,6 +69,20 @@ def gguf_config(file: Path, settings: Settings, rope_factors: np.ndarray | None)
 def _usual_head_size(config: Any) -> int:
     """The size of a head where a configuration cannot name another."""
     return config.hidden_size // config.num_attention_heads
+
+
+def _refuse_partial_rotation(file: Path, settings: Settings, config: Any) -> None:
+    """Raise UnsupportedModel where another part of a head is rotated than transformers takes."""
+    width = settings.get(f"{settings['general.architecture']}.rope.dimension_count")
+    rope = getattr(config, "rope_parameters", None) or {}
+    head = getattr(config, "head_dim", None) or _usual_head_size(config)
+    part = rope.get("partial_rotary_factor", 1.0) if isinstance(rope, dict) else 1.0
+    if width is not None and width != int(head * part):
+        raise UnsupportedModel(
+            f"{file} rotates {width} of the {head} numbers of a head, and transformers takes "
+            f"{int(head * part)} from it: it would run as another model. Use the original "
+            "checkpoint."
+        )
 
 
 def _scaled_rotation(

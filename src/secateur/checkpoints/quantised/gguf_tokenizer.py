@@ -22,7 +22,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_SENTENCEPIECE_BUILDERS,
 )
 
-from secateur.errors import UnsupportedModel, in_one_line
+from secateur.errors import LIBRARY_ERRORS, UnsupportedModel, in_one_line
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -51,7 +51,6 @@ _SAME = {
     "deepseek-r1-qwen": "qwen2",
 }
 """Names of llama.cpp for the rule of another name."""
-TOKENIZER_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OSError, RuntimeError)
 _TEMPLATE = "chat_template.jinja"
 
 
@@ -73,7 +72,7 @@ def _saved(file: Path, settings: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of the tokenizer by name, as transformers saves it with the rule put right."""
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except TOKENIZER_ERRORS as error:
+    except LIBRARY_ERRORS as error:
         raise UnsupportedModel(
             f"The vocabulary of {file} is none that transformers can read ({in_one_line(error)}). "
             "Use the original checkpoint."
