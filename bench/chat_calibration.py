@@ -45,7 +45,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
-def calibrations(folder: Path) -> dict[str, dict[str, str]]:
+def calibrations(folder: Path) -> dict[str, dict[str, Any]]:
     """By the name of a row: the options of its calibration."""
     chat, prompts = folder / "chat.jsonl", folder / "prompts.jsonl"
     return {
@@ -53,7 +53,7 @@ def calibrations(folder: Path) -> dict[str, dict[str, str]]:
         "chat": dict(calibration=str(chat)),
         "chat, the assistant's tokens": dict(calibration=str(chat), calibration_on="assistant"),
         "half C4, half chat": dict(calibration=f"c4:0.5,{chat}:0.5"),
-        "its own answers": dict(calibration=f"self:{prompts}"),
+        "its own answers": dict(calibration=f"self:{prompts}", batch_size=32),  # answers: twice as quick as 8 at once
     }
 
 
