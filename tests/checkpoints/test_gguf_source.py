@@ -20,6 +20,7 @@ from secateur.checkpoints.quantised.gguf_tokenizer import SPLITS
 from secateur.checkpoints.quantised.unpack import write_plain
 from secateur.data import demo
 from secateur.deployment.formats.gguf import FILE, write
+from secateur.deployment.inspect import Against
 from secateur.errors import BadCheckpoint, UnsupportedModel
 from secateur.system.json_files import read_json, write_json
 from secateur.system.progress import Progress
@@ -323,6 +324,30 @@ def test_files_that_hold_no_whole_model_are_named(file, tmp_path):
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
+def test_zeros_that_a_quantiser_moves_are_counted(kind, text_file, tmp_path):
+    """Against the pruned model: what `gguf` itself makes of its zeros, matrix by matrix."""
+    source, pruned = saved(tiny_model("llama"), tmp_path / "source"), tmp_path / "pruned"
+    text: Any = dict(calibration=text_file, samples=2, seq_len=16)
+    secateur.prune(source, method="magnitude", pattern="2:4", out=pruned, **text)
+    qtype, expected = getattr(package.GGMLQuantizationType, kind), np.zeros(4, dtype=np.int64)
+
+    def quantised(name: str, value: np.ndarray) -> list[tuple[str, np.ndarray, Any]]:
+        if not name.startswith("blk.") or value.ndim < 2:
+            return as_stored(name, value)
+        packed = package.quantize(value, qtype)
+        zero, after = value == 0, package.dequantize(packed, qtype) == 0
+        expected[:] += [zero.sum(), (zero & ~after).sum(), (~zero).sum(), (~zero & after).sum()]
+        return [(name, packed, qtype)]
+
+    plain_file = converted(pruned, tmp_path / "gguf", "f32")
+    file = rewritten(plain_file, tmp_path / "model.gguf", quantised)
+    assert secateur.inspect(plain_file, against=pruned).against == Against(*expected[:1], 0, *expected[2:3], 0)
+    found = secateur.inspect(file, against=pruned).against
+    assert found == Against(*expected)
+    assert (found.came_back == 0) == (kind != "Q4_1")  # whose zero point need not be on its grid
 
 
 def test_every_command_takes_the_file(file, text_file, tmp_path, cache):

@@ -138,13 +138,17 @@ def evaluate(
 def inspect(
     given: dict[str, Any],
     model: Annotated[str | None, typer.Argument(metavar="DIR", help="A checkpoint folder.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The pruned checkpoint that it was made of: which zeros came back."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what a checkpoint really holds: sparsity, N:M patterns, -0.0 and NaN, matrix by
-    matrix.
+    """Say what a checkpoint really holds: sparsity, N:M patterns, -0.0 and NaN, matrix by matrix;
+    and what quantising, merging or training did to the zeros of a pruned one.
     """
     progress(quiet=True)
-    inspection = secateur.inspect(model, **given)
+    inspection = secateur.inspect(model, against=against, **given)
 
     from secateur.cli.tables import inspection_summary, inspection_table
 

@@ -17,7 +17,7 @@ from secateur.checkpoints.record import LEFT_OUT
 from secateur.data.bos import reading_in_words
 from secateur.data.windows import parts_in_words
 from secateur.deployment.inspect import rows as inspection_rows
-from secateur.deployment.inspect import share_in_words
+from secateur.deployment.inspect import share_in_words, shares_in_words
 from secateur.deployment.validate import rows as validation_rows
 from secateur.errors import printable
 from secateur.evaluation.report.tables import FIRST, SPEED, TASKS, Sheet, ratio, sheets
@@ -180,6 +180,7 @@ def _within(interval: tuple[float, float] | None) -> str:
 def inspection_table(inspection: Inspection) -> Table:
     """What the tensors of a checkpoint hold."""
     columns = "tensor,shape,dtype,sparsity,satisfies,odd values"
+    columns += ",came back,vanished" if inspection.against else ""
     return table(columns, inspection_rows(inspection), title=inspection.folder)
 
 
@@ -191,6 +192,12 @@ def inspection_summary(inspection: Inspection) -> Iterator[str]:
     if inspection.format:
         yield printable(f"Stored as {inspection.format}; zeros are counted in what is decoded.")
     yield f"Sparsity {share_in_words(inspection.sparsity)} {over}."
+    if against := inspection.against:
+        came_back, vanished = shares_in_words(against)
+        yield (
+            f"Of {against.pruned:,} pruned weights {against.came_back:,} came back ({came_back}); "
+            f"of {against.kept:,} kept ones {against.vanished:,} became zero ({vanished})."
+        )
     for part in inspection.parts[1:]:
         share = share_in_words(part.sparsity)
         yield f"Besides: {part.name}, {part.numbers:,} numbers, sparsity {share}."

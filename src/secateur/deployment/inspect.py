@@ -2,22 +2,25 @@
 
 The model is built without memory for its weights, to learn which parameters are weight matrices and
 which way they lie; the numbers come from the shards. A quantised checkpoint is decoded tensor by
-tensor. A folder whose architecture transformers does not know is read as well: then every matrix
-counts, and coverage is unknown. What cannot be counted, such as packed integers of a format that is
-not read, is unknown, and never taken for a zero.
+tensor, and can be held against the pruned one that it was made of. A folder whose architecture
+transformers does not know is read as well: then every matrix counts, and coverage is unknown. What
+cannot be counted, such as packed integers of a format that is not read, is unknown, and never taken
+for a zero.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from secateur.checkpoints.folder import DTYPES, Checkpoint, open_checkpoint
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
 from secateur.checkpoints.record import record_of
-from secateur.errors import UnsupportedModel
+from secateur.errors import BadCheckpoint, UnsupportedModel
 from secateur.kernels.counts import GROUPS, count
 from secateur.methods.patterns import NM
 from secateur.models.load import locate
@@ -38,10 +41,27 @@ PARTS = (
 
 
 @dataclass(frozen=True)
+class Against:
+    """Zeros held against those of the pruned checkpoint that this one was made of: how many of its
+    `pruned` weights `came_back`, and how many of those that it `kept` are zero here (`vanished`).
+    """
+
+    pruned: int
+    came_back: int
+    kept: int
+    vanished: int
+
+    def __add__(self, other: "Against") -> "Against":
+        return Against(
+            *(mine + its for mine, its in zip(astuple(self), astuple(other), strict=True))
+        )
+
+
+@dataclass(frozen=True)
 class TensorReport:
     """What a tensor holds that is a weight matrix, or several; the N:M patterns that it meets.
 
-    `sparsity` is None where its zeros cannot be counted.
+    `sparsity` is None where its zeros cannot be counted, and `against` where nothing was asked.
     """
 
     name: str
@@ -52,6 +72,7 @@ class TensorReport:
     negative_zeros: int
     nans: int
     infs: int
+    against: Against | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,7 @@ class PartReport:
 class Inspection:
     """What `inspect` returns. `sparsity` is that of the weight matrices, `coverage` the share of
     block weights in them; None where they are unknown. `format` says how a quantised one is stored.
+    `against` sums up what became of the zeros of a pruned one, where that was asked.
     """
 
     folder: str
@@ -77,16 +99,25 @@ class Inspection:
     record: dict[str, Any] | None
     parts: tuple[PartReport, ...] = ()
     format: str | None = None
+    against: Against | None = None
 
 
 def inspect(
     model: str | Path | None = None,
     *,
+    against: str | Path | None = None,
     trust_remote_code: bool = Trust.trust_remote_code,
     revision: str | None = Trust.revision,
 ) -> Inspection:
-    """Sparsity and patterns of every weight matrix of a checkpoint folder. Raises BadCheckpoint."""
-    folder = locate(model, taken(Trust, locals()))
+    """Sparsity and patterns of every weight matrix of a checkpoint folder.
+
+    `against`: the pruned checkpoint that this one was quantised from, or made of otherwise; then
+    also how many pruned weights came back, and how many kept ones became zero. Raises
+    BadCheckpoint, also where the two do not have the same weight matrices.
+    """
+    trust = taken(Trust, locals())
+    folder = locate(model, trust)
+    pruned = None if against is None else readable_checkpoint(locate(against, trust))
     try:
         checkpoint = readable_checkpoint(folder)
         stored, coverage = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)
@@ -95,13 +126,17 @@ def inspect(
         checkpoint = _whatever(folder)
         stored, coverage, blocks = unknown_matrices(checkpoint), None, UNKNOWN
     reports = tuple(_report(checkpoint, name, matrix.transposed) for name, matrix in stored.items())
+    if pruned is not None:
+        reports = tuple(replace(one, against=_held(checkpoint, pruned, one)) for one in reports)
+    held = [one.against for one in reports if one.against is not None]
+    total = sum(held, start=Against(0, 0, 0, 0)) if pruned is not None else None
     sizes = [prod(report.shape) for report in reports]
     shares = [report.sparsity for report in reports]
     first = PartReport(blocks, len(reports), sum(sizes), _mean(sizes, shares))
     parts = (first, *_other_parts(checkpoint, stored)) if reports else ()
     format = checkpoint.source.format if isinstance(checkpoint, DecodedCheckpoint) else None
     record = record_of(folder)
-    return Inspection(str(folder), first.sparsity, coverage, reports, record, parts, format)
+    return Inspection(str(folder), first.sparsity, coverage, reports, record, parts, format, total)
 
 
 def _whatever(folder: Path) -> Checkpoint:
@@ -140,12 +175,9 @@ def _other_parts(checkpoint: Checkpoint, stored: Any) -> Iterator[PartReport]:
 
 def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
     place = checkpoint.places[name]
-    unknown = TensorReport(name, place.shape, place.dtype, None, (), 0, 0, 0)
-    if not isinstance(checkpoint, DecodedCheckpoint) and place.dtype not in DTYPES:
-        return unknown
-    tensor = checkpoint.tensor(name)
-    if tensor.dtype not in FLOAT8 and (not tensor.is_floating_point() or tensor.dtype.itemsize < 2):
-        return unknown
+    tensor = _numbers(checkpoint, name)
+    if tensor is None:
+        return TensorReport(name, place.shape, place.dtype, None, (), 0, 0, 0)
     weight = tensor.transpose(-1, -2) if transposed else tensor
     counts, wide = count(weight), weight.shape[-1] if weight.numel() else 0
     densest: dict[int, int] = dict(zip(GROUPS, counts.densest, strict=True))
@@ -163,15 +195,48 @@ def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport
     )
 
 
+def _numbers(checkpoint: Checkpoint, name: str) -> Tensor | None:
+    """A tensor whose numbers can be counted; None for what is packed in a way that is not read."""
+    if (
+        not isinstance(checkpoint, DecodedCheckpoint)
+        and checkpoint.places[name].dtype not in DTYPES
+    ):
+        return None
+    tensor = checkpoint.tensor(name)
+    known = tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    return tensor if known or tensor.dtype in FLOAT8 else None
+
+
+def _held(checkpoint: Checkpoint, pruned: Checkpoint, report: TensorReport) -> Against | None:
+    """The zeros of a tensor held against those of a pruned checkpoint. Raises BadCheckpoint."""
+    place = pruned.places.get(report.name)
+    if place is None or place.shape != report.shape:
+        found = "no such tensor" if place is None else f"{report.name} {list(place.shape)}"
+        raise BadCheckpoint(
+            f"{report.name} {list(report.shape)} of {checkpoint.folder} cannot be held against "
+            f"{pruned.folder}, which has {found}. Name the checkpoint that it was made of."
+        )
+    now, before = (_numbers(one, report.name) for one in (checkpoint, pruned))
+    if now is None or before is None:
+        return None
+    zero, pruned_away = (one.float() == 0 for one in (now, before))
+    gone = int(pruned_away.sum())
+    came_back = int((pruned_away & ~zero).sum())
+    return Against(gone, came_back, now.numel() - gone, int((zero & ~pruned_away).sum()))
+
+
 def share_in_words(share: float | None) -> str:
     """A share of zeros as people read it."""
     return "unknown" if share is None else f"{share:.2%}"
 
 
 def rows(inspection: Inspection) -> Iterator[tuple[str, ...]]:
-    """The table: tensor, shape, dtype, sparsity, patterns, odd values."""
+    """The table: tensor, shape, dtype, sparsity, patterns, odd values; held against a pruned
+    checkpoint also the shares that came back and vanished.
+    """
     for tensor in inspection.tensors:
         counts = {"-0.0": tensor.negative_zeros, "NaN": tensor.nans, "Inf": tensor.infs}
+        held = tensor.against
         yield (
             tensor.name,
             "×".join(map(str, tensor.shape)),
@@ -179,4 +244,15 @@ def rows(inspection: Inspection) -> Iterator[tuple[str, ...]]:
             share_in_words(tensor.sparsity),
             " ".join(tensor.patterns),
             ", ".join(f"{count} {what}" for what, count in counts.items() if count),
+            *(() if inspection.against is None else shares_in_words(held)),
         )
+
+
+def shares_in_words(against: Against | None) -> tuple[str, str]:
+    """Which shares of the pruned weights came back, and of the kept ones vanished."""
+    if against is None:
+        return "unknown", "unknown"
+    return (
+        f"{against.came_back / max(against.pruned, 1):.2%}",
+        f"{against.vanished / max(against.kept, 1):.2%}",
+    )

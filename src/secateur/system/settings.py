@@ -9,7 +9,7 @@ objects. Nothing here needs torch.
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 T = TypeVar("T")
 
@@ -45,9 +45,20 @@ def corpus(use: str, first: str, other: str, more: str = "") -> Any:
 
 
 def taken(kind: type[T], keywords: Mapping[str, Any]) -> T:
-    """An object of an options class, with those of its fields that are among the keywords."""
-    names: list[str] = [one.name for one in fields(kind)]  # type: ignore[arg-type]
-    return kind(**{name: keywords[name] for name in names if name in keywords})
+    """An object of an options class, with those of its fields that are among the keywords.
+
+    A path where a name is wanted, as of a text, is the name that it has.
+    """
+    own: list[Any] = [one for one in fields(kind) if one.name in keywords]  # type: ignore[arg-type]
+    return kind(**{one.name: _named(one.type, keywords[one.name]) for one in own})
+
+
+def _named(hint: Any, value: Any) -> Any:
+    if Path in get_args(hint):
+        return value
+    if isinstance(value, list | tuple):
+        return type(value)(_named(hint, one) for one in value)
+    return str(value) if isinstance(value, Path) else value
 
 
 @dataclass(frozen=True, kw_only=True)
