@@ -1,10 +1,9 @@
 """Quantised checkpoints: what is read of them is what the library that wrote them reads, to the bit."""
 
 import json
+import multiprocessing
 import random
 import shutil
-import subprocess
-import sys
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -410,16 +409,23 @@ def test_the_copy_is_made_once_and_says_so(tmp_path: Path, cache: Path):
 def test_of_several_processes_one_makes_the_copy(tmp_path: Path, cache: Path):
     """Three begin at once; the shard is written once, and all get the same folder."""
     folder = quantised_llama("gptq-3", tmp_path / "model")
-    code = (
-        "import sys; from secateur.models.load import resolve; from secateur.system.progress import Lines;"
-        "print(resolve(sys.argv[1], progress=Lines()))"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", code, str(folder)]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    told = [run.communicate() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0]
-    assert len({out for out, _ in told}) == 1
-    assert sum("it is unpacked to" in errors for _, errors in told) == 1
+    forks = multiprocessing.get_context("fork")
+    begin, answers = forks.Barrier(3), forks.SimpleQueue()
+
+    def run() -> None:
+        told = Told()
+        begin.wait()
+        answers.put((str(resolve(folder, progress=told)), len(told.notes)))
+
+    runs = [forks.Process(target=run) for _ in range(3)]
+    for one in runs:
+        one.start()
+    found = [answers.get() for _ in runs]
+    for one in runs:
+        one.join()
+    assert [one.exitcode for one in runs] == [0, 0, 0]
+    assert len({place for place, _ in found}) == 1
+    assert sorted(count for _, count in found) == [0, 0, 1]
     assert len([path for path in cache.iterdir() if path.suffix != ".lock"]) == 1
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file
+from support import forks
 from support.families import tiny_model
 from support.hub import COMMIT, Hub, serving
 from support.texts import byte_tokenizer
@@ -251,16 +252,16 @@ def test_a_disk_that_is_too_small(hub, monkeypatch, tmp_path):
 
 
 def test_the_command_itself_in_a_process_of_its_own(hub, tmp_path):
-    """The client reads its settings when it is imported, so nothing here is patched."""
+    """The client reads its settings when it is imported, so nothing is patched in the first."""
     env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-    command = [sys.executable, "-m", "secateur", "inspect", NAME, "--revision", COMMIT, "--json"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "secateur", "inspect"]
+    done = subprocess.run([*command, NAME, "--revision", COMMIT, "--json"], env=env, capture_output=True, text=True,
+                          check=False)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["folder"].endswith(COMMIT)
     assert fetched(hub) == SMALL | SHARDS
     hub.manners[NAME] = "gated"
-    done = subprocess.run([*command[:4], f"{NAME}@refs/pr/1"], env={**env, "HF_HOME": str(tmp_path / "other")},
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = forks.run([*command, f"{NAME}@refs/pr/1"], env=os.environ)
     assert done.returncode == 2
     assert done.stderr.startswith("secateur: The hub gives owner/model only to those who have accepted its terms.")
     assert done.stderr.count("\n") == 1

@@ -27,6 +27,7 @@ TOWER = {
     "deepstack_visual_indexes": [0, 1, 2], "fullatt_block_indexes": [1], "num_position_embeddings": 16,
     "spatial_merge_size": 2, "window_size": 64, "num_mel_bins": 8, "max_source_positions": 16, "n_window": 4,
     "conv_channels": 8, "downsample_hidden_size": 16, "cross_attention_frequency": 1, "encoder_hidden_size": 32,
+    "base_channels": 32, "position_embedding_size": 64,
 }  # fmt: skip
 """The sizes of a tower, by whatever name its configuration has for them."""
 
@@ -78,7 +79,13 @@ def tiny_multimodal_config(model_type: str) -> PreTrainedConfig:
             parts[name] = _text(part)
         elif part is not None:
             parts[name] = type(part)(**{key: value for key, value in TOWER.items() if _settable(part, key)})
-    whole = {"projector_hidden_size": HIDDEN, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    whole = {
+        "projector_hidden_size": HIDDEN,
+        "alignment_intermediate_size": HIDDEN,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     special = [
         key for key in sorted(default.to_dict()) if key.endswith(("token_id", "token_index")) and key not in whole
     ]
