@@ -226,6 +226,37 @@ def test_mxfp4_is_what_transformers_gives(tmp_path: Path):
         assert torch.equal(given[name].view(torch.int16), expected.view(torch.int16))
 
 
+def test_every_byte_of_mxfp4_with_every_exponent(tmp_path: Path):
+    folder = gpt_oss(tmp_path / "model")
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.0.mlp.experts.down_proj"
+    experts, out, groups, half = tensors[f"{name}_blocks"].shape
+    count = 256 * 256 // (out * groups * half)
+    blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(256, -1, -1)
+    tensors[f"{name}_blocks"] = blocks.reshape(count, out, groups, half)
+    exponents = torch.arange(256, dtype=torch.uint8).view(-1, 1).expand(-1, 16)
+    tensors[f"{name}_scales"] = exponents.reshape(count, out, groups)
+    write(folder, tensors, {})
+    expected = convert_moe_packed_tensors(tensors[f"{name}_blocks"], tensors[f"{name}_scales"])
+    assert count > experts
+    assert torch.equal(decoded(folder)[name].view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("block", [[16, 16], [1, 16], [48, 16], [16, 7]])
+def test_every_byte_of_fp8(dtype: torch.dtype, block: list[int], tmp_path: Path):
+    """NaN and Inf too, in blocks that divide the matrix and in such that are cut short."""
+    folder = fp8_llama(tmp_path / "model", weight_block_size=block)
+    tensors, name = load_file(folder / "model.safetensors"), "model.layers.0.mlp.down_proj.weight"
+    rows, columns = tensors[name].shape
+    tensors = {key: tensor for key, tensor in tensors.items() if "_proj" not in key}
+    tensors[name] = torch.arange(rows * columns).to(torch.uint8).view(dtype).view(rows, columns)
+    tensors[f"{name}_scale_inv"] = torch.randn(-(-rows // block[0]), -(-columns // block[1]))
+    write(folder, tensors, {})
+    scales = tensors[f"{name}_scale_inv"].repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    expected = tensors[name].float() * scales[:rows, :columns]
+    assert torch.equal(decoded(folder)[name].view(torch.int32), expected.view(torch.int32))
+
+
 def test_integers_in_any_order(tmp_path: Path):
     """Groups that are named input by input, which the library reads no more."""
     folder = quantised_llama("ct-int4-zeros", tmp_path / "model")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.quantised.packed import Decoded, Packed, QuantisedFolder, unpacked
+from secateur.checkpoints.quantised.packed import Decoded, Packed, QuantisedFolder, four_bit
 
 STATES = {"nf4": ".quant_state.bitsandbytes__nf4", "fp4": ".quant_state.bitsandbytes__fp4"}
 ONE_127TH = 7.874015718698502e-3
@@ -90,8 +90,7 @@ def _rows(
     first = start * inside // block * block  # where a block begins
     last = min(-(-stop * inside // block) * block, prod(shape))
     stored = packed.tensor("").view(torch.uint8).flatten()[first // 2 : (last + 1) // 2]
-    halves = unpacked(stored, 4, 2 * stored.numel()).view(-1, 2).flip(-1).flatten()
-    values = packed.tensor(".quant_map")[halves[: last - first].int()]
+    values = four_bit(stored, packed.tensor(".quant_map"), high_first=True)[: last - first]
     scales = _scales(packed, state)[first // block : -(-last // block)]
     padded = torch.nn.functional.pad(values, (0, -values.numel() % block)).view(-1, block)
     values = (padded * scales.unsqueeze(-1)).flatten()

@@ -25,9 +25,11 @@ from secateur.checkpoints.quantised.packed import (
     Packed,
     QuantisedFolder,
     Steps,
+    eight_bit,
     four_bit,
     power_of_two,
     scale_steps,
+    scaled,
     spread,
     unpacked,
 )
@@ -222,11 +224,13 @@ def _bytes(packed: Packed, steps: Steps, start: int, stop: int) -> Tensor:
     scales, shape = packed.tensor("weight_scale"), packed.place("weight").shape
     if scales.dtype == torch.uint8:
         scales = power_of_two(scales).to(torch.bfloat16)
-    values = packed.tensor("weight")[start:stop].to(scales.dtype)
+    stored = packed.tensor("weight")[start:stop]
+    values = eight_bit(stored) if stored.is_floating_point() else stored
+    values = values.to(scales.dtype)
     if packed.has("weight_zero_point"):
         zeros = packed.tensor("weight_zero_point").to(scales.dtype)
         values = values - spread(zeros, shape, steps, start, stop)
-    return values * spread(scales, shape, steps, start, stop)
+    return scaled(values, scales, shape, steps, start)
 
 
 def _four_bit_matrix(packed: Packed) -> Decoded:

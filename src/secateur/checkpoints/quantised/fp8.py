@@ -23,9 +23,10 @@ from secateur.checkpoints.quantised.packed import (
     Packed,
     QuantisedFolder,
     Steps,
+    eight_bit,
     power_of_two,
     scale_steps,
-    spread,
+    scaled,
 )
 
 SCALES = ("_scale_inv", "_scale")
@@ -106,7 +107,7 @@ def eight_bit_float(packed: Packed, scale: str, block: tuple[int, int] | None) -
 
 def _rows(packed: Packed, scale: str, steps: Steps, start: int, stop: int) -> Tensor:
     """Rows of a matrix, or experts, as float32."""
-    weight, scales = packed.tensor("")[start:stop].float(), packed.tensor(scale)
+    values, scales = eight_bit(packed.tensor("")[start:stop]), packed.tensor(scale)
     exponents = scales.dtype in (torch.uint8, torch.float8_e8m0fnu)
     scales = power_of_two(scales) if exponents else scales.float()
-    return weight * spread(scales, packed.place("").shape, steps, start, stop)
+    return scaled(values, scales, packed.place("").shape, steps, start)

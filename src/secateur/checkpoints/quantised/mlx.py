@@ -21,6 +21,7 @@ from secateur.checkpoints.quantised.packed import (
     Decoded,
     Packed,
     QuantisedFolder,
+    eight_bit,
     four_bit,
     power_of_two,
     unpacked,
@@ -93,7 +94,7 @@ def _rows(
         groups = numbers.unflatten(-1, (scales.shape[-1], -1))
         return (groups * scales.unsqueeze(-1) + biases).flatten(-2)
     stored = words.contiguous().view(torch.uint8)
-    values = four_bit(stored, E2M1) if bits == 4 else stored.view(torch.float8_e4m3fn).float()
+    values = four_bit(stored, E2M1) if bits == 4 else eight_bit(stored.view(torch.float8_e4m3fn))
     nv = mode == "nvfp4"
     scales = scales.view(torch.float8_e4m3fn).float() if nv else power_of_two(scales)
     groups = values.unflatten(-1, (scales.shape[-1], -1))

@@ -12,7 +12,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.quantised.packed import E2M1, Decoded, Packed, QuantisedFolder, four_bit
+from secateur.checkpoints.quantised.packed import (
+    E2M1,
+    ROWS,
+    Decoded,
+    Packed,
+    QuantisedFolder,
+    four_bit,
+    looked_up,
+)
 
 BLOCKS, SCALES = "_blocks", "_scales"
 
@@ -41,7 +49,15 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
 
 def _experts(packed: Packed, start: int, stop: int) -> Tensor:
     """Experts [count, in, out] bfloat16."""
-    values = four_bit(packed.tensor(BLOCKS)[start:stop], E2M1).to(torch.bfloat16)
-    exponents = packed.tensor(SCALES)[start:stop].int() - 127
-    values = torch.ldexp(values, exponents.unsqueeze(-1))  # [experts, rows, groups, 32]
-    return values.flatten(-2).transpose(1, 2).contiguous()
+    table = 2 * torch.tensor(E2M1, dtype=torch.bfloat16)
+    exponents = torch.arange(256) - 128  # half of the scale, since 2^128 is infinite
+    halves = torch.ldexp(torch.ones(256), exponents).bfloat16()
+    blocks, powers = packed.tensor(BLOCKS), packed.tensor(SCALES)
+    _, out, groups, half = blocks.shape
+    experts = torch.empty(stop - start, 2 * half * groups, out, dtype=torch.bfloat16)
+    for expert, block, power in zip(experts, blocks[start:stop], powers[start:stop], strict=True):
+        for row in range(0, out, ROWS):
+            values = four_bit(block[row : row + ROWS], table)  # [rows, groups, 2 half]
+            values *= looked_up(power[row : row + ROWS], halves.unsqueeze(-1)).unsqueeze(-1)
+            expert[:, row : row + ROWS] = values.flatten(1).T
+    return experts
