@@ -15,6 +15,7 @@ import secateur
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.data.windows import Windows
 from secateur.errors import BadCheckpoint, UnsupportedModel
+from secateur.models import source
 from secateur.models.load import load
 from secateur.models.source import check_loaded, ignored_in_words
 from secateur.system.memory import MappedFiles
@@ -42,12 +43,14 @@ def edited(folder: Path, change) -> Path:
 
 
 @pytest.mark.parametrize("mapped", [True, False])
-def test_a_difference_in_any_tensor_is_seen(tiny_llama, folder, monkeypatch, mapped):
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_mixtral"])
+def test_a_difference_in_any_tensor_is_seen(model, tmp_path, monkeypatch, request, mapped):
     if not mapped:  # as on a system that does not tell, and in a hub cache
         monkeypatch.setattr(MappedFiles, "at", lambda self, tensor: None)
-    language_model = load(tiny_llama)
-    assert check_loaded(open_checkpoint(tiny_llama), language_model) == ()
-    original = load_file(tiny_llama / "model.safetensors")
+    dense = request.getfixturevalue(model)
+    folder, language_model = shutil.copytree(dense, tmp_path / "model"), load(dense)
+    assert check_loaded(open_checkpoint(dense), language_model) == ()
+    original = load_file(dense / "model.safetensors")
     assert len(original) > 30
     for name, tensor in original.items():
         save_file({**original, name: tensor.flip(0) + 1}, folder / "model.safetensors", {"format": "pt"})
@@ -56,11 +59,11 @@ def test_a_difference_in_any_tensor_is_seen(tiny_llama, folder, monkeypatch, map
 
 
 def test_a_mapped_tensor_is_known_by_its_place(tiny_llama):
-    source, language_model = open_checkpoint(tiny_llama), load(tiny_llama)
-    files = MappedFiles(source.folder / shard for shard in source.shards)
+    checkpoint, language_model = open_checkpoint(tiny_llama), load(tiny_llama)
+    files = MappedFiles(checkpoint.folder / shard for shard in checkpoint.shards)
     for name, tensor in language_model.model.state_dict().items():
-        if name in source.places:
-            place = source.places[name]
+        if name in checkpoint.places:
+            place = checkpoint.places[name]
             assert files.at(tensor) == (tiny_llama / place.shard, place.offset)
     assert files.at(torch.ones(3)) is None
     transposed = language_model.model.get_parameter("model.layers.0.mlp.up_proj.weight").data.T
@@ -86,6 +89,31 @@ def test_experts_that_are_put_together_are_compared(tiny_mixtral, tmp_path):
     name = next(name for name in load_file(folder / "model.safetensors") if ".experts.1." in name)
     edited(folder, lambda tensors: tensors[name].add_(1))
     with pytest.raises(BadCheckpoint, match=name.replace(".", r"\.")):
+        check_loaded(open_checkpoint(folder), language_model)
+
+
+def test_experts_are_compared_where_they_lie(tiny_mixtral, monkeypatch):
+    """transformers' way back copies them; 10 GB of that take longer than comparing them."""
+    language_model, storages, same = load(tiny_mixtral), [], source.same_bytes
+    inside = {tensor.untyped_storage().data_ptr() for tensor in language_model.model.state_dict().values()}
+
+    def noted(one, other):
+        storages.append(other.untyped_storage().data_ptr())
+        return same(one, other)
+
+    monkeypatch.setattr(source, "same_bytes", noted)
+    assert check_loaded(open_checkpoint(tiny_mixtral), language_model) == ()
+    assert len(storages) > 20
+    assert set(storages) <= inside
+
+
+def test_a_tensor_that_was_transposed_is_compared(tiny_llama, tmp_path):
+    folder, language_model = shutil.copytree(tiny_llama, tmp_path / "model"), load(tiny_llama)
+    weight = language_model.model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    weight.data = weight.data.T.contiguous().T
+    assert check_loaded(open_checkpoint(folder), language_model) == ()
+    edited(folder, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"][3, 5].neg_())
+    with pytest.raises(BadCheckpoint, match=r"layers\.0\.mlp\.up_proj"):
         check_loaded(open_checkpoint(folder), language_model)
 
 
