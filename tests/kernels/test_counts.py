@@ -25,7 +25,7 @@ def one_by_one(weight: Tensor) -> Counts:
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (7, 16), (2, 3, 24), (5, 1000), (0, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (7, 16), (2, 3, 24), (5, 1000), (2, 4001), (0, 8)], ids=str)
 def test_every_number_is_counted(dtype, shape, monkeypatch):
     weight = torch.randn(shape).where(torch.rand(shape) < 0.4, 0.0)
     for place, odd in enumerate((-0.0, math.nan, math.inf, -math.inf)[: weight.numel()]):
@@ -41,8 +41,15 @@ def test_every_number_is_counted(dtype, shape, monkeypatch):
 
 @pytest.mark.skipif(library() is None, reason="the package was installed without a compiler")
 def test_the_densest_group_is_found_wherever_it_is():
-    weight = torch.zeros(3, 480)
-    for row, column in ((0, 0), (1, 236), (2, 240), (2, 479)):  # ends of what is counted at a time among them
+    weight = torch.zeros(3, 7680)
+    for row, column in (
+        (0, 0),
+        (1, 236),
+        (2, 240),
+        (2, 3839),
+        (1, 3840),
+        (2, 7679),
+    ):  # ends of what is counted at a time among them
         weight[row, column] = 1
         assert count(weight).densest == (1, 1, 1)
         weight[row, column] = 0
@@ -50,6 +57,13 @@ def test_the_densest_group_is_found_wherever_it_is():
     assert count(weight).densest == (1, 1, 1)
     weight[1, 241:244] = 1
     assert count(weight).densest == (4, 4, 4)
+
+
+@pytest.mark.parametrize("dtype", BITS, ids=str)
+def test_what_comes_behind_a_full_group_is_counted(dtype):
+    weight = torch.ones(2, 8000)
+    weight[:, 5000:5003] = torch.tensor([0.0, -0.0, math.nan])
+    assert count(weight.to(dtype)) == Counts(4, 2, 2, 0, (4, 8, 16))
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (2, 0, 4), (0, 0)])

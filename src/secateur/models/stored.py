@@ -1,6 +1,10 @@
 """Which tensors of a checkpoint are weight matrices, asked of a model without weights."""
 
+from functools import cache
 from typing import NamedTuple
+from unittest.mock import patch
+
+from transformers import conversion_mapping
 
 from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import UnsupportedModel, in_one_line
@@ -36,6 +40,15 @@ def stored_matrices(
             f"{checkpoint.folder} describes no causal LM: {in_one_line(error)}."
         ) from error
     language_model = LanguageModel(model, find_stack(model), ())
+    # It goes through all modules, and is asked for every matrix.
+    mapping = cache(conversion_mapping.get_model_conversion_mapping)
+    with patch.object(conversion_mapping, "get_model_conversion_mapping", mapping):
+        matrices = _matrices_of(checkpoint, language_model)
+    return matrices, model_coverage(language_model)
+
+
+def _matrices_of(checkpoint: Checkpoint, language_model: LanguageModel) -> dict[str, Stored]:
+    """The tensors of a checkpoint that are weight matrices of a model without weights."""
     matrices: dict[str, Stored] = {}
     for index, block in enumerate(language_model.blocks):
         parameters: dict[str, Stored] = {}
@@ -43,7 +56,7 @@ def stored_matrices(
             name = f"{language_model.block_name(index)}.{matrix.parameter}"
             parameters[name] = Stored(name, matrix.transposed, matrix.expert)
         for name, described in parameters.items():
-            parameter = {name: model.get_parameter(name).data}
+            parameter = {name: language_model.model.get_parameter(name).data}
             tensors = checkpoint_tensors(language_model, parameter, checkpoint.places)
             for stored, tensor in tensors.items():
                 if (shape := checkpoint.places[stored].shape) != tuple(tensor.shape):
@@ -51,7 +64,7 @@ def stored_matrices(
                         checkpoint.folder, f"{stored} is {list(shape)}, not {list(tensor.shape)}"
                     )
                 matrices[stored] = described
-    return matrices, model_coverage(language_model)
+    return matrices
 
 
 def unknown_matrices(checkpoint: Checkpoint) -> dict[str, Stored]:

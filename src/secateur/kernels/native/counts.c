@@ -5,7 +5,10 @@
  */
 #include "native.h"
 
-enum { CHUNK = 240, OF_ROWS = 7 }; /* a byte counts a chunk; it is whole groups */
+enum { OF_ROWS = 7, OF_16 = 6 };
+/* A chunk is whole groups, and few enough for a number of that type to count them. */
+#define CHUNK(TYPE) (sizeof(TYPE) == 1 ? 240 : 3840)
+#define LESS(a, b) ((a) < (b) ? (a) : (b))
 struct bits {
     uint64_t inf, nan;
 };
@@ -19,7 +22,7 @@ INLINED uint8_t greatest(const uint8_t *values, int64_t count, uint8_t most) {
 #define COUNT_CHUNK(TYPE, NAME)                                                                                    \
     INLINED void chunk_##NAME(const TYPE *x, int64_t count, TYPE inf, TYPE nan, int64_t *counts) {                 \
         const TYPE sign = (TYPE)1 << (8 * sizeof(TYPE) - 1);                                                       \
-        uint8_t live[CHUNK], sums[CHUNK / 4];                                                                      \
+        uint8_t live[CHUNK(TYPE)], sums[CHUNK(TYPE) / 4];                                                          \
         TYPE alive = 0, negative = 0, odd = 0, infinite = 0;                                                       \
         for (int64_t i = 0; i < count; i++) {                                                                      \
             TYPE size = x[i] & (TYPE)~sign;                                                                        \
@@ -30,6 +33,7 @@ INLINED uint8_t greatest(const uint8_t *values, int64_t count, uint8_t most) {
             infinite += size == inf;                                                                               \
         }                                                                                                          \
         counts[0] += count - alive, counts[1] += negative, counts[2] += odd, counts[3] += infinite;                \
+        if (counts[OF_16] == 16) return; /* nothing is denser */                                                   \
         int64_t groups = count / 4;                                                                                \
         for (int64_t i = 0; i < groups; i++)                                                                       \
             sums[i] = live[4 * i] + live[4 * i + 1] + live[4 * i + 2] + live[4 * i + 3];                           \
@@ -49,8 +53,8 @@ COUNT_CHUNK(uint64_t, 8)
                                        struct bits bits, int64_t *counts) {                                        \
         const TYPE *x = (const TYPE *)all;                                                                         \
         for (int64_t row = first; row < last; row++)                                                               \
-            for (int64_t start = 0; start < columns; start += CHUNK)                                               \
-                chunk_##NAME(x + row * columns + start, columns - start < CHUNK ? columns - start : CHUNK,         \
+            for (int64_t start = 0; start < columns; start += CHUNK(TYPE))                                         \
+                chunk_##NAME(x + row * columns + start, LESS(columns - start, CHUNK(TYPE)),                        \
                              (TYPE)bits.inf, (TYPE)bits.nan, counts);                                              \
     }
 #define COUNT_ALL(PREFIX, TARGET)                                                                                  \
