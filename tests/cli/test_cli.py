@@ -206,6 +206,28 @@ def test_every_option_is_declared_once():
         )  # a few are of one command alone
 
 
+MODEL_OPTIONS = {
+    "prune": "allow_low_coverage", "plan": "", "compare": "allow_low_coverage",
+    "recover": "", "evaluate": "", "inspect": "", "validate": "", "export": "", "bench": "",
+}  # fmt: skip
+"""The commands that take a model, and which options of `Trust` each has beside those that all have."""
+
+
+@pytest.mark.parametrize("name", [*MODEL_OPTIONS, "report", "recommend", "doctor"])
+def test_every_command_that_takes_a_model_has_the_same_options_of_it(name):
+    own = {one.name for one in fields(settings.Trust)}
+    command = typer.main.get_command(cli.app).commands[name]  # type: ignore[attr-defined]
+    given = {p.name for p in command.params if p.name in own}
+    takes_model = {"model", "models"} & {p.name for p in command.params}
+    assert bool(takes_model) == (name in MODEL_OPTIONS)
+    assert given == ({"trust_remote_code", "revision", *MODEL_OPTIONS[name].split()} if takes_model else set())
+
+
+def test_the_table_of_commands_with_a_model_is_whole():
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert commands.keys() - {"report", "recommend", "doctor"} == MODEL_OPTIONS.keys()
+
+
 def test_version_and_help():
     assert run("--version").strip()
     assert "compare" in run("--help")

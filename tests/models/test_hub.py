@@ -198,7 +198,23 @@ def test_revisions(hub, tmp_path, text_file):
     assert again.kl
 
 
-def test_code_is_fetched_and_run_where_it_is_trusted(hub, folder):
+def test_bench_takes_models_of_the_hub_at_a_revision(hub, tmp_path):
+    given = {
+        "dense": hub.folder / NAME,
+        "prompt": [4],
+        "new": 1,
+        "rounds": 3,
+        "runtimes": ["eager"],
+        "dtype": "float32",
+    }
+    with pytest.raises(BadCheckpoint, match="has no revision 'nope'"):
+        secateur.bench([NAME], revision="nope", **given)
+    with pytest.raises(BadCheckpoint, match="--revision main is for names of the hub"):
+        secateur.bench([hub.folder / NAME], revision="main", **given)
+    assert {timing.model for timing in secateur.bench([NAME], revision="main", **given).timings} == {"dense", "model"}
+
+
+def test_code_is_fetched_and_run_where_it_is_trusted(hub, folder, tmp_path):
     (folder / "configuration_own.py").write_text(CONFIG)
     (folder / "modeling_own.py").write_text(CODE)
     code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
@@ -210,6 +226,14 @@ def test_code_is_fetched_and_run_where_it_is_trusted(hub, folder):
     language_model = load(resolve(NAME, trust), trust_remote_code=True)
     assert type(language_model.model).__name__ == "OwnForCausalLM"
     assert {"configuration_own.py", "modeling_own.py", "own.py"} <= fetched(hub)
+    given = {"dense": NAME, "prompt": [4], "new": 1, "rounds": 3, "runtimes": ["eager"], "dtype": "float32"}
+    with pytest.raises(UnsupportedModel, match="add --trust-remote-code"):
+        secateur.bench([], **given)
+    assert secateur.bench([], trust_remote_code=True, **given).timings
+    with pytest.raises(UnsupportedModel, match="add --trust-remote-code"):
+        secateur.export(NAME, to="packed", out=tmp_path / "packed")
+    with pytest.raises(UnsupportedModel, match="there is nothing to pack"):  # which its matrices say
+        secateur.export(NAME, to="packed", out=tmp_path / "packed", trust_remote_code=True)
 
 
 def test_offline_what_was_fetched_before_is_used(hub, monkeypatch):

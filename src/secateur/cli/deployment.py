@@ -10,13 +10,13 @@ from rich.markup import escape
 import secateur
 from secateur.cli.options import AsJson, Model, Quiet, options
 from secateur.cli.terminal import command, display, progress, show
-from secateur.system.settings import Destination, Serving, TimedRuns, Trust
+from secateur.system.settings import Destination, Serving, TimedRuns, Trust, taken
 
 
-@options(TimedRuns)
+@options(TimedRuns, Trust, without=("allow_low_coverage",))
 def bench(
     given: dict[str, Any],
-    models: Annotated[list[str], typer.Argument(help="Checkpoint folders to time.")],
+    models: Annotated[list[str], typer.Argument(help="Checkpoint folders or hub names to time.")],
     dense: Annotated[
         str | None, typer.Option(help="The dense model. Default: the embedded demo.")
     ] = None,
@@ -35,7 +35,8 @@ def bench(
 
     if layers:
         with display(quiet) as shows:
-            timings = time_layers(models, TimedRuns(**given), shows)
+            runs, trust = taken(TimedRuns, given), taken(Trust, given)
+            timings = time_layers(models, runs, shows, trust)
         if out is not None:
             write_timings(timings, out, command())
         return show([asdict(timing) for timing in timings], as_json, lambda: [layer_table(timings)])
@@ -47,7 +48,7 @@ def bench(
     return show(results, as_json, lambda: [speed_table(results), *skipped])
 
 
-@options(Destination, Trust, without=("restart", "allow_low_coverage", "trust_remote_code"))
+@options(Destination, Trust, without=("restart", "allow_low_coverage"))
 def export(
     given: dict[str, Any],
     model: Model = None,
@@ -71,6 +72,7 @@ def export(
     """
     with display(quiet) as shows:
         options: dict[str, Any] = {"values": values, "ranks": ranks, **given}
+        options["trust_remote_code"] = given["trust_remote_code"] or None  # not every format has it
         loaded_by = secateur.export(model, to=to, **options, command=command(), progress=shows)
     show(None, False, lambda: [escape(f"Written to {given['out']}. Loaded by: {loaded_by}.")])
 

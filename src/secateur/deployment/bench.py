@@ -6,8 +6,8 @@ by bootstrap. Before anything is timed, a fast runtime must give the logits that
 gives for the same folder; otherwise there is no figure.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from secateur.system.json_files import write_json
 from secateur.system.machine import machine, matrix_rate, typed_command, versions
 from secateur.system.memory import PeakMemory, resident_bytes
 from secateur.system.progress import Progress
-from secateur.system.settings import TimedRuns
+from secateur.system.settings import TimedRuns, Trust
 
 Key = tuple[str, str]  # a model and a runtime
 Times = tuple[list[float], list[float]]  # seconds of each round: of a prefill, of a decoded token
@@ -99,19 +99,22 @@ def bench(
     new: int = TimedRuns.new,
     rounds: int = TimedRuns.rounds,
     dtype: str = TimedRuns.dtype,
+    trust_remote_code: bool = Trust.trust_remote_code,
+    revision: str | None = Trust.revision,
     out: str | Path | None = None,
     command: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> BenchResults:
-    """Time checkpoint folders beside the model `dense` (None: the embedded demo) on this machine.
+    """Time models beside the model `dense` (None: the embedded demo) on this machine.
 
-    Raises UnknownName, BadCheckpoint; UnsupportedModel where a runtime gives other outputs than
-    plain transformers.
+    `revision` is that of each of `models`, as the command's help says. Raises UnknownName,
+    BadCheckpoint; UnsupportedModel where a runtime gives other outputs than plain transformers.
     """
     progress = progress or Progress()
+    trust = Trust(trust_remote_code=trust_remote_code, revision=revision)
     runnable = {name: find_runtime(name) for name in dict.fromkeys(["eager", *runtimes])}
     kind = timed_dtype(dtype)
-    folders = _folders(models, dense)
+    folders = _folders(models, dense, trust)
     results = BenchResults(
         SCHEMA,
         typed_command(command),
@@ -126,7 +129,8 @@ def bench(
     twins = [runtime.twin for runtime in runnable.values() if runtime.twin]
     wanted = [("dense", name) for name in dict.fromkeys([*runnable, *twins])]
     wanted += [(name, runtime) for name in folders if name != "dense" for runtime in runnable]
-    loaded = _load_all(wanted, folders, kind, results.skipped, progress)
+    load = partial(_load, dtype=kind, trusted=trust_remote_code)
+    loaded = _load_all(wanted, folders, load, results, progress)
     # `eager` may be there to compare with only.
     asked = [key for key in loaded if key[0] == "dense" or key[1] in runtimes]
     for size in batch:
@@ -141,13 +145,15 @@ def bench(
     return results
 
 
-def _folders(models: Sequence[str | Path], dense: str | Path | None) -> dict[str, Path]:
+def _folders(
+    models: Sequence[str | Path], dense: str | Path | None, trust: Trust
+) -> dict[str, Path]:
     """The checkpoint folders by the names in the table, `dense` first."""
     names = [Path(model).name for model in models]
-    folders = {"dense": resolve(dense)}
+    folders = {"dense": resolve(dense, replace(trust, revision=None))}
     for name, model in zip(names, models, strict=True):
         alone = names.count(name) == 1 and name != "dense"
-        folders[name if alone else str(model)] = resolve(model)
+        folders[name if alone else str(model)] = resolve(model, trust)
     for folder in folders.values():
         open_checkpoint(folder)
     return folders
@@ -156,34 +162,37 @@ def _folders(models: Sequence[str | Path], dense: str | Path | None) -> dict[str
 def _load_all(
     wanted: Sequence[Key],
     folders: dict[str, Path],
-    dtype: torch.dtype,
-    skipped: dict[str, str],
+    load: Callable[[str, Path], Running],
+    results: BenchResults,
     progress: Progress,
 ) -> dict[Key, Running]:
-    """Every model in every runtime that takes it; why not goes to `skipped`. Raises
+    """Every model in every runtime that takes it; why not goes to `results.skipped`. Raises
     UnsupportedModel where one gives other outputs than plain transformers.
     """
     loaded: dict[Key, Running] = {}
     for name, runtime in wanted:
         progress.begin(f"loading {name} in {runtime}")
         try:
-            model = loaded[name, runtime] = _load(runtime, folders[name], dtype)
+            model = loaded[name, runtime] = load(runtime, folders[name])
         except UnsupportedModel as error:
-            skipped[f"{name} in {runtime}"] = str(error)
+            results.skipped[f"{name} in {runtime}"] = str(error)
             continue
         if runtime != "eager":
-            allowed = ROUNDED if RUNTIMES[runtime].rounded else TOLERANCE[dtype]
+            allowed = (
+                ROUNDED if RUNTIMES[runtime].rounded else TOLERANCE[getattr(torch, results.dtype)]
+            )
             _check_outputs(loaded[name, "eager"], model, f"{name} in {runtime}", allowed)
     return loaded
 
 
-def _load(runtime: str, folder: Path, dtype: torch.dtype) -> Running:
+def _load(runtime: str, folder: Path, dtype: torch.dtype, *, trusted: bool) -> Running:
     """Raises UnsupportedModel where the runtime is missing here, or cannot run that model."""
     if (reason := RUNTIMES[runtime].missing()) is not None:
         raise UnsupportedModel(reason)
+    trust = {"trust_remote_code": True} if trusted and RUNTIMES[runtime].runs_code else {}
     with PeakMemory(resident_bytes) as memory:
         before = memory.bytes or 0
-        running = RUNTIMES[runtime].load(folder, dtype)
+        running = RUNTIMES[runtime].load(folder, dtype, **trust)
         running.prefill(_ids(running, 1, 8, 0))
     running.memory_bytes = None if memory.bytes is None else memory.bytes - before
     return running

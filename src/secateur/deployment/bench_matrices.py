@@ -29,7 +29,7 @@ from secateur.system.files import disk_errors
 from secateur.system.json_files import write_json
 from secateur.system.machine import machine, versions
 from secateur.system.progress import Progress
-from secateur.system.settings import TimedRuns
+from secateur.system.settings import TimedRuns, Trust
 from secateur.system.tensors import count_zeros
 
 BEYOND_CACHE, IN_A_ROW = 400e6, 4
@@ -158,16 +158,21 @@ def _ratios(name: str, seconds: Mapping[str, list[float]]) -> dict[str, float]:
 
 
 def time_layers(
-    models: Sequence[str | Path], runs: TimedRuns, progress: Progress | None = None
+    models: Sequence[str | Path],
+    runs: TimedRuns,
+    progress: Progress | None = None,
+    trust: Trust | None = None,
 ) -> list[LayerTiming]:
     """Time a matrix of each shape of every model. Raises UnknownName, BadCheckpoint."""
     dtype = timed_dtype(runs.dtype)
-    progress = progress or Progress()
+    progress, trust = progress or Progress(), trust or Trust()
     matrices: dict[str, Tensor] = {}
     for model in models:
-        checkpoint = open_checkpoint(resolve(model, progress=progress))
+        checkpoint = open_checkpoint(resolve(model, trust, progress=progress))
         kinds = set()
-        for name, stored in stored_matrices(checkpoint)[0].items():
+        for name, stored in stored_matrices(checkpoint, trust_remote_code=trust.trust_remote_code)[
+            0
+        ].items():
             kind = (checkpoint.places[name].shape, stored.transposed)
             if len(kind[0]) == 2 and kind not in kinds:
                 kinds.add(kind)

@@ -41,7 +41,8 @@ def export(
     UnsupportedModel, OutputRefused, DiskFull.
     """
     progress = progress or Progress()
-    folder, out = resolve(model, Trust(revision=revision), progress=progress), Path(out)
+    trust = Trust(trust_remote_code=bool(trust_remote_code), revision=revision)
+    folder, out = resolve(model, trust, progress=progress), Path(out)
     given = {"values": values, "ranks": ranks, "trust_remote_code": trust_remote_code}
     options = {name: value for name, value in given.items() if value is not None}
     wanted, stored_as = _formats(folder, to, options)
@@ -61,7 +62,7 @@ def export(
         "source_shards": source.sha256(),
     }
     if wanted is not None:
-        _refuse_other_shapes(source, bool(trust_remote_code))
+        _refuse_other_shapes(source, trust.trust_remote_code)
     with output(source, out, overwrite=overwrite, other_weights=source.bytes) as result:
         if wanted is not None:
             wanted.write(source, result.partial, **options)

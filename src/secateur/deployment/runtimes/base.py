@@ -67,13 +67,15 @@ class Runtime(NamedTuple):
     raises UnsupportedModel where it cannot run that folder in that dtype. `twin` is the runtime
     that shows what its kernels give without zeros: there the dense model is its baseline. `rounded`
     says that it rounds the folder's weights to few bits, so that its outputs are compared loosely.
-    `packages` are those whose versions `doctor` shows.
+    `runs_code`: `load` takes `trust_remote_code` as well. `packages` are those whose versions
+    `doctor` shows.
     """
 
     missing: Callable[[], str | None]
-    load: Callable[[Path, torch.dtype], Running]
+    load: Callable[..., Running]
     twin: str | None = None
     rounded: bool = False
+    runs_code: bool = False
     packages: tuple[str, ...] = ()
 
 
@@ -83,10 +85,13 @@ def not_installed(modules: Sequence[str], extra: str) -> str | None:
     return f"{' and '.join(absent)} not installed: pip install {extra}" if absent else None
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    folder: Path, dtype: torch.dtype, device: str = "cpu", *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The model of a checkpoint folder, in eval mode."""
-    model: Any = loader(load_config(folder)).from_pretrained(
-        folder, dtype=dtype, local_files_only=True
+    trust: Any = {"trust_remote_code": trust_remote_code}
+    model: Any = loader(load_config(folder, **trust)).from_pretrained(
+        folder, dtype=dtype, local_files_only=True, **trust
     )
     return model.to(device).eval()
 

@@ -6,6 +6,7 @@ takes long, warm-up is not timed.
 """
 
 import shutil
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,4 +65,8 @@ def missing() -> str | None:
     return None
 
 
-compiled = Runtime(missing, lambda folder, dtype: Compiled(load_model(folder, dtype)))
+def load(folder: Path, dtype: torch.dtype, **trust: bool) -> Compiled:
+    return Compiled(load_model(folder, dtype, **trust))
+
+
+compiled = Runtime(missing, load, runs_code=True)

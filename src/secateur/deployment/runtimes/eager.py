@@ -8,13 +8,13 @@ import torch
 from secateur.deployment.runtimes.base import Runtime, Stepped, load_model
 
 
-def load(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Stepped:
-    return Stepped(load_model(folder, dtype, device))
+def load(folder: Path, dtype: torch.dtype, device: str = "cpu", **trust: bool) -> Stepped:
+    return Stepped(load_model(folder, dtype, device, **trust))
 
 
 def no_cuda() -> str | None:
     return None if torch.cuda.is_available() else "there is no CUDA device"
 
 
-eager = Runtime(lambda: None, load)
-eager_cuda = Runtime(no_cuda, partial(load, device="cuda"))
+eager = Runtime(lambda: None, load, runs_code=True)
+eager_cuda = Runtime(no_cuda, partial(load, device="cuda"), runs_code=True)

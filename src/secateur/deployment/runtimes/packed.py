@@ -29,9 +29,9 @@ def no_dense() -> str | None:
     return missing() or ("there is none for this processor" if isa() == "portable" else None)
 
 
-def load_packed(folder: Path, dtype: torch.dtype, *, values: str) -> Stepped:
+def load_packed(folder: Path, dtype: torch.dtype, *, values: str, **trust: bool) -> Stepped:
     """Raises UnsupportedModel where no matrix has enough zeros to be packed."""
-    model = load_model(folder, dtype)
+    model = load_model(folder, dtype, **trust)
     if not pack_model(model, values=values):
         raise UnsupportedModel(
             f"{folder} has no matrix with {LEAST:.0%} zeros or more, so there is nothing to pack."
@@ -39,17 +39,18 @@ def load_packed(folder: Path, dtype: torch.dtype, *, values: str) -> Stepped:
     return Stepped(model)
 
 
-def load_dense(folder: Path, dtype: torch.dtype, *, int8: bool) -> Stepped:
+def load_dense(folder: Path, dtype: torch.dtype, *, int8: bool, **trust: bool) -> Stepped:
     """Raises UnsupportedModel for a dtype that our dense product does not take."""
     if not int8 and dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise UnsupportedModel(f"Our own dense product is for bfloat16, not for {name}.")
-    model = load_model(folder, dtype)
+    model = load_model(folder, dtype, **trust)
     own_products(model, int8=int8)
     return Stepped(model)
 
 
-packed = Runtime(missing, partial(load_packed, values="as stored"), twin="own-dense")
-packed_int8 = Runtime(missing, partial(load_packed, values="int8"), twin="own-int8", rounded=True)
-own_dense = Runtime(no_dense, partial(load_dense, int8=False))
-own_int8 = Runtime(no_dense, partial(load_dense, int8=True), rounded=True)
+_as_stored, _as_int8 = (partial(load_packed, values=values) for values in ("as stored", "int8"))
+packed = Runtime(missing, _as_stored, twin="own-dense", runs_code=True)
+packed_int8 = Runtime(missing, _as_int8, twin="own-int8", rounded=True, runs_code=True)
+own_dense = Runtime(no_dense, partial(load_dense, int8=False), runs_code=True)
+own_int8 = Runtime(no_dense, partial(load_dense, int8=True), rounded=True, runs_code=True)

@@ -80,13 +80,13 @@ def use_packed(model: nn.Module, measure: Measure) -> int:
 
 
 @torch.no_grad()
-def load(folder: Path, dtype: torch.dtype) -> Stepped:
+def load(folder: Path, dtype: torch.dtype, **trust: bool) -> Stepped:
     """Raises UnsupportedModel for float32, and where no packed product is faster."""
     if dtype not in (torch.bfloat16, torch.float16):
         raise UnsupportedModel(
             "The packed products for GPUs take bfloat16 and float16; use --dtype bfloat16."
         )
-    model = load_model(folder, dtype, "cuda")
+    model = load_model(folder, dtype, "cuda", **trust)
     read = bytes_read(model)
     saved = use_packed(model, faster)
     if not saved:
@@ -97,4 +97,4 @@ def load(folder: Path, dtype: torch.dtype) -> Stepped:
     return Stepped(model, read - saved)
 
 
-packed_cuda = Runtime(bitmap.missing, load, twin="eager-cuda")
+packed_cuda = Runtime(bitmap.missing, load, twin="eager-cuda", runs_code=True)

@@ -248,9 +248,9 @@ def use_products(model: nn.Module, promised: Set[str], measure: Measure) -> dict
 
 
 @torch.no_grad()
-def load(folder: Path, dtype: torch.dtype) -> Stepped:
+def load(folder: Path, dtype: torch.dtype, **trust: bool) -> Stepped:
     """Raises UnsupportedModel where no layer is 2:4 and has a kernel, BadPattern as above."""
-    model = load_model(folder, dtype, "cuda")
+    model = load_model(folder, dtype, "cuda", **trust)
     reasons = usable(dtype, model.device)
     products = [name for name, reason in reasons.items() if reason is None]
     if products == ["dense"]:
@@ -269,4 +269,4 @@ def load(folder: Path, dtype: torch.dtype) -> Stepped:
     return Stepped(model, read - sum(saved.values()))
 
 
-semi_structured = Runtime(no_device, load, twin="eager-cuda")
+semi_structured = Runtime(no_device, load, twin="eager-cuda", runs_code=True)

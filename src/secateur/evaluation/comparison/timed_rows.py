@@ -31,6 +31,7 @@ def time_rows(context: ComparisonContext, rows: Sequence[Row]) -> dict[str, str]
                 dense=context.source.folder,
                 runtimes=timed.bench,
                 dtype=timed.bench_dtype,
+                trust_remote_code=context.asked.trust.trust_remote_code,
                 progress=context.asked.progress,
             )
         except UnsupportedModel as error:
