@@ -7,6 +7,7 @@ takes long, warm-up is not timed.
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ def missing() -> str | None:
     return None
 
 
-def load(folder: Path, dtype: torch.dtype, **trust: bool) -> Compiled:
+def load(folder: Path, dtype: torch.dtype, **trust: Any) -> Compiled:
     return Compiled(load_model(folder, dtype, **trust))
 
 

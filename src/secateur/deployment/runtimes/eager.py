@@ -2,13 +2,14 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from secateur.deployment.runtimes.base import Runtime, Stepped, load_model
 
 
-def load(folder: Path, dtype: torch.dtype, device: str = "cpu", **trust: bool) -> Stepped:
+def load(folder: Path, dtype: torch.dtype, device: str = "cpu", **trust: Any) -> Stepped:
     return Stepped(load_model(folder, dtype, device, **trust))
 
 

@@ -6,6 +6,7 @@ ratio of `packed` to `own-dense` is the gain by zeros alone. Both exist with int
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ def no_dense() -> str | None:
     return missing() or ("there is none for this processor" if isa() == "portable" else None)
 
 
-def load_packed(folder: Path, dtype: torch.dtype, *, values: str, **trust: bool) -> Stepped:
+def load_packed(folder: Path, dtype: torch.dtype, *, values: str, **trust: Any) -> Stepped:
     """Raises UnsupportedModel where no matrix has enough zeros to be packed."""
     model = load_model(folder, dtype, **trust)
     if not pack_model(model, values=values):
@@ -39,7 +40,7 @@ def load_packed(folder: Path, dtype: torch.dtype, *, values: str, **trust: bool)
     return Stepped(model)
 
 
-def load_dense(folder: Path, dtype: torch.dtype, *, int8: bool, **trust: bool) -> Stepped:
+def load_dense(folder: Path, dtype: torch.dtype, *, int8: bool, **trust: Any) -> Stepped:
     """Raises UnsupportedModel for a dtype that our dense product does not take."""
     if not int8 and dtype != torch.bfloat16:
         name = str(dtype).removeprefix("torch.")

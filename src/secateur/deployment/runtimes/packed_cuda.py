@@ -9,6 +9,7 @@ rows, and dense products are used where they are not slower.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def use_packed(model: nn.Module, measure: Measure) -> int:
 
 
 @torch.no_grad()
-def load(folder: Path, dtype: torch.dtype, **trust: bool) -> Stepped:
+def load(folder: Path, dtype: torch.dtype, **trust: Any) -> Stepped:
     """Raises UnsupportedModel for float32, and where no packed product is faster."""
     if dtype not in (torch.bfloat16, torch.float16):
         raise UnsupportedModel(

@@ -248,7 +248,7 @@ def use_products(model: nn.Module, promised: Set[str], measure: Measure) -> dict
 
 
 @torch.no_grad()
-def load(folder: Path, dtype: torch.dtype, **trust: bool) -> Stepped:
+def load(folder: Path, dtype: torch.dtype, **trust: Any) -> Stepped:
     """Raises UnsupportedModel where no layer is 2:4 and has a kernel, BadPattern as above."""
     model = load_model(folder, dtype, "cuda", **trust)
     reasons = usable(dtype, model.device)
