@@ -2,10 +2,11 @@ r"""What drawing calibration text costs: CPU seconds and memory for small and la
 
     python bench/text.py --folder /tmp/bench-text --json bench/results/text.json
 
-Writes rows of text as .jsonl of 5 MB, 60 MB and 5 GB, text of 60 MB, .jsonl.gz and .parquet of 1 GB (the size of the
-text in them) below `--folder`, one at a time, and deletes each. Every draw runs in a process of its own: the tokenizer
-is loaded and has tokenised a few words, then 128 windows of 2048 tokens are drawn. CPU seconds are those of the process
-and its threads while it draws; memory is the peak of its anonymous memory above the start, looked at every 50 ms.
+Writes rows of text as .jsonl of 5 MB, 60 MB and 5 GB, one row of 60 MB, text of 60 MB without and with emojis,
+.jsonl.gz, .txt.gz and .parquet of 1 GB (the size of the text in them) below `--folder`, one at a time, and deletes
+each; of these `--only` the named ones. Every draw runs in a process of its own: the tokenizer is loaded and has
+tokenised a few words, then 128 windows of 2048 tokens are drawn. CPU seconds are those of the process and its threads
+while it draws; memory is the peak of its anonymous memory above the start, looked at every 50 ms.
 """
 
 import gzip
@@ -41,8 +42,11 @@ FILES = {
     "small.jsonl": 5 * 10**6,
     "middle.jsonl": 60 * 10**6,
     "middle.txt": 60 * 10**6,
+    "emojis.txt": 60 * 10**6,
+    "row.jsonl": 60 * 10**6,
     "large.jsonl": 5 * 10**9,
     "large.jsonl.gz": 10**9,
+    "large.txt.gz": 10**9,
     "large.parquet": 10**9,
 }
 
@@ -72,9 +76,12 @@ def write_file(file: Path, size: int) -> None:
                     some = []
             table.write_table(pa.table({"text": pa.array(some, pa.string())}))
         return
+    documents = ["".join(texts(size))] if file.stem == "row" else texts(size)
+    mark = "\N{EVERGREEN TREE}" if file.stem == "emojis" else ""
     with gzip.open(file, "wb", 1) if file.suffix == ".gz" else file.open("wb") as stream:
-        for text in texts(size):
-            stream.write(text.encode() if file.suffix == ".txt" else json.dumps({"text": text}).encode() + b"\n")
+        for text in documents:
+            plain = ".txt" in file.suffixes
+            stream.write((mark + text).encode() if plain else json.dumps({"text": text}).encode() + b"\n")
 
 
 def drawn(file: Path, tokenizer: str, samples: int, length: int) -> dict:
@@ -90,11 +97,12 @@ def main() -> None:
     asked = options(
         __doc__,
         dict(folder=Path("out/bench-text"), tokenizer=str(model_folder()), samples=128, seq_len=2048, json=Path),
+        dict(only=",".join(FILES)),
     )
     asked.folder.mkdir(parents=True, exist_ok=True)
     results = {}
     try:
-        for name, size in FILES.items():
+        for name, size in ((name, FILES[name]) for name in asked.only.split(",")):
             file = asked.folder / name
             write_file(file, size)
             cost = drawn(file, asked.tokenizer, asked.samples, asked.seq_len)

@@ -6,6 +6,8 @@ import io
 import json
 import lzma
 import random
+import tracemalloc
+from array import array
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ import torch
 from pyarrow import parquet
 from support.texts import WORDS, byte_tokenizer
 
-from secateur.data import corpora, pieces, readers, sampling
+from secateur.data import corpora, long_text, pieces, readers, sampling
 from secateur.data.calibration import calibration_windows
 from secateur.data.corpora import StoredTexts, corpus_of
 from secateur.data.demo import documents, model_folder
+from secateur.data.long_text import LongText
 from secateur.data.overlap import overlapping
-from secateur.data.pieces import batches, long_ids, stream_of
+from secateur.data.pieces import append_long, batches, stream_of
 from secateur.data.reader import Reader
 from secateur.data.tokenizer import encode, load_tokenizer
 from secateur.data.windows import border_of, evaluation_windows
@@ -70,6 +73,12 @@ def small_limits(monkeypatch):
     """Text of more than 16 KiB is large."""
     for module in (readers, corpora):
         monkeypatch.setattr(module, "LARGE", 2**14)
+
+
+def long_ids(tokenizer, text) -> list[int]:
+    append_long(ids := array("i", [7]), tokenizer, text)
+    assert ids[0] == 7  # what was there before
+    return list(ids[1:])
 
 
 def draw_of(source: str, samples: int, seed: int = 0, length: int = LENGTH):
@@ -124,7 +133,7 @@ def test_pieces_of_a_text_have_the_tokens_of_the_whole(monkeypatch, tokenizer, c
         text[: characters + 1001],
         "é中🙂 " * 3000,
     ):
-        assert list(long_ids(tokenizer, part)) == list(tokenizer(part)["input_ids"])
+        assert long_ids(tokenizer, part) == list(tokenizer(part)["input_ids"])
 
 
 @pytest.mark.parametrize("bos", ["stream", "never", "each-window"])
@@ -135,7 +144,7 @@ def test_pieces_are_read_as_the_whole_is(monkeypatch, bos):
     assert (whole[0] == byte_tokenizer().bos_token_id) is (bos == "stream")
     monkeypatch.setattr(pieces, "CHARACTERS", 5000)
     monkeypatch.setattr(pieces, "OVERLAP", 1000)
-    assert list(long_ids(reader, text)) == whole
+    assert long_ids(reader, text) == whole
 
 
 def test_text_without_a_place_to_join_is_tokenised_whole(monkeypatch):
@@ -145,7 +154,7 @@ def test_text_without_a_place_to_join_is_tokenised_whole(monkeypatch):
     text = "\n".join(documents("evaluation")[:2])[:5000]
     whole = []
     monkeypatch.setattr(pieces, "encode", lambda *given: whole.append(given) or encode(*given))
-    assert list(long_ids(tokenizer, text)) == list(tokenizer(text)["input_ids"])
+    assert long_ids(tokenizer, text) == list(tokenizer(text)["input_ids"])
     assert len(whole) == 1
 
 
@@ -163,6 +172,36 @@ def test_no_more_is_read_than_is_wanted(monkeypatch):
     assert 1000 <= len(stream) <= 1100
     assert len(asked) <= 24
     assert [len(some) for some in batches(["x" * 60, "y" * 60, "z" * 300, "w"])] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 6, 7, 12, 13, 50])
+def test_a_long_text_is_the_text(monkeypatch, size):
+    monkeypatch.setattr(long_text, "PIECE", 6)
+    text = ("aé中🙂\n" * 20)[:size]
+    held = LongText(io.StringIO(text).read, 30)
+    assert (len(held), str(held)) == (min(size, 30), text[:30])
+    for start in range(0, 34, 3):
+        for stop in range(0, 34, 3):
+            assert held[start:stop] == text[:30][start:stop]
+    assert str(LongText(io.StringIO(text).read, 30, "x")) == ("x" + text)[:30]
+
+
+def test_a_long_text_is_never_held_as_one_string(tmp_path, monkeypatch):
+    """An emoji makes each character of a `str` four bytes."""
+    monkeypatch.setattr(pieces, "CHARACTERS", 2**12)
+    monkeypatch.setattr(pieces, "OVERLAP", 2**9)
+    text = "\n".join(numbered(4000, random.Random(10))) + "🙂"
+    (tmp_path / "a.txt").write_text(text)
+    tokenizer = byte_tokenizer()
+    expected = tiles(tokenizer, [text], 5, LENGTH, 0)
+    tracemalloc.start()
+    drawn = draw_of(str(tmp_path / "a.txt"), 5)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert torch.equal(drawn.ids, expected)
+    # a byte a character, and the ids: four bytes for each of them, here one a byte
+    assert len(text) > 500_000
+    assert peak < 5.5 * len(text) + 2**20
 
 
 # Large text.

@@ -159,9 +159,13 @@ def read_from(folder: Path) -> str:
 
 
 def pruning_record(
-    source: Path, report: Report, command: Sequence[str] | None, options: Mapping[str, Any]
+    source: Path,
+    report: Report,
+    calibration: Mapping[str, Any],
+    command: Sequence[str] | None,
+    options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What `pruning.json` holds of a run on the checkpoint in `source`."""
+    """What `pruning.json` holds of a run on the checkpoint in `source` and some `calibration`."""
     unpacked_from = source_of(source)
     origin = Path(unpacked_from["folder"]) if unpacked_from else source
     return {
@@ -172,6 +176,7 @@ def pruning_record(
         "command": typed_command(command),
         "versions": versions(),
         **report.record(),
+        "calibration": dict(calibration),
         "options": dict(options),
     }
 

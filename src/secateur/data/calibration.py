@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.chat import Chat
 from secateur.data.corpora import corpus_of, corpus_texts
+from secateur.data.long_text import Document
 from secateur.data.sampling import Sampling, sampled
 from secateur.data.sources import Share, Source, read_shares, read_source
 from secateur.data.tokenizer import encode
@@ -141,7 +141,7 @@ def apportioned(shares: Sequence[float], count: int) -> list[int]:
 
 def _windows_of_documents(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str | Chat],
+    texts: Sequence[Document],
     samples: int,
     length: int,
     draw: random.Random,

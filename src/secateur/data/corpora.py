@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from secateur.data import demo
-from secateur.data.chat import Chat
+from secateur.data.long_text import Document
 from secateur.data.readers import (
     LARGE,
     Raw,
@@ -43,10 +43,10 @@ class Corpus:
     source: Source
     split: str
     files: tuple[File, ...] = ()
-    texts: Sequence[str | Chat] = ()
+    texts: Sequence[Document] = ()
     more: bool = False
 
-    def documents(self) -> Iterator[str | Chat]:
+    def documents(self) -> Iterator[Document]:
         """All documents, one after another. Raises BadText."""
         yield from self.texts
         for raw in self.raw():
@@ -106,7 +106,7 @@ def corpus_of(
     return Corpus(source, split, source.files)
 
 
-def corpus_texts(corpus: Corpus) -> Sequence[str | Chat]:
+def corpus_texts(corpus: Corpus) -> Sequence[Document]:
     """The documents of a corpus by their number; many of them wait in a file. Raises BadText."""
     if not corpus.files:
         return corpus.texts
@@ -114,7 +114,7 @@ def corpus_texts(corpus: Corpus) -> Sequence[str | Chat]:
     return list(corpus.documents()) if few else StoredTexts(corpus)
 
 
-class StoredTexts(Sequence[str | Chat]):
+class StoredTexts(Sequence[Document]):
     """The documents of files by their number, in a temporary file."""
 
     def __init__(self, corpus: Corpus) -> None:
@@ -132,9 +132,9 @@ class StoredTexts(Sequence[str | Chat]):
         return len(self._places) - 1
 
     @overload
-    def __getitem__(self, index: int) -> str | Chat: ...
+    def __getitem__(self, index: int) -> Document: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[str | Chat]: ...
+    def __getitem__(self, index: slice) -> Sequence[Document]: ...
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
@@ -182,9 +182,9 @@ def _from_hub(source: str, split: str) -> Sequence[str]:
 
 def _first_texts(
     source: Source, name: DataSet, split: str, seed: int | None
-) -> tuple[list[str | Chat], bool]:
+) -> tuple[list[Document], bool]:
     """Documents of a data set, shuffled by `seed`, up to `LARGE`; and whether there are more."""
-    texts: list[str | Chat] = []
+    texts: list[Document] = []
     size = 0
     for number, row in enumerate(_rows(source, name, split, seed), 1):
         if size > LARGE:

@@ -1,14 +1,56 @@
 """Which texts have tokens in common, found by hashes of runs of tokens."""
 
+from base64 import b64decode, b64encode
 from collections.abc import Sequence
+from typing import Annotated
 
 import numpy as np
+from pydantic import AfterValidator, Field
 from torch import Tensor
+
+from secateur.system.typed import Fields
 
 RUN, LEAST = 32, 8
 """Windows that share so many consecutive tokens overlap: `RUN`, or as many as the shortest pieces
 have, at least `LEAST`.
 """
+
+
+MARKS, MOST_MARKS = 4, 4096
+"""Hashes that are kept of each window, and of all windows unless there are more windows."""
+
+
+def _whole(hashes: str) -> str:
+    if len(b64decode(hashes, validate=True)) % 8:
+        raise ValueError("hashes of eight bytes each were wanted")
+    return hashes
+
+
+class Marks(Fields):
+    """Hashes of runs of `run` tokens of a text, at even distances in each of its windows.
+
+    As pruning.json holds them: int64 of `_runs`, the lowest byte first, in base64. Another text
+    that shares so many tokens in a row and a `MARKS`th of a window more has one of these runs.
+    """
+
+    run: Annotated[int, Field(ge=LEAST)]
+    hashes: Annotated[str, AfterValidator(_whole)]
+
+    @classmethod
+    def of(cls, windows: Tensor) -> "Marks":
+        """The marks of windows `[windows, length]`."""
+        count, length = windows.shape
+        size, each = run_length(length, []), max(min(MARKS, MOST_MARKS // count), 1)
+        apart = -(-length // each)
+        hashes = [_runs(window, size)[::apart] for window in windows]
+        return cls(run=size, hashes=b64encode(np.concatenate(hashes).astype("<i8")).decode())
+
+    def met(self, windows: Tensor) -> int:
+        """How many windows `[windows, length]` of another text have a marked run, at least so many
+        share one.
+        """
+        known = np.frombuffer(b64decode(self.hashes), "<i8")
+        return sum(bool(np.isin(_runs(window, self.run), known).any()) for window in windows)
 
 
 class KnownRuns:
@@ -46,7 +88,10 @@ def overlapping(windows: Tensor, other: Tensor) -> int:
 
 
 def _runs(ids: Tensor, size: int) -> np.ndarray:
-    """A hash of every run of `size` tokens in ids `[n]`, int64: a polynomial modulo 2^64."""
+    """A hash of every run of `size` tokens in ids `[n]`, int64: a polynomial modulo 2^64.
+
+    Results on disk hold some (`Marks`), so it stays what it is.
+    """
     values = ids.numpy().astype(np.uint64) + np.uint64(1)
     count = max(len(values) - size + 1, 0)
     base, hashes = np.uint64(0x9E3779B97F4A7C15), np.zeros(count, np.uint64)

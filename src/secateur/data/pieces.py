@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat
+from secateur.data.long_text import Document, LongText
 from secateur.data.tokenizer import encode, tokenize
 
 CHARACTERS = 2**18
@@ -21,12 +22,12 @@ CHARACTERS = 2**18
 OVERLAP, ALIKE = 2**13, 32
 """Characters that two pieces share, and how many tokens in a row must be the same there."""
 
-Border = Callable[[PreTrainedTokenizerBase, str | Chat], list[int]]
+Border = Callable[[PreTrainedTokenizerBase, Document], list[int]]
 
 
 def stream_of(
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str | Chat],
+    texts: Iterable[Document],
     border: Border,
     most: int | None = None,
 ) -> Tensor:
@@ -36,7 +37,11 @@ def stream_of(
     """
     stream = array("i")
     for some in batches(texts):
-        for text, ids in zip(some, ids_of(tokenizer, some), strict=True):
+        if long := _long_text(some):
+            append_long(stream, tokenizer, long)
+            stream.extend(border(tokenizer, long))
+            continue
+        for text, ids in zip(some, encode(tokenizer, some), strict=True):
             stream.extend(ids)
             stream.extend(border(tokenizer, text))
         if most is not None and len(stream) >= most:
@@ -46,12 +51,13 @@ def stream_of(
     return torch.frombuffer(stream, dtype=torch.int32)
 
 
-def batches(texts: Iterable[str | Chat]) -> Iterator[list[str | Chat]]:
+def batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
     """Texts in groups of up to `CHARACTERS`; a longer one stands alone."""
-    some: list[str | Chat] = []
+    some: list[Document] = []
     size = 0
     for text in texts:
-        length = len(text) if isinstance(text, str) else sum(len(str(m)) for m in text.messages)
+        of_chat = map(len, map(str, text.messages)) if isinstance(text, Chat) else ()
+        length = sum(of_chat) or len(text)
         if some and size + length > CHARACTERS:
             yield some
             some, size = [], 0
@@ -61,18 +67,26 @@ def batches(texts: Iterable[str | Chat]) -> Iterator[list[str | Chat]]:
         yield some
 
 
-def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[str | Chat]) -> list[Any]:
+def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[Document]) -> list[Any]:
     """The ids of each of the texts, a group of `batches`, as `encode` gives them."""
-    if len(texts) == 1 and isinstance(texts[0], str) and len(texts[0]) > 2 * CHARACTERS:
-        return [long_ids(tokenizer, texts[0])]
-    return encode(tokenizer, texts)
+    if (long := _long_text(texts)) is None:
+        return encode(tokenizer, texts)
+    append_long(stream := array("i"), tokenizer, long)
+    return [stream]
 
 
-def long_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
-    """The ids of a long text, int32 or a list: those that the tokenizer gives for it as a whole."""
+def _long_text(texts: list[Document]) -> str | LongText | None:
+    """The text of a group that is tokenised in pieces."""
+    first = texts[0]
+    return None if isinstance(first, Chat) or len(first) <= 2 * CHARACTERS else first
+
+
+def append_long(stream: Any, tokenizer: PreTrainedTokenizerBase, text: str | LongText) -> None:
+    """Append to ids, int32, those that the tokenizer gives for a long text as a whole."""
+    before, start = len(stream), 0
     if not tokenizer.is_fast:
-        return encode(tokenizer, [text])[0]
-    stream, start = array("i"), 0
+        stream.extend(encode(tokenizer, [text])[0])
+        return
     piece = _Piece.of(tokenizer, text, 0)
     read = getattr(tokenizer, "read", list)  # a Reader takes BOS out in front
     first = len(piece.ids) - len(read(piece.ids))
@@ -81,11 +95,12 @@ def long_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Any:
         following = _Piece.of(tokenizer, text, start)
         places = _meeting(piece, following, start + OVERLAP // 2)
         if places is None:
-            return encode(tokenizer, [text])[0]
+            del stream[before:]
+            stream.extend(encode(tokenizer, [text])[0])
+            return
         stream.extend(piece.ids[first : places[0]])
         piece, first = following, places[1]
     stream.extend(piece.ids[first:])
-    return stream
 
 
 class _Piece(NamedTuple):
@@ -96,7 +111,7 @@ class _Piece(NamedTuple):
     account: Any
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> "_Piece":
+    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str | LongText, start: int) -> "_Piece":
         piece = text[start : start + CHARACTERS + OVERLAP]
         tokens = tokenize(getattr(tokenizer, "tokenizer", tokenizer), [piece])
         return cls(tokens["input_ids"][0], start, tokens.encodings[0])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from secateur.data.chat import FIELDS, Chat, chat_of
+from secateur.data.long_text import PIECE, Document, LongText
 from secateur.errors import BadText, in_one_line
 
 LARGE = 64 * 2**20
@@ -28,15 +29,11 @@ LONGEST = 2**28
 BUFFER = 2**20
 
 
-class Unfinished(str):
-    """A piece of a text that goes on in the next one."""
-
-
 class Raw(NamedTuple):
     """A document that is not parsed: its size in bytes, and what parses it or raises BadText."""
 
     size: int
-    parse: Callable[[], str | Chat]
+    parse: Callable[[], Document]
 
 
 def kind_of(file: Path) -> str:
@@ -134,12 +131,15 @@ def _row_parser(
 def _text(file: Path) -> Iterator[Raw]:
     """The text of a file; of more than `LARGE` characters in pieces, the last of which ends it."""
     with opened(file) as stream:
-        text = io.TextIOWrapper(stream, encoding="utf-8")
-        piece = refuse_zeros(text.read(LARGE), file)
-        while following := text.read(LARGE // 4):
-            yield Raw(len(piece), partial(Unfinished, piece))
-            piece = following
-        yield Raw(len(piece), lambda: piece)
+        text, start, most = io.TextIOWrapper(stream, encoding="utf-8"), "", LARGE
+        while start or most == LARGE:
+            piece = LongText(text.read, most, start)
+            if most == LARGE:
+                refuse_zeros(piece[:8192], file)
+            start, most = text.read(1), LARGE // 4
+            piece.unfinished = bool(start)
+            short = len(piece) <= PIECE and not start
+            yield Raw(len(piece), partial(str, piece) if short else lambda piece=piece: piece)
 
 
 def refuse_zeros(text: str, file: Path) -> str:

@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat
 from secateur.data.corpora import Corpus
+from secateur.data.long_text import Document, LongText
 from secateur.data.pieces import Border
 from secateur.data.readers import (
     Raw,
-    Unfinished,
     document_of,
     is_packed,
     json_of,
@@ -48,7 +48,7 @@ class Span(NamedTuple):
     """A piece of text, and where in all the files it begins and ends, in bytes; `whole`: to the end
     of its document."""
 
-    text: str | Chat
+    text: Document
     start: float
     stop: float
     whole: bool
@@ -174,7 +174,7 @@ def _rows_from(
         start = stop
 
 
-def _piece(text: str | Chat, start: int, stop: int, share: float, reserve: int) -> Span:
+def _piece(text: Document, start: int, stop: int, share: float, reserve: int) -> Span:
     """A document that lies between two bytes; of a long text the piece at a share of it.
 
     Characters are taken to lie evenly between the bytes: pieces that do not overlap in the one do
@@ -288,10 +288,10 @@ def _shares(size: int, reserve: int) -> Iterator[tuple[float, int]]:
         yield begin / size, end - begin
 
 
-def _part(text: str | Chat, share: float, part: float) -> Span | None:
+def _part(text: Document, share: float, part: float) -> Span | None:
     """The part of a document that begins at a share of it; a conversation is whole or nothing."""
     if part == 1 or isinstance(text, Chat):
         return None if share else Span(text, 0, 0, True)
     begin, end = round(share * len(text)), round((share + part) * len(text))
-    whole = end == len(text) and not isinstance(text, Unfinished)
-    return Span(text[begin:end], 0, 0, whole)
+    goes_on = isinstance(text, LongText) and text.unfinished
+    return Span(text[begin:end], 0, 0, end == len(text) and not goes_on)

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat, in_template
+from secateur.data.long_text import Document
 from secateur.errors import LIBRARY_ERRORS, BadCheckpoint, in_one_line
 
 TOKENIZER_ERRORS = (*LIBRARY_ERRORS, MemoryError)
@@ -81,7 +82,7 @@ def _rust_errors(folder: object) -> Iterator[None]:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Chat], **options: Any
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document], **options: Any
 ) -> list[list[int]]:
     """The token ids of every text; of conversations through the chat template.
 
@@ -89,14 +90,13 @@ def encode(
     """
     if chats := [text for text in texts if isinstance(text, Chat)]:
         marked = _of_chats(tokenizer, chats)
-        unmarked = encode(tokenizer, [text for text in texts if isinstance(text, str)], **options)
-        of_chats, others = iter(marked), iter(unmarked)
-        return [next(of_chats if isinstance(text, Chat) else others) for text in texts]
+        others = [text for text in texts if not isinstance(text, Chat)]
+        unmarked = encode(tokenizer, others, **options)
+        of_chats, of_others = iter(marked), iter(unmarked)
+        return [next(of_chats if isinstance(text, Chat) else of_others) for text in texts]
     if not texts:
         return []
-    return tokenize(tokenizer, [text for text in texts if isinstance(text, str)], **options)[
-        "input_ids"
-    ]
+    return tokenize(tokenizer, [str(text) for text in texts], **options)["input_ids"]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: Any) -> Any:

@@ -25,8 +25,9 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat
 from secateur.data.corpora import Corpus, corpus_of
+from secateur.data.long_text import Document, LongText
+from secateur.data.overlap import Marks
 from secateur.data.pieces import stream_of
-from secateur.data.readers import Unfinished
 from secateur.errors import BadText, NotEnoughText
 from secateur.system.memory import available_bytes
 from secateur.system.sizes import in_words
@@ -84,6 +85,10 @@ class Windows:
         if self.parts:
             identity["parts"] = [asdict(part) for part in self.parts]
         return identity
+
+    def record(self) -> dict[str, Any]:
+        """The fingerprint, and by what other text can be compared with these tokens."""
+        return self.fingerprint() | {"marks": Marks.of(self.ids).model_dump()}
 
     def empty_in_words(self) -> str:
         """A sentence on windows in which no token counts; nothing where there are none."""
@@ -162,7 +167,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, corpus: Corpus, most: int | None
     return stream_of(tokenizer, texts, border_of, most)
 
 
-def joined(texts: Sequence[str | Chat]) -> str:
+def joined(texts: Sequence[Document]) -> str:
     """The lines of WikiText-2 as one text, as the papers have it. Raises BadText for messages."""
     for text in texts:
         if isinstance(text, Chat):
@@ -170,11 +175,11 @@ def joined(texts: Sequence[str | Chat]) -> str:
     return "\n\n".join(map(str, texts))
 
 
-def border_of(tokenizer: PreTrainedTokenizerBase, text: str | Chat) -> list[int]:
+def border_of(tokenizer: PreTrainedTokenizerBase, text: Document) -> list[int]:
     """What follows a document of a stream: the end-of-text token, or nothing if texts are marked by
     the tokenizer itself, or by a chat template, and where the document goes on.
     """
-    if isinstance(text, Chat | Unfinished):
+    if isinstance(text, Chat) or (isinstance(text, LongText) and text.unfinished):
         return []
     marked = tokenizer.num_special_tokens_to_add() > 0 or tokenizer.eos_token_id is None
     return [] if marked else [int(tokenizer.eos_token_id)]  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ from secateur.errors import NonFinite, UnsupportedModel
 from secateur.evaluation.bits import bits_per_byte, text_bytes
 from secateur.evaluation.bos import bos_note
 from secateur.evaluation.forward import Forward, mean_loss
+from secateur.evaluation.seen import seen_in_words
 from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, summarise
 from secateur.models.context import check_windows, default_corpus, default_length, reader_of
 from secateur.models.divergence import divergence
@@ -139,6 +140,7 @@ def evaluate(
     reader = reader_of(language_model, tokenizer, bos)
     judged = judged_windows(language_model, reader, model, text)
     check_windows(language_model, judged, batch_size)
+    seen = seen_in_words(folder, judged.ids)
     pruned = Forward(language_model, judged.ids, first, forward_dtype(dtype, first), batch_size)
     models, reference, answers = [(language_model, reader)], None, None
     if dense is not None:
@@ -149,6 +151,7 @@ def evaluate(
             models.append((reference.language_model, other))
         _check_vocabularies(pruned, reference, f"{dense}", f"{model or 'the demo model'}")
     found = _beside(pruned, reference, reader, judged, progress)
+    found = replace(found, note=" ".join(filter(None, (found.note, seen))))
     if asked:
         progress.begin("answering tasks")
         run: Any = dict(data_dir=local, batch_size=batch_size, device=first, progress=progress)

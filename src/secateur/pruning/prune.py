@@ -143,7 +143,8 @@ def prune_checkpoint(
         options = {"dtype": conditions["dtype"], "batch_size": pruning.run.batch_size}
         options |= {"skip": list(chosen.recipe.skip), "passes": pruning.passes}
         options |= {"keep_zeros": True} if pruning.keep_zeros else {}
-        writer.finish(pruning_record(source.folder, report, destination.command, options))
+        made = source.folder, report, windows.record(), destination.command, options
+        writer.finish(pruning_record(*made))
     return report
 
 

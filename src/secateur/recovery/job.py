@@ -143,4 +143,5 @@ class Job:
         del entry["out"]
         entry["command"] = typed_command(self.destination.command)
         entry["versions"] = versions()
+        entry["text"] = self.windows.record()
         return {**record, "recovery": [*record.get("recovery", []), entry]}

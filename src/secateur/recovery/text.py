@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from secateur.data.chat import Chat
 from secateur.data.corpora import corpus_of, corpus_texts
+from secateur.data.long_text import Document
 from secateur.data.overlap import KnownRuns, run_length
 from secateur.data.pieces import batches, ids_of
 from secateur.data.sampling import Sampling, sampled
@@ -69,7 +69,7 @@ def recovery_windows(
 
 
 def _documents(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str | Chat], seed: int
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Document], seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The documents of a corpus as token ids, in a random order, and what follows each."""
     order = list(range(len(texts)))

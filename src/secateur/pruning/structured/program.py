@@ -111,7 +111,8 @@ def prune_structure(
                 )
                 _write(Slicing(run, method, removal, names), writer, report, trust)
             report.peak_bytes, report.out = peak.bytes, Path(destination.out)
-            writer.finish(pruning_record(source.folder, report, destination.command, options))
+            made = source.folder, report, windows.record(), destination.command, options
+            writer.finish(pruning_record(*made))
     return report
 
 
