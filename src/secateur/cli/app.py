@@ -84,15 +84,13 @@ def plan(
     can lose.
 
     What is measured is a plan to edit or to prune by (--allocate FILE). --passes and --memory are
-    for the forecast, --allocate and the calibration text for the plan.
+    for the forecast, --allocate and --seed for the plan.
     """
     if out is None:
         from secateur.pruning.planning.forecast import lines
 
         progress(quiet=True)
-        foreseen = secateur.forecast(
-            model, **_but(given, "allocate", "calibration", "seed", "data_dir", *NOT_FORESEEN)
-        )
+        foreseen = secateur.forecast(model, **_but(given, "allocate", "seed", *NOT_FORESEEN))
         return show(foreseen, as_json, lambda: map(escape, lines(foreseen)))
     with display(quiet) as shows:
         measured = secateur.plan(
@@ -103,8 +101,8 @@ def plan(
     return show(removed, as_json, lambda: [*lines, f"Written to {escape(str(out))}."])
 
 
-NOT_FORESEEN = ("bos", "calibration_on", "self_temperature", "self_tokens", "overwrite")
-"""Options of `plan` that a forecast does not depend on, besides the text and how it is shared."""
+NOT_FORESEEN = ("bos", "calibration_on", "self_temperature", "overwrite")
+"""Options of `plan` that a forecast does not depend on, besides the draw and how it is shared."""
 
 
 def _but(given: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from secateur.data.corpora import corpus_of, corpus_texts
 from secateur.data.long_text import Document
-from secateur.data.sampling import Sampling, sampled
+from secateur.data.readers import LARGE, is_packed, kind_of
+from secateur.data.sampling import BYTES_A_TOKEN, Sampling, sampled
 from secateur.data.sources import Share, Source, read_shares, read_source
 from secateur.data.tokenizer import encode
 from secateur.data.windows import Part, Windows, border_of, encoded
@@ -67,6 +68,41 @@ def _drawn(
     if corpus.more:
         return Windows(ids, source.text, corpus.split, seed, None, "from what came first")
     return Windows(ids, source.text, corpus.split, seed, len(stream))
+
+
+def drawing_bytes(
+    source: str, *, samples: int, length: int, data_dir: Path | None
+) -> dict[str, int]:
+    """What drawing windows holds of a corpus, at most, by name: text, and ids of all its tokens.
+
+    From the sizes of files alone; a token is taken to stand for three bytes. Raises BadText,
+    UnknownName.
+    """
+    shares = read_shares(source) or [Share(read_source(source), 1.0)]
+    counts = apportioned([share.share for share in shares], samples)
+    held = [
+        _held(share.source, count * length, data_dir)
+        for share, count in zip(shares, counts, strict=True)
+    ]
+    return max(held, key=lambda sizes: sum(sizes.values()))
+
+
+def _held(source: Source, tokens: int, data_dir: Path | None) -> dict[str, int]:
+    """What drawing `tokens` of one corpus holds; rows of the hub's corpora stay on disk."""
+    if source.data_set is not None:
+        return {"text": LARGE, "token ids": 4 * LARGE // 3}
+    if source.corpus in ("c4", "wikitext2") and data_dir is None:
+        return {}
+    corpus = corpus_of(source, "calibration" if source.corpus == "demo" else "train", data_dir)
+    whole = [file for file, _ in corpus.files if kind_of(file) == "text"]
+    if corpus.is_large(tokens):
+        groups = 2 * BYTES_A_TOKEN * tokens
+        return {"text": max(groups, LARGE * any(map(is_packed, whole)))}
+    size = corpus.text_bytes(max(LARGE, 32 * tokens)) + sum(len(str(one)) for one in corpus.texts)
+    if source.corpus == "c4":
+        return {"text": min(size, LARGE)}
+    largest = [min(corpus_bytes, LARGE) for corpus_bytes in (file.stat().st_size for file in whole)]
+    return {"text": max(largest, default=0), "token ids": 4 * size // 3}
 
 
 def _windows_of_stream(

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from secateur.data.chat import Chat, chat_of, rendered
-from secateur.data.readers import rows
+from secateur.data.readers import reading, rows
 from secateur.data.tokenizer import encode
-from secateur.errors import BadText, in_one_line
+from secateur.errors import BadText
 
 PREFIX = "self:"
 """How a corpus begins that is the model's own text; behind it stand the files of its prompts."""
@@ -41,12 +41,10 @@ def read_prompts(tokenizer: Any, source: str, *, longest: int, seed: int) -> lis
     """The prompts of at most `longest` tokens, in an order by the seed. Raises BadText."""
     prompts: list[Prompt] = []
     for file in prompt_files(source):
-        try:
+        with reading(file):
             for number, row in enumerate(rows(file), 1):
                 ids = _ids(tokenizer, row, f"row {number} of {file}")
                 prompts.append(Prompt(len(prompts), ids))
-        except (UnicodeError, OSError, EOFError, ValueError, RecursionError) as error:
-            raise BadText(f"{file} cannot be read: {in_one_line(error)}.") from error
     fitting = [prompt for prompt in prompts if 0 < len(prompt.ids) <= longest]
     if not fitting:
         raise BadText(
@@ -55,6 +53,23 @@ def read_prompts(tokenizer: Any, source: str, *, longest: int, seed: int) -> lis
         )
     random.Random(seed).shuffle(fitting)
     return fitting
+
+
+def prompt_characters(source: str) -> list[int]:
+    """How many characters each prompt has, answers that are left out and all. Raises BadText."""
+    sizes: list[int] = []
+    for file in prompt_files(source):
+        with reading(file):
+            sizes += map(_characters, rows(file))
+    if not sizes:
+        raise BadText(f"{source.removeprefix(PREFIX)} holds no prompts.")
+    return sizes
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, dict | list):
+        return sum(map(_characters, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, str) else 0
 
 
 def _ids(tokenizer: Any, row: Any, where: str) -> list[int]:

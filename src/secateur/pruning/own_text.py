@@ -22,6 +22,8 @@ from secateur.errors import ConditionsDiffer, Interrupted, NotEnoughText, Unsupp
 from secateur.models.context import context
 from secateur.models.generate import Drawing, answers, on_device, stop_tokens
 from secateur.models.replay import LanguageModel
+from secateur.pruning.planning.drawing import Speech, fitting_batch
+from secateur.pruning.planning.outline import build
 from secateur.system.devices import Resources
 from secateur.system.files import disk_errors, file_sha256
 from secateur.system.machine import versions
@@ -68,6 +70,7 @@ def own_windows(
     )
     longest = (context(model.config) or 2**20) - text.self_tokens
     prompts = read_prompts(reader.tokenizer, source, longest=longest, seed=text.seed)
+    batch_size = _batch_size(language_model, prompts, drawing.tokens, place.resources)
     conditions = {
         "model": place.weights(),
         "prompts": [file_sha256(file) for file in prompt_files(source)],
@@ -76,17 +79,16 @@ def own_windows(
         "tokens": drawing.tokens,
         "stop": list(drawing.stop),
         "seed": text.seed,
-        "batch_size": place.resources.batch_size,
+        "batch_size": batch_size,
         "device": place.resources.devices[0].type,
         "versions": versions(),
     }
-    with disk_errors(place.file):
-        place.file.parent.mkdir(parents=True, exist_ok=True)
-        journal = Journal(place.file)
+    journal = _journal(place.file)
     try:
         _taken_up(journal, conditions, place)
         wanted = text.samples * length
-        said = _generated(language_model, prompts, drawing, (journal, wanted), place)
+        batches = [prompts[at : at + batch_size] for at in range(0, len(prompts), batch_size)]
+        said = _generated(language_model, batches, drawing, (journal, wanted), place)
     except KeyboardInterrupt as error:
         raise Interrupted(
             f"Interrupted. The same command goes on after the {len(journal.of(BATCH))} batches of "
@@ -112,6 +114,28 @@ def own_windows(
     return reader.windows(length, draw)
 
 
+def _journal(file: Path) -> Journal:
+    """What was said before, where something was. Raises OutputRefused, DiskFull."""
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        return Journal(file)
+
+
+def _batch_size(
+    language_model: LanguageModel, prompts: list[Prompt], tokens: int, resources: Resources
+) -> int:
+    """How many prompts are answered at once, by the options alone: a run that died goes on so."""
+    if resources.limit is None:
+        return resources.batch_size
+    model, longest = language_model.model, max(len(prompt.ids) for prompt in prompts)
+    on_host = resources.devices[0].type == "cpu"
+    try:
+        speech = Speech(build(model.config, model.dtype), longest, tokens, on_host)
+        return fitting_batch(speech, resources)
+    except UnsupportedModel:  # its keys and values are not known without numbers
+        return resources.batch_size
+
+
 def _taken_up(journal: Journal, conditions: dict[str, Any], place: Workplace) -> None:
     """Begin the journal, or go on with it. Raises ConditionsDiffer where that cannot be."""
     if journal.conditions is not None and not place.restart:
@@ -128,18 +152,17 @@ def _taken_up(journal: Journal, conditions: dict[str, Any], place: Workplace) ->
 
 def _generated(
     language_model: LanguageModel,
-    prompts: list[Prompt],
+    batches: list[list[Prompt]],
     drawing: Drawing,
     kept: tuple[Journal, int],
     place: Workplace,
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) of as many prompts as make `wanted` tokens; made where they are not kept."""
-    (journal, wanted), size = kept, place.resources.batch_size
+    journal, wanted = kept
     place.progress.begin("the dense model answers prompts")
     said: list[tuple[list[int], list[int]]] = []
     model, done, recorded = None, 0, journal.of(BATCH)
-    for number, start in enumerate(range(0, len(prompts), size)):
-        batch = prompts[start : start + size]
+    for number, batch in enumerate(batches):
         if done >= wanted:
             break
         if number < len(recorded):

@@ -18,7 +18,7 @@ import torch
 
 from secateur.checkpoints.folder import is_whole, stored_dtype
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
-from secateur.errors import BadPattern, NotEnoughText
+from secateur.errors import BadPattern, NotEnoughText, UnsupportedModel
 from secateur.methods import find_method
 from secateur.methods.pattern_text import parse
 from secateur.methods.patterns import Pattern
@@ -28,6 +28,12 @@ from secateur.models.load import checkpoint_config, described_config, locate
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.pruning.planning.allocation import uniform
+from secateur.pruning.planning.drawing import (
+    CHARACTERS_A_TOKEN,
+    TextForecast,
+    speaking_seconds,
+    text_forecast,
+)
 from secateur.pruning.planning.memory import UNKNOWN_COST, Moment, arrange, without_forecast
 from secateur.pruning.planning.outline import build
 from secateur.pruning.planning.passes import (
@@ -45,8 +51,7 @@ from secateur.system.sizes import in_words
 LEFT_OUT = (
     "Seconds are operations over the rate of products alone: no scores, masks, norms and other "
     "passes over elements, no steps that wait for one another (a column sweep takes several times "
-    "its operations), no reading and writing of files, no loading, no drawing of the calibration "
-    "text.",
+    "its operations), no reading and writing of files, no loading, no drawing of text from files.",
     "Memory is tensors and two constants, for the process and for what the allocator keeps: from "
     "4 % less to 27 % more than what was measured.",
 )
@@ -57,7 +62,8 @@ class Forecast:
     """What a run will take; `memory`, `operations` and `seconds` by "one" and "two" passes.
 
     `passes` is the way that was asked for or chosen; `fits`, whether it stays within
-    `memory_limit`, None without one. `checkpoint_bytes` are exact where `exact`, else parameters
+    `memory_limit`, None without one. `text`: what the calibration text takes before the first
+    block, None where that is not known. `checkpoint_bytes` are exact where `exact`, else parameters
     times the width of the dtype. `seconds` is None where nothing was measured. A method whose cost
     is not known (`Method.cost`) leaves `memory` and `operations` empty, `fits` and `seconds` None.
     `left_out` says in sentences what the figures do not count.
@@ -91,6 +97,7 @@ class Forecast:
     operations: dict[str, Operations]
     rates: dict[str, float]
     seconds: dict[str, float] | None
+    text: TextForecast | None
     left_out: tuple[str, ...]
 
 
@@ -101,6 +108,9 @@ def forecast(
     pattern: str = Recipe.pattern,
     samples: int = CalibrationText.samples,
     seq_len: int | None = CalibrationText.seq_len,
+    calibration: str | None = CalibrationText.calibration,
+    data_dir: str | Path | None = CalibrationText.data_dir,
+    self_tokens: int = CalibrationText.self_tokens,
     skip: Sequence[str] = Recipe.skip,
     device: str = Compute.device,
     dtype: str = Compute.dtype,
@@ -143,6 +153,8 @@ def _forecast(
     flops = {mode: operations(work, mode) for mode in MODES if known}
     speeds = rates(work.devices[0], work.forward) if measure and known else {}
     seconds = {mode: seconds_of(done, speeds).total for mode, done in flops.items() if speeds}
+    drawn = _text(work, text, model, resources, measure=measure)
+    before = drawn.memory.bytes if drawn else 0
     peak = way.peaks.get(way.passes)
     spilled = way.spill * peak.parts["hidden states"] if peak else 0
     blocks, shapes = work.built.blocks, matrix_shapes(work.built)
@@ -174,12 +186,32 @@ def _forecast(
         memory=way.peaks,
         memory_limit=limit,
         passes=way.passes,
-        fits=None if limit is None or not peak else peak.bytes - spilled <= limit,
+        fits=None if limit is None or not peak else max(peak.bytes - spilled, before) <= limit,
         operations=flops,
         rates=speeds,
         seconds=seconds or None,
-        left_out=tuple(_left_out(work, recipe.method)),
+        text=drawn,
+        left_out=tuple(_left_out(work, recipe.method, drawn)),
     )
+
+
+def _text(
+    work: Workload,
+    text: CalibrationText,
+    model: str | Path | None,
+    resources: Resources,
+    *,
+    measure: bool,
+) -> TextForecast | None:
+    """What the calibration text takes; None where the model would make it and cannot be run without
+    numbers.
+    """
+    try:
+        drawn = text_forecast(work, text, model, resources)
+    except UnsupportedModel:
+        return None
+    seconds = speaking_seconds(work, text, drawn) if measure and drawn.tokens else None
+    return replace(drawn, seconds=seconds)
 
 
 def _workload(
@@ -239,7 +271,7 @@ def _zeros(pattern: str) -> Pattern:
     return chosen
 
 
-def _left_out(work: Workload, method: str) -> Iterator[str]:
+def _left_out(work: Workload, method: str, text: TextForecast | None) -> Iterator[str]:
     """What the figures of this forecast do not count."""
     kinds = work.outline.kinds
     yield from LEFT_OUT
@@ -265,6 +297,13 @@ def _left_out(work: Workload, method: str) -> Iterator[str]:
         )
     if work.method.cost is None:
         yield UNKNOWN_COST.format(method)
+    if text is None:
+        yield "What the model takes to answer prompts is not known without its numbers."
+    elif text.tokens:
+        yield (
+            f"Answers are taken to be as long as --self-tokens allow, prompts to have a token for "
+            f"{CHARACTERS_A_TOKEN} characters; shorter answers are more of them."
+        )
 
 
 def lines(forecast: Forecast) -> list[str]:
@@ -275,6 +314,7 @@ def lines(forecast: Forecast) -> list[str]:
     return [
         *_run_lines(forecast),
         *(_memory_line(mode, moment) for mode, moment in forecast.memory.items()),
+        *_text_lines(forecast.text),
         *_work_lines(forecast),
         "",
         f"Blocks run in {forecast.passes} pass{'es' * (forecast.passes == 'two')}{fits}.",
@@ -306,6 +346,19 @@ def _memory_line(mode: str, moment: Moment) -> str:
     parts = sorted(moment.parts.items(), key=lambda part: -part[1])[:4]
     most = ", ".join(f"{name} {_gb(size).strip()}" for name, size in parts)
     return f"memory, {mode}  {_gb(moment.bytes)} at most{device}, when {moment.when}: {most}"
+
+
+def _text_lines(text: TextForecast | None) -> Iterator[str]:
+    """What the calibration text takes."""
+    if text is None:
+        return
+    yield _memory_line("text", text.memory)
+    if text.tokens:
+        seconds = "" if text.seconds is None else f", estimated {_span(text.seconds)}"
+        yield (
+            f"work, text    up to {text.tokens:,} tokens that the model says, {text.batch_size} "
+            f"prompts at once{seconds}"
+        )
 
 
 def _work_lines(forecast: Forecast) -> Iterator[str]:
