@@ -7,6 +7,7 @@ memory without bounds, a control character on the terminal, a made-up number, or
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from random import Random
 
 import pytest
@@ -15,14 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.families import tiny_model
-from support.fuzzing import bases, judged, run_case, snapshot
-from support.mutations import KINDS, Case
+from support.fuzzing import bases, difference, judged, run_case, snapshot
+from support.mutations import FILES, KINDS, PACKED, Case
 from support.spoilt_shards import KEY, parts, write
 
 import secateur
 from secateur import errors
 from secateur.checkpoints import copied
 from secateur.checkpoints.folder import open_checkpoint
+from secateur.checkpoints.quantised import gptq
 from secateur.checkpoints.result_folder import output
 from secateur.errors import BadCheckpoint, ConditionsDiffer, UnsupportedModel
 from secateur.evaluation.comparison.row_store import RowStore
@@ -45,7 +47,7 @@ def spoilt(sound, tmp_path):
     """A function that copies a sound folder, to be spoilt."""
 
     def spoilt(base: str) -> Case:
-        case = Case(tmp_path / "case", Random(0))
+        case = Case(tmp_path / "case", Random(0), base)
         shutil.copytree(sound / base, case.model)
         shutil.copytree(sound / "sentinel", case.sentinel)
         shutil.copy(sound / "plan.json", case.root)
@@ -83,10 +85,13 @@ def change(file, **changes):
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
-SLICE = ("header", "index", "files", "config", "record", "plan", "packed", "bitmask")
+SLICE = (
+    "header", "index", "files", "config", "record", "plan", "packed", "bitmask", "quantisation", "parts", "quantised",
+    "gguf",
+)  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 10**6))
 def test_a_slice_of_the_mutations(sound, tmp_path, number):
     root = tmp_path / "case"
@@ -105,6 +110,43 @@ def test_the_same_number_is_the_same_case(sound, tmp_path, kind, monkeypatch):
         (tmp_path / "case").mkdir()
         found.append(run_case(3, 5, sound, tmp_path / "case", (kind,)))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("base", (*PACKED, *FILES))
+def test_sound_sources_are_what_their_formats_say(spoilt, result, base):
+    if not find_spec("gguf") and base in FILES:
+        pytest.skip("the package gguf is not installed")
+    case = spoilt(base)
+    for command in ("read", "plain", "inspect --json"):
+        assert result(case, command) == ("ok", "")
+
+
+@pytest.mark.parametrize("command", ["read", "plain", "prune magnitude", "inspect --json"])
+def test_a_source_that_is_read_wrongly_is_found(spoilt, result, command, monkeypatch):
+    case = spoilt("quantised-gptq-4-order")
+    right = gptq._zeros
+    monkeypatch.setattr(gptq, "_zeros", lambda *args: right(*args).roll(1, 1))
+    found, detail = result(case, command)
+    assert found == "wrong result"
+    assert "its source" in detail
+
+
+def test_a_tensor_that_is_written_wrongly_is_found(spoilt, monkeypatch):
+    """The result of a plain source is held against it too."""
+    case = spoilt("llama")
+    tensors = load_file(case.model / SHARD)
+    case.out.mkdir()
+    (case.out / "pruning.json").write_text('{"sites": [{"site": "model.layers.0.mlp.up_proj"}]}')
+    wrong = {"lm_head.weight": (0, "is torch.float32"), "model.layers.0.mlp.up_proj.weight": (0, "")}
+    for name, (value, words) in wrong.items():
+        changed = {**tensors, name: tensors[name] * value}
+        save_file(changed, case.out / SHARD, {"format": "pt"})
+        found = difference(case, "prune", "")
+        assert words in found
+        assert bool(found) == bool(words)
+    del tensors["model.norm.weight"]
+    save_file(tensors, case.out / SHARD, {"format": "pt"})
+    assert difference(case, "prune", "") == "model.norm.weight is missing"
 
 
 @pytest.mark.parametrize("command", ["inspect", "validate packed", "prune magnitude", "open"])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.families import tiny_config, tiny_model
+from support.spoilt_gguf import Gguf, Setting, assemble, parse
 from support.splits import TEXTS, splitting
 from support.texts import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -21,7 +22,7 @@ from secateur.checkpoints.quantised.unpack import write_plain
 from secateur.data import demo
 from secateur.deployment.formats.gguf import FILE, write
 from secateur.deployment.inspect import Against
-from secateur.errors import BadCheckpoint, UnsupportedModel
+from secateur.errors import BadCheckpoint, SecateurError, UnsupportedModel
 from secateur.system.json_files import read_json, write_json
 from secateur.system.progress import Progress
 
@@ -318,6 +319,93 @@ def test_files_that_hold_no_whole_model_are_named(file, tmp_path):
     adapter = rewritten(file, tmp_path / "adapter.gguf", settings={"general.type": "adapter"})
     with pytest.raises(BadCheckpoint, match=r"holds adapter \(llama\), no language model"):
         gguf_source(adapter)
+
+
+def spoilt(file: Path, change: Callable[[Gguf], None]) -> Path:
+    """The file with its parts changed."""
+    parts = parse(file.read_bytes())
+    change(parts)
+    out = file.with_name("spoilt.gguf")
+    out.write_bytes(assemble(parts))
+    return out
+
+
+def having(key: str, kind: int, value: Any) -> Callable[[Gguf], None]:
+    """A function that gives a setting a value of a type; None takes it away."""
+
+    def change(parts: Gguf) -> None:
+        parts.settings = [one for one in parts.settings if one.key != key.encode()]
+        parts.settings += [] if value is None else [Setting(key.encode(), kind, value)]
+
+    return change
+
+
+def test_tensors_lie_one_behind_the_other(file):
+    """As llama.cpp wants them; else a tensor could be read from the place of another."""
+
+    def moved(parts: Gguf) -> None:
+        first, second, *_ = (info for info in parts.tensors if b"attn_q.weight" in info.name)
+        second.offset = first.offset
+
+    with pytest.raises(BadCheckpoint, match=r"blk\.1\.attn_q\.weight in .* lies at byte \d+, and \d+ was wanted"):
+        gguf_source(spoilt(file, moved))
+
+
+@pytest.mark.parametrize(
+    "key", ["context_length", "block_count", "attention.head_count", "attention.layer_norm_rms_epsilon"]
+)
+def test_settings_of_another_model_are_not_taken_instead(file, key):
+    with pytest.raises(BadCheckpoint, match=rf"does not set llama\.{key}\. Fetch it again\."):
+        gguf_source(spoilt(file, having(f"llama.{key}", 4, None)))
+
+
+def test_a_file_that_announces_more_than_it_holds_is_not_read_on(file):
+    """The package reads nothing behind the end of a file, a million times."""
+    whole, key = file.read_bytes(), b"tokenizer.ggml.token_type"
+    place = whole.index(key) + len(key) + 8
+    file.write_bytes(whole[:place] + (10**6).to_bytes(8, "little") + whole[place + 8 :])
+    with pytest.raises(BadCheckpoint, match="no sound GGUF file .it ends before what it announces"):
+        gguf_source(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value", "words"),
+    [
+        ("tokenizer.ggml.model", 8, b"\xff\xfe", "is no sound GGUF file"),
+        ("split.count", 8, b"x", r"is one of x parts\. Join them first"),
+        ("llama.attention.head_count", 4, 1000, "is not a multiple of the number of attention heads"),
+        ("llama.attention.head_count_kv", 4, 3, r"attn_k\.weight in .* holds 2048 numbers, and .* is \[48, 64\]"),
+    ],
+)
+def test_values_that_cannot_be_are_sentences(file, key, kind, value, words):
+    with pytest.raises(SecateurError, match=words):
+        gguf_source(spoilt(file, having(key, kind, value)))
+
+
+def test_a_vocabulary_that_is_broken_is_a_sentence(file, tmp_path):
+    def shorter(parts: Gguf) -> None:
+        del parts.get("tokenizer.ggml.tokens")[50:]
+
+    source = gguf_source(spoilt(file, shorter))
+    with pytest.raises(BadCheckpoint, match="The tokenizer of .* is broken: .*out of vocabulary"):
+        write_plain(source, tmp_path, "float32", Progress())
+
+
+def test_a_tensor_that_lies_the_other_way_is_refused(file):
+    def turned(parts: Gguf) -> None:
+        next(info for info in parts.tensors if b"ffn_up" in info.name).dims.reverse()
+
+    with pytest.raises(BadCheckpoint, match=r"up_proj\.weight is \[64, 128\] when it is decoded, and \[128, 64\]"):
+        secateur.inspect(spoilt(file, turned))
+
+
+def test_a_chat_template_is_a_text(file):
+    assert "chat_template.jinja" not in gguf_source(spoilt(file, having("tokenizer.chat_template", 7, True))).files
+
+
+def test_inspect_says_why_a_file_cannot_be_read(file):
+    with pytest.raises(UnsupportedModel, match=r"sets llama\.logit_scale = 2"):
+        secateur.inspect(spoilt(file, having("llama.logit_scale", 4, 2)))
 
 
 @pytest.fixture

@@ -13,10 +13,8 @@ import torch
 from reference.quantised import block_fp8, integers_in_any_order
 from safetensors.torch import load_file, save_file
 from support.command_line import run
-from support.quantised import NAMES, dense_llama, fixture, quantised_llama, tiny_llama, write
-from support.texts import byte_tokenizer
+from support.quantised import NAMES, dense_llama, fixture, fp8_llama, gpt_oss, quantised_llama, write
 from torch import Tensor
-from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -64,47 +62,6 @@ def decoded(folder: Path) -> dict[str, Tensor]:
     source = plain_source(folder)
     assert source is not None
     return {tensor.name: tensor.read() for tensor in source.tensors}
-
-
-def fp8_llama(folder: Path, block: int = 16, **settings: object) -> Path:
-    """A tiny Llama in block FP8: blocks of 16, or scales as DeepSeek has them."""
-    folder.mkdir(exist_ok=True)
-    model = tiny_llama()
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if "_proj" in name]:
-        weight = tensors[name].float()
-        rows, columns = (-(-size // block) for size in weight.shape)
-        padded = torch.zeros(rows * block, columns * block)
-        padded[: weight.shape[0], : weight.shape[1]] = weight
-        scales = padded.view(rows, block, columns, block).abs().amax((1, 3)) / 448
-        each = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
-        tensors[name] = (weight / each[: weight.shape[0], : weight.shape[1]]).to(torch.float8_e4m3fn)
-        tensors[f"{name}_scale_inv"] = scales
-    words = {"quant_method": "fp8", "weight_block_size": [block, block], **settings}
-    write(folder, tensors, {"quantization_config": words})
-    return folder
-
-
-def gpt_oss(folder: Path) -> Path:
-    """A tiny gpt-oss with experts in MXFP4."""
-    config = GptOssConfig(
-        vocab_size=len(byte_tokenizer()), hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=16,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-        max_position_embeddings=128, pad_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    GptOssForCausalLM(config).bfloat16().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, inputs, out = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = torch.randint(256, (experts, out, inputs // 32, 16), dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.randint(118, 124, (experts, out, inputs // 32), dtype=torch.uint8)
-    words = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
-    write(folder, tensors, {"quantization_config": words})
-    return folder
 
 
 # What is decoded
@@ -577,6 +534,52 @@ def test_a_file_that_is_cut_short_is_refused(name: str, tmp_path: Path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(BadCheckpoint, match="is no sound safetensors file"):
         resolve(folder)
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change", "words"),
+    [
+        ("bnb-nf4", "weight.quant_map", lambda t: t.flip(0), "has a quant_map of other values than NF4 has"),
+        ("bnb-fp4", "weight.quant_map", lambda t: t * 0, "has a quant_map of other values than FP4 has"),
+        ("ct-nvfp4", "weight_packed", lambda t: t.unsqueeze(-1), r"has scales of shape \[128, 4\] for shape"),
+        ("ct-mxfp4", "weight_scale", lambda t: t[:, :0], r"has scales of shape \[128, 0\] for shape \[128, 64\]"),
+        ("gptq-4", "weight", lambda _: torch.ones(128, 64), "is there twice, packed and plain"),
+        ("awq", "weight", lambda _: torch.ones(128, 64), "is there twice, packed and plain"),
+        ("ct-int4", "weight", lambda _: torch.ones(128, 64), "is there twice, packed and plain"),
+        ("fp8", "weight", lambda t: t.float(), r"is plain \(F32\), and has scales of packed weights beside it"),
+    ],
+)
+def test_parts_that_contradict_each_other_are_refused(name, part, change, words, tmp_path: Path):
+    """The library has the numbers of NF4 in its code; of two weights it would take one."""
+    folder = quantised(name, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{UP}.{part}"] = change(tensors.get(f"{UP}.{part}")).contiguous()
+    write(folder, tensors, {})
+    with pytest.raises(BadCheckpoint, match=rf"{UP}.* {words}"):
+        resolve(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 1000 + "1" + "}" * 1000, '"\\ud800"', "7"])
+def test_a_state_that_is_no_object_is_refused(text: str, tmp_path: Path):
+    folder = quantised_llama("bnb-nf4", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{UP}.weight.quant_state.bitsandbytes__nf4"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    write(folder, tensors, {})
+    with pytest.raises(BadCheckpoint, match=rf"{UP}\.weight in .* has a quant_state"):
+        resolve(folder)
+
+
+def test_groups_of_settings_are_those_of_compressed_tensors(tmp_path: Path):
+    """Without the name of the method they are read as FP8 else, which looks for another key with the block."""
+    folder = quantised_llama("ct-fp8-block", tmp_path / "model")
+    expected, config = decoded(folder), json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    given = decoded(folder)
+    assert all(torch.equal(given[name], t) and given[name].dtype == t.dtype for name, t in expected.items())
 
 
 def test_groups_that_do_not_exist_are_refused(tmp_path: Path):

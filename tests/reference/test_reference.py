@@ -1,8 +1,13 @@
 """The oracles against hand-computed cases, closed forms and each other."""
 
+from hashlib import sha256
+
 import numpy as np
 import pytest
+import torch
+from support.quantised import NAMES, fixture
 
+from .formats import FORMATS
 from .magnitude import magnitude
 from .masks import drop_lowest, n_of_m, unstructured, zeroed
 from .sparsegpt import gram, prepare, sparsegpt, sparsegpt_by_obs, upper_cholesky
@@ -353,3 +358,18 @@ def test_it_is_quick_enough_at_the_largest_size_in_use():
     pruned, kept = sparsegpt(weights(64, 256), inputs(300, 256), 0.5)
     assert (~kept).sum() == 8192
     assert np.isfinite(pruned).all()
+
+
+# quantised weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_quantised_weights_are_those_of_the_library_that_packed_them(name):
+    made = fixture(name)
+    settings = next(iter(made.config.values()))
+    for group in settings.get("config_groups", {}).values():
+        settings = group["weights"]
+    for module, parts in made.parts.items():
+        weight = FORMATS[name.split("-")[0]](parts, settings).contiguous()
+        digest = sha256(weight.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+        assert (str(weight.dtype).removeprefix("torch."), digest) == made.digests[module]

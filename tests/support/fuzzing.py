@@ -12,11 +12,13 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import traceback
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryDirectory
@@ -28,20 +30,28 @@ from safetensors.torch import load_file, save_file
 
 import secateur
 from secateur.checkpoints.folder import open_checkpoint
+from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
 from secateur.cli import app as cli
 from secateur.cli.failures import FAULT
 from secateur.deployment.formats.packed import load_packed, shards
+from secateur.errors import UnsupportedModel
+from secateur.models.load import resolve
 from support.families import tiny_model
 from support.hub import serving
 from support.limits import TimeLimit, captured, file_limit, forget_peak, held, peak, time_limit
 from support.multimodal import tiny_multimodal
-from support.mutations import HUB, KINDS, Case
+from support.mutations import GGUF, HUB, KINDS, RECORD, SINGLE, Case
+from support.quantised import NAMES, fp8_llama, gpt_oss, quantised_llama, write
+from support.spoilt_gguf import requantised
 from support.texts import byte_tokenizer, write_documents
+from support.truth import PLAIN, SOURCES, other_settings, other_tensors, stored_tensors, truth
 
 SECONDS, SLOW = 20.0, {"shrink": 100.0}
 """Of processor and waiting that a case may take; `shrink` starts a process that loads the result."""
 MEMORY, FILES = 2**29, 2**28
 """Bytes by which a case may raise the memory of a process, and of a file that it writes. Models have 500 KB."""
+CACHE = "cache"
+"""Where plain copies of the sources of a case lie, or what was read of them."""
 SMALL = ("--samples", "4", "--seq-len", "16", "--quiet")
 
 
@@ -82,11 +92,52 @@ def bases(place: Path, *, whole: bool = True) -> None:
         secateur.export(place / "pruned", out=place / to, to=to)
     secateur.export(place / "pruned", out=place / "packed-int8", to="packed", values="int8")
     secateur.plan(place / "llama", out=place / "plan.json", allocate="uniform", **small)
+    quantised_bases(place)
     if whole:
         _compare(place, text)
     (place / "sentinel").mkdir()
     shutil.copy(place / "llama" / "model.safetensors", place / "sentinel" / "outside.safetensors")
     (place / "sentinel" / "secret.txt").write_text("a secret that no result may hold\n")
+
+
+def quantised_bases(place: Path) -> None:
+    """The sound folders of every format that is packed, and of GGUF where the package is there."""
+    for name in (*NAMES, "fp8", "mxfp4"):
+        folder = place / f"{SOURCES}{name}"
+        {"fp8": fp8_llama, "mxfp4": gpt_oss}.get(name, functools.partial(quantised_llama, name))(folder)
+        tensors = load_file(folder / SINGLE)
+        for number, (part, tensor) in enumerate(sorted(tensors.items())):
+            if tensor.dtype in PLAIN and part.endswith(("scale", "scales", "scale_inv", "absmax", "SCB")):
+                tensor *= 1 + number / 64  # no two modules are the same
+        write(folder, tensors, {})
+    if find_spec("gguf"):
+        for name, (family, dtype, kind) in GGUFS.items():
+            _gguf(place, place / f"{SOURCES}gguf-{name}", family, dtype, kind)
+
+
+GGUFS = {
+    "bf16": ("llama", torch.bfloat16, 30), "q8": ("llama", torch.float32, 8), "q4": ("llama", torch.float32, 2),
+    "qwen3": ("qwen3", torch.float32, 0),
+}  # fmt: skip
+"""The family, its dtype and the type of the matrices in a GGUF file, as its specification numbers them."""
+
+
+def _gguf(place: Path, folder: Path, family: str, dtype: torch.dtype, kind: int) -> None:
+    """A GGUF file with matrices of one type and vectors in float32."""
+    dense = place / f"{folder.name}-dense"
+    tiny_model(family).to(dtype).save_pretrained(dense)
+    byte_tokenizer().save_pretrained(dense)
+    stored = json.loads((dense / "tokenizer.json").read_text())
+    stored["model"] |= {"unk_token": None, "merges": [["t", "h"]]}  # a vocabulary of real files has merges
+    stored["model"]["vocab"]["th"] = len(stored["model"]["vocab"])
+    (dense / "tokenizer.json").write_text(json.dumps(stored))
+    secateur.export(dense, out=folder, to="gguf")
+    for file in folder.iterdir():
+        if file.name != GGUF:
+            file.unlink()
+    if kind in (2, 8):
+        requantised(folder / GGUF, kind)
+    shutil.rmtree(dense)
 
 
 def _compare(place: Path, text: Path) -> None:
@@ -120,7 +171,7 @@ def run_case(seed: int, number: int, sound: Path, root: Path, kinds: tuple[str, 
     chosen = draw.choices(kinds, [KINDS[kind].weight for kind in kinds])[0]
     known = [name for name in KINDS[chosen].bases if (sound / name).exists()]
     base, command = draw.choice(known), draw.choice(KINDS[chosen].commands)
-    case = Case(root, draw)
+    case = Case(root, draw, base)
     try:
         shutil.copytree(sound / base, case.model)
         shutil.copytree(sound / "sentinel", case.sentinel)
@@ -143,7 +194,7 @@ def snapshot(root: Path) -> dict[str, str]:
     for path in sorted(root.rglob("*")):
         held = path.lstat()
         name = os.fsencode(path.relative_to(root)).decode(errors="replace")
-        if name.split("/")[0] != "out":
+        if name.split("/")[0] not in ("out", CACHE):
             plain = stat.S_ISREG(held.st_mode) and held.st_size < 2**26
             digest = hashlib.sha256(path.read_bytes()).hexdigest() if plain else ""
             found[name] = f"{held.st_mode} {held.st_size} {held.st_mtime_ns} {digest}"
@@ -156,7 +207,7 @@ def _changed(before: dict[str, str], after: dict[str, str]) -> str:
 
 def arguments(case: Case, command: str, text: Path) -> list[str]:
     """The words of a command line."""
-    model, out, calibrated = str(case.model), ["--out", str(case.out)], ["--calibration", str(text), *SMALL]
+    model, out, calibrated = str(case.named), ["--out", str(case.out)], ["--calibration", str(text), *SMALL]
     first, *rest = command.split(" ")
     if first == "prune":
         plan = ["--allocate", str(case.root / "plan.json")] if rest == ["plan"] else []
@@ -184,6 +235,10 @@ def judged(case: Case, command: str, text: Path) -> tuple[str, str]:
     """(result, detail) of running a command on a case."""
     if command == "open":
         run = functools.partial(open_checkpoint, case.model)
+    elif command == "read":
+        run = functools.partial(_read, case)
+    elif command == "plain":
+        run = functools.partial(resolve, case.named)
     elif command == "load packed":
         run = functools.partial(_load_packed, case.model)
     else:
@@ -195,7 +250,7 @@ def judged(case: Case, command: str, text: Path) -> tuple[str, str]:
         run = functools.partial(_from_hub, case, run) if served else run
     code: Any
     forget_peak()
-    with captured() as said:
+    with captured() as said, patch.dict(os.environ, SECATEUR_CACHE=str(case.root / CACHE)):
         try:
             with file_limit(FILES), time_limit(SLOW.get(command, SECONDS)):
                 code = cli.guarded(run)
@@ -221,6 +276,16 @@ def _from_hub(case: Case, run: Callable[[], Any]) -> None:
         run()
 
 
+def _read(case: Case) -> None:
+    """Read every tensor of a source, and keep it for `difference`."""
+    checkpoint = readable_checkpoint(case.named)
+    if not isinstance(checkpoint, DecodedCheckpoint):
+        raise UnsupportedModel(f"{case.named} is not read as a quantised source.")
+    tensors = {name: checkpoint.tensor(name).contiguous().clone() for name in checkpoint.places}
+    (case.root / CACHE).mkdir(exist_ok=True)
+    torch.save(tensors, case.root / CACHE / "read")
+
+
 def _load_packed(folder: Path) -> None:
     with torch.no_grad():
         logits = load_packed(folder, measure=False)(torch.arange(1, 9)[None]).logits
@@ -236,7 +301,7 @@ def _words(case: Case, command: str, code: Any, out: str, err: str) -> tuple[str
             return "words", f"{err[:1000]!r} {out[:300]!r}"
         if len(err) > 3000:
             return "words", f"{len(err)} characters: {err[:200]!r}"
-        if case.out.exists() and command != "compare":
+        if (case.out.exists() and command != "compare") or any((case.root / CACHE).glob(".*.partial")):
             return "left behind", err
         return "refused", err.strip()
     if code == FAULT:
@@ -245,7 +310,7 @@ def _words(case: Case, command: str, code: Any, out: str, err: str) -> tuple[str
         return "exit code", f"{code!r} {err[:1000]!r}"
     if err:
         return "words", err[:1000]
-    if wrong := _wrong(case, command, out):
+    if wrong := _wrong(case, command, out) or difference(case, command, out):
         return "wrong result", wrong
     return ("ok" if code == 0 else "not kept"), ""
 
@@ -275,12 +340,72 @@ def _wrong(case: Case, command: str, out: str) -> str:
     return ""
 
 
+JUDGED = ("read", "plain", "evaluate", "prune", "inspect --json", "export dense")
+"""Commands whose results are held against what the source is by the description of its format."""
+
+
+def difference(case: Case, command: str, out: str) -> str:
+    """What was loaded, counted or written otherwise than the source has it; empty where nothing.
+
+    A source that its format's description does not allow should not have been accepted.
+    """
+    source = case.base.startswith(SOURCES)
+    if not command.startswith(JUDGED) or case.base in ("", "packed", "compared") or (case.root / HUB).exists():
+        return ""
+    if not source and not command.startswith("prune"):
+        return ""
+    told = json.loads(out) if command == "inspect --json" else {}
+    if told and told["format"] is None:
+        return ""  # it is not decoded, and what is no float is not counted
+    try:
+        wanted = truth(case.model, case.base)
+    except Exception as error:
+        return f"accepted, and by its format's description it is {type(error).__name__}: {error}"
+    if command == "read":
+        return other_tensors(wanted, torch.load(case.root / CACHE / "read"), cast=False)
+    if command == "inspect --json":
+        return _other_counts(wanted, told)
+    folder = case.out if case.out.exists() else next(case.root.glob(f"{CACHE}/*/config.json")).parent
+    record = json.loads((folder / RECORD).read_text()) if (folder / RECORD).exists() else {}
+    pruned = _pruned(wanted, record)
+    other = other_tensors(wanted, stored_tensors(folder), cast=source, pruned=pruned)
+    if not other and source and (case.model / GGUF).exists():
+        other = other_settings(case.model, json.loads((folder / "config.json").read_text()))
+    return other
+
+
+def _pruned(names: Iterable[str], record: dict[str, Any]) -> set[str]:
+    """The tensors that may have new zeros by the record of a result: sites by what follows the list of their blocks, as
+    prefixes differ, and experts as a whole, as transformers stacks them.
+    """
+    ends = {_end(site["site"]) for site in record.get("sites", [])}
+    text = [name for name in names if "vision" not in name]
+    return {name for name in text if ".experts." in name or _end(name.removesuffix(".weight")) in ends}
+
+
+def _end(name: str) -> str:
+    return re.sub(r"^.*?\.(?=\d+\.)", "", name)
+
+
+def _other_counts(wanted: dict[str, torch.Tensor], told: dict[str, Any]) -> str:
+    """Whose zeros were counted otherwise."""
+    for tensor in told["tensors"]:
+        weight = wanted.get(tensor["name"])
+        if weight is not None and weight.numel():
+            share = (weight == 0).double().mean().item()
+            if tensor["sparsity"] is None or abs(tensor["sparsity"] - share) > 1e-9:
+                return f"{tensor['name']} has {tensor['sparsity']} of zeros, and {share} by its source"
+    return ""
+
+
 def _as_it_came(case: Case, name: str) -> bool:
     """Whether a tensor was left alone: then it has the bytes of the source, -0.0 and all."""
-    before, after = open_checkpoint(case.model), open_checkpoint(case.out)
+    before, after = readable_checkpoint(case.named), open_checkpoint(case.out)
     if name not in before.places or name not in after.places:
         return False
     old, new = before.tensor(name), after.tensor(name)
+    if isinstance(before, DecodedCheckpoint):
+        old = old.to(new.dtype)
     return old.shape == new.shape and torch.equal(old.flatten().view(torch.uint8), new.flatten().view(torch.uint8))
 
 

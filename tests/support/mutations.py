@@ -21,25 +21,39 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
+from support.quantised import NAMES
+from support.spoilt_gguf import spoil_gguf
 from support.spoilt_json import NASTY, spoilt, spoilt_names
+from support.spoilt_quantised import spoil_parts, spoil_settings
 from support.spoilt_shards import spoil_header, spoil_metadata
 from support.spoilt_texts import spoil_text
-from support.spoilt_tokenizers import spoil_settings, spoil_vocabulary
+from support.spoilt_tokenizers import spoil_tokenizer_settings, spoil_vocabulary
+from support.truth import SOURCES
 
 SINGLE, INDEX, RECORD = "model.safetensors", "model.safetensors.index.json", "pruning.json"
+GGUF = "model.gguf"
 CODE = "from pathlib import Path\nPath({marker!r}).write_text('the code ran')\nraise SystemExit(99)\n"
 
 
 @dataclass(frozen=True)
 class Case:
-    """Where a case lies: the folder to spoil, one beside it that nobody may touch, the output; and the draw."""
+    """Where a case lies: the folder to spoil, one beside it that nobody may touch, the output; the draw, and which
+    sound folder it was made from.
+    """
 
     root: Path
     draw: Random
+    base: str = ""
 
     @property
     def model(self) -> Path:
         return self.root / "model"
+
+    @property
+    def named(self) -> Path:
+        """What a command is given: the folder, or the GGUF file in it."""
+        file = self.model / GGUF
+        return file if file.exists() else self.model
 
     @property
     def sentinel(self) -> Path:
@@ -233,7 +247,7 @@ def tokenizer(case: Case) -> str:
         return spoil_json_file(case, file)
     held = json.loads(file.read_bytes())
     if file.name == "tokenizer_config.json":
-        what = spoil_settings(held, draw)
+        what = spoil_tokenizer_settings(held, draw)
         if "auto_map" in what:
             (case.model / "own.py").write_text(CODE.format(marker=str(case.root / "mark")))
     else:
@@ -340,10 +354,36 @@ def hub(case: Case) -> str:
     return f"a hub, {manner or 'polite'}; {what}"
 
 
+def quantisation(case: Case) -> str:
+    """Change what a quantised folder says of its weights."""
+    return spoil_settings(case.model / "config.json", case.draw)
+
+
+def parts(case: Case) -> str:
+    """Change the parts of packed weights, or the header of the shard they lie in."""
+    file = case.model / SINGLE
+    return spoil_parts(file, case.draw) if case.draw.random() < 0.8 else spoil_header(file, case.draw)
+
+
+def quantised(case: Case) -> str:
+    """Change any other part of a quantised folder."""
+    return case.draw.choice((config, tokenizer, files, strays, extra_json))(case)
+
+
+def gguf(case: Case) -> str:
+    """Change a GGUF file, or now and then what lies beside it."""
+    file = case.model / GGUF
+    return put_instead(case, file) if case.draw.random() < 0.03 else spoil_gguf(file, case.draw)
+
+
 READERS = ("inspect", "inspect --json", "validate packed", "validate tensorrt-llm", "open")
 WRITERS = ("prune", "prune magnitude", "evaluate", "export packed", "export sparse-bitmask")
 DENSE = ("llama", "sharded", "pruned")
 FAMILIES = ("llama", "gpt2", "mixtral", "gemma3_text")
+PACKED = (*(SOURCES + name for name in (*NAMES, "fp8", "mxfp4")),)
+FILES = (*(SOURCES + name for name in ("gguf-bf16", "gguf-q8", "gguf-q4", "gguf-qwen3")),)
+READ = ("read", "read", "read", "inspect", "inspect --json", "inspect --json", "validate packed")
+WRITE = ("prune", "prune magnitude", "prune magnitude", "evaluate", "export dense", "export gguf", "plain")
 KINDS: dict[str, Kind] = {
     "header": Kind(header, DENSE, (*READERS, *READERS, *WRITERS), 20),
     "index": Kind(index, ("sharded",), (*READERS, "prune", "export sparse-bitmask"), 12),
@@ -361,6 +401,10 @@ KINDS: dict[str, Kind] = {
     "results": Kind(results, ("results",), ("report", "recommend quality", "recommend portability"), 4),
     "plan": Kind(plan, ("llama",), ("prune plan",), 4),
     "packed": Kind(packed, ("packed", "packed-int8"), ("export dense", "load packed", "inspect"), 8),
+    "quantisation": Kind(quantisation, PACKED, (*READ, *WRITE), 20),
+    "parts": Kind(parts, PACKED, (*READ, *WRITE), 30),
+    "quantised": Kind(quantised, PACKED, (*READ, *WRITE, "export packed"), 10),
+    "gguf": Kind(gguf, FILES, (*READ, *WRITE, "export packed"), 25),
     "smaller": Kind(header, ("pruned",), ("shrink",), 0.3),
     "bitmask": Kind(header, ("sparse-bitmask", "sparse-24-bitmask"), ("export dense", "inspect --json"), 6),
 }  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from support.texts import byte_tokenizer
 
@@ -77,6 +77,52 @@ def quantised_llama(name: str, folder: Path) -> Path:
             del tensors[f"{prefix}.weight"]
             tensors |= {f"{prefix}.{part}": t.clone() for part, t in made.parts[matrix].items()}
     write(folder, tensors, made.config)
+    return folder
+
+
+def fp8_llama(folder: Path, block: int = 16, **settings: object) -> Path:
+    """A tiny Llama in block FP8: blocks of 16, or scales as DeepSeek has them."""
+    folder.mkdir(exist_ok=True)
+    model = tiny_llama()
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj" in name]:
+        weight = tensors[name].float()
+        rows, columns = (-(-size // block) for size in weight.shape)
+        padded = torch.zeros(rows * block, columns * block)
+        padded[: weight.shape[0], : weight.shape[1]] = weight
+        scales = padded.view(rows, block, columns, block).abs().amax((1, 3)) / 448
+        each = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)
+        tensors[name] = (weight / each[: weight.shape[0], : weight.shape[1]]).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+    words = {"quant_method": "fp8", "weight_block_size": [block, block], **settings}
+    write(folder, tensors, {"quantization_config": words})
+    return folder
+
+
+def gpt_oss_model() -> GptOssForCausalLM:
+    """A tiny gpt-oss in bfloat16."""
+    config = GptOssConfig(
+        vocab_size=len(byte_tokenizer()), hidden_size=64, intermediate_size=64, num_hidden_layers=2, head_dim=16,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=128, pad_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return GptOssForCausalLM(config).bfloat16()
+
+
+def gpt_oss(folder: Path) -> Path:
+    """A tiny gpt-oss with experts in MXFP4."""
+    gpt_oss_model().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, out = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(256, (experts, out, inputs // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(118, 124, (experts, out, inputs // 32), dtype=torch.uint8)
+    words = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    write(folder, tensors, {"quantization_config": words})
     return folder
 
 

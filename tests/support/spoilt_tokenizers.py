@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 
-def spoil_settings(held: dict[str, Any], draw: Random) -> str:
+def spoil_tokenizer_settings(held: dict[str, Any], draw: Random) -> str:
     """Change a setting in place; returns what was done."""
     changes: dict[str, tuple[Any, ...]] = {
         "tokenizer_class": ("LlamaTokenizer", "X", "PreTrainedTokenizer", "../x", 1),

@@ -1,9 +1,6 @@
 """The tokenizer of a checkpoint, and the token ids of texts."""
 
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from secateur.data.chat import Chat, in_template
 from secateur.data.long_text import Document
 from secateur.errors import LIBRARY_ERRORS, BadCheckpoint, in_one_line
+from secateur.system.rust import rust_errors, silent
 
 TOKENIZER_ERRORS = (*LIBRARY_ERRORS, MemoryError)
 """What transformers raises for the files of a tokenizer."""
@@ -28,7 +26,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             f"{folder} has no tokenizer (tokenizer.json or the like). Copy it there."
         )
     try:
-        with _rust_errors(folder), _silent():
+        with rust_errors(folder), silent():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
@@ -46,39 +44,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise BadCheckpoint(
             f"{folder} has no tokenizer with a vocabulary. Copy tokenizer.json or the like there."
         )
-    with _silent():
+    with silent():
         encode(tokenizer, ["a few words"])
     return tokenizer
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Hide what the process writes: Rust prints pages about a panic, and we say it ourselves."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    kept = {number: os.dup(number) for number in (1, 2)}
-    try:
-        with open(os.devnull, "wb") as nothing:
-            for number in kept:
-                os.dup2(nothing.fileno(), number)
-        yield
-    finally:
-        for number, old in kept.items():
-            os.dup2(old, number)
-            os.close(old)
-
-
-@contextmanager
-def _rust_errors(folder: object) -> Iterator[None]:
-    """Turn what Rust raises for a broken file, a bare Exception or a panic, into BadCheckpoint."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error) is not Exception and type(error).__name__ != "PanicException":
-            raise
-        raise BadCheckpoint(
-            f"The tokenizer of {folder} is broken: {in_one_line(error)}."
-        ) from error
 
 
 def encode(
@@ -104,7 +72,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options
     plain: Any = list(texts)
     masks = {"return_attention_mask": False, "return_token_type_ids": False}
     try:
-        with _rust_errors(tokenizer.name_or_path):
+        with rust_errors(tokenizer.name_or_path):
             return tokenizer(plain, verbose=False, **masks, **options)
     except TOKENIZER_ERRORS as error:
         raise BadCheckpoint(

@@ -144,6 +144,8 @@ def _whatever(folder: Path) -> Checkpoint:
     try:
         return readable_checkpoint(folder)
     except UnsupportedModel:
+        if folder.is_file():
+            raise
         return open_checkpoint(folder)
 
 

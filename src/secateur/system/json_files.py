@@ -29,8 +29,13 @@ def read_json(file: Path, *, finite: bool = False) -> Any:
         raise ValueError("it is no plain file")
     if status.st_size > MOST_BYTES:
         raise ValueError(f"it has {status.st_size:,} bytes")
+    return parsed_json(file.read_text(encoding="utf-8"), finite=finite)
+
+
+def parsed_json(text: str, *, finite: bool = False) -> Any:
+    """The value that a JSON text stands for. Raises ValueError as `read_json` does."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     for part, depth in _parts(value):

@@ -9,7 +9,6 @@ is the largest of each row: a weight is `number * SCB * (1/127)`, as in `int8_ve
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from math import prod
 from typing import Any
@@ -18,8 +17,32 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.quantised.packed import Decoded, Packed, QuantisedFolder, four_bit
+from secateur.system.json_files import parsed_json
 
 STATES = {"nf4": ".quant_state.bitsandbytes__nf4", "fp4": ".quant_state.bitsandbytes__fp4"}
+_FP4 = [value / 12 for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)]
+VALUES = {
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    "fp4": (*_FP4, *(-value for value in _FP4)),
+}
+"""The numbers of each kind. The library has them in its code and does not look at `quant_map`."""
 ONE_127TH = 7.874015718698502e-3
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -55,6 +78,8 @@ def _four_bits(packed: Packed) -> Decoded:
         raise packed.bad(f"has {packed.place('').bytes} bytes for {count} numbers of 4 bits")
     nested = packed.has(".nested_absmax")
     packed.require(".quant_map", (16,), ["F32"])
+    if not torch.equal(packed.tensor(".quant_map"), torch.tensor(VALUES[kind])):
+        raise packed.bad(f"has a quant_map of other values than {kind.upper()} has")
     packed.require(".absmax", (-(-count // block),), ["U8"] if nested else ["F32"])
     if nested:
         packed.require(".nested_quant_map", (256,), ["F32"])
@@ -68,7 +93,8 @@ def _four_bits(packed: Packed) -> Decoded:
 def _state(packed: Packed, part: str) -> dict[str, Any]:
     """What is stored of a weight as JSON. Raises BadCheckpoint where it is not that."""
     try:
-        state = json.loads(bytes(packed.tensor(part).view(torch.uint8).flatten().tolist()))
+        raw = packed.tensor(part).contiguous().view(-1).view(torch.uint8)
+        state = parsed_json(bytes(raw.tolist()).decode())
     except ValueError as error:
         raise packed.bad(f"has a {part.lstrip('.')} that is no JSON") from error
     state = state if isinstance(state, dict) else {}

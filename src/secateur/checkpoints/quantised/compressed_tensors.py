@@ -56,8 +56,8 @@ def recognised(source: QuantisedFolder) -> bool:
     if isinstance(sparse, dict) and sparse.get("format", "dense") != "dense":
         return False
     method = source.settings.get("quant_method")
-    packed = any(source.packed(".weight_packed"))
-    return method == "compressed-tensors" or (method is None and packed)
+    known = "config_groups" in source.settings or any(source.packed(".weight_packed"))
+    return method == "compressed-tensors" or (method is None and known)
 
 
 def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
@@ -238,7 +238,9 @@ def _four_bit_matrix(packed: Packed) -> Decoded:
     *rows, half = packed.place("weight_packed").shape or (0,)
     shape, scales = (*rows, 2 * half), packed.place("weight_scale", ["F8_E4M3", "U8", *FLOATS])
     stored = "MXFP4" if scales.dtype == "U8" else "NVFP4"
-    _steps(packed, shape, whole_rows=True)
+    *_, groups = scales.shape or (0,)
+    if scales.shape != (*rows, groups) or not groups or 2 * half % groups:
+        raise packed.bad(f"has scales of shape {list(scales.shape)} for shape {list(shape)}")
     if stored == "NVFP4" and packed.place("weight_global_scale", ["F32"]).bytes != 4:
         raise packed.bad("has a global scale of several numbers; one was wanted")
     decode = partial(_four_bit_rows, packed)

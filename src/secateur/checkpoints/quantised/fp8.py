@@ -61,6 +61,10 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
     tensors, kinds = dict[str, Any](activation_scales(source)), set[str]()
     for name, place in source.checkpoint.places.items():
         packed = Packed(source.checkpoint, name)
+        if place.dtype in FLOATS and len(place.shape) > 1 and scale_of(packed):
+            raise packed.bad(
+                f"is plain ({place.dtype}), and has scales of packed weights beside it"
+            )
         if place.dtype in FLOAT8 and (scale := scale_of(packed)):
             tensors |= eight_bit_float(packed, scale, block)
             kinds.add(_in_words(place, packed.place(scale), block))

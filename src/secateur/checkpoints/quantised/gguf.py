@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -64,13 +65,9 @@ def is_gguf(place: Path) -> bool:
 
 def gguf_source(file: Path) -> PlainSource:
     """The model in a GGUF file, as a plain checkpoint. Raises BadCheckpoint, UnsupportedModel."""
-    reader = _reader(file)
-    settings = {
-        name: field.contents()
-        for name, field in reader.fields.items()
-        if len(field.data) < LONG  # not the vocabulary: a second for a hundred thousand tokens
-    }
+    reader, settings = _opened(file)
     _refuse_other_kinds(file, settings)
+    _refuse_gaps(file, reader)
     _refuse_unknown_types(file, reader)
     architecture = settings["general.architecture"]
     factors = [np.array(t.data) for t in reader.tensors if t.name == ROPE_FACTORS]
@@ -100,16 +97,32 @@ def gguf_source(file: Path) -> PlainSource:
     )
 
 
-def _reader(file: Path) -> Any:
-    """The file opened by the `gguf` package. Raises UnsupportedModel without it, BadCheckpoint."""
+def _opened(file: Path) -> tuple[Any, dict[str, Any]]:
+    """The file opened by the `gguf` package, and its settings but for long lists. Raises
+    UnsupportedModel without the package, BadCheckpoint.
+    """
     try:
         gguf = import_module("gguf")
     except ImportError as error:
         raise UnsupportedModel(
             f"Reading {file} needs the package gguf: pip install 'secateur[gguf]'."
         ) from error
+
+    class Reader(gguf.GGUFReader):
+        """The package's, but that nothing may lie behind the end of the file."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends before what it announces")
+            return super()._get(offset, dtype, count, **order)
+
     try:
-        return gguf.GGUFReader(file)
+        reader = Reader(file)
+        return reader, {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if len(field.data) < LONG  # not the vocabulary: a second for a hundred thousand tokens
+        }
     except LIBRARY_ERRORS as error:
         raise BadCheckpoint(
             f"{file} is no sound GGUF file ({in_one_line(error)}). It may be cut short; fetch it "
@@ -135,7 +148,7 @@ def _refusing(file: Path, architecture: str) -> Iterator[None]:
         yield
     except SecateurError:
         raise
-    except LIBRARY_ERRORS as error:
+    except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         raise UnsupportedModel(
             f"{file} holds a model of the architecture {architecture!r}, which transformers cannot "
             f"take from GGUF: {in_one_line(error)}. Use the original checkpoint."
@@ -151,11 +164,23 @@ def _refuse_other_kinds(file: Path, settings: dict[str, Any]) -> None:
         raise BadCheckpoint(
             f"{file} holds {kind} ({settings['general.architecture']}), no language model."
         )
-    if settings.get("split.count", 1) > 1:
+    if settings.get("split.count", 1) not in (0, 1):
         raise BadCheckpoint(
             f"{file} is one of {settings['split.count']} parts. Join them first: llama-gguf-split "
             f"--merge {file.name} whole.gguf."
         )
+
+
+def _refuse_gaps(file: Path, reader: Any) -> None:
+    """Raise BadCheckpoint unless the tensors follow one another, as llama.cpp wants them to."""
+    end = reader.data_offset
+    for tensor in reader.tensors:
+        if tensor.data_offset != end:
+            raise BadCheckpoint(
+                f"{tensor.name} in {file} lies at byte {tensor.data_offset}, and {end} was wanted, "
+                "where the tensor before it ends. Fetch the file again."
+            )
+        end += -(-tensor.n_bytes // reader.alignment) * reader.alignment
 
 
 def _parameter(file: Path, reading: Reading, name: str) -> str:
@@ -170,7 +195,9 @@ def _parameter(file: Path, reading: Reading, name: str) -> str:
 
 
 def _tensors(file: Path, reading: Reading, parts: dict[str, list[Any]]) -> Iterator[DenseTensor]:
-    """Every tensor of the plain checkpoint. Raises UnsupportedModel where one is missing."""
+    """Every tensor of the plain checkpoint. Raises UnsupportedModel where one is missing,
+    BadCheckpoint where one has another size.
+    """
     model = reading.model
     parameters = dict(model.state_dict())
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
@@ -178,6 +205,12 @@ def _tensors(file: Path, reading: Reading, parts: dict[str, list[Any]]) -> Itera
         raise UnsupportedModel(f"{file} lacks {missing[0]} ({len(missing)} tensors in all).")
     for name, tensors in parts.items():
         read = lru_cache(maxsize=1)(partial(_stored, reading, name, tuple(tensors)))
+        count = sum(tensor.n_elements for tensor in tensors)
+        if name in parameters and count != parameters[name].numel():
+            raise BadCheckpoint(
+                f"{tensors[0].name} in {file} holds {count} numbers, and {name} is "
+                f"{list(parameters[name].shape)} by the file's settings. Fetch the file again."
+            )
         meta = revert_weight_conversion(model, {name: parameters[name]})
         kind = "/".join(sorted({tensor.tensor_type.name for tensor in tensors}))
         share = sum(tensor.n_bytes for tensor in tensors) // len(meta)

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
-from secateur.errors import UnsupportedModel
+from secateur.errors import BadCheckpoint, UnsupportedModel
 
 READ_HERE = {
     "attention.key_length": "head_dim",
@@ -31,6 +31,15 @@ FOLLOWS = re.compile(
     r"|tensor_data_layout|attention\.sliding_window_pattern|attention\.layer_norm_epsilon"
 )
 """Settings that are read elsewhere here, follow from others, or change nothing."""
+NEEDED = (
+    ("context_length",),
+    ("embedding_length",),
+    ("block_count",),
+    ("feed_forward_length",),
+    ("attention.head_count",),
+    ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"),
+)
+"""Settings without which llama.cpp loads no file, one of each line."""
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CONTEXTS = (8192, *(2**power for power in range(4, 18)))
 """Trained contexts that are tried: Llama 3's own, and powers of two."""
@@ -39,13 +48,14 @@ Settings = dict[str, Any]
 
 def gguf_config(file: Path, settings: Settings, rope_factors: np.ndarray | None) -> Any:
     """The configuration as transformers reads it, completed. Raises UnsupportedModel for a setting
-    that is not known, and what transformers raises.
+    that is not known, BadCheckpoint where one is missing, and what transformers raises.
     """
     architecture = settings["general.architecture"]
     config: Any = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
     if architecture in GGUF_CONFIG_ARCHS:
         return config
     mapped = GGUF_CONFIG_MAPPING.get(config.model_type.removesuffix("_text"), {})
+    _refuse_missing(file, settings, mapped)
     for key, value in settings.items():
         name = key.removeprefix(f"{architecture}.")
         if name == key or mapped.get(name):
@@ -64,6 +74,17 @@ def gguf_config(file: Path, settings: Settings, rope_factors: np.ndarray | None)
     if scaled:
         config.rope_parameters = {**config.rope_parameters, **scaled}
     return config
+
+
+def _refuse_missing(file: Path, settings: Settings, mapped: Settings) -> None:
+    """Raise BadCheckpoint where a setting is missing for which llama.cpp has no default; that of
+    transformers is another model's.
+    """
+    for names in NEEDED:
+        known = [name for name in names if mapped.get(name)]
+        keys = [f"{settings['general.architecture']}.{name}" for name in known]
+        if keys and settings.keys().isdisjoint(keys):
+            raise BadCheckpoint(f"{file} does not set {' or '.join(keys)}. Fetch it again.")
 
 
 def _usual_head_size(config: Any) -> int:

@@ -23,6 +23,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
 )
 
 from secateur.errors import LIBRARY_ERRORS, UnsupportedModel, in_one_line
+from secateur.system.rust import rust_errors, silent
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -59,7 +60,8 @@ def tokenizer_files(file: Path, settings: Mapping[str, Any]) -> dict[str, Callab
     if settings.get("tokenizer.ggml.model") == "gpt2":
         _rule(file, settings)
     names = ["tokenizer.json", "tokenizer_config.json"]
-    names += [_TEMPLATE] if "tokenizer.chat_template" in settings else []
+    template = settings.get("tokenizer.chat_template")
+    names += [_TEMPLATE] if template and isinstance(template, str) else []
     saved = lru_cache(maxsize=1)(partial(_saved, file, settings))
     return {name: partial(_write, saved, name) for name in names}
 
@@ -71,7 +73,8 @@ def _write(saved: Callable[[], dict[str, bytes]], name: str, place: Path) -> Non
 def _saved(file: Path, settings: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of the tokenizer by name, as transformers saves it with the rule put right."""
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        with rust_errors(file), silent():
+            tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except LIBRARY_ERRORS as error:
         raise UnsupportedModel(
             f"The vocabulary of {file} is none that transformers can read ({in_one_line(error)}). "

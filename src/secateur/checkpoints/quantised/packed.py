@@ -81,8 +81,12 @@ class Packed:
         )
 
     def decoded(self, dense: DenseTensor, parts: Sequence[str]) -> Decoded:
-        """The plain tensor in the place of the first of the parts, which all belong to it."""
+        """The plain tensor in the place of the first of the parts, which all belong to it. Raises
+        BadCheckpoint where it is there as well.
+        """
         names = [self.prefix + part for part in parts if self.has(part)]
+        if dense.name in self.checkpoint.places and dense.name not in names:
+            raise self.bad("is there twice, packed and plain")
         return {names[0]: dense, **dict.fromkeys(names[1:])}
 
     def dense(

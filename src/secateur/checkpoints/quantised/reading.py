@@ -10,7 +10,7 @@ from torch import Tensor
 from secateur.checkpoints.folder import Checkpoint, TensorLocation, open_checkpoint
 from secateur.checkpoints.quantised.base import DenseTensor, PlainSource
 from secateur.checkpoints.quantised.formats import plain_source
-from secateur.checkpoints.quantised.unpack import bytes_of
+from secateur.checkpoints.quantised.unpack import bytes_of, other_shape
 from secateur.system.json_files import write_json
 
 
@@ -31,8 +31,11 @@ class DecodedCheckpoint(Checkpoint):
         return sum(bytes_of(tensor, "bfloat16") for tensor in self.source.tensors)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, decoded."""
-        return self.decoders[name].read()
+        """One tensor, decoded. Raises BadCheckpoint where it has another shape than is announced."""
+        tensor = self.decoders[name].read()
+        if tensor.shape != self.decoders[name].shape:
+            raise other_shape(self.decoders[name], tuple(tensor.shape))
+        return tensor
 
 
 def decoded_checkpoint(source: PlainSource) -> DecodedCheckpoint:

@@ -207,13 +207,14 @@ def decoded_pieces(tensor: DenseTensor) -> Iterator[Tensor]:
     for piece in tensor.pieces() if tensor.pieces else (tensor.read(),):
         rows += piece.shape[0] if piece.ndim else 0
         if piece.shape[1:] != tensor.shape[1:] or piece.ndim != len(tensor.shape):
-            raise _other_shape(tensor, tuple(piece.shape))
+            raise other_shape(tensor, tuple(piece.shape))
         yield piece
     if tensor.shape and rows != tensor.shape[0]:
-        raise _other_shape(tensor, (rows, *tensor.shape[1:]))
+        raise other_shape(tensor, (rows, *tensor.shape[1:]))
 
 
-def _other_shape(tensor: DenseTensor, shape: tuple[int, ...]) -> BadCheckpoint:
+def other_shape(tensor: DenseTensor, shape: tuple[int, ...]) -> BadCheckpoint:
+    """What to raise where a tensor has another shape than was announced."""
     return BadCheckpoint(
         f"{tensor.name} is {list(shape)} when it is decoded, and {list(tensor.shape)} by its "
         "header. Fetch the checkpoint again."
