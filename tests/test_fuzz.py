@@ -112,7 +112,7 @@ def test_the_same_number_is_the_same_case(sound, tmp_path, kind, monkeypatch):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("base", (*PACKED, *FILES))
+@pytest.mark.parametrize("base", [*PACKED, *FILES])
 def test_sound_sources_are_what_their_formats_say(spoilt, result, base):
     if not find_spec("gguf") and base in FILES:
         pytest.skip("the package gguf is not installed")

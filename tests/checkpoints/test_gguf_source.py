@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from support.families import tiny_config, tiny_model
-from support.spoilt_gguf import Gguf, Setting, assemble, parse
 from support.splits import TEXTS, splitting
+from support.spoilt_gguf import Gguf, Setting, assemble, parse
 from support.texts import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -364,7 +364,7 @@ def test_a_file_that_announces_more_than_it_holds_is_not_read_on(file):
     whole, key = file.read_bytes(), b"tokenizer.ggml.token_type"
     place = whole.index(key) + len(key) + 8
     file.write_bytes(whole[:place] + (10**6).to_bytes(8, "little") + whole[place + 8 :])
-    with pytest.raises(BadCheckpoint, match="no sound GGUF file .it ends before what it announces"):
+    with pytest.raises(BadCheckpoint, match=r"no sound GGUF file \(it ends before what it announces"):
         gguf_source(file)
 
 
@@ -387,7 +387,7 @@ def test_a_vocabulary_that_is_broken_is_a_sentence(file, tmp_path):
         del parts.get("tokenizer.ggml.tokens")[50:]
 
     source = gguf_source(spoilt(file, shorter))
-    with pytest.raises(BadCheckpoint, match="The tokenizer of .* is broken: .*out of vocabulary"):
+    with pytest.raises(BadCheckpoint, match=r"The tokenizer of .* is broken: .*out of vocabulary"):
         write_plain(source, tmp_path, "float32", Progress())
 
 

@@ -31,7 +31,7 @@ class DecodedCheckpoint(Checkpoint):
         return sum(bytes_of(tensor, "bfloat16") for tensor in self.source.tensors)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, decoded. Raises BadCheckpoint where it has another shape than is announced."""
+        """One tensor, decoded. Raises BadCheckpoint where its shape is another than announced."""
         tensor = self.decoders[name].read()
         if tensor.shape != self.decoders[name].shape:
             raise other_shape(self.decoders[name], tuple(tensor.shape))
