@@ -278,7 +278,7 @@ def test_settings_that_nobody_reads_are_refused(file, tmp_path):
     odd = rewritten(file, tmp_path / "arch.gguf", lambda name, value: [(name, value, None)])
     data = odd.read_bytes().replace(b"llama", b"llamb")
     odd.write_bytes(data)
-    with pytest.raises(UnsupportedModel, match=r"of the architecture 'llamb', which transformers cannot"):
+    with pytest.raises(UnsupportedModel, match=r"of the architecture 'llamb', which is not read from GGUF here"):
         gguf_source(odd)
 
 
@@ -286,7 +286,7 @@ def test_a_rotation_of_a_part_of_a_head_is_refused(tmp_path):
     """Of Llama transformers takes the rotated width for the size of a head; of the others it drops it."""
     file = converted(saved(tiny_model("qwen2"), tmp_path / "source"), tmp_path / "gguf")
     odd = rewritten(file, tmp_path / "part.gguf", settings={"qwen2.rope.dimension_count": 8})
-    with pytest.raises(UnsupportedModel, match="rotates 8 of the 16 numbers of a head, and transformers takes 16"):
+    with pytest.raises(UnsupportedModel, match="rotates 8 of the 16 numbers of a head: it would run as another model"):
         gguf_source(odd)
 
 
@@ -355,7 +355,7 @@ def test_tensors_lie_one_behind_the_other(file):
     "key", ["context_length", "block_count", "attention.head_count", "attention.layer_norm_rms_epsilon"]
 )
 def test_settings_of_another_model_are_not_taken_instead(file, key):
-    with pytest.raises(BadCheckpoint, match=rf"does not set llama\.{key}\. Fetch it again\."):
+    with pytest.raises(BadCheckpoint, match=rf"does not set llama\.{key}\b.*\. Fetch it again\."):
         gguf_source(spoilt(file, having(f"llama.{key}", 4, None)))
 
 

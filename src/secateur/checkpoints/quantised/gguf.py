@@ -1,21 +1,21 @@
 """GGUF, what llama.cpp loads, as a source: one file with settings, vocabulary and weights.
 
-transformers knows which tensor is which, but only loads the whole model at once, and cannot save
-it. Here its tables name the tensors, the `gguf` package dequantises them one at a time, and they
-become the tensors of a checkpoint as transformers writes one: experts apart, rows of query and key
-in its own order. Settings are in gguf_settings.py, vocabularies in gguf_tokenizer.py.
+transformers loads the whole model at once, cannot save it, and drops settings without a word. Here
+the `gguf` package names the tensors and dequantises them one at a time, and they become the tensors
+of a checkpoint as transformers writes one: experts apart, rows of query and key in its own order
+(gguf_architectures.py). Settings are in gguf_settings.py, vocabularies in gguf_tokenizer.py.
 """
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,14 +23,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_gguf_pytorch_utils import (
-    TENSOR_PROCESSORS,
-    TensorProcessor,
-    get_gguf_hf_weights_map,
-)
 
 from secateur.checkpoints.quantised.base import DenseTensor, PlainSource
-from secateur.checkpoints.quantised.gguf_settings import gguf_config
+from secateur.checkpoints.quantised.gguf_architectures import EXPERTS, Architecture
+from secateur.checkpoints.quantised.gguf_settings import Contents, architecture_in, gguf_config
 from secateur.checkpoints.quantised.gguf_tokenizer import tokenizer_files
 from secateur.errors import (
     LIBRARY_ERRORS,
@@ -41,7 +37,8 @@ from secateur.errors import (
 )
 
 SUFFIX = ".gguf"
-ROPE_FACTORS = "rope_freqs.weight"
+FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+"""Tensors that tell how the rotation is scaled."""
 _HELD_AS = {"F32": np.float32, "F16": np.float16, "F64": np.float64, "I8": np.int8, "I32": np.int32}
 """How the reader gives tensors that are no blocks of bytes."""
 LONG = 1000
@@ -50,12 +47,11 @@ LONG = 1000
 
 class Reading(NamedTuple):
     """A GGUF file while its tensors are read: the model they belong to, without weights, and what
-    turns them into its parameters.
+    is known of its architecture.
     """
 
     model: PreTrainedModel
-    processor: TensorProcessor
-    names: dict[str, str]
+    architecture: Architecture
 
 
 def is_gguf(place: Path) -> bool:
@@ -69,20 +65,27 @@ def gguf_source(file: Path) -> PlainSource:
     _refuse_other_kinds(file, settings)
     _refuse_gaps(file, reader)
     _refuse_unknown_types(file, reader)
-    architecture = settings["general.architecture"]
-    factors = [np.array(t.data) for t in reader.tensors if t.name == ROPE_FACTORS]
-    with _refusing(file, architecture), _read_once(reader):
-        config = gguf_config(file, settings, factors[0] if factors else None)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = {name: tuple(int(size) for size in t.shape[::-1]) for name, t in tensors.items()}
+    factors = {name: np.array(tensors.pop(name).data) for name in FACTORS if name in tensors}
+    contents = Contents(file, settings, shapes, factors)
+    architecture = architecture_in(contents)
+    with _refusing(contents):
+        config = gguf_config(contents, architecture)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config.to_dict())
-        reading = Reading(model, processor, get_gguf_hf_weights_map(model, processor))
-        parts: dict[str, list[Any]] = defaultdict(list)
-        for tensor in reader.tensors:
-            if tensor.name != ROPE_FACTORS:
-                parts[_parameter(file, reading, tensor.name)].append(tensor)
-        tensors = tuple(_tensors(file, reading, parts))
+        reading = Reading(model, architecture)
+        parts = {
+            name: [tensors.pop(part) for part in names if part in tensors]
+            for name, names in _names(contents, reading).items()
+        }
+        dense = tuple(_tensors(file, reading, {name: p for name, p in parts.items() if p}))
         files = tokenizer_files(file, settings)
+    for name in tensors:
+        raise UnsupportedModel(
+            f"{name} in {file} has no place in {type(model).__name__}: it would be lost. Use the "
+            "original checkpoint."
+        )
     config.architectures = [type(model).__name__]
     config._name_or_path = ""
     plain = {key: value for key, value in config.to_diff_dict().items() if key != "dtype"}
@@ -92,7 +95,7 @@ def gguf_source(file: Path) -> PlainSource:
         origin=file,
         weights=(file,),
         config=plain,
-        tensors=tensors,
+        tensors=dense,
         files=files,
     )
 
@@ -131,27 +134,17 @@ def _opened(file: Path) -> tuple[Any, dict[str, Any]]:
 
 
 @contextmanager
-def _read_once(reader: Any) -> Iterator[None]:
-    """While open, transformers gets this reader, and one table of names: it would open the file
-    anew, and make the table for every module, seconds each.
-    """
-    gguf = import_module("gguf")
-    table = lru_cache(gguf.get_tensor_name_map)
-    with patch.multiple(gguf, GGUFReader=lambda _: reader, get_tensor_name_map=table):
-        yield
-
-
-@contextmanager
-def _refusing(file: Path, architecture: str) -> Iterator[None]:
-    """Turn what transformers raises for a model that it does not know into UnsupportedModel."""
+def _refusing(contents: Contents) -> Iterator[None]:
+    """Turn what transformers raises for settings that it does not take into UnsupportedModel."""
     try:
         yield
     except SecateurError:
         raise
     except (*LIBRARY_ERRORS, StrictDataclassError) as error:
         raise UnsupportedModel(
-            f"{file} holds a model of the architecture {architecture!r}, which transformers cannot "
-            f"take from GGUF: {in_one_line(error)}. Use the original checkpoint."
+            f"{contents.file} holds a model of the architecture {contents.architecture!r} whose "
+            f"settings transformers does not take: {in_one_line(error)}. Use the original "
+            "checkpoint."
         ) from error
 
 
@@ -183,15 +176,23 @@ def _refuse_gaps(file: Path, reader: Any) -> None:
         end += -(-tensor.n_bytes // reader.alignment) * reader.alignment
 
 
-def _parameter(file: Path, reading: Reading, name: str) -> str:
-    """The model's parameter behind a tensor's name. Raises UnsupportedModel where it has none."""
-    for known in (name, name.removesuffix(".weight")):
-        if known in reading.names:
-            return reading.names[known]
-    raise UnsupportedModel(
-        f"{name} in {file} has no place in {type(reading.model).__name__}: it would be lost. Use "
-        "the original checkpoint."
-    )
+def _names(contents: Contents, reading: Reading) -> dict[str, tuple[str, ...]]:
+    """The tensors of the file behind each parameter of the model."""
+    gguf = import_module("gguf")
+    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[contents.architecture]
+    table = gguf.get_tensor_name_map(arch, reading.model.config.num_hidden_layers)
+    own = {**EXPERTS, **reading.architecture.names}
+    names: dict[str, tuple[str, ...]] = {}
+    for name in reading.model.state_dict():
+        leaves = next((leaves for end, leaves in own.items() if name.endswith(f".{end}")), ())
+        block = re.search(r"\.(\d+)\.", name)
+        if leaves and block:
+            names[name] = tuple(f"blk.{block[1]}.{leaf}" for leaf in leaves)
+            continue
+        inner = name.partition(".")[2]  # some models are converted without their head
+        known = (table.get_name(n, try_suffixes=(".weight", ".bias")) for n in (name, inner))
+        names[name] = tuple(n for n in known if n)[:1]
+    return names
 
 
 def _tensors(file: Path, reading: Reading, parts: dict[str, list[Any]]) -> Iterator[DenseTensor]:
@@ -245,16 +246,12 @@ def _stored(reading: Reading, name: str, tensors: Sequence[Any]) -> dict[str, Te
     """A parameter, dequantised from the tensors of the file that it is made of, as the tensors of
     the plain checkpoint that it is stored as.
     """
-    made: dict[str, Any] = {"tensors": {}}  # where transformers puts what it stacks
-    value = torch.empty(0)
-    for tensor in tensors:
-        weights = _dequantised(tensor.data, tensor.tensor_type)
-        done = reading.processor.process(
-            weights=weights,
-            name=tensor.name,
-            tensor_key_mapping=reading.names,
-            parsed_parameters=made,
-        )
-        value = torch.from_numpy(np.array(done.weights))
-    value = made["tensors"].get(name, value)
-    return dict(revert_weight_conversion(reading.model, {name: value}))
+    weights = [_dequantised(tensor.data, tensor.tensor_type) for tensor in tensors]
+    value = weights[0] if len(weights) == 1 else np.concatenate(weights, axis=1)  # gate, then up
+    for end, undo in reading.architecture.undo.items():
+        if tensors[0].name.endswith(end):
+            value = undo(reading.model.config, value)
+    shape = reading.model.state_dict()[name].shape
+    if [size for size in value.shape if size > 1] == [size for size in shape if size > 1]:
+        value = value.reshape(shape)  # llama.cpp drops and adds dimensions of one
+    return dict(revert_weight_conversion(reading.model, {name: torch.from_numpy(np.array(value))}))

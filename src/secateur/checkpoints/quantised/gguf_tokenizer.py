@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Regex, normalizers, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     GGUF_PRE_TOKENIZER_SPLITS,
     GGUF_SENTENCEPIECE_BUILDERS,
@@ -74,7 +74,9 @@ def _saved(file: Path, settings: Mapping[str, Any]) -> dict[str, bytes]:
     """The files of the tokenizer by name, as transformers saves it with the rule put right."""
     try:
         with rust_errors(file), silent():
-            tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
+                file.parent, gguf_file=file.name
+            )
     except LIBRARY_ERRORS as error:
         raise UnsupportedModel(
             f"The vocabulary of {file} is none that transformers can read ({in_one_line(error)}). "
