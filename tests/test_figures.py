@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -145,3 +146,10 @@ def test_what_bos_is_worth_is_what_was_measured():
             calibration = f"`{row['calibration']}`" if row["calibration"] else "–"
             judged = [f"{row['judged'][way]['perplexity']:.3f}" for way in ("stream", "each-window", "never")]
             assert f"| × {model['sink']:.0f} | {row['method']} | {calibration} | {' | '.join(judged)} |" in page
+
+
+def test_what_quantisers_do_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    line = runpy.run_path(str(ROOT / "bench" / "quantisers.py"), run_name="quantisers")["line"]
+    rows = re.findall(r"^\| (?!quantiser|---).*\|$", read("docs/quantising.md"), re.M)
+    assert rows == [line(row) for row in results()["quantisers"]["rows"]]
