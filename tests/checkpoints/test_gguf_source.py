@@ -1,13 +1,16 @@
 """GGUF as a source: against the model that was written, `gguf`'s own dequantisation put in order row by row, and
 transformers' loading of the whole file."""
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.families import tiny_config, tiny_model
 from support.splits import TEXTS, splitting
 from support.spoilt_gguf import Gguf, Setting, assemble, parse
@@ -16,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import secateur
 from secateur.checkpoints.folder import open_checkpoint
+from secateur.checkpoints.quantised import formats
 from secateur.checkpoints.quantised.gguf import gguf_source
 from secateur.checkpoints.quantised.gguf_tokenizer import SPLITS
 from secateur.checkpoints.quantised.unpack import write_plain
@@ -23,6 +27,7 @@ from secateur.data import demo
 from secateur.deployment.formats.gguf import FILE, write
 from secateur.deployment.inspect import Against
 from secateur.errors import BadCheckpoint, SecateurError, UnsupportedModel
+from secateur.models.load import load, resolve
 from secateur.system.json_files import read_json, write_json
 from secateur.system.progress import Progress
 
@@ -462,3 +467,61 @@ def test_every_command_takes_the_file(file, text_file, tmp_path, cache):
     assert len(list(cache.glob("model-*"))) == 1
     with pytest.raises(BadCheckpoint, match=r"There is no GGUF file .*nosuch\.gguf"):
         secateur.inspect(tmp_path / "nosuch.gguf")
+
+
+def changed_in_silence(file: Path, change: Callable[[bytes], bytes]) -> None:
+    """Other bytes of the same size, with the old time put back on the file."""
+    before = file.stat()
+    file.write_bytes(change(file.read_bytes()))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def test_the_second_command_opens_the_copy_and_not_the_file(file, cache, monkeypatch):
+    copy = resolve(file)
+    monkeypatch.setattr(formats, "gguf_source", lambda file: pytest.fail("it was opened again"))
+    assert resolve(file) == copy
+    assert len(load(file).blocks) > 1
+    with pytest.raises(pytest.fail.Exception):
+        resolve(file, dtype="float16")
+
+
+def test_a_changed_file_is_never_served_from_the_old_copy(file, cache):
+    copies = [resolve(file)]
+    changed_in_silence(file, lambda data: data[:-4] + b"\0\0\0\0")
+    copies.append(resolve(file))
+    other = file.with_name("other.gguf")
+    other.write_bytes(file.read_bytes()[:-4] + np.float32(2).tobytes())
+    os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    other.replace(file)
+    copies.append(resolve(file))
+    assert len(set(copies)) == 3
+    expected = {tensor.name: tensor.read() for tensor in gguf_source(file).tensors}
+    assert all(
+        torch.equal(tensor, expected[name].to(tensor.dtype))
+        for name, tensor in load_file(copies[-1] / "model.safetensors").items()
+    )
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_no_copy(file, cache, monkeypatch):
+    """Replaced after its header was read: what is mapped is the old one, what is there the new."""
+
+    def replaced(file: Path) -> Any:
+        source = gguf_source(file)
+        file.with_name("new").write_bytes(file.read_bytes()[:-4] + b"\0\0\0\0")
+        file.with_name("new").replace(file)
+        return source
+
+    monkeypatch.setattr(formats, "gguf_source", replaced)
+    with pytest.raises(BadCheckpoint, match=r"changed while it was unpacked\. Let it be during a run, and begin again"):
+        resolve(file)
+    assert not list(cache.glob("model-*"))
+
+
+def test_decoded_tensors_are_let_go(file):
+    """Of a file that is unpacked, one parameter is in memory."""
+    tensors = gguf_source(file).tensors
+    first = ref(tensors[0].read().untyped_storage())
+    for tensor in tensors[1:3]:
+        tensor.read()
+    assert first() is None

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 from contextlib import suppress
@@ -391,6 +392,18 @@ def test_the_copy_is_made_once_and_says_so(tmp_path: Path, cache: Path):
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] += 1
     write(folder, tensors, {})
+    assert resolve(folder) != place
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_changed_folder_is_never_served_from_the_old_copy(file: str, tmp_path: Path):
+    """Not even where size and time are the old ones."""
+    folder = quantised_llama("awq", tmp_path / "model")
+    place, path = resolve(folder), folder / file
+    before, data = path.stat(), path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert resolve(folder) != place
 
 

@@ -19,16 +19,18 @@ from transformers import AutoConfig, PreTrainedModel
 
 from secateur.checkpoints.folder import Checkpoint, open_checkpoint, stored_dtype
 from secateur.checkpoints.hub import Wanted, fetch
+from secateur.checkpoints.quantised.base import PlainSource
 from secateur.checkpoints.quantised.formats import (
     plain_config,
     plain_source,
+    read_headers,
     refuse_unreadable,
     settings_of,
     unreadable,
 )
 from secateur.checkpoints.quantised.gguf import SUFFIX, is_gguf
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, write_configuration
-from secateur.checkpoints.quantised.unpack import unpacked
+from secateur.checkpoints.quantised.unpack import copy_of_file, unpacked
 from secateur.data import demo
 from secateur.errors import BadCheckpoint, UnsupportedModel, in_one_line
 from secateur.models.checks import (
@@ -164,9 +166,9 @@ def _mapped(
     """The causal LM, its checkpoint, and the folder of weights that the loader put together, None
     where they lie in memory.
     """
-    folder = plain_folder(folder)
+    checkpoint = plain_checkpoint(folder)
+    folder = checkpoint.folder
     config, built = load_config(folder, trust_remote_code=trust_remote_code), None
-    checkpoint = open_checkpoint(folder)
     refuse_adapter(folder)
     refuse_other_kinds(checkpoint)
     spill = spill or spill_folder(None, checkpoint.bytes)
@@ -253,8 +255,18 @@ def plain_folder(
     folder: Path, dtype: str = Unpacking.result_dtype, progress: Progress | None = None
 ) -> Path:
     """A folder itself or, of a quantised one and of a GGUF file, the plain copy."""
+    if is_gguf(folder) and (copy := copy_of_file(folder, dtype)):
+        return copy
     source = plain_source(folder)
     return unpacked(source, dtype, progress) if source else folder
+
+
+def plain_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder or, of a quantised one and of a GGUF file, in its plain copy."""
+    if is_gguf(folder):
+        return open_checkpoint(plain_folder(folder))
+    source = read_headers(folder)
+    return open_checkpoint(unpacked(source)) if isinstance(source, PlainSource) else source
 
 
 def locate(model: str | Path | None, trust: Trust | None = None, *, weights: bool = True) -> Path:

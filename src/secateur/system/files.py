@@ -54,6 +54,14 @@ def refuse_odd_files(folder: Path) -> None:
             )
 
 
+def identity(file: Path) -> tuple[int, ...]:
+    """What differs once a file was written to or replaced, even where its old time was put back on
+    it: the system's own time of the last change cannot be set.
+    """
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
 def file_sha256(file: Path) -> str:
     """The hexadecimal SHA-256 of a file."""
     with file.open("rb") as stream:

@@ -43,7 +43,8 @@ class PlainSource:
     `format` is its name for people: "block FP8 (128 x 128)". `origin` is what the user named, a
     folder or a file, and `weights` the files that hold its tensors. `config` is the config.json of
     the plain model, which says nothing of quantisation; its dtype is set by whoever writes it.
-    `files` are the other files of the plain checkpoint by name: tokenizer, templates, code.
+    `files` are the other files of the plain checkpoint by name: tokenizer, templates, code. Where
+    all comes from one file, `identity` is what that was when it was opened.
     """
 
     format: str
@@ -52,6 +53,7 @@ class PlainSource:
     config: Mapping[str, Any]
     tensors: tuple[DenseTensor, ...]
     files: Mapping[str, File]
+    identity: tuple[int, ...] = ()
 
     @property
     def stored_bytes(self) -> int:

@@ -58,25 +58,34 @@ BESIDE = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 def plain_source(folder: Path) -> PlainSource | None:
     """A quantised folder, or a GGUF file, as the plain checkpoint that it stands for; None where it
-    is plain.
+    is plain, or has no weights.
+    """
+    if not is_gguf(folder) and not ((folder / "config.json").is_file() and is_whole(folder)):
+        return None
+    source = read_headers(folder)
+    return source if isinstance(source, PlainSource) else None
+
+
+def read_headers(folder: Path) -> PlainSource | Checkpoint:
+    """The checkpoint in a folder; of a quantised folder, and of a GGUF file, the plain one that it
+    stands for.
 
     Only headers are read. Raises UnsupportedModel for a format that cannot be read, BadCheckpoint
     where the tensors are not what the format wants.
     """
     if is_gguf(folder):
         return gguf_source(folder)
-    if not (folder / "config.json").is_file() or not is_whole(folder):
-        return None
+    checkpoint = open_checkpoint(folder)
     config = json_object(folder / "config.json")
     settings = settings_of(folder, config)
     if _sparse(settings):
-        return None  # `export --to dense` reads it
-    source = QuantisedFolder(open_checkpoint(folder), config, settings or {})
+        return checkpoint  # `export --to dense` reads it
+    source = QuantisedFolder(checkpoint, config, settings or {})
     name = next((name for name, one in FORMATS.items() if one.recognised(source)), None)
     if name is None:
         if settings is not None:
             raise UnsupportedModel(unreadable(folder, settings))
-        return None
+        return checkpoint
     try:
         words, decoded = FORMATS[name].decoded(source)
         tensors = all_tensors(source, decoded)
@@ -88,10 +97,8 @@ def plain_source(folder: Path) -> PlainSource | None:
             f"they are plain, delete {_key(config)} from config.json."
         )
     refuse_links_out(folder)
-    shards = tuple(folder / shard for shard in source.checkpoint.shards)
-    return PlainSource(
-        words, folder, shards, plain_config(config), tensors, _files(source.checkpoint)
-    )
+    shards = tuple(folder / shard for shard in checkpoint.shards)
+    return PlainSource(words, folder, shards, plain_config(config), tensors, _files(checkpoint))
 
 
 def settings_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -35,6 +35,7 @@ from secateur.errors import (
     UnsupportedModel,
     in_one_line,
 )
+from secateur.system.files import identity
 
 SUFFIX = ".gguf"
 FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -61,7 +62,7 @@ def is_gguf(place: Path) -> bool:
 
 def gguf_source(file: Path) -> PlainSource:
     """The model in a GGUF file, as a plain checkpoint. Raises BadCheckpoint, UnsupportedModel."""
-    reader, settings = _opened(file)
+    stamp, (reader, settings) = identity(file), _opened(file)
     _refuse_other_kinds(file, settings)
     _refuse_gaps(file, reader)
     _refuse_unknown_types(file, reader)
@@ -97,6 +98,7 @@ def gguf_source(file: Path) -> PlainSource:
         config=plain,
         tensors=dense,
         files=files,
+        identity=stamp,
     )
 
 
@@ -204,8 +206,9 @@ def _tensors(file: Path, reading: Reading, parts: dict[str, list[Any]]) -> Itera
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     if missing := sorted(parameters.keys() - parts.keys() - tied):
         raise UnsupportedModel(f"{file} lacks {missing[0]} ({len(missing)} tensors in all).")
+    # The experts of a parameter are asked for one after the other; of all, the last is kept.
+    read = lru_cache(maxsize=1)(lambda name: _stored(reading, name, parts[name]))
     for name, tensors in parts.items():
-        read = lru_cache(maxsize=1)(partial(_stored, reading, name, tuple(tensors)))
         count = sum(tensor.n_elements for tensor in tensors)
         if name in parameters and count != parameters[name].numel():
             raise BadCheckpoint(
@@ -217,7 +220,9 @@ def _tensors(file: Path, reading: Reading, parts: dict[str, list[Any]]) -> Itera
         share = sum(tensor.n_bytes for tensor in tensors) // len(meta)
         for stored, tensor in meta.items():
             shape = tuple(tensor.shape)
-            yield DenseTensor(stored, shape, partial(_one, read, stored), kind, share)
+            yield DenseTensor(
+                stored, shape, partial(_one, partial(read, name), stored), kind, share
+            )
 
 
 def _dequantised(data: np.ndarray, kind: Any) -> np.ndarray:

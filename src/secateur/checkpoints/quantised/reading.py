@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from secateur.checkpoints.folder import Checkpoint, TensorLocation, open_checkpoint
+from secateur.checkpoints.folder import Checkpoint, TensorLocation
 from secateur.checkpoints.quantised.base import DenseTensor, PlainSource
-from secateur.checkpoints.quantised.formats import plain_source
+from secateur.checkpoints.quantised.formats import read_headers
 from secateur.checkpoints.quantised.unpack import bytes_of, other_shape
 from secateur.system.json_files import write_json
 
@@ -52,8 +52,8 @@ def readable_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, decoded where it is quantised. Raises BadCheckpoint, and
     UnsupportedModel for a format that cannot be read.
     """
-    source = plain_source(folder)
-    return decoded_checkpoint(source) if source else open_checkpoint(folder)
+    source = read_headers(folder)
+    return decoded_checkpoint(source) if isinstance(source, PlainSource) else source
 
 
 def write_configuration(source: PlainSource, folder: Path) -> None:

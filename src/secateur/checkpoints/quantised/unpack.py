@@ -1,7 +1,8 @@
 """A quantised checkpoint written as a plain one, into a cache that any run finds again.
 
 The copy lies in `$SECATEUR_CACHE` (`~/.cache/secateur/unpacked`), under a name made of the source's
-place, sizes and times of change, of the dtype, and of the version of what decodes it. It is written
+place, sizes and times, of the dtype, and of the version of what decodes it. Of the times, one is of
+the last change of a file's bytes, name or rights, which nobody can set back. The copy is written
 beside and renamed, so a run that is killed leaves no copy that looks whole. Memory holds one tensor
 at a time: the header of a shard comes first, then each tensor to its place.
 """
@@ -13,8 +14,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from hashlib import sha256
+from importlib.metadata import PackageNotFoundError, version
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,13 +29,16 @@ from secateur.checkpoints.folder import DTYPES, SINGLE
 from secateur.checkpoints.quantised.base import DenseTensor, PlainSource
 from secateur.checkpoints.shards import SHARD_BYTES, header, write_index
 from secateur.errors import BadCheckpoint, DiskFull, UnknownName
-from secateur.system.files import disk_errors, sync
+from secateur.system.files import disk_errors, identity, sync
 from secateur.system.json_files import read_json, write_json
+from secateur.system.machine import versions
 from secateur.system.progress import Progress
 from secateur.system.sizes import in_words
 
 DECODERS = 1
-"""The version of all decoders: another one when what they give changes, so copies are made anew."""
+"""The version of all decoders: another one when what they give changes, so copies are made anew.
+Of GGUF that is settings and vocabulary too.
+"""
 RESULTS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """What a quantised source can be unpacked to, and how safetensors calls that."""
 SOURCE = "source.json"
@@ -65,14 +71,31 @@ def unpacked(
 
 def place_of(source: PlainSource, dtype: str) -> Path:
     """Where the plain copy of a source lies, whether it is there or not."""
-    stamps = [[str(file), *_stamp(file)] for file in sorted(source.weights)]
+    if source.identity:
+        return _place_of_file(source.origin, source.identity, dtype)
+    stamps = [[str(file), *identity(file)] for file in sorted(source.weights)]
     stamps += [
-        [name, *(_stamp(file) if isinstance(file, Path) else ())]
+        [name, *(identity(file) if isinstance(file, Path) else ())]
         for name, file in sorted(source.files.items())
     ]
-    what = [str(source.origin.resolve()), stamps, source.config, dtype, DECODERS]
-    key = sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / f"{source.origin.resolve().stem}-{key}"
+    return _place(source.origin, [stamps, source.config, dtype])
+
+
+def copy_of_file(file: Path, dtype: str) -> Path | None:
+    """The plain copy of a source that is a single file, which is not opened; None without one."""
+    folder = _place_of_file(file, identity(file), dtype)
+    return folder if (folder / SOURCE).is_file() else None
+
+
+def _place_of_file(file: Path, stamp: tuple[int, ...], dtype: str) -> Path:
+    """All that is written comes from the file, and from what libraries know of its kind."""
+    return _place(file, [stamp, _versions(), dtype])
+
+
+def _place(origin: Path, what: list[Any]) -> Path:
+    whole = json.dumps([str(origin.resolve()), *what, DECODERS], sort_keys=True)
+    key = sha256(whole.encode()).hexdigest()[:16]
+    return cache_folder() / f"{origin.resolve().stem}-{key}"
 
 
 def cache_folder() -> Path:
@@ -97,6 +120,12 @@ def source_of(folder: Path) -> dict[str, Any] | None:
 def _stamp(file: Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_size, status.st_mtime_ns
+
+
+def _versions() -> dict[str, str]:
+    with suppress(PackageNotFoundError):
+        return {**versions(), "gguf": version("gguf")}
+    return versions()
 
 
 @contextmanager
@@ -124,6 +153,7 @@ def _make(source: PlainSource, folder: Path, dtype: str, progress: Progress, mos
         origin = str(source.origin.resolve())
         record = {"format": source.format, "folder": origin, "weights": stamps, "dtype": dtype}
         write_json(partial / SOURCE, record)
+        _refuse_changed(source, folder, dtype)
         for file in (*partial.rglob("*"), partial):
             sync(file)
         shutil.rmtree(folder, ignore_errors=True)  # one without its source.json
@@ -131,6 +161,16 @@ def _make(source: PlainSource, folder: Path, dtype: str, progress: Progress, mos
         sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _refuse_changed(source: PlainSource, folder: Path, dtype: str) -> None:
+    """Raise BadCheckpoint where the source is no longer what it was when its copy was begun."""
+    now = replace(source, identity=identity(source.origin)) if source.identity else source
+    if place_of(now, dtype) != folder:
+        raise BadCheckpoint(
+            f"{source.origin} changed while it was unpacked. Let it be during a run, and begin "
+            "again."
+        )
 
 
 def _refuse_full(source: PlainSource, folder: Path, size: int) -> None:
