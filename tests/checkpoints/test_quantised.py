@@ -585,6 +585,28 @@ def test_a_state_that_is_no_object_is_refused(text: str, tmp_path: Path):
         resolve(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"nested_offset": None}, "without shape, blocksize or dtype, or those of its scales"),
+        ({"nested_blocksize": None}, "without shape, blocksize or dtype, or those of its scales"),
+        ({"quant_type": "fp4"}, "that says fp4, float32"),
+        ({"nested_dtype": "float16"}, "that says nf4, float16"),
+    ],
+)
+def test_a_state_of_another_kind_is_refused(change: dict[str, str | None], words: str, tmp_path: Path):
+    """The library goes by what the state says, and has nothing in place of what is missing."""
+    folder = quantised_llama("bnb-nf4-nested", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = f"{UP}.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(bytes(tensors[name].tolist())) | change
+    text = json.dumps({key: value for key, value in state.items() if value is not None})
+    tensors[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
+    write(folder, tensors, {})
+    with pytest.raises(BadCheckpoint, match=rf"{UP}\.weight in .* has a quant_state.* {words}"):
+        resolve(folder)
+
+
 def test_groups_of_settings_are_those_of_compressed_tensors(tmp_path: Path):
     """Without the name of the method they are read as FP8 else, which looks for another key with the block."""
     folder = quantised_llama("ct-fp8-block", tmp_path / "model")

@@ -162,6 +162,7 @@ def bitsandbytes(parts: Parts, settings: Settings) -> Tensor:
     scales = parts["weight.absmax"]
     if "weight.nested_absmax" in parts:
         assert scales.dtype == torch.uint8
+        assert state["nested_dtype"] == "float32"
         assert parts["weight.nested_quant_map"].shape == (256,)
         block = torch.arange(len(scales)) // state["nested_blocksize"]
         assert len(parts["weight.nested_absmax"]) == block[-1] + 1

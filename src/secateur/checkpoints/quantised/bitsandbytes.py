@@ -100,11 +100,17 @@ def _state(packed: Packed, part: str) -> dict[str, Any]:
     state = state if isinstance(state, dict) else {}
     shape = state.get("shape")
     sizes = isinstance(shape, list) and bool(shape) and all(isinstance(n, int) for n in shape)
-    blocks = [state.get("blocksize"), state.get("nested_blocksize", 2)]
+    blocks, nested = [state.get("blocksize")], packed.has(".nested_absmax")
+    if nested:
+        blocks.append(state.get("nested_blocksize"))
+        sizes = sizes and isinstance(state.get("nested_offset"), (int, float))
     even = all(isinstance(size, int) and size > 0 and size % 2 == 0 for size in blocks)
-    offset = isinstance(state.get("nested_offset", 0.0), (int, float))
-    if not sizes or not even or not offset or str(state.get("dtype")) not in DTYPES:
-        raise packed.bad(f"has a {part.lstrip('.')} without shape, blocksize or dtype")
+    if not sizes or not even or str(state.get("dtype")) not in DTYPES:
+        needed = "shape, blocksize or dtype" + ", or those of its scales" * nested
+        raise packed.bad(f"has a {part.lstrip('.')} without {needed}")
+    kind = state.get("quant_type")
+    if STATES.get(str(kind)) != part or state.get("nested_dtype", "float32") != "float32":
+        raise packed.bad(f"has a {part.lstrip('.')} that says {kind}, {state.get('nested_dtype')}")
     return state
 
 
