@@ -256,6 +256,13 @@ def test_tensors_are_read_as_the_library_reads_them(spoilt):
         assert checkpoint.tensor(name).dtype == tensor.dtype
 
 
+def test_a_token_for_the_unknown_that_is_unknown(spoilt, refused):
+    """transformers looks for it until the stack ends."""
+    case = spoilt("llama")
+    change(case.model / "tokenizer_config.json", unk_token="")
+    refused(case, "export gguf", "names '' as its unk_token, which its vocabulary does not have")
+
+
 # What is no plain file.
 
 

@@ -379,6 +379,7 @@ def test_a_file_that_announces_more_than_it_holds_is_not_read_on(file):
         ("tokenizer.ggml.model", 8, b"\xff\xfe", "is no sound GGUF file"),
         ("split.count", 8, b"x", r"is one of x parts\. Join them first"),
         ("llama.attention.head_count", 4, 1000, "is not a multiple of the number of attention heads"),
+        ("llama.block_count", 4, 2**20, r"sets 1048576 blocks and holds \d+ tensors"),
         ("llama.attention.head_count_kv", 4, 3, r"attn_k\.weight in .* holds 2048 numbers, and .* is \[48, 64\]"),
     ],
 )

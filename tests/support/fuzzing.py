@@ -262,7 +262,8 @@ def judged(case: Case, command: str, text: Path) -> tuple[str, str]:
             return "traceback", traceback.format_exc()[-3000:]
     grown = peak() - held() if peak() else 0
     out, err = said
-    if grown > MEMORY or ("allocate memory" in err and "os error 12" not in err):  # a file mapped is no memory
+    mapped = "os error 12" in err or "Errno 12" in err  # a file that is mapped is no memory
+    if grown > MEMORY or ("allocate memory" in err and not mapped):
         return "memory", f"{grown / 2**20:.0f} MiB more; {err[:500]}"
     return _words(case, command, code, out, err)
 

@@ -44,9 +44,23 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise BadCheckpoint(
             f"{folder} has no tokenizer with a vocabulary. Copy tokenizer.json or the like there."
         )
+    _refuse_unknown_unknown(tokenizer, folder)
     with silent():
         encode(tokenizer, ["a few words"])
     return tokenizer
+
+
+def _refuse_unknown_unknown(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raise BadCheckpoint where the token for what is unknown is unknown itself: transformers looks
+    it up for ever.
+    """
+    try:
+        tokenizer.convert_tokens_to_ids(str(tokenizer.unk_token))
+    except RecursionError as error:
+        raise BadCheckpoint(
+            f"The tokenizer of {folder} names {tokenizer.unk_token!r} as its unk_token, which its "
+            "vocabulary does not have. Mend tokenizer_config.json, or fetch it again."
+        ) from error
 
 
 def encode(
