@@ -180,4 +180,4 @@ def test_a_long_text_is_read_alike_in_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "OVERLAP", 100)
     text = "the cat sees a dog and runs " * 100
     (ids,) = pieces.ids_of(Reader(byte_tokenizer(), "never"), [text])  # type: ignore[arg-type]
-    assert list(ids) == plain_ids(text)
+    assert ids.tolist() == plain_ids(text)

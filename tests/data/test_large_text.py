@@ -1,13 +1,13 @@
 """Text of any size: read as wanted, tokenised in pieces, drawn without reading all of it."""
 
 import bz2
+import errno
 import gzip
 import io
 import json
 import lzma
 import random
 import tracemalloc
-from array import array
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,18 @@ import torch
 from pyarrow import parquet
 from support.texts import WORDS, byte_tokenizer
 
-from secateur.data import corpora, long_text, pieces, readers, sampling
+from secateur.data import corpora, id_stream, long_text, pieces, readers, sampling
 from secateur.data.calibration import calibration_windows
 from secateur.data.corpora import StoredTexts, corpus_of
 from secateur.data.demo import documents, model_folder
+from secateur.data.id_stream import IdStream
 from secateur.data.long_text import LongText
 from secateur.data.overlap import overlapping
 from secateur.data.pieces import append_long, batches, stream_of
 from secateur.data.reader import Reader
 from secateur.data.tokenizer import encode, load_tokenizer
 from secateur.data.windows import border_of, evaluation_windows
-from secateur.errors import BadText
+from secateur.errors import BadText, DiskFull
 from secateur.recovery.text import recovery_windows
 
 LENGTH = 64
@@ -76,9 +77,11 @@ def small_limits(monkeypatch):
 
 
 def long_ids(tokenizer, text) -> list[int]:
-    append_long(ids := array("i", [7]), tokenizer, text)
-    assert ids[0] == 7  # what was there before
-    return list(ids[1:])
+    (stream := IdStream()).extend([7])
+    append_long(stream, tokenizer, text)
+    first, *ids = stream.tensor().tolist()
+    assert first == 7  # what was there before
+    return ids
 
 
 def draw_of(source: str, samples: int, seed: int = 0, length: int = LENGTH):
@@ -171,7 +174,40 @@ def test_no_more_is_read_than_is_wanted(monkeypatch):
     assert stream.dtype == torch.int32
     assert 1000 <= len(stream) <= 1100
     assert len(asked) <= 24
+    asked.clear()
+    monkeypatch.setattr(pieces, "OVERLAP", 64)
+    texts = (asked.append(1) or "x y " * 100 for _ in range(9))  # long ones
+    assert 800 <= len(stream_of(byte_tokenizer(), texts, border_of, most=800)) <= 1300
+    assert len(asked) <= 3
     assert [len(some) for some in batches(["x" * 60, "y" * 60, "z" * 300, "w"])] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("held", [1, 10, 100, 10_000])
+def test_ids_wait_in_a_file(monkeypatch, held):
+    monkeypatch.setattr(id_stream, "HELD", held)
+    stream, expected, draw = IdStream(), [], random.Random(held)
+    for _ in range(60):
+        some = [draw.randrange(2**31) for _ in range(draw.randrange(40))]
+        stream.extend(some)
+        expected += some
+        if draw.random() < 0.2:
+            length = draw.randint(0, len(expected))
+            stream.cut(length)
+            del expected[length:]
+        assert len(stream) == len(expected)
+    found = stream.tensor()
+    assert (found.tolist(), found.dtype) == (expected, torch.int32)
+    assert IdStream().tensor().shape == (0,)
+
+
+def test_a_disk_too_small_for_ids_is_one_sentence(monkeypatch):
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(id_stream, "HELD", 10)
+    monkeypatch.setattr(id_stream.tempfile, "TemporaryFile", full)
+    with pytest.raises(DiskFull, match="The disk filled up while"):
+        draw_of("demo", 2)
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 6, 7, 12, 13, 50])
@@ -199,7 +235,7 @@ def test_a_long_text_is_never_held_as_one_string(tmp_path, monkeypatch):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert torch.equal(drawn.ids, expected)
-    # a byte a character, and the ids: four bytes for each of them, here one a byte
+    # a byte a character, and the ids that are held: four bytes for each of them, here one a byte
     assert len(text) > 500_000
     assert peak < 5.5 * len(text) + 2**20
 

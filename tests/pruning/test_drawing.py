@@ -12,6 +12,7 @@ from support.texts import chat_model
 import secateur
 from secateur.data import calibration
 from secateur.data.calibration import drawing_bytes
+from secateur.data.id_stream import HELD
 from secateur.data.prompts import prompt_characters
 from secateur.data.readers import LARGE
 from secateur.errors import BadText
@@ -37,9 +38,9 @@ def test_text_is_counted_by_its_files(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x" * 3000)
     (tmp_path / "b.txt").write_text("y" * 300)
     (tmp_path / "c.jsonl").write_text('{"text": "z"}\n' * 60)
-    assert held(tmp_path / "a.txt") == {"text": 3000, "token ids": 4000}
-    assert held(f"{tmp_path}/a.txt,{tmp_path}/b.txt") == {"text": 3000, "token ids": 4400}
-    assert held(tmp_path / "c.jsonl") == {"text": 0, "token ids": 60 * 14 * 4 // 3}
+    assert held(tmp_path / "a.txt") == {"text": 3000, "token ids": 4 * 3000}
+    assert held(f"{tmp_path}/a.txt,{tmp_path}/b.txt") == {"text": 3000, "token ids": 4 * 3300}
+    assert held(tmp_path / "c.jsonl") == {"text": 0, "token ids": 4 * 60 * 14}
     assert held(f"{tmp_path}/b.txt:0.5,{tmp_path}/a.txt:0.5") == held(tmp_path / "a.txt")  # one after the other
     for module in (calibration, calibration.corpus_of.__globals__):
         monkeypatch.setitem(vars(module) if module is calibration else module, "LARGE", 1000)
@@ -50,7 +51,7 @@ def test_text_is_counted_by_its_files(tmp_path, monkeypatch):
 
 def test_corpora_are_counted_without_fetching_them(tmp_path):
     assert held("c4") == held("wikitext2") == {}
-    assert held("owner/name") == {"text": LARGE, "token ids": 4 * LARGE // 3}
+    assert held("owner/name") == {"text": LARGE, "token ids": 4 * HELD}
     assert 0 < held("demo")["token ids"] < 10**8
     (tmp_path / "c4").mkdir()
     (tmp_path / "c4" / "train.jsonl").write_text('{"text": "z"}\n' * 60)
@@ -61,7 +62,7 @@ def test_a_plan_foresees_the_draw(tiny_llama, tmp_path):
     (tmp_path / "a.txt").write_text("x" * 3000)
     found = foreseen(tiny_llama, calibration=str(tmp_path / "a.txt"))
     assert found.text.memory.bytes == sum(found.text.memory.parts.values())
-    assert found.text.memory.parts["token ids"] == 4000
+    assert found.text.memory.parts["token ids"] == 4 * 3000
     assert found.text.memory.parts["calibration tokens"] == 4 * 32 * 8
     assert (found.text.tokens, found.text.seconds) == (None, None)
     assert "when drawing the calibration text: process 360 MB" in "\n".join(lines(found))

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.corpora import corpus_of, corpus_texts
+from secateur.data.id_stream import HELD
 from secateur.data.long_text import Document
 from secateur.data.readers import LARGE, is_packed, kind_of
 from secateur.data.sampling import BYTES_A_TOKEN, Sampling, sampled
@@ -73,10 +74,9 @@ def _drawn(
 def drawing_bytes(
     source: str, *, samples: int, length: int, data_dir: Path | None
 ) -> dict[str, int]:
-    """What drawing windows holds of a corpus, at most, by name: text, and ids of all its tokens.
+    """What drawing windows holds of a corpus, at most, by name: text, and ids of its tokens.
 
-    From the sizes of files alone; a token is taken to stand for three bytes. Raises BadText,
-    UnknownName.
+    From the sizes of files alone. Raises BadText, UnknownName.
     """
     shares = read_shares(source) or [Share(read_source(source), 1.0)]
     counts = apportioned([share.share for share in shares], samples)
@@ -90,7 +90,7 @@ def drawing_bytes(
 def _held(source: Source, tokens: int, data_dir: Path | None) -> dict[str, int]:
     """What drawing `tokens` of one corpus holds; rows of the hub's corpora stay on disk."""
     if source.data_set is not None:
-        return {"text": LARGE, "token ids": 4 * LARGE // 3}
+        return {"text": LARGE, "token ids": 4 * HELD}
     if source.corpus in ("c4", "wikitext2") and data_dir is None:
         return {}
     corpus = corpus_of(source, "calibration" if source.corpus == "demo" else "train", data_dir)
@@ -102,7 +102,7 @@ def _held(source: Source, tokens: int, data_dir: Path | None) -> dict[str, int]:
     if source.corpus == "c4":
         return {"text": min(size, LARGE)}
     largest = [min(corpus_bytes, LARGE) for corpus_bytes in (file.stat().st_size for file in whole)]
-    return {"text": max(largest, default=0), "token ids": 4 * size // 3}
+    return {"text": max(largest, default=0), "token ids": 4 * min(size, HELD)}
 
 
 def _windows_of_stream(

@@ -1,19 +1,18 @@
-"""Texts to one stream of token ids, in pieces: memory is that of the ids, four bytes a token.
+"""Texts to one stream of token ids, in pieces: many ids wait in a file, so memory has a bound.
 
 A long text is tokenised in pieces that overlap. They are joined at a place within the overlap where
 both have the same tokens, from there on and at the same characters, so the ids are those of the
 text as a whole; where there is no such place, the text is tokenised as a whole.
 """
 
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from secateur.data.chat import Chat
+from secateur.data.id_stream import IdStream
 from secateur.data.long_text import Document, LongText
 from secateur.data.tokenizer import encode, tokenize
 
@@ -35,20 +34,18 @@ def stream_of(
 
     Once there are `most`, no further text is asked for. Raises what `encode` does.
     """
-    stream = array("i")
+    stream = IdStream()
     for some in batches(texts):
         if long := _long_text(some):
             append_long(stream, tokenizer, long)
             stream.extend(border(tokenizer, long))
-            continue
-        for text, ids in zip(some, encode(tokenizer, some), strict=True):
-            stream.extend(ids)
-            stream.extend(border(tokenizer, text))
+        else:
+            for text, ids in zip(some, encode(tokenizer, some), strict=True):
+                stream.extend(ids)
+                stream.extend(border(tokenizer, text))
         if most is not None and len(stream) >= most:
             break
-    if not stream:
-        return torch.empty(0, dtype=torch.int32)
-    return torch.frombuffer(stream, dtype=torch.int32)
+    return stream.tensor()
 
 
 def batches(texts: Iterable[Document]) -> Iterator[list[Document]]:
@@ -71,8 +68,8 @@ def ids_of(tokenizer: PreTrainedTokenizerBase, texts: list[Document]) -> list[An
     """The ids of each of the texts, a group of `batches`, as `encode` gives them."""
     if (long := _long_text(texts)) is None:
         return encode(tokenizer, texts)
-    append_long(stream := array("i"), tokenizer, long)
-    return [stream]
+    append_long(stream := IdStream(), tokenizer, long)
+    return [stream.tensor()]
 
 
 def _long_text(texts: list[Document]) -> str | LongText | None:
@@ -81,8 +78,8 @@ def _long_text(texts: list[Document]) -> str | LongText | None:
     return None if isinstance(first, Chat) or len(first) <= 2 * CHARACTERS else first
 
 
-def append_long(stream: Any, tokenizer: PreTrainedTokenizerBase, text: str | LongText) -> None:
-    """Append to ids, int32, those that the tokenizer gives for a long text as a whole."""
+def append_long(stream: IdStream, tokenizer: PreTrainedTokenizerBase, text: str | LongText) -> None:
+    """Append to ids those that the tokenizer gives for a long text as a whole."""
     before, start = len(stream), 0
     if not tokenizer.is_fast:
         stream.extend(encode(tokenizer, [text])[0])
@@ -95,7 +92,7 @@ def append_long(stream: Any, tokenizer: PreTrainedTokenizerBase, text: str | Lon
         following = _Piece.of(tokenizer, text, start)
         places = _meeting(piece, following, start + OVERLAP // 2)
         if places is None:
-            del stream[before:]
+            stream.cut(before)
             stream.extend(encode(tokenizer, [text])[0])
             return
         stream.extend(piece.ids[first : places[0]])

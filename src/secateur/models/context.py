@@ -9,6 +9,7 @@ from secateur.data.bos import bos_way
 from secateur.data.reader import Reader
 from secateur.data.windows import Windows
 from secateur.errors import NotEnoughText, UnsupportedModel
+from secateur.models.experts import has_list
 from secateur.models.replay import LanguageModel
 
 
@@ -59,7 +60,8 @@ def check_length(config: Any, length: int) -> None:
 
 
 def check_windows(language_model: LanguageModel, windows: Windows, batch_size: int) -> None:
-    """Raise UnsupportedModel for tokens that the model lacks, and windows longer than its context.
+    """Raise UnsupportedModel for tokens that the model lacks, windows longer than its context, and
+    where it is not known which tokens count.
 
     Raises NotEnoughText for batches of nothing.
     """
@@ -72,3 +74,19 @@ def check_windows(language_model: LanguageModel, windows: Windows, batch_size: i
             f"The tokenizer gives token {largest}, the model has {size}: they do not belong "
             "together."
         )
+    _refuse_unknown_tokens(language_model, windows)
+
+
+def _refuse_unknown_tokens(language_model: LanguageModel, windows: Windows) -> None:
+    """Raise UnsupportedModel where only some tokens count, and it is not known which of them reach
+    an expert.
+    """
+    if windows.counted is None:
+        return
+    for index, block in enumerate(language_model.blocks):
+        if has_list(block):
+            raise UnsupportedModel(
+                f"{language_model.block_name(index)} has experts that are modules of their own, "
+                "which are handed tokens without their places, so whose they are is not known. "
+                "Leave --calibration-on out."
+            )

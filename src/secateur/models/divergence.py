@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import NotEnoughText
 from secateur.models.replay import Shell, run_block, working_copy
 from secateur.models.stream.blocks import BlockRun
 
@@ -18,14 +19,26 @@ class DenseReference:
     """What the dense model makes of the first windows of a run, to compare changed models with.
 
     Hidden states are lists with a tensor for each batch: `entering` enters the first block,
-    `leaving` leaves the last. A changed model is run from the first block that differs by whoever
-    kept what enters it.
+    `leaving` leaves the last. Where only some tokens count, windows without any are passed over,
+    and what is compared is how those that count are foreseen. A changed model is run from the first
+    block that differs by whoever kept what enters it.
     """
 
     def __init__(self, run: BlockRun, windows: int) -> None:
+        tokens, counted = run.tokens[:windows], run.counted
+        self.foreseen: list[Tensor] | None = None  # by batch, whether the next token counts
+        if counted is not None:
+            next_counts = counted[:, 1:]
+            rows = next_counts.any(1).nonzero().flatten()[:windows]
+            if not len(rows):
+                raise NotEnoughText(
+                    "No token that counts has one before it in its window, so none is foreseen. "
+                    "Use a greater --seq-len, or leave --calibration-on out."
+                )
+            tokens, self.foreseen = run.tokens[rows], list(next_counts[rows].split(run.batch_size))
         self.blocks = run.language_model.blocks
         self.shell = Shell(run.language_model, run.devices[0], run.dtype)
-        self.batches = run.tokens[:windows].split(run.batch_size)
+        self.batches = tokens.split(run.batch_size)
         entered = [self.shell.enter(batch) for batch in self.batches]
         self.entering, self.calls = [h for h, _ in entered], [calls for _, calls in entered]
         self.leaving = self.entering
@@ -48,14 +61,22 @@ class DenseReference:
     def divergence(self, leaving: Sequence[Tensor], *, last: bool = True) -> float:
         """KL(dense ‖ changed), nats a token, for what leaves the last block of a changed model.
 
-        `last`: whether the prediction after the last token of a window counts too.
+        `last`: whether the prediction after the last token of a window counts too, where all do.
         """
-        positions = slice(None) if last else slice(-1)
-        means = []
-        for batch, *hidden in zip(self.batches, self.leaving, leaving, strict=True):
+        means, weights = [], []
+        for number, (batch, *hidden) in enumerate(
+            zip(self.batches, self.leaving, leaving, strict=True)
+        ):
             for window in range(len(batch)):  # one at a time: the logits of all of them may not fit
                 part = slice(window, window + 1)
                 logits = (self.shell.leave(batch[part], x[..., part, :, :]) for x in hidden)
-                p, q = (one[:, positions].float().log_softmax(-1) for one in logits)
+                places: slice | Tensor = slice(None) if last else slice(-1)
+                if self.foreseen is not None:
+                    places = self.foreseen[number][window].nonzero().flatten()
+                p, q = (one[:, places].float().log_softmax(-1) for one in logits)
                 means.append(divergence(p, q).double().mean())
-        return torch.stack(means).mean().item()
+                weights.append(p.shape[1])
+        if self.foreseen is None:
+            return torch.stack(means).mean().item()
+        share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+        return (torch.stack(means).cpu() * share).sum().item()

@@ -47,8 +47,11 @@ def outputs(module: nn.Module, part: str) -> int:
     return getattr(module, part).shape[2 if is_transposed(module) else 1]
 
 
-def routed(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(expert, inputs of its first matrix), for every expert that saw a token.
+def routed(
+    module: nn.Module, hidden: Tensor, chosen: Tensor
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(expert, which tokens it saw `[tokens]` bool, inputs of its first matrix), for every expert
+    that saw a token.
 
     `hidden` is `[..., in]`; `chosen` holds the expert indices of each token, `[tokens, top_k]`.
     """
@@ -56,7 +59,8 @@ def routed(module: nn.Module, hidden: Tensor, chosen: Tensor) -> Iterator[tuple[
     chosen = chosen.reshape(len(hidden), -1)
     for expert in chosen.unique().tolist():
         if 0 <= expert < count(module):  # some routers mark a token that no expert takes
-            yield expert, hidden[(chosen == expert).any(1)]
+            mine = (chosen == expert).any(1)
+            yield expert, mine, hidden[mine]
 
 
 def product(module: nn.Module, part: str, expert: int, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,9 +28,19 @@ def watched(
         yield
 
 
+class Reached(NamedTuple):
+    """A weight matrix that a forward has reached, its input x, and, of an expert, which of the
+    batch's tokens that is, `[tokens]` bool.
+    """
+
+    name: str
+    x: Tensor
+    tokens: Tensor | None = None
+
+
 @contextmanager
-def visited(block: nn.Module, visit: Callable[[list[tuple[str, Tensor]]], None]) -> Iterator[None]:
-    """While open, call `visit([(name, x [tokens, in]), …])` where a forward reaches matrices.
+def visited(block: nn.Module, visit: Callable[[list[Reached]], None]) -> Iterator[None]:
+    """While open, call `visit([Reached, …])` where a forward reaches matrices.
 
     A linear layer comes alone; the first matrices of fused experts come together, and after them
     the second ones, whose inputs are computed when the first call has returned.
@@ -38,14 +48,18 @@ def visited(block: nn.Module, visit: Callable[[list[tuple[str, Tensor]]], None])
     fused = experts.fused_experts(block)
 
     def linear(name: str, arguments: list[Any]) -> None:
-        visit([(name, arguments[0])])
+        visit([Reached(name, arguments[0])])
 
     def both(name: str, arguments: list[Any]) -> None:
         module, (hidden, chosen) = fused[name], arguments[:2]
         first, second = experts.matrices(module)
-        visit([(f"{name}.{e}.{first}", x) for e, x in experts.routed(module, hidden, chosen)])
         routed = experts.routed(module, hidden, chosen)
-        visit([(f"{name}.{e}.{second}", experts.inner(module, e, x)) for e, x in routed])
+        visit([Reached(f"{name}.{e}.{first}", x, mine) for e, mine, x in routed])
+        inner = (
+            (e, mine, experts.inner(module, e, x))
+            for e, mine, x in experts.routed(module, hidden, chosen)
+        )
+        visit([Reached(f"{name}.{e}.{second}", x, mine) for e, mine, x in inner])
 
     with watched(linear_layers(block), linear), watched(fused, both):
         yield
@@ -55,8 +69,8 @@ def visited(block: nn.Module, visit: Callable[[list[tuple[str, Tensor]]], None])
 def recorded_inputs(block: nn.Module, record: Callable[[str, Tensor], None]) -> Iterator[None]:
     """While open, call `record(name, x [tokens, in])` for every matrix that a forward reaches."""
 
-    def visit(reached: list[tuple[str, Tensor]]) -> None:
-        for name, x in reached:
+    def visit(reached: list[Reached]) -> None:
+        for name, x, _ in reached:
             record(name, x)
 
     with visited(block, visit):

@@ -15,7 +15,6 @@ from secateur.methods import Method
 from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.patterns import kind_of
 from secateur.models.context import check_windows
-from secateur.models.experts import fused_experts, has_list
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.models.parts import parts_in_words
 from secateur.models.replay import LanguageModel
@@ -116,7 +115,6 @@ def prepare(
     """
     recipe, method, pattern = zeros
     check_windows(run.language_model, windows, run.batch_size)
-    refuse_uncounted_experts(run.language_model, windows)
     share = _checked_coverage(run.language_model, zeros, trust)
     if run.ranks.size > 1 and (method.refine or method.permute):
         raise UnsupportedModel(
@@ -150,18 +148,6 @@ def prepare(
     spill = run.spill if decided["spill"] else None
     run = replace(run, batch_size=decided["batch_size"], spill=spill)
     return report, Pruning(run, method, plan, decided["passes"], recipe.keep_zeros)
-
-
-def refuse_uncounted_experts(language_model: LanguageModel, windows: Windows) -> None:
-    """Raise UnsupportedModel where only some tokens count and experts see tokens of their own."""
-    if windows.counted is None:
-        return
-    for index, block in enumerate(language_model.blocks):
-        if fused_experts(block) or has_list(block):
-            raise UnsupportedModel(
-                f"{language_model.block_name(index)} has experts, and which tokens reach each is "
-                "not told apart by who speaks. Leave --calibration-on out."
-            )
 
 
 def _checked_coverage(language_model: LanguageModel, zeros: Zeros, trust: Trust) -> float:

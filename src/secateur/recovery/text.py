@@ -76,7 +76,7 @@ def _documents(
     random.Random(seed).shuffle(order)
     for some in batches(texts[number] for number in order):
         for text, ids in zip(some, ids_of(tokenizer, some), strict=True):
-            yield torch.tensor(ids, dtype=torch.int64), torch.tensor(border_of(tokenizer, text))
+            yield torch.as_tensor(ids, dtype=torch.int64), torch.tensor(border_of(tokenizer, text))
 
 
 def _windows(documents: Iterable[tuple[Tensor, Tensor]], length: int) -> Iterator[Tensor]:

@@ -103,8 +103,7 @@ class Step:
         with self.seconds.counted("forward"):
             targets = self._dense_outputs()
         calls = (calls[self.index] for calls in self.inputs.calls)
-        counted = map(self.inputs.counted_in, range(len(self.inputs.calls)))
-        parts = zip(self.inputs.hidden, calls, targets, counted, strict=True)
+        parts = zip(self.inputs.hidden, calls, targets, self.inputs.masks(), strict=True)
         return [Batch(*part) for part in parts]
 
     def groups(self) -> list[list[str]]:

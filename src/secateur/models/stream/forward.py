@@ -143,6 +143,10 @@ class ForwardPass:
         """The tokens of a batch that count, `[windows, length]` bool; None for all."""
         return None if self.counted is None else self.counted[number]
 
+    def masks(self) -> list[Tensor | None]:
+        """The tokens that count, batch by batch."""
+        return [self.counted_in(number) for number in range(len(self.hidden))]
+
     def forward(self, share: int, number: int) -> Tensor:
         """What the block at hand makes of one batch, on the device that has it."""
         hidden = self.hidden[number].to(self.run.devices[share])

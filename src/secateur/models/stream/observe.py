@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods.statistics import OF_DENSE, Stats
-from secateur.models.hooks import recorded_inputs
+from secateur.models.hooks import Reached, visited
 from secateur.models.stream.forward import ForwardPass, linear_inputs
 from secateur.system.tensors import is_finite
 
@@ -47,7 +47,7 @@ def observe(
 
     def look(share: int) -> Watch:
         watch = Watch(need, only)
-        with recorded_inputs(flow.replicas[share], watch.see):
+        with visited(flow.replicas[share], watch.see_all):
             for number in flow.batches_of(share)[: None if need else 1]:
                 pairs = linear_inputs(paired, share, number, only) if paired else {}
                 watch.next_batch(probed(flow, probe, number), pairs, flow.counted_in(number))
@@ -117,8 +117,15 @@ class Watch:
         self._seen.clear()
         self._probe, self._dense, self._counted = probe, dense, counted
 
-    def see(self, name: str, x: Tensor) -> None:
-        """Add an input `[…, in]` that a forward has brought to a weight matrix."""
+    def see_all(self, reached: Sequence[Reached]) -> None:
+        """Add what a forward has brought to some weight matrices."""
+        for one in reached:
+            self.see(*one)
+
+    def see(self, name: str, x: Tensor, tokens: Tensor | None = None) -> None:
+        """Add an input `[…, in]` that a forward has brought to a weight matrix, of `tokens` as
+        `Reached` has them.
+        """
         if self.only is not None and name not in self.only:
             return
         _settle(x)  # what was launched before is the forward pass's
@@ -129,12 +136,12 @@ class Watch:
                 f"{name} shares its input with other matrices in one batch and not in the next."
             )
         if first == name and x.numel():
-            self._add(name, x)
+            self._add(name, x, tokens)
         _settle(x)
         self.seconds += perf_counter() - started
 
-    def _add(self, name: str, inputs: Tensor) -> None:
-        x = chosen_tokens(name, inputs, self._counted)
+    def _add(self, name: str, inputs: Tensor, tokens: Tensor | None) -> None:
+        x = chosen_tokens(name, inputs, self._counted, tokens)
         if not len(x):
             return
         if self.need:
@@ -150,15 +157,22 @@ class Watch:
             self.probes[name] = kept if before is None else torch.cat([before, kept])
 
 
-def chosen_tokens(name: str, x: Tensor, counted: Tensor | None) -> Tensor:
+def chosen_tokens(
+    name: str, x: Tensor, counted: Tensor | None, tokens: Tensor | None = None
+) -> Tensor:
     """Those of the inputs x `[…, in]` of a matrix whose tokens count, `[tokens, in]`.
 
-    `counted` is `[windows, length]` bool, None for all; x is `[…, windows, length, in]`, or has
-    these two in one. Raises UnsupportedModel for any other arrangement.
+    `counted` is `[windows, length]` bool, None for all; x is `[…, windows, length, in]`, or has a
+    one between these two, or has them in one, or has those `tokens` that reach an expert. Raises
+    UnsupportedModel for any other arrangement.
     """
     if counted is None:
         return x.reshape(-1, x.shape[-1])
     rows = counted.to(x.device)
+    if tokens is not None and len(tokens) == rows.numel():
+        return x[rows.flatten()[tokens]]
+    if x.dim() == 4 and (len(x), *x.shape[1:3]) == (len(rows), 1, rows.shape[1]):
+        x = x.squeeze(1)  # as if of one head: the compressed keys and values of DeepSeek
     if x.shape[-3:-1] == rows.shape:
         return x[..., rows, :].reshape(-1, x.shape[-1])
     if x.dim() == 2 and len(x) == rows.numel():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from secateur.errors import UnsupportedModel
 from secateur.models import experts
-from secateur.models.hooks import visited
+from secateur.models.hooks import Reached, visited
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import Call, run_block
 from secateur.models.stream.forward import ForwardPass
@@ -47,12 +47,12 @@ class InputGroups(NamedTuple):
 def find_groups(block: nn.Module, hidden: Tensor, call: Call) -> InputGroups:
     """The stages of a block, asked of one forward."""
     known = weight_matrices(block)
-    reached: list[tuple[str, Tensor]] = []
+    reached: list[Reached] = []
     with visited(block, reached.extend):
         run_block(block, hidden, call)
-    first = dict(reversed(reached))  # the first input of a matrix that is called twice
+    first = {name: x for name, x, _ in reversed(reached)}  # of a matrix that is called twice
     groups: dict[object, list[str]] = {}
-    for name in dict(reached):
+    for name in dict.fromkeys(one.name for one in reached):
         parameter, x = known[name].parameter, first[name]
         if known[name].expert:
             groups[parameter] = [n for n, one in known.items() if one.parameter == parameter]
@@ -68,7 +68,7 @@ class _Forward:
     """One batch on its way through the block: the last stage reached, and its inputs there."""
 
     def __init__(self, run: Callable[[], Tensor]) -> None:
-        self.stage, self.waiting = -1, list[tuple[str, Tensor]]()
+        self.stage, self.waiting = -1, list[Reached]()
         self.seen: dict[int, ref[Tensor]] = {}  # the input of every stage passed
         self.output: Tensor | None = None
         self.stack = greenlet(run)
@@ -94,8 +94,8 @@ class PausedForwards:
         self._hooks = ExitStack()  # as long as a call of a module stands, its hooks must not change
         self._hooks.enter_context(visited(block, self._visit))
 
-    def inputs(self, stage: int) -> Iterator[tuple[int, list[tuple[str, Tensor]]]]:
-        """(batch, [(matrix, input [tokens, in]), …]) of every forward once it has come to `stage`.
+    def inputs(self, stage: int) -> Iterator[tuple[int, list[Reached]]]:
+        """(batch, what it has reached) of every forward once it has come to `stage`.
 
         The first matrix of a shared input stands for all. A forward that misses the stage has none.
         """
@@ -126,13 +126,13 @@ class PausedForwards:
         output = forward.stack.switch()
         forward.output = output if forward.stack.dead else None
 
-    def _visit(self, reached: list[tuple[str, Tensor]]) -> None:
+    def _visit(self, reached: list[Reached]) -> None:
         """Inside a forward: wait for `_go_on` where it comes to another stage."""
         forward = self._running
-        reached = [(name, x) for name, x in reached if name in self._stage_of]
+        reached = [one for one in reached if one.name in self._stage_of]
         if not reached or forward is None:
             return
-        name, x = reached[0]
+        name, x, _ = reached[0]
         stage = self._stage_of[name]
         if stage > forward.stage:
             forward.stage, forward.waiting, forward.seen[stage] = stage, reached, ref(x)
@@ -175,11 +175,10 @@ class PausedPass:
             # Which tokens reach an expert differs between two models: no pairs to sum over.
             pairs = theirs[0].inputs(stage) if theirs and not fused else None
             for number, reached in ours.inputs(stage):
-                dense = dict(next(pairs)[1]) if pairs else {}
+                dense = {name: x for name, x, _ in next(pairs)[1]} if pairs else {}
                 counted = self.flow.counted_in(number)
                 watch.next_batch(probed(self.flow, probe, number), dense, counted)
-                for name, x in reached:
-                    watch.see(name, x)
+                watch.see_all(reached)
             return watch
 
         started = perf_counter()

@@ -143,11 +143,6 @@ def make_plan(
     progress.begin(f"planning by {allocate}")
     devices, batch_size = resources.devices, resources.batch_size
     dtype = forward_dtype(resources.dtype, devices[0])
-    if windows.counted is not None and allocate == "search":
-        raise BadPlan(
-            "search looks at predictions after all tokens, and --calibration-on assistant counts "
-            "some. Use --allocate error, or leave it out."
-        )
     run = BlockRun(
         language_model,
         windows.ids,

@@ -110,7 +110,7 @@ class BlockSlicer:
         return [(i, working_copy(blocks[i], self.step.device, self.run.dtype)) for i in self.span]
 
     def _kept_experts(self, removal: BlockRemoval) -> dict[str, Tensor]:
-        routed = routed_to(self.step.block, self._batches())
+        routed = routed_to(self.step.block, self._batches(), self.step.inputs.masks())
         # of every group in which a router looks for experts the same number goes
         groups = getattr(self.run.language_model.model.config, "n_group", None) or 1
         score = EXPERTS[self.method.selections["experts"]]
@@ -139,7 +139,8 @@ class BlockSlicer:
         if self.absorbing in choices:
             targets = [b.target.to(step.device) for b in step.batches()] if dense else None
             span, name = self._span_blocks(), str(self.absorbing)
-            added = missing(step.block, span, name, step.inputs.windows(), step.index, targets)
+            windows, masks = step.inputs.windows(), step.inputs.masks()
+            added = missing(step.block, span, name, windows, step.index, targets, masks)
         started = perf_counter()
         removed = {
             name: self._remove_from(
@@ -192,7 +193,8 @@ class BlockSlicer:
             selection = SELECTIONS["energy"]
         if "taylor" in selection.need:
             block = working_copy(self.step.block, self.step.device, torch.float32)
-            score = taylor(block, name, inputs, self._batches()).to(weight.device)
+            masks = self.step.inputs.masks()
+            score = taylor(block, name, inputs, self._batches(), masks).to(weight.device)
             stats = Stats(stats.tokens, {**stats.sums, "taylor": score})
         return selection.choose(weight, stats, inputs, choice.removed).tolist()
 

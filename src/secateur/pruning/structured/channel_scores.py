@@ -17,6 +17,7 @@ loss.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -132,12 +133,17 @@ SELECTIONS: dict[str, Selection] = {
 
 
 def taylor(
-    block: nn.Module, consumer: str, units: Tensor, batches: Iterable[tuple[Tensor, Call]]
+    block: nn.Module,
+    consumer: str,
+    units: Tensor,
+    batches: Iterable[tuple[Tensor, Call]],
+    masks: Iterable[Tensor | None] = repeat(None),
 ) -> Tensor:
     """The score of every unit of a consumer, float64 `[units]`, a sum over tokens.
 
-    `units` are its inputs `[units, inputs of each]`; the block is float32. Only for a module of its
-    own, no expert.
+    `units` are its inputs `[units, inputs of each]`; the block is float32. `masks`: by batch, the
+    tokens `[windows, length]` bool whose outputs count; None for all. Only for a module of its own,
+    no expert.
     """
     inputs: list[Tensor] = []
 
@@ -148,9 +154,11 @@ def taylor(
     draw = torch.Generator().manual_seed(0)
     score = torch.zeros(len(units), dtype=torch.float64)
     with block.get_submodule(consumer).register_forward_pre_hook(catch), torch.enable_grad():
-        for hidden, call in batches:
+        for (hidden, call), counted in zip(batches, masks, strict=False):
             output = run_block(block, hidden.float(), in_float32(call))
             projection = torch.randn(output.shape, generator=draw).to(output.device)
+            if counted is not None:
+                projection *= counted.to(output.device)[..., None]
             (gradient,) = torch.autograd.grad(output, inputs[0], projection)
             change = (inputs[0].detach() * gradient).flatten(0, -2)
             change = change[:, units]  # [tokens, units, inputs]

@@ -14,7 +14,8 @@ last matrix W of block i adds W x to h_i, the best linear stand-in is W + E[δ x
 of the block's output instead; that is contained in this.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from secateur.models.hooks import recorded_inputs
 from secateur.models.matrices import WeightMatrix, weight_matrices
 from secateur.models.replay import Call, in_float32, run_block, working_copy
 from secateur.models.stream.blocks import BlockRun, stream
+from secateur.models.stream.observe import chosen_tokens
 
 KL_WINDOWS = 32
 Holds = Callable[[Sequence[int]], bool]
@@ -54,22 +56,28 @@ def angular(run: BlockRun, count: int, holds: Holds) -> list[int]:
 
 
 def _cosines(run: BlockRun, span: int, *, last: bool) -> list[float]:
-    """The mean cosine of what enters block i and leaves i + span − 1, at all tokens or the last."""
+    """The mean cosine of what enters block i and leaves i + span − 1, at all tokens or the last;
+    where only some count, at these or the last of these in each window.
+    """
     entering: list[list[Tensor]] = []
     cosines: list[float] = []
     count = len(run.language_model.blocks)
 
-    def part(hidden: Tensor) -> Tensor:
-        return (hidden[..., -1:, :] if last else hidden).to("cpu", copy=True)
+    def part(hidden: Tensor, counted: Tensor | None) -> Tensor:
+        if counted is None:
+            return (hidden[..., -1:, :] if last else hidden).to("cpu", copy=True)
+        places = counted & (counted.flip(1).cumsum(1).flip(1) == 1) if last else counted
+        return hidden[..., places.to(hidden.device), :].to("cpu", copy=True)
 
     for step in stream(run):
         run.progress.advance(f"influence of {step.name}", step.index, count)
-        windows = step.inputs.windows()
-        entering.append([part(hidden) for hidden, _ in windows])
+        windows, masks = step.inputs.windows(), step.inputs.masks()
+        entering.append([part(h, mask) for (h, _), mask in zip(windows, masks, strict=True)])
         if len(entering) > span:
             cosines.append(_cosine(entering.pop(0), entering[-1]))
         if step.index == count - 1:
-            leaving = [part(run_block(step.block, h, calls[step.index])) for h, calls in windows]
+            outputs = (run_block(step.block, h, calls[step.index]) for h, calls in windows)
+            leaving = [part(h, mask) for h, mask in zip(outputs, masks, strict=True)]
             cosines.append(_cosine(entering.pop(0), leaving))
     return cosines
 
@@ -168,22 +176,22 @@ def missing(
     windows: Sequence[tuple[Tensor, list[Call]]],
     index: int,
     dense: Sequence[Tensor] | None = None,
+    masks: Iterable[Tensor | None] = repeat(None),
 ) -> Missing:
     """What should be added to what a block gives, on all batches.
 
     That is the effect of a span of blocks that are removed; with `dense`, what the dense block
     gives on dense inputs by batch, also all that the stream has lost before. `block`, its number
     `index`, and the span are working copies on the device of the hidden states; x are the inputs of
-    `matrix`.
+    `matrix`. `masks`: by batch, the tokens that count, `[windows, length]` bool; None for all.
     """
     total, power, tokens = torch.zeros(()), 0.0, 0
-    for batch, (hidden, calls) in enumerate(windows):
+    for batch, ((hidden, calls), counted) in enumerate(zip(windows, masks, strict=False)):
         before, (inputs,) = _inputs(block, matrix, hidden, calls[index])
         after = before if dense is None else dense[batch]
         for number, module in span:
             after = run_block(module, after, calls[number])
-        delta = (after - before).float().flatten(0, -2)
-        x = inputs.float().flatten(0, -2)
+        delta, x = (chosen_tokens(matrix, one.float(), counted) for one in (after - before, inputs))
         x = torch.cat([x, torch.ones(len(x), 1, device=x.device)], 1)
         total = total.to(x.device) + (delta.T @ x).double()
         power += delta.double().square().sum().item()

@@ -8,6 +8,8 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from secateur.models import experts
 from secateur.models.hooks import watched
 from secateur.models.replay import Call, run_block
+from secateur.models.stream.observe import chosen_tokens
 
 
 @dataclass
@@ -54,28 +57,41 @@ def highest_in_groups(score: Tensor, count: int, groups: int) -> Tensor:
 
 
 @torch.no_grad()
-def routed_to(block: nn.Module, batches: Iterable[tuple[Tensor, Call]]) -> dict[str, Routed]:
-    """What every fused experts module of a block sees while batches go through it, by its name."""
+def routed_to(
+    block: nn.Module,
+    batches: Iterable[tuple[Tensor, Call]],
+    masks: Iterable[Tensor | None] = repeat(None),
+) -> dict[str, Routed]:
+    """What every fused experts module of a block sees while batches go through it, by its name.
+
+    `masks`: by batch, the tokens that count, `[windows, length]` bool; None for all.
+    """
     fused = experts.fused_experts(block)
     routed: dict[str, Routed] = {}
 
-    def see(name: str, arguments: list[Any]) -> None:
+    def see(counted: Tensor | None, name: str, arguments: list[Any]) -> None:
         module, (hidden, chosen, gates) = fused[name], arguments[:3]
         nothing = torch.zeros(experts.count(module), dtype=torch.float64)
         seen = routed.setdefault(name, Routed(nothing, nothing.clone()))
         chosen = chosen.reshape(-1, chosen.shape[-1])
         gates = gates.reshape(len(chosen), -1)
-        for expert, x in experts.routed(module, hidden, chosen):
+        hidden, chosen, gates = (
+            chosen_tokens(name, x.reshape(len(chosen), -1), counted)
+            for x in (hidden, chosen, gates)
+        )
+        if not len(chosen):
+            return
+        for expert, tokens, x in experts.routed(module, hidden, chosen):
             _, second = experts.matrices(module)
             output = experts.product(module, second, expert, experts.inner(module, expert, x))
             mine = chosen == expert
             whole = gates.shape != chosen.shape  # one gate for every expert, chosen or not
-            gate = gates[mine.any(1), expert] if whole else (gates * mine).sum(1)[mine.any(1)]
+            gate = gates[tokens, expert] if whole else (gates * mine).sum(1)[tokens]
             seen.tokens[expert] += len(output)
             norms = gate.double().abs() * output.double().norm(dim=1)
             seen.contribution[expert] += norms.sum().cpu()
 
-    with watched(fused, see):
-        for hidden, call in batches:
+    for (hidden, call), counted in zip(batches, masks, strict=False):
+        with watched(fused, partial(see, counted)):
             run_block(block, hidden, call)
     return routed

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from secateur.data.windows import Windows
 from secateur.errors import BadPattern, BadPlan, UnknownName
 from secateur.methods import REFINE_EPOCHS, read_name
 from secateur.methods.structures import Budget, Depth, Structure, Units, parts
@@ -108,18 +107,3 @@ def find_structure(structure: Structure, recipe: Recipe) -> StructuredMethod:
             f"{structure} takes {same}, so --skip {skip[0]} cannot leave one matrix out."
         )
     return method
-
-
-def refuse_uncounted(slices: Slices, windows: Windows) -> None:
-    """Raise BadPattern where only some tokens count and a structure looks at all of them."""
-    if windows.counted is None:
-        return
-    method, structure = slices.method, slices.structure
-    kinds = {"blocks" if isinstance(part, Depth) else part.of for part in parts(structure)}
-    selected = {method.selections[kind] for kind in kinds or method.selections}
-    if kinds & {"blocks", "experts"} or "taylor" in selected or method.dense_target or not kinds:
-        raise BadPattern(
-            f"{slices.recipe.method} for {structure} looks at what blocks make of all tokens, and "
-            "--calibration-on assistant counts some. Use channels or heads with fast, energy, obs "
-            "or flap (+repair, +refine), or leave it out."
-        )

@@ -35,7 +35,7 @@ from secateur.pruning.opening import Opened
 from secateur.pruning.structured.block import BlockSlicer
 from secateur.pruning.structured.depth import BLOCKS
 from secateur.pruning.structured.feasibility import Feasibility, Removal, block_parameters
-from secateur.pruning.structured.method import Slices, StructuredMethod, refuse_uncounted
+from secateur.pruning.structured.method import Slices, StructuredMethod
 from secateur.pruning.structured.names import Names
 from secateur.pruning.structured.size_budget import within_budget
 from secateur.pruning.structured.slicing import module_of
@@ -76,7 +76,6 @@ def prune_structure(
     recipe, method, structure = slices
     devices, batch_size = resources.devices, resources.batch_size
     check_windows(language_model, windows, batch_size)
-    refuse_uncounted(slices, windows)
     run = _block_run(opened, resources, progress)
     feasibility = feasibility or Feasibility(language_model, devices[0])
     options = {"dtype": resources.dtype, "batch_size": batch_size, "align": recipe.align}
