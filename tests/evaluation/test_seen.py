@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.command_line import run
@@ -11,7 +12,7 @@ from support.texts import WORDS
 import secateur
 from secateur.errors import BadCheckpoint
 
-GIVEN = {"samples": 8, "seq_len": 64}
+GIVEN: dict[str, Any] = {"samples": 8, "seq_len": 64}
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_text_that_was_calibrated_on_is_said(tiny_llama, texts, tmp_path, patter
 
 def test_text_that_was_trained_on_is_said(tiny_llama, texts, tmp_path):
     secateur.prune(tiny_llama, out=tmp_path / "out", method="magnitude", calibration=texts["one"], **GIVEN)
-    given = {"way": "masked", "steps": 2, "batch_size": 4, "seq_len": 64}
+    given: dict[str, Any] = {"way": "masked", "steps": 2, "batch_size": 4, "seq_len": 64}
     secateur.recover(tmp_path / "out", out=tmp_path / "tuned", text=texts["other"], **given)
     assert noted(tmp_path / "tuned", texts["other"]).endswith(f"{texts['other']}, on which the model was trained.")
     assert noted(tmp_path / "tuned", texts["one"]).endswith("on which the model was calibrated.")

@@ -26,7 +26,7 @@ from secateur.system.devices import find_resources
 from secateur.system.settings import Compute
 
 
-def foreseen(model, **options):
+def foreseen(model, **options) -> Any:
     return secateur.forecast(model, **{"samples": 4, "seq_len": 32, "measure": False, **options})
 
 
@@ -111,7 +111,7 @@ def prompts(tmp_path) -> str:
 
 def test_batches_are_as_small_as_the_limit_wants_them(tiny_llama):
     speech = Speech(build(tiny_config("llama"), torch.float32), 30, 100, True)
-    sizes = {batch: sum(speech.parts(batch).values()) for batch in (8, 4, 2, 1)}
+    sizes = {batch: int(sum(speech.parts(batch).values())) for batch in (8, 4, 2, 1)}
     assert sizes[8] > sizes[4] > sizes[2] > sizes[1]
     # four layers, and the copy of one, of keys and values of two heads of 16 numbers
     assert speech.parts(8)["keys and values"] == 8 * 130 * (4 + 1) * 2 * 2 * 16 * 4
@@ -130,7 +130,7 @@ def test_a_plan_foresees_what_the_model_says(model, prompts):
     assert found.text.tokens == 6 * 20  # 128 tokens of about 25 each
     assert found.text.seconds is None
     assert "up to 120 tokens that the model says, 4 prompts at once" in "\n".join(lines(found))
-    timed, longer = (secateur.forecast(model, samples=samples, seq_len=32, **options) for samples in (1, 64))
+    timed, longer = (foreseen(model, **options, samples=samples, measure=True) for samples in (1, 64))
     assert timed.text.seconds
     assert longer.text.tokens == 40 * 20  # more than all prompts can give
     assert any("Answers are taken to be as long as --self-tokens allow" in line for line in lines(timed))

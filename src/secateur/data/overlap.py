@@ -43,7 +43,9 @@ class Marks(Fields):
         size, each = run_length(length, []), max(min(MARKS, MOST_MARKS // count), 1)
         apart = -(-length // each)
         hashes = [_runs(window, size)[::apart] for window in windows]
-        return cls(run=size, hashes=b64encode(np.concatenate(hashes).astype("<i8")).decode())
+        return cls(
+            run=size, hashes=b64encode(np.concatenate(hashes).astype("<i8").tobytes()).decode()
+        )
 
     def met(self, windows: Tensor) -> int:
         """How many windows `[windows, length]` of another text have a marked run, at least so many

@@ -13,12 +13,12 @@ from secateur.system.typed import Fields, read_as
 
 
 class _Text(Fields):
-    source: str
+    source: str = "a text"
     marks: Marks | None = None
 
 
 class _Recovery(Fields):
-    text: _Text
+    text: _Text | None = None
 
 
 class _Record(Fields):

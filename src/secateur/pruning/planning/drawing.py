@@ -105,7 +105,7 @@ def text_forecast(
         return TextForecast(moment, batch, said * text.self_tokens)
     folder = Path(text.data_dir) if text.data_dir else None
     held = drawing_bytes(source, samples=work.samples, length=work.length, data_dir=folder)
-    parts = {"process": PROCESS_BYTES, "tokenising": TOKENISING_BYTES, **held}
+    parts: Parts = {"process": PROCESS_BYTES, "tokenising": TOKENISING_BYTES, **held}
     parts["calibration tokens"] = 8 * work.samples * work.length
     return TextForecast(_moment("drawing the calibration text", parts, True))
 
