@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import secateur
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.checkpoints.quantised import formats
-from secateur.checkpoints.quantised.gguf import gguf_source
+from secateur.checkpoints.quantised.gguf import _opened, gguf_source
 from secateur.checkpoints.quantised.gguf_tokenizer import SPLITS
 from secateur.checkpoints.quantised.unpack import write_plain
 from secateur.data import demo
@@ -442,6 +442,30 @@ def test_zeros_that_a_quantiser_moves_are_counted(kind, text_file, tmp_path):
     found = secateur.inspect(file, against=pruned).against
     assert found == Against(*expected)
     assert (found.came_back == 0) == (kind != "Q4_1")  # whose zero point need not be on its grid
+
+
+def test_a_long_vocabulary_is_passed_over(tmp_path):
+    """Everything behind it lies where the package's own reader, which takes seconds for it, sees it."""
+    config: Any = tiny_config("llama")
+    config.vocab_size = 3000
+    model: Any = AutoModelForCausalLM.from_config(config)
+    file = converted(saved(model, tmp_path / "source"), tmp_path / "gguf", "f32")
+    whole, quick = package.GGUFReader(file), _opened(file)[0]
+    assert len(whole.fields["tokenizer.ggml.tokens"].data) == len(quick.fields["tokenizer.ggml.tokens"].data) == 3000
+    assert quick.fields.keys() == whole.fields.keys()
+    for name, field in whole.fields.items():
+        if len(field.data) < 1000:
+            assert quick.fields[name].contents() == field.contents(), name
+    for one, other in zip(quick.tensors, whole.tensors, strict=True):
+        assert one.name == other.name
+        np.testing.assert_array_equal(one.data, other.data)
+    place = file.read_bytes().index(b"tokenizer.ggml.tokens") + len(b"tokenizer.ggml.tokens") + 4
+    for count in (10**7, 2**60):
+        longer = bytearray(file.read_bytes())
+        longer[place + 4 : place + 12] = count.to_bytes(8, "little")
+        (tmp_path / "longer.gguf").write_bytes(longer)
+        with pytest.raises(BadCheckpoint, match="it ends before what it announces"):
+            gguf_source(tmp_path / "longer.gguf")
 
 
 def test_every_command_takes_the_file(file, text_file, tmp_path, cache):

@@ -122,16 +122,13 @@ def gguf_config(contents: Contents, architecture: Architecture) -> Any:
 
 def _refuse_missing(contents: Contents, settings: Settings, default: Any) -> None:
     """Raise BadCheckpoint where a setting is missing for which llama.cpp has no default; that of
-    transformers is another model's. Also where there are more blocks than tensors.
+    transformers is another model's.
     """
     for names in NEEDED:
         field = SETTINGS.get(names[0])
         if (field is None or hasattr(default, field)) and settings.keys().isdisjoint(names):
             keys = " or ".join(f"{contents.architecture}.{name}" for name in names)
             raise BadCheckpoint(f"{contents.file} does not set {keys}. Fetch it again.")
-    blocks, count = settings["block_count"], len(contents.shapes)
-    if isinstance(blocks, int) and blocks > count:  # an empty model of a million takes minutes
-        raise BadCheckpoint(f"{contents.file} sets {blocks} blocks and holds {count} tensors.")
 
 
 def _named(
