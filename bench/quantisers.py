@@ -71,6 +71,7 @@ def of_torchao() -> Iterator[tuple[str, Quantise]]:
     quantization = import_module("torchao.quantization")
     granularity = import_module("torchao.quantization.granularity")
     mapping = import_module("torchao.quantization.quant_primitives").MappingType
+    dtypes: Any = torch  # its stubs know no int4
 
     def of(config: Any) -> Quantise:
         def quantise(w: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ def of_torchao() -> Iterator[tuple[str, Quantise]]:
     yield "float8", of(quantization.Float8WeightOnlyConfig())
     for name, kind in (("symmetric", mapping.SYMMETRIC), ("asymmetric", mapping.ASYMMETRIC)):
         config = quantization.IntxWeightOnlyConfig(
-            weight_dtype=torch.int4, granularity=granularity.PerGroup(64), mapping_type=kind
+            weight_dtype=dtypes.int4, granularity=granularity.PerGroup(64), mapping_type=kind
         )
         yield f"int4, groups of 64, {name}", of(config)
 

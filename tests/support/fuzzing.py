@@ -125,7 +125,8 @@ GGUFS = {
 def _gguf(place: Path, folder: Path, family: str, dtype: torch.dtype, kind: int) -> None:
     """A GGUF file with matrices of one type and vectors in float32."""
     dense = place / f"{folder.name}-dense"
-    tiny_model(family).to(dtype).save_pretrained(dense)
+    model: Any = tiny_model(family)
+    model.to(dtype).save_pretrained(dense)
     byte_tokenizer().save_pretrained(dense)
     stored = json.loads((dense / "tokenizer.json").read_text())
     stored["model"] |= {"unk_token": None, "merges": [["t", "h"]]}  # a vocabulary of real files has merges

@@ -137,12 +137,17 @@ EXPERTS = {
     "experts.down_proj_bias": ("ffn_down_exps.bias",),
 }
 """The tensors of the experts of a block, by the end of the parameter that they make."""
-_VALUES = {"part": lambda config: config.linear_value_head_dim}
+
+
+def _size(config: Any) -> int:
+    return config.linear_value_head_dim
+
+
 _QWEN35 = {
-    "attn_gate.weight": values_in_groups(**_VALUES),
-    "attn_qkv.weight": values_in_groups(first=2, **_VALUES),
-    "ssm_conv1d.weight": values_in_groups(first=2, **_VALUES),
-    "ssm_out.weight": values_in_groups(axis=1, **_VALUES),
+    "attn_gate.weight": values_in_groups(_size),
+    "attn_qkv.weight": values_in_groups(_size, first=2),
+    "ssm_conv1d.weight": values_in_groups(_size, first=2),
+    "ssm_out.weight": values_in_groups(_size, axis=1),
     "ssm_alpha.weight": values_in_groups(),
     "ssm_beta.weight": values_in_groups(),
     "ssm_dt.bias": values_in_groups(),
