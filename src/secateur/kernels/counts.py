@@ -47,9 +47,9 @@ def count(weight: Tensor) -> Counts:
         return count_in_torch(weight)
     rows = weight.reshape(-1, weight.shape[-1]).contiguous()
     counts = (ctypes.c_int64 * 7)()
-    size, threads = rows.dtype.itemsize, min(torch.get_num_threads(), len(rows))
+    bits, threads = BITS[rows.dtype], 1  # whoever has several matrices counts them side by side
     compiled.secateur_count(
-        best(), size, *addresses(rows), *rows.shape, *BITS[rows.dtype], counts, threads
+        best(), rows.dtype.itemsize, *addresses(rows), *rows.shape, *bits, counts, threads
     )
     zeros, negative, nans, infs, *densest = counts
     return Counts(zeros, negative, nans, infs, tuple(densest))
