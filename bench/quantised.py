@@ -101,14 +101,14 @@ def unpacking(model: Path, cache: Path) -> dict[str, float]:
     code = (
         "import sys, time; from secateur.models.load import resolve\n"
         "from secateur.system.memory import PeakMemory, anonymous_bytes\n"
-        "before, started = anonymous_bytes(), time.perf_counter()\n"
+        "before, started, own = anonymous_bytes(), time.perf_counter(), time.process_time()\n"
         "with PeakMemory() as peak: resolve(sys.argv[1])\n"
-        "print(time.perf_counter() - started, max(peak.bytes - before, 0))"
+        "print(time.perf_counter() - started, time.process_time() - own, max(peak.bytes - before, 0))"
     )
     env = {**os.environ, "SECATEUR_CACHE": str(cache)}
     done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, env=env, check=True)
-    seconds, size = map(float, done.stdout.split())
-    return {"seconds": seconds, "anonymous": size}
+    seconds, cpu, size = map(float, done.stdout.split())
+    return {"seconds": seconds, "cpu": cpu, "anonymous": size}
 
 
 def measure(model: Path, place: Path, rounds: int, method: str) -> dict[str, Any]:

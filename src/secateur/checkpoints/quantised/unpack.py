@@ -32,6 +32,7 @@ from secateur.errors import BadCheckpoint, DiskFull, UnknownName
 from secateur.system.files import disk_errors, identity, sync
 from secateur.system.json_files import read_json, write_json
 from secateur.system.machine import versions
+from secateur.system.memory import freed_memory_kept
 from secateur.system.progress import Progress
 from secateur.system.sizes import in_words
 
@@ -148,7 +149,8 @@ def _make(source: PlainSource, folder: Path, dtype: str, progress: Progress, mos
     )
     try:
         partial.mkdir()
-        write_plain(source, partial, dtype, progress, most)
+        with freed_memory_kept():  # or each piece asks the system for new pages
+            write_plain(source, partial, dtype, progress, most)
         stamps = {file.name: list(_stamp(file)) for file in source.weights}
         origin = str(source.origin.resolve())
         record = {"format": source.format, "folder": origin, "weights": stamps, "dtype": dtype}
