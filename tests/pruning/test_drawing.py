@@ -15,7 +15,7 @@ from secateur.data.calibration import drawing_bytes
 from secateur.data.id_stream import HELD
 from secateur.data.prompts import prompt_characters
 from secateur.data.readers import LARGE
-from secateur.errors import BadText
+from secateur.errors import BadText, NotEnoughText
 from secateur.models.generate import answers
 from secateur.pruning import own_text
 from secateur.pruning.own_text import own_file
@@ -47,6 +47,8 @@ def test_text_is_counted_by_its_files(tmp_path, monkeypatch):
     assert held(tmp_path / "a.txt", 16) == {"text": 2 * 16 * 16}
     with pytest.raises(BadText, match="There is no text file"):
         held(tmp_path / "none.txt")
+    with pytest.raises(NotEnoughText, match="leaves none for"):
+        held(f"{tmp_path}/b.txt:0.01,{tmp_path}/a.txt:0.99")
 
 
 def test_corpora_are_counted_without_fetching_them(tmp_path):

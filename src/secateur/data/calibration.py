@@ -76,10 +76,10 @@ def drawing_bytes(
 ) -> dict[str, int]:
     """What drawing windows holds of a corpus, at most, by name: text, and ids of its tokens.
 
-    From the sizes of files alone. Raises BadText, UnknownName.
+    From the sizes of files alone. Raises BadText, UnknownName, NotEnoughText.
     """
     shares = read_shares(source) or [Share(read_source(source), 1.0)]
-    counts = apportioned([share.share for share in shares], samples)
+    counts = _windows_of_each(source, shares, samples)
     held = [
         _held(share.source, count * length, data_dir)
         for share, count in zip(shares, counts, strict=True)
@@ -136,13 +136,7 @@ def _mixed(
 ) -> Windows:
     """Windows of several texts, each of one alone, in an order by the seed."""
     samples, length, seed = how
-    counts = apportioned([share.share for share in shares], samples)
-    if 0 in counts:
-        part = shares[counts.index(0)]
-        raise NotEnoughText(
-            f"Of {samples} samples the mixture {source!r} leaves none for {part.source.text}, "
-            f"whose share is {part.share:.2%}. Use more --samples, or leave that part out."
-        )
+    counts = _windows_of_each(source, shares, samples)
     parts = [
         _drawn(tokenizer, share.source, (count, length, seed), data_dir)
         for share, count in zip(shares, counts, strict=True)
@@ -163,6 +157,18 @@ def _mixed(
     )
     ids = torch.cat([one.ids for one in parts])[order]
     return Windows(ids, source, "mixture", seed, None, None, table)
+
+
+def _windows_of_each(source: str, shares: Sequence[Share], samples: int) -> list[int]:
+    """How many windows of a mixture are of each text. Raises NotEnoughText where that is none."""
+    counts = apportioned([share.share for share in shares], samples)
+    if 0 in counts:
+        part = shares[counts.index(0)]
+        raise NotEnoughText(
+            f"Of {samples} samples the mixture {source!r} leaves none for {part.source.text}, "
+            f"whose share is {part.share:.2%}. Use more --samples, or leave that part out."
+        )
+    return counts
 
 
 def apportioned(shares: Sequence[float], count: int) -> list[int]:
