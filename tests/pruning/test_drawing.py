@@ -138,6 +138,14 @@ def test_a_plan_foresees_what_the_model_says(model, prompts):
     assert any("Answers are taken to be as long as --self-tokens allow" in line for line in lines(timed))
 
 
+def test_what_a_model_keeps_is_not_guessed(prompts, tmp_path):
+    tiny_config("mamba").save_pretrained(tmp_path)
+    found = foreseen(tmp_path, calibration=prompts, method="wanda")
+    assert (found.text, found.fits) == (None, None)
+    assert found.left_out[-1] == "What the model takes to answer prompts is not known without its numbers."
+    assert "memory, text" not in "\n".join(lines(found))
+
+
 def test_a_run_answers_in_such_batches_and_goes_on_with_them(model, prompts, tmp_path, monkeypatch):
     speech = Speech(build(tiny_config("llama"), torch.float32), 40, 20, True)
     between = int(sum(speech.parts(2).values()))  # the prompts are shorter
