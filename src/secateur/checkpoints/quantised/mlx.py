@@ -3,12 +3,15 @@
 `weight` uint32 [out, in bits/32], `scales` and `biases` [out, groups]: a weight is `number * scale
 + bias`, as `mlx.core.dequantize` has it. In the modes mxfp4, mxfp8 and nvfp4 numbers are floats,
 and scales, without biases, are bytes. The settings give bits and group size, and others for single
-modules by their names.
+modules by their names. The experts of a block lie in one array for each matrix (`switch_mlp`), and
+are taken apart as transformers stores them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import FLOATS
+from secateur.checkpoints.quantised.base import DenseTensor
 from secateur.checkpoints.quantised.packed import (
     E2M1,
     Decoded,
@@ -27,6 +31,9 @@ from secateur.checkpoints.quantised.packed import (
     unpacked,
 )
 
+EXPERTS = re.compile(r"(.*)\.switch_mlp\.(gate|up|down)_proj\.weight")
+OTHER_NAMES = {"gate": "w1", "up": "w3", "down": "w2"}
+"""What the matrices of experts are called within `block_sparse_moe`."""
 PARTS = ("weight", "scales", "biases")
 BITS = (2, 3, 4, 5, 6, 8)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
@@ -47,10 +54,12 @@ def recognised(source: QuantisedFolder) -> bool:
 def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
     """The format in words, and every packed tensor."""
     tensors: dict[str, Any] = {}
+    kinds = set[str]()
     for packed in source.packed(".scales"):
         module = Packed(packed.checkpoint, f"{packed.prefix}.")
-        tensors |= _tensor(module, _settings_of(packed.prefix, source.settings))
-    kinds = {tensor.stored for tensor in tensors.values() if tensor}
+        stored, own = _tensor(module, _settings_of(packed.prefix, source.settings))
+        kinds.add(stored)
+        tensors |= own
     return " and ".join(sorted(kinds)), tensors
 
 
@@ -59,8 +68,38 @@ def _settings_of(module: str, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return own if isinstance(own, dict) else settings
 
 
-def _tensor(packed: Packed, settings: Mapping[str, Any]) -> Decoded:
-    """A packed tensor. Raises BadCheckpoint where its parts do not fit each other."""
+def _apart(
+    tensor: DenseTensor | None, decode: Callable[[int, int], Tensor]
+) -> DenseTensor | tuple[DenseTensor, ...] | None:
+    """The matrices of single experts where a tensor [experts, out, in] holds those of a block."""
+    match = EXPERTS.fullmatch(tensor.name) if tensor else None
+    if tensor is None or match is None:
+        return tensor
+    block, matrix = match.groups()
+    other = block.endswith("block_sparse_moe")
+    last = OTHER_NAMES[matrix] if other else f"{matrix}_proj"
+    experts, *shape = tensor.shape
+    return tuple(
+        replace(
+            tensor,
+            name=f"{block}.experts.{expert}.{last}.weight",
+            shape=tuple(shape),
+            read=partial(_expert, decode, expert),
+            stored_bytes=tensor.stored_bytes // experts,
+            pieces=None,
+        )
+        for expert in range(experts)
+    )
+
+
+def _expert(decode: Callable[[int, int], Tensor], expert: int) -> Tensor:
+    return decode(expert, expert + 1).squeeze(0)
+
+
+def _tensor(packed: Packed, settings: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """How a packed tensor is stored, and what it becomes. Raises BadCheckpoint where its parts do
+    not fit each other.
+    """
     mode = str(settings.get("mode", "affine"))
     bits, group = FLOAT_MODES.get(mode, (settings.get("bits", 4), settings.get("group_size", 64)))
     if mode not in ("affine", *FLOAT_MODES) or bits not in BITS or not isinstance(group, int):
@@ -80,7 +119,8 @@ def _tensor(packed: Packed, settings: Mapping[str, Any]) -> Decoded:
         )
     stored = f"MLX {bits}-bit, groups of {group}" if mode == "affine" else f"MLX {mode}"
     decode = partial(_rows, packed, mode, bits, shape)
-    return packed.dense("weight", shape, decode, stored, PARTS)
+    dense: Any = packed.dense("weight", shape, decode, stored, PARTS)
+    return stored, {name: _apart(tensor, decode) for name, tensor in dense.items()}
 
 
 def _rows(

@@ -21,9 +21,9 @@ ROWS = 256
 """Pieces of a matrix begin at a multiple of so many rows, which every format packs whole."""
 FLOAT8 = ("F8_E4M3", "F8_E5M2")
 WORDS = ("I32", "U32")
-Decoded = dict[str, DenseTensor | None]
-"""By the name of a stored tensor: the plain one that it becomes, None where it belongs to others.
-What is not named is plain already.
+Decoded = dict[str, DenseTensor | tuple[DenseTensor, ...] | None]
+"""By the name of a stored tensor: the plain one that it becomes, or several, None where it belongs
+to others. What is not named is plain already.
 """
 
 
@@ -132,7 +132,7 @@ def all_tensors(source: QuantisedFolder, decoded: Decoded) -> tuple[DenseTensor,
     Raises BadCheckpoint where one is left whose dtype no plain weight has: what was expected beside
     it is missing.
     """
-    tensors = []
+    tensors: list[DenseTensor] = []
     for name, place in source.checkpoint.places.items():
         tensor = decoded[name] if name in decoded else plain(source.checkpoint, name)
         if tensor is None:
@@ -142,7 +142,7 @@ def all_tensors(source: QuantisedFolder, decoded: Decoded) -> tuple[DenseTensor,
                 f"{name} in {source.checkpoint.folder} is stored as {place.dtype}, and no scales "
                 "for it are there. Fetch the checkpoint again."
             )
-        tensors.append(tensor)
+        tensors += tensor if isinstance(tensor, tuple) else (tensor,)
     return tuple(tensors)
 
 
