@@ -41,7 +41,7 @@ def windows() -> Windows:
 
 
 def test_there_are_enough_families():
-    assert len(set(MULTIMODAL) - set(REFUSED)) == 34
+    assert len(set(MULTIMODAL) - set(REFUSED)) == 44
 
 
 @pytest.mark.parametrize("family", sorted(set(MULTIMODAL) - set(REFUSED)))
@@ -76,6 +76,22 @@ def test_zeros_go_into_the_language_model_and_nowhere_else(family: str, tmp_path
         assert type(stock) is type(in_memory.model)
         expected = in_memory.model(tokens, use_cache=False).logits
         assert torch.equal(stock(tokens, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["chameleon", "fuyu"])
+def test_pictures_that_are_words_or_patches_stay_as_they_are(family: str, tmp_path: Path):
+    """Chameleon's configuration has none for its text, and Fuyu has no tower that outweighs it."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    model = tiny_multimodal(family)
+    model.save_pretrained(source)
+    report = prune_opened(open_checkpoint(source), load(source), windows(), out, method="magnitude", pattern="50%")
+    assert report.coverage >= 0.95
+    before, after = load_file(source / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == {tensor.name for tensor in inspect(out).tensors}
+    assert changed
+    assert not any("vqmodel" in name or "vision" in name for name in changed)
 
 
 @pytest.mark.parametrize("family", sorted(REFUSED))

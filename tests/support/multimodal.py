@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedConfig,
 from support.families import BLOCKS, HIDDEN, SMALL, SPECIAL
 
 MULTIMODAL = """
-    aria aya_vision cohere2_vision deepseek_vl ernie4_5_vl_moe exaone4_5 gemma3 gemma4 glm46v glm4v glm4v_moe
-    got_ocr2 granite_speech idefics2 idefics3 internvl janus lfm2_vl llava llava_next llava_onevision mistral3 ovis2
-    paligemma qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl
-    qwen3_vl_moe smolvlm vipllava voxtral
+    aria aya_vision cohere2_vision deepseek_vl emu3 ernie4_5_vl_moe exaone4_5 gemma3 gemma4 glm46v glm4v glm4v_moe
+    glm_ocr got_ocr2 granite_speech idefics2 idefics3 internvl janus lfm2_vl lfm3_vl lighton_ocr llava llava_next
+    llava_next_video llava_onevision minicpmv4_6 mistral3 ovis2 paddleocr_vl paligemma qwen2_5_omni_thinker
+    qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_asr qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe
+    smolvlm video_llama_3 video_llava vipllava voxtral
 """.split()  # noqa: SIM905
 """Families whose text part can be pruned."""
 
@@ -27,13 +28,15 @@ TOWER = {
     "deepstack_visual_indexes": [0, 1, 2], "fullatt_block_indexes": [1], "num_position_embeddings": 16,
     "spatial_merge_size": 2, "window_size": 64, "num_mel_bins": 8, "max_source_positions": 16, "n_window": 4,
     "conv_channels": 8, "downsample_hidden_size": 16, "cross_attention_frequency": 1, "encoder_hidden_size": 32,
-    "base_channels": 32, "position_embedding_size": 64,
+    "base_channels": 32, "channel_multiplier": [1, 2], "num_res_blocks": 1, "codebook_size": 64, "num_embeddings": 64,
+    "position_embedding_size": 64,
 }  # fmt: skip
 """The sizes of a tower, by whatever name its configuration has for them."""
 
 
 SECTIONS = {
-    "ernie4_5_vl_moe_text": [3, 3, 2], "glm4v_text": [3, 3, 2], "glm4v_moe_text": [2, 1, 1],
+    "ernie4_5_vl_moe_text": [3, 3, 2], "glm4v_text": [3, 3, 2], "glm4v_moe_text": [2, 1, 1], "glm_ocr_text": [2, 3, 3],
+    "paddleocr_vl_text": [2, 3, 3],
     "qwen2_5_omni_text": [2, 3, 3], "qwen2_5_vl_text": [2, 3, 3], "qwen2_vl_text": [2, 3, 3],
 }  # fmt: skip
 """How families that tell height from width share out the halves of a head."""
@@ -47,6 +50,13 @@ OTHERWISE: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
 }
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": 120, "IMGIMGAZ": 121, "IMGIMGBZ": 122}},
+    "emu3": {"vocabulary_map": {"<image>": 120, "<|extra_200|>": 121, "<|visual token 000000|>": 122}},
+}
+"""What families whose images are words of the vocabulary need, beside the sizes of their parts."""
 
 
 def _settable(config: PreTrainedConfig, name: str) -> bool:
@@ -90,7 +100,10 @@ def tiny_multimodal_config(model_type: str) -> PreTrainedConfig:
         key for key in sorted(default.to_dict()) if key.endswith(("token_id", "token_index")) and key not in whole
     ]
     whole |= {key: 100 + i for i, key in enumerate(special) if getattr(default, key) is not None}
-    return AutoConfig.for_model(model_type, **parts, **{k: v for k, v in whole.items() if _settable(default, k)})
+    if text is default:  # a configuration without one for its text
+        whole = SMALL | whole
+    settable = {key: value for key, value in whole.items() if _settable(default, key)}
+    return AutoConfig.for_model(model_type, **parts, **settable, **WHOLE.get(model_type, {}))
 
 
 def tiny_multimodal(model_type: str, *, seed: int = 0) -> PreTrainedModel:
