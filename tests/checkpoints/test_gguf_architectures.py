@@ -305,6 +305,11 @@ def test_the_largest_gemma_scales_queries_otherwise():
         assert gguf_config(contents, ARCHITECTURES[architecture]).query_pre_attn_scalar == scalar
 
 
+def test_a_count_of_no_experts_is_none(tmp_path):
+    config = config_of(tmp_path, "smollm3", {"expert_count": 0, "expert_used_count": 0})
+    assert config["model_type"] == "smollm3"
+
+
 def test_phi_3_has_a_rotation_for_each_of_two_lengths(tmp_path):
     factors = {f"rope_factors_{kind}.weight": np.linspace(1, most, 6, dtype=np.float32) for kind, most in
                (("short", 1.5), ("long", 40.0))}  # fmt: skip
@@ -332,6 +337,7 @@ def test_phi_3_has_a_rotation_for_each_of_two_lengths(tmp_path):
         ),
         ("olmo2", {"feed_forward_length": [128, 64, 128, 64]}, r"feed_forward_length for each block apart \(\[128, 64"),
         ("gpt_oss", {"rope.scaling.yarn_log_multiplier": 0.1}, "scales its rotation as 'yarn'"),
+        ("olmo2", {"rope.scaling.alpha": 2.0}, "scales its rotation as 'none'"),
         ("qwen3_5_text", {"nextn_predict_layers": 1, "block_count": 5}, None),
     ],
 )

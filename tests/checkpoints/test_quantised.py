@@ -645,6 +645,14 @@ def test_groups_that_do_not_exist_are_refused(tmp_path: Path):
             {"quant_method": "compressed-tensors", "format": "marlin-24"},
             r"is stored as marlin-24 of compressed-tensors",
         ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {}},
+                "sparsity_config": {"format": "sparse-24-bitmask"},
+            },
+            r"is packed as sparse-24-bitmask, and quantised as well\. Name the model that it was made from",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_named(words: dict[str, str], message: str, tmp_path: Path):

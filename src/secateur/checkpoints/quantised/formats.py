@@ -137,6 +137,11 @@ def refuse_unreadable(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def unreadable(folder: Path, settings: Mapping[str, Any]) -> str:
     """What to say of a quantised folder that cannot be read."""
+    if _sparse(settings) and settings.get("config_groups"):
+        return (
+            f"{folder} is packed as {settings['sparsity_config']['format']}, and quantised as "
+            "well. Name the model that it was made from."
+        )
     if _sparse(settings):
         return (
             f"{folder} is packed as {settings['sparsity_config']['format']}. Make it dense first: "

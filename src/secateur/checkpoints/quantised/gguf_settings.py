@@ -94,7 +94,7 @@ class Contents(NamedTuple):
 def architecture_in(contents: Contents) -> Architecture:
     """What is known of the architecture. Raises UnsupportedModel where nothing is."""
     name = contents.architecture
-    mixtures = MIXTURES if "expert_count" in contents.own() else {}
+    mixtures = MIXTURES if contents.own().get("expert_count") else {}
     if architecture := {**ARCHITECTURES, **mixtures}.get(name):
         return architecture
     raise UnsupportedModel(
@@ -140,7 +140,8 @@ def _named(
     for key, value in settings.items():
         name = names.get(key)
         known = name == "" or (name and hasattr(default, name))
-        if not known and not FOLLOWS.fullmatch(key) and key != "attention.key_length":
+        none = key.startswith("expert_") and value == 0  # experts that there are not
+        if not known and not none and not FOLLOWS.fullmatch(key) and key != "attention.key_length":
             raise contents.refused(
                 f"sets {contents.architecture}.{key} = {str(value)[:40]}, which is not known of "
                 f"{architecture.model_type}"
@@ -230,7 +231,7 @@ def _scaled_rotation(contents: Contents, settings: Settings, theta: float) -> Fi
     known = known and scaling.get("attn_factor", 1.0) == 1.0
     if "rope_freqs.weight" in contents.factors and known:
         return _llama_3(contents, theta)
-    if kind == "none" or factor == 1.0:
+    if known and (kind == "none" or factor == 1.0):
         return {}
     if kind == "linear" and known:
         return {"rope_type": "linear", "factor": factor}
