@@ -5,7 +5,8 @@
 
 What is spoilt and how is in tests/support/mutations.py, what is allowed in tests/support/fuzzing.py. The cases run one
 after the other in a process of their own with limits to its memory and to the files that it writes; where it dies or
-hangs, that is the fault of the case at hand, and another process goes on with the next one.
+hangs, that is the fault of the case at hand, and another process goes on with the next one. A run that was ended
+goes on where it was when it last wrote its results.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 from time import perf_counter
@@ -31,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 RESULTS = Path(__file__).parent / "results" / "fuzz.json"
 SPACE = 2**34
 """Bytes of addresses that a worker may have."""
-PATIENCE, EVERY = 150.0, 250
+PATIENCE, EVERY = 150.0, 100
 """Seconds until a silent worker is taken for hung, and cases between two lines of progress."""
 
 
@@ -50,14 +53,15 @@ def main() -> None:
     try:
         subprocess.run([sys.executable, __file__, "--worker", str(place)], check=True, stdin=subprocess.DEVNULL,
                        env=os.environ | QUIET)  # fmt: skip
-        numbers = chosen.only or range(chosen.first, chosen.first + chosen.count)
-        found = run(place, chosen.seed, numbers, chosen.kinds, tell=bool(chosen.only))
+        found = Found(chosen.seed, chosen.first, chosen.kinds)
+        if not chosen.only and chosen.json.exists():
+            found.take(json.loads(chosen.json.read_text()), chosen.count)
+        numbers = chosen.only or range(chosen.first + found.cases, chosen.first + chosen.count)
+        run(place, numbers, found, None if chosen.only else chosen.json)
     finally:
         shutil.rmtree(place, ignore_errors=True)
-    if not chosen.only:
-        write(chosen.json, command=sys.argv, **found)
-    print(json.dumps(found))
-    sys.exit(bool(found["faults"]))
+    print(json.dumps(found.told()))
+    sys.exit(bool(found.faults))
 
 
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
@@ -70,6 +74,38 @@ class Worker(NamedTuple):
     log: Path
 
 
+@dataclass
+class Found:
+    """What became of the cases so far, counted, and every fault with what it takes to make it again."""
+
+    seed: int
+    first: int
+    kinds: str
+    cases: int = 0
+    seconds: float = 0.0
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    commands: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    faults: list[dict[str, Any]] = field(default_factory=list)
+
+    def told(self) -> dict[str, Any]:
+        kinds = sorted({kind for kind, _ in self.counts})
+        return {
+            "seed": self.seed, "first": self.first, "kinds": self.kinds, "cases": self.cases,
+            "seconds": round(self.seconds, 1),
+            "counts": {kind: {r: n for (k, r), n in sorted(self.counts.items()) if k == kind} for kind in kinds},
+            "seconds_by_command": {name: round(value, 1) for name, value in sorted(self.commands.items())},
+            "faults": self.faults,
+        }  # fmt: skip
+
+    def take(self, earlier: dict[str, Any], count: int) -> None:
+        """Go on where a run of the same cases was ended; one of other cases, or a whole one, is begun anew."""
+        same = (earlier["seed"], earlier.get("first"), earlier.get("kinds")) == (self.seed, self.first, self.kinds)
+        if same and earlier["cases"] < count:
+            self.cases, self.seconds, self.faults = earlier["cases"], earlier["seconds"], earlier["faults"]
+            self.counts.update({(kind, r): n for kind, by in earlier["counts"].items() for r, n in by.items()})
+            self.commands.update(earlier["seconds_by_command"])
+
+
 def start(place: Path, seed: int, kinds: str) -> Worker:
     command = [sys.executable, __file__, "--worker", str(place), "--seed", str(seed), "--kinds", kinds]
     log = place / "log"
@@ -79,38 +115,33 @@ def start(place: Path, seed: int, kinds: str) -> Worker:
     return Worker(process, log)
 
 
-def run(place: Path, seed: int, numbers: Any, kinds: str, *, tell: bool) -> dict[str, Any]:
-    """Run cases by number; what became of them, counted, and every fault with what it takes to make it again."""
-    counts: Counter[tuple[str, str]] = Counter()
-    seconds: defaultdict[str, float] = defaultdict(float)
-    faults: list[dict[str, Any]] = []
-    worker, started = start(place, seed, kinds), perf_counter()
-    for done, number in enumerate(numbers, 1):
+def run(place: Path, numbers: Sequence[int], found: Found, file: Path | None) -> None:
+    """Run cases by number and add what became of them; it is written to a file now and then, or else each is told."""
+    worker, before, started = start(place, found.seed, found.kinds), found.seconds, perf_counter()
+    for number in numbers:
         begun = perf_counter()
-        found = ask(worker, number)
-        seconds[found["command"] if found else "unknown"] += perf_counter() - begun
-        if found is None:
+        case = ask(worker, number)
+        found.commands[case["command"] if case else "unknown"] += perf_counter() - begun
+        if case is None:
             worker.process.kill()
             worker.process.wait()
             code, said = worker.process.returncode, worker.log.read_text(errors="replace")[-3000:]
-            found = {"kind": "unknown", "result": "crash or hang", "detail": f"exit code {code}: {said}"}
-            worker = start(place, seed, kinds)
-        counts[found["kind"], found["result"]] += 1
-        if found["result"] not in ("ok", "refused", "not kept"):
-            faults.append({"seed": seed, "number": number, **found})
-        if tell or found["result"] not in ("ok", "refused", "not kept"):
-            print(number, *(f"{key}: {value}" for key, value in found.items()), sep="\n    ", flush=True)
-        if done % EVERY == 0:
-            print(f"{done} cases, {len(faults)} faults, {perf_counter() - started:.0f} s", flush=True)
+            case = {"kind": "unknown", "result": "crash or hang", "detail": f"exit code {code}: {said}"}
+            worker = start(place, found.seed, found.kinds)
+        found.counts[case["kind"], case["result"]] += 1
+        fault = case["result"] not in ("ok", "refused", "not kept")
+        if fault:
+            found.faults.append({"seed": found.seed, "number": number, **case})
+        if fault or not file:
+            print(number, *(f"{key}: {value}" for key, value in case.items()), sep="\n    ", flush=True)
+        found.cases += 1
+        found.seconds = before + perf_counter() - started
+        if file and (found.cases % EVERY == 0 or number == numbers[-1]):
+            print(f"{found.cases} cases, {len(found.faults)} faults, {found.seconds:.0f} s", flush=True)
+            write(file, command=sys.argv, **found.told())
     assert worker.process.stdin
     worker.process.stdin.close()
     worker.process.wait()
-    kinds_found = sorted({kind for kind, _ in counts})
-    return {
-        "seed": seed, "cases": len(numbers), "seconds": round(perf_counter() - started, 1),
-        "counts": {kind: {r: n for (k, r), n in sorted(counts.items()) if k == kind} for kind in kinds_found},
-        "seconds_by_command": {name: round(value, 1) for name, value in sorted(seconds.items())}, "faults": faults,
-    }  # fmt: skip
 
 
 def ask(worker: Worker, number: int) -> dict[str, Any] | None:

@@ -405,6 +405,25 @@ def test_a_tensor_that_lies_the_other_way_is_refused(file):
         secateur.inspect(spoilt(file, turned))
 
 
+@pytest.mark.parametrize("unknown", [3, None])
+def test_no_token_of_another_model_is_added(file, tmp_path, unknown):
+    """transformers adds <|endoftext|> behind the last token: the model has no embedding for it."""
+    source = spoilt(file, having("tokenizer.ggml.unknown_token_id", 4, unknown))
+    write_plain(gguf_source(source), tmp_path, "float32", Progress())
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer) == len(parse(source.read_bytes()).get("tokenizer.ggml.tokens"))
+    assert max(tokenizer("a<|endoftext|>b").input_ids) < len(tokenizer)
+    assert tokenizer.eos_token == "</s>"
+
+
+def test_a_file_is_named_as_other_systems_name_it(file):
+    """In capitals; and it has no revision."""
+    loud = file.rename(file.with_suffix(".GGUF"))
+    assert secateur.inspect(loud).format == "GGUF (F32)"
+    with pytest.raises(BadCheckpoint, match=r"--revision main is for names of the hub; .* is a file\. Leave it out"):
+        secateur.inspect(loud, revision="main")
+
+
 def test_a_chat_template_is_a_text(file):
     assert "chat_template.jinja" not in gguf_source(spoilt(file, having("tokenizer.chat_template", 7, True))).files
 

@@ -607,6 +607,13 @@ def test_a_state_of_another_kind_is_refused(change: dict[str, str | None], words
         resolve(folder)
 
 
+def test_an_adapter_beside_packed_weights_is_not_left_behind(tmp_path: Path):
+    folder = quantised_llama("bnb-nf4", tmp_path / "model")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadCheckpoint, match=r"holds a model and an adapter \(adapter_config\.json\)"):
+        resolve(folder)
+
+
 def test_groups_of_settings_are_those_of_compressed_tensors(tmp_path: Path):
     """Without the name of the method they are read as FP8 else, which looks for another key with the block."""
     folder = quantised_llama("ct-fp8-block", tmp_path / "model")

@@ -46,8 +46,8 @@ from support.spoilt_gguf import requantised
 from support.texts import byte_tokenizer, write_documents
 from support.truth import PLAIN, SOURCES, other_settings, other_tensors, stored_tensors, truth
 
-SECONDS, SLOW = 20.0, {"shrink": 100.0}
-"""Of processor and waiting that a case may take; `shrink` starts a process that loads the result."""
+SECONDS, SLOW = 20.0, {"shrink": 26.0}
+"""That a case may compute, or five times as many of waiting; `shrink` starts a process that loads the result."""
 MEMORY, FILES = 2**29, 2**28
 """Bytes by which a case may raise the memory of a process, and of a file that it writes. Models have 500 KB."""
 CACHE = "cache"

@@ -258,7 +258,10 @@ def plain_folder(
     if is_gguf(folder) and (copy := copy_of_file(folder, dtype)):
         return copy
     source = plain_source(folder)
-    return unpacked(source, dtype, progress) if source else folder
+    if source is None:
+        return folder
+    refuse_adapter(folder)  # which would be left behind
+    return unpacked(source, dtype, progress)
 
 
 def plain_checkpoint(folder: Path) -> Checkpoint:
@@ -277,23 +280,24 @@ def locate(model: str | Path | None, trust: Trust | None = None, *, weights: boo
     """
     trust = trust or Trust()
     folder = demo.model_folder() if model is None else Path(model)
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(folder):
         if trust.revision:
+            kind = "folder" if folder.is_dir() else "file"
             raise BadCheckpoint(
                 f"--revision {trust.revision} is for names of the hub; {model or 'the demo model'} "
-                "is a folder. Leave it out."
+                f"is a {kind}. Leave it out."
             )
-        refuse_odd_files(folder)
-        return folder
-    if is_gguf(folder):
+        if folder.is_dir():
+            refuse_odd_files(folder)
         return folder
     if folder.exists():
         raise BadCheckpoint(
             f"{model} is a file; the folder of a checkpoint, or a .gguf file, was wanted."
         )
     name, _, revision = str(model).partition("@")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or name.endswith(SUFFIX):
-        kind = "GGUF file" if name.endswith(SUFFIX) else "checkpoint folder"
+    gguf = name.lower().endswith(SUFFIX)
+    if name.count("/") > 1 or name.startswith((".", "/", "~")) or gguf:
+        kind = "GGUF file" if gguf else "checkpoint folder"
         raise BadCheckpoint(f"There is no {kind} {model}.")
     check = partial(described_config, trust_remote_code=trust.trust_remote_code)
     wanted = Wanted(check, trust.trust_remote_code, weights)

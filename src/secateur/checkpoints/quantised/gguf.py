@@ -57,7 +57,7 @@ class Reading(NamedTuple):
 
 def is_gguf(place: Path) -> bool:
     """Whether a file is a model by itself: it ends in `.gguf`, and is there."""
-    return place.suffix == SUFFIX and place.is_file()
+    return place.suffix.lower() == SUFFIX and place.is_file()
 
 
 def gguf_source(file: Path) -> PlainSource:
@@ -82,7 +82,7 @@ def gguf_source(file: Path) -> PlainSource:
             for name, names in _names(contents, reading).items()
         }
         dense = tuple(_tensors(file, reading, {name: p for name, p in parts.items() if p}))
-        files = tokenizer_files(file, settings)
+        files = tokenizer_files(file, settings, shapes["token_embd.weight"][0])
     for name in tensors:
         raise UnsupportedModel(
             f"{name} in {file} has no place in {type(model).__name__}: it would be lost. Use the "

@@ -52,17 +52,22 @@ _SAME = {
     "deepseek-r1-qwen": "qwen2",
 }
 """Names of llama.cpp for the rule of another name."""
+_NAMES = ("tokenizer.json", "tokenizer_config.json")
 _TEMPLATE = "chat_template.jinja"
 
 
-def tokenizer_files(file: Path, settings: Mapping[str, Any]) -> dict[str, Callable[[Path], None]]:
-    """What writes each file of the tokenizer. Raises UnsupportedModel for an unknown rule."""
+def tokenizer_files(
+    file: Path, settings: Mapping[str, Any], count: int
+) -> dict[str, Callable[[Path], None]]:
+    """What writes each file of the tokenizer of a model with `count` tokens. Raises UnsupportedModel for
+    an unknown rule.
+    """
     if settings.get("tokenizer.ggml.model") == "gpt2":
         _rule(file, settings)
-    names = ["tokenizer.json", "tokenizer_config.json"]
+    names = [*_NAMES]
     template = settings.get("tokenizer.chat_template")
     names += [_TEMPLATE] if template and isinstance(template, str) else []
-    saved = lru_cache(maxsize=1)(partial(_saved, file, settings))
+    saved = lru_cache(maxsize=1)(partial(_saved, file, settings, count))
     return {name: partial(_write, saved, name) for name in names}
 
 
@@ -70,8 +75,10 @@ def _write(saved: Callable[[], dict[str, bytes]], name: str, place: Path) -> Non
     place.write_bytes(saved()[name])
 
 
-def _saved(file: Path, settings: Mapping[str, Any]) -> dict[str, bytes]:
-    """The files of the tokenizer by name, as transformers saves it with the rule put right."""
+def _saved(file: Path, settings: Mapping[str, Any], count: int) -> dict[str, bytes]:
+    """The files of the tokenizer by name, as transformers saves it with the rule put right and
+    without the tokens of other models that it adds.
+    """
     try:
         with rust_errors(file), silent():
             tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
@@ -91,10 +98,14 @@ def _saved(file: Path, settings: Mapping[str, Any]) -> dict[str, bytes]:
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    whole, words = (json.loads(files[name]) for name in _NAMES)
     if rule is not None and rule[1]:
-        whole = json.loads(files["tokenizer.json"])
         whole["model"]["ignore_merges"] = True
-        files["tokenizer.json"] = json.dumps(whole, ensure_ascii=False).encode()
+    foreign = [token["content"] for token in whole["added_tokens"] if token["id"] >= count]
+    whole["added_tokens"] = [one for one in whole["added_tokens"] if one["content"] not in foreign]
+    words = {key: value for key, value in words.items() if value not in foreign}
+    for name, value in zip(_NAMES, (whole, words), strict=True):
+        files[name] = json.dumps(value, indent=2, ensure_ascii=False).encode()
     return files
 
 

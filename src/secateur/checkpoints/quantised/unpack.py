@@ -36,7 +36,7 @@ from secateur.system.memory import freed_memory_kept
 from secateur.system.progress import Progress
 from secateur.system.sizes import in_words
 
-DECODERS = 1
+DECODERS = 2
 """The version of all decoders: another one when what they give changes, so copies are made anew.
 Of GGUF that is settings and vocabulary too.
 """
