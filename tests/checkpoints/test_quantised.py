@@ -407,6 +407,28 @@ def test_a_changed_folder_is_never_served_from_the_old_copy(file: str, tmp_path:
     assert resolve(folder) != place
 
 
+@pytest.mark.parametrize("what", ["a tensor", "cut", "gone", "config", "record"])
+def test_a_copy_that_was_changed_is_made_anew(what: str, tmp_path: Path):
+    """What is loaded is the source, whatever has become of its copy."""
+    folder = quantised_llama("awq", tmp_path / "model")
+    place = resolve(folder)
+    shard = place / "model.safetensors"
+    whole = shard.read_bytes()
+    if what == "a tensor":
+        shard.write_bytes(whole[:-1000] + bytes(1000))
+    elif what == "cut":
+        shard.write_bytes(whole[:5000])
+    elif what == "gone":
+        shard.unlink()
+    elif what == "config":
+        (place / "config.json").write_text("{}")
+    else:
+        (place / "source.json").write_text("nonsense")
+    assert resolve(folder) == place
+    assert shard.read_bytes() == whole
+    assert (source_of(place) or {}).keys() == {"format", "folder", "weights", "dtype"}
+
+
 def test_of_several_processes_one_makes_the_copy(tmp_path: Path, cache: Path):
     """Three begin at once; the shard is written once, and all get the same folder."""
     folder = quantised_llama("gptq-3", tmp_path / "model")

@@ -59,8 +59,8 @@ _TEMPLATE = "chat_template.jinja"
 def tokenizer_files(
     file: Path, settings: Mapping[str, Any], count: int
 ) -> dict[str, Callable[[Path], None]]:
-    """What writes each file of the tokenizer of a model with `count` tokens. Raises UnsupportedModel for
-    an unknown rule.
+    """What writes each file of the tokenizer of a model with `count` tokens. Raises
+    UnsupportedModel for an unknown rule.
     """
     if settings.get("tokenizer.ggml.model") == "gpt2":
         _rule(file, settings)

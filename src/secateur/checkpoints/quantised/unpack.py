@@ -44,6 +44,8 @@ RESULTS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 """What a quantised source can be unpacked to, and how safetensors calls that."""
 SOURCE = "source.json"
 """The file of an unpacked folder that says what it was made from."""
+FILES = "files"
+"""What that file has besides: each file of the copy with its size and time of change."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -65,7 +67,7 @@ def unpacked(
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder.with_name(f".{folder.name}.lock")):
-            if not (folder / SOURCE).is_file():
+            if not _as_it_was_written(folder):
                 _make(source, folder, dtype, progress, most)
     return folder
 
@@ -85,7 +87,7 @@ def place_of(source: PlainSource, dtype: str) -> Path:
 def copy_of_file(file: Path, dtype: str) -> Path | None:
     """The plain copy of a source that is a single file, which is not opened; None without one."""
     folder = _place_of_file(file, identity(file), dtype)
-    return folder if (folder / SOURCE).is_file() else None
+    return folder if _as_it_was_written(folder) else None
 
 
 def _place_of_file(file: Path, stamp: tuple[int, ...], dtype: str) -> Path:
@@ -115,7 +117,18 @@ def source_of(folder: Path) -> dict[str, Any] | None:
     except ValueError:
         return None  # a file of this name that somebody else put there
     known = isinstance(value, dict) and {"format", "folder", "weights"} <= value.keys()
-    return value if known else None
+    return {key: one for key, one in value.items() if key != FILES} if known else None
+
+
+def _as_it_was_written(folder: Path) -> bool:
+    """Whether the copy is there, each of its files with the size and time of change that it had."""
+    try:
+        return all(
+            list(_stamp(folder / name)) == stamp
+            for name, stamp in read_json(folder / SOURCE)[FILES].items()
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False  # the record is missing or spoilt, or a file is gone
 
 
 def _stamp(file: Path) -> tuple[int, int]:
@@ -154,11 +167,13 @@ def _make(source: PlainSource, folder: Path, dtype: str, progress: Progress, mos
         stamps = {file.name: list(_stamp(file)) for file in source.weights}
         origin = str(source.origin.resolve())
         record = {"format": source.format, "folder": origin, "weights": stamps, "dtype": dtype}
-        write_json(partial / SOURCE, record)
+        files = [file for file in partial.rglob("*") if file.is_file()]
+        copied = {file.relative_to(partial).as_posix(): _stamp(file) for file in files}
+        write_json(partial / SOURCE, {**record, FILES: copied})
         _refuse_changed(source, folder, dtype)
         for file in (*partial.rglob("*"), partial):
             sync(file)
-        shutil.rmtree(folder, ignore_errors=True)  # one without its source.json
+        shutil.rmtree(folder, ignore_errors=True)  # one that is not as it was written
         partial.rename(folder)
         sync(folder.parent)
     finally:
