@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,6 +162,26 @@ def test_orphaned_formats_become_dense_checkpoints_again(half, tmp_path, monkeyp
     old, new = (AutoModelForCausalLM.from_pretrained(f)(IDS).logits for f in (half, tmp_path / "back"))
     assert torch.equal(old, new)
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == json.loads((half / "config.json").read_text())
+
+
+def test_a_bitmask_is_a_source_like_any_other(half, text_file, tmp_path, monkeypatch):
+    """What is published in it has no record of ours; what is made of it is what is made of the dense folder."""
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    secateur.export(half, out=tmp_path / "packed", to="sparse-bitmask")
+    (tmp_path / "packed" / "pruning.json").unlink(missing_ok=True)
+    judged: Any = {"evaluation": str(text_file), "windows": 2, "seq_len": 16}
+    evaluations = [secateur.evaluate(folder, **judged).perplexity for folder in (half, tmp_path / "packed")]
+    inspections = [secateur.inspect(folder) for folder in (half, tmp_path / "packed")]
+    assert inspections[1].format == "sparse-bitmask"
+    assert inspections[0].sparsity == inspections[1].sparsity
+    options: Any = {"method": "magnitude", "pattern": "70%", "calibration": str(text_file), "samples": 2, "seq_len": 16}
+    options["result_dtype"] = "float32"
+    for name, folder in (("one", half), ("other", tmp_path / "packed")):
+        secateur.prune(folder, out=tmp_path / name, **options)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert abs(evaluations[0] - evaluations[1]) < 0.02 * evaluations[0]  # of which one is read in bfloat16
 
 
 def test_every_format_says_what_loads_it_and_the_command_too(half, tmp_path):

@@ -12,7 +12,7 @@ from secateur.checkpoints.shards import save_in_shards
 from secateur.deployment.formats import FORMATS, Format, format_of
 from secateur.errors import BadCheckpoint, UnknownName
 from secateur.models.checks import LOAD_ERRORS, bad_weights, foreign, other_shape, without_weights
-from secateur.models.load import load_config, resolve
+from secateur.models.load import load_config, locate, plain_folder
 from secateur.system.files import disk_errors
 from secateur.system.json_files import read_json, write_json
 from secateur.system.machine import typed_command, versions
@@ -42,7 +42,8 @@ def export(
     """
     progress = progress or Progress()
     trust = Trust(trust_remote_code=bool(trust_remote_code), revision=revision)
-    folder, out = resolve(model, trust, progress=progress), Path(out)
+    place, out = locate(model, trust), Path(out)
+    folder = place if format_of(place) else plain_folder(place, progress=progress)
     given = {"values": values, "ranks": ranks, "trust_remote_code": trust_remote_code}
     options = {name: value for name, value in given.items() if value is not None}
     wanted, stored_as = _formats(folder, to, options)

@@ -14,6 +14,7 @@ from secateur.checkpoints.copied import belonging_files, refuse_links_out
 from secateur.checkpoints.folder import INDEX, Checkpoint, is_whole, open_checkpoint
 from secateur.checkpoints.quantised import (
     awq,
+    bitmask,
     bitsandbytes,
     compressed_tensors,
     fp8,
@@ -40,6 +41,7 @@ class Format(NamedTuple):
 FORMATS = {
     "mlx": Format(mlx.recognised, mlx.decoded),
     "compressed-tensors": Format(compressed_tensors.recognised, compressed_tensors.decoded),
+    "bitmask": Format(bitmask.recognised, bitmask.decoded),
     "nvfp4": Format(nvfp4.recognised, nvfp4.decoded),
     "fp8": Format(fp8.recognised, fp8.decoded),
     "mxfp4": Format(mxfp4.recognised, mxfp4.decoded),
@@ -78,8 +80,6 @@ def read_headers(folder: Path) -> PlainSource | Checkpoint:
     checkpoint = open_checkpoint(folder)
     config = json_object(folder / "config.json")
     settings = settings_of(folder, config)
-    if _sparse(settings):
-        return checkpoint  # `export --to dense` reads it
     source = QuantisedFolder(checkpoint, config, settings or {})
     name = next((name for name, one in FORMATS.items() if one.recognised(source)), None)
     if name is None:
@@ -131,21 +131,18 @@ def _key(config: Mapping[str, Any]) -> str:
 
 def refuse_unreadable(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise UnsupportedModel where the name of the method alone says that it cannot be read."""
-    if settings.get("quant_method") not in (None, *METHODS) or _sparse(settings):
+    quantised_too = _sparse(settings) and settings.get("config_groups")
+    if settings.get("quant_method") not in (None, *METHODS) or quantised_too:
         raise UnsupportedModel(unreadable(folder, settings))
 
 
 def unreadable(folder: Path, settings: Mapping[str, Any]) -> str:
     """What to say of a quantised folder that cannot be read."""
-    if _sparse(settings) and settings.get("config_groups"):
-        return (
-            f"{folder} is packed as {settings['sparsity_config']['format']}, and quantised as "
-            "well. Name the model that it was made from."
-        )
     if _sparse(settings):
+        why = "quantised as well" if settings.get("config_groups") else "in a format not known here"
         return (
-            f"{folder} is packed as {settings['sparsity_config']['format']}. Make it dense first: "
-            f"secateur export {folder} --to dense --out DIR."
+            f"{folder} is packed as {settings['sparsity_config']['format']}, and {why}. Name the "
+            "model that it was made from."
         )
     method = settings.get("quant_method", "an unnamed method")
     return (

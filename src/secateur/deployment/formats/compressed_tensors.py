@@ -28,6 +28,15 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import FLOATS, INDEX, Checkpoint, open_checkpoint
+from secateur.checkpoints.quantised.bitmask import (
+    ANY_BITMASK,
+    PARTS,
+    TWO_OF_FOUR_BITMASK,
+    Bitmask,
+    dense_names,
+    row_offsets,
+    unpacked,
+)
 from secateur.checkpoints.shards import save, write_index
 from secateur.deployment.formats.base import Format, refuse_odd_values, tensors_of
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel
@@ -40,7 +49,6 @@ CONFIG_KEYS = ("quantization_config", "compression_config", "sparsity_config")
 """Where config.json names the format, in 0.14, in 0.5 and in 0.3; a dense one has none of them."""
 
 _VERSION = "0.14.0.1"
-_PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 _PADDING = {0b0000: 0b1100, 0b0001: 0b0101, 0b0010: 0b1010, 0b0100: 0b1100, 0b1000: 0b1100}
 """Which two of four are stored where fewer are not zero, bit j for input j; as torch.topk."""
 
@@ -48,10 +56,8 @@ _PADDING = {0b0000: 0b1100, 0b0001: 0b0101, 0b0010: 0b1010, 0b0100: 0b1100, 0b10
 class _Layout(NamedTuple):
     """What differs between the two; `keep(name, weight)` is the mask [out, in] of what stays."""
 
-    name: str
+    stored: Bitmask
     structure: str
-    halves: bool
-    parts: tuple[str, ...]
     keep: Callable[[str, Tensor], Tensor]
 
 
@@ -76,8 +82,8 @@ def _two_of_four(name: str, weight: Tensor) -> Tensor:
     return ((chosen.unsqueeze(-1) & bits) != 0).flatten(1)
 
 
-_TWO_OF_FOUR = _Layout("sparse-24-bitmask", "2:4", True, _PARTS[:3], _two_of_four)
-_ANY = _Layout("sparse-bitmask", "unstructured", False, _PARTS, lambda _, weight: weight != 0)
+_TWO_OF_FOUR = _Layout(TWO_OF_FOUR_BITMASK, "2:4", _two_of_four)
+_ANY = _Layout(ANY_BITMASK, "unstructured", lambda _, weight: weight != 0)
 
 
 def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
@@ -93,7 +99,7 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
     if not chosen:
         raise UnsupportedModel(
             f"{source.folder} has no linear layer that lies [outputs, inputs] on disk, "
-            f"so {layout.name} would pack nothing. Keep it as it is."
+            f"so {layout.stored.name} would pack nothing. Keep it as it is."
         )
     zeros = total = size = 0
     shard_of: dict[str, str] = {}
@@ -117,7 +123,7 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
         "version": _VERSION,
         "transform_config": {},
         "sparsity_config": {
-            "format": layout.name,
+            "format": layout.stored.name,
             "sparsity_structure": layout.structure,
             "global_sparsity": zeros / total,
             "targets": ["Linear"],
@@ -146,25 +152,19 @@ def _packed(module: str, weight: Tensor, layout: _Layout) -> dict[str, Tensor]:
         raise BadCheckpoint(
             f"{module} is stored as {weight.dtype}; floats of 16 bits or more were wanted."
         )
-    refuse_odd_values(module, weight, layout.name)
+    refuse_odd_values(module, weight, layout.stored.name)
     kept = layout.keep(module, weight)
     parts = {
         "shape": torch.tensor(weight.shape),
         "compressed": weight.masked_select(kept),
         "bitmask": torch.from_numpy(np.packbits(kept.numpy(), axis=-1, bitorder="little")),
     }
-    if layout.halves:
+    if layout.stored.halves:
         parts["shape"] = parts["shape"].reshape(2, 1)
         parts["compressed"] = parts["compressed"].reshape(weight.shape[0], weight.shape[1] // 2)
     else:
-        parts["row_offsets"] = _row_offsets(kept)
+        parts["row_offsets"] = row_offsets(kept)
     return {f"{module}.{part}": tensor for part, tensor in parts.items()}
-
-
-def _row_offsets(kept: Tensor) -> Tensor:
-    """How many are kept in all rows before each: int64 [out], and one zero for a vector."""
-    counts = kept.sum(-1)
-    return counts.cumsum(0) - counts
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -181,14 +181,15 @@ def _holds(folder: Path, *, layout: _Layout) -> bool:
     outer = [config, *(config.get(key) for key in CONFIG_KEYS[:2])]
     inner = [entry.get("sparsity_config") for entry in outer if isinstance(entry, dict)]
     names = [str(entry.get("format")) for entry in inner if isinstance(entry, dict)]
-    return layout.name in [name.replace("_", "-") for name in names]
+    return layout.stored.name in [name.replace("_", "-") for name in names]
 
 
 def _read(folder: Path, *, layout: _Layout) -> Iterator[tuple[str, Tensor]]:
     """The dense checkpoint's tensors by name, in the order of the shards. Raises BadCheckpoint."""
     if not _holds(folder, layout=layout):
         raise BadCheckpoint(
-            f"{folder} is not in {layout.name}: its config.json names no such sparsity_config."
+            f"{folder} is not in {layout.stored.name}: its config.json names no such "
+            "sparsity_config."
         )
     for key in CONFIG_KEYS[:2]:
         entry = _config(folder).get(key)
@@ -198,90 +199,13 @@ def _read(folder: Path, *, layout: _Layout) -> Iterator[tuple[str, Tensor]]:
                 "are only sparse were wanted. Take the model that it was made from."
             )
     checkpoint = open_checkpoint(folder)
-    dense = _dense_names(checkpoint, layout)
+    dense = dense_names(checkpoint, layout.stored)
     for name in checkpoint.places:
         base, _, part = name.rpartition(".")
-        if base not in dense or part not in _PARTS:
+        if base not in dense or part not in PARTS:
             yield name, checkpoint.tensor(name)
         elif part == "compressed":
-            yield dense[base], _unpacked(checkpoint, base, layout)
-
-
-def _dense_names(checkpoint: Checkpoint, layout: _Layout) -> dict[str, str]:
-    """Dense names of everything packed. Raises BadCheckpoint unless all parts are there, once."""
-    parts_of: dict[str, set[str]] = {}
-    for name in checkpoint.places:
-        base, _, part = name.rpartition(".")
-        if part in _PARTS:
-            parts_of.setdefault(base, set()).add(part)
-    whole = any(base.endswith(".weight") for base in parts_of)  # as until 0.8
-    names = {base: base if whole else f"{base}.weight" for base in parts_of}
-    for base, parts in parts_of.items():
-        if parts != set(layout.parts):
-            raise BadCheckpoint(
-                f"{base} is stored as {', '.join(sorted(parts))}; "
-                f"{', '.join(sorted(layout.parts))} were wanted. "
-                "A shard may be missing; fetch the folder again."
-            )
-        if names[base] in checkpoint.places:
-            raise BadCheckpoint(
-                f"{names[base]} is stored both dense and packed; one of them was wanted."
-            )
-    return names
-
-
-def _unpacked(checkpoint: Checkpoint, base: str, layout: _Layout) -> Tensor:
-    """A dense tensor. Its memory is bounded by the stored bitmask, not by what `shape` claims."""
-    sizes = _sizes(checkpoint, base, layout)
-    rows, columns = sizes[:-1], sizes[-1]
-    _check_place(checkpoint, f"{base}.bitmask", ("U8",), (*rows, -(-columns // 8)))
-    count = checkpoint.places[f"{base}.compressed"].shape[:1]  # whether right, the bitmask tells
-    stored = (*rows, columns // 2) if layout.halves else count
-    _check_place(checkpoint, f"{base}.compressed", tuple(FLOATS), stored)
-    if not layout.halves:
-        _check_place(checkpoint, f"{base}.row_offsets", ("I64",), rows)
-    bits = np.unpackbits(checkpoint.tensor(f"{base}.bitmask").numpy(), axis=-1, bitorder="little")
-    kept = torch.from_numpy(bits[..., :columns]).bool()  # [*rows, columns]
-    values = checkpoint.tensor(f"{base}.compressed").flatten()
-    marked, given, beyond = int(kept.sum()), values.numel(), bits[..., columns:].any()
-    _require(not beyond, f"{base}.bitmask", f"marks inputs past the last of {columns}")
-    _require(marked == given, f"{base}.bitmask", f"marks {marked} weights where {given} are stored")
-    if layout.halves:
-        twos = bool((kept.reshape(-1, 4).sum(-1) == 2).all())
-        _require(twos, f"{base}.bitmask", "does not mark two of every four inputs")
-    else:
-        same = torch.equal(checkpoint.tensor(f"{base}.row_offsets"), _row_offsets(kept))
-        _require(same, f"{base}.row_offsets", "does not fit the bitmask")
-    return torch.zeros(sizes, dtype=values.dtype).masked_scatter_(kept, values)
-
-
-def _sizes(checkpoint: Checkpoint, base: str, layout: _Layout) -> tuple[int, ...]:
-    """The dense shape that is claimed: [out, in], or [in] for a vector in sparse-bitmask."""
-    name = f"{base}.shape"
-    place = checkpoint.places[name]
-    allowed = ((2, 1), (2,)) if layout.halves else ((2,), (1,))
-    listed = place.dtype == "I64" and place.shape in allowed
-    _require(listed, name, "is no list of one or two sizes")
-    sizes = tuple(checkpoint.tensor(name).flatten().tolist())
-    _require(min(sizes) > 0, name, f"claims the sizes {sizes}")
-    if layout.halves:  # a group may reach over the end of a row
-        fours = sizes[1] % 2 == 0 and sizes[0] * sizes[1] % 4 == 0
-        _require(fours, name, f"claims {sizes}, which hold no groups of four")
-    return sizes
-
-
-def _check_place(
-    checkpoint: Checkpoint, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...]
-) -> None:
-    place = checkpoint.places[name]
-    stored = f"{place.dtype} {list(place.shape)}"
-    sound = place.dtype in dtypes and place.shape == shape
-    _require(sound, name, f"is stored as {stored}, not as {' or '.join(dtypes)} {list(shape)}")
-
-
-def _require(sound: bool, tensor: str, trouble: str) -> None:
-    if not sound:
-        raise BadCheckpoint(f"{tensor} {trouble}. The file was cut or altered; fetch it again.")
+            yield dense[base], unpacked(checkpoint, base, layout.stored)
 
 
 def _format(layout: _Layout, loaded_by: str) -> Format:
