@@ -18,6 +18,7 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import FLOATS
 from secateur.checkpoints.quantised.fp8 import activation_scales, block_size
+from secateur.checkpoints.quantised.base import DenseTensor
 from secateur.checkpoints.quantised.packed import (
     E2M1,
     FLOAT8,
@@ -78,7 +79,7 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
         settings = _settings_of(packed.prefix.rstrip("."), groups)
         matrix = _matrix(packed, settings)
         tensors |= matrix
-        kinds |= {tensor.stored for tensor in matrix.values() if tensor}
+        kinds |= {one.stored for one in matrix.values() if isinstance(one, DenseTensor)}
     return f"compressed-tensors {' and '.join(sorted(kinds))}", tensors
 
 
