@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import FLOATS
-from secateur.checkpoints.quantised.fp8 import activation_scales, block_size
 from secateur.checkpoints.quantised.base import DenseTensor
+from secateur.checkpoints.quantised.fp8 import activation_scales, block_size
 from secateur.checkpoints.quantised.packed import (
     E2M1,
     FLOAT8,
