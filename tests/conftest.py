@@ -4,7 +4,6 @@ Nothing here may reach for the network: a hub look-up fails at once instead of w
 """
 
 # ruff: noqa: E402
-import gc
 import os
 import subprocess
 from collections.abc import Iterator
@@ -30,8 +29,6 @@ from secateur.evaluation.report import vega
 from secateur.pruning.structured import verify
 
 torch.set_num_threads(1)
-gc.freeze()  # what libraries are made of is not searched for rubbish again and again
-gc.set_threshold(50_000, 10, 10)
 
 
 FIRST = ("tests/test_wheel.py", "tests/test_examples.py")
