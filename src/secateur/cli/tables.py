@@ -198,6 +198,8 @@ def inspection_summary(inspection: Inspection) -> Iterator[str]:
             f"Of {against.pruned:,} pruned weights {against.came_back:,} came back ({came_back}); "
             f"of {against.kept:,} kept ones {against.vanished:,} became zero ({vanished})."
         )
+        if unknown := sum(tensor.against is None for tensor in inspection.tensors):
+            yield f"Zeros of {unknown} of {len(inspection.tensors)} tensors cannot be counted."
     for part in inspection.parts[1:]:
         share = share_in_words(part.sparsity)
         yield f"Besides: {part.name}, {part.numbers:,} numbers, sparsity {share}."

@@ -101,8 +101,8 @@ def _held(source: Source, tokens: int, data_dir: Path | None) -> dict[str, int]:
     size = corpus.text_bytes(max(LARGE, 32 * tokens)) + sum(len(str(one)) for one in corpus.texts)
     if source.corpus == "c4":
         return {"text": min(size, LARGE)}
-    largest = [min(corpus_bytes, LARGE) for corpus_bytes in (file.stat().st_size for file in whole)]
-    return {"text": max(largest, default=0), "token ids": 4 * min(size, HELD)}
+    largest = max((file.stat().st_size for file in whole), default=0)
+    return {"text": min(largest, LARGE), "token ids": 4 * min(size, HELD)}
 
 
 def _windows_of_stream(

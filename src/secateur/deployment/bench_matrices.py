@@ -170,9 +170,9 @@ def time_layers(
     for model in models:
         checkpoint = open_checkpoint(resolve(model, trust, progress=progress))
         kinds = set()
-        for name, stored in stored_matrices(checkpoint, trust_remote_code=trust.trust_remote_code)[
-            0
-        ].items():
+        trusted = trust.trust_remote_code
+        of_model, _ = stored_matrices(checkpoint, trust_remote_code=trusted)
+        for name, stored in of_model.items():
             kind = (checkpoint.places[name].shape, stored.transposed)
             if len(kind[0]) == 2 and kind not in kinds:
                 kinds.add(kind)

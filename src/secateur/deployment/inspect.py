@@ -29,7 +29,7 @@ from secateur.methods.patterns import NM
 from secateur.models.load import locate
 from secateur.models.stored import stored_matrices, unknown_matrices
 from secateur.system.settings import Trust, taken
-from secateur.system.tensors import FLOAT8
+from secateur.system.tensors import FLOAT8, count_zeros, is_zero
 
 PATTERNS = (NM(1, 4), NM(2, 4), NM(4, 8), NM(8, 16))
 """The N:M patterns that are looked for."""
@@ -120,7 +120,8 @@ def inspect(
     """
     trust = taken(Trust, locals())
     folder = locate(model, trust)
-    pruned = None if against is None else readable_checkpoint(locate(against, trust))
+    own = replace(trust, revision=None)  # which is the model's; NAME@REVISION says the other's
+    pruned = None if against is None else readable_checkpoint(locate(against, own))
     try:
         checkpoint = readable_checkpoint(folder)
         stored, coverage = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)
@@ -128,9 +129,8 @@ def inspect(
     except UnsupportedModel:
         checkpoint = _whatever(folder)
         stored, coverage, blocks = unknown_matrices(checkpoint), None, UNKNOWN
-    reports = _reports(checkpoint, {name: matrix.transposed for name, matrix in stored.items()})
-    if pruned is not None:
-        reports = tuple(replace(one, against=_held(checkpoint, pruned, one)) for one in reports)
+    transposed = {name: matrix.transposed for name, matrix in stored.items()}
+    reports = _reports(checkpoint, transposed, pruned)
     held = [one.against for one in reports if one.against is not None]
     total = sum(held, start=Against(0, 0, 0, 0)) if pruned is not None else None
     sizes = [prod(report.shape) for report in reports]
@@ -179,15 +179,22 @@ def _other_parts(checkpoint: Checkpoint, stored: Any) -> Iterator[PartReport]:
         yield PartReport(part, len(names), sum(sizes), _mean(sizes, shares))
 
 
-def _reports(checkpoint: Checkpoint, transposed: Mapping[str, bool]) -> tuple[TensorReport, ...]:
+def _reports(
+    checkpoint: Checkpoint, transposed: Mapping[str, bool], pruned: Checkpoint | None = None
+) -> tuple[TensorReport, ...]:
     """What each tensor holds, by whether it lies `[in, out]`; decoded ones one after the other."""
-    threads = 1 if isinstance(checkpoint, DecodedCheckpoint) else torch.get_num_threads()
-    with ThreadPoolExecutor(threads) as pool:
-        return tuple(pool.map(partial(_report, checkpoint), transposed, transposed.values()))
+    decoded = isinstance(checkpoint, DecodedCheckpoint) or isinstance(pruned, DecodedCheckpoint)
+    with ThreadPoolExecutor(1 if decoded else torch.get_num_threads()) as pool:
+        report = partial(_report, checkpoint, pruned)
+        return tuple(pool.map(report, transposed, transposed.values()))
 
 
-def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport:
+def _report(
+    checkpoint: Checkpoint, pruned: Checkpoint | None, name: str, transposed: bool
+) -> TensorReport:
     place = checkpoint.places[name]
+    if pruned is not None:
+        _refuse_other(checkpoint, pruned, name)
     tensor = _numbers(checkpoint, name)
     if tensor is None:
         return TensorReport(name, place.shape, place.dtype, None, (), 0, 0, 0)
@@ -205,6 +212,7 @@ def _report(checkpoint: Checkpoint, name: str, transposed: bool) -> TensorReport
         counts.negative_zeros,
         counts.nans,
         counts.infs,
+        None if pruned is None else _held(tensor, _numbers(pruned, name)),
     )
 
 
@@ -220,22 +228,25 @@ def _numbers(checkpoint: Checkpoint, name: str) -> Tensor | None:
     return tensor if known or tensor.dtype in FLOAT8 else None
 
 
-def _held(checkpoint: Checkpoint, pruned: Checkpoint, report: TensorReport) -> Against | None:
-    """The zeros of a tensor held against those of a pruned checkpoint. Raises BadCheckpoint."""
-    place = pruned.places.get(report.name)
-    if place is None or place.shape != report.shape:
-        found = "no such tensor" if place is None else f"{report.name} {list(place.shape)}"
+def _refuse_other(checkpoint: Checkpoint, pruned: Checkpoint, name: str) -> None:
+    """Raise BadCheckpoint where a pruned checkpoint has not the same tensor."""
+    shape, place = checkpoint.places[name].shape, pruned.places.get(name)
+    if place is None or place.shape != shape:
+        found = "no such tensor" if place is None else f"{name} {list(place.shape)}"
         raise BadCheckpoint(
-            f"{report.name} {list(report.shape)} of {checkpoint.folder} cannot be held against "
+            f"{name} {list(shape)} of {checkpoint.folder} cannot be held against "
             f"{pruned.folder}, which has {found}. Name the checkpoint that it was made of."
         )
-    now, before = (_numbers(one, report.name) for one in (checkpoint, pruned))
-    if now is None or before is None:
+
+
+def _held(now: Tensor, before: Tensor | None) -> Against | None:
+    """The zeros of a tensor held against those that it had; None where those cannot be counted."""
+    if before is None:
         return None
-    zero, pruned_away = (one.float() == 0 for one in (now, before))
-    gone = int(pruned_away.sum())
-    came_back = int((pruned_away & ~zero).sum())
-    return Against(gone, came_back, now.numel() - gone, int((zero & ~pruned_away).sum()))
+    zero, pruned = is_zero(now), is_zero(before)
+    gone = count_zeros(before)
+    came_back, vanished = int((pruned & ~zero).sum()), int((zero & ~pruned).sum())
+    return Against(gone, came_back, now.numel() - gone, vanished)
 
 
 def share_in_words(share: float | None) -> str:

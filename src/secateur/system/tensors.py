@@ -1,4 +1,4 @@
-"""Two questions asked of every tensor: is it finite, and how many zeros does it hold."""
+"""What is asked of every tensor: is it finite, which numbers are zero, and how many."""
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ def count_zeros(tensor: Tensor) -> int:
     """How many numbers are zero; in usual dtypes twelve times as fast as counting `tensor == 0`."""
     if tensor.dtype in (torch.float32, torch.bfloat16, torch.float16):
         return tensor.numel() - int(tensor.count_nonzero())
-    if tensor.dtype in FLOAT8:
-        return int(((tensor.view(torch.uint8) & 0x7F) == 0).sum())
-    return int((tensor == 0).sum())
+    return int(is_zero(tensor).sum())
+
+
+def is_zero(tensor: Tensor) -> Tensor:
+    """Which numbers are zero, 0.0 or -0.0."""
+    return (tensor.view(torch.uint8) & 0x7F if tensor.dtype in FLOAT8 else tensor) == 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib import import_module
@@ -47,11 +47,12 @@ LONG = 1000
 
 
 class Reading(NamedTuple):
-    """A GGUF file while its tensors are read: the model they belong to, without weights, and what
-    is known of its architecture.
+    """A GGUF file while its tensors are read: the model they belong to, without weights, its
+    parameters by name, and what is known of its architecture.
     """
 
     model: PreTrainedModel
+    parameters: dict[str, Tensor]
     architecture: Architecture
 
 
@@ -76,7 +77,7 @@ def gguf_source(file: Path) -> PlainSource:
         config = gguf_config(contents, architecture)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        reading = Reading(model, architecture)
+        reading = Reading(model, model.state_dict(), architecture)
         parts = {
             name: [tensors.pop(part) for part in names if part in tensors]
             for name, names in _names(contents, reading).items()
@@ -224,7 +225,7 @@ def _names(contents: Contents, reading: Reading) -> dict[str, tuple[str, ...]]:
     table = gguf.get_tensor_name_map(arch, reading.model.config.num_hidden_layers)
     own = {**EXPERTS, **reading.architecture.names}
     names: dict[str, tuple[str, ...]] = {}
-    for name in reading.model.state_dict():
+    for name in reading.parameters:
         leaves = next((leaves for end, leaves in own.items() if name.endswith(f".{end}")), ())
         block = re.search(r"\.(\d+)\.", name)
         if leaves and block:
@@ -240,13 +241,16 @@ def _tensors(file: Path, reading: Reading, parts: dict[str, list[Any]]) -> Itera
     """Every tensor of the plain checkpoint. Raises UnsupportedModel where one is missing,
     BadCheckpoint where one has another size.
     """
-    model = reading.model
-    parameters = dict(model.state_dict())
+    model, parameters = reading.model, reading.parameters
     tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     if missing := sorted(parameters.keys() - parts.keys() - tied):
         raise UnsupportedModel(f"{file} lacks {missing[0]} ({len(missing)} tensors in all).")
     # The experts of a parameter are asked for one after the other; of all, the last is kept.
-    read = lru_cache(maxsize=1)(lambda name: _stored(reading, name, parts[name]))
+    whole = lru_cache(maxsize=1)(lambda name: _stored(reading, name, parts[name]))
+
+    def one(name: str, stored: str) -> Tensor:
+        return whole(name)[stored]
+
     for name, tensors in parts.items():
         count = sum(tensor.n_elements for tensor in tensors)
         if name in parameters and count != parameters[name].numel():
@@ -259,9 +263,7 @@ def _tensors(file: Path, reading: Reading, parts: dict[str, list[Any]]) -> Itera
         share = sum(tensor.n_bytes for tensor in tensors) // len(meta)
         for stored, tensor in meta.items():
             shape = tuple(tensor.shape)
-            yield DenseTensor(
-                stored, shape, partial(_one, partial(read, name), stored), kind, share
-            )
+            yield DenseTensor(stored, shape, partial(one, name, stored), kind, share)
 
 
 def _dequantised(data: np.ndarray, kind: Any) -> np.ndarray:
@@ -282,10 +284,6 @@ def _refuse_unknown_types(file: Path, reader: Any) -> None:
             ) from error
 
 
-def _one(read: Callable[[], dict[str, Tensor]], name: str) -> Tensor:
-    return read()[name]
-
-
 def _stored(reading: Reading, name: str, tensors: Sequence[Any]) -> dict[str, Tensor]:
     """A parameter, dequantised from the tensors of the file that it is made of, as the tensors of
     the plain checkpoint that it is stored as.
@@ -295,7 +293,7 @@ def _stored(reading: Reading, name: str, tensors: Sequence[Any]) -> dict[str, Te
     for end, undo in reading.architecture.undo.items():
         if tensors[0].name.endswith(end):
             value = undo(reading.model.config, value)
-    shape = reading.model.state_dict()[name].shape
+    shape = reading.parameters[name].shape
     if [size for size in value.shape if size > 1] == [size for size in shape if size > 1]:
         value = value.reshape(shape)  # llama.cpp drops and adds dimensions of one
     return dict(revert_weight_conversion(reading.model, {name: torch.from_numpy(np.array(value))}))

@@ -91,18 +91,28 @@ def fitting_batch(speech: Speech, resources: Resources) -> int:
 
 
 def text_forecast(
-    work: Workload, text: CalibrationText, model: str | Path | None, resources: Resources
+    work: Workload,
+    text: CalibrationText,
+    model: str | Path | None,
+    resources: Resources,
+    *,
+    measure: bool,
 ) -> TextForecast:
-    """What the calibration text takes, seconds left out. Raises BadText, UnknownName; and
-    UnsupportedModel for a model whose keys and values are not known without numbers.
+    """What the calibration text takes; seconds where rates are to be measured. Raises BadText,
+    UnknownName; and UnsupportedModel for a model whose keys and values are not known without
+    numbers.
     """
     source = default_corpus(model, text.calibration, "c4")
     if source.startswith(PREFIX):
-        speech, characters = _speech(work, text, source), prompt_characters(source)
+        characters = prompt_characters(source)
+        speech = _speech(work, text, characters)
         batch = fitting_batch(speech, resources)
         said = _answered(characters, work.samples * work.length, text.self_tokens)
         moment = _moment("answering prompts", speech.parts(batch), work.on_host)
-        return TextForecast(moment, batch, said * text.self_tokens)
+        seconds = (
+            ceil(said / batch) * _seconds(work, speech, characters, batch) if measure else None
+        )
+        return TextForecast(moment, batch, said * text.self_tokens, seconds)
     folder = Path(text.data_dir) if text.data_dir else None
     held = drawing_bytes(source, samples=work.samples, length=work.length, data_dir=folder)
     parts: Parts = {"process": PROCESS_BYTES, "tokenising": TOKENISING_BYTES, **held}
@@ -110,22 +120,18 @@ def text_forecast(
     return TextForecast(_moment("drawing the calibration text", parts, True))
 
 
-def speaking_seconds(work: Workload, text: CalibrationText, found: TextForecast) -> float:
-    """How long a model takes to answer its prompts: a pass a token, at the rate of products of so
-    few rows, and one for each prompt.
+def _seconds(work: Workload, speech: Speech, characters: Sequence[int], batch: int) -> float:
+    """How long a model takes to answer a batch of prompts: a pass a token, at the rate of products
+    of so few rows, and one for the prompts.
     """
-    assert found.batch_size
-    source = str(text.calibration)
-    speech, characters = _speech(work, text, source), prompt_characters(source)
-    said, batch = (found.tokens or 0) // text.self_tokens, found.batch_size
     prompt = max(sum(characters) // len(characters) // CHARACTERS_A_TOKEN, 1)
     few, many = (_rate(work, rows) for rows in (batch, batch * prompt))
     read, step = speech.operations(batch, prompt) / many, speech.operations(batch, 1) / few
-    return ceil(said / batch) * (read + text.self_tokens * step)
+    return read + speech.answer * step
 
 
-def _speech(work: Workload, text: CalibrationText, source: str) -> Speech:
-    longest = max(prompt_characters(source)) // CHARACTERS_A_TOKEN + 1
+def _speech(work: Workload, text: CalibrationText, characters: Sequence[int]) -> Speech:
+    longest = max(characters) // CHARACTERS_A_TOKEN + 1
     built = work.built
     if built.model.dtype != work.stored:
         built = build(built.model.config, work.stored)

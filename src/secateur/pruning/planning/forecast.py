@@ -28,12 +28,7 @@ from secateur.models.load import checkpoint_config, described_config, locate
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.pruning.planning.allocation import uniform
-from secateur.pruning.planning.drawing import (
-    CHARACTERS_A_TOKEN,
-    TextForecast,
-    speaking_seconds,
-    text_forecast,
-)
+from secateur.pruning.planning.drawing import CHARACTERS_A_TOKEN, TextForecast, text_forecast
 from secateur.pruning.planning.memory import UNKNOWN_COST, Moment, arrange, without_forecast
 from secateur.pruning.planning.outline import build
 from secateur.pruning.planning.passes import (
@@ -207,11 +202,9 @@ def _text(
     numbers.
     """
     try:
-        drawn = text_forecast(work, text, model, resources)
+        return text_forecast(work, text, model, resources, measure=measure)
     except UnsupportedModel:
         return None
-    seconds = speaking_seconds(work, text, drawn) if measure and drawn.tokens else None
-    return replace(drawn, seconds=seconds)
 
 
 def _workload(
