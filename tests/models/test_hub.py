@@ -291,6 +291,12 @@ def test_the_command_itself_in_a_process_of_its_own(hub, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_the_revision_is_that_of_the_model_and_not_of_what_it_is_held_against(hub, sharded):
+    found = secateur.inspect(NAME, revision=COMMIT, against=sharded)
+    assert found.against is not None
+    assert (found.against.came_back, found.against.vanished) == (0, 0)
+
+
 # Pickles, and the command that converts them.
 
 
