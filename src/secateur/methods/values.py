@@ -1,0 +1,236 @@
+"""The values that kept weights may have: number grids of few bits, and a scale for every group.
+
+A weight is a level of the grid times the scale of its group of consecutive inputs, rounded to the
+dtype in which the checkpoint stores it. 0 is a level of every grid, so a weight that is pruned is
+exactly zero. How they are written; `parse_values` reads what `str` writes:
+
+    int8                           a scale for each row
+    int4, int3, int2               a scale for each 128 inputs; `int4 of group 32`, `int4 of row`
+    int4 asymmetric of group 64    with an integer zero point, so that 0 is a level still
+    fp8                            e4m3, a scale for each row
+    nvfp4                          e2m1, a scale of 4 significant bits for each 16 inputs
+    mxfp4                          e2m1, a power of two for each 32 inputs
+
+Scales of integers and of fp8 have the 8 significant bits of bfloat16, which float16 holds as well,
+and those of nvfp4 the 4 of e4m3; a format's own factor for all of a matrix is a power of two.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from secateur.errors import BadPattern
+
+AS_STORED = "as stored"
+"""No grid: values have the dtype of the checkpoint."""
+
+
+class Grid(NamedTuple):
+    """Levels between `lowest` and `highest`, in steps of `share` · 2^⌊log₂ |level|⌋, at least
+    `step`; 0 is among them. `scale_bits`: the significant bits of a scale; `scale_size`: the bits
+    in which it is stored. `groups`: the sizes it may have, None for a row; the first is the usual.
+    """
+
+    bits: int
+    lowest: float
+    highest: float
+    share: float
+    step: float
+    scale_bits: int
+    scale_size: int
+    groups: tuple[int | None, ...]
+
+
+def _integers(bits: int, groups: tuple[int | None, ...]) -> Grid:
+    return Grid(bits, -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1, 0.0, 1.0, 8, 16, groups)
+
+
+_SMALL: tuple[int | None, ...] = (128, 64, 32, None)
+GRIDS: dict[str, Grid] = {
+    "int8": _integers(8, (None, 128, 64, 32)),
+    "int4": _integers(4, _SMALL),
+    "int3": _integers(3, _SMALL),
+    "int2": _integers(2, _SMALL),
+    "fp8": Grid(8, -448.0, 448.0, 2.0**-3, 2.0**-9, 8, 16, (None,)),
+    "nvfp4": Grid(4, -6.0, 6.0, 0.5, 0.5, 4, 8, (16,)),
+    "mxfp4": Grid(4, -6.0, 6.0, 0.5, 0.5, 1, 8, (32,)),
+}
+"""Every grid by name."""
+
+
+class Codes(NamedTuple):
+    """A matrix `[out, in]` in levels: `levels` float32 `[out, in]`, `scales` float32 `[out,
+    groups]`, and `zero_points` float32 `[out, groups]`, what is added to a level for its code.
+    """
+
+    levels: Tensor
+    scales: Tensor
+    zero_points: Tensor
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weights that the levels stand for, `[out, in]`, zeros +0.0."""
+        groups = self.levels.unflatten(1, (self.scales.shape[1], -1))
+        return (groups * self.scales[..., None]).flatten(1).to(dtype) + 0
+
+
+@dataclass(frozen=True)
+class Values:
+    """A grid of `GRIDS` by `name`, and how many inputs share a scale; None: all of a row."""
+
+    name: str
+    group: int | None
+    asymmetric: bool = False
+
+    def __str__(self) -> str:
+        if len(self.grid.groups) == 1 or (self.name, self.group) == ("int8", None):
+            return self.name + " asymmetric" * self.asymmetric
+        shared = "row" if self.group is None else f"group {self.group}"
+        return f"{self.name}{' asymmetric' * self.asymmetric} of {shared}"
+
+    @property
+    def grid(self) -> Grid:
+        return GRIDS[self.name]
+
+    @property
+    def scale_bits(self) -> float:
+        """Bits of a group's scale, and of its zero point where it has one."""
+        return self.grid.scale_size + self.grid.bits * self.asymmetric
+
+    def groups(self, columns: int) -> int:
+        """How many groups a row of so many inputs has."""
+        return 1 if self.group is None else columns // self.group
+
+    def check(self, shape: tuple[int, int], name: str) -> None:
+        """Raise BadPattern where the groups do not divide the inputs of a matrix `[out, in]`."""
+        if self.group and shape[1] % self.group:
+            fits = [g for g in self.grid.groups if g is None or not shape[1] % g]
+            ways = [f"'{Values(self.name, group, self.asymmetric)}'" for group in fits]
+            instead = f" or say {ways[0]}" if ways else ""
+            raise BadPattern(
+                f"{self} needs inputs in groups of {self.group}; {name} has {shape[1]}. "
+                f"Leave it out with --skip '*{name.rsplit('.', 1)[-1]}'{instead}."
+            )
+
+    def levels_of(self, ratios: Tensor, zero_points: Tensor | None = None) -> Tensor:
+        """The level nearest to each of `ratios`, weight / scale, `[out, groups, inputs]`.
+
+        `zero_points` `[out, groups]` say where the codes of an asymmetric grid lie.
+        """
+        grid, levels = self.grid, self._unbounded(ratios)
+        if zero_points is None or not self.asymmetric:
+            return levels.clamp(grid.lowest, grid.highest)
+        lowest = -zero_points[..., None]
+        return levels.clamp(lowest, lowest + 2**grid.bits - 1)
+
+    def _unbounded(self, ratios: Tensor) -> Tensor:
+        """The nearest level, were there no lowest and no highest."""
+        grid = self.grid
+        if not grid.share:
+            return ratios.round()
+        exponent = torch.frexp(ratios).exponent - 1  # of 1.m · 2^e
+        step = (grid.share * torch.exp2(exponent.float())).clamp_min(grid.step)
+        return (ratios / step).round() * step
+
+    def holds(self, levels: Tensor) -> Tensor:
+        """Whether the grid can have such levels `[groups, inputs]` in a group, bool `[groups]`."""
+        lowest, highest = levels.amin(1).clamp_max(0), levels.amax(1).clamp_min(0)
+        if self.asymmetric:
+            return highest - lowest < 2**self.grid.bits
+        return (lowest >= self.grid.lowest) & (highest <= self.grid.highest)
+
+    def nearest(self, ratios: Tensor) -> Tensor:
+        """The nearest level as far as any group can have it, whatever its zero point."""
+        most = 2**self.grid.bits - 1
+        bounds = (-most, most) if self.asymmetric else (self.grid.lowest, self.grid.highest)
+        return self._unbounded(ratios).clamp(*bounds)
+
+    def storable(self, scales: Tensor) -> Tensor:
+        """The scales, float32, rounded to what can be stored; 1 for what is not positive."""
+        mantissa, exponent = torch.frexp(scales)  # mantissa in ½ … 1
+        steps = 2.0**self.grid.scale_bits
+        rounded = torch.ldexp((mantissa * steps).round() / steps, exponent)
+        return torch.where(rounded > 2.0**-100, rounded, torch.ones_like(rounded))
+
+
+def parse_values(text: str) -> Values | None:
+    """The values that `text` names, None for `as stored`. Raises BadPattern for anything else."""
+    if text.strip() == AS_STORED:
+        return None
+    match = re.fullmatch(r"(\w+)( asymmetric)?(?: of (?:group )?(\d{1,6}|row))?", text.strip())
+    grid = match and GRIDS.get(match[1])
+    if not match or not grid:
+        raise BadPattern(
+            f"{text!r} is no kind of values. Say '{AS_STORED}', {', '.join(GRIDS)}, "
+            "'int4 of group 64', 'int4 of row' or 'int4 asymmetric'."
+        )
+    if match[2] and grid.share:
+        raise BadPattern(
+            f"{match[1]} has levels of both signs and no zero point; found {text!r}. "
+            f"Say '{match[1]}', or 'int4 asymmetric'."
+        )
+    group = grid.groups[0] if not match[3] else None if match[3] == "row" else int(match[3])
+    if group not in grid.groups:
+        sizes = ", ".join("row" if size is None else f"group {size}" for size in grid.groups)
+        raise BadPattern(f"{match[1]} is stored with a scale of {sizes}; found {text!r}.")
+    return Values(match[1], group, bool(match[2]))
+
+
+def find_codes(weight: Tensor, values: Values) -> Codes | None:
+    """The levels and scales whose products are a stored matrix `[out, in]` to the bit.
+
+    None where it does not lie on the grid. A group may lie on more than one; that with the highest
+    levels is given.
+    """
+    out, columns = weight.shape
+    if values.group and columns % values.group:
+        return None
+    groups = weight.reshape(-1, values.group or columns)  # [out · groups, inputs]
+    levels = torch.zeros(groups.shape, dtype=torch.float32, device=weight.device)
+    scales = torch.ones(len(groups), dtype=torch.float32, device=weight.device)
+    left = groups.ne(0).any(1).nonzero()[:, 0]
+    for candidate in _candidates(values):
+        if not len(left):
+            break
+        chosen = groups[left]
+        wide = chosen.float()
+        place = wide.abs().argmax(1, keepdim=True)
+        scale = candidate(wide.gather(1, place)[:, 0])
+        level = values.nearest(wide / scale[:, None])
+        right = ((level * scale[:, None]).to(weight.dtype) == chosen).all(1) & values.holds(level)
+        levels[left[right]], scales[left[right]] = level[right], scale[right]
+        left = left[~right]
+    if len(left):
+        return None
+    zero_points = torch.full_like(scales, -values.grid.lowest if not values.grid.share else 0.0)
+    if values.asymmetric:
+        zero_points = -levels.amin(1).clamp_max(0)
+    shape = (out, values.groups(columns))
+    return Codes(levels.reshape(out, columns), scales.view(shape), zero_points.view(shape))
+
+
+def _candidates(values: Values) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What the scale of a group may be, for the weight of its largest magnitude `[groups]`: the
+    highest level first, and scales beside, since weight and scale are rounded.
+    """
+    grid = values.grid
+    most = 2**grid.bits - 1 if values.asymmetric else max(-grid.lowest, grid.highest)
+    magnitudes = [float(level) for level in range(int(most), 0, -1)]
+    if grid.share:
+        every = torch.arange(1, int(grid.highest / grid.step) + 1) * grid.step
+        magnitudes = sorted(set(values.nearest(every).tolist()), reverse=True)
+    for magnitude in magnitudes:
+        for beside in (0, 1, -1):
+            yield lambda largest, magnitude=magnitude, beside=beside: _beside(
+                values, largest.abs() / magnitude, beside
+            )
+
+
+def _beside(values: Values, scales: Tensor, steps: int) -> Tensor:
+    """The storable scale so many steps beside the nearest one."""
+    near = values.storable(scales)
+    spacing = torch.exp2(torch.frexp(near).exponent.float() - values.grid.scale_bits)
+    return values.storable(near + steps * spacing)
