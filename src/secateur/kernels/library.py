@@ -54,6 +54,10 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     ]
     count.restype = None
     loaded.secateur_sweep_block.argtypes = [whole, *[place] * 4, size, size, size, whole, whole]
+    one, rounding = ctypes.c_float, loaded.secateur_round_columns
+    rounding.argtypes = [whole, *[place] * 5, size, size, one, one, one, one, whole]
+    scales = loaded.secateur_best_scales
+    scales.argtypes = [whole, *[place] * 5, size, size, size, size, one, one, one, one, whole]
     return loaded
 
 

@@ -8,35 +8,53 @@ factorisation a stage in float32; the paper adapts ρ to the change of support a
 eigendecomposition. Coordinates are normalised before damping, not after.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from secateur.methods.base import Method, Pruned
+from secateur.methods.base import GridProjection, Method, Pruned
 from secateur.methods.cost import Cost, refit_products
 from secateur.methods.least_squares import Problem, masked_least_squares, normalise
 from secateur.methods.patterns import Pattern
 from secateur.methods.statistics import Stats
 
 
+def without_grid(problem: Problem, weight: Tensor, kept: Tensor) -> Tensor:
+    """The weights as they are."""
+    return weight
+
+
 def alps(
-    stages: int = 16, updates: int = 2, first: float = 0.05, last: float = 5.0, iterations: int = 10
+    stages: int = 16,
+    updates: int = 2,
+    first: float = 0.05,
+    last: float = 5.0,
+    iterations: int = 10,
+    project: GridProjection = without_grid,
 ) -> Method:
-    """ADMM with penalties from `first` to `last`, `updates` at each, then `iterations` of refit."""
+    """ADMM with penalties from `first` to `last`, `updates` at each, then `iterations` of refit.
+
+    `project`: what the weights that the pattern lets stay are rounded to in between, for a mask
+    that knows the grid of values.
+    """
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)
         penalties = torch.logspace(0, 1, stages, last / first) * first
-        kept, free = _admm(problem, pattern, penalties, updates)
+        kept, free = _admm(problem, pattern, penalties, updates, project)
         solution = masked_least_squares(problem, kept, free, iterations)
         return Pruned(problem.restore(solution, kept, weight), kept)
 
     products = stages * updates + refit_products(iterations)
     cost = Cost(products=products, inverses=stages, targets=1, matrices=12, squares=3, kept=1)
-    return Method(frozenset({"gram"}), "matrix", prune, updates=True, cost=cost)
+    on_grid = partial(alps, stages, updates, first, last, iterations)
+    need = frozenset({"gram"})
+    return Method(need, "matrix", prune, updates=True, cost=cost, on_grid=on_grid)
 
 
 def _admm(
-    problem: Problem, pattern: Pattern, penalties: Tensor, updates: int
+    problem: Problem, pattern: Pattern, penalties: Tensor, updates: int, project: GridProjection
 ) -> tuple[Tensor, Tensor]:
     """(kept, weights in normalised coordinates, not yet zero off the mask)."""
     kept = pattern.mask(problem.weight.abs())
@@ -51,7 +69,8 @@ def _admm(
         for _ in range(updates):
             free = (problem.target - multiplier + penalty * sparse) @ inverse
             moved = free + multiplier / penalty
-            sparse = moved * pattern.mask(moved.abs())
+            kept = pattern.mask(moved.abs())
+            sparse = project(problem, moved * kept, kept)
             multiplier = penalty * (moved - sparse)  # V + ρ (X − D): what the projection took off
     kept = pattern.mask((free + multiplier / penalty).abs())
     return kept, free

@@ -4,6 +4,8 @@ SparseGPT picks its mask while it updates the weights, so score, mask and update
 hooks; one function does it all, and `scored` lifts the easy case of a score alone.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from secateur.methods.cost import Cost
+from secateur.methods.least_squares import Problem
 from secateur.methods.patterns import Group, Pattern
 from secateur.methods.statistics import Stats
 
@@ -31,6 +34,10 @@ def importance(weight: Tensor, stats: Stats) -> Tensor:
     return weight.abs().mul_(stats.power().sqrt().to(weight.device))
 
 
+GridProjection = Callable[[Problem, Tensor, Tensor], Tensor]
+"""(problem, weights, kept) → those that are kept on a grid of values, `[out, in]`."""
+
+
 class Method(NamedTuple):
     """A pruning method.
 
@@ -44,7 +51,8 @@ class Method(NamedTuple):
     The rest says what the stream of blocks does for it. `sequential`: inside a block too, the
     inputs of a matrix come from the matrices pruned before it. `permute`: inputs change places
     before an N:M mask is chosen, so that it keeps most of `score`. `refine`: how many times the
-    finished block is tuned on all calibration tokens.
+    finished block is tuned on all calibration tokens. `on_grid`: the method that chooses mask and
+    values together, for one that can.
     """
 
     need: frozenset[str]
@@ -57,6 +65,7 @@ class Method(NamedTuple):
     permute: bool = False
     refine: int = 0
     cost: Cost | None = None
+    on_grid: Callable[[GridProjection], Method] | None = None
 
 
 def scored(

@@ -7,6 +7,7 @@ exactly zero. How they are written; `parse_values` reads what `str` writes:
     int8                           a scale for each row
     int4, int3, int2               a scale for each 128 inputs; `int4 of group 32`, `int4 of row`
     int4 asymmetric of group 64    with an integer zero point, so that 0 is a level still
+    int4 of group 64 by sweep      levels chosen by another of `SOLVERS` (rounding.py)
     fp8                            e4m3, a scale for each row
     nvfp4                          e2m1, a scale of 4 significant bits for each 16 inputs
     mxfp4                          e2m1, a power of two for each 32 inputs
@@ -17,47 +18,55 @@ and those of nvfp4 the 4 of e4m3; a format's own factor for all of a matrix is a
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from secateur.errors import BadPattern
+from secateur.errors import BadPattern, UnknownName
+from secateur.kernels.rounding import Levels
 
 AS_STORED = "as stored"
 """No grid: values have the dtype of the checkpoint."""
+SOLVERS = ("descent", "sweep", "nearest", "joint")
+"""What chooses levels and scales, the best of those for a mask that is given first."""
 
 
 class Grid(NamedTuple):
-    """Levels between `lowest` and `highest`, in steps of `share` · 2^⌊log₂ |level|⌋, at least
-    `step`; 0 is among them. `scale_bits`: the significant bits of a scale; `scale_size`: the bits
-    in which it is stored. `groups`: the sizes it may have, None for a row; the first is the usual.
+    """Levels of so many `bits`, and the scales that they may have.
+
+    `scale_bits`: the significant bits of a scale; `scale_size`: the bits in which it is stored.
+    `groups`: the inputs that may share one, None for all of a row; the first is the usual.
     """
 
     bits: int
-    lowest: float
-    highest: float
-    share: float
-    step: float
+    levels: Levels
     scale_bits: int
     scale_size: int
     groups: tuple[int | None, ...]
 
+    @property
+    def most(self) -> float:
+        """The largest magnitude of a level; of an asymmetric grid of integers 2^bits − 1."""
+        return max(-self.levels.lowest, self.levels.highest)
+
 
 def _integers(bits: int, groups: tuple[int | None, ...]) -> Grid:
-    return Grid(bits, -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1, 0.0, 1.0, 8, 16, groups)
+    half = 2.0 ** (bits - 1)
+    return Grid(bits, Levels(-half, half - 1, 0.0, 1.0), 8, 16, groups)
 
 
 _SMALL: tuple[int | None, ...] = (128, 64, 32, None)
+_E2M1 = Levels(-6.0, 6.0, 0.5, 0.5)
 GRIDS: dict[str, Grid] = {
     "int8": _integers(8, (None, 128, 64, 32)),
     "int4": _integers(4, _SMALL),
     "int3": _integers(3, _SMALL),
     "int2": _integers(2, _SMALL),
-    "fp8": Grid(8, -448.0, 448.0, 2.0**-3, 2.0**-9, 8, 16, (None,)),
-    "nvfp4": Grid(4, -6.0, 6.0, 0.5, 0.5, 4, 8, (16,)),
-    "mxfp4": Grid(4, -6.0, 6.0, 0.5, 0.5, 1, 8, (32,)),
+    "fp8": Grid(8, Levels(-448.0, 448.0, 2.0**-3, 2.0**-9), 8, 16, (None,)),
+    "nvfp4": Grid(4, _E2M1, 4, 8, (16,)),
+    "mxfp4": Grid(4, _E2M1, 1, 8, (32,)),
 }
 """Every grid by name."""
 
@@ -79,17 +88,22 @@ class Codes(NamedTuple):
 
 @dataclass(frozen=True)
 class Values:
-    """A grid of `GRIDS` by `name`, and how many inputs share a scale; None: all of a row."""
+    """A grid of `GRIDS` by `name`, and how many inputs share a scale; None: all of a row.
+
+    `solver` is what chooses the levels, of `SOLVERS`; the first is the usual.
+    """
 
     name: str
     group: int | None
     asymmetric: bool = False
+    solver: str = SOLVERS[0]
 
     def __str__(self) -> str:
+        by = "" if self.solver == SOLVERS[0] else f" by {self.solver}"
         if len(self.grid.groups) == 1 or (self.name, self.group) == ("int8", None):
-            return self.name + " asymmetric" * self.asymmetric
+            return self.name + " asymmetric" * self.asymmetric + by
         shared = "row" if self.group is None else f"group {self.group}"
-        return f"{self.name}{' asymmetric' * self.asymmetric} of {shared}"
+        return f"{self.name}{' asymmetric' * self.asymmetric} of {shared}{by}"
 
     @property
     def grid(self) -> Grid:
@@ -108,45 +122,33 @@ class Values:
         """Raise BadPattern where the groups do not divide the inputs of a matrix `[out, in]`."""
         if self.group and shape[1] % self.group:
             fits = [g for g in self.grid.groups if g is None or not shape[1] % g]
-            ways = [f"'{Values(self.name, group, self.asymmetric)}'" for group in fits]
+            ways = [f"'{replace(self, group=group)}'" for group in fits]
             instead = f" or say {ways[0]}" if ways else ""
             raise BadPattern(
                 f"{self} needs inputs in groups of {self.group}; {name} has {shape[1]}. "
                 f"Leave it out with --skip '*{name.rsplit('.', 1)[-1]}'{instead}."
             )
 
-    def levels_of(self, ratios: Tensor, zero_points: Tensor | None = None) -> Tensor:
-        """The level nearest to each of `ratios`, weight / scale, `[out, groups, inputs]`.
+    def nearest(self, ratios: Tensor, zero_points: Tensor | None = None) -> Tensor:
+        """The levels nearest to weights over their scales.
 
-        `zero_points` `[out, groups]` say where the codes of an asymmetric grid lie.
+        `zero_points`, which broadcast to them, say where the codes of an asymmetric grid lie;
+        without them, any level is let in that some zero point would.
         """
-        grid, levels = self.grid, self._unbounded(ratios)
-        if zero_points is None or not self.asymmetric:
-            return levels.clamp(grid.lowest, grid.highest)
-        lowest = -zero_points[..., None]
-        return levels.clamp(lowest, lowest + 2**grid.bits - 1)
-
-    def _unbounded(self, ratios: Tensor) -> Tensor:
-        """The nearest level, were there no lowest and no highest."""
-        grid = self.grid
-        if not grid.share:
-            return ratios.round()
-        exponent = torch.frexp(ratios).exponent - 1  # of 1.m · 2^e
-        step = (grid.share * torch.exp2(exponent.float())).clamp_min(grid.step)
-        return (ratios / step).round() * step
+        levels = self.grid.levels
+        if not self.asymmetric:
+            return levels.nearest(ratios)
+        if zero_points is not None:
+            return levels.nearest(ratios, zero_points)
+        most = 2**self.grid.bits - 1
+        return levels.unbounded(ratios).clamp(-most, most)
 
     def holds(self, levels: Tensor) -> Tensor:
         """Whether the grid can have such levels `[groups, inputs]` in a group, bool `[groups]`."""
         lowest, highest = levels.amin(1).clamp_max(0), levels.amax(1).clamp_min(0)
         if self.asymmetric:
             return highest - lowest < 2**self.grid.bits
-        return (lowest >= self.grid.lowest) & (highest <= self.grid.highest)
-
-    def nearest(self, ratios: Tensor) -> Tensor:
-        """The nearest level as far as any group can have it, whatever its zero point."""
-        most = 2**self.grid.bits - 1
-        bounds = (-most, most) if self.asymmetric else (self.grid.lowest, self.grid.highest)
-        return self._unbounded(ratios).clamp(*bounds)
+        return (lowest >= self.grid.levels.lowest) & (highest <= self.grid.levels.highest)
 
     def storable(self, scales: Tensor) -> Tensor:
         """The scales, float32, rounded to what can be stored; 1 for what is not positive."""
@@ -157,17 +159,19 @@ class Values:
 
 
 def parse_values(text: str) -> Values | None:
-    """The values that `text` names, None for `as stored`. Raises BadPattern for anything else."""
+    """The values that `text` names, None for `as stored`. Raises BadPattern, UnknownName."""
     if text.strip() == AS_STORED:
         return None
-    match = re.fullmatch(r"(\w+)( asymmetric)?(?: of (?:group )?(\d{1,6}|row))?", text.strip())
+    match = re.fullmatch(
+        r"(\w+)( asymmetric)?(?: of (?:group )?(\d{1,6}|row))?(?: by (\w+))?", text.strip()
+    )
     grid = match and GRIDS.get(match[1])
     if not match or not grid:
         raise BadPattern(
             f"{text!r} is no kind of values. Say '{AS_STORED}', {', '.join(GRIDS)}, "
             "'int4 of group 64', 'int4 of row' or 'int4 asymmetric'."
         )
-    if match[2] and grid.share:
+    if match[2] and grid.levels.share:
         raise BadPattern(
             f"{match[1]} has levels of both signs and no zero point; found {text!r}. "
             f"Say '{match[1]}', or 'int4 asymmetric'."
@@ -176,7 +180,9 @@ def parse_values(text: str) -> Values | None:
     if group not in grid.groups:
         sizes = ", ".join("row" if size is None else f"group {size}" for size in grid.groups)
         raise BadPattern(f"{match[1]} is stored with a scale of {sizes}; found {text!r}.")
-    return Values(match[1], group, bool(match[2]))
+    if (solver := match[4] or SOLVERS[0]) not in SOLVERS:
+        raise UnknownName("way to choose levels", solver, SOLVERS)
+    return Values(match[1], group, bool(match[2]), solver)
 
 
 def find_codes(weight: Tensor, values: Values) -> Codes | None:
@@ -205,7 +211,9 @@ def find_codes(weight: Tensor, values: Values) -> Codes | None:
         left = left[~right]
     if len(left):
         return None
-    zero_points = torch.full_like(scales, -values.grid.lowest if not values.grid.share else 0.0)
+    zero_points = torch.full_like(
+        scales, 0.0 if values.grid.levels.share else -values.grid.levels.lowest
+    )
     if values.asymmetric:
         zero_points = -levels.amin(1).clamp_max(0)
     shape = (out, values.groups(columns))
@@ -217,10 +225,11 @@ def _candidates(values: Values) -> Iterator[Callable[[Tensor], Tensor]]:
     highest level first, and scales beside, since weight and scale are rounded.
     """
     grid = values.grid
-    most = 2**grid.bits - 1 if values.asymmetric else max(-grid.lowest, grid.highest)
+    most = 2**grid.bits - 1 if values.asymmetric else grid.most
     magnitudes = [float(level) for level in range(int(most), 0, -1)]
-    if grid.share:
-        every = torch.arange(1, int(grid.highest / grid.step) + 1) * grid.step
+    if grid.levels.share:
+        step = grid.levels.step
+        every = torch.arange(1, int(grid.most / step) + 1) * step
         magnitudes = sorted(set(values.nearest(every).tolist()), reverse=True)
     for magnitude in magnitudes:
         for beside in (0, 1, -1):
