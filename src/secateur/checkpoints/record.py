@@ -57,6 +57,8 @@ class MatrixReport:
     """How many of its weights were zero in the source; 0 where that is less than a hundredth."""
     zeros_filled: int = 0
     """How many of these are not zero any more."""
+    rounded_away: int = 0
+    """How many weights that its mask keeps became zero by rounding to `--values`."""
 
 
 @dataclass
@@ -82,6 +84,8 @@ class Report:
     out: Path | None = None
     note: str = ""
     """What the reader must know of the run as a whole, in a sentence."""
+    values: str = "as stored"
+    """What kept weights may be (methods/values.py)."""
 
     def take(self, block: dict[str, Any]) -> None:
         """Add a finished block, as JSON can hold it: `PrunedBlock.entry`."""
@@ -95,6 +99,7 @@ class Report:
         """Sum up what the blocks were, and what the run held at most."""
         self.sparsity, self.peak_bytes = total_sparsity(self.sites), peak_bytes
         self.remark(filled_in_words(self.sites))
+        self.remark(rounded_away_in_words(self.sites))
 
     def remark(self, sentence: str) -> None:
         """Add a sentence to what the reader must know of the run, unless it is empty."""
@@ -106,7 +111,10 @@ class Report:
         for matrix in values["sites"]:
             if not matrix["zeros_before"]:
                 del matrix["zeros_before"], matrix["zeros_filled"]
+            if self.values == "as stored":
+                del matrix["rounded_away"]
         left_out = {"seconds", "peak_bytes", "out"} | ({"note"} if not self.note else set())
+        left_out |= {"values"} if self.values == "as stored" else set()
         return {key: values[key] for key in values if key not in left_out}
 
 
@@ -121,6 +129,18 @@ def filled_in_words(reports: Sequence[MatrixReport]) -> str:
     return (
         f"{filled:,} of {before:,} zeros of the source ({filled / before:.1%}) were filled; "
         "--keep-zeros keeps them."
+    )
+
+
+def rounded_away_in_words(reports: Sequence[MatrixReport]) -> str:
+    """A sentence on kept weights that became zero by rounding; empty where none did."""
+    vanished = sum(report.rounded_away for report in reports)
+    if not vanished:
+        return ""
+    whole = sum(rows * columns for rows, columns in (report.shape for report in reports))
+    return (
+        f"{vanished:,} weights that the mask keeps ({vanished / whole:.1%} of all) rounded to "
+        "zero, and count as zeros."
     )
 
 

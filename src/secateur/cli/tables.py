@@ -118,8 +118,9 @@ def summary(report: Report) -> Iterator[str]:
         yield f"{report.method}, {report.pattern}: {became}."
         yield f"Gone: {'; '.join(removed)}."
     else:
+        rounded = "" if report.values == "as stored" else f", {report.values}"
         yield (
-            f"{report.method} {report.pattern}: {report.sparsity:.2%} of the weights of "
+            f"{report.method} {report.pattern}{rounded}: {report.sparsity:.2%} of the weights of "
             f"{len(report.sites)} weight matrices are zero (coverage {report.coverage:.1%} of the "
             "block weights)."
         )

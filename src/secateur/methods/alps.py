@@ -8,6 +8,7 @@ factorisation a stage in float32; the paper adapts ρ to the change of support a
 eigendecomposition. Coordinates are normalised before damping, not after.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -20,29 +21,24 @@ from secateur.methods.patterns import Pattern
 from secateur.methods.statistics import Stats
 
 
-def without_grid(problem: Problem, weight: Tensor, kept: Tensor) -> Tensor:
-    """The weights as they are."""
-    return weight
-
-
 def alps(
     stages: int = 16,
     updates: int = 2,
     first: float = 0.05,
     last: float = 5.0,
     iterations: int = 10,
-    project: GridProjection = without_grid,
+    grid: Callable[[], GridProjection] | None = None,
 ) -> Method:
     """ADMM with penalties from `first` to `last`, `updates` at each, then `iterations` of refit.
 
-    `project`: what the weights that the pattern lets stay are rounded to in between, for a mask
-    that knows the grid of values.
+    `grid` makes for every matrix what rounds the weights that the pattern lets stay, so that the
+    mask is chosen together with the values.
     """
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         problem = normalise(weight, stats)
         penalties = torch.logspace(0, 1, stages, last / first) * first
-        kept, free = _admm(problem, pattern, penalties, updates, project)
+        kept, free = _admm(problem, pattern, penalties, updates, grid() if grid else None)
         solution = masked_least_squares(problem, kept, free, iterations)
         return Pruned(problem.restore(solution, kept, weight), kept)
 
@@ -54,7 +50,11 @@ def alps(
 
 
 def _admm(
-    problem: Problem, pattern: Pattern, penalties: Tensor, updates: int, project: GridProjection
+    problem: Problem,
+    pattern: Pattern,
+    penalties: Tensor,
+    updates: int,
+    on_grid: GridProjection | None,
 ) -> tuple[Tensor, Tensor]:
     """(kept, weights in normalised coordinates, not yet zero off the mask)."""
     kept = pattern.mask(problem.weight.abs())
@@ -70,7 +70,7 @@ def _admm(
             free = (problem.target - multiplier + penalty * sparse) @ inverse
             moved = free + multiplier / penalty
             kept = pattern.mask(moved.abs())
-            sparse = project(problem, moved * kept, kept)
+            sparse = on_grid(problem, moved * kept, kept) if on_grid else moved * kept
             multiplier = penalty * (moved - sparse)  # V + ρ (X − D): what the projection took off
     kept = pattern.mask((free + multiplier / penalty).abs())
     return kept, free

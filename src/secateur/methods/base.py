@@ -51,8 +51,8 @@ class Method(NamedTuple):
     The rest says what the stream of blocks does for it. `sequential`: inside a block too, the
     inputs of a matrix come from the matrices pruned before it. `permute`: inputs change places
     before an N:M mask is chosen, so that it keeps most of `score`. `refine`: how many times the
-    finished block is tuned on all calibration tokens. `on_grid`: the method that chooses mask and
-    values together, for one that can.
+    finished block is tuned on all calibration tokens. `on_grid`: for a method that can choose mask
+    and values together, the method that does, given what makes the projection for a matrix.
     """
 
     need: frozenset[str]
@@ -65,7 +65,7 @@ class Method(NamedTuple):
     permute: bool = False
     refine: int = 0
     cost: Cost | None = None
-    on_grid: Callable[[GridProjection], Method] | None = None
+    on_grid: Callable[[Callable[[], GridProjection]], Method] | None = None
 
 
 def scored(

@@ -26,4 +26,6 @@ def refit(method: Method, iterations: int | None = None) -> Method:
         return pruned._replace(weight=problem.restore(solution, pruned.kept, weight))
 
     cost = method.cost and method.cost.followed_by(refit_products(steps))
-    return method._replace(need=method.need | {"gram"}, prune=prune, updates=True, cost=cost)
+    return method._replace(
+        need=method.need | {"gram"}, prune=prune, updates=True, cost=cost, on_grid=None
+    )

@@ -60,7 +60,7 @@ def with_values(method: Method, values: Values) -> Method:
                 "Levels and mask are chosen jointly by the methods that are ADMM: alps, default, "
                 f"best. Say '{values.name}', which rounds to any method's mask."
             )
-        method = method.on_grid(partial(_projected, values=values))
+        method = method.on_grid(partial(Projection, values))
 
     def prune(weight: Tensor, stats: Stats, pattern: Pattern) -> Pruned:
         if pattern.sparsity:
@@ -240,6 +240,20 @@ def codes_of(problem: Problem, grid: OnGrid, kept: Tensor, values: Values) -> Co
     )
 
 
-def _projected(problem: Problem, moved: Tensor, kept: Tensor, values: Values) -> Tensor:
-    """The point of the grid that rounds the kept weights of `moved`, for ADMM."""
-    return nearest(problem, moved, kept, values).weight
+class Projection:
+    """For one matrix, what rounds the weights that a pattern lets stay to the grid, for ADMM.
+
+    Scales are those of the first rounding: searched each time they shrink with what was rounded
+    before, and at 2 bits the result is half as bad again as with a mask that was chosen first.
+    """
+
+    def __init__(self, values: Values) -> None:
+        self.values = values
+        self.grid: OnGrid | None = None
+
+    def __call__(self, problem: Problem, weight: Tensor, kept: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = nearest(problem, weight, kept, self.values)
+            return self.grid.weight
+        grid = self.grid._replace(weight=weight)
+        return codes_of(problem, grid, kept, self.values).dense() * problem.scale

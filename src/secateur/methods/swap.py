@@ -42,7 +42,7 @@ def swap(method: Method, steps: int = 100, candidates: int = 64) -> Method:
         return pruned._replace(weight=weight.where(kept, 0.0), kept=kept)
 
     cost = method.cost and method.cost.followed_by(steps + 1)  # at most: it stops when none helps
-    return method._replace(need=method.need | {"gram"}, prune=prune, cost=cost)
+    return method._replace(need=method.need | {"gram"}, prune=prune, cost=cost, on_grid=None)
 
 
 def _best_exchanges(

@@ -53,7 +53,8 @@ class PrunedBlock:
 class _Work:
     """A block while it is pruned: its matrices as they were (`dense`) and as they will be stored.
 
-    Of those that were pruned a note, and inputs `[tokens, in]` to measure errors on.
+    Of those that were pruned a note, how many weights the mask keeps, and inputs `[tokens, in]` to
+    measure errors on.
     """
 
     step: Step
@@ -62,6 +63,7 @@ class _Work:
     targets: Mapping[str, WeightMatrix]
     permutation: Permutation | None
     notes: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
     probes: dict[str, Tensor] = field(default_factory=dict)
 
     def pattern(self, name: str) -> Pattern | None:
@@ -95,8 +97,10 @@ def prune_block(step: Step, pruning: Pruning, classes: Mapping[str, Classes]) ->
     for group, observed in stages:
         work.probes |= observed.probes
         with run.seconds.counted("solve"):
-            for notes in run.ranks.together(partial(_solve, work, run.ranks.mine(group), observed)):
+            solve = partial(_solve, work, run.ranks.mine(group), observed)
+            for notes, kept in run.ranks.together(solve):
                 work.notes |= notes
+                work.kept |= kept
             _hand_round(work, group)
     release_memory()
     changed = sorted({step.matrices[name].parameter for name in work.notes})
@@ -109,9 +113,12 @@ def prune_block(step: Step, pruning: Pruning, classes: Mapping[str, Classes]) ->
     return PrunedBlock(step.index, tensors, [_report(work, name) for name in step.matrices], tuned)
 
 
-def _solve(work: _Work, group: Sequence[str], observed: CalibrationStatistics) -> dict[str, str]:
-    """Prune the matrices of a group in both copies; a note on each that was."""
-    step, method, notes = work.step, work.pruning.method, dict[str, str]()
+def _solve(
+    work: _Work, group: Sequence[str], observed: CalibrationStatistics
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Prune the matrices of a group in both copies; a note on each that was, and what it keeps."""
+    step, method = work.step, work.pruning.method
+    notes, kept = dict[str, str](), dict[str, int]()
     for names in solved_together(method, group, observed.stats):
         stats = observed.stats.get(names[0], Stats(0, {}))
         if method.need and not stats.tokens:
@@ -129,7 +136,8 @@ def _solve(work: _Work, group: Sequence[str], observed: CalibrationStatistics) -
         for name, pruned in zip(names, solved, strict=True):
             put(f"{step.name}.{name}", pruned.weight, (work.targets[name], step.matrices[name]))
             notes[name] = ", ".join(filter(None, (note, pruned.note)))
-    return notes
+            kept[name] = int(pruned.kept.sum())
+    return notes, kept
 
 
 def _hand_round(work: _Work, group: Sequence[str]) -> None:
@@ -155,9 +163,12 @@ def _report(work: _Work, name: str) -> MatrixReport:
         error = output_error(probe, before - after, before)
     short, name = name, f"{work.step.name}.{name}"
     shown = None if pattern is None else str(pattern)
-    share = count_zeros(matrix.weight) / (rows * columns)
+    count = count_zeros(matrix.weight)
+    share = count / (rows * columns)
+    rounded = work.pruning.values is not None and name in work.kept
+    vanished = work.kept[name] - (rows * columns - count) if rounded else 0
     zeros = zeros_in_source(work.dense[short].weight, matrix.weight)
-    return MatrixReport(name, (rows, columns), shown, share, error, note, *zeros)
+    return MatrixReport(name, (rows, columns), shown, share, error, note, *zeros, vanished)
 
 
 def _advance(work: _Work, what: str) -> None:

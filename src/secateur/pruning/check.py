@@ -6,7 +6,9 @@ from secateur.errors import BadPattern, UnknownName
 from secateur.methods import METHODS, Method, find_method
 from secateur.methods.pattern_text import parse
 from secateur.methods.patterns import Pattern
+from secateur.methods.rounding import with_values
 from secateur.methods.structures import Structure
+from secateur.methods.values import Values, parse_values
 from secateur.pruning.planning.measured import check_allocation
 from secateur.pruning.structured.channel_scores import SELECTIONS
 from secateur.pruning.structured.depth import BLOCKS
@@ -18,11 +20,15 @@ DRAFT_HEADS = ("refuse", "drop")
 
 
 class Zeros(NamedTuple):
-    """A recipe for zeros, with the method of the table and the pattern that it names."""
+    """A recipe for zeros, with the method of the table and the pattern that it names.
+
+    `values` are what kept weights may be, which the method sees to; None: anything.
+    """
 
     recipe: Recipe
     method: Method
     pattern: Pattern
+    values: Values | None = None
 
 
 def find_recipe(recipe: Recipe) -> Zeros | Slices:
@@ -31,6 +37,7 @@ def find_recipe(recipe: Recipe) -> Zeros | Slices:
     Raises UnknownName, BadPattern or BadPlan where method, pattern and options do not go together.
     """
     pattern, name = parse(recipe.pattern), recipe.method.split("+")[0]
+    values = parse_values(recipe.values)
     if recipe.draft_heads not in DRAFT_HEADS:
         raise UnknownName("way with draft heads", recipe.draft_heads, DRAFT_HEADS)
     if isinstance(pattern, Structure):
@@ -46,6 +53,11 @@ def find_recipe(recipe: Recipe) -> Zeros | Slices:
                 f"--keep-zeros is for patterns of zeros; what makes up for {pattern} fills zeros. "
                 "Take out the structure first, then prune to a pattern."
             )
+        if values:
+            raise BadPattern(
+                f"--values is for patterns of zeros, 0% among them; {pattern} takes out whole "
+                f"structures. Take them out first, then prune the result to 0% with {values}."
+            )
         return Slices(recipe, find_structure(pattern, recipe), pattern)
     if name in {*SELECTIONS, *BLOCKS, *EXPERTS}:
         raise BadPattern(
@@ -60,4 +72,11 @@ def find_recipe(recipe: Recipe) -> Zeros | Slices:
         raise BadPattern(
             f"--draft-heads drop is for structures; {pattern} leaves them as they are."
         )
-    return Zeros(recipe, method, pattern)
+    return find_zeros(recipe, method, pattern, values)
+
+
+def find_zeros(recipe: Recipe, method: Method, pattern: Pattern, values: Values | None) -> Zeros:
+    """The recipe, with a method that leaves the `values` that are wanted. Raises BadPattern."""
+    if values is not None:
+        method = with_values(method, values)
+    return Zeros(recipe, method, pattern, values)

@@ -8,8 +8,9 @@ from secateur.checkpoints.record import Report
 from secateur.data.windows import Windows
 from secateur.methods import find_method
 from secateur.methods.pattern_text import parse_pattern
+from secateur.methods.values import parse_values
 from secateur.models.replay import LanguageModel
-from secateur.pruning.check import Zeros
+from secateur.pruning.check import find_zeros
 from secateur.pruning.prepare import block_run, prepare
 from secateur.pruning.prune import pruned_blocks
 from secateur.system.devices import find_resources
@@ -25,6 +26,7 @@ def prune_model(
     method: str = Recipe.method,
     pattern: str = Recipe.pattern,
     allocate: str = Recipe.allocate,
+    values: str = Recipe.values,
     skip: Sequence[str] = Recipe.skip,
     keep_zeros: bool = Recipe.keep_zeros,
     device: str = Compute.device,
@@ -42,7 +44,8 @@ def prune_model(
     given = locals()
     recipe, trust = taken(Recipe, given), taken(Trust, given)
     resources = find_resources(taken(Compute, given))
-    zeros = Zeros(recipe, pattern=parse_pattern(pattern), method=find_method(method))
+    kind = parse_values(values)
+    zeros = find_zeros(recipe, find_method(method), parse_pattern(pattern), kind)
     spill = Path(gettempdir())
     with PeakMemory() as peak:
         run = block_run(language_model, windows, resources, spill, progress or Progress())

@@ -14,6 +14,7 @@ from secateur.errors import UnsupportedModel
 from secateur.methods import Method
 from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.patterns import kind_of
+from secateur.methods.values import AS_STORED, Values
 from secateur.models.context import check_windows
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.models.parts import parts_in_words
@@ -51,6 +52,7 @@ class Pruning:
     plan: Plan
     passes: str = "one"
     keep_zeros: bool = False
+    values: Values | None = None
 
 
 def block_run(
@@ -97,6 +99,7 @@ def conditions_of(
         "device": run.devices[0].type,
         "versions": versions(),
         **({"keep_zeros": True} if recipe.keep_zeros else {}),
+        **({"values": str(zeros.values)} if zeros.values else {}),
     }
 
 
@@ -113,7 +116,7 @@ def prepare(
     `once(what, decide)` gives what `decide` gives, or what it gave to a run that is gone on with.
     Raises UnsupportedModel for too low a coverage, or for what several ranks cannot share.
     """
-    recipe, method, pattern = zeros
+    recipe, method, pattern, values = zeros
     check_windows(run.language_model, windows, run.batch_size)
     share = _checked_coverage(run.language_model, zeros, trust)
     if run.ranks.size > 1 and (method.refine or method.permute):
@@ -127,8 +130,11 @@ def prepare(
     release_memory()
     plan = {name: parse_pattern(part) for name, part in decided["plan"].items()}
     shapes = matrix_shapes(run.language_model)
+    for name in plan if values else ():
+        values.check(shapes[name], name)
     shown = label(plan, shapes) if is_file(recipe.allocate) else str(pattern)
-    run.progress.begin(f"pruning with {recipe.method} to {shown}")
+    rounded = f" and {values}" if values else ""
+    run.progress.begin(f"pruning with {recipe.method} to {shown}{rounded}")
     cost = UNKNOWN_COST.format(recipe.method) if method.cost is None else ""
     dense = left_dense_in_words(plan, shapes) if is_file(recipe.allocate) else ""
     left = dense, parts_in_words(run.language_model.model), ignored_in_words(run.language_model)
@@ -144,10 +150,11 @@ def prepare(
         windows.fingerprint(),
         recipe.allocate,
         note=" ".join(filter(None, (cost, *left, windows.empty_in_words()))),
+        values=str(values or AS_STORED),
     )
     spill = run.spill if decided["spill"] else None
     run = replace(run, batch_size=decided["batch_size"], spill=spill)
-    return report, Pruning(run, method, plan, decided["passes"], recipe.keep_zeros)
+    return report, Pruning(run, method, plan, decided["passes"], recipe.keep_zeros, values)
 
 
 def _checked_coverage(language_model: LanguageModel, zeros: Zeros, trust: Trust) -> float:

@@ -50,6 +50,7 @@ def prune(
     method: str = Recipe.method,
     pattern: str = Recipe.pattern,
     allocate: str = Recipe.allocate,
+    values: str = Recipe.values,
     align: int | None = Recipe.align,
     calibration: str | None = CalibrationText.calibration,
     samples: int = CalibrationText.samples,

@@ -95,6 +95,12 @@ class Recipe(Limits):
         "uniform",
         "How sparsity is shared out: uniform, owl, error, search, or a plan's .json file.",
     )
+    values: str = option(
+        "as stored",
+        "What kept weights may be: 'as stored', int8, int4, int3, int2, fp8, nvfp4, mxfp4, 'int4 "
+        "of group 64', 'int4 of row', 'int4 asymmetric'; ' by nearest', ' by sweep' or ' by joint' "
+        "chooses them otherwise.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +258,7 @@ class Grid(Limits):
     )
     values: Sequence[str] = option(
         ("as stored",),
-        "As they are, and rounded to eight bits, a row each: 'as stored', 'as stored,int8'.",
+        "What kept weights may be, a row each: 'as stored,int8,int4'; see prune --values.",
         listed=True,
     )
     tolerance: str | float | None = option(
