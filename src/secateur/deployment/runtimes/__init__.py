@@ -15,6 +15,7 @@ from secateur.deployment.runtimes import (
 )
 from secateur.deployment.runtimes.base import Runtime
 from secateur.errors import UnknownName
+from secateur.methods.values import AS_STORED
 
 RUNTIMES: dict[str, Runtime] = {
     "eager": eager.eager,
@@ -31,6 +32,11 @@ RUNTIMES: dict[str, Runtime] = {
     "semi-structured": semi_structured.semi_structured,
     "vllm": vllm.vllm,
 }
+
+
+def runs_values(runtime: Runtime, values: str) -> bool:
+    """Whether a runtime runs rows of such values: as stored, or those that it rounds to itself."""
+    return values.startswith(runtime.rounded) if runtime.rounded else values == AS_STORED
 
 
 def find_runtime(name: str) -> Runtime:

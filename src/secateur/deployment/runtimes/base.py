@@ -66,7 +66,8 @@ class Runtime(NamedTuple):
     `missing()` says why it cannot be used on this machine, None where it can. `load(folder, dtype)`
     raises UnsupportedModel where it cannot run that folder in that dtype. `twin` is the runtime
     that shows what its kernels give without zeros: there the dense model is its baseline. `rounded`
-    says that it rounds the folder's weights to few bits, so that its outputs are compared loosely.
+    names the values that it rounds the folder's weights to, so that its outputs are compared
+    loosely.
     `runs_code`: `load` takes `trust_remote_code` as well. `packages` are those whose versions
     `doctor` shows.
     """
@@ -74,7 +75,7 @@ class Runtime(NamedTuple):
     missing: Callable[[], str | None]
     load: Callable[..., Running]
     twin: str | None = None
-    rounded: bool = False
+    rounded: str = ""
     runs_code: bool = False
     packages: tuple[str, ...] = ()
 

@@ -146,4 +146,4 @@ class Sequences(Running):
 
 
 llamacpp = Runtime(missing, load, packages=("llama-cpp-python",))
-llamacpp_q8 = Runtime(missing, partial(load, eight_bits=True), rounded=True)
+llamacpp_q8 = Runtime(missing, partial(load, eight_bits=True), rounded="int8")

@@ -52,6 +52,6 @@ def load_dense(folder: Path, dtype: torch.dtype, *, int8: bool, **trust: Any) ->
 
 _as_stored, _as_int8 = (partial(load_packed, values=values) for values in ("as stored", "int8"))
 packed = Runtime(missing, _as_stored, twin="own-dense", runs_code=True)
-packed_int8 = Runtime(missing, _as_int8, twin="own-int8", rounded=True, runs_code=True)
+packed_int8 = Runtime(missing, _as_int8, twin="own-int8", rounded="int8", runs_code=True)
 own_dense = Runtime(no_dense, partial(load_dense, int8=False), runs_code=True)
-own_int8 = Runtime(no_dense, partial(load_dense, int8=True), rounded=True, runs_code=True)
+own_int8 = Runtime(no_dense, partial(load_dense, int8=True), rounded="int8", runs_code=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from secateur.deployment.runtimes import RUNTIMES
+from secateur.deployment.runtimes import RUNTIMES, runs_values
 from secateur.evaluation.advice.hardware import is_measured
 from secateur.evaluation.advice.priors import STRUCTURED, uses_zeros
 from secateur.evaluation.perplexity import perplexity_difference
 from secateur.evaluation.results.schema import Results, Row
+from secateur.methods.values import AS_STORED
 
 Triple = tuple[float, float, float]
 """A figure and its 95 % interval."""
@@ -37,14 +38,12 @@ class Question:
     hardware: str | None
     runtime: str | None
 
-    @property
-    def rounds(self) -> bool:
-        """Whether the runtime rounds weights."""
-        return self.runtime in RUNTIMES and RUNTIMES[self.runtime].rounded
-
     def loads(self, row: Row) -> bool:
-        """Whether a row has rounded values where the runtime rounds, and else values as stored."""
-        return self.runtime is None or self.rounds == (row.values != "as stored")
+        """Whether a row has the values that the runtime rounds to, and else values as stored."""
+        if self.runtime is None:
+            return True
+        known = RUNTIMES.get(self.runtime)
+        return runs_values(known, row.values) if known else row.values == AS_STORED
 
     def admits(self, row: Row, dense: Row) -> bool:
         """Whether a row runs there, with the upper end of its interval within the limit."""

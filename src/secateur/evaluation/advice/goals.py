@@ -12,9 +12,11 @@ from typing import Any
 
 from secateur.evaluation.advice.evidence import Question, Speed, increase, speeds, told_apart
 from secateur.evaluation.advice.hardware import timed_on
-from secateur.evaluation.advice.priors import SEMI, STRUCTURED, UNSTRUCTURED
+from secateur.evaluation.advice.priors import QUANTISED, SEMI, STRUCTURED, UNSTRUCTURED
 from secateur.evaluation.report.tables import number, ratio
+from secateur.evaluation.results.ranking import BAND, equal_bytes
 from secateur.evaluation.results.schema import Results, Row
+from secateur.methods.values import AS_STORED
 from secateur.system.sizes import in_words
 
 SAME_SIZE = 0.01
@@ -26,6 +28,7 @@ KINDS: Mapping[str, str] = {
     "for them",
     SEMI: "N:M zeros: loads everywhere, good where a runtime and its hardware have kernels for 2:4",
     STRUCTURED: "a smaller dense model: good in every runtime that loads the dense one",
+    QUANTISED: "all weights in fewer bits: good wherever a runtime reads the format",
 }
 """What each kind of sparsity is good for; a row is never named without its kind."""
 
@@ -204,11 +207,30 @@ def memory(results: Results, rows: Sequence[Row], question: Question) -> Choice:
     decided = "the same size, so the lower perplexity decided"
     how = decided if other <= same_size else f"{other / size - 1:.1%} more"
     reasons += [_cost(best, dense), _runner_up(second, f", {_bytes(other)}, {how}", dense)]
-    if best.values != "as stored" and runtime is None:
-        rounded = f"rounded to {best.values}"
-        reasons.append(f"Its values are {rounded}, which saves bytes without any zeros too.")
-        left.append(f"The dense model {rounded} is not in this table.")
+    if best.values != AS_STORED and runtime is None:
+        reasons += _at_equal_bytes(results, best)
     return Choice(best, second, reasons, left)
+
+
+def _at_equal_bytes(results: Results, best: Row) -> list[str]:
+    """Whether zeros or fewer bits are the better use of the bytes of a row on a grid."""
+    plain = best.kind == QUANTISED
+    rivals = [
+        row
+        for row in results.pruned
+        if (row.kind == QUANTISED) != plain and row.values != AS_STORED and equal_bytes(row, best)
+    ]
+    what = "pruned row" if plain else "row that is quantised and not pruned"
+    start = "Quantise, do not prune: " if plain else ""
+    if not rivals:
+        return [f"No {what} was measured at these bytes, ±{BAND:.0%}."]
+    rival = min(rivals, key=lambda row: row.perplexity)
+    apart, why = told_apart(best, rival)
+    how = "a tie" if not apart else "behind" if rival.perplexity > best.perplexity else "ahead"
+    start = start if how == "behind" else ""
+    more = f"{rival.perplexity - best.perplexity:+.3g} perplexity"
+    beside = f"{title(rival)} is the best {what} at equal bytes, {more}, {how}: {why}"
+    return [f"{start}{beside}; {shown(rival, results.dense)}."]
 
 
 def portability(results: Results, rows: Sequence[Row], question: Question) -> Choice:
@@ -219,7 +241,7 @@ def portability(results: Results, rows: Sequence[Row], question: Question) -> Ch
     perplexity.
     """
     dense = results.dense
-    stock = [row for row in rows if row.values == "as stored"]
+    stock = [row for row in rows if row.values == AS_STORED]
     smaller = [row for row in stock if row.kind == STRUCTURED]
     zeros, left_out = len(stock) - len(smaller), []
     if zeros:

@@ -12,6 +12,7 @@ from secateur.evaluation.advice.hardware import find_hardware
 
 LABEL = "prior, not measured: "
 UNSTRUCTURED, SEMI, STRUCTURED = "unstructured", "semi-structured", "structured"
+QUANTISED = "quantised"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.data.overlap import overlapping, run_length
 from secateur.data.tokenizer import load_tokenizer
 from secateur.data.windows import Windows
-from secateur.errors import OutputRefused, UnsupportedModel
+from secateur.errors import OutputRefused
 from secateur.evaluation.bos import bos_note
 from secateur.evaluation.comparison.grid import Draw
 from secateur.evaluation.comparison.options import Comparison, read_options
@@ -32,11 +32,12 @@ from secateur.evaluation.comparison.tolerance import search_tolerance
 from secateur.evaluation.forward import Forward
 from secateur.evaluation.perplexity import judged_windows
 from secateur.evaluation.report.write import write_report
-from secateur.evaluation.results.ranking import rank
+from secateur.evaluation.results.ranking import rank, rank_at_equal_bytes
 from secateur.evaluation.results.schema import SCHEMA, Results
 from secateur.methods import find_method
 from secateur.methods.pattern_text import parse
 from secateur.methods.structures import Structure
+from secateur.methods.values import AS_STORED
 from secateur.models.context import check_windows, reader_of
 from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
@@ -303,12 +304,8 @@ def _make_rows(context: ComparisonContext, results: Results) -> None:
         for cell in asked.cells:
             row = context.row(cell, context.draws[0])
             results.rows.append(row)
-            if "int8" in asked.grid.values and not cell.structured:
-                try:
-                    results.rows.append(context.rounded(row))
-                except UnsupportedModel as error:  # too few zeros to pack
-                    results.not_timed[cell.name("int8")] = str(error)
-            results.rows += recovered_rows(context, row, results.not_timed)
+            if row.values == AS_STORED:
+                results.rows += recovered_rows(context, row, results.not_timed)
             if cell.calibrated:
                 results.rows += [context.row(cell, draw) for draw in context.draws[1:]]
         if asked.tolerance is not None:
@@ -319,7 +316,9 @@ def _make_rows(context: ComparisonContext, results: Results) -> None:
         (context.out / HIDDEN).unlink(missing_ok=True)
     results.notes += filter(None, [bos_note(context.dense, context.reader)])
     context.in_bits(results.rows)
-    rank([row for row in results.rows if not row.searched])
+    ranked = [row for row in results.rows if not row.searched]
+    rank(ranked)
+    rank_at_equal_bytes(ranked)
 
 
 def _write(context: ComparisonContext, results: Results) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from secateur.data.bos import readable
-from secateur.deployment.formats.packed import VALUES
 from secateur.deployment.runtimes import find_runtime
-from secateur.errors import BadPattern, UnknownName
+from secateur.errors import BadPattern
 from secateur.evaluation.comparison.grid import Cell, cells, check_searched
 from secateur.evaluation.results.schema import find_tolerance
 from secateur.evaluation.tasks.answer import check_tasks
@@ -76,9 +75,6 @@ def read_options(given: Mapping[str, Any]) -> Comparison:
     grid, recovered = taken(Grid, given), taken(RecoveredRows, given)
     timed, zero_shot = taken(TimedRows, given), taken(ZeroShot, given)
     text = readable(taken(EvaluationText, given))
-    for name in grid.values:
-        if name not in VALUES:
-            raise UnknownName("kind of values", name, VALUES)
     for name in timed.bench:
         find_runtime(name)
     for way in recovered.recover:

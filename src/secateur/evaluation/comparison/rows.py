@@ -13,14 +13,15 @@ from secateur.checkpoints.folder import Checkpoint, open_checkpoint
 from secateur.checkpoints.record import Report, Seconds
 from secateur.data.reader import Reader
 from secateur.data.windows import Windows
-from secateur.deployment.export import export
 from secateur.evaluation.bits import bits_per_byte, text_bytes
-from secateur.evaluation.comparison.grid import Cell, Draw
+from secateur.evaluation.comparison.grid import NOTHING, Cell, Draw
 from secateur.evaluation.comparison.options import Comparison
 from secateur.evaluation.comparison.row_store import CHECKPOINTS, RowStore, file_name
+from secateur.evaluation.comparison.sizes import size_of
 from secateur.evaluation.forward import Forward
 from secateur.evaluation.perplexity import Measured, measure
 from secateur.evaluation.results.schema import Row, row_name
+from secateur.methods.values import parse_values
 from secateur.models.load import load
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
@@ -87,6 +88,7 @@ class ComparisonContext:
             seconds=asdict(Seconds()),
             peak_bytes=None,
             disk_bytes=self.source.bytes,
+            **_plain_size(model, self.source.bytes),
             parameters=model.model.num_parameters(),
             loss=measured.loss.tolist(),
         )
@@ -102,13 +104,13 @@ class ComparisonContext:
         """
         number = draw.number if cell.calibrated else None
         label = draw.label if number else ""
-        kept = self.store.get(cell.name(), number, label)
+        kept = self.store.get(cell.name, number, label)
         if kept and (searching or number or kept.checkpoint):
             if kept.searched and not searching:
                 kept.searched = False
                 self.store.put(kept, label)
             return kept
-        place = self.out / CHECKPOINTS / file_name(cell.name() + label)
+        place = self.out / CHECKPOINTS / file_name(cell.name + label)
         row = replace(
             self._judged(self._pruned(cell, draw, place), place),
             calibration=number,
@@ -127,6 +129,7 @@ class ComparisonContext:
             method=cell.method,
             pattern=cell.pattern,
             allocate=cell.rule,
+            values=cell.values,
             align=asked.grid.align if cell.structured else None,
             skip=asked.grid.skip,
             keep_zeros=asked.grid.keep_zeros and not cell.structured,
@@ -152,43 +155,24 @@ class ComparisonContext:
 
     def _judged(self, report: Report, place: Path) -> Row:
         self.asked.progress.begin(f"evaluating {report.method} {report.pattern}")
-        pruned = self._loaded(place)
+        pruned, values = self._loaded(place), parse_values(report.values)
+        size = size_of(pruned, open_checkpoint(place).bytes, values)
         return Row(
             report.method,
             report.pattern,
-            report.kind,
+            "quantised" if values and report.pattern == NOTHING else report.kind,
             report.sparsity,
             seconds=asdict(report.seconds),
             peak_bytes=report.peak_bytes,
-            disk_bytes=open_checkpoint(place).bytes,
+            disk_bytes=size.model_bytes,
+            bits=size.bits,
+            stored_as=size.stored_as,
+            values=report.values,
             allocation=report.allocation,
             parameters=pruned.model.num_parameters(),
             sites=[(matrix.site, matrix.sparsity, matrix.output_error) for matrix in report.sites],
             **self._quality(pruned),
         )
-
-    def rounded(self, pruned: Row) -> Row:
-        """The row of a checkpoint with its weights rounded to int8, evaluated as they come back."""
-        assert pruned.checkpoint is not None
-        row = replace(pruned, values="int8", latency=[], checkpoint=f"{pruned.checkpoint}-int8")
-        if kept := self.store.get(row.name, row.calibration):
-            return kept
-        folder, unpacked = self.out / str(row.checkpoint), self.out / CHECKPOINTS / ".unpacked"
-        self.asked.progress.begin(f"evaluating {row.name}")
-        export(
-            self.out / pruned.checkpoint,
-            out=folder,
-            to="packed",
-            values="int8",
-            overwrite=True,
-            trust_remote_code=self.asked.trust.trust_remote_code,
-        )
-        # one is there where a run died
-        export(folder, out=unpacked, to="dense", overwrite=True)
-        quality = self.quality(unpacked)
-        shutil.rmtree(unpacked)
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        return self.keep(replace(row, disk_bytes=size, **quality))
 
     def keep(self, row: Row) -> Row:
         """The row, which is on disk now."""
@@ -206,6 +190,12 @@ class ComparisonContext:
     def _quality(self, model: LanguageModel) -> dict[str, Any]:
         measured = measure(self.dense.of(model), self.dense, self.asked.progress)
         return {**measured.beside(self.expected), "loss": measured.loss.tolist()}
+
+
+def _plain_size(language_model: LanguageModel, plain_bytes: int) -> dict[str, Any]:
+    """What the row of the model as it came says of its size."""
+    size = size_of(language_model, plain_bytes, None)
+    return {"bits": size.bits, "stored_as": size.stored_as}
 
 
 def _zeros(language_model: LanguageModel) -> float:

@@ -28,8 +28,7 @@ class FinishedTask(Finished):
 
 
 def answer_rows(context: ComparisonContext, rows: Sequence[Row]) -> None:
-    """Fill in `tasks` of the dense row and of every row with a checkpoint that loads as it is, so
-    not of packed ones.
+    """Fill in `tasks` of the dense row and of every row with a checkpoint.
 
     What a row has answered is kept in `out/tasks`, so that the same command again asks only what is
     missing. Raises what `answer_tasks` raises.
@@ -39,7 +38,7 @@ def answer_rows(context: ComparisonContext, rows: Sequence[Row]) -> None:
     (context.out / TASKS).mkdir(exist_ok=True)
     reference: dict[str, Answers] = {}
     for row in rows:
-        if row.kind == "dense" or (row.checkpoint and row.values == "as stored"):
+        if row.kind == "dense" or row.checkpoint:
             answers = _answers(context, row)
             reference = reference or answers
             row.tasks = summarise(answers, reference)

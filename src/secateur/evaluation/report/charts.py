@@ -19,7 +19,7 @@ from secateur.methods.pattern_text import share_of
 
 COLOURS = [f"var(--c{number})" for number in range(1, 9)]
 """The first is that of the dense model."""
-SHAPES = ("diamond", "circle", "square", "triangle-up")
+SHAPES = ("diamond", "circle", "square", "triangle-up", "cross")
 SVG = "http://www.w3.org/2000/svg"
 WIDTH, HEIGHT = 440, 280
 INK = {"labelColor": "currentColor", "titleColor": "currentColor"}

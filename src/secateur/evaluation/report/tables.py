@@ -12,8 +12,10 @@ from typing import Any
 
 from secateur.data.bos import reading_in_words
 from secateur.data.windows import parts_in_words
+from secateur.evaluation.results.ranking import BAND
 from secateur.evaluation.results.schema import Recovered, Results, Row
 from secateur.methods.pattern_text import share_of
+from secateur.methods.values import AS_STORED
 
 FIRST = ("method", "pattern", "kind")
 """The columns that name a row; whatever is left out, these stand."""
@@ -52,8 +54,10 @@ def comparison(results: Results) -> Sheet:
         rows = sorted(rows, key=lambda row: _order(row.pattern))
     answered, timed = any(row.tasks for row in rows), any(row.latency for row in rows)
     bits = any(row.bits_per_byte is not None for row in rows)
+    sized = any(row.values != AS_STORED for row in rows)
     lines = [
         (_with_bits(row) if bits else _cells(row))
+        | (_size_cells(row) if sized else {})
         | (_task_cells(row) if answered else {})
         | (_speed_cells(row) if timed else {})
         for row in rows
@@ -96,6 +100,16 @@ def _with_bits(row: Row) -> dict[str, Figure]:
     cells = _cells(row)
     first = dict(list(cells.items())[: list(cells).index("perplexity") + 1])
     return {**first, "bits a byte": _figure(row.bits_per_byte, "{:.4f}"), **cells}
+
+
+def _size_cells(row: Row) -> dict[str, Figure]:
+    """What a row takes in the format that is named, and its place among equal bytes."""
+    best_rank = float(row.byte_rank.split(" ")[0].split("-")[0]) if row.byte_rank else None
+    return {
+        "bits a weight": _figure(row.bits, "{:.2f}"),
+        "stored as": _text(row.stored_as or "-"),
+        "rank at equal bytes": _figure(best_rank, row.byte_rank),
+    }
 
 
 def _names(*texts: str) -> dict[str, Figure]:
@@ -169,7 +183,7 @@ def draws(results: Results) -> Sheet:
     """How much hangs on the calibration text: by method, text and size, over the seeds."""
     drawn: dict[tuple[str, str, str, str, int], list[float]] = defaultdict(list)
     for row in results.rows:
-        if row.calibration is not None and not row.searched and row.values == "as stored":
+        if row.calibration is not None and not row.searched and row.values == AS_STORED:
             text = results.calibrations[row.calibration]
             key = method(row), row.pattern, row.kind, text["source"], text["samples"]
             drawn[key].append(row.perplexity)
@@ -301,7 +315,19 @@ def _caption(results: Results) -> str:
         "paired bootstrap over windows. Rank: by perplexity within one pattern; rows whose paired "
         "difference may be zero are a tie. KL: dense against pruned, nats a token. Seconds: "
         "planning, forward passes, statistics, solving and refining; not loading, writing and "
-        f"evaluating.{alone} {_speed_caption(results)}"
+        f"evaluating.{alone}{_size_caption(results)} {_speed_caption(results)}"
+    )
+
+
+def _size_caption(results: Results) -> str:
+    """What the figures for size are, where there are some."""
+    if all(row.values == AS_STORED for row in results.rows):
+        return ""
+    return (
+        " Values on a grid: bits for each weight of the matrices in blocks, and bytes on disk, are "
+        "of the smallest format that is written of the row, masks and scales included. Rank at "
+        f"equal bytes: among the rows on a grid within {BAND:.0%} of its bytes, whatever the "
+        "pattern."
     )
 
 
@@ -323,7 +349,7 @@ def _speed_caption(results: Results) -> str:
 def method(row: Row) -> str:
     """The method of a row with what else it has for itself."""
     rule = "" if row.allocation == "uniform" else f" by {row.allocation}"
-    rounded = "" if row.values == "as stored" else f", {row.values}"
+    rounded = "" if row.values == AS_STORED else f", {row.values}"
     return f"{row.method}{rule}{rounded}" + (f", {_spent(row.recovered)}" if row.recovered else "")
 
 

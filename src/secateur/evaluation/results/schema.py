@@ -13,11 +13,12 @@ from secateur.system.json_files import json_text, read_json
 from secateur.system.typed import Fields, Number, Whole, holds, read_as
 
 SCHEMA = "secateur.results/5"
-Kind = Literal["dense", "unstructured", "semi-structured", "structured"]
+Kind = Literal["dense", "unstructured", "semi-structured", "structured", "quantised"]
 KINDS = get_args(Kind)
 MOST_LOSS = 700.0
 """Nats a token; the perplexity of more is no number."""
 
+RANK = r"^([0-9]{1,6}(-[0-9]{1,6} tie)?)?$"
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Pair = Annotated[list[Number], Field(min_length=2, max_length=2)]
@@ -191,7 +192,7 @@ class Row:
     seconds: dict[str, Number]
     peak_bytes: Whole | None
     disk_bytes: Annotated[Whole, Field(gt=0)]
-    rank: Annotated[str, Field(pattern=r"^([0-9]{1,6}(-[0-9]{1,6} tie)?)?$")] = ""
+    rank: Annotated[str, Field(pattern=RANK)] = ""
     ties: list[str] = field(default_factory=list)
     checkpoint: str | None = None
     allocation: str = "uniform"
@@ -207,6 +208,10 @@ class Row:
     searched: bool = False
     recovered: Recovered | None = None
     bits_per_byte: Number | None = None
+    bits: Number | None = None
+    stored_as: str | None = None
+    byte_rank: Annotated[str, Field(pattern=RANK)] = ""
+    byte_ties: list[str] = field(default_factory=list)
 
     @property
     def name(self) -> str:
