@@ -18,16 +18,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from secateur.methods.values import Values
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import run_block, working_copy
 from secateur.models.stream.blocks import Step
 from secateur.models.stream.forward import Batch
+from secateur.models.stream.straight_through import (
+    StraightThrough,
+    grids_of,
+    put_on_grid,
+    take_off_grid,
+)
 
 RATE = 0.4
 """Adam's first step as a share of a parameter's root mean square weight, times √inputs.
 
 So a step that all inputs agree on changes the output by the same share in layers of any width (Yang
 et al. 2022, arXiv:2203.03466, table 3). On the demo model 0.14, 0.4 and 1.4 were tried.
+"""
+RATE_ON_GRID = 0.5
+"""Of that, where weights stay on a grid and jump from level to level: 0.25 to 3 were tried on the
+demo model.
 """
 
 
@@ -48,10 +59,12 @@ def refine(
     batches: Sequence[Batch],
     epochs: int,
     rate: float = RATE,
+    grids: Mapping[str, StraightThrough] | None = None,
 ) -> Tuned:
     """Tune the parameters named in `kept` (bool, of their shape) in place, in float32.
 
-    The `batches` come in a fixed shuffled order, `epochs` times. What `kept` leaves out stays 0.
+    The `batches` come in a fixed shuffled order, `epochs` times. What `kept` leaves out stays 0,
+    and parameters with one of `grids` stay on it.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
     inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
@@ -59,11 +72,14 @@ def refine(
     batches = [batch for batch in batches if _weight(batch)]
     before = error(block, batches)
     block.requires_grad_(False)
+    grids = grids or {}
+    put_on_grid(block, grids)
     groups = []
     for name, parameter in tuned.items():
         parameter.requires_grad_(True)
         size = parameter.detach().square().sum().div(kept[name].sum().clamp_min(1)).sqrt().item()
-        groups.append({"params": [parameter], "lr": rate * size / inputs[name] ** 0.5})
+        step = rate * (RATE_ON_GRID if name in grids else 1.0)
+        groups.append({"params": [parameter], "lr": step * size / inputs[name] ** 0.5})
     optimiser = torch.optim.Adam(groups)
     steps = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(steps, 1))
@@ -83,11 +99,12 @@ def refine(
                 schedule.step()
     for parameter in block.parameters():
         parameter.requires_grad_(False).grad = None
+    take_off_grid(block, grids)
     after = error(block, batches)
     if after < before:
         return Tuned(before, after)
-    for name, parameter in tuned.items():
-        parameter.copy_(start[name])
+    for name in tuned:
+        block.get_parameter(name).copy_(start[name])
     return Tuned(before, before)
 
 
@@ -117,11 +134,16 @@ def _loss(block: nn.Module, batch: Batch) -> Tensor:
 
 
 def refine_block(
-    step: Step, result: nn.Module, changed: Sequence[str], pruned: Container[str], epochs: int
+    step: Step,
+    result: nn.Module,
+    changed: Sequence[str],
+    pruned: Container[str],
+    epochs: int,
+    values: Values | None = None,
 ) -> Tuned:
     """Tune the `changed` parameters of a pruned block, and round them into both copies.
 
-    Experts that were not `pruned` stay as they are.
+    Experts that were not `pruned` stay as they are; what is on the grid of `values` stays on it.
     """
     batches = step.batches()
     with step.seconds.counted("refine"):
@@ -132,7 +154,8 @@ def refine_block(
         for matrix in weight_matrices(block).values():
             if matrix.expert and matrix.parameter in kept and matrix.name not in pruned:
                 kept[matrix.parameter][int(matrix.name.rsplit(".", 2)[1])] = False
-        tuned = refine(block, kept, batches, epochs)
+        grids = grids_of(result, kept, values) if values else None
+        tuned = refine(block, kept, batches, epochs, grids=grids)
         for name in changed:
             stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
             step.block.get_parameter(name).data.copy_(stored)
