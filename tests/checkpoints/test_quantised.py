@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from reference.quantised import block_fp8, integers_in_any_order
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.command_line import run
 from support.quantised import NAMES, dense_llama, fixture, fp8_llama, gpt_oss, quantised_llama, write
@@ -33,7 +34,10 @@ PREFIX = {
     "up": "model.layers.1.mlp.up_proj",
     "down": "model.layers.0.mlp.down_proj",
 }
-FEW = ("ct-int4-zeros", "gptq-4-order", "awq", "bnb-nf4-nested", "bnb-int8", "modelopt-nvfp4", "mlx-4")
+FEW = (
+    "ct-int4-zeros", "gptq-4-order", "awq", "bnb-nf4-nested", "bnb-int8", "modelopt-nvfp4", "mlx-4", "torchao-int4",
+    "hqq-4",
+)  # fmt: skip
 """One of each library."""
 WORDS = {
     "ct-int4-zeros": "compressed-tensors 4-bit integers",
@@ -43,6 +47,8 @@ WORDS = {
     "bnb-int8": "bitsandbytes int8",
     "modelopt-nvfp4": "NVFP4",
     "mlx-4": "MLX 4-bit, groups of 64",
+    "torchao-int4": "torchao int4, groups of 32",
+    "hqq-4": "HQQ 4-bit, groups of 64",
 }
 
 
@@ -519,7 +525,7 @@ def broken(name: str, change: str, folder: Path) -> Path:
     parts = {
         "ct-int4-zeros": "weight_scale", "gptq-4-order": "scales", "awq": "qzeros", "mlx-4": "biases",
         "bnb-nf4-nested": "weight.quant_map", "bnb-int8": "SCB", "modelopt-nvfp4": "weight_scale",
-        "fp8": "weight_scale_inv",
+        "fp8": "weight_scale_inv", "torchao-int4": "_weight_scale", "hqq-4": "zero",
     }  # fmt: skip
     part = f"model.layers.1.mlp.down_proj.{parts[name]}"
     if change == "missing":
@@ -626,6 +632,78 @@ def test_a_state_of_another_kind_is_refused(change: dict[str, str | None], words
     tensors[name] = torch.tensor(list(text.encode()), dtype=torch.uint8)
     write(folder, tensors, {})
     with pytest.raises(BadCheckpoint, match=rf"{UP}\.weight in .* has a quant_state.* {words}"):
+        resolve(folder)
+
+
+def test_a_weight_of_torchao_lies_in_several_shards(tmp_path: Path):
+    """As transformers splits them; each shard describes all weights."""
+    folder = quantised_llama("torchao-int4", tmp_path / "model")
+    expected, tensors = decoded(folder), load_file(folder / "model.safetensors")
+    with safe_open(folder / "model.safetensors", framework="pt") as opened:
+        metadata = opened.metadata()
+    (folder / "model.safetensors").unlink()
+    shards = {name: f"model-{1 + name.endswith('scale')}.safetensors" for name in tensors}
+    for shard in set(shards.values()):
+        save_file({name: t for name, t in tensors.items() if shards[name] == shard}, folder / shard, metadata)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    given = decoded(folder)
+    assert given.keys() == expected.keys()
+    assert all(torch.equal(given[name], tensor) for name, tensor in expected.items())
+
+
+TORCHAO = {"_type": "IntxUnpackedToInt8Tensor", "_data": {"block_size": [1, 32], "dtype": {"_data": "bfloat16"}}}
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("{", r"has a weight whose description is no JSON \("),
+        ("[1]", r"has a weight that is described as '\[1\]'; an object was wanted"),
+        (TORCHAO | {"_data": {"block_size": [1, 32]}}, "has a weight of dtype None; one of bfloat16, "),
+        (TORCHAO | {"_data": {"block_size": [1, 24], "dtype": {"_data": "float16"}}}, r"in blocks of \[1, 24\]"),
+        (TORCHAO | {"_data": {"block_size": [1, 16], "dtype": {"_data": "float16"}}}, r"\[128, 4\] was wanted"),
+        (
+            TORCHAO | {"_type": "Int4TilePackedTo4dTensor"},
+            "is a Int4TilePackedTo4dTensor of torchao; one of Int8Tensor",
+        ),
+        ({"_type": "Tensor"}, "is one of torchao's, and the metadata of the shards do not describe it"),
+    ],
+)
+def test_a_description_of_torchao_that_does_not_fit_is_refused(said, words: str, tmp_path: Path):
+    folder = quantised_llama("torchao-int4", tmp_path / "model")
+    described = {f"{UP}.weight": said if isinstance(said, str) else json.dumps(said)}
+    write(folder, load_file(folder / "model.safetensors"), {}, described)
+    with pytest.raises((BadCheckpoint, UnsupportedModel), match=rf"{UP}.* {words}"):
+        resolve(folder)
+
+
+def test_inputs_that_torchao_scales_are_refused(tmp_path: Path):
+    """SmoothQuant and AWQ divide what comes before, which a plain model would not."""
+    folder = quantised_llama("torchao-int8", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    write(folder, tensors | {f"{UP}._weight_act_pre_scale": torch.ones(64)}, {})
+    with pytest.raises(BadCheckpoint, match=rf"{UP} .* has an act_pre_scale, which would have to go into what is"):
+        resolve(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("packing", lambda _: torch.tensor(list(b"5bit_u8"), dtype=torch.uint8), r"packed as '5bit_u8', in 'torch\.bf"),
+        ("compute_dtype", lambda _: torch.tensor(list(b"os.abort()"), dtype=torch.uint8), r"in 'os\.abort\(\)'"),
+        ("shape", lambda t: t * 2, r"has 128 rows of 64 numbers of 4 bits for shape \[256, 128\]"),
+        ("scale", lambda t: t.T, r"has a scale of shape \[1, 128\] for 128 × 64"),
+        ("zero", lambda t: t[:64], r"has zero of shape \[64, 1\]; \[128, 1\] was wanted"),
+        ("W_q", lambda t: t.flatten(), r"has W_q of shape \[4096\]; a matrix was wanted"),
+    ],
+)
+def test_parts_of_hqq_that_contradict_each_other_are_refused(part, change, words: str, tmp_path: Path):
+    """The library evaluates the text of a dtype as Python; here it is looked up."""
+    folder = quantised_llama("hqq-4", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{UP}.{part}"] = change(tensors[f"{UP}.{part}"]).contiguous()
+    write(folder, tensors, {})
+    with pytest.raises(BadCheckpoint, match=rf"{UP} .* {words}"):
         resolve(folder)
 
 

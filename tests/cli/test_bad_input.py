@@ -183,6 +183,14 @@ def test_pickled_weights(prune, copy, name):
     assert "This writes them as safetensors and runs none: " in said
 
 
+def test_pickled_weights_of_hqq(prune, copy):
+    """The package itself can write them otherwise: 0.2.8.post1 did so."""
+    (copy / "model.safetensors").rename(copy / "qmodel.pt")
+    said = prune(copy, words="has weights that HQQ has pickled (qmodel.pt), which can run code when loaded. Where you")
+    assert "AutoHQQHFModel as model; model.save_to_safetensors(model.from_quantized(" in said
+    assert said.rstrip().endswith("Then copy the tokenizer into DIR.")
+
+
 def header(length: int, text: bytes) -> bytes:
     return length.to_bytes(8, "little") + text
 

@@ -274,8 +274,62 @@ def mxfp4(parts: Parts, settings: Settings) -> Tensor:
     return values.flatten(-2).transpose(1, 2)
 
 
+def torchao(parts: Parts, settings: Settings) -> Tensor:
+    """`dequantize` of Int8Tensor, IntxUnpackedToInt8Tensor and Float8Tensor, whose attributes are the settings."""
+    kind, said = settings["_type"], settings["_data"]
+    numbers, scales = parts["_weight_qdata"], parts["_weight_scale"]
+    assert said["dtype"]["_data"] in ("float32", "float16", "bfloat16")
+    assert scales.dtype in FLOATS
+    assert "_weight_act_pre_scale" not in parts
+    dtype = getattr(torch, said["dtype"]["_data"])
+    if kind == "Float8Tensor":
+        assert numbers.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        return (numbers.float() * each(scales.float(), numbers.shape)).to(dtype)
+    assert kind in ("Int8Tensor", "IntxUnpackedToInt8Tensor")
+    assert numbers.dtype == torch.int8
+    rows, columns = said["block_size"]
+    assert type(rows) is type(columns) is int
+    values = numbers.to(dtype)
+    over = lambda one: one.repeat_interleave(rows, 0).repeat_interleave(columns, 1)  # noqa: E731
+    assert over(scales).shape == numbers.shape
+    if "_weight_zero_point" in parts:
+        zeros = parts["_weight_zero_point"]
+        assert zeros.shape == scales.shape
+        assert zeros.dtype in (torch.int8, *FLOATS)
+        values = values - over(zeros).to(dtype)
+    return (values * over(scales)).to(dtype)
+
+
+def hqq(parts: Parts, settings: Settings) -> Tensor:
+    """`Quantizer.dequantize`: the numbers of a word lie in it from its highest bits on, and far apart in the matrix."""
+    text = {name: bytes(parts[name].tolist()).decode() for name in ("packing", "compute_dtype")}
+    assert text["compute_dtype"] in ("torch.float32", "torch.float16", "torch.bfloat16")
+    dtype, packing = getattr(torch, text["compute_dtype"].removeprefix("torch.")), text["packing"]
+    bits, count, word = {
+        "8bit_u8": (8, 1, torch.uint8), "4bit_u8": (4, 2, torch.uint8), "3bit_32": (3, 10, torch.int32),
+        "2bit_u8": (2, 4, torch.uint8), "1bit_u8": (1, 8, torch.uint8),
+    }[packing]  # fmt: skip
+    shape = parts["shape"].tolist()
+    assert len(shape) == 2
+    assert parts["shape"].dtype == torch.int64
+    assert min(shape) > 0
+    assert parts["W_q"].dtype in (word, *FLOATS)
+    assert parts["W_q"].ndim == 2
+    words = parts["W_q"].contiguous().view(word).long()
+    matrix = torch.cat([words >> bits * (count - 1 - place) & 2**bits - 1 for place in range(count)])
+    rows, rest = divmod(prod(shape), matrix.shape[1])
+    assert rest == 0
+    assert 0 <= len(matrix) - rows < (10 if bits == 3 else 1)
+    zeros, scales = parts["zero"], parts["scale"]
+    assert zeros.shape == scales.shape
+    assert zeros.dtype in FLOATS
+    assert scales.dtype in FLOATS
+    assert scales.numel() == 1 or scales.shape in ((rows, 1), (1, matrix.shape[1]))
+    return ((matrix[:rows].to(dtype) - zeros.to(dtype)) * scales.to(dtype)).reshape(shape)
+
+
 FORMATS: dict[str, Callable[[Parts, Settings], Tensor]] = {
     "gptq": gptq, "awq": awq, "bnb": bitsandbytes, "ct": compressed_tensors, "mlx": mlx, "modelopt": modelopt,
-    "fp8": fp8, "mxfp4": mxfp4,
+    "fp8": fp8, "mxfp4": mxfp4, "torchao": torchao, "hqq": hqq,
 }  # fmt: skip
 """By the first word of a fixture's name."""

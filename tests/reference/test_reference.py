@@ -1,5 +1,6 @@
 """The oracles against hand-computed cases, closed forms and each other."""
 
+import json
 from hashlib import sha256
 
 import numpy as np
@@ -370,6 +371,7 @@ def test_quantised_weights_are_those_of_the_library_that_packed_them(name):
     for group in settings.get("config_groups", {}).values():
         settings = group["weights"]
     for module, parts in made.parts.items():
-        weight = FORMATS[name.split("-")[0]](parts, settings).contiguous()
+        said = json.loads(made.described.get(module, "{}"))
+        weight = FORMATS[name.split("-")[0]](parts, settings | said).contiguous()
         digest = sha256(weight.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
         assert (str(weight.dtype).removeprefix("torch."), digest) == made.digests[module]

@@ -2,10 +2,11 @@
 
 A file holds the parts of one or more matrices under the names of their modules and, in its metadata,
 how config.json describes them, which library wrote them, and for every matrix the SHA-256 of the
-bytes that the same library decodes it to, with their dtype. Made in an environment of its own:
+bytes that the same library decodes it to, with their dtype. What a library writes into the metadata
+of a shard stands under "described". Made in an environment of its own, all or those that are named:
 
-    pip install compressed-tensors gptqmodel autoawq bitsandbytes nvidia-modelopt 'mlx[cpu]'
-    python tests/support/make_quantised.py tests/fixtures/quantised
+    pip install compressed-tensors gptqmodel autoawq bitsandbytes nvidia-modelopt 'mlx[cpu]' torchao hqq
+    python tests/support/make_quantised.py tests/fixtures/quantised torchao-int8 hqq-4
 """
 
 import json
@@ -24,8 +25,10 @@ from torch import Tensor
 SHAPES = {"square": (64, 64), "up": (128, 64), "down": (64, 128)}
 """The matrices of a Llama of width 64 with 128 channels."""
 GROUP = 32
-Made = tuple[dict[str, Tensor], Tensor]
-"""The parts of a matrix by their names in its module, and what the library decodes them to."""
+Made = tuple[dict[str, Tensor], Tensor] | tuple[dict[str, Tensor], Tensor, str]
+"""The parts of a matrix by their names in its module, and what the library decodes them to; also
+what the metadata of the shard say of it.
+"""
 
 
 def weights(dtype: torch.dtype) -> dict[str, Tensor]:
@@ -151,6 +154,27 @@ def fp8(weight: Tensor) -> Made:
     return {"weight": packed._quantized_data, "weight_scale": scale.float()}, dense
 
 
+def torchao(config: str, settings: Callable[[Any], dict[str, Any]], weight: Tensor) -> Made:
+    """A matrix in a class of torchao, taken apart as transformers saves it."""
+    quantization = import_module("torchao.quantization")
+    apart = import_module("torchao.prototype.safetensors.safetensors_support").flatten_tensor_state_dict
+    module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    module.weight.data = weight
+    quantization.quantize_(module, getattr(quantization, config)(**settings(quantization)))
+    parts, metadata = apart({"m.weight": module.weight})
+    dense: Any = module.weight
+    parts = {name.removeprefix("m."): part for name, part in parts.items()}
+    return parts, dense.dequantize(), metadata["m.weight"]
+
+
+def hqq(settings: dict[str, Any], weight: Tensor) -> Made:
+    """A matrix of HQQ, as its layer writes it for safetensors."""
+    core = import_module("hqq.core.quantize")
+    config = core.BaseQuantizeConfig(**settings)
+    layer = core.HQQLinear.from_weights(weight, None, config, compute_dtype=weight.dtype, device="cpu")
+    return layer.state_dict(), layer.dequantize()
+
+
 def mlx(arguments: dict[str, Any], weight: Tensor) -> Made:
     """A matrix of MLX."""
     core = import_module("mlx.core")
@@ -196,11 +220,25 @@ def _bitsandbytes(dtype: torch.dtype, making: Callable[[Tensor], Made]) -> tuple
     return "bitsandbytes", {"quantization_config": settings}, dtype, making
 
 
+def _torchao(config: str, settings: Callable[[Any], dict[str, Any]], dtype: torch.dtype) -> tuple[Any, ...]:
+    """What is made in a class of torchao; `settings` get its module, which may not be there."""
+    making: Callable[[Tensor], Made] = lambda w: torchao(config, settings, w)  # noqa: E731
+    return "torchao", {"quantization_config": {"quant_method": "torchao"}}, dtype, making
+
+
+def _hqq(dtype: torch.dtype = torch.bfloat16, **settings: Any) -> tuple[Any, ...]:
+    making: Callable[[Tensor], Made] = lambda w: hqq(settings, w)  # noqa: E731
+    config = {"quant_config": {"weight_quant_params": settings}, "quant_method": "hqq"}
+    return "hqq", {"quantization_config": config}, dtype, making
+
+
 def _modelopt(kind: str, making: Callable[[Tensor], Made]) -> tuple[Any, ...]:
     settings = {"quant_method": "modelopt", "quant_algo": kind}
     return "nvidia-modelopt", {"quantization_config": settings}, torch.bfloat16, making
 
 
+INT4_OF_TORCH: Any = getattr(torch, "int4", None)  # which its stubs do not know
+INT3_OF_TORCH: Any = getattr(torch, "int3", None)
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
 FLOAT8 = {"num_bits": 8, "type": "float"}
@@ -244,6 +282,26 @@ MADE = {
     "bnb-int8": _bitsandbytes(torch.float16, eight_bits),
     "modelopt-nvfp4": _modelopt("NVFP4", nvfp4),
     "modelopt-fp8": _modelopt("FP8", fp8),
+    "torchao-int8": _torchao("Int8WeightOnlyConfig", lambda _: {}, torch.bfloat16),
+    "torchao-int4": _torchao(
+        "IntxWeightOnlyConfig",
+        lambda q: {"weight_dtype": INT4_OF_TORCH, "granularity": q.PerGroup(32),
+                   "mapping_type": q.MappingType.ASYMMETRIC},
+        torch.bfloat16,
+    ),
+    "torchao-int3": _torchao(
+        "IntxWeightOnlyConfig",
+        lambda q: {"weight_dtype": INT3_OF_TORCH, "granularity": q.PerAxis(0)},
+        torch.float16,
+    ),
+    "torchao-float8": _torchao("Float8WeightOnlyConfig", lambda _: {}, torch.bfloat16),
+    "hqq-1": _hqq(nbits=1, group_size=32, axis=1),
+    "hqq-2": _hqq(torch.float16, nbits=2, group_size=16, axis=0),
+    "hqq-3": _hqq(torch.float16, nbits=3, group_size=64, axis=0),
+    "hqq-3-rows": _hqq(nbits=3, group_size=64, axis=1),
+    "hqq-4": _hqq(nbits=4, group_size=64, axis=1),
+    "hqq-4-float": _hqq(nbits=4, group_size=64, axis=1, view_as_float=True),
+    "hqq-8": _hqq(torch.float32, nbits=8, group_size=64, axis=1),
     **{f"mlx-{bits}": _mlx(bits, 64 if bits != 6 else 32) for bits in (2, 3, 4, 5, 6, 8)},
     "mlx-mxfp4": _mlx(4, 32, "mxfp4"),
     "mlx-mxfp8": _mlx(8, 32, "mxfp8"),
@@ -258,20 +316,25 @@ def digest(dense: Tensor) -> list[str]:
     return [str(dense.dtype).removeprefix("torch."), sha256(raw).hexdigest()]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, names: list[str]) -> None:
     for name, (library, config, dtype, making) in MADE.items():
+        if names and name not in names:
+            continue
         tensors: dict[str, Tensor] = {}
-        digests = {}
+        digests, described = {}, {}
         matrices = weights(dtype)
         for module, weight in matrices.items():
-            parts, dense = making(weight.clone())
+            parts, dense, *said = making(weight.clone())
             tensors |= {f"{module}.{part}": t.detach().contiguous() for part, t in parts.items()}
             digests[module] = digest(dense)
+            if said:
+                described[module] = said[0]
         metadata = {"library": f"{library} {version(library)}", "config": json.dumps(config)}
         metadata |= {"digests": json.dumps(digests)}
+        metadata |= {"described": json.dumps(described)} if described else {}
         save_file(tensors, folder / f"{name}.safetensors", metadata)
         print(name, metadata["library"], sum(t.nbytes for t in tensors.values()))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

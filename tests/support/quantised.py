@@ -28,12 +28,15 @@ MODULES = {
 
 
 class Fixture(NamedTuple):
-    """What a library wrote: the parts by module, the words for config.json, and its own result."""
+    """What a library wrote: the parts by module, the words for config.json, its own result, and what the metadata of
+    a shard say of a module.
+    """
 
     parts: Mapping[str, Mapping[str, Tensor]]
     config: Mapping[str, Any]
     digests: Mapping[str, tuple[str, str]]
     library: str
+    described: Mapping[str, str]
 
 
 def fixture(name: str) -> Fixture:
@@ -46,7 +49,8 @@ def fixture(name: str) -> Fixture:
         module, _, part = key.partition(".")
         parts.setdefault(module, {})[part] = tensor
     digests = {module: tuple(pair) for module, pair in json.loads(metadata["digests"]).items()}
-    return Fixture(parts, json.loads(metadata["config"]), digests, metadata["library"])
+    described = json.loads(metadata.get("described", "{}"))
+    return Fixture(parts, json.loads(metadata["config"]), digests, metadata["library"], described)
 
 
 def tiny_llama(blocks: int = 2) -> LlamaForCausalLM:
@@ -70,13 +74,15 @@ def quantised_llama(name: str, folder: Path) -> Path:
     model = tiny_llama()
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    tensors = load_file(folder / "model.safetensors")
+    tensors, described = load_file(folder / "model.safetensors"), {}
     for block in range(2):
         for module, matrix in MODULES.items():
             prefix = f"model.layers.{block}.{module}"
             del tensors[f"{prefix}.weight"]
             tensors |= {f"{prefix}.{part}": t.clone() for part, t in made.parts[matrix].items()}
-    write(folder, tensors, made.config)
+            if matrix in made.described:
+                described[f"{prefix}.weight"] = made.described[matrix]
+    write(folder, tensors, made.config, described)
     return folder
 
 
@@ -126,9 +132,16 @@ def gpt_oss(folder: Path) -> Path:
     return folder
 
 
-def write(folder: Path, tensors: dict[str, Tensor], words: Mapping[str, Any]) -> None:
-    """Put other tensors into a folder, and words on quantisation into its config.json."""
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+def write(
+    folder: Path, tensors: dict[str, Tensor], words: Mapping[str, Any], described: Mapping[str, str] | None = None
+) -> None:
+    """Put other tensors into a folder, and words on quantisation into its config.json; the metadata of the file stay,
+    and what is `described` is added.
+    """
+    file = folder / "model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    save_file(tensors, file, {**metadata, "format": "pt", **(described or {})})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **words}))
 

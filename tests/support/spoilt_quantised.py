@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -111,15 +112,30 @@ def _moved(config: dict[str, Any], key: str, folder: Path, draw: Random) -> str:
 def spoil_parts(file: Path, draw: Random) -> str:
     """Change a part of a packed weight, or several; what was done."""
     tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
     packed = sorted(name for name in tensors if "_proj" in name or "experts" in name)
+    described = sorted(name for name in metadata if "." in name)
+    if described and draw.random() < 0.4:
+        return _spoil_description(file, tensors, metadata, draw.choice(described), draw)
     said = [_spoil_part(tensors, packed, draw) for _ in range(draw.choice([1, 1, 1, 2]))]
-    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, file, {"format": "pt"})
+    save_file({name: t.contiguous().clone() for name, t in tensors.items()}, file, metadata)
     return "; ".join(said)
+
+
+def _spoil_description(
+    file: Path, tensors: dict[str, Tensor], metadata: dict[str, str], name: str, draw: Random
+) -> str:
+    """Change what the metadata of a shard say of one tensor, as torchao writes it."""
+    changed, said = spoilt(metadata[name].encode(), draw)
+    metadata[draw.choice([name, name, name, "x", "lm_head.weight"])] = changed.decode(errors="replace")
+    save_file(tensors, file, metadata)
+    return f"description of {name} {said}"
 
 
 ORPHANS = (
     "weight_scale", "scales", "qzeros", "g_idx", "weight_zero_point", "weight.absmax", "SCB", "input_scale",
-    "weight_scale_inv", "weight_scale_2", "weight_shape", "biases",
+    "weight_scale_inv", "weight_scale_2", "weight_shape", "biases", "_weight_qdata", "W_q", "zero",
 )  # fmt: skip
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.int8, torch.int16, torch.int32,

@@ -32,11 +32,13 @@ PARTS = {
            "weight_global_scale"),
     "mlx": ("weight", "scales", "biases"), "modelopt": ("weight", "weight_scale", "weight_scale_2"),
     "fp8": ("weight", "weight_scale_inv", "weight_scale"), "mxfp4": ("_blocks", "_scales"),
+    "torchao": ("weight", "_weight_qdata", "_weight_scale", "_weight_zero_point", "_weight_act_pre_scale"),
+    "hqq": ("weight", "W_q", "scale", "zero", "shape", "packing", "compute_dtype"),
 }  # fmt: skip
 MAIN = {
     "gptq": {"qweight"}, "awq": {"qweight"}, "bnb": {"SCB", "weight.absmax"}, "ct": {"weight_packed", "weight_scale"},
     "mlx": {"scales"}, "modelopt": {"weight_scale", "weight_scale_2"}, "fp8": {"weight_scale_inv", "weight_scale"},
-    "mxfp4": {"_blocks"},
+    "mxfp4": {"_blocks"}, "torchao": {"_weight_qdata"}, "hqq": {"W_q"},
 }  # fmt: skip
 """Parts beside which no weight is plain."""
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -54,7 +56,12 @@ def truth(model: Path, base: str) -> dict[str, Tensor]:
     if kind == "gguf":
         return dict(_gguf(parse((model / "model.gguf").read_bytes())))
     stored, settings = stored_tensors(model), _settings(model)
-    return {name: tensor for name in _names(kind) for tensor in _decoded(stored, settings, kind, name)}
+    said = _described(model) if kind == "torchao" else {}
+    return {
+        name: tensor
+        for name in _names(kind)
+        for tensor in _decoded(stored, {**settings, **said.get(name, {})}, kind, name)
+    }
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -66,6 +73,16 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
         with safe_open(file, framework="pt") as opened:
             tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     return tensors
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    """By the name of a weight, what the metadata of the shards say of it."""
+    said: dict[str, Any] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        said |= {name: json.loads(text) for name, text in metadata.items() if "." in name}
+    return said
 
 
 @lru_cache

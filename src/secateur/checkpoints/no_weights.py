@@ -13,6 +13,7 @@ from secateur.errors import BadCheckpoint
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 ADAPTER = "adapter_config.json"
+HQQ = "qmodel.pt"
 _CONVERT = (
     "import json, sys, torch; from pathlib import Path; from safetensors.torch import save_file; "
     "files = sorted(map(Path, sys.argv[1:])); one = len(files) == 1; "
@@ -29,6 +30,13 @@ _CONVERT = (
 """A program that writes pickled weights as safetensors beside them, a shard at a time. Nothing in a
 pickle is run (`weights_only`); tensors that share memory get memory of their own.
 """
+
+
+_HQQ = (
+    "from hqq.models.hf.base import AutoHQQHFModel as model; "
+    'model.save_to_safetensors(model.from_quantized({0!r}, device="cpu"), "DIR")'
+)
+"""A program that writes what HQQ has pickled as safetensors, with its own library."""
 
 
 class Kind(NamedTuple):
@@ -77,6 +85,13 @@ def no_weights(where: str, names: Iterable[str], *, hub: bool = False) -> BadChe
     names = sorted(names)
     if ADAPTER in names:
         return _said(KINDS[0], where, ADAPTER)
+    if HQQ in names:
+        program = shlex.quote(_HQQ.format(where))
+        return BadCheckpoint(
+            f"{where} has weights that HQQ has pickled ({HQQ}), which can run code when loaded. "
+            f"Where you trust them, the package hqq writes them as safetensors: python -c {program}"
+            " . Then copy the tokenizer into DIR."
+        )
     if pickles := _pickles(names):
         only = f"{where} has only pickled weights ({pickles[0]}), which can run code when loaded."
         if not _are_known(pickles):

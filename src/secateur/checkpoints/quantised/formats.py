@@ -19,9 +19,11 @@ from secateur.checkpoints.quantised import (
     compressed_tensors,
     fp8,
     gptq,
+    hqq,
     mlx,
     mxfp4,
     nvfp4,
+    torchao,
 )
 from secateur.checkpoints.quantised.base import File, PlainSource
 from secateur.checkpoints.quantised.gguf import gguf_source, is_gguf
@@ -48,6 +50,8 @@ FORMATS = {
     "bitsandbytes": Format(bitsandbytes.recognised, bitsandbytes.decoded),
     "gptq": Format(gptq.recognised, gptq.decoded),
     "awq": Format(awq.recognised, awq.decoded),
+    "torchao": Format(torchao.recognised, torchao.decoded),
+    "hqq": Format(hqq.recognised, hqq.decoded),
 }
 """In the order in which they are asked."""
 METHODS = {*FORMATS, *fp8.METHODS, "auto-round", "modelopt", "modelopt_fp4"}
