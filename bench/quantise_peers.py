@@ -75,17 +75,11 @@ WAYS = [
         )
     ],
     *[Way("llama-cpp-python", name, name) for name in ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_0", "Q4_K_S", "Q4_K_M")],
-    *[
-        way
-        for bits in (4, 3)
-        for way in (
-            Way("gptqmodel", f"GPTQ, {bits} bits, act-order", "gptq", bits, dict(desc_act=True)),
-            Way("llmcompressor", f"GPTQ, {bits} bits, act-order", "gptq", bits, dict(actorder="weight")),
-        )
-    ],
+    *[Way("gptqmodel", f"GPTQ, {bits} bits, act-order", "gptq", bits, dict(desc_act=True)) for bits in (4, 3)],
 ]
 """GPTQ without more words is with the order of inputs that the library takes by itself: GPTQModel sorts them within and
-between groups so that groups stay together (`act_group_aware`), llm-compressor by its `static` order."""
+between groups so that groups stay together (`act_group_aware`), llm-compressor by its `static` order, which is the only
+one it has left: "weight" is another name of it, "group" is refused."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +167,8 @@ def of_llama_cpp(job: Job) -> Meter:
     settings.nthread = job.threads
     settings.ftype = getattr(llama, f"LLAMA_FTYPE_MOSTLY_{job.way.method}")
     # A tied head is the embeddings, which llama.cpp counts as its output.
-    settings.output_tensor_type = settings.token_embedding_type = llama.GGML_TYPE_BF16
+    kind = import_module("gguf").GGMLQuantizationType.BF16.value
+    settings.output_tensor_type = settings.token_embedding_type = kind
     settings.allow_requantize = True  # from bfloat16
     job.out.mkdir(parents=True)
     source, out = job.out.parent / "source" / "model.gguf", job.out / "model.gguf"
