@@ -1,7 +1,7 @@
 """What other people's quantisers cost and give at 4 and 3 bits, on a dense model and the same calibration tokens.
 
     python bench/quantise_peers.py MODEL --windows WINDOWS.safetensors --json bench/results/quantise-peers.json
-    python bench/quantise_peers.py MODEL --windows WINDOWS.npy --ways 'GPTQ, 4 bits' --evaluation demo --judged 32
+    python bench/quantise_peers.py MODEL --windows WINDOWS.npy --ways 'GPTQ, 4 bits$' --evaluation demo --judged 32
 
 GPTQModel and llm-compressor get the windows, token ids [samples, length] int64, and quantise the linear layers of the
 decoder blocks; embeddings and head stay as they are. llama.cpp gets the model as GGUF in bfloat16, no calibration, and
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -334,7 +335,7 @@ def main() -> None:
         dict(
             windows=(Path, "calibration token ids, .safetensors or .npy"), out=Path("out/quantise-peers"),
             folder=(Path("out/quantisers"), "where the libraries lie"), json=Path,
-            ways=("", "part of the package and name of the ways to take"), group=64, threads=1,
+            ways=("", "a regular expression: the ways to take, by package and name"), group=64, threads=1,
         ),
         dict(evaluation="wikitext2", judged=24, seq_len=512, data_dir=Path, distance=False, work=(str, HIDDEN)),
     )  # fmt: skip
@@ -362,7 +363,9 @@ def run(given: Any) -> None:
         rows.append({"package": "", "version": "", "way": "dense", **judged(given.model, given)})
     for way in WAYS:
         words = f"{way.package} {way.name}"
-        if given.ways not in words or any((row["package"], row["way"]) == (way.package, way.name) for row in rows):
+        if not re.search(given.ways, words) or any(
+            (row["package"], row["way"]) == (way.package, way.name) for row in rows
+        ):
             continue
         try:
             rows.append(row_of(way, given))
