@@ -299,7 +299,7 @@ def judged(model: Path, given: Any) -> dict[str, float]:
 
 def row_of(way: Way, given: Any) -> dict[str, Any]:
     """Quantise by a way, unpack and judge. Raises CalledProcessError where the library does not run."""
-    from secateur.checkpoints.folder import open_checkpoint
+    from secateur.checkpoints.folder import open_checkpoint, stored_dtype
     from secateur.models.load import resolve
 
     name = "-".join((way.package, *way.name.replace(",", "").split()))
@@ -309,16 +309,14 @@ def row_of(way: Way, given: Any) -> dict[str, Any]:
     took = measure(job, fetched(way.package, given.folder))
     packed = job.out / "model.gguf" if way.package == "llama-cpp-python" else job.out
     os.environ["SECATEUR_CACHE"] = str(given.out.resolve() / "dense")
-    dtype = open_checkpoint(given.model).places[LARGEST].dtype
-    dense = resolve(packed, dtype={"F32": "float32", "F16": "float16"}.get(dtype, "bfloat16"))
+    dtype = stored_dtype(open_checkpoint(given.model))
+    dense = resolve(packed, dtype=str(dtype).removeprefix("torch."))
     matrices = changed(given.model, dense)
     return {
-        "package": way.package, "version": PACKAGES[way.package], "way": way.name, "group": given.group,
+        "package": way.package, "version": PACKAGES[way.package], "way": way.name,
+        **({"group": given.group} if way.bits else {}),
         **took, **stored(packed, dense, matrices), "matrices": len(matrices), **judged(dense, given),
     }  # fmt: skip
-
-
-LARGEST = "model.embed_tokens.weight"
 
 
 def line(row: dict[str, Any]) -> str:
@@ -373,7 +371,7 @@ def run(given: Any) -> None:
             print(f"{words} does not run here: {(error.stderr or '').strip()[-600:]}", flush=True)
             continue
         print(line(rows[-1]), flush=True)
-        write(given.json, command=["bench/quantise_peers.py"], models=models)
+        write(given.json, command=["bench/quantise_peers.py"], beside=BESIDE, models=models)
     print("| quantiser | way | bits of a weight | perplexity | CPU-seconds |")
     print("| --- | --- | --- | --- | --- |")
     print("\n".join(map(line, rows)))
