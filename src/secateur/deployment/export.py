@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from secateur.checkpoints.folder import INDEX, Checkpoint, open_checkpoint
-from secateur.checkpoints.quantised.unpack import source_of
+from secateur.checkpoints.quantised.unpack import RESULTS, source_of
 from secateur.checkpoints.record import record_of
 from secateur.checkpoints.result_folder import output
 from secateur.checkpoints.shards import save_in_shards
@@ -14,10 +14,10 @@ from secateur.errors import BadCheckpoint, UnknownName
 from secateur.models.checks import LOAD_ERRORS, bad_weights, foreign, other_shape, without_weights
 from secateur.models.load import load_config, locate, plain_folder
 from secateur.system.files import disk_errors
-from secateur.system.json_files import read_json, write_json
+from secateur.system.json_files import json_object, read_json, write_json
 from secateur.system.machine import typed_command, versions
 from secateur.system.progress import Progress
-from secateur.system.settings import Destination, Trust
+from secateur.system.settings import Destination, Trust, Unpacking
 
 
 def export(
@@ -35,15 +35,15 @@ def export(
 ) -> str:
     """Write a checkpoint in another format, or back as a dense one; returns what loads the result.
 
-    `to` is a format that `secateur doctor` lists, or `dense`. Some formats have options: `packed`
-    and `gguf` the `values` that are stored, `tensorrt-llm` the number of `ranks`, `packed` whether
-    to `trust_remote_code`. Raises UnknownName, BadCheckpoint, BadPattern, NonFinite,
-    UnsupportedModel, OutputRefused, DiskFull.
+    `to` is a format that `secateur doctor` lists, or `dense`. Some formats have options: `packed`,
+    `gguf` and `compressed-tensors` the `values` that are stored, `tensorrt-llm` the number of
+    `ranks`, `packed` and `compressed-tensors` whether to `trust_remote_code`. Raises UnknownName,
+    BadCheckpoint, BadPattern, NonFinite, UnsupportedModel, OutputRefused, DiskFull.
     """
     progress = progress or Progress()
     trust = Trust(trust_remote_code=bool(trust_remote_code), revision=revision)
     place, out = locate(model, trust), Path(out)
-    folder = place if format_of(place) else plain_folder(place, progress=progress)
+    folder = place if format_of(place) else plain_folder(place, _dtype_of(place), progress)
     given = {"values": values, "ranks": ranks, "trust_remote_code": trust_remote_code}
     options = {name: value for name, value in given.items() if value is not None}
     wanted, stored_as = _formats(folder, to, options)
@@ -66,7 +66,9 @@ def export(
         _refuse_other_shapes(source, trust.trust_remote_code)
     with output(source, out, overwrite=overwrite, other_weights=source.bytes) as result:
         if wanted is not None:
-            wanted.write(source, result.partial, **options)
+            if note := wanted.write(source, result.partial, **options):
+                record["exported"]["note"] = note
+                progress.note(note)
         elif stored_as is not None:
             _densify(folder, result.partial, FORMATS[stored_as])
         else:  # unpacked already
@@ -75,6 +77,16 @@ def export(
         result.finish(record)
     progress.end()
     return loaded_by
+
+
+def _dtype_of(place: Path) -> str:
+    """What quantised weights become: of a folder that was exported here, the dtype they had."""
+    if place.is_dir() and "exported" in (record_of(place) or {}):
+        config = json_object(place / "config.json")
+        dtype = config.get("dtype", config.get("torch_dtype"))
+        if dtype in RESULTS:
+            return str(dtype)
+    return Unpacking.result_dtype
 
 
 def _formats(

@@ -2,11 +2,19 @@
 
 from pathlib import Path
 
-from secateur.deployment.formats import compressed_tensors, gguf, onnx, packed, tensorrt_llm
+from secateur.deployment.formats import (
+    compressed_tensors,
+    compressed_values,
+    gguf,
+    onnx,
+    packed,
+    tensorrt_llm,
+)
 from secateur.deployment.formats.base import Format
 
 FORMATS: dict[str, Format] = {
     "packed": packed.packed,
+    "compressed-tensors": compressed_values.compressed_tensors,
     "gguf": gguf.gguf,
     "onnx": onnx.onnx,
     "tensorrt-llm": tensorrt_llm.tensorrt_llm,

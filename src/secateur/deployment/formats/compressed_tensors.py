@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from secateur.checkpoints.folder import FLOATS, INDEX, Checkpoint, open_checkpoint
+from secateur.checkpoints.folder import FLOATS, Checkpoint, open_checkpoint
 from secateur.checkpoints.quantised.bitmask import (
     ANY_BITMASK,
     PARTS,
@@ -37,8 +37,7 @@ from secateur.checkpoints.quantised.bitmask import (
     row_offsets,
     unpacked,
 )
-from secateur.checkpoints.shards import save, write_index
-from secateur.deployment.formats.base import Format, refuse_odd_values, tensors_of
+from secateur.deployment.formats.base import Format, refuse_odd_values, write_shards
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel
 from secateur.methods.patterns import TWO_OF_FOUR
 from secateur.models.stored import stored_matrices
@@ -101,22 +100,17 @@ def _write(source: Checkpoint, folder: Path, *, layout: _Layout) -> None:
             f"{source.folder} has no linear layer that lies [outputs, inputs] on disk, "
             f"so {layout.stored.name} would pack nothing. Keep it as it is."
         )
-    zeros = total = size = 0
-    shard_of: dict[str, str] = {}
-    for shard in source.shards:
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in tensors_of(source, shard):
-            zeros += count_zeros(tensor)
-            total += tensor.numel()
-            if name in chosen:
-                tensors |= _packed(name.removesuffix(".weight"), tensor, layout)
-            else:
-                tensors[name] = tensor
-        save(tensors, folder / shard)
-        size += sum(tensor.nbytes for tensor in tensors.values())
-        shard_of |= dict.fromkeys(tensors, shard)
-    if (folder / INDEX).exists():
-        write_index(folder, dict(sorted(shard_of.items())), size)
+    zeros = total = 0
+
+    def parts(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        nonlocal zeros, total
+        zeros += count_zeros(tensor)
+        total += tensor.numel()
+        if name in chosen:
+            return _packed(name.removesuffix(".weight"), tensor, layout)
+        return {name: tensor}
+
+    write_shards(source, folder, parts)
     config = read_json(folder / "config.json")
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
