@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from secateur.checkpoints.quantised.packed import E2M1
 from secateur.checkpoints.record import record_of
 from secateur.errors import BadPattern
 from secateur.methods.values import Codes, Values, find_codes, parse_values
@@ -69,6 +70,24 @@ def with_scales(coded: Coded, weight: Tensor, values: Values, scales: Tensor) ->
     levels = torch.where(other[..., None], nearest, _grouped(coded.codes.levels, values))
     rounded = coded.rounded or bool((other & groups.any(2)).any())
     return Coded(Codes(levels.flatten(1) + 0, scales, zero_points), rounded)
+
+
+def held_in(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales as a dtype of floats can have them, in float32; never 0."""
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # a subnormal
+    return scales.to(dtype).float().clamp_min(smallest)
+
+
+def exponents(scales: Tensor) -> Tensor:
+    """Powers of two as e8m0 has them: the exponent + 127, uint8."""
+    return (torch.frexp(scales).exponent + 126).to(torch.uint8)  # of ½ · 2^e
+
+
+def e2m1_codes(levels: Tensor) -> Tensor:
+    """The four bits of levels of e2m1, uint8 of the same shape."""
+    magnitudes = torch.tensor(E2M1[:8], device=levels.device)
+    codes = torch.searchsorted(magnitudes, levels.abs().contiguous()).to(torch.uint8)
+    return codes + 8 * (levels < 0).to(torch.uint8)
 
 
 def values_of(folder: Path) -> Values | None:

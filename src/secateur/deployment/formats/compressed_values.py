@@ -27,11 +27,13 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import FLOATS, Checkpoint
-from secateur.checkpoints.quantised.packed import E2M1
 from secateur.deployment.formats.base import Format, refuse_non_finite, write_shards
 from secateur.deployment.formats.codes import (
     Coded,
     codes_of,
+    e2m1_codes,
+    exponents,
+    held_in,
     left_out,
     rounding_note,
     values_of,
@@ -52,7 +54,7 @@ FORMAT_OF = dict.fromkeys(("int8", "int4", "int3", "int2"), "pack-quantized") | 
 """The library's format of every grid."""
 JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Neighbours that vLLM makes one matrix of, which has one global scale."""
-HIGHEST_E4M3, LOWEST_E4M3, BIAS = 448.0, 2.0**-9, 127
+HIGHEST_E4M3, LOWEST_E4M3 = 448.0, 2.0**-9
 
 
 def write(
@@ -152,22 +154,15 @@ def _packed(
     if values.name == "nvfp4":
         return _nvfp4(coded, weight, values, factor)
     if values.name == "mxfp4":
-        exponents = torch.frexp(coded.codes.scales).exponent - 1  # of 1 · 2^e
-        scales = (exponents + BIAS).to(torch.uint8)
-        return {"weight_packed": nibbles(coded.codes.levels), "weight_scale": scales}, coded.rounded
-    coded = with_scales(coded, weight, values, _held(coded.codes.scales, weight.dtype))
+        levels, scales, _ = coded.codes
+        return {"weight_packed": pairs(levels), "weight_scale": exponents(scales)}, coded.rounded
+    coded = with_scales(coded, weight, values, held_in(coded.codes.scales, weight.dtype))
     scales = coded.codes.scales.to(weight.dtype)
     if values.name == "fp8":
         levels = coded.codes.levels.to(torch.float8_e4m3fn)
         return {"weight": levels, "weight_scale": scales}, coded.rounded
     parts = integers(coded.codes, values) | {"weight_scale": scales}
     return parts, coded.rounded
-
-
-def _held(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scales as a dtype can have them, in float32; never 0."""
-    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # a subnormal
-    return scales.to(dtype).float().clamp_min(smallest)
 
 
 def integers(codes: Codes, values: Values) -> dict[str, Tensor]:
@@ -202,11 +197,9 @@ def words(codes: Tensor, bits: int) -> Tensor:
     return signed.flatten(1)[:, : -(-columns * bits // 32)].to(torch.int32).contiguous()
 
 
-def nibbles(levels: Tensor) -> Tensor:
+def pairs(levels: Tensor) -> Tensor:
     """Levels of e2m1 `[out, in]`, two a byte, the first in the low half: uint8 `[out, in/2]`."""
-    magnitudes = torch.tensor(E2M1[:8])
-    codes = torch.searchsorted(magnitudes, levels.abs().contiguous()).to(torch.uint8)
-    codes += 8 * (levels < 0).to(torch.uint8)
+    codes = e2m1_codes(levels)
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
@@ -218,7 +211,7 @@ def _nvfp4(
     stored = scales.to(torch.float8_e4m3fn)
     coded = with_scales(coded, weight, values, stored.float() / factor)
     return {
-        "weight_packed": nibbles(coded.codes.levels),
+        "weight_packed": pairs(coded.codes.levels),
         "weight_scale": stored,
         "weight_global_scale": torch.tensor([factor]),
     }, coded.rounded

@@ -5,8 +5,10 @@ architecture to llama.cpp, whose rotation pairs neighbouring rows of query and k
 transformers pairs row i with row i + half, so those rows change places. Vectors are always float32,
 as llama.cpp wants them. The vocabulary is in gguf_vocabulary.py.
 
-Zeros are stored like other numbers. What is not written: mixtures of experts, yarn and dynamic
-rotation, and windowed attention beyond its window, to which the context is limited.
+Zeros are stored like other numbers. Values of a grid become the blocks that llama.cpp has for it,
+with the same levels (gguf_blocks.py): the weight matrices of the blocks alone, while embedding and
+head stay. What is not written: mixtures of experts, yarn and dynamic rotation, and windowed
+attention beyond its window, to which the context is limited.
 """
 
 from contextlib import closing
@@ -21,16 +23,24 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from secateur.checkpoints.folder import FLOATS, Checkpoint
-from secateur.deployment.formats.base import Format, head_size
+from secateur.deployment.formats.base import Format, head_size, refuse_non_finite
+from secateur.deployment.formats.codes import left_out, rounding_note, values_of
+from secateur.deployment.formats.gguf_blocks import blocks, find_grid, type_of
 from secateur.deployment.formats.gguf_vocabulary import add_vocabulary
-from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnknownName, UnsupportedModel
+from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnsupportedModel
+from secateur.methods.values import AS_STORED, Values, find_codes
 from secateur.models.load import load_config
 from secateur.models.parts import architecture_of
 from secateur.system.files import disk_errors
 
 FILE = "model.gguf"
-FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-VALUES = ("as stored", *FILE_TYPES)
+ROUNDED = ("q8_0", "q5_0")
+"""What every matrix is rounded to, as llama.cpp does it."""
+FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"} | {
+    name: f"MOSTLY_{name.upper()}" for name in ROUNDED
+}
+VALUES = (AS_STORED, *FILE_TYPES)
+"""What tensors are cast to; besides these, the grids of gguf_blocks.py."""
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
@@ -40,11 +50,14 @@ ARCHITECTURES = {
 
 
 class Entry(NamedTuple):
-    """A tensor's name in GGUF, its heads whose rows change places, its `GGMLQuantizationType`."""
+    """A tensor's name in GGUF, its heads whose rows change places, its `GGMLQuantizationType`, and
+    the grid whose levels it holds; None for one that is cast.
+    """
 
     name: str
     heads: int
     type: Any
+    grid: Values | None = None
 
 
 def gguf_package() -> ModuleType:
@@ -57,22 +70,37 @@ def gguf_package() -> ModuleType:
         ) from error
 
 
-def write(source: Checkpoint, folder: Path, *, values: str = "as stored") -> None:
-    """Write `model.gguf`. Raises UnknownName, UnsupportedModel, BadPattern, NonFinite."""
-    write_gguf(source, folder / FILE, values=values)
+def write(source: Checkpoint, folder: Path, *, values: str | None = None) -> str | None:
+    """Write `model.gguf`; gives a sentence where weights are not what one may have thought.
+
+    By default with the values that the checkpoint was pruned with, where GGUF has them, else as
+    stored. Raises UnknownName, UnsupportedModel, BadPattern, NonFinite.
+    """
+    pruned = values_of(source.folder)
+    lost = values is None and pruned is not None and type_of(pruned) is None
+    if values is None:
+        values = str(pruned) if pruned is not None and not lost else AS_STORED
+    note = write_gguf(source, folder / FILE, values=values)
+    if lost:
+        return f"GGUF has no blocks for {pruned}, with which it was pruned; written as stored."
+    return note
 
 
-def write_gguf(source: Checkpoint, file: Path, *, values: str, vocabulary: bool = True) -> None:
-    """Write one file; without `vocabulary` it takes token numbers only. Raises as `write` does."""
-    if values not in VALUES:
-        raise UnknownName("kind of GGUF values", values, VALUES)
+def write_gguf(
+    source: Checkpoint, file: Path, *, values: str, vocabulary: bool = True
+) -> str | None:
+    """Write one file; without `vocabulary` it takes token numbers only. Else as `write`."""
+    grid = find_grid(values, VALUES)
     gguf = gguf_package()
     config = load_config(source.folder)
     architecture = _architecture(source.folder, config)
-    entries = _entries(gguf, source, config, values)
+    entries = _entries(gguf, source, config, AS_STORED if grid else values)
+    if grid:
+        entries |= _on_grid(gguf, source, entries, grid)
     factors = _rotary_factors(source.folder, config, architecture)
+    rounded = list[str]()
     with disk_errors(file.parent), closing(gguf.GGUFWriter(file, architecture)) as writer:
-        _add_settings(gguf, writer, config, values)
+        _add_settings(gguf, writer, config, values, grid)
         if vocabulary:
             add_vocabulary(gguf, writer, source.folder, config.vocab_size)
         else:
@@ -88,23 +116,53 @@ def write_gguf(source: Checkpoint, file: Path, *, values: str, vocabulary: bool 
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for name, entry in entries.items():
-            writer.write_tensor_data(gguf.quantize(_value(gguf, source, name, entry), entry.type))
+            data, was_rounded = _data(gguf, source, name, entry)
+            writer.write_tensor_data(data)
+            rounded += [name.removesuffix(".weight")] * was_rounded
         if factors is not None:
             writer.write_tensor_data(factors)
+    matrices = sum(entry.grid is not None for entry in entries.values())
+    return rounding_note(grid, rounded, matrices) if grid else None
 
 
-def _value(gguf: Any, source: Checkpoint, name: str, entry: Entry) -> np.ndarray:
-    """A tensor as llama.cpp wants its rows, float32. Raises NonFinite where f16 cannot hold it."""
-    tensor = source.tensor(name).float()
+def _on_grid(
+    gguf: Any, source: Checkpoint, entries: dict[str, Entry], grid: Values
+) -> dict[str, Entry]:
+    """The weight matrices of the blocks, which get the levels of a grid. What a pruning left out
+    stays out unless it has them. Raises BadPattern, NonFinite.
+    """
+    kind = gguf.GGMLQuantizationType[type_of(grid)]
+    may_stay = {f"{module}.weight" for module in left_out(source.folder)}
+    chosen = dict[str, Entry]()
+    for name, entry in entries.items():
+        shape = source.places[name].shape
+        if not entry.name.startswith("blk.") or len(shape) != 2:
+            continue
+        if name in may_stay and find_codes(source.tensor(name), grid) is None:
+            continue
+        grid.check((shape[0], shape[1]), name.removesuffix(".weight"))
+        refuse_non_finite(name, source.tensor(name))
+        chosen[name] = entry._replace(type=kind, grid=grid)
+    return chosen
+
+
+def _data(gguf: Any, source: Checkpoint, name: str, entry: Entry) -> tuple[np.ndarray, bool]:
+    """A tensor's bytes as llama.cpp wants them, and whether it was rounded to a grid.
+
+    Raises NonFinite where f16 cannot hold it.
+    """
+    tensor = source.tensor(name)
     if entry.heads:  # the rows of each head in the order 0, half, 1, half + 1, …
         half = tensor.shape[0] // entry.heads // 2
         halves = tensor.reshape(entry.heads, 2, half, -1)
         tensor = halves.transpose(1, 2).reshape(tensor.shape)  # [heads, half, 2, in] → [out, in]
-    value = tensor.contiguous().numpy()
+    if entry.grid is not None:
+        return blocks(tensor, entry.grid, name)
+    value = tensor.float().contiguous().numpy()
     narrow = entry.type is gguf.GGMLQuantizationType.F16
     if narrow and (largest := np.abs(value).max()) > np.finfo(np.float16).max:
         raise NonFinite(f"{name} holds {largest:.0f}, more than f16 can hold. Write bf16 or f32.")
-    return value
+    return gguf.quantize(value, entry.type), False
 
 
 def _architecture(folder: Path, config: Any) -> str:
@@ -164,7 +222,7 @@ def _tensor_type(gguf: Any, source: Checkpoint, name: str, values: str) -> Any:
     place = source.places[name]
     if len(place.shape) == 1:
         return gguf.GGMLQuantizationType.F32
-    if values == "as stored" and place.dtype not in ("F32", "F16", "BF16"):
+    if values == AS_STORED and place.dtype not in ("F32", "F16", "BF16"):
         raise UnsupportedModel(
             f"{name} is stored as {place.dtype}, which llama.cpp lacks. Choose values f32."
         )
@@ -172,17 +230,20 @@ def _tensor_type(gguf: Any, source: Checkpoint, name: str, values: str) -> Any:
         raise UnsupportedModel(
             f"{name} is stored as {place.dtype}; a floating-point tensor was wanted."
         )
-    if values == "q8_0" and place.shape[-1] % 32:
+    if values in ROUNDED and place.shape[-1] % 32:
         raise BadPattern(
-            f"q8_0 needs rows in 32s; {name} has rows of {place.shape[-1]}. Choose other values."
+            f"{values} needs rows in 32s; {name} has rows of {place.shape[-1]}. "
+            "Choose other values."
         )
-    return gguf.GGMLQuantizationType[place.dtype if values == "as stored" else values.upper()]
+    return gguf.GGMLQuantizationType[place.dtype if values == AS_STORED else values.upper()]
 
 
-def _add_settings(gguf: Any, writer: Any, config: Any, values: str) -> None:
+def _add_settings(gguf: Any, writer: Any, config: Any, values: str, grid: Values | None) -> None:
     """The sizes and constants of the model."""
-    if values in FILE_TYPES:
-        writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[values]])
+    if grid or values in FILE_TYPES:
+        mixture = "_MOE" * (grid is not None and grid.name == "mxfp4")  # the one that there is
+        kind = f"MOSTLY_{type_of(grid)}{mixture}" if grid else FILE_TYPES[values]
+        writer.add_file_type(gguf.LlamaFileType[kind])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     layer_types = getattr(config, "layer_types", None)
     windowed = layer_types is None or "sliding_attention" in layer_types
