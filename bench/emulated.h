@@ -19,6 +19,13 @@ static __m512i widened8(__m128i bytes) {
     for (int j = 0; j < 16; j++) to[j] = from[j];
     return _mm512_loadu_si512(to);
 }
+static __m512i widened32(__m256i words) {
+    uint32_t from[8];
+    uint64_t to[8];
+    memcpy(from, &words, 32);
+    for (int j = 0; j < 8; j++) to[j] = from[j];
+    return _mm512_loadu_si512(to);
+}
 static __m512 as_floats(__m512i whole) {
     int32_t from[16];
     float to[16];
@@ -40,6 +47,7 @@ static int32_t summed_epi32(__m512i a) {
 }
 #define _mm512_cvtepu16_epi32 widened16
 #define _mm512_cvtepi8_epi32 widened8
+#define _mm512_cvtepu32_epi64 widened32
 #define _mm512_cvtepi32_ps as_floats
 #define _mm512_reduce_add_ps summed_ps
 #define _mm512_reduce_add_epi32 summed_epi32
@@ -52,5 +60,6 @@ static __m512i expanded(uint64_t mask, const void *values, int size) {
     return _mm512_loadu_si512(placed);
 }
 #define expand8(mask, values) expanded(mask, values, 1)
+#define expand_bytes(mask, bytes) expanded(mask, &(bytes), 1)
 #define expand16(mask, values) expanded(mask, values, 2)
 #define expand32(mask, values) expanded(mask, values, 4)

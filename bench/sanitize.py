@@ -30,7 +30,7 @@ from secateur.methods.patterns import NM, Unstructured
 
 SOURCES = [
     str(Path(native.__file__).parent / "native" / f"{name}.c")
-    for name in ("packed", "dense", "masks", "counts", "sweep", "gram")
+    for name in ("packed", "packed4", "dense", "masks", "counts", "sweep", "gram")
 ]
 FLAGS = [
     "-O1",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from secateur.deployment.autotune import BATCHES, WAYS, Crossovers, measure_crossover
 from secateur.deployment.packed_model import OwnLinear, PackedLinear, pack_model
-from secateur.errors import BadCheckpoint
+from secateur.errors import BadCheckpoint, BadPattern
 from secateur.kernels import packed as module
 from secateur.kernels.library import ISAS, isa, library
 from secateur.kernels.packed import (
@@ -18,11 +18,14 @@ from secateur.kernels.packed import (
     Packed,
     check,
     dense_product,
+    joined,
     multiply,
     multiply_unpacked,
     pack,
+    pack_int4,
     pack_int8,
 )
+from secateur.methods.values import Codes
 
 SHAPES = [(512, 256), (37, 128), (1, 64), (13, 1), (9, 65), (64, 100), (5, 1376)]
 needs_library = pytest.mark.skipif(library() is None, reason="the package was installed without a C compiler")
@@ -81,6 +84,88 @@ def test_int8_products_equal_float64(shape, use):
             rounding = x.abs().max() / 2**16 * dense.abs().sum(1).max() if use.startswith("avx512") else 0
             got = multiply(held, x, use=use)
             assert (got - wanted).abs().max() <= 2e-6 * max(1.0, wanted.abs().max().item()) * columns**0.5 + rounding
+
+
+def coded(rows: int, columns: int, groups: int, sparsity: float, seed: int = 0) -> Codes:
+    """Random levels of four bits, of which some rows are empty, some full and one has one left, and their scales."""
+    draw = torch.Generator().manual_seed(seed)
+    levels = torch.randint(-8, 7, (rows, columns), generator=draw).float()
+    levels[levels >= 0] += 1  # none is zero before the zeros
+    levels *= sparse(rows, columns, sparsity, seed=seed) != 0
+    levels[-1:, 1:] = 0
+    scales = (torch.rand(rows, groups, generator=draw) + 0.01).bfloat16().float()
+    return Codes(levels, scales, torch.full((rows, groups), 8.0))
+
+
+GROUPED = [(512, 256, 2), (37, 128, 1), (1, 64, 1), (13, 1, 1), (9, 65, 1), (64, 100, 1), (5, 1376, 1), (6, 1344, 21),
+           (7, 1280, 2), (10, 5120, 1)]  # fmt: skip
+
+
+@needs_library
+@pytest.mark.parametrize("use", available())
+@pytest.mark.parametrize("shape", GROUPED)
+def test_int4_products_equal_float64(shape, use):
+    rows, columns, groups = shape
+    before = torch.get_num_threads()
+    for sparsity in (0.0, 0.5, 0.97, 1.0):
+        codes = coded(rows, columns, groups, sparsity)
+        held = pack_int4(codes.levels, codes.scales)
+        check(held)
+        dense = codes.dense()
+        for batch in (1, 2, 3, 5, MOST, MOST + 1):
+            x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
+            wanted = x.double() @ dense.double().T
+            rounding = x.abs().max() / 2**16 * dense.abs().sum(1).max() if use != "portable" else 0
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                got = multiply(held, x, use=use)
+                torch.set_num_threads(before)
+                most = max(1.0, wanted.abs().max().item())
+                assert (got - wanted).abs().max() <= 2e-6 * most * columns**0.5 + rounding
+
+
+@given(
+    rows=st.integers(1, 20), words=st.integers(1, 6), odd=st.integers(0, 63), sparsity=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)  # fmt: skip
+def test_packing_loses_nothing_of_levels_and_scales(rows, words, odd, sparsity, seed):
+    columns, groups = 64 * words - odd, 1 if odd else words
+    codes = coded(rows, columns, groups, sparsity, seed)
+    held, middle = pack_int4(codes.levels, codes.scales), rows // 2
+    check(held)
+    wanted = codes.dense()
+    parts = [pack_int4(codes.levels[part], codes.scales[part]) for part in (slice(0, middle), slice(middle, rows))]
+    together = joined(parts[middle == 0 :])
+    assert all(torch.equal(one, other) for one, other in zip(together.tensors, held.tensors, strict=True))
+    assert held.kept == int(codes.levels.count_nonzero())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "library", lambda: None)
+        assert torch.equal(held.dense().contiguous().view(torch.int32), wanted.view(torch.int32))
+        assert torch.equal(held.dense(middle, rows), wanted[middle:])
+        patch.undo()
+        for use in range(len(available())):
+            patch.setattr(module, "best", lambda use=use: use)
+            assert torch.equal(held.dense().contiguous().view(torch.int32), wanted.view(torch.int32))
+            assert torch.equal(held.dense(middle, rows), wanted[middle:])
+            assert torch.equal(held.dense(dtype=torch.bfloat16), codes.dense(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_matrices_packed_in_parts_are_those_packed_at_once(dtype):
+    weight = sparse(20, 70, 0.5, torch.float32)
+    way = pack_int8 if dtype == torch.int8 else lambda part: pack(part.to(dtype))
+    together, wanted = joined([way(weight[:7]), way(weight[7:8]), way(weight[8:])]), way(weight)
+    assert all(torch.equal(one, other) for one, other in zip(together.tensors, wanted.tensors, strict=True))
+
+
+def test_int4_takes_the_bytes_that_are_promised_and_refuses_small_groups():
+    kept = torch.rand(1024, 4096, generator=torch.Generator().manual_seed(0)) < 0.5
+    held = pack_int4(kept * 7.0, torch.ones(1024, 32))
+    assert held.bytes / kept.numel() == pytest.approx(1 / 8 + 1 / 4 + 2 / 128, abs=0.01)
+    with pytest.raises(
+        BadPattern, match=r"a multiple of 64 inputs, or for a row; found groups of 32\. Say 'int4 of group 64'"
+    ):
+        pack_int4(torch.ones(2, 128), torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,6 +235,50 @@ def test_what_was_changed_is_refused_or_harmless(which, place, by, cut):
     except BadCheckpoint:
         return
     assert multiply(mutant, torch.ones(1, mutant.columns)).shape == (1, mutant.rows)
+
+
+@needs_library
+@settings(max_examples=300)
+@given(
+    which=st.sampled_from(["bitmap", "values", "starts", "columns", "scales"]), place=st.integers(0, 10**6),
+    by=st.integers(1, 255), cut=st.sampled_from(["no", "rows", "columns", "dtype"]),
+)  # fmt: skip
+def test_what_was_changed_of_int4_is_refused_or_harmless(which, place, by, cut):
+    codes = coded(9, 384, 3, 0.5)
+    held = pack_int4(codes.levels, codes.scales)
+    parts = {name: getattr(held, name) for name in ("bitmap", "values", "starts", "columns", "scales")}
+    tensor = parts[which]
+    if which == "columns":
+        parts["columns"] = (held.columns + by) % 4096
+    elif cut == "dtype":
+        parts[which] = tensor.float()
+    elif cut == "columns" and tensor.ndim == 2:
+        parts[which] = tensor[:, : place % tensor.shape[1]].contiguous()
+    elif cut != "no":
+        parts[which] = tensor[: place % len(tensor)]
+    else:
+        changed = tensor.clone()
+        changed.view(torch.uint8).view(-1)[place % changed.nbytes] ^= by
+        parts[which] = changed
+    mutant = Packed(**parts)
+    try:
+        check(mutant)
+    except BadCheckpoint:
+        return
+    for use in available():
+        assert multiply(mutant, torch.ones(1, mutant.columns), use=use).shape == (1, mutant.rows)
+    assert mutant.dense().shape == (mutant.rows, mutant.columns)
+
+
+def test_a_scale_is_wanted_for_every_row_and_group():
+    codes = coded(6, 256, 2, 0.5)
+    held = pack_int4(codes.levels, codes.scales)
+    assert held.scales is not None
+    for scales in (None, codes.scales, held.scales[:5], held.scales[:, :0], held.scales.repeat(1, 2)[:, ::2]):
+        with pytest.raises(BadCheckpoint, match="tensors of the wrong type or shape"):
+            check(Packed(held.bitmap, held.values, held.starts, held.columns, scales))
+    with pytest.raises(BadCheckpoint, match="slack"):
+        check(Packed(held.bitmap, held.values[:-1], held.starts, held.columns, held.scales))
 
 
 def test_dtypes_and_slack_are_wanted():

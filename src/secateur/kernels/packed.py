@@ -1,12 +1,13 @@
 """Sparse matrices that are multiplied while packed: a bit for each weight, and the kept values.
 
 At batch 1 a matrix product reads every weight once and does little with it, so what counts is
-bytes: with half of the weights gone, bfloat16 takes 1.125 bytes a weight instead of 2, and int8
-values 0.625. The products are in packed.c, which is compiled with the package where there is a
-compiler; without it matrices are unpacked, row by row, and multiplied by torch.
+bytes: with half of the weights gone, bfloat16 takes 1.125 bytes a weight instead of 2, int8 values
+0.625 and values of four bits 0.4. The products are in packed.c and packed4.c, which are compiled
+with the package where there is a compiler; without it matrices are unpacked, row by row, and
+multiplied by torch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
@@ -14,14 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import BadCheckpoint
+from secateur.errors import BadCheckpoint, BadPattern
 from secateur.kernels.library import ISAS, PACKED_KINDS, addresses, best, library
 
 WORD, SLACK, MOST = 64, 64, 8
 """Columns of a word of the bitmap, bytes that follow the last value, rows of x of one product."""
 ROWS_AT_ONCE = 1024
 """How many rows are unpacked at a time for a larger batch."""
-KINDS = dict(zip((torch.float32, torch.bfloat16, torch.int8), PACKED_KINDS, strict=True))
+FOUR_BITS = torch.uint8
+"""The dtype of values of four bits, two a byte."""
+KINDS = dict(zip((torch.float32, torch.bfloat16, torch.int8, FOUR_BITS), PACKED_KINDS, strict=True))
 """The values that there are products for, as packed.c calls them."""
 
 
@@ -31,6 +34,10 @@ class Packed:
     float32, bfloat16, float16 or int8, and `starts` int64 `[rows + 1]`, the place of the first
     value of every row. Bit j of word k is column 64 k + j. int8 values have `scales` float32
     `[rows]`: the weight is the value times the scale of its row.
+
+    Values of four bits, -8 to 7, are `values` uint8 `[bytes + slack]`, two a byte, the first in the
+    lower half; those of every word begin at a byte of their own. Their `scales` are bfloat16
+    `[rows, groups]`, each for as many consecutive words as the others.
     """
 
     bitmap: Tensor
@@ -48,10 +55,30 @@ class Packed:
         scales = () if self.scales is None else (self.scales,)
         return (self.bitmap, self.values, self.starts, *scales)
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Its rows, its words and, with values of four bits, its groups, as the library asks."""
+        groups = (self.scales.shape[1],) if self.scales is not None and self.scales.ndim > 1 else ()
+        return (*self.bitmap.shape, *groups)
+
+    @cached_property
+    def sums(self) -> Tensor:
+        """The weights of each row of values of four bits added up, float32 `[rows]`."""
+        compiled, sums = library(), torch.empty(self.rows)
+        assert compiled is not None
+        compiled.secateur_sums_i4(*addresses(*self.tensors, sums), *self.sizes, 1)
+        return sums
+
     @cached_property
     def places(self) -> list[int]:
         """Where its tensors lie; looked up once, since small products take microseconds."""
-        return addresses(*self.tensors)
+        four_bits = self.values.dtype == FOUR_BITS
+        return addresses(*self.tensors, *([self.sums] if four_bits else []))
+
+    @cached_property
+    def kept(self) -> int:
+        """How many weights are kept."""
+        return int(np.bitwise_count(self.bitmap.numpy().view(np.uint64)).sum(dtype=np.int64))
 
     @property
     def bytes(self) -> int:
@@ -63,38 +90,52 @@ class Packed:
     ) -> Tensor:
         """Some rows as a dense matrix, zeros +0.0; a view of a wider one where a word is not full.
 
-        As they are stored, int8 as float32; `dtype` float32 is given as fast.
+        As they are stored, int8 and four bits as float32; `dtype` float32 is given as fast.
         """
         stop = self.rows if stop is None else stop
         given = self.values.dtype
-        wide = given == torch.int8 or (given == torch.bfloat16 and dtype == torch.float32)
+        wide = self.scales is not None or (given == torch.bfloat16 and dtype == torch.float32)
         out_dtype = torch.float32 if wide else given
         if (compiled := library()) is not None and given in KINDS:
-            words = self.bitmap.shape[1]
+            _, words, *groups = self.sizes
             out = torch.empty(stop - start, words * WORD, dtype=out_dtype)
             unpack = getattr(compiled, f"secateur_{'widen' if wide else 'unpack'}_{KINDS[given]}")
             places = addresses(self.bitmap[start:], self.values, self.starts[start:])
             scales = None if self.scales is None else self.scales[start:].data_ptr()
-            size = (stop - start, words, torch.get_num_threads())
+            size = (stop - start, words, *groups, torch.get_num_threads())
             unpack(best(), *places, scales, out.data_ptr(), *size)
             return out[:, : self.columns].to(dtype)
+        weight = torch.zeros(stop - start, self.columns, dtype=out_dtype)
+        weight[self._kept(start, stop)] = self._values(start, stop).to(out_dtype)
+        if self.scales is None:
+            return weight.to(dtype)
+        scales = self.scales[start:stop].float().view(stop - start, -1)  # [rows, groups]
+        each = -(-self.columns // scales.shape[1])
+        return (weight * scales.repeat_interleave(each, 1)[:, : self.columns]).to(dtype)
+
+    def _kept(self, start: int, stop: int) -> Tensor:
+        """Which weights of some rows are kept, bool."""
         packed_bits = self.bitmap[start:stop].contiguous().numpy().view(np.uint8)
         bits = np.unpackbits(packed_bits, axis=1, bitorder="little")
-        mask = torch.from_numpy(bits.view(bool))[:, : self.columns]
-        weight = torch.zeros(stop - start, self.columns, dtype=out_dtype)
-        weight[mask] = self.values[int(self.starts[start]) : int(self.starts[stop])].to(out_dtype)
-        return (weight if self.scales is None else weight * self.scales[start:stop, None]).to(dtype)
+        return torch.from_numpy(bits.view(bool))[:, : self.columns]
+
+    def _values(self, start: int, stop: int) -> Tensor:
+        """The values of some rows, one after the other."""
+        stored = self.values[int(self.starts[start]) : int(self.starts[stop])]
+        if stored.dtype != FOUR_BITS:
+            return stored
+        halves = torch.stack([stored << 4, stored], 1).view(torch.int8).flatten() >> 4
+        return halves[torch.from_numpy(_halves(_counts(self.bitmap[start:stop])))]
 
 
 def pack(weight: Tensor) -> Packed:
     """Pack a matrix `[rows, columns]` on the CPU. Raises BadCheckpoint for another dtype."""
-    if weight.dtype not in (*KINDS, torch.float16):
+    if weight.dtype not in (*KINDS, torch.float16) or weight.dtype == FOUR_BITS:
         raise BadCheckpoint(
             f"Matrices of float32, bfloat16 and float16 can be packed; found {weight.dtype}."
         )
     kept = weight != 0
-    bits = nn.functional.pad(kept, (0, -weight.shape[1] % WORD)).numpy()  # whole words
-    bitmap = torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view(np.int64))
+    bitmap = _bitmap(kept)
     starts = row_starts(bitmap)
     values = torch.zeros(int(starts[-1]) + SLACK // weight.element_size(), dtype=weight.dtype)
     values[: int(starts[-1])] = weight[kept]
@@ -110,6 +151,63 @@ def pack_int8(weight: Tensor) -> Packed:
     return replace(pack(whole), scales=scales)
 
 
+def pack_int4(levels: Tensor, scales: Tensor) -> Packed:
+    """Pack a matrix in levels `[rows, columns]`, whole numbers of -8 to 7, and scales `[rows,
+    groups]`, which bfloat16 holds, as values of four bits. A level of 0 is not stored.
+
+    Raises BadPattern for groups that are no whole words.
+    """
+    columns, groups = levels.shape[1], scales.shape[1]
+    if groups > 1 and columns % (groups * WORD):
+        raise BadPattern(
+            f"Packed int4 has a scale for each group of a multiple of {WORD} inputs, or for a row; "
+            f"found groups of {columns // groups}. Say 'int4 of group {WORD}' or 'int4 of row'."
+        )
+    kept = levels != 0
+    bitmap = _bitmap(kept)
+    starts = row_starts(bitmap, FOUR_BITS)
+    halves = torch.zeros(2 * (int(starts[-1]) + SLACK), dtype=torch.uint8)
+    places = torch.from_numpy(_halves(_counts(bitmap)))
+    halves[places] = levels[kept].to(torch.int8).view(torch.uint8) & 15
+    values = halves[::2] | halves[1::2] << 4
+    return Packed(bitmap, values, starts, columns, scales.to(torch.bfloat16).contiguous())
+
+
+def _bitmap(kept: Tensor) -> Tensor:
+    """Whole words `[rows, words]` of a mask `[rows, columns]`."""
+    bits = nn.functional.pad(kept, (0, -kept.shape[1] % WORD)).numpy()
+    return torch.from_numpy(np.packbits(bits, axis=1, bitorder="little").view(np.int64))
+
+
+def _counts(bitmap: Tensor) -> np.ndarray:
+    """How many weights each word keeps, uint8, of the shape of `bitmap`."""
+    return np.bitwise_count(bitmap.contiguous().numpy().view(np.uint64))
+
+
+def _halves(counts: np.ndarray) -> np.ndarray:
+    """At which half of a byte each value lies: a word of an odd number leaves one out."""
+    odd = (counts & 1).ravel().astype(np.int64)
+    return np.arange(counts.sum(dtype=np.int64)) + np.repeat(odd.cumsum() - odd, counts.ravel())
+
+
+def joined(parts: Sequence[Packed]) -> Packed:
+    """The matrix whose rows are those of `parts`, one after the other."""
+    first = parts[0]
+    values = [part.values[: int(part.starts[-1])] for part in parts]
+    slack = torch.zeros(SLACK // first.values.element_size(), dtype=first.values.dtype)
+    before = torch.tensor([0, *(int(part.starts[-1]) for part in parts[:-1])]).cumsum(0)
+    starts = [part.starts[:-1] + start for part, start in zip(parts, before, strict=True)]
+    end = torch.tensor([sum(map(len, values))])
+    scales = [part.scales for part in parts if part.scales is not None]
+    return Packed(
+        torch.cat([part.bitmap for part in parts]),
+        torch.cat([*values, slack]),
+        torch.cat([*starts, end]),
+        first.columns,
+        torch.cat(scales) if scales else None,
+    )
+
+
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix as int8 `[rows, columns]`, the largest of a row 127, and scales float32 `[rows]`."""
     wide = weight.float()
@@ -118,10 +216,15 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().clamp(-127, 127).to(torch.int8), scales
 
 
-def row_starts(bitmap: Tensor) -> Tensor:
-    """Where the values of every row begin, and their number last: int64 `[rows + 1]`."""
-    counts = np.bitwise_count(bitmap.numpy().view(np.uint64)).sum(1, dtype=np.int64)
-    return torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(counts)]).cumsum(0)
+def row_starts(bitmap: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Where the values of every row begin, and their number last: int64 `[rows + 1]`; bytes for a
+    `dtype` of four bits.
+    """
+    counts = _counts(bitmap)
+    if dtype == FOUR_BITS:
+        counts = (counts + 1) // 2
+    sums = torch.from_numpy(counts.sum(1, dtype=np.int64))
+    return torch.cat([torch.zeros(1, dtype=torch.int64), sums]).cumsum(0)
 
 
 def check(packed: Packed, name: str = "A packed matrix") -> None:
@@ -135,16 +238,12 @@ def check(packed: Packed, name: str = "A packed matrix") -> None:
         and all(t.is_contiguous() and t.device.type == "cpu" for t in packed.tensors)
         and 0 < columns <= bitmap.shape[1] * WORD < columns + WORD
         and len(starts) == len(bitmap) + 1
-        and (values.dtype == torch.int8) == (packed.scales is not None)
-        and (
-            packed.scales is None
-            or (packed.scales.dtype, packed.scales.shape) == (torch.float32, bitmap.shape[:1])
-        )
+        and _scales_fit(packed)
     )
     if not sound:
         raise BadCheckpoint(f"{name} has tensors of the wrong type or shape. Pack the model again.")
     beyond = bitmap.shape[1] * WORD > columns and (bitmap[:, -1] >> (columns % WORD)).any()
-    if not torch.equal(starts, row_starts(bitmap)) or beyond:
+    if not torch.equal(starts, row_starts(bitmap, values.dtype)) or beyond:
         raise BadCheckpoint(
             f"{name} has a bitmap that does not agree with where its rows start. Pack it again."
         )
@@ -154,13 +253,24 @@ def check(packed: Packed, name: str = "A packed matrix") -> None:
         )
 
 
+def _scales_fit(packed: Packed) -> bool:
+    """Whether the scales are those of such values, as many as there are rows and groups."""
+    values, scales, (rows, words) = packed.values, packed.scales, packed.bitmap.shape
+    if scales is None:
+        return values.dtype not in (torch.int8, FOUR_BITS)
+    if values.dtype == FOUR_BITS:
+        shaped = scales.dim() == 2 and scales.shape[1] > 0 and words % scales.shape[1] == 0
+        return shaped and scales.dtype == torch.bfloat16 and len(scales) == rows
+    return (values.dtype, scales.dtype, scales.shape) == (torch.int8, torch.float32, (rows,))
+
+
 def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     """Multiply x `[…, columns]` by the matrix transposed: `[…, rows]` in the dtype of x.
 
-    bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8 ones take
-    them as float32, or as integers of 16 bits. Larger batches than `MOST` are taken by and by.
-    Without the library the matrix is unpacked. `use` forces an instruction set of `ISAS` that this
-    machine has, for tests.
+    bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8 and int4
+    ones take them as float32, or as integers of 16 bits. Larger batches than `MOST` are taken by
+    and by. Without the library the matrix is unpacked. `use` forces an instruction set of `ISAS`
+    that this machine has, for tests.
     """
     product = _product(packed.values.dtype)
     if product is None or not x.numel():
@@ -177,7 +287,7 @@ def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     for start in range(0, len(flat), MOST):
         places = (*packed.places, read + start * step, written + start * count * 4)
         batch = min(MOST, len(flat) - start)
-        failed = product(instructions, *places, count, words, batch, threads)
+        failed = product(instructions, *places, *packed.sizes, batch, threads)
         assert not failed, f"the packed product failed with {failed}"
     return y.to(x.dtype).view(*x.shape[:-1], count)
 
