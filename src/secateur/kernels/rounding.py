@@ -4,6 +4,7 @@ A level lies between `lowest` and `highest`, or where zero points are given betw
 so much above it; its step is `share` of the power of two under it, at least `step`.
 """
 
+from ctypes import CDLL
 from typing import NamedTuple
 
 import torch
@@ -55,7 +56,7 @@ def round_columns(
     the errors of earlier ones by its row. With `old`, errors are what a weight is more than it was;
     else what rounding took off, over the diagonal of `factor`. All float32.
     """
-    compiled = library() if values.device.type == "cpu" else None
+    compiled = _compiled(values)
     given = [None if one is None else one.contiguous() for one in (old, units, zero_points, factor)]
     if compiled and values.is_contiguous():
         places = [None if one is None else one.data_ptr() for one in given]
@@ -64,6 +65,11 @@ def round_columns(
             raise MemoryError(f"There is no memory to round {values.shape[1]} columns at a time.")
         return
     round_columns_in_torch(values, units, factor, levels, old=old, zero_points=zero_points)
+
+
+def _compiled(weight: Tensor) -> CDLL | None:
+    """The library, for weights that it takes."""
+    return library() if weight.device.type == "cpu" and weight.dtype == torch.float32 else None
 
 
 def round_columns_in_torch(
@@ -98,7 +104,7 @@ def best_scales(
     `weight` `[out, groups, size]`, `importance` `[groups, size]` of each input, `scales` and
     `zero_points` `[choices, out, groups]`, float32: least is Σ importance · (rounded − weight)².
     """
-    compiled = library() if weight.device.type == "cpu" else None
+    compiled = _compiled(weight)
     if compiled is None:
         return best_scales_in_torch(weight, importance, scales, levels, zero_points)
     given = [weight, importance, scales, *([] if zero_points is None else [zero_points])]

@@ -190,7 +190,7 @@ def _descent(
     diagonal = problem.gram.diagonal()[0]
     for start in range(0, weight.shape[1], WIDTH):
         block = slice(start, start + WIDTH)
-        old = weight[:, block].contiguous()
+        old = weight[:, block].clone(memory_format=torch.contiguous_format)
         part = old + residual[:, block] / diagonal
         factor = problem.gram[block, block] / diagonal
         zero_points = None if units[1] is None else units[1][:, block]
