@@ -2,7 +2,8 @@
 
 The model is built without memory for its weights, to learn which parameters are weight matrices and
 which way they lie; the numbers come from the shards. A quantised checkpoint is decoded tensor by
-tensor, and can be held against the pruned one that it was made of. A folder whose architecture
+tensor, and can be held against the pruned one that it was made of; so are the matrices that an ONNX
+graph multiplies by, whatever they are called there. A folder whose architecture
 transformers does not know is read as well: then every matrix counts, and coverage is unknown. What
 cannot be counted, such as packed integers of a format that is not read, is unknown, and never taken
 for a zero.
@@ -21,8 +22,14 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import DTYPES, Checkpoint, open_checkpoint
-from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
+from secateur.checkpoints.quantised.onnx import onnx_file, onnx_source
+from secateur.checkpoints.quantised.reading import (
+    DecodedCheckpoint,
+    decoded_checkpoint,
+    readable_checkpoint,
+)
 from secateur.checkpoints.record import record_of
+from secateur.deployment.counterparts import named_after
 from secateur.errors import BadCheckpoint, UnsupportedModel
 from secateur.kernels.counts import GROUPS, count
 from secateur.methods.patterns import NM
@@ -112,23 +119,31 @@ def inspect(
     trust_remote_code: bool = Trust.trust_remote_code,
     revision: str | None = Trust.revision,
 ) -> Inspection:
-    """Sparsity and patterns of every weight matrix of a checkpoint folder.
+    """Sparsity and patterns of every weight matrix of a checkpoint folder, or of an ONNX file.
 
     `against`: the pruned checkpoint that this one was quantised from, or made of otherwise; then
     also how many pruned weights came back, and how many kept ones became zero. Raises
     BadCheckpoint, also where the two do not have the same weight matrices.
     """
     trust = taken(Trust, locals())
-    folder = locate(model, trust)
+    graph = None if model is None else onnx_file(Path(model))
+    folder = locate(model if graph is None else graph.parent, trust)
     own = replace(trust, revision=None)  # which is the model's; NAME@REVISION says the other's
     pruned = None if against is None else readable_checkpoint(locate(against, own))
-    try:
-        checkpoint = readable_checkpoint(folder)
-        stored, coverage = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)
-        blocks = BLOCKS
-    except UnsupportedModel:
-        checkpoint = _whatever(folder)
-        stored, coverage, blocks = unknown_matrices(checkpoint), None, UNKNOWN
+    coverage, blocks = None, UNKNOWN
+    if graph is not None:
+        folder, checkpoint = graph, decoded_checkpoint(onnx_source(graph))
+        stored = unknown_matrices(checkpoint)
+        if pruned is not None:
+            checkpoint, stored = named_after(checkpoint, pruned)
+    else:
+        try:
+            checkpoint = readable_checkpoint(folder)
+            stored, coverage = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)
+            blocks = BLOCKS
+        except UnsupportedModel:
+            checkpoint = _whatever(folder)
+            stored = unknown_matrices(checkpoint)
     transposed = {name: matrix.transposed for name, matrix in stored.items()}
     reports = _reports(checkpoint, transposed, pruned)
     held = [one.against for one in reports if one.against is not None]

@@ -87,7 +87,7 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
         words, own = _matrix(packed)
         kinds.add(words)
         tensors |= own
-    return f"HQQ {' and '.join(sorted(kinds))}", tensors
+    return " and ".join(sorted(kinds)), tensors
 
 
 def _matrix(packed: Packed) -> tuple[str, Decoded]:
@@ -117,7 +117,7 @@ def _matrix(packed: Packed) -> tuple[str, Decoded]:
         (count // width, 1): f", groups of {width}",
         (1, width): f", groups of {count // width}",
     }
-    text = f"{layout.packing.bits}-bit{sizes.get(scales, '')}"
+    text = f"HQQ {layout.packing.bits}-bit{sizes.get(scales, '')}"
     decode = partial(_rows, packed, layout, width)
     return text, packed.dense("weight", layout.shape, decode, text, PARTS)
 

@@ -88,7 +88,7 @@ def decoded(source: QuantisedFolder) -> tuple[str, Decoded]:
                 "is one of torchao's, and the metadata of the shards do not describe it"
             )
     kinds = {tensor.stored for tensor in tensors.values() if tensor}
-    return f"torchao {' and '.join(sorted(kinds))}", tensors
+    return " and ".join(sorted(kinds)), tensors
 
 
 def _metadata(source: QuantisedFolder) -> dict[str, str]:
@@ -149,7 +149,7 @@ def _integers(weight: Weight) -> Decoded:
     if weight.has(ZERO):
         packed.require(weight.part(ZERO), groups, ["I8", *FLOATS])
     named = weight.attributes.get("target_dtype")
-    stored = str(named.get("_data")) if isinstance(named, dict) else "int8"
+    stored = f"torchao {named.get('_data') if isinstance(named, dict) else 'int8'}"
     if any(each not in (1, size) for size, each in zip(shape, block, strict=True)):
         stored += f", groups of {block[-1]}"
     return weight.dense(partial(_integer_rows, weight, tuple(block)), stored)
@@ -174,7 +174,7 @@ def _floats(weight: Weight) -> Decoded:
     steps = scale_steps(shape, scales)
     if len(shape) < 2 or not all(steps):
         raise packed.bad(f"has scales of shape {list(scales)} for {weight.last} {list(shape)}")
-    return weight.dense(partial(_float_rows, weight, steps), "float8")
+    return weight.dense(partial(_float_rows, weight, steps), "torchao float8")
 
 
 def _float_rows(weight: Weight, steps: Steps, start: int, stop: int) -> Tensor:
