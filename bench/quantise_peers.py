@@ -322,7 +322,7 @@ def row_of(way: Way, given: Any) -> dict[str, Any]:
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     bits = f"{row['bits_per_weight']:.2f}" if "bits_per_weight" in row else "16"
-    seconds = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else ""
+    seconds = f"{row['cpu_seconds']:.1f}" if "cpu_seconds" in row else ""
     words = f"{row['package']} {row['version']}" if row["package"] else ""
     return f"| {words} | {row['way']} | {bits} | {row['perplexity']:.3f} | {seconds} |"
 
