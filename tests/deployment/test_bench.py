@@ -65,11 +65,14 @@ def test_every_runtime_is_timed_beside_the_dense_model(tiny_llama, pruned, tmp_p
 @pytest.mark.skipif(isa() == "portable", reason="there is no dense product of our own for this processor")
 def test_packed_is_compared_with_the_dense_model_in_our_own_product_too(tiny_llama, pruned):
     found = secateur.bench(
-        [pruned["half"]], dense=tiny_llama, runtimes=["packed", "packed-int8"], prompt=[8], new=2, rounds=3
-    )
+        [pruned["half"], pruned["int4"]], dense=tiny_llama, runtimes=["packed", "packed-int8", "packed-int4"],
+        prompt=[8], new=2, rounds=3,
+    )  # fmt: skip
     rows = {(row.model, row.runtime): row for row in found.timings}
     assert rows["half", "packed"].against == "own-dense"
     assert rows["half", "packed-int8"].against == "own-int8"
+    assert rows["int4", "packed-int4"].against == "eager"
+    assert rows["int4", "packed-int4"].weight_bytes < rows["int4", "packed-int8"].weight_bytes
     assert rows["dense", "own-dense"].decode_ratio == (1.0, 1.0, 1.0)
     assert rows["dense", "own-int8"].weight_bytes < rows["dense", "own-dense"].weight_bytes
     assert rows["half", "packed-int8"].weight_bytes < rows["half", "packed"].weight_bytes
@@ -135,7 +138,12 @@ def test_single_matrices_are_timed_with_every_kernel(pruned, tmp_path, monkeypat
         assert row.kernel != "packed" or (row.sparsity > 0.4 and row.bytes > 1)
         assert row.batch == 1 or not row.kernel.startswith("own")
         assert row.over["torch"] > 0
-    assert {row.kernel for row in found if row.site.startswith("half")} >= {"torch", "packed", "packed int8"}
+    assert {row.kernel for row in found if row.site.startswith("half")} >= {
+        "torch",
+        "packed",
+        "packed int8",
+        "packed int4",
+    }
     said = run("bench", pruned["half"], "--layers", "--rounds", 3, "--quiet", "--out", tmp_path / "layers.json")
     assert "over torch" in said
     assert json.loads((tmp_path / "layers.json").read_text()).keys() == {"command", "machine", "versions", "layers"}

@@ -1,6 +1,8 @@
 """Packed checkpoints come back byte for byte, load without a dense copy, and what was altered is refused."""
 
 import json
+import re
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,11 +18,22 @@ from support.families import tiny_model
 from transformers import AutoModelForCausalLM
 
 import secateur
+from secateur.checkpoints.folder import DTYPES, _read_header, open_checkpoint
 from secateur.checkpoints.shards import save_in_shards
 from secateur.deployment.formats import FORMATS, format_of
-from secateur.deployment.formats.packed import load_packed, shards
+from secateur.deployment.formats.packed import load_packed, shards, write
 from secateur.deployment.packed_model import PackedLinear
-from secateur.errors import BadCheckpoint, NonFinite, OutputRefused, SecateurError, UnknownName, UnsupportedModel
+from secateur.errors import (
+    BadCheckpoint,
+    BadPattern,
+    NonFinite,
+    OutputRefused,
+    SecateurError,
+    UnknownName,
+    UnsupportedModel,
+)
+from secateur.kernels.packed import Packed
+from secateur.methods.values import Values, find_codes
 
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(0))
 
@@ -85,14 +98,103 @@ def test_int8_values_come_back_as_what_they_stand_for(half, tmp_path):
             assert ((tensor - kept).abs() <= 0.51 * kept.abs().amax(1, keepdim=True) / 127).all()
 
 
+@pytest.fixture(scope="module")
+def on_grid(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, text_file: Path) -> dict[str, Path]:
+    """Pruned folders whose kept weights lie on grids, by the name of the grid."""
+    folders = {}
+    for values in ("int8", "int4 of group 64", "int4 of row", "int3 of group 64"):
+        folders[values] = tmp_path_factory.mktemp("export") / values.replace(" ", "-")
+        secateur.prune(
+            tiny_llama, out=folders[values], method="wanda", pattern="60%", values=values, calibration=str(text_file),
+            samples=1,
+        )  # fmt: skip
+    return folders
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("values", ["int8", "int4 of group 64", "int4 of row", "int3 of group 64"])
+def test_what_lies_on_the_grid_is_packed_to_the_bit(on_grid, tmp_path, values):
+    folder = on_grid[values]
+    secateur.export(folder, out=tmp_path / "packed", to="packed", values=values)
+    (shard,) = shards(tmp_path / "packed")
+    assert shard.exact
+    assert shard.description["values"] == values
+    tensors, dense = load_file(shard.file), load_file(folder / "model.safetensors")
+    for name in shard.description["columns"]:
+        assert tensors[f"{name}.values"].dtype == (torch.int8 if values == "int8" else torch.uint8)
+        codes = find_codes(dense[name], Values(values.split()[0], None if "group" not in values else 64))
+        assert codes is not None
+        stored = tensors[f"{name}.scales"].float().view(codes.scales.shape)
+        assert torch.equal(stored, codes.scales)
+        packed = shard.tensor(name)
+        assert isinstance(packed, Packed)
+        assert torch.equal(packed.dense(), codes.dense())
+    for name, tensor in tensors.items():
+        assert tensor.data_ptr() % tensor.element_size() == 0, name
+    secateur.export(tmp_path / "packed", out=tmp_path / "back", to="dense")
+    assert files(tmp_path / "back") == files(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted, got = plain(IDS).logits, load_packed(tmp_path / "packed", dtype=torch.float32, measure=False)(IDS).logits
+    assert (got - wanted).norm() / wanted.norm() < 1e-4
+
+
+@torch.no_grad()
+def test_other_weights_are_rounded_to_int4_and_come_back_as_what_they_stand_for(half, tmp_path):
+    secateur.export(half, out=tmp_path / "packed", to="packed", values="int4 of group 64")
+    assert not shards(tmp_path / "packed")[0].exact
+    assert size(tmp_path / "packed", "*.safetensors") < 0.5 * size(half, "*.safetensors")
+    secateur.export(tmp_path / "packed", out=tmp_path / "back", to="dense")
+    back, dense = load_file(tmp_path / "back/model.safetensors"), load_file(half / "model.safetensors")
+    assert back.keys() == dense.keys()
+    for name, weight in dense.items():
+        if not name.endswith("proj.weight"):
+            assert torch.equal(back[name], weight)
+            continue
+        most = weight.unflatten(1, (-1, 64)).abs().amax(2).repeat_interleave(64, 1)
+        assert ((back[name] - weight).abs() <= 0.505 * most / 7).all()
+        assert (back[name][weight == 0] == 0).all()
+        assert back[name].dtype == torch.float32
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    wanted, got = plain(IDS).logits, load_packed(tmp_path / "packed", dtype=torch.float32, measure=False)(IDS).logits
+    assert (got - wanted).norm() / wanted.norm() < 1e-4
+
+
+def test_transposed_matrices_are_not_rounded(tmp_path):
+    model = tiny_model("gpt2")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data[torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)) < 0.5] = 0
+    model.save_pretrained(tmp_path / "dense")
+    secateur.export(tmp_path / "dense", out=tmp_path / "packed", to="packed", values="int4 of row")
+    secateur.export(tmp_path / "packed", out=tmp_path / "back", to="dense")
+    assert files(tmp_path / "back") == files(tmp_path / "dense")
+
+
+def test_tensors_of_odd_sizes_lie_where_their_numbers_want_them(half, tmp_path):
+    folder = tmp_path / "odd"
+    shutil.copytree(half, folder)
+    tensors = load_file(folder / "model.safetensors")
+    odd = {
+        f"model.layers.0.odd.{number}": torch.ones(size, dtype=dtype)
+        for number, (size, dtype) in enumerate([(3, torch.uint8), (5, torch.bfloat16), (1, torch.float32)])
+    }
+    save_file(tensors | odd, folder / "model.safetensors", metadata={"format": "pt"})
+    source = open_checkpoint(folder)
+    target = tmp_path / "packed"
+    target.mkdir()
+    write(source, target, values="int4 of row")
+    for name, place in _read_header(target / "packed-model.safetensors"):
+        assert place.offset % DTYPES[place.dtype].itemsize == 0, name
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     part=st.sampled_from(["bitmap", "values", "columns", "missing", "header", "dtype"]), place=st.integers(0, 10**6),
-    by=st.integers(1, 2**31),
+    by=st.integers(1, 2**31), values=st.sampled_from(["as stored", "int4 of group 64"]),
 )  # fmt: skip
-def test_what_was_altered_is_refused(half, tmp_path_factory, part, place, by):
+def test_what_was_altered_is_refused(on_grid, half, tmp_path_factory, part, place, by, values):
     folder = tmp_path_factory.mktemp("altered")
-    secateur.export(half, out=folder / "packed", to="packed")
+    secateur.export(on_grid.get(values, half), out=folder / "packed", to="packed", values=values)
     file = shards(folder / "packed")[0].file
     told, tensors = shards(folder / "packed")[0].description, load_file(file)
     name = sorted(told["columns"])[place % len(told["columns"])]
@@ -105,7 +207,9 @@ def test_what_was_altered_is_refused(half, tmp_path_factory, part, place, by):
     elif part == "dtype":
         tensors[f"{name}.values"] = tensors[f"{name}.values"].double()
     elif part == "values":
-        tensors[f"{name}.values"] = tensors[f"{name}.values"][: -1 - place % 40].clone()
+        tensors[f"{name}.values"] = tensors[f"{name}.values"][
+            : -9 - place % 40
+        ].clone()  # more than is there beside the slack
     else:
         tensors[f"{name}.bitmap"].view(-1)[place % tensors[f"{name}.bitmap"].numel()] ^= by
     save_file(tensors, file, metadata={"secateur.packed": json.dumps(told)})
@@ -141,8 +245,14 @@ def test_what_cannot_be_exported_says_why(half, tiny_llama, tmp_path):
             secateur.export(source, out=tmp_path / "out", to=to)
     with pytest.raises(UnknownName, match="option of sparse-bitmask"):
         secateur.export(half, out=tmp_path / "out", to="sparse-bitmask", values="int8")
-    with pytest.raises(UnknownName, match="kind of values"):
-        secateur.export(half, out=tmp_path / "out", to="packed", values="int4")
+    for values, said in (
+        ("int5", "'int5' is no kind of values"),
+        ("int4 of group 32", "no values of int4 of group 32. Say 'as stored', 'int8', 'int4', 'int4 of group 64'"),
+        ("int4", "_proj.weight has 64. Say 'int4 of group 64'"),
+        ("nvfp4", "no values of nvfp4"),
+    ):
+        with pytest.raises(BadPattern, match=re.escape(said)):
+            secateur.export(half, out=tmp_path / "out", to="packed", values=values)
     secateur.export(half, out=tmp_path / "out", to="packed")
     with pytest.raises(OutputRefused, match="exists already"):
         secateur.export(half, out=tmp_path / "out", to="packed")

@@ -91,6 +91,7 @@ def bases(place: Path, *, whole: bool = True) -> None:
     for to in ("packed", "sparse-bitmask", "sparse-24-bitmask"):
         secateur.export(place / "pruned", out=place / to, to=to)
     secateur.export(place / "pruned", out=place / "packed-int8", to="packed", values="int8")
+    secateur.export(place / "pruned", out=place / "packed-int4", to="packed", values="int4 of group 64")
     secateur.plan(place / "llama", out=place / "plan.json", allocate="uniform", **small)
     quantised_bases(place)
     if whole:

@@ -400,7 +400,7 @@ KINDS: dict[str, Kind] = {
     "rows": Kind(result_rows, ("compared",), ("compare",), 4),
     "results": Kind(results, ("results",), ("report", "recommend quality", "recommend portability"), 4),
     "plan": Kind(plan, ("llama",), ("prune plan",), 4),
-    "packed": Kind(packed, ("packed", "packed-int8"), ("export dense", "load packed", "inspect"), 8),
+    "packed": Kind(packed, ("packed", "packed-int8", "packed-int4"), ("export dense", "load packed", "inspect"), 8),
     "quantisation": Kind(quantisation, PACKED, (*READ, *WRITE), 20),
     "parts": Kind(parts, PACKED, (*READ, *WRITE), 30),
     "quantised": Kind(quantised, PACKED, (*READ, *WRITE, "export packed"), 10),

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,18 @@ class Checkpoint:
         """One tensor, mapped from its shard. Raises UnsupportedModel for a dtype that torch does
         not have.
         """
+        return self._mapped(name, self.places[name])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, the only ones that are mapped."""
         place = self.places[name]
+        each = place.bytes // place.shape[0]
+        offset, shape = place.offset + start * each, (stop - start, *place.shape[1:])
+        return self._mapped(
+            name, replace(place, offset=offset, bytes=(stop - start) * each, shape=shape)
+        )
+
+    def _mapped(self, name: str, place: TensorLocation) -> Tensor:
         if place.dtype not in DTYPES:
             raise UnsupportedModel(
                 f"{name} in {self.folder} is stored as {place.dtype}, which cannot be read here."

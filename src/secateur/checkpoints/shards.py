@@ -8,10 +8,11 @@ more than one.
 
 import errno
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +25,8 @@ Shape = tuple[int, ...]
 Tensors = Mapping[str, tuple[str, Shape]]
 """By a tensor's name in a smaller checkpoint: the source's tensor behind it, and its shape."""
 
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""What safetensors calls a dtype."""
 CHUNK = 2**24
 SHARD_BYTES = 5 * 10**9
 
@@ -48,6 +51,54 @@ def header(
     for (name, (dtype, shape)), start, stop in zip(tensors.items(), stops, stops[1:], strict=False):
         places[name] = TensorLocation(shard, begin + start, stop - start, shape, dtype)
     return len(text).to_bytes(8, "little") + text, places
+
+
+class ShardWriter:
+    """Writes a shard whose tensors come one after the other, of sizes that nobody knows before.
+
+    Room for the header is left in front of them: `names` are those that may come, `metadata` the
+    longest that there may be. Their bytes begin at multiples of eight as long as those of all
+    before are multiples of eight.
+    """
+
+    ENTRY = 400
+    """Bytes of the header for a tensor, at most, beside its name."""
+
+    def __init__(self, file: Path, names: Iterable[str], metadata: Mapping[str, str]) -> None:
+        room = sum(len(json.dumps(name)) + self.ENTRY for name in names)
+        room += len(json.dumps(metadata)) + self.ENTRY
+        self.room, self.entries = room + -room % 8, dict[str, object]()
+        self.stream, self.stop = file.open("wb"), 0
+        self.stream.seek(8 + self.room)
+
+    def add(self, name: str, shape: Sequence[int], parts: Iterable[Tensor]) -> None:
+        """Write a tensor that comes in `parts`, one after the other."""
+        start, dtype = self.stop, None
+        for part in parts:
+            dtype = NAMES[part.dtype]
+            self.stop += self.stream.write(bytes_of(part))
+        assert dtype is not None
+        offsets = [start, self.stop]
+        self.entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the header, and close the file."""
+        entries = {"__metadata__": dict(metadata), **self.entries}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        assert len(text) <= self.room
+        self.stream.seek(0)
+        self.stream.write(self.room.to_bytes(8, "little") + text.ljust(self.room))
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stream.close()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy where it is contiguous."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def write_index(folder: Path, shard_of: Mapping[str, str], total_size: int) -> None:

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from secateur.checkpoints.folder import open_checkpoint
-from secateur.deployment.packed_model import LEAST
-from secateur.kernels.packed import dense_product, multiply, pack, pack_int8, quantised
+from secateur.deployment.packing import LEAST, fitting, pack_matrix, packed_values
+from secateur.kernels.packed import dense_product, multiply, quantised
+from secateur.methods.values import AS_STORED
 from secateur.models.load import resolve
 from secateur.models.stored import stored_matrices
 from secateur.system.clock import spread, turns
@@ -45,7 +46,7 @@ class Prepared(NamedTuple):
     bytes: int
 
 
-KERNELS = ("torch", "own dense", "own int8", "packed", "packed int8")
+KERNELS = ("torch", "own dense", "own int8", "packed", "packed int8", "packed int4")
 """The kernels that are timed; the own ones, which are dense, are for batch 1."""
 
 
@@ -54,7 +55,8 @@ def _prepared(kernel: str, weight: Tensor) -> Prepared | None:
     if kernel == "torch":
         return Prepared(lambda x: linear(x, weight), weight.nbytes)
     if kernel.startswith("packed"):
-        packed = pack_int8(weight) if kernel.endswith("int8") else pack(weight)
+        values = packed_values(kernel.removeprefix("packed").strip() or AS_STORED)
+        packed = pack_matrix(weight, values and fitting(values, weight.shape[1]))
         return Prepared(lambda x: multiply(packed, x), packed.bytes)
     stored, scales = quantised(weight) if kernel.endswith("int8") else (weight, None)
     dtype = weight.dtype if scales is None else torch.float32
@@ -149,11 +151,12 @@ def _multiply_in_a_row(copies: Iterator[Prepared], x: Tensor) -> None:
 def _ratios(name: str, seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """How many times faster a kernel is than torch and than our dense one with the same values."""
     own = np.asarray(seconds[name])
-    others = ("torch", "own int8" if name.endswith("int8") else "own dense")
+    dense = {"own int8": "own int8", "packed int8": "own int8", "packed int4": None}
+    others = ("torch", dense.get(name, "own dense"))
     return {
         other: float(np.median(np.asarray(seconds[other]) / own))
         for other in others
-        if other in seconds
+        if other and other in seconds
     }
 
 

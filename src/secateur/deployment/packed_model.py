@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from secateur.deployment.autotune import UNMEASURED, WAYS, Crossover, Crossovers, way_for
-from secateur.kernels.packed import Packed, dense_product, pack, pack_int8, quantised
+from secateur.deployment.packing import LEAST, check_groups, pack_matrix, packed_values
+from secateur.kernels.packed import Packed, dense_product, quantised
 from secateur.system.tensors import count_zeros
-
-LEAST = 0.4
-"""The share of zeros from which a layer is packed: under it bfloat16 is small enough as it is."""
 
 
 class PackedLinear(nn.Module):
@@ -89,18 +87,20 @@ def pack_model(
     """Replace the linear layers with enough zeros by packed ones, in place; returns their names.
 
     Of layers on the CPU in float32 or bfloat16, those with a share `least` of zeros are packed.
-    `values` is `as stored` or `int8`, which rounds the weights. Each kind of matrix is timed for a
-    second or so to find which way to multiply is the fastest at which batch (`measure`); with
-    `keep_dense` the dense weights stay in memory too and are used where they are faster, so that no
-    batch is slower than before. Other bfloat16 layers get our own product for batch 1.
+    `values` is `as stored`, or `int8`, `int4`, `int4 of group 64` or `int4 of row`, to which
+    weights are rounded that do not lie on such a grid. Each kind of matrix is timed for a second or
+    so to find which way to multiply is the fastest at which batch (`measure`); with `keep_dense`
+    the dense weights stay in memory too and are used where they are faster, so that no batch is
+    slower than before. Other bfloat16 layers get our own product for batch 1.
     """
-    names = []
+    names, wanted = [], packed_values(values)
     crossovers: dict[torch.dtype, Crossovers] = {}
     for name, module in list(packable(model, least)):
         weight = module.weight.data
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
             continue
-        packed = pack_int8(weight) if values == "int8" else pack(weight)
+        check_groups(wanted, weight.shape[1], name)
+        packed = pack_matrix(weight, wanted)
         if measure and weight.dtype not in crossovers:
             crossovers[weight.dtype] = Crossovers(weight.dtype, keep_dense=keep_dense)
         put_packed(model, name, packed, crossovers.get(weight.dtype))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from secateur.deployment.packed_model import LEAST
+from secateur.deployment.packing import LEAST
 from secateur.kernels.packed import MOST
 
 KNOWN: Mapping[str, Any] = tomllib.loads(

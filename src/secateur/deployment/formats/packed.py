@@ -4,16 +4,24 @@ For every shard of the dense checkpoint there is a safetensors file `packed-<sha
 matrix with enough zeros is in it
 
     <tensor>.bitmap   int64 [rows, words]   bit j of word k: is the weight in column 64 k + j kept?
-    <tensor>.values   [kept + slack]        the kept weights, row by row, then 64 bytes of zeros
-    <tensor>.scales   float32 [rows]        with int8 values alone: weight = value * its row's scale
+    <tensor>.scales   with int8 values float32 [rows]: weight = value * its row's scale; with int4
+                      bfloat16 [rows, groups], each for as many consecutive columns
+    <tensor>.values   [kept + slack]        the kept weights, row by row, then 64 bytes of zeros;
+                      int4: uint8, two a byte, the first in the lower half, from -8 to 7, those of
+                      every word from a whole byte on
 
 and everything else as it was. The file's metadata hold one entry, `secateur.packed`, a JSON object:
-`layout` 1, `values`, `columns` by tensor, and of the dense shard its `header` and `sha256`, from
-which it is restored as it was. With 16 bits half of the weights take 56 % of the bytes, 30 % of
-them 36 %. int8 values come back as float32.
+`layout` 1, `values`, `exact`, `columns` by tensor, and of the dense shard its `header` and
+`sha256`, from which it is restored as it was. With 16 bits half of the weights take 56 % of the
+bytes, 30 % of them 36 %; with four bits 20 % and 15 %. Integers are `exact` where the weights lie
+on their grid; other weights are rounded, and come back as float32.
+
+A matrix is packed some rows at a time and written before the next one is read, so that little more
+than a packed matrix is in memory.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,57 +30,72 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from secateur.checkpoints.folder import FLOATS, INDEX, Checkpoint
-from secateur.checkpoints.shards import save
-from secateur.deployment.autotune import Crossovers
-from secateur.deployment.formats.base import Format, refuse_odd_values, tensors_of
-from secateur.deployment.packed_model import LEAST, own_products, put_packed
-from secateur.errors import BadCheckpoint, UnknownName, UnsupportedModel, in_one_line
-from secateur.kernels.packed import SLACK, Packed, check, pack, pack_int8, row_starts
-from secateur.models.checks import LOAD_ERRORS, bad_weights, foreign, refuse_larger, refusing_more
-from secateur.models.load import load_config
-from secateur.models.parts import loader
+from secateur.checkpoints.folder import DTYPES, FLOATS, INDEX, Checkpoint
+from secateur.checkpoints.shards import ShardWriter, bytes_of
+from secateur.deployment.formats.base import Format, refuse_odd_values
+from secateur.deployment.packed_loading import ModuleOf, Read, load_packing
+from secateur.deployment.packing import (
+    LEAST,
+    check_groups,
+    enough_zeros,
+    pack_rows,
+    packed_values,
+    rows_of,
+)
+from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel, in_one_line
+from secateur.kernels.packed import SLACK, Packed, check, row_starts
+from secateur.methods.values import AS_STORED
 from secateur.models.stored import stored_matrices
 from secateur.system.files import file_sha256, refuse_odd_files
-from secateur.system.tensors import count_zeros
 
 KEY, PREFIX, PACKED_INDEX = "secateur.packed", "packed-", "packed.index.json"
-VALUES = ("as stored", "int8")
+PARTS = ("bitmap", "scales", "values")
+WIDEST = 10**12
+"""More columns than a matrix has."""
+ROWS = 1024
+"""How many rows of a matrix are unpacked at a time."""
 
 
 def write(
-    source: Checkpoint, folder: Path, *, values: str = "as stored", trust_remote_code: bool = False
+    source: Checkpoint, folder: Path, *, values: str = AS_STORED, trust_remote_code: bool = False
 ) -> None:
-    """Put the packed shards into `folder`, a shard at a time; `values` is one of `VALUES`.
+    """Put the packed shards into `folder`; `values` as packing.py reads them.
 
-    Raises UnsupportedModel where no matrix has enough zeros, BadCheckpoint for -0.0, NonFinite for
-    NaN and Inf.
+    Matrices that lie `[in, out]` stay as stored where values have groups of inputs. Raises
+    BadPattern for other values, UnsupportedModel where no matrix has enough zeros, BadCheckpoint
+    for -0.0, NonFinite for NaN and Inf.
     """
-    if values not in VALUES:
-        raise UnknownName("kind of values", values, VALUES)
+    wanted = packed_values(values)
     stored, _ = stored_matrices(source, trust_remote_code=trust_remote_code)
     places = {name: source.places[name] for name in stored}
     packable = {n for n, place in places.items() if len(place.shape) == 2 and place.dtype in FLOATS}
     packed_any = False
     for shard in source.shards:
-        tensors: dict[str, Tensor] = {}
-        columns: dict[str, int] = {}
-        for name, tensor in tensors_of(source, shard):
-            if name not in packable or count_zeros(tensor) < LEAST * tensor.numel():
-                tensors[name] = tensor
-                continue
-            refuse_odd_values(name, tensor, "the packed format")
-            matrix = pack_int8(tensor) if values == "int8" else pack(tensor)
-            columns[name] = matrix.columns
-            tensors |= {f"{name}.bitmap": matrix.bitmap, f"{name}.values": matrix.values}
-            if matrix.scales is not None:
-                tensors[f"{name}.scales"] = matrix.scales
-        packed_any |= bool(columns)
         with (source.folder / shard).open("rb") as stream:
             header = stream.read(int.from_bytes(stream.read(8), "little")).decode()
-        description = {"layout": 1, "values": values, "columns": columns}
-        description |= {"header": header, "sha256": file_sha256(source.folder / shard)}
-        save(tensors, folder / f"{PREFIX}{shard}", {KEY: json.dumps(description)})
+        digest = file_sha256(source.folder / shard)
+        description: dict[str, Any] = {"layout": 1, "values": str(wanted or AS_STORED)}
+        description |= {"exact": False, "header": header, "sha256": digest}
+        inside = [name for name, place in source.places.items() if place.shard == shard]
+        longest = description | {"columns": dict.fromkeys(inside, WIDEST)}
+        names = [*inside, *(f"{name}.{part}" for name in inside for part in PARTS)]
+        with ShardWriter(folder / f"{PREFIX}{shard}", names, {KEY: json.dumps(longest)}) as file:
+            columns: dict[str, int] = {}
+            description["exact"] = True
+            for name in _aligned(source, inside):
+                if name not in packable or not enough_zeros(source, name):
+                    file.add(name, source.places[name].shape, [source.tensor(name)])
+                    continue
+                for part in rows_of(source, name):
+                    refuse_odd_values(name, part, "the packed format")
+                whole = None if stored[name].transposed else wanted
+                check_groups(whole, source.places[name].shape[1], name)
+                matrix, exact = pack_rows(rows_of(source, name), whole)
+                columns[name] = matrix.columns
+                description["exact"] &= exact
+                _add(file, name, matrix)
+            file.finish({KEY: json.dumps(description | {"columns": columns})})
+        packed_any |= bool(columns)
     if not packed_any:
         raise UnsupportedModel(
             f"{source.folder} has no matrix with {LEAST:.0%} zeros or more: "
@@ -80,6 +103,26 @@ def write(
         )
     if (folder / INDEX).exists():
         (folder / INDEX).rename(folder / PACKED_INDEX)
+
+
+def _aligned(source: Checkpoint, names: list[str]) -> list[str]:
+    """The order in which every tensor begins at a multiple of the size of its numbers."""
+    size = {name: DTYPES[source.places[name].dtype].itemsize for name in names}
+    return sorted(names, key=lambda name: (source.places[name].bytes % 8 != 0, -size[name]))
+
+
+def _add(file: ShardWriter, name: str, matrix: Packed) -> None:
+    """Write a packed matrix, with so much more slack that what follows begins at eight bytes."""
+    scales, values = matrix.scales, matrix.values
+    size = values.nbytes + (0 if scales is None else scales.nbytes)
+    slack = torch.zeros(-size % 8 // values.element_size(), dtype=values.dtype)
+    file.add(f"{name}.bitmap", matrix.bitmap.shape, [matrix.bitmap])
+    if scales is not None:
+        file.add(f"{name}.scales", scales.shape, [scales])
+    file.add(f"{name}.values", [len(values) + len(slack)], [values, slack])
+
+
+Parts = Iterator[Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,10 +133,24 @@ class Shard:
     description: dict[str, Any]
     names: tuple[str, ...]
 
-    def dense(self, name: str) -> Tensor:
-        """A dense tensor by name, with int8 values as float32."""
+    @property
+    def exact(self) -> bool:
+        """Whether what was packed comes back to the bit."""
+        return self.description.get("exact", self.description["values"] == AS_STORED)
+
+    def dense(self, name: str, dtype: torch.dtype | None = None) -> tuple[list[int], Parts]:
+        """The shape of a dense tensor by name, and some rows of it at a time, of packed integers in
+        `dtype`, None for float32.
+        """
         stored = self.tensor(name)
-        return stored.dense().contiguous() if isinstance(stored, Packed) else stored
+        if isinstance(stored, Tensor):
+            return list(stored.shape), iter([stored])
+        wanted = None if stored.scales is None else dtype
+        parts = (
+            stored.dense(start, min(start + ROWS, stored.rows), wanted)
+            for start in range(0, max(stored.rows, 1), ROWS)
+        )
+        return [stored.rows, stored.columns], parts
 
     def tensor(self, name: str) -> Tensor | Packed:
         """A dense tensor by name, packed where it is, after `check`."""
@@ -112,12 +169,20 @@ class Shard:
         if bitmap.dtype != torch.int64 or bitmap.dim() != 2:
             raise BadCheckpoint(f"{where} has a bitmap of {bitmap.dtype} {list(bitmap.shape)}.")
         columns = self.description["columns"][name]
-        packed = Packed(bitmap, values, row_starts(bitmap), columns, scales)
+        packed = Packed(bitmap, values, row_starts(bitmap, values.dtype), columns, scales)
         check(packed, where)
         return packed
 
 
-ODD = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
+ODD = (
+    SafetensorError,
+    BadPattern,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
 """What reading the description of a shard that was altered may fail with."""
 
 
@@ -141,13 +206,14 @@ def _shard(path: Path) -> Shard:
     with safe_open(path, framework="pt") as file:
         description, stored = json.loads((file.metadata() or {})[KEY]), set(file.keys())
     columns, header = description["columns"], json.loads(description["header"])
+    packed_values(description["values"])
     names = [name for name in header if name != "__metadata__"]
     wanted = {f"{name}.{part}" for name in columns for part in ("bitmap", "values")}
     wanted |= set(names) - set(columns)
     sound = (
         description["layout"] == 1
         and all(type(count) is int for count in columns.values())
-        and description["values"] in VALUES
+        and type(description.get("exact", True)) is bool
         and isinstance(description["sha256"], str)
         and _adjoin([header[name]["data_offsets"] for name in names])
         and wanted <= stored
@@ -171,14 +237,15 @@ def holds(folder: Path) -> bool:
 
 
 def restore(folder: Path, target: Path) -> None:
-    """Write into `target` the dense shards that were packed; of int8 values, what they stand for.
+    """Write into `target` the dense shards that were packed; of rounded values, what they stand
+    for.
 
     Raises BadCheckpoint where a shard does not come out byte for byte as it was.
     """
     for shard in shards(folder):
         out = target / shard.file.name.removeprefix(PREFIX)
-        if shard.description["values"] == "int8":
-            save({name: shard.dense(name) for name in shard.names}, out)
+        if not shard.exact:
+            _restore_values(shard, out)
             continue
         _restore_bytes(shard, out)
         if file_sha256(out) != shard.description["sha256"]:
@@ -190,19 +257,28 @@ def restore(folder: Path, target: Path) -> None:
         (target / PACKED_INDEX).rename(target / INDEX)
 
 
+def _restore_values(shard: Shard, out: Path) -> None:
+    metadata = {"format": "pt"}
+    with ShardWriter(out, shard.names, metadata) as file:
+        packed = shard.description["columns"]
+        for name in sorted(shard.names, key=lambda name: name not in packed):
+            file.add(name, *shard.dense(name))
+        file.finish(metadata)
+
+
 def _restore_bytes(shard: Shard, out: Path) -> None:
     header = shard.description["header"].encode()
     places = json.loads(header)
     with out.open("wb") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         for name in shard.names:
-            (start, stop), dense = places[name]["data_offsets"], shard.dense(name).contiguous()
-            if dense.nbytes != stop - start:
+            (start, stop), dtype = places[name]["data_offsets"], str(places[name].get("dtype"))
+            stream.seek(8 + len(header) + start)
+            _, parts = shard.dense(name, DTYPES.get(dtype))
+            if sum(stream.write(bytes_of(part)) for part in parts) != stop - start:
                 raise BadCheckpoint(
                     f"{name} in {shard.file} has another size than it had. Pack the model again."
                 )
-            stream.seek(8 + len(header) + start)
-            stream.write(dense.flatten().view(torch.uint8).numpy().data)
 
 
 def load_packed(
@@ -211,71 +287,31 @@ def load_packed(
     """Load a packed folder as a transformers model that multiplies by its packed matrices.
 
     It is for inference on the CPU, and no dense copy of these matrices is made. Values are cast to
-    `dtype`, float32 or bfloat16, int8 ones stay. `measure` as for `pack_model`. Raises
-    BadCheckpoint and UnsupportedModel.
+    `dtype`, float32 or bfloat16, integers stay. `measure` as for `pack_model`. Raises BadCheckpoint
+    and UnsupportedModel.
     """
     folder = Path(folder)
     refuse_odd_files(folder)
-    config = load_config(folder)
     packed_shards = shards(folder)
     known = sum(len(shard.names) for shard in packed_shards)
-    try:
-        with torch.device("meta"), refusing_more(folder, known):
-            skeleton = loader(config).from_config(config)
-    except LOAD_ERRORS as error:
-        raise bad_weights(folder, {}, config, None, error) from error
-    state, packed = _read(packed_shards, skeleton, dtype)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    refuse_larger(folder, shapes, skeleton)
-    try:
-        model, report = type(skeleton).from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+
+    def read(module_of: ModuleOf) -> Read:
+        return (
+            (name, _cast(shard.tensor(name), dtype))
+            for shard in packed_shards
+            for name in shard.names
         )
-    except LOAD_ERRORS as error:
-        raise bad_weights(folder, shapes, config, skeleton, error) from error
-    if missing := sorted(report["missing_keys"]):
-        more = " …" if len(missing) > 3 else ""
-        raise foreign(folder, f"it lacks {', '.join(missing[:3])}{more}")
-    model.eval()
-    crossovers = Crossovers(dtype) if measure else None
-    for name, matrix in packed.items():
-        put_packed(model, name, matrix, crossovers)
-    own_products(model)
-    return model
+
+    return load_packing(folder, read, known, dtype, measure=measure)
 
 
-def _read(
-    packed_shards: list[Shard], skeleton: Any, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Packed]]:
-    """Tensors by name, with nothing behind those of packed linear layers, which come by module."""
-    linear = {name for name, module in skeleton.named_modules() if type(module) is nn.Linear}
-    prefix = f"{skeleton.base_model_prefix}."
-    state: dict[str, Tensor] = {}
-    packed: dict[str, Packed] = {}
-    for shard in packed_shards:
-        for name in shard.names:
-            stored = shard.tensor(name)
-            bare = name.removesuffix(".weight")
-            names = (bare, bare.removeprefix(prefix), prefix + bare)
-            module = next((name for name in names if name in linear), None)
-            if isinstance(stored, Tensor):
-                state[name] = stored
-            elif module is None:
-                state[name] = stored.dense().contiguous()
-            else:
-                packed[module] = _cast(stored, dtype)
-                nothing = torch.zeros((), dtype=dtype)
-                state[name] = nothing.expand(stored.rows, stored.columns)  # takes no memory
-    return state, packed
-
-
-def _cast(packed: Packed, dtype: torch.dtype) -> Packed:
-    """With values of another float dtype, and slack for that."""
-    if packed.scales is not None or packed.values.dtype == dtype:
-        return packed
-    kept = packed.values[: int(packed.starts[-1])].to(dtype)
+def _cast(stored: Tensor | Packed, dtype: torch.dtype) -> Tensor | Packed:
+    """With packed values of another float dtype, and slack for that."""
+    if isinstance(stored, Tensor) or stored.scales is not None or stored.values.dtype == dtype:
+        return stored
+    kept = stored.values[: int(stored.starts[-1])].to(dtype)
     slack = torch.zeros(SLACK // dtype.itemsize, dtype=dtype)
-    return replace(packed, values=torch.cat([kept, slack]))
+    return replace(stored, values=torch.cat([kept, slack]))
 
 
 packed = Format(

@@ -22,6 +22,7 @@ RUNTIMES: dict[str, Runtime] = {
     "compiled": compiled.compiled,
     "packed": packed.packed,
     "packed-int8": packed.packed_int8,
+    "packed-int4": packed.packed_int4,
     "own-dense": packed.own_dense,
     "own-int8": packed.own_int8,
     "onnxruntime": onnxruntime.onnxruntime,

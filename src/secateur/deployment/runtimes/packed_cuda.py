@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from secateur.deployment.autotune import choice_for, fastest_by_rows
-from secateur.deployment.packed_model import LEAST, packable
+from secateur.deployment.packed_model import packable
+from secateur.deployment.packing import LEAST
 from secateur.deployment.runtimes.base import Runtime, Stepped, bytes_read, load_model
 from secateur.errors import BadPattern, UnsupportedModel
 from secateur.kernels import bitmap, two_of_four
