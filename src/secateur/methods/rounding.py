@@ -28,7 +28,7 @@ from secateur.kernels.rounding import best_scales, round_columns
 from secateur.methods.base import Method, Pruned
 from secateur.methods.column_sweep import responses
 from secateur.methods.cost import WIDTH, Cost
-from secateur.methods.least_squares import Problem, normalise
+from secateur.methods.least_squares import Problem, normalise, ridge
 from secateur.methods.patterns import Pattern
 from secateur.methods.statistics import Stats
 from secateur.methods.values import Codes, Values
@@ -36,6 +36,12 @@ from secateur.methods.values import Codes, Values
 TRIES, LEAST = 24, 0.4
 """Scales that are tried for a group: from this share of the smallest that holds its largest weight
 up to that. For three bits the best is about 0.7 of it.
+"""
+DAMPING, MOST_DAMPING = 20, 1.0
+"""How many times the damping of least_squares.py is added for rounding, and how much at most.
+
+On twelve inputs of SmolLM2-135M, calibrated on 16 k tokens of C4, this takes 7 % off the error that
+int3 leaves on WikiText-2 and adds 1 % to that on C4.
 """
 DESCENTS = 2
 """Passes of descent before scales are fitted again, and one after. On the demo model's matrices
@@ -97,14 +103,29 @@ def codes_for(pruned: Pruned, dense: Tensor, stats: Stats, values: Values) -> Co
     problem = with_dead_inputs(normalise(dense, stats), dense)
     start = torch.where(problem.alive, pruned.weight * problem.scale, pruned.weight)
     kept = pruned.kept
+    start = _centre(problem, start, kept)
     grid = nearest(problem, start, kept, values)
-    if values.solver != "nearest":
-        shared = ("normalised responses", WIDTH)
-        answers = stats.once(shared, lambda: responses(problem.gram, WIDTH)).to(dense.device)
-        grid = sweep(answers, problem, _centre(problem, start, kept), kept, grid, values)
+    if values.solver == "nearest":
+        return codes_of(problem, grid, kept, values)
+    problem = damped(problem, start, stats)
+    answers = stats.once(("rounding", WIDTH), lambda: responses(problem.gram, WIDTH))
+    grid = sweep(answers.to(dense.device), problem, start, kept, grid, values)
     if values.solver in ("descent", "joint"):
         grid = descend(problem, kept, grid, values)
     return codes_of(problem, grid, kept, values)
+
+
+def damped(problem: Problem, start: Tensor, stats: Stats) -> Problem:
+    """The problem with `DAMPING` more, which pulls to the weights that are rounded."""
+    extra = min(DAMPING * ridge(stats), MOST_DAMPING)
+
+    def wider() -> Tensor:
+        gram = problem.gram.clone()
+        gram.diagonal().add_(extra)
+        return gram
+
+    gram = stats.once("rounding", wider).to(problem.gram.device)
+    return problem._replace(gram=gram, target=problem.target + extra * start)
 
 
 def with_dead_inputs(problem: Problem, dense: Tensor) -> Problem:
