@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.families import tiny_config, tiny_model
+from support.grids import on_grid
 from support.splits import TEXTS, splitting
 from support.texts import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+import secateur
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.checkpoints.quantised.gguf_tokenizer import SPLITS
 from secateur.data import demo
@@ -106,7 +109,7 @@ def test_values_are_cast_and_zeros_stay(tmp_path):
     gate[:, ::2] = 0
     source = saved(model, tmp_path / "source")
     sizes = {}
-    for values in ("as stored", "f32", "f16", "bf16", "q8_0"):
+    for values in ("as stored", "f32", "f16", "bf16", "q8_0", "q5_0"):
         file = converted(source, tmp_path / values, values=values)
         read, sizes[values] = tensors(file)["blk.0.ffn_gate.weight"], file.stat().st_size
         assert (read[:, ::2] == 0).all()
@@ -115,11 +118,104 @@ def test_values_are_cast_and_zeros_stay(tmp_path):
             step = exact.abs().amax(2, keepdim=True) / 127
             error = (torch.from_numpy(read).reshape(128, -1, 32) - exact).abs()
             assert (error <= (0.501 + 127 * 2**-11) * step).all()
+        elif values == "q5_0":  # the largest of 32 is level -16, and the other end is cut to 15
+            step = gate.float().reshape(128, -1, 32).abs().amax(2, keepdim=True) / 16
+            error = (torch.from_numpy(read).reshape(128, -1, 32) - gate.float().reshape(128, -1, 32)).abs()
+            assert (error <= 1.01 * step).all()
         else:
             exact = gate.half() if values == "f16" else gate
             np.testing.assert_array_equal(read, exact.float().numpy())
-    assert sizes["q8_0"] < sizes["bf16"] < sizes["f32"]
+    assert sizes["q5_0"] < sizes["q8_0"] < sizes["bf16"] < sizes["f32"]
     assert abs(sizes["as stored"] - sizes["bf16"]) <= 64  # but for the line that names the values
+
+
+BLOCKS = {"int4 of group 32": "Q4_0", "int8 of group 32": "Q8_0", "mxfp4": "MXFP4"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("text", BLOCKS)
+def test_what_lies_on_a_grid_becomes_blocks_with_the_same_levels(text, dtype, tmp_path, monkeypatch):
+    """gguf's own dequantisation gives level times scale, which the checkpoint has rounded to its dtype."""
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    source = on_grid(text, tmp_path / "source", dtype)
+    (source / "pruning.json").write_text(json.dumps({"values": text}))
+    secateur.export(source, out=tmp_path / "out", to="gguf")
+    checkpoint, file = open_checkpoint(source), tmp_path / "out" / FILE
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in package.GGUFReader(file).tensors}
+    stored = tensors(file)
+    for name, called in NAMES.items():
+        weight = checkpoint.tensor(name).float()
+        wanted = weight.numpy()
+        if called.endswith(("attn_q.weight", "attn_k.weight")):
+            wanted = llama_rows(wanted, 4 if "attn_q" in called else 2)
+        found = torch.from_numpy(stored[called])
+        np.testing.assert_array_equal(found.to(dtype).float().numpy(), wanted, err_msg=name)
+        assert int((found == 0).sum()) == int((weight == 0).sum())
+        matrix = called.startswith("blk.") and found.dim() == 2
+        plain = "F32" if found.dim() == 1 or dtype == torch.float32 else "BF16"
+        assert kinds[called] == (BLOCKS[text] if matrix else plain)
+    kind = package.LlamaFileType(fields(file)["general.file_type"]).name
+    assert kind.removesuffix("_MOE") == f"MOSTLY_{BLOCKS[text]}"
+    secateur.export(file, out=tmp_path / "back", to="dense")
+    back = open_checkpoint(tmp_path / "back")
+    for name in checkpoint.places:
+        assert torch.equal(back.tensor(name).bfloat16(), checkpoint.tensor(name).bfloat16()), name
+
+
+def test_what_does_not_lie_on_a_grid_is_rounded_and_said(tmp_path):
+    model = tiny_model("llama")
+    gate = model.get_parameter("model.layers.0.mlp.gate_proj.weight").data
+    gate[:, ::2] = 0
+    source, out = saved(model, tmp_path / "source"), tmp_path / "out"
+    out.mkdir()
+    note = write(open_checkpoint(source), out, values="int4 of group 32")
+    assert note is not None
+    assert note.startswith("28 of 28 matrices did not lie on int4 of group 32 and were rounded to nearest: model.")
+    read = torch.from_numpy(tensors(out / FILE)["blk.0.ffn_gate.weight"])
+    assert (read[:, ::2] == 0).all()
+    steps = gate.unflatten(1, (-1, 32)).abs().amax(2, keepdim=True) / 7
+    assert ((read - gate).unflatten(1, (-1, 32)).abs() <= 0.52 * steps).all()
+
+
+def test_grids_without_blocks_are_refused_by_name_or_written_as_stored(tmp_path):
+    source = saved(tiny_model("llama"), tmp_path / "source")
+    for text, named in (("int4 of group 64", "int4 of group 64"), ("fp8", "fp8"), ("int8", "int8"),
+                        ("int4 asymmetric of group 32", "int4 asymmetric of group 32")):  # fmt: skip
+        with pytest.raises(BadPattern, match=rf"GGUF has no blocks for {named}\. Say --values 'int8 of group 32' or"):
+            converted(source, tmp_path / "no", values=text)
+    (source / "pruning.json").write_text(json.dumps({"values": "int4 of group 64"}))
+    out = tmp_path / "stored"
+    out.mkdir()
+    note = write(open_checkpoint(source), out)
+    assert note == "GGUF has no blocks for int4 of group 64, with which it was pruned; written as stored."
+    assert {tensor.tensor_type.name for tensor in package.GGUFReader(out / FILE).tensors} == {"F32"}
+    config = tiny_config("llama")
+    config.intermediate_size = 72
+    odd = saved(AutoModelForCausalLM.from_config(config), tmp_path / "odd")
+    with pytest.raises(BadPattern, match=r"mxfp4 needs inputs in groups of 32; .*down_proj has 72"):
+        converted(odd, tmp_path / "no", values="mxfp4")
+    model = tiny_model("llama")
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight").data
+    weight[3, 4] = 1e6
+    with pytest.raises(NonFinite, match=r"up_proj\.weight has a scale of \d+, more than the f16 of Q4_0 can hold"):
+        converted(saved(model, tmp_path / "large"), tmp_path / "no", values="int4 of group 32")
+    weight[3, 4] = float("nan")
+    with pytest.raises(NonFinite, match=r"up_proj\.weight holds NaN or Inf"):
+        converted(saved(model, tmp_path / "nan"), tmp_path / "no", values="int4 of group 32")
+
+
+def test_what_was_left_out_stays(tmp_path):
+    source = on_grid("int4 of group 32", tmp_path / "source")
+    site = "model.layers.1.mlp.up_proj"
+    file = source / open_checkpoint(source).places[f"{site}.weight"].shard
+    held = load_file(file)
+    held[f"{site}.weight"] = torch.randn(128, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    save_file(held, file, {"format": "pt"})
+    sites = [{"site": site, "pattern": None}, {"site": "model.layers.0.mlp.up_proj", "pattern": None}]
+    (source / "pruning.json").write_text(json.dumps({"values": "int4 of group 32", "sites": sites}))
+    read = package.GGUFReader(converted(source, tmp_path / "out")).tensors
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in read}
+    assert (kinds["blk.1.ffn_up.weight"], kinds["blk.0.ffn_up.weight"]) == ("BF16", "Q4_0")
 
 
 def test_a_tied_head_is_not_written_twice(tmp_path):
