@@ -212,6 +212,7 @@ def fetched(package: str, folder: Path) -> Path:
 def measure(job: Job, place: Path) -> dict[str, Any]:
     """What a job takes in a fresh process. Raises CalledProcessError where that fails."""
     shutil.rmtree(job.out, ignore_errors=True)
+    job.out.parent.mkdir(parents=True, exist_ok=True)
     if job.way.package == "llama-cpp-python":
         write_gguf(job.model, job.out.parent / "source")
     threads = str(job.threads)
@@ -221,9 +222,16 @@ def measure(job: Job, place: Path) -> dict[str, Any]:
         "GPTQMODEL_CPU_WORKERS": "2",  # with fewer than three cores it takes one, and then asks for two of them
     }  # fmt: skip
     wall, cpu = perf_counter(), cpu_seconds(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-W", "ignore", "-c", RUN, str(place.resolve()), __file__]
+    command = [sys.executable, "-W", "ignore", "-c", RUN, str(place.resolve()), str(Path(__file__).resolve())]
     described = json.dumps(asdict(job), default=os.fspath)
-    done = subprocess.run([*command, described], env=os.environ | variables, capture_output=True, text=True, check=True)
+    done = subprocess.run(  # in the folder of results, since GPTQModel leaves its logs where it is started
+        [*command, described],
+        env=os.environ | variables,
+        cwd=job.out.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     whole = {
         "whole_cpu_seconds": cpu_seconds(resource.RUSAGE_CHILDREN) - cpu,
         "whole_wall_seconds": perf_counter() - wall,
