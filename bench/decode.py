@@ -1,11 +1,15 @@
-"""Whole models that exceed the cache: decoding a random Llama dense, with zeros packed, and with fewer channels.
+r"""Whole models that exceed the cache: decoding a random Llama dense, with zeros packed, and with fewer channels.
 
     python bench/decode.py --json bench/results/decode.json
     python bench/decode.py --patterns "25% of channels,50% of channels" --runtimes eager,llamacpp,llamacpp-q8
     python bench/decode.py --patterns "25% of channels,50% of channels" --runtimes eager,onnxruntime --dtype float32
 
-The weights are random, so only speed is measured, and outputs are compared between runtimes. Zeros are put by
-magnitude; channels go at random.
+    python bench/decode.py --hidden 4096 --ffn 11008 --blocks 3 --patterns 50%,70% --values int4 \
+        --runtimes eager,packed-int4,llamacpp-q4 --json bench/results/decode-int4.json
+
+With `--values` all matrices lie on such a grid, so that runtimes that round to it need not: a grid of groups of 128 is
+one of groups of 32 too. The weights are random, so only speed is measured, and outputs are compared between runtimes.
+Zeros are put by magnitude; channels go at random.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import secateur
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.cli.tables import speed_table
 from secateur.data.windows import Windows
+from secateur.deployment.packing import packed_values, rounded
 from secateur.models.load import load
 from secateur.pruning.check import find_recipe
 from secateur.pruning.opening import Opened
@@ -33,7 +38,7 @@ if __name__ == "__main__":
     chosen = options(
         __doc__,
         dict(hidden=2048, ffn=5504, blocks=8, patterns="50%,60%,70%,2:4"),
-        dict(runtimes="eager,packed,packed-int8", batch="1", dtype="bfloat16"),
+        dict(runtimes="eager,packed,packed-int8", batch="1", dtype="bfloat16", values="as stored"),
         dict(new=16, rounds=8, prompt=64, out=Path("out/decode"), json=Path),
     )
     dense = chosen.out / "dense"
@@ -44,7 +49,13 @@ if __name__ == "__main__":
             num_attention_heads=chosen.hidden // 128, num_key_value_heads=chosen.hidden // 256, head_dim=128,
             vocab_size=8192, max_position_embeddings=2048,
         )  # fmt: skip
-        LlamaForCausalLM(config).bfloat16().save_pretrained(dense)
+        model = LlamaForCausalLM(config).bfloat16()
+        if (values := packed_values(chosen.values)) is not None:
+            for name, weight in model.named_parameters():
+                if name.endswith("proj.weight"):
+                    for rows in weight.data.split(1024):
+                        rows.copy_(rounded(rows, values).dense(torch.bfloat16))
+        model.save_pretrained(dense)
     ids = torch.randint(3, 8000, (2, 32), generator=torch.Generator().manual_seed(0))
     folders = []
     for pattern in chosen.patterns.split(","):

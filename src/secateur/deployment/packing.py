@@ -14,7 +14,7 @@ from torch import Tensor
 from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import BadPattern
 from secateur.kernels.packed import WORD, Packed, joined, pack, pack_int4, pack_int8
-from secateur.methods.values import AS_STORED, Codes, Values, find_codes, parse_values
+from secateur.methods.values import AS_STORED, SOLVERS, Codes, Values, find_codes, parse_values
 from secateur.system.tensors import count_zeros
 
 INTEGERS = ("int8", "int4", "int3", "int2")
@@ -23,7 +23,7 @@ PACKED_VALUES = (AS_STORED, "int8", "int4", "int4 of group 64", "int4 of row", "
 """What can be said of the values, for errors."""
 LEAST = 0.4
 """The share of zeros from which a layer is packed: under it bfloat16 is small enough as it is."""
-ROWS = 512
+ROWS = 128
 """How many rows are packed at a time."""
 
 
@@ -34,13 +34,18 @@ def packed_values(text: str) -> Values | None:
     values = parse_values(text)
     if values is None:
         return None
-    whole_words = values.group is None or (values.name != "int8" and values.group % WORD == 0)
-    if values.name not in INTEGERS or values.asymmetric or not whole_words:
+    if not can_pack(values):
         raise BadPattern(
             f"Packed matrices have no values of {values}. Say "
             f"{', '.join(map(repr, PACKED_VALUES[:-1]))} or {PACKED_VALUES[-1]!r}."
         )
-    return values
+    return replace(values, solver=SOLVERS[0])
+
+
+def can_pack(values: Values) -> bool:
+    """Whether there are packed products for values: integers, with a scale for whole words."""
+    whole_words = values.group is None or (values.name != "int8" and values.group % WORD == 0)
+    return values.name in INTEGERS and not values.asymmetric and whole_words
 
 
 def fitting(values: Values, columns: int) -> Values:

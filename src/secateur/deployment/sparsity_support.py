@@ -192,6 +192,7 @@ def _dtype(matrix: Matrix) -> str:
 OBJECTIONS: Mapping[str, Callable[[Matrix, int], str | None]] = {
     "packed": _packed,
     "packed-int8": _packed,
+    "packed-int4": _packed,
     "semi-structured": _semi_structured,
     "tensorrt": _tensorrt,
     "tensorrt-llm": lambda matrix, rows: not_two_of_four(matrix),

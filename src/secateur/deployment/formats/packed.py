@@ -33,9 +33,11 @@ from torch import Tensor, nn
 from secateur.checkpoints.folder import DTYPES, FLOATS, INDEX, Checkpoint
 from secateur.checkpoints.shards import ShardWriter, bytes_of
 from secateur.deployment.formats.base import Format, refuse_odd_values
+from secateur.deployment.formats.codes import rounding_note, values_of
 from secateur.deployment.packed_loading import ModuleOf, Read, load_packing
 from secateur.deployment.packing import (
     LEAST,
+    can_pack,
     check_groups,
     enough_zeros,
     pack_rows,
@@ -44,7 +46,7 @@ from secateur.deployment.packing import (
 )
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel, in_one_line
 from secateur.kernels.packed import SLACK, Packed, check, row_starts
-from secateur.methods.values import AS_STORED
+from secateur.methods.values import AS_STORED, Values
 from secateur.models.stored import stored_matrices
 from secateur.system.files import file_sha256, refuse_odd_files
 
@@ -57,19 +59,21 @@ ROWS = 1024
 
 
 def write(
-    source: Checkpoint, folder: Path, *, values: str = AS_STORED, trust_remote_code: bool = False
-) -> None:
-    """Put the packed shards into `folder`; `values` as packing.py reads them.
+    source: Checkpoint, folder: Path, *, values: str | None = None, trust_remote_code: bool = False
+) -> str | None:
+    """Put the packed shards into `folder`; gives a sentence where weights were rounded.
 
+    `values` as packing.py reads them; by default those that the checkpoint was pruned with, where
+    there are packed products for them, else as stored.
     Matrices that lie `[in, out]` stay as stored where values have groups of inputs. Raises
     BadPattern for other values, UnsupportedModel where no matrix has enough zeros, BadCheckpoint
     for -0.0, NonFinite for NaN and Inf.
     """
-    wanted = packed_values(values)
+    wanted = packed_values(values) if values else _values_of(source.folder)
     stored, _ = stored_matrices(source, trust_remote_code=trust_remote_code)
     places = {name: source.places[name] for name in stored}
     packable = {n for n, place in places.items() if len(place.shape) == 2 and place.dtype in FLOATS}
-    packed_any = False
+    rounded, matrices = list[str](), 0
     for shard in source.shards:
         with (source.folder / shard).open("rb") as stream:
             header = stream.read(int.from_bytes(stream.read(8), "little")).decode()
@@ -93,16 +97,24 @@ def write(
                 matrix, exact = pack_rows(rows_of(source, name), whole)
                 columns[name] = matrix.columns
                 description["exact"] &= exact
+                rounded += [name.removesuffix(".weight")] * (not exact)
                 _add(file, name, matrix)
             file.finish({KEY: json.dumps(description | {"columns": columns})})
-        packed_any |= bool(columns)
-    if not packed_any:
+        matrices += len(columns)
+    if not matrices:
         raise UnsupportedModel(
             f"{source.folder} has no matrix with {LEAST:.0%} zeros or more: "
             "there is nothing to pack."
         )
     if (folder / INDEX).exists():
         (folder / INDEX).rename(folder / PACKED_INDEX)
+    return wanted and rounding_note(wanted, rounded, matrices)
+
+
+def _values_of(folder: Path) -> Values | None:
+    """The values that a checkpoint was pruned with, None where no packed products have them."""
+    pruned = values_of(folder)
+    return packed_values(str(pruned)) if pruned is not None and can_pack(pruned) else None
 
 
 def _aligned(source: Checkpoint, names: list[str]) -> list[str]:

@@ -28,6 +28,7 @@ RUNTIMES: dict[str, Runtime] = {
     "onnxruntime": onnxruntime.onnxruntime,
     "llamacpp": llamacpp.llamacpp,
     "llamacpp-q8": llamacpp.llamacpp_q8,
+    "llamacpp-q4": llamacpp.llamacpp_q4,
     "eager-cuda": eager.eager_cuda,
     "packed-cuda": packed_cuda.packed_cuda,
     "semi-structured": semi_structured.semi_structured,

@@ -1,9 +1,10 @@
 """llama.cpp on the CPU, through llama-cpp-python: what most people run a model with at home.
 
 A folder is written as GGUF first (formats/gguf.py), float32 as f32 and bfloat16 as bf16.
-`llamacpp_q8` writes Q8_0, eight bits and a scale for 32 weights, so that its logits are those of
-rounded weights. With f32, attention is exact and keys and values are float32; else it is as
-llama.cpp's default, in float16.
+`llamacpp_q8` writes Q8_0, eight bits and a scale for 32 weights, `llamacpp_q4` the matrices of the
+blocks in Q4_0, four bits and a scale for 32, so that their logits are those of rounded weights.
+With f32, attention is exact and keys and values are float32; else it is as llama.cpp's default, in
+float16.
 
 Each row of a batch is a sequence of its own. Zeros are multiplied like all other numbers.
 """
@@ -35,16 +36,16 @@ def missing() -> str | None:
     return not_installed(("gguf", "llama_cpp"), "'secateur[llamacpp]'")
 
 
-def load(folder: Path, dtype: torch.dtype, *, eight_bits: bool = False) -> Running:
+def load(folder: Path, dtype: torch.dtype, *, rounded: str | None = None) -> Running:
     """Raises UnsupportedModel for what cannot be written as GGUF, or llama.cpp does not load."""
     llama_cpp = import_module("llama_cpp")
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)  # it prints a page a model
     with TemporaryDirectory() as temporary:  # the mapped file stays readable after its name is gone
         file = Path(temporary) / FILE
-        values = "q8_0" if eight_bits else VALUES[dtype]
+        values = rounded or VALUES[dtype]
         try:
             write_gguf(open_checkpoint(folder), file, values=values, vocabulary=False)
-        except BadPattern as error:  # rows that eight bits do not fit are no fault of the model
+        except BadPattern as error:  # rows that blocks do not fit are no fault of the model
             raise UnsupportedModel(str(error)) from error
         tensors = {tensor.name: tensor for tensor in gguf_package().GGUFReader(file).tensors}
         settings = llama_cpp.llama_model_default_params()
@@ -58,7 +59,7 @@ def load(folder: Path, dtype: torch.dtype, *, eight_bits: bool = False) -> Runni
     looked_up = "token_embd.weight" if "output.weight" in tensors else None
     read = sum(int(tensor.n_bytes) for name, tensor in tensors.items() if name != looked_up)
     vocabulary = int(tensors["token_embd.weight"].shape[1])
-    exact = dtype == torch.float32 and not eight_bits
+    exact = dtype == torch.float32 and not rounded
     return Sequences(llama_cpp, model, vocabulary, read, exact=exact)
 
 
@@ -146,4 +147,5 @@ class Sequences(Running):
 
 
 llamacpp = Runtime(missing, load, packages=("llama-cpp-python",))
-llamacpp_q8 = Runtime(missing, partial(load, eight_bits=True), rounded="int8")
+llamacpp_q8 = Runtime(missing, partial(load, rounded="q8_0"), rounded="int8")
+llamacpp_q4 = Runtime(missing, partial(load, rounded="int4 of group 32"), rounded="int4")
