@@ -1,6 +1,8 @@
 """Does a runtime use the zeros? Asked of checkpoints whose zeros are put there by hand, so that the answer is known."""
 
 import json
+import re
+import shutil
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
@@ -9,9 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.command_line import cli, runner
 from support.families import tiny_model
+from support.quantised import tiny_llama, write
+from support.spoilt_gguf import requantised
+from support.texts import byte_tokenizer
 from torch import Tensor
 
+import secateur
 from secateur.deployment.packed_model import pack_model
 from secateur.deployment.sparsity_support import RULES, parse_build_log
 from secateur.deployment.validate import MatrixVerdict, Validation, rows, summary, validate
@@ -222,7 +229,7 @@ def test_a_promise_without_zeros_is_not_kept(made):
     folder = made(lambda weight: weight)
     record_of(folder, "2:4", [SITE])
     found = validate(folder, runtime="tensorrt")
-    assert site(found).reason == "pruning.json promises 2:4; 0.00% zeros were found"
+    assert site(found).reason == "2:4 was promised; 0.00% zeros were found"
     assert site(found).promised == "2:4"
     assert not found.kept
     assert found.promised == "wanda 2:4, as its pruning.json says"
@@ -329,3 +336,95 @@ def test_a_build_log_in_which_nothing_is_picked_or_said():
     (empty,) = parse_build_log(line + "implementation for layers: \n")
     assert (empty.eligible, empty.picked, empty.eligible_layers) == (0, 0, ())
     assert parse_build_log("[TRT] [I] Engine generation completed in 12 seconds.\n") == ()
+
+
+# What was quantised after pruning
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory) -> Path:
+    """A tiny Llama in 2:4, and its record."""
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    model = tiny_llama().float()
+    for name, weight in model.named_parameters():
+        if "_proj" in name:
+            groups = weight.data.view(-1, 4)
+            weight.data = torch.where(groups.abs().argsort(-1).argsort(-1) >= 2, groups, 0).view_as(weight)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def in_gguf(pruned: Path, kind: int, folder: Path) -> Path:
+    """The model as a GGUF file with its matrices in a type, quantised by the package gguf."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    secateur.export(pruned, to="gguf", out=folder)
+    file = next(folder.glob("*.gguf"))
+    requantised(file, kind)
+    return file
+
+
+def in_integers(pruned: Path, folder: Path) -> Path:
+    """The model in compressed-tensors' integers of four bits, packed here: symmetric, groups of 32."""
+    shutil.copytree(pruned, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if "_proj" in name]:
+        weight, module = tensors.pop(name).float(), name.removesuffix(".weight")
+        groups = weight.unflatten(-1, (-1, 32))
+        scales = groups.abs().amax(-1) / 7
+        codes = (groups / scales.unsqueeze(-1)).round().flatten(-2).long() + 8
+        words = (codes.unflatten(-1, (-1, 8)) << torch.arange(0, 32, 4)).sum(-1)
+        tensors[f"{module}.weight_packed"] = words.to(torch.uint32).view(torch.int32)
+        tensors[f"{module}.weight_scale"] = scales.bfloat16()
+        tensors[f"{module}.weight_shape"] = torch.tensor(weight.shape)
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    group = {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}
+    settings = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": group}}
+    write(folder, tensors, {"quantization_config": settings})
+    return folder
+
+
+Q5_1 = 7
+"""A type of GGUF: numbers of five bits, and a float in place of their zero."""
+
+
+def test_zeros_that_a_quantiser_moved_are_no_promise_kept(pruned, tmp_path):
+    file = in_gguf(pruned, Q5_1, tmp_path / "out")
+    alone = validate(file, runtime="semi-structured", batch=PREFILL)
+    assert not alone.kept
+    assert alone.promised == "nothing: no weight matrix has zeros, and there is no pruning.json"
+    assert any("It is stored as GGUF (Q5_1" in note and "--against that model" in note for note in alone.notes)
+    for runtime in ("semi-structured", "tensorrt", "packed"):
+        found = validate(file, runtime=runtime, batch=PREFILL, against=pruned)
+        assert not found.kept
+        assert found.promised == f"zeros in 14 tensors of {pruned}"
+        assert (site(found).promised, site(found).used) == ("50.0%", False)
+        assert re.match(r"\d+\.\d\d% of the zeros that it had came back in Q5_1: ", site(found).reason)
+
+
+def test_zeros_that_a_quantiser_kept_want_a_dtype_that_the_runtime_has(pruned, tmp_path):
+    folder = in_integers(pruned, tmp_path / "integers")
+    found = validate(folder, runtime="semi-structured", batch=PREFILL, against=pruned)
+    assert not found.kept
+    assert site(found).reason == "4-bit integers: float16 or bfloat16 was wanted"
+    assert validate(folder, runtime="semi-structured", batch=PREFILL).promised.startswith("zeros in 14 tensors; there")
+
+
+def test_the_promise_is_that_of_the_pruned_one(pruned, tmp_path):
+    record = {"method": "wanda", "pattern": "2:4", "sites": [{"site": SITE.removesuffix(".weight"), "pattern": "2:4"}]}
+    shutil.copytree(pruned, tmp_path / "recorded")
+    (tmp_path / "recorded" / "pruning.json").write_text(json.dumps(record))
+    folder = in_integers(pruned, tmp_path / "integers")
+    found = validate(folder, runtime="tensorrt", against=tmp_path / "recorded")
+    assert found.promised == f"wanda 2:4, as the pruning.json of {tmp_path / 'recorded'} says"
+    assert (site(found).promised, site(found).reason) == (
+        "2:4", "4-bit integers: float16, bfloat16, int8 or float8 was wanted"
+    )  # fmt: skip
+
+
+def test_the_command_line_holds_it_against_the_pruned_one(pruned, tmp_path):
+    file = in_gguf(pruned, Q5_1, tmp_path / "out")
+    given = ("validate", file, "--for", "semi-structured", "--against", pruned, "--batch", PREFILL)
+    result = runner.invoke(cli.app, [str(one) for one in given])
+    assert result.exit_code == 1
+    assert "of the zeros that it had came back in Q5_1" in " ".join(result.stdout.split())

@@ -83,7 +83,15 @@ def export(
 
 
 @options(Serving, Trust, without=("allow_low_coverage",))
-def validate(given: dict[str, Any], model: Model = None, as_json: AsJson = False) -> None:
+def validate(
+    given: dict[str, Any],
+    model: Model = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="The pruned checkpoint that it was quantised from: its promise counts."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Say for every matrix whether a runtime will use its zeros, and why; exit code 1 where a
     promise is not kept.
     """
@@ -91,7 +99,7 @@ def validate(given: dict[str, Any], model: Model = None, as_json: AsJson = False
     from secateur.deployment.validate import summary
 
     progress(quiet=True)
-    answer = secateur.validate(model, **given)
+    answer = secateur.validate(model, against=against, **given)
     show(answer, as_json, lambda: [validation_table(answer), *map(escape, summary(answer))])
     if not answer.kept:
         raise typer.Exit(1)

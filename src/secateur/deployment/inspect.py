@@ -209,8 +209,8 @@ def _report(
 ) -> TensorReport:
     place = checkpoint.places[name]
     if pruned is not None:
-        _refuse_other(checkpoint, pruned, name)
-    tensor = _numbers(checkpoint, name)
+        refuse_other(checkpoint, pruned, name)
+    tensor = numbers(checkpoint, name)
     if tensor is None:
         return TensorReport(name, place.shape, place.dtype, None, (), 0, 0, 0)
     weight = tensor.transpose(-1, -2) if transposed else tensor
@@ -227,11 +227,11 @@ def _report(
         counts.negative_zeros,
         counts.nans,
         counts.infs,
-        None if pruned is None else _held(tensor, _numbers(pruned, name)),
+        None if pruned is None else held_against(tensor, numbers(pruned, name)),
     )
 
 
-def _numbers(checkpoint: Checkpoint, name: str) -> Tensor | None:
+def numbers(checkpoint: Checkpoint, name: str) -> Tensor | None:
     """A tensor whose numbers can be counted; None for what is packed in a way that is not read."""
     if (
         not isinstance(checkpoint, DecodedCheckpoint)
@@ -243,7 +243,7 @@ def _numbers(checkpoint: Checkpoint, name: str) -> Tensor | None:
     return tensor if known or tensor.dtype in FLOAT8 else None
 
 
-def _refuse_other(checkpoint: Checkpoint, pruned: Checkpoint, name: str) -> None:
+def refuse_other(checkpoint: Checkpoint, pruned: Checkpoint, name: str) -> None:
     """Raise BadCheckpoint where a pruned checkpoint has not the same tensor."""
     shape, place = checkpoint.places[name].shape, pruned.places.get(name)
     if place is None or place.shape != shape:
@@ -254,7 +254,7 @@ def _refuse_other(checkpoint: Checkpoint, pruned: Checkpoint, name: str) -> None
         )
 
 
-def _held(now: Tensor, before: Tensor | None) -> Against | None:
+def held_against(now: Tensor, before: Tensor | None) -> Against | None:
     """The zeros of a tensor held against those that it had; None where those cannot be counted."""
     if before is None:
         return None

@@ -3,23 +3,25 @@
 Zeros alone make nothing faster: most runtimes multiply by them, and those that skip some want a
 pattern, a dtype, multiples of something and enough rows of x, and fall back to dense products
 without a word. The rules are in sparsity_support.py; here the checkpoint is read, and what it
-promises (`pruning.json`, else the zeros that are there) is held against them. Nothing is run: a yes
-is no speed, `bench` measures that.
+promises (`pruning.json`, else the zeros that are there) is held against them. A quantised one says
+nothing of pruning, and its zeros may be gone: held `against` the pruned one, it is that one's
+promise that counts. Nothing is run: a yes is no speed, `bench` measures that.
 """
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint
-from secateur.checkpoints.quantised.reading import readable_checkpoint
+from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
 from secateur.checkpoints.record import record_of
 from secateur.deployment.formats.tensorrt_llm import PRUNED, eligible
+from secateur.deployment.inspect import Against, held_against, numbers, refuse_other
 from secateur.deployment.sparsity_support import (
     CONV1D,
     EXPERTS,
@@ -82,6 +84,7 @@ def validate(
     model: str | Path | None = None,
     *,
     runtime: str,
+    against: str | Path | None = None,
     batch: int = Serving.batch,
     ranks: int = Serving.ranks,
     trust_remote_code: bool = Trust.trust_remote_code,
@@ -89,6 +92,8 @@ def validate(
 ) -> Validation:
     """Say for every weight matrix of a checkpoint whether `runtime` will use its zeros, and why.
 
+    `against`: the pruned checkpoint that this one was quantised from, or made of otherwise; then
+    its pruning is the promise, and a matrix whose zeros came back breaks it.
     `batch` is how many rows of x a product has: the batch in decoding, times the tokens in prefill.
     `ranks` matters to tensorrt-llm alone, whose checkpoint is split by them. Raises UnknownName and
     BadCheckpoint.
@@ -96,39 +101,38 @@ def validate(
     if runtime not in RULES:
         raise UnknownName("runtime", runtime, RULES)
     rule = RULES[runtime]
-    folder = locate(model, taken(Trust, locals()))
+    trust = taken(Trust, locals())
+    folder = locate(model, trust)
     checkpoint = readable_checkpoint(folder)
-    record = record_of(folder) or {}
+    own = replace(trust, revision=None)
+    pruned = None if against is None else readable_checkpoint(locate(against, own))
+    record = record_of(folder if pruned is None else pruned.folder) or {}
     smaller, notes = record.get("parameters"), rule.remarks(str(folder))
     if smaller:
         became = f"{smaller[0]:,} parameters became {smaller[1]:,}"
         notes = [f"{became}, and every runtime has less to read and add."]
-    try:
-        stored, _ = stored_matrices(checkpoint, trust_remote_code=trust_remote_code)
-    except UnsupportedModel:
-        stored = unknown_matrices(checkpoint)
-        unknown = "transformers does not know this architecture"
-        notes.append(f"{unknown}, so every matrix was judged as a linear layer.")
-    lacking = {} if smaller else _lacking(rule, checkpoint, stored, ranks)
-    patterns, verdicts = _patterns(record), []
+    stored = _stored(checkpoint, trust, notes)
+    asked = _Asked(rule, batch, checkpoint, pruned, _patterns(record), bool(smaller))
+    lacking, verdicts = {} if smaller else _lacking(rule, checkpoint, stored, ranks), []
     for name, kind in stored.items():
-        matrix = _matrix(checkpoint, name, kind)
-        zeros = f"{matrix.sparsity:.1%}" if matrix.sparsity >= PRUNED else ""
-        promised = patterns.get(kind.parameter) or zeros
-        verdict = _verdict(rule, matrix, batch, promised, smaller=bool(smaller))
+        verdict, count = _site(asked, name, kind)
         if verdict.used and name in lacking:
-            verdict = Verdict(False, lacking[name])
-        shape, dtype = checkpoint.places[name].shape, matrix.dtype
-        verdicts.append(MatrixVerdict(name, shape, dtype, matrix.sparsity, promised, *verdict))
-        if count := matrix.negative_zeros:
+            verdict = replace(verdict, used=False, reason=lacking[name])
+        verdicts.append(verdict)
+        if count:
             notes.append(f"{name} holds {count} zeros that are -0.0; add 0 to make them +0.0.")
     counted = [one for one in verdicts if one.promised or smaller]
+    if not counted and pruned is None and isinstance(checkpoint, DecodedCheckpoint):
+        notes.append(
+            f"It is stored as {checkpoint.source.format}: if it was made of a pruned model, the "
+            "zeros are gone, and --against that model says how many."
+        )
     return Validation(
         folder=str(folder),
         runtime=runtime,
         batch=batch,
         ranks=ranks,
-        promised=_promise(record, counted),
+        promised=_promise(record, counted, pruned),
         sites=tuple(verdicts),
         kept=bool(counted) and all(one.used for one in counted),
         certain=bool(smaller) or rule.certain,
@@ -136,6 +140,54 @@ def validate(
         source=rule.source,
         date=rule.date,
     )
+
+
+def _stored(checkpoint: Checkpoint, trust: Trust, notes: list[str]) -> dict[str, Stored]:
+    """The tensors that are weight matrices; every matrix, and a note, where nobody knows."""
+    try:
+        return stored_matrices(checkpoint, trust_remote_code=trust.trust_remote_code)[0]
+    except UnsupportedModel:
+        unknown = "transformers does not know this architecture"
+        notes.append(f"{unknown}, so every matrix was judged as a linear layer.")
+        return unknown_matrices(checkpoint)
+
+
+class _Asked(NamedTuple):
+    """What every matrix is asked: the rule, rows of x, the checkpoint and the pruned one that it
+    was made of, if named, the patterns by parameter, and whether what was pruned was cut off.
+    """
+
+    rule: Rule
+    batch: int
+    checkpoint: Checkpoint
+    pruned: Checkpoint | None
+    patterns: Mapping[str, str]
+    smaller: bool
+
+
+def _site(asked: _Asked, name: str, kind: Stored) -> tuple[MatrixVerdict, int]:
+    """The verdict on a tensor, and how many of its zeros are -0.0."""
+    matrix, held = _matrix(asked.checkpoint, name, kind), _held(asked, name)
+    before = matrix.sparsity if held is None else held.pruned / max(held.pruned + held.kept, 1)
+    zeros = f"{before:.1%}" if before >= PRUNED else ""
+    promised = asked.patterns.get(kind.parameter) or zeros
+    used, reason = _verdict(asked.rule, matrix, asked.batch, promised, smaller=asked.smaller)
+    if promised and held is not None and held.came_back:
+        stored = asked.checkpoint.places[name].dtype
+        share = f"{held.came_back / held.pruned:.2%}"
+        reason = f"{share} of the zeros that it had came back in {stored}: {reason}"
+    shape = asked.checkpoint.places[name].shape
+    one = MatrixVerdict(name, shape, matrix.dtype, matrix.sparsity, promised, used, reason)
+    return one, matrix.negative_zeros
+
+
+def _held(asked: _Asked, name: str) -> Against | None:
+    """What became of the zeros of a tensor; None where nothing was asked, or cannot be known."""
+    if asked.pruned is None:
+        return None
+    refuse_other(asked.checkpoint, asked.pruned, name)
+    now = numbers(asked.checkpoint, name)
+    return None if now is None else held_against(now, numbers(asked.pruned, name))
 
 
 def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
@@ -197,7 +249,7 @@ def _verdict(rule: Rule, matrix: Matrix, rows: int, promised: str, *, smaller: b
         return Verdict(False, "dense: nothing was pruned here")
     if matrix.sparsity < PRUNED:
         zeros = f"{matrix.sparsity:.2%} zeros were found"
-        return Verdict(False, f"pruning.json promises {promised}; {zeros}")
+        return Verdict(False, f"{promised} was promised; {zeros}")
     return rule.judge(matrix, rows)
 
 
@@ -211,12 +263,16 @@ def _patterns(record: Mapping[str, Any]) -> dict[str, str]:
     return patterns
 
 
-def _promise(record: Mapping[str, Any], counted: list[MatrixVerdict]) -> str:
+def _promise(
+    record: Mapping[str, Any], counted: list[MatrixVerdict], pruned: Checkpoint | None
+) -> str:
     """What the checkpoint promises, in words."""
+    whose = "its pruning.json" if pruned is None else f"the pruning.json of {pruned.folder}"
     if record.get("pattern"):
-        return f"{record.get('method')} {record['pattern']}, as its pruning.json says"
+        return f"{record.get('method')} {record['pattern']}, as {whose} says"
     if counted:
-        return f"zeros in {len(counted)} tensors; there is no pruning.json"
+        where = "; there is no pruning.json" if pruned is None else f" of {pruned.folder}"
+        return f"zeros in {len(counted)} tensors{where}"
     return "nothing: no weight matrix has zeros, and there is no pruning.json"
 
 
