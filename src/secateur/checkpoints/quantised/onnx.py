@@ -60,12 +60,12 @@ def onnx_source(file: Path) -> PlainSource:
     """
     graph = opened(file)
     tensors: dict[str, DenseTensor] = {}
-    weights = set[str]()
+    weights = dict[int, Place]()
     for product in products(graph, {}, file.parent):
-        weight = next(place.proto.name for place in product.inputs if place is not None)
-        if weight not in weights:  # a head that is tied to embeddings is one matrix
-            weights.add(weight)
-            tensor = _matrix(product, _name(product.node.name, weight, tensors))
+        weight = next(place for place in product.inputs if place is not None)
+        if id(weight.proto) not in weights:  # a head that is tied to embeddings is one matrix
+            weights[id(weight.proto)] = weight
+            tensor = _matrix(product, _name(product.node.name, weight.proto.name, tensors))
             tensors[tensor.name] = tensor
     if not tensors:
         raise BadCheckpoint(f"{file} multiplies by no constant matrix; a model was wanted.")
@@ -79,6 +79,7 @@ def _name(node: str, weight: str, taken: Mapping[str, Any]) -> str:
     *path, _ = node.strip("/").split("/")
     name = ".".join([*path, "weight"]) if path else weight
     name = weight if name in taken else name
+    name = f"{weight}.{len(taken)}" if name in taken else name  # graphs inside have their own names
     if not name.isprintable() or not 0 < len(name) <= MOST_NAME or name in taken:
         raise BadCheckpoint(f"A matrix has the name {name[:80]!r}, which is none. Export it again.")
     return name
@@ -86,9 +87,9 @@ def _name(node: str, weight: str, taken: Mapping[str, Any]) -> str:
 
 def _matrix(product: Product, name: str) -> DenseTensor:
     """The matrix of a product, `[…, out, in]`."""
-    size = sum(place.bytes for place in product.inputs if place is not None)
     if product.node.op_type == "MatMulNBits":
         grouped = _grouped(product)
+        size = sum(place.bytes for place in product.inputs if place is not None)
         rows, step = grouped.out, max(PIECE // max(grouped.inside, 1) // ROWS, 1) * ROWS
         decode = partial(_rows, grouped)
         every = partial(pieces, decode, rows, step)
@@ -105,6 +106,7 @@ def _matrix(product: Product, name: str) -> DenseTensor:
         stored, read = PLAIN[first.dtype][1], first.tensor
     else:
         raise product.bad(f"has a matrix in {first.dtype}; one of {', '.join(PLAIN)} was wanted")
+    size = sum(place.bytes for place in product.inputs if place is not None)
     return DenseTensor(name, shape, partial(_turned, read, product.turned), stored, size)
 
 

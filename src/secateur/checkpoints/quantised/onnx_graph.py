@@ -75,7 +75,9 @@ class Place(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A node that multiplies by constants: what it is called, and its inputs and attributes."""
+    """A node that multiplies by constants, or makes what is multiplied by: its constant inputs, its
+    attributes, and whether the matrix lies `[out, in]` in them, not `[in, out]`.
+    """
 
     node: Any
     inputs: tuple[Place | None, ...]
@@ -116,7 +118,8 @@ def products(graph: Any, outer: Mapping[str, Any], folder: Path) -> Iterator[Pro
     makers = {node.output[0]: node for node in graph.node if node.output}
     for node in graph.node:
         for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
+            own = [attribute.g] if attribute.HasField("g") else []
+            for inner in (*own, *attribute.graphs):
                 yield from products(inner, constants, folder)
         if node.op_type in ("MatMul", "Gemm", "MatMulNBits"):
             product = _product(node, constants, makers, folder)
@@ -188,11 +191,14 @@ def _raw(place: Place, size: int) -> Tensor:
             raise BadCheckpoint(f"{proto.name} has {len(data)} bytes; {size} were wanted.")
         return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))
     said = {one.key: one.value for one in proto.external_data}
-    file, start = place.folder / said.get("location", ""), said.get("offset", "0")
-    inside = file.resolve().is_relative_to(place.folder.resolve()) and file.is_file()
+    location, start = Path(said.get("location", "")), said.get("offset", "0")
+    file = place.folder / location
+    inside = not location.is_absolute() and ".." not in location.parts and file.is_file()
     if not inside or not start.isdecimal() or int(start) + size > file.stat().st_size:
         raise BadCheckpoint(
-            f"{proto.name} lies at byte {start} of {said.get('location')!r}, and {size} bytes are "
-            f"not there. Put the file that was written with the graph beside it."
+            f"{proto.name} lies at byte {start} of {str(location)!r}, and {size} bytes are not "
+            "there. Put the file that was written with the graph beside it."
         )
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
     return torch.from_numpy(np.memmap(file, np.uint8, "c", int(start), (size,)))
