@@ -61,7 +61,7 @@ def test_the_package_has_twelve_rooms():
 
 
 PARTS = {"__init__", "column_sweep", "cost", "keep_zeros", "least_squares", "pattern_text", "patterns", "statistics"}
-PARTS |= {"structures", "together"}
+PARTS |= {"rounding", "structures", "together", "values"}
 """Files of `methods` that methods are made of; every other one is a method, or the methods' base."""
 PAPERS = [file for file in sorted((SOURCE / "methods").glob("*.py")) if file.stem not in PARTS]
 

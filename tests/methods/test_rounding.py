@@ -17,7 +17,7 @@ from secateur.methods.least_squares import Problem
 from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.rounding import OnGrid, _descent, _fitted_scales, _units, nearest, sweep, with_values
 from secateur.methods.statistics import Stats
-from secateur.methods.values import SOLVERS, Values, find_codes, parse_values
+from secateur.methods.values import Values, find_codes, parse_values
 
 GRIDS = ["int4 of group 32", "int3 of row", "nvfp4", "mxfp4", "int4 asymmetric of group 32", "int8", "fp8"]
 COLUMNS = 160
@@ -73,10 +73,24 @@ def test_the_sweep_is_optimal_brain_quantisation(text, masked):
     problem, kept = problem_of()
     kept = kept if masked else torch.ones_like(kept)
     grid = started(problem, kept, values)
-    swept = sweep(responses(problem.gram, WIDTH), problem, problem.weight, kept, grid, values)
+    order = torch.arange(COLUMNS)
+    swept = sweep(responses(problem.gram, WIDTH), problem, problem.weight, kept, grid, values, order)
     units, _ = _units(problem, kept, grid)
     expected = reference.gptq(problem.weight.numpy(), problem.gram.numpy(), units.numpy(), levels_of(values))
     assert np.allclose(swept.weight.numpy(), expected, atol=1e-9)
+
+
+def test_the_sweep_goes_by_the_order_that_it_is_given():
+    values = grid_of("int4 of group 32")
+    problem, kept = problem_of()
+    grid = started(problem, kept, values)
+    order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(9))
+    answers = responses(problem.gram[order][:, order], WIDTH)
+    swept = sweep(answers, problem, problem.weight, kept, grid, values, order)
+    units, _ = _units(problem, kept, grid)
+    given = (problem.weight[:, order].numpy(), problem.gram[order][:, order].numpy(), units[:, order].numpy())
+    expected = reference.gptq(*given, levels_of(values))
+    assert np.allclose(swept.weight[:, order].numpy(), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("columns", [64, COLUMNS])
@@ -185,16 +199,17 @@ def test_every_method_leaves_zeros_and_weights_on_the_grid(name, pattern, text):
 def test_each_solver_is_better_than_the_one_before(text, pattern):
     weight, x = many_tokens(48, 96)
     errors = {}
-    for solver in SOLVERS[:3]:
+    for solver in ("descent", "sweep", "act-order", "nearest"):
         pruned, _ = solved("default", pattern, f"{text} by {solver}", weight, x)
         errors[solver] = output_error(weight, pruned.weight, x)
     assert errors["descent"] < errors["sweep"] < errors["nearest"]
+    assert errors["descent"] < errors["act-order"] < errors["nearest"]
 
 
 def test_levels_and_mask_chosen_jointly_are_better_at_few_bits():
     weight, x = many_tokens(48, 96)
     errors = [
-        output_error(weight, solved("alps", "50%", f"int2 of group 32{by}", weight, x)[0].weight, x)
+        output_error(weight, solved("alps", "50%", f"int3 of group 32{by}", weight, x)[0].weight, x)
         for by in ("", " by joint")
     ]
     assert errors[1] < errors[0]

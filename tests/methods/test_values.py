@@ -70,7 +70,9 @@ def test_what_is_no_kind_of_values_is_refused(text, error):
 
 
 def test_an_unknown_solver_is_refused_with_the_known_ones():
-    with pytest.raises(UnknownName, match=r"no way to choose levels 'luck'\. Known: descent, joint, nearest, sweep\."):
+    with pytest.raises(
+        UnknownName, match=r"no way to choose levels 'luck'\. Known: act-order, descent, joint, nearest, sweep\."
+    ):
         parse_values("int4 by luck")
 
 

@@ -34,6 +34,7 @@ class _Record(Fields):
     sites: list[_Matrix] | None = None
     parameters: tuple[Whole, Whole] | None = None
     removed: dict[str, str] | None = None
+    values: str | None = None
 
 
 LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go through it"

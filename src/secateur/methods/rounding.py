@@ -7,8 +7,9 @@ dense weights, not at the pruned ones, in the coordinates of least_squares.py:
               Σ H_jj (w_j − q_j)²
     sweep     then GPTQ: column by column, later columns take up the errors (Frantar et al. 2023,
               arXiv:2210.17323), pruned ones are rounded to 0
-    descent   then coordinate descent: each weight the best level while all others stand (QuantEase,
-              Behdin et al. 2023, arXiv:2309.01885, eq. 8), and scales by least squares in between
+    act-order the sweep, but the columns with the largest inputs first
+    descent   the sweep, then coordinate descent: each weight the best level while all others stand
+              (QuantEase, Behdin et al. 2023, arXiv:2309.01885, eq. 8), and scales by least squares
     joint     ADMM whose projection is the pattern and the grid at once, for methods by ADMM; then
               as before
 
@@ -108,8 +109,12 @@ def codes_for(pruned: Pruned, dense: Tensor, stats: Stats, values: Values) -> Co
     if values.solver == "nearest":
         return codes_of(problem, grid, kept, values)
     problem = damped(problem, start, stats)
-    answers = stats.once(("rounding", WIDTH), lambda: responses(problem.gram, WIDTH))
-    grid = sweep(answers.to(dense.device), problem, start, kept, grid, values)
+    order = _order(problem, values)
+    answers = stats.once(
+        ("rounding", values.solver == "act-order"),
+        lambda: responses(problem.gram[order][:, order], WIDTH),
+    )
+    grid = sweep(answers.to(dense.device), problem, start, kept, grid, values, order)
     if values.solver in ("descent", "joint"):
         grid = descend(problem, kept, grid, values)
     return codes_of(problem, grid, kept, values)
@@ -170,15 +175,31 @@ def _scales_to_try(weight: Tensor, values: Values) -> tuple[Tensor, Tensor | Non
     return scales, (-lowest * shares / scales).round().clamp(0, most)
 
 
+def _order(problem: Problem, values: Values) -> Tensor:
+    """The order in which a sweep takes the columns: as they come, or the largest inputs first."""
+    if values.solver == "act-order":
+        return problem.scale.where(problem.alive, 0.0).argsort(descending=True, stable=True)
+    return torch.arange(len(problem.scale), device=problem.scale.device)
+
+
 def sweep(
-    answers: Tensor, problem: Problem, centre: Tensor, kept: Tensor, grid: OnGrid, values: Values
+    answers: Tensor,
+    problem: Problem,
+    centre: Tensor,
+    kept: Tensor,
+    grid: OnGrid,
+    values: Values,
+    order: Tensor,
 ) -> OnGrid:
     """GPTQ of the weights `centre`, with the scales of `grid` and pruned weights rounded to 0.
 
-    `answers` are the `responses` of the problem's Gram matrix in blocks of `WIDTH`.
+    `answers` are the `responses` of the problem's Gram matrix, its inputs in `order`, in blocks of
+    `WIDTH`.
     """
+    centre = centre[:, order]
     weight = centre.clone(memory_format=torch.contiguous_format)
     units, zeros = _units(problem, kept, grid)
+    units, zeros = units[:, order], None if zeros is None else zeros[:, order]
     for start in range(0, weight.shape[1], WIDTH):
         block = slice(start, start + WIDTH)
         part = weight[:, block].contiguous()
@@ -189,7 +210,7 @@ def sweep(
         weight[:, block] = part
         later = weight[:, start + WIDTH :]
         later.addmm_(centre[:, block] - part, answers[block, start + WIDTH :])
-    return grid._replace(weight=weight)
+    return grid._replace(weight=weight[:, order.argsort()])
 
 
 def descend(problem: Problem, kept: Tensor, grid: OnGrid, values: Values) -> OnGrid:

@@ -29,7 +29,7 @@ from secateur.kernels.rounding import Levels
 
 AS_STORED = "as stored"
 """No grid: values have the dtype of the checkpoint."""
-SOLVERS = ("descent", "sweep", "nearest", "joint")
+SOLVERS = ("descent", "sweep", "act-order", "nearest", "joint")
 """What chooses levels and scales, the best of those for a mask that is given first."""
 
 
@@ -163,7 +163,7 @@ def parse_values(text: str) -> Values | None:
     if text.strip() == AS_STORED:
         return None
     match = re.fullmatch(
-        r"(\w+)( asymmetric)?(?: of (?:group )?(\d{1,6}|row))?(?: by (\w+))?", text.strip()
+        r"(\w+)( asymmetric)?(?: of (?:group )?(\d{1,6}|row))?(?: by ([\w-]+))?", text.strip()
     )
     grid = match and GRIDS.get(match[1])
     if not match or not grid:

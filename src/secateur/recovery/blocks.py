@@ -4,7 +4,7 @@ does.
 Two streams go through the blocks, as when pruning with `+refine`: that of the pruned model, whose
 blocks are replaced as they are finished, and that of the dense one, which gives the targets. So a
 block also makes up for what earlier ones could not. Only the linear layers are trained, each batch
-of windows once.
+of windows once. What is on a grid of values stays on it.
 """
 
 from math import isfinite
@@ -16,10 +16,12 @@ from torch import nn
 
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.errors import NonFinite
+from secateur.methods.values import AS_STORED, parse_values
 from secateur.models.replay import working_copy
 from secateur.models.stream.block_writer import block_writer, with_room
 from secateur.models.stream.blocks import BlockRun, Step, stream
 from secateur.models.stream.refine import refine
+from secateur.models.stream.straight_through import grids_of
 from secateur.recovery.checks import refuse_blocks
 from secateur.recovery.job import Job, Recovery
 from secateur.recovery.masks import block_masks, keep_masks, matrix_parameters, refuse_other_masks
@@ -62,7 +64,9 @@ def _recovered(step: Step, job: Job) -> tuple[nn.Module, dict[str, Any]]:
     original = job.pruned.language_model.blocks[step.index]
     block = working_copy(original, step.device, torch.float32)
     kept = block_masks(block)
-    tuned = refine(block, kept, step.batches(), 1, job.rate)
+    values = parse_values(job.pruned.record.get("values", AS_STORED))
+    grids = grids_of(original, kept, values) if values else None
+    tuned = refine(block, kept, step.batches(), 1, job.rate, grids)
     if not isfinite(tuned.before):
         raise NonFinite(
             f"{step.name} makes NaN or Inf of the text, or the dense block does. Nothing can aim "

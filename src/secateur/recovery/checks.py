@@ -82,6 +82,17 @@ def pruning_record(source: Checkpoint) -> dict[str, Any]:
     return record
 
 
+def refuse_values(pruned: Pruned, way: str) -> None:
+    """Raise UnsupportedModel where a way would train weights off the grid that they are on."""
+    values = pruned.record.get("values")
+    if values is not None and way != "blocks":
+        raise UnsupportedModel(
+            f"{pruned.source.folder} was written with --values {values!r}, and {way} trains "
+            "weights off that grid. Recover it --with blocks, which keeps them on it, or recover a "
+            "model with values as stored, and then prune that to 0% with --values and --keep-zeros."
+        )
+
+
 def refuse_dropout(pruned: Pruned) -> None:
     """Raise BadCheckpoint for a share of dropout, which only training uses, that is none."""
     config = pruned.language_model.model.config.get_text_config()

@@ -41,6 +41,7 @@ from secateur.recovery.checks import (
     refuse_dropout,
     refuse_other_model,
     refuse_other_weights,
+    refuse_values,
 )
 from secateur.recovery.job import Dense, Job, Pruned, Recovery
 from secateur.recovery.text import recovery_windows
@@ -95,6 +96,7 @@ def recover(
         progress = (progress if ranks.first else None) or Progress()
         check_numbers(training, chosen := find_devices(device)[0])
         pruned = _pruned(model, destination, trust, progress)
+        refuse_values(pruned, way)
         target = None if dense is None else _dense(dense, pruned, trust)
         progress.begin("reading text")
         windows, apart = _windows(pruned, texts, training, ranks.size, avoid, trust)
