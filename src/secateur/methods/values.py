@@ -205,8 +205,7 @@ def find_codes(weight: Tensor, values: Values) -> Codes | None:
         wide = chosen.float()
         place = wide.abs().argmax(1, keepdim=True)
         scale = candidate(wide.gather(1, place)[:, 0])
-        level = values.nearest(wide / scale[:, None])
-        right = ((level * scale[:, None]).to(weight.dtype) == chosen).all(1) & values.holds(level)
+        level, right = _matching(values.nearest(wide / scale[:, None]), scale, chosen, values)
         levels[left[right]], scales[left[right]] = level[right], scale[right]
         left = left[~right]
     if len(left):
@@ -218,6 +217,31 @@ def find_codes(weight: Tensor, values: Values) -> Codes | None:
         zero_points = -levels.amin(1).clamp_max(0)
     shape = (out, values.groups(columns))
     return Codes(levels.reshape(out, columns), scales.view(shape), zero_points.view(shape))
+
+
+def _matching(
+    levels: Tensor, scales: Tensor, weight: Tensor, values: Values
+) -> tuple[Tensor, Tensor]:
+    """Levels `[groups, inputs]`, and in which groups they are the weights to the bit.
+
+    Weights in 16 bits tell no level of 255 from its neighbour, so those nearest may span one more
+    than an asymmetric grid has; then the outermost of one end are its neighbours.
+    """
+
+    def right(levels: Tensor) -> Tensor:
+        same = (levels * scales[:, None]).to(weight.dtype) == weight
+        return same.all(1) & values.holds(levels)
+
+    matching = right(levels)
+    if values.asymmetric:
+        most = 2**values.grid.bits - 1
+        highest = levels.amax(1, keepdim=True).clamp_min(0)
+        lowest = levels.amin(1, keepdim=True).clamp_max(0)
+        for other in (levels.clamp_min(highest - most), levels.clamp_max(lowest + most)):
+            mended = right(other) & ~matching
+            levels = torch.where(mended[:, None], other, levels)
+            matching |= mended
+    return levels, matching
 
 
 def _candidates(values: Values) -> Iterator[Callable[[Tensor], Tensor]]:
