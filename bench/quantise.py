@@ -2,10 +2,11 @@
 
     python bench/quantise.py --out out/quantise --json bench/results/quantise-demo.json
 
-Without a model it is the demo model, calibrated on 32 windows of 512 tokens and judged on 32. With --model and --data-dir, C4
-and WikiText-2. The tables come from `secateur compare`; finished rows are kept in --out, so the same command goes on where
-it was killed. --parts: `bytes` (zeros × bits), `solvers` (each solver, three draws of the calibration text), `best` (the
-preset that takes its time), `cost` (CPU-seconds of `prune` with and without --values, three runs each in turn, one thread).
+Without a model it is the demo model, calibrated on 32 windows of 512 tokens and judged on 32. With --model and
+--data-dir, C4 and WikiText-2. The tables come from `secateur compare`; finished rows are kept in --out, so the same
+command goes on where it was killed. --parts: `bytes` (zeros × bits), `solvers` (each solver, three draws of the
+calibration text), `best` (the preset that takes its time), `cost` (CPU-seconds of `prune` with and without --values,
+three runs each in turn, one thread).
 """
 
 from __future__ import annotations
