@@ -168,8 +168,8 @@ def test_rows_are_timed_and_rounded_ones_stand_apart(options, tmp_path):
     assert all(row.latency == [] for row in again.rows)
     with pytest.raises(SecateurError, match="There is no runtime 'pakced'"):
         secateur.compare(**options, bench=["pakced"], out=tmp_path / "other")
-    with pytest.raises(SecateurError, match="kind of values 'int4'"):
-        secateur.compare(**options, values=["int4"], out=tmp_path / "other")
+    with pytest.raises(SecateurError, match="'int5' is no kind of values"):
+        secateur.compare(**options, values=["int5"], out=tmp_path / "other")
 
 
 def test_a_row_that_cannot_be_timed_stands_without_a_figure(options, tmp_path, monkeypatch):

@@ -225,12 +225,47 @@ def test_a_run_that_dies_while_it_deletes_goes_on(options, tmp_path, monkeypatch
     assert [row.calibration for row in results.rows] == [None, 0, 1]
 
 
-def test_too_few_zeros_to_pack_leave_an_int8_row_out(options, tmp_path):
-    options = options | {"methods": ["magnitude"], "patterns": ["10%", "50%"], "values": ["as stored", "int8"]}
-    results = secateur.compare(**options, out=tmp_path)
-    assert [row.name for row in results.rows[1:]] == ["magnitude 10%", "magnitude 50%", "magnitude 50% int8"]
-    assert "nothing to pack" in results.not_timed["magnitude 10% int8"]
-    assert "left out: magnitude 10% int8" in (tmp_path / "report.md").read_text()
+def names(**grid) -> list[str]:
+    return [cell.name for cell in cells(Grid(**grid))]
+
+
+def test_every_kind_of_values_makes_a_row_of_zeros_and_none_of_a_structure():
+    values = ("as stored", "int4 of 64")
+    assert names(methods=("wanda", "energy"), patterns=("50%", "25% of channels"), values=values) == [
+        "wanda 50%", "wanda 50% int4 of group 64", "energy 25% of channels",
+    ]  # fmt: skip
+
+
+def test_nothing_taken_out_is_a_row_for_each_way_to_quantise_alone():
+    grid = {"methods": ("wanda", "sparsegpt", "default", "default+refine", "best"), "patterns": ("0%",)}
+    assert names(**grid, values=("as stored", "int8")) == [
+        "wanda 0% int8", "default+refine 0% int8", "best 0% int8",
+    ]  # fmt: skip
+    with pytest.raises(BadPattern, match=r"0% as stored is the dense model\. Add --values, such as 'int4'\."):
+        names(**grid)
+
+
+def test_rows_at_equal_bytes_are_ranked_whatever_their_pattern(options, tmp_path):
+    grid = {"methods": ["default"], "patterns": ["0%", "50%"], "values": ["as stored", "int3 of 64", "int4 of 64"]}
+    results = secateur.compare(**options | grid, out=tmp_path)
+    rows = {(row.pattern, row.values.split()[0]): row for row in results.rows}
+    pruned, plain = rows["50%", "int4"], rows["0%", "int3"]
+    assert plain.kind == "quantised"
+    assert pruned.bits == pytest.approx(1 + 4 * (1 - pruned.sparsity) + 16 / 64)
+    assert plain.bits == pytest.approx(3 + 16 / 64)
+    assert (pruned.stored_as, plain.stored_as) == ("packed", "compressed-tensors")
+    assert abs(pruned.disk_bytes / plain.disk_bytes - 1) < 0.03
+    assert pruned.byte_rank
+    assert plain.byte_rank
+    assert rows["-", "as"].byte_rank == rows["50%", "as"].byte_rank == ""
+    assert rows["50%", "as"].bits == 32  # the model is float32
+    held = read_results(tmp_path)
+    assert [row.byte_rank for row in held.rows] == [row.byte_rank for row in results.rows]
+    page = (tmp_path / "report.md").read_text()
+    assert "rank at equal bytes" in page
+    assert "Rank at equal bytes: among the rows on a grid within 3% of its bytes, whatever the pattern." in page
+    advice = secateur.recommend(tmp_path, goal="memory", max_perplexity_increase=100)
+    assert "at equal bytes" in str(advice) or "at these bytes" in str(advice)
 
 
 def test_passes_are_those_of_the_rows_that_are_there(options, tmp_path, monkeypatch):

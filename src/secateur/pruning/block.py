@@ -165,8 +165,8 @@ def _report(work: _Work, name: str) -> MatrixReport:
     shown = None if pattern is None else str(pattern)
     count = count_zeros(matrix.weight)
     share = count / (rows * columns)
-    rounded = work.pruning.values is not None and name in work.kept
-    vanished = work.kept[name] - (rows * columns - count) if rounded else 0
+    rounded = work.pruning.values is not None and short in work.kept
+    vanished = work.kept[short] - (rows * columns - count) if rounded else 0
     zeros = zeros_in_source(work.dense[short].weight, matrix.weight)
     return MatrixReport(name, (rows, columns), shown, share, error, note, *zeros, vanished)
 
