@@ -33,6 +33,7 @@ semi = row("alps", "2:4", "semi-structured", 1.4)
 channels = row("obs", "25% of channels", "structured", 0.7, disk_bytes=750, parameters=375)
 half = row("obs", "50% of channels", "structured", 1.9, disk_bytes=550, parameters=275)
 int8 = row("alps", "50%", "unstructured", 0.5, values="int8", disk_bytes=400)
+int4 = row("alps", "0%", "quantised", 0.1, values="int4", disk_bytes=300)
 all_kinds = table(alps, wanda, semi, channels)
 EAGER = [timed("eager", 1.0, 0.0)]
 
@@ -121,7 +122,8 @@ CASES: dict[str, tuple[Results, dict[str, Any], str | None, str | None, list[str
          "Without vllm the answer is alps 50% int8"],
     ),
     "quality: rows as stored are not for a runtime that rounds": (
-        table(alps, wanda), {"goal": "quality", "runtime": "packed-int8"}, NO_ROW, None, ["packed-int8 rounds weights"],
+        table(alps, wanda), {"goal": "quality", "runtime": "packed-int8"}, NO_ROW, None,
+        ["packed-int8 rounds to int8, so"],
     ),
     "quality: steps of a search and other draws are no rows of the table": (
         table(replace(alps, searched=True), replace(alps, calibration=1), wanda, draws=2), {"goal": "quality"},
@@ -268,7 +270,17 @@ CASES: dict[str, tuple[Results, dict[str, Any], str | None, str | None, list[str
     ),
     "memory: rounding saves bytes too": (
         table(int8, channels), {"goal": "memory"}, "alps 50% int8", "obs 25% of channels",
-        ["rounded to int8, which saves bytes without any zeros too", "not in this table", "87.5% more"],
+        ["No row that is quantised and not pruned was measured at these bytes, ±3%.", "87.5% more"],
+    ),
+    "memory: quantise, do not prune": (
+        table(int4, replace(int8, disk_bytes=305)), {"goal": "memory"}, "alps 0% int4", "alps 50% int8",
+        ["Quantise, do not prune: alps 50% int8 (unstructured) is the best pruned row at equal bytes, +0.4 perplexity, ",
+         "behind:"],
+    ),
+    "memory: prune and quantise": (
+        table(replace(int4, delta=0.3, perplexity=DENSE + 0.3, disk_bytes=405), int8), {"goal": "memory"},
+        "alps 50% int8", "alps 0% int4",
+        ["alps 0% int4 (quantised) is the best row that is quantised and not pruned at equal bytes, -0.2 perplexity"],
     ),
     "memory: the limit keeps the smallest out": (
         table(channels, half), {"goal": "memory"}, "obs 25% of channels", DENSE_ROW,

@@ -95,8 +95,7 @@ def recover(
     with joined(device) as (ranks, device):
         progress = (progress if ranks.first else None) or Progress()
         check_numbers(training, chosen := find_devices(device)[0])
-        pruned = _pruned(model, destination, trust, progress)
-        refuse_values(pruned, way)
+        pruned = _pruned(model, way, destination, trust, progress)
         target = None if dense is None else _dense(dense, pruned, trust)
         progress.begin("reading text")
         windows, apart = _windows(pruned, texts, training, ranks.size, avoid, trust)
@@ -142,7 +141,7 @@ def dtype_of(way: str, dtype: str, device: torch.device, stored: torch.dtype) ->
 
 
 def _pruned(
-    model: str | Path, destination: Destination, trust: Trust, progress: Progress
+    model: str | Path, way: str, destination: Destination, trust: Trust, progress: Progress
 ) -> Pruned:
     """The pruned model, which is what its record says. Raises SecateurError."""
     folder = resolve(model, trust, progress=progress)
@@ -152,6 +151,7 @@ def _pruned(
     progress.begin(f"loading {model}")
     pruned = Pruned(source, record, load(folder, trust_remote_code=trust.trust_remote_code))
     refuse_dropout(pruned)
+    refuse_values(pruned, way)
     refuse_other_weights(pruned)
     return pruned
 

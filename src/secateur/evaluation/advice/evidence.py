@@ -38,12 +38,16 @@ class Question:
     hardware: str | None
     runtime: str | None
 
+    @property
+    def rounds(self) -> str:
+        """The values that the runtime rounds weights to; empty where it does not."""
+        return RUNTIMES[self.runtime].rounded if self.runtime in RUNTIMES else ""
+
     def loads(self, row: Row) -> bool:
         """Whether a row has the values that the runtime rounds to, and else values as stored."""
-        if self.runtime is None:
-            return True
-        known = RUNTIMES.get(self.runtime)
-        return runs_values(known, row.values) if known else row.values == AS_STORED
+        if self.runtime in RUNTIMES:
+            return runs_values(RUNTIMES[self.runtime], row.values)
+        return self.runtime is None or row.values == AS_STORED
 
     def admits(self, row: Row, dense: Row) -> bool:
         """Whether a row runs there, with the upper end of its interval within the limit."""

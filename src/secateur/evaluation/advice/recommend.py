@@ -174,9 +174,9 @@ def _left_out(
     """What is not considered, whatever the goal takes."""
     dense, limit, sentences = results.dense, question.limit, list[str]()
     if other := [row.name for row in pruned if row not in fitting]:
-        does = "rounds" if question.rounds else "does not round"
+        does = f"rounds to {question.rounds}" if question.rounds else "does not round weights"
         rows = f"these rows are not its: {', '.join(other)}"
-        sentences.append(f"{question.runtime} {does} weights, so {rows}.")
+        sentences.append(f"{question.runtime} {does}, so {rows}.")
     for row in fitting:
         estimate, _, upper = increase(row, dense)
         if limit is not None and estimate <= limit < upper:
