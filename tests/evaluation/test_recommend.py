@@ -274,7 +274,7 @@ CASES: dict[str, tuple[Results, dict[str, Any], str | None, str | None, list[str
     ),
     "memory: quantise, do not prune": (
         table(int4, replace(int8, disk_bytes=305)), {"goal": "memory"}, "alps 0% int4", "alps 50% int8",
-        ["Quantise, do not prune: alps 50% int8 (unstructured) is the best pruned row at equal bytes, +0.4 perplexity, ",
+        ["Quantise, do not prune: alps 50% int8 (unstructured) is the best pruned row at equal bytes, +0.4 perp",
          "behind:"],
     ),
     "memory: prune and quantise": (

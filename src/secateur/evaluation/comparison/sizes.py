@@ -3,16 +3,19 @@ the matrices, and bytes of the model, scales and masks included.
 
 A plain checkpoint stores all weights, zeros too. Levels of a grid are stored side by side
 (compressed-tensors), or in the packed format without those that are zero, behind a bit for each
-weight. What a file says of itself, and padding, are left out; tests hold the figures against files.
+weight. What a file says of itself is left out; tests hold the figures against files.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from torch import nn
+
+from secateur.deployment.packing import can_pack
+from secateur.kernels.packed import WORD
 from secateur.methods.values import Values
 from secateur.models.matrices import WeightMatrix, weight_matrices
 from secateur.models.replay import LanguageModel
-from secateur.system.tensors import count_zeros
 
 PLAIN, SIDE_BY_SIDE, PACKED = "safetensors", "compressed-tensors", "packed"
 
@@ -35,35 +38,39 @@ def size_of(language_model: LanguageModel, plain_bytes: int, values: Values | No
     if values is None:
         return Size(8 * plain / weights, plain_bytes, PLAIN)
     kinds = {SIDE_BY_SIDE: side_by_side(matrices, values)}
-    if packable(values):
+    if can_pack(values):
         kinds[PACKED] = packed(matrices, values)
     stored_as = min(kinds, key=lambda name: kinds[name])
     bits = kinds[stored_as]
     return Size(bits / weights, round(plain_bytes - plain + bits / 8), stored_as)
 
 
-def packable(values: Values) -> bool:
-    """Whether the packed format holds such values."""
-    return values.name.startswith("int") and not values.asymmetric
-
-
 def side_by_side(matrices: Iterable[WeightMatrix], values: Values) -> float:
     """The bits of all levels and scales."""
     return sum(
-        values.grid.bits * matrix.stored.numel() + _scales(matrix, values) for matrix in matrices
-    )
-
-
-def packed(matrices: Iterable[WeightMatrix], values: Values) -> float:
-    """The bits of masks, of the levels that are not zero, and of scales."""
-    return sum(
-        matrix.stored.numel()
-        + values.grid.bits * (matrix.stored.numel() - count_zeros(matrix.weight))
-        + _scales(matrix, values)
+        values.grid.bits * matrix.stored.numel() + _groups(matrix, values) * values.scale_bits
         for matrix in matrices
     )
 
 
-def _scales(matrix: WeightMatrix, values: Values) -> float:
+def packed(matrices: Iterable[WeightMatrix], values: Values) -> float:
+    """The bits of masks, of the levels that are not zero, and of scales.
+
+    As packed.c has them: levels of four bits or fewer two a byte, those of every word of the mask
+    from a byte of their own, with scales of bfloat16; those of eight with a float32 for each row.
+    """
+    bits = 0
+    for matrix in matrices:
+        kept = nn.functional.pad(matrix.weight != 0, (0, -matrix.weight.shape[1] % WORD))
+        words = kept.unflatten(1, (-1, WORD)).sum(2)  # [out, words]
+        if values.name == "int8":
+            levels, scale = 8 * int(words.sum()), 32
+        else:
+            levels, scale = 8 * int(((words + 1) // 2).sum()), 16
+        bits += kept.numel() + levels + _groups(matrix, values) * scale
+    return bits
+
+
+def _groups(matrix: WeightMatrix, values: Values) -> int:
     rows, columns = matrix.weight.shape
-    return rows * values.groups(columns) * values.scale_bits
+    return rows * values.groups(columns)
