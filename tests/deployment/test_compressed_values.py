@@ -199,6 +199,10 @@ def test_joined_matrices_share_a_power_of_two(tmp_path):
 # What does not lie on a grid
 
 
+def nearest_of(table: list[float], ratio: float) -> float:
+    return min(table, key=lambda level: abs(level - ratio))
+
+
 def slow_nearest(weight: Tensor, text: str) -> Tensor:
     """A matrix rounded group by group: its largest weight is the highest level, scales have 8 bits (or 4, or 1)."""
     values, rows = grid(text), []
@@ -215,7 +219,7 @@ def slow_nearest(weight: Tensor, text: str) -> Tensor:
             mantissa, exponent = math.frexp(largest)
             steps = 2**values.grid.scale_bits
             scale = math.ldexp(round(mantissa * steps) / steps, exponent) or 1.0
-            made += [min(table, key=lambda level: abs(level - value / scale)) * scale for value in group]
+            made += [nearest_of(table, value / scale) * scale for value in group]
         rows.append(made)
     return torch.tensor(rows)
 

@@ -255,7 +255,7 @@ def test_rows_at_equal_bytes_are_ranked_whatever_their_pattern(options, tmp_path
     assert plain.bits == pytest.approx(3 + 16 / 64)
     assert (pruned.stored_as, plain.stored_as) == ("packed", "compressed-tensors")
     for row in (pruned, plain):
-        secateur.export(tmp_path / str(row.checkpoint), out=tmp_path / "file", to=row.stored_as, overwrite=True)
+        secateur.export(tmp_path / str(row.checkpoint), out=tmp_path / "file", to=str(row.stored_as), overwrite=True)
         written = sum(
             tensor.nbytes
             for file in (tmp_path / "file").glob("*.safetensors")

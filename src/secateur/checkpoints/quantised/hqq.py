@@ -51,7 +51,7 @@ class Packing(NamedTuple):
     """How numbers lie in a word: how many bits each has, and how many there are."""
 
     bits: int
-    count: int
+    numbers: int
     word: torch.dtype
 
 
@@ -100,9 +100,9 @@ def _matrix(packed: Packed) -> tuple[str, Decoded]:
     per_word = layout.packing.word.itemsize
     if len(words.shape) != 2 or words.bytes % per_word:
         raise packed.bad(f"has W_q of shape {list(words.shape)}; a matrix was wanted")
-    rows = words.shape[0] * layout.packing.count
+    rows = words.shape[0] * layout.packing.numbers
     width = words.bytes // per_word // max(words.shape[0], 1)
-    spare = layout.packing.count if layout.packing.bits == 3 else 1
+    spare = layout.packing.numbers if layout.packing.bits == 3 else 1
     if not width or count % width or not 0 <= rows - count // width < spare:
         raise packed.bad(
             f"has {rows} rows of {width} numbers of {layout.packing.bits} bits for shape "
@@ -113,7 +113,7 @@ def _matrix(packed: Packed) -> tuple[str, Decoded]:
     if prod(scales) != 1 and scales not in ((count // width, 1), (1, width)):
         raise packed.bad(f"has a scale of shape {list(scales)} for {count // width} × {width}")
     packed.require("zero", scales, list(FLOATS))
-    sizes = {
+    sizes: dict[tuple[int, ...], str] = {
         (count // width, 1): f", groups of {width}",
         (1, width): f", groups of {count // width}",
     }

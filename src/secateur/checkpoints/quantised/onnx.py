@@ -141,7 +141,10 @@ def _grouped(product: Product) -> Grouped:
     if numbers is None or scales is None or min(out, inside, size) < 1 or not 2 <= bits <= 8:
         raise product.bad(f"has {bits} bits, groups of {size}, and a matrix of {out} × {inside}")
     groups, zero_bytes = -(-inside // size), 0
-    wanted = {"B": (numbers, ("UINT8",), out * groups * -(-size * bits // 8))}
+    size_of_all = out * groups * -(-size * bits // 8)
+    wanted: dict[str, tuple[Place, tuple[str, ...], int]] = {
+        "B": (numbers, ("UINT8",), size_of_all)
+    }
     wanted["scales"] = (scales, tuple(PLAIN), out * groups)
     if zeros is not None:
         packed = zeros.dtype == "UINT8"

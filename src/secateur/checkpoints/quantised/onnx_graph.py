@@ -174,9 +174,12 @@ def _places(
             raise BadCheckpoint(
                 f"{name} belongs to a packed matrix and is no constant of the graph."
             )
-        known = one is not None and one.data_type in kinds.values()
+        if one is None:
+            found.append(None)
+            continue
+        known = one.data_type in kinds.values()
         dtype = kinds.Name(one.data_type) if known else "an unknown dtype"
-        found.append(None if one is None else Place(one, dtype, tuple(one.dims), folder))
+        found.append(Place(one, dtype, tuple(one.dims), folder))
     return tuple(found)
 
 
