@@ -68,7 +68,15 @@ def prune(
     Compute,
     Destination,
     Trust,
-    without=("align", "keep_zeros", "draft_heads", "out", "restart", "allow_low_coverage"),
+    without=(
+        "align",
+        "values",
+        "keep_zeros",
+        "draft_heads",
+        "out",
+        "restart",
+        "allow_low_coverage",
+    ),
 )
 def plan(
     given: dict[str, Any],
