@@ -20,7 +20,7 @@ needs_library = pytest.mark.skipif(library() is None, reason="the package was in
 FIELDS = {
     "method", "pattern", "kind", "sparsity", "perplexity", "delta", "delta_interval", "kl", "top1_agreement",
     "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint", "allocation", "parameters", "values",
-    "latency", "calibration", "tasks", "sites", "loss", "searched", "recovered", "bits_per_byte",
+    "latency", "calibration", "tasks", "sites", "loss", "searched", "recovered", "bits_per_byte", "bits", "stored_as", "byte_rank", "byte_ties",
 }  # fmt: skip
 TOP = [
     "schema", "model", "calibrations", "evaluation", "options", "machine", "versions", "command", "rows", "not_timed",
@@ -148,7 +148,8 @@ def test_rows_are_timed_and_rounded_ones_stand_apart(options, tmp_path):
     assert list(rows) == ["dense -", "magnitude 60%", "magnitude 60% int8", "energy 25% of channels"]
     exact, rounded = rows["magnitude 60%"], rows["magnitude 60% int8"]
     assert rounded.perplexity != exact.perplexity
-    assert rounded.perplexity == pytest.approx(exact.perplexity, rel=0.05)
+    # its levels make up for the mask: magnitude alone changes no weight
+    assert rounded.kl < exact.kl
     assert rounded.disk_bytes < exact.disk_bytes
     assert rounded.rank == exact.rank == ""  # each alone with its pattern and values
     timed = {name: [timing["runtime"] for timing in row.latency] for name, row in rows.items()}
@@ -239,7 +240,7 @@ def test_structures_stand_beside_zeros(options, tmp_path):
         ({"methods": ["fast"], "patterns": ["50%", "25% of experts"]}, "has no experts"),
         ({"methods": ["fast"], "patterns": ["50%", "25% of channels"], "skip": ["q_proj"]}, "cannot leave one"),
         ({"methods": ["fast"], "patterns": ["25% of channels"], "allocate": ["owl"]}, "same out of every block"),
-        ({"patterns": []}, "at least one method and one pattern"),
+        ({"patterns": []}, "at least one method, pattern, rule of allocation and kind of values"),
     ],
 )
 def test_a_grid_with_an_impossible_row_is_refused_before_any_work(options, tmp_path, changed, words):
@@ -252,7 +253,7 @@ def test_rows_from_before_bits_a_byte_are_found_again_and_get_theirs(options, tm
     first = secateur.compare(**options, out=tmp_path)
     for file in (tmp_path / "rows").glob("*.json"):
         kept = json.loads(file.read_text())
-        del kept["row"]["bits_per_byte"]
+        del kept["row"]["bits_per_byte", "bits", "stored_as", "byte_rank", "byte_ties"]
         file.write_text(json.dumps(kept))
     monkeypatch.setattr(rows.ComparisonContext, "_pruned", None)  # nothing is pruned again
     again = secateur.compare(**options, out=tmp_path)
@@ -267,7 +268,7 @@ def test_a_comparison_from_before_bits_a_byte_is_read_and_shown_without(options,
     held = json.loads((tmp_path / "results.json").read_text())
     del held["notes"]
     for row in held["rows"]:
-        del row["bits_per_byte"]
+        del row["bits_per_byte", "bits", "stored_as", "byte_rank", "byte_ties"]
     (tmp_path / "old.json").write_text(json.dumps(held))
     joined = secateur.report([tmp_path / "old.json"], out=tmp_path / "page")
     assert "bits a byte" not in markdown(joined)

@@ -273,7 +273,7 @@ def test_rows_at_equal_bytes_are_ranked_whatever_their_pattern(options, tmp_path
     page = (tmp_path / "report.md").read_text()
     assert "rank at equal bytes" in page
     assert "Rank at equal bytes: among the rows on a grid within 3% of its bytes, whatever the pattern." in page
-    advice = secateur.recommend(tmp_path, goal="memory", max_perplexity_increase=100)
+    advice = secateur.recommend(tmp_path, goal="memory", max_perplexity_increase="99%")
     assert "at equal bytes" in str(advice) or "at these bytes" in str(advice)
 
 
