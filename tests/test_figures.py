@@ -151,5 +151,25 @@ def test_what_bos_is_worth_is_what_was_measured():
 def test_what_quantisers_do_is_what_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     line = runpy.run_path(str(ROOT / "bench" / "quantisers.py"), run_name="quantisers")["line"]
-    rows = re.findall(r"^\| (?!quantiser|---).*\|$", read("docs/quantising.md"), re.M)
+    page = read("docs/quantising.md").split("## What quantisers do to zeros")[1]
+    rows = re.findall(r"^\| (?!quantiser|---).*\|$", page, re.M)
     assert rows == [line(row) for row in results()["quantisers"]["rows"]]
+
+
+def test_rows_at_equal_bytes_are_those_that_were_measured():
+    """Every figure of the table in docs/quantising.md, from the rows of both models."""
+    page = read("docs/quantising.md").split("### Prune or quantise?")[1].split("## What became")[0]
+    models = [
+        {(row["pattern"], row["values"].split(" of ")[0]): row for row in results()[f"quantise-{name}"]["bytes"]}
+        for name in ("smollm2", "demo")
+    ]
+    lines = re.findall(r"^\| (?!pattern|---)(.*) \|$", page, re.M)
+    assert len(lines) == 5
+    for line in lines:
+        pattern, values, bits, stored_as, real, demo = line.split(" | ")
+        first, second = (model[pattern, values] for model in models)
+        assert bits == f"{first['bits']:.2f}" == f"{second['bits']:.2f}"
+        assert stored_as == first["stored_as"] == second["stored_as"]
+        figures = [f"{row['perplexity']:.2f}, {row['kl']:.4f}".replace(", 0.0000", ", 0") for row in (first, second)]
+        assert real == f"{first['disk_bytes'] / 2**20:.1f} MiB, {figures[0]}"
+        assert demo == figures[1]
