@@ -78,7 +78,7 @@ def site(found: Validation, name: str = SITE) -> MatrixVerdict:
     return next(site for site in found.sites if site.name == name)
 
 
-PACKED = {("packed", 1), ("packed-int8", 1)}
+PACKED = {("packed", 1), ("packed-int8", 1), ("packed-int4", 1)}
 YES_FOR_2_4 = PACKED | {("semi-structured", PREFILL), ("tensorrt-llm", 1), ("tensorrt-llm", PREFILL)}
 YES_FOR_2_4 |= {("tensorrt", 1), ("tensorrt", PREFILL)}
 

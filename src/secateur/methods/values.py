@@ -225,13 +225,19 @@ def _matching(
     """Levels `[groups, inputs]`, and in which groups they are the weights to the bit.
 
     Weights in 16 bits tell no level of 255 from its neighbour, so those nearest may span one more
-    than an asymmetric grid has; then the outermost of one end are its neighbours.
+    than an asymmetric grid has; then the outermost of one end are its neighbours. And the nearest
+    may be another weight when it is stored, where its neighbour is this one.
     """
 
     def right(levels: Tensor) -> Tensor:
         same = (levels * scales[:, None]).to(weight.dtype) == weight
         return same.all(1) & values.holds(levels)
 
+    if values.asymmetric:
+        for beside in (levels + 1, levels - 1):
+            wrong = (levels * scales[:, None]).to(weight.dtype) != weight
+            better = wrong & ((beside * scales[:, None]).to(weight.dtype) == weight)
+            levels = torch.where(better, beside, levels)
     matching = right(levels)
     if values.asymmetric:
         most = 2**values.grid.bits - 1
