@@ -25,7 +25,8 @@ import secateur
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.cli.tables import speed_table
 from secateur.data.windows import Windows
-from secateur.deployment.packing import packed_values, rounded
+from secateur.deployment.packing import packed_values
+from secateur.methods.values import nearest_codes
 from secateur.models.load import load
 from secateur.pruning.check import find_recipe
 from secateur.pruning.opening import Opened
@@ -54,7 +55,7 @@ if __name__ == "__main__":
             for name, weight in model.named_parameters():
                 if name.endswith("proj.weight"):
                     for rows in weight.data.split(1024):
-                        rows.copy_(rounded(rows, values).dense(torch.bfloat16))
+                        rows.copy_(nearest_codes(rows, values).dense(torch.bfloat16))
         model.save_pretrained(dense)
     ids = torch.randint(3, 8000, (2, 32), generator=torch.Generator().manual_seed(0))
     folders = []

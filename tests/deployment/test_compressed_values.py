@@ -328,7 +328,7 @@ def spoilt(folder: Path, value: float) -> Path:
 def test_what_cannot_be_written_says_why(tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "dense")
     for text, said in (
-        ("int4", r"int4 of group 128 needs inputs in groups of 128; .*q_proj has 64\..* say 'int4 of group 64'\."),
+        ("int4", r"int4 of group 128 needs inputs in groups of 128; .*q_proj has 64\. Say 'int4 of group 64'\."),
         (None, r"has no values in its record; .* Say which with --values: int8, int4"),
         ("as stored", r"cannot be packed 'as stored'; compressed-tensors stores few bits"),
         ("int5", r"'int5' is no kind of values\. Say 'as stored', int8, int4"),

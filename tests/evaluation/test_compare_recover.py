@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import secateur
 from secateur.data.calibration import calibration_windows
@@ -18,6 +19,7 @@ from secateur.evaluation.comparison import recovered_rows as recovering
 from secateur.evaluation.report.tables import comparison
 from secateur.evaluation.report.write import markdown
 from secateur.evaluation.results.schema import check, read_results
+from secateur.methods.values import find_codes, parse_values
 from secateur.models.load import load
 from secateur.recovery import training
 from secateur.recovery.masks import masks
@@ -70,6 +72,20 @@ def test_recovered_rows_say_so_and_are_ranked_among_themselves(options, tmp_path
     check(read_results(tmp_path))
     best = min(results.rows[1:], key=lambda row: row.perplexity)
     assert secateur.recommend(tmp_path, goal="quality").chosen == best.name
+
+
+def test_what_is_on_a_grid_is_recovered_on_it_or_not_at_all(options, tmp_path):
+    grid = {"methods": ["magnitude"], "values": ["int4 of 32"], "recover": ["masked", "blocks"]}
+    results = secateur.compare(**options | grid, out=tmp_path)
+    pruned = "magnitude 2:4 int4 of group 32"
+    assert [row.name for row in results.rows] == ["dense -", pruned, f"{pruned} recovered by blocks in 3 steps"]
+    assert "masked trains weights off that grid" in results.not_timed[f"{pruned} recovered by masked in 3 steps"]
+    values = parse_values("int4 of 32")
+    assert values is not None
+    tensors = load_file(tmp_path / str(results.rows[-1].checkpoint) / "model.safetensors")
+    matrices = [weight for name, weight in tensors.items() if "proj" in name]
+    assert matrices
+    assert all(find_codes(weight, values) is not None for weight in matrices)
 
 
 def test_no_text_is_shared(options, tmp_path):

@@ -246,6 +246,32 @@ def test_nothing_taken_out_is_a_row_for_each_way_to_quantise_alone():
         names(**grid)
 
 
+def bytes_of(row: Row, out: Path, **how: Any) -> int:
+    """What the tensors of a row take in the format that it names, written."""
+    secateur.export(out / str(row.checkpoint), out=out / "file", to=str(row.stored_as), overwrite=True, **how)
+    return sum(
+        tensor.nbytes
+        for file in (out / "file").glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+        if not name.endswith("weight_shape")
+    )
+
+
+@pytest.mark.parametrize("pattern", ["0%", "30%", "60%"])
+def test_what_is_left_out_or_has_few_zeros_takes_what_it_takes(options, tmp_path, pattern):
+    grid = {"methods": ["default"], "patterns": [pattern], "values": ["int4 of 64"], "skip": ["*up_proj", "*o_proj"]}
+    row = secateur.compare(**options | grid, out=tmp_path).rows[1]
+    assert row.stored_as == ("packed" if pattern == "60%" else "compressed-tensors")
+    assert bytes_of(row, tmp_path) == pytest.approx(row.disk_bytes, rel=0.02)  # a header, and slack, of a small model
+
+
+def test_a_tolerance_is_searched_with_values_as_stored(options, tmp_path):
+    wide = options | {"methods": ["magnitude"], "tolerance": 0.5, "values": ["as stored", "int8"]}
+    results = secateur.compare(**wide, out=tmp_path)
+    assert len(results.tolerance["found"]) == 1
+    assert {row.values for row in results.rows if row.pattern != "50%"} == {"as stored"}
+
+
 def test_rows_at_equal_bytes_are_ranked_whatever_their_pattern(options, tmp_path):
     grid = {"methods": ["default"], "patterns": ["0%", "50%"], "values": ["as stored", "int3 of 64", "int4 of 64"]}
     results = secateur.compare(**options | grid, out=tmp_path)
@@ -255,14 +281,7 @@ def test_rows_at_equal_bytes_are_ranked_whatever_their_pattern(options, tmp_path
     assert plain.bits == pytest.approx(3 + 16 / 64)
     assert (pruned.stored_as, plain.stored_as) == ("packed", "compressed-tensors")
     for row in (pruned, plain):
-        secateur.export(tmp_path / str(row.checkpoint), out=tmp_path / "file", to=str(row.stored_as), overwrite=True)
-        written = sum(
-            tensor.nbytes
-            for file in (tmp_path / "file").glob("*.safetensors")
-            for name, tensor in load_file(file).items()
-            if not name.endswith("weight_shape")
-        )
-        assert written == pytest.approx(row.disk_bytes, rel=0.02)  # a header, and slack, of a small model
+        assert bytes_of(row, tmp_path) == pytest.approx(row.disk_bytes, rel=0.02)
     assert abs(pruned.disk_bytes / plain.disk_bytes - 1) < 0.03
     assert pruned.byte_rank
     assert plain.byte_rank

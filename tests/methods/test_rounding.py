@@ -12,10 +12,19 @@ from secateur.kernels import rounding as kernels
 from secateur.kernels.library import library
 from secateur.methods import METHODS, find_method
 from secateur.methods.column_sweep import responses
-from secateur.methods.cost import WIDTH
+from secateur.methods.cost import WIDTH, Cost
 from secateur.methods.least_squares import Problem
 from secateur.methods.pattern_text import parse_pattern
-from secateur.methods.rounding import OnGrid, _descent, _fitted_scales, _units, nearest, sweep, with_values
+from secateur.methods.rounding import (
+    OnGrid,
+    _descent,
+    _fitted_scales,
+    _units,
+    nearest,
+    rounding_cost,
+    sweep,
+    with_values,
+)
 from secateur.methods.statistics import Stats
 from secateur.methods.values import Values, find_codes, parse_values
 
@@ -73,9 +82,8 @@ def test_the_sweep_is_optimal_brain_quantisation(text, masked):
     problem, kept = problem_of()
     kept = kept if masked else torch.ones_like(kept)
     grid = started(problem, kept, values)
-    order = torch.arange(COLUMNS)
-    swept = sweep(responses(problem.gram, WIDTH), problem, problem.weight, kept, grid, values, order)
-    units, _ = _units(problem, kept, grid)
+    swept = sweep(responses(problem.gram, WIDTH), problem, problem.weight, kept, grid, values)
+    units, _ = _units(problem, kept, grid, values)
     expected = reference.gptq(problem.weight.numpy(), problem.gram.numpy(), units.numpy(), levels_of(values))
     assert np.allclose(swept.weight.numpy(), expected, atol=1e-9)
 
@@ -87,7 +95,7 @@ def test_the_sweep_goes_by_the_order_that_it_is_given():
     order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(9))
     answers = responses(problem.gram[order][:, order], WIDTH)
     swept = sweep(answers, problem, problem.weight, kept, grid, values, order)
-    units, _ = _units(problem, kept, grid)
+    units, _ = _units(problem, kept, grid, values)
     given = (problem.weight[:, order].numpy(), problem.gram[order][:, order].numpy(), units[:, order].numpy())
     expected = reference.gptq(*given, levels_of(values))
     assert np.allclose(swept.weight[:, order].numpy(), expected, atol=1e-9)
@@ -101,7 +109,7 @@ def test_descent_takes_the_best_of_all_levels(text, columns):
     grid = started(problem, kept, values)
     residual = problem.target - grid.weight @ problem.gram
     descended = _descent(problem, kept, grid, residual, values)
-    units, _ = _units(problem, kept, grid)
+    units, _ = _units(problem, kept, grid, values)
     expected = reference.descent(
         grid.weight.numpy(), problem.gram.numpy(), problem.target.numpy(), units.numpy(), levels_of(values)
     )
@@ -250,3 +258,13 @@ def test_jointly_is_for_admm(name):
         "Levels and mask are chosen jointly by the methods that are ADMM: alps, default, best. Say 'int4', which "
         "rounds to any method's mask."
     )
+
+
+def test_ordering_the_sweep_costs_what_a_sweep_costs():
+    """Descent is what `act-order` leaves out."""
+    default, ordered, swept = (
+        rounding_cost(METHODS["default"].cost or Cost(), grid_of(f"int4{by}"))
+        for by in ("", " by act-order", " by sweep")
+    )
+    assert ordered == swept
+    assert default.products > swept.products

@@ -239,8 +239,13 @@ def numbers(checkpoint: Checkpoint, name: str) -> Tensor | None:
     ):
         return None
     tensor = checkpoint.tensor(name)
+    return tensor if countable(tensor) else None
+
+
+def countable(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are weights: floats that torch knows."""
     known = tensor.is_floating_point() and tensor.dtype.itemsize > 1
-    return tensor if known or tensor.dtype in FLOAT8 else None
+    return known or tensor.dtype in FLOAT8
 
 
 def refuse_other(checkpoint: Checkpoint, pruned: Checkpoint, name: str) -> None:

@@ -14,7 +14,15 @@ from torch import Tensor
 from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import BadPattern
 from secateur.kernels.packed import WORD, Packed, joined, pack, pack_int4, pack_int8
-from secateur.methods.values import AS_STORED, SOLVERS, Codes, Values, find_codes, parse_values
+from secateur.methods.values import (
+    AS_STORED,
+    SOLVERS,
+    Codes,
+    Values,
+    find_codes,
+    nearest_codes,
+    parse_values,
+)
 from secateur.system.tensors import count_zeros
 
 INTEGERS = ("int8", "int4", "int3", "int2")
@@ -109,16 +117,8 @@ def _codes(weight: Tensor, values: Values) -> Codes | None:
 
 def _pack_codes(codes: Codes | None, weight: Tensor, values: Values) -> Packed:
     if values.name != "int8":
-        codes = codes or rounded(weight, values)
+        codes = codes or nearest_codes(weight, values)
         return pack_int4(codes.levels, codes.scales)
     if codes is None:
         return pack_int8(weight)
     return replace(pack(codes.levels.to(torch.int8)), scales=codes.scales[:, 0].contiguous())
-
-
-def rounded(weight: Tensor, values: Values) -> Codes:
-    """The nearest codes of a matrix: in every group the largest weight has the highest level."""
-    groups = weight.float().unflatten(1, (values.groups(weight.shape[1]), -1))
-    scales = values.storable(groups.abs().amax(-1) / values.grid.levels.highest)  # [rows, groups]
-    levels = values.nearest(groups / scales[..., None]).flatten(1)
-    return Codes(levels, scales, torch.zeros_like(scales))

@@ -21,7 +21,7 @@ from secateur.checkpoints.folder import Checkpoint
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
 from secateur.checkpoints.record import record_of
 from secateur.deployment.formats.tensorrt_llm import PRUNED, eligible
-from secateur.deployment.inspect import Against, held_against, numbers, refuse_other
+from secateur.deployment.inspect import Against, countable, held_against, numbers, refuse_other
 from secateur.deployment.sparsity_support import (
     CONV1D,
     EXPERTS,
@@ -167,7 +167,8 @@ class _Asked(NamedTuple):
 
 def _site(asked: _Asked, name: str, kind: Stored) -> tuple[MatrixVerdict, int]:
     """The verdict on a tensor, and how many of its zeros are -0.0."""
-    matrix, held = _matrix(asked.checkpoint, name, kind), _held(asked, name)
+    tensor = asked.checkpoint.tensor(name)
+    matrix, held = _matrix(asked.checkpoint, name, kind, tensor), _held(asked, name, tensor)
     before = matrix.sparsity if held is None else held.pruned / max(held.pruned + held.kept, 1)
     zeros = f"{before:.1%}" if before >= PRUNED else ""
     promised = asked.patterns.get(kind.parameter) or zeros
@@ -181,18 +182,16 @@ def _site(asked: _Asked, name: str, kind: Stored) -> tuple[MatrixVerdict, int]:
     return one, matrix.negative_zeros
 
 
-def _held(asked: _Asked, name: str) -> Against | None:
+def _held(asked: _Asked, name: str, tensor: Tensor) -> Against | None:
     """What became of the zeros of a tensor; None where nothing was asked, or cannot be known."""
     if asked.pruned is None:
         return None
     refuse_other(asked.checkpoint, asked.pruned, name)
-    now = numbers(asked.checkpoint, name)
-    return None if now is None else held_against(now, numbers(asked.pruned, name))
+    return held_against(tensor, numbers(asked.pruned, name)) if countable(tensor) else None
 
 
-def _matrix(checkpoint: Checkpoint, name: str, stored: Stored) -> Matrix:
-    """What the rules want to know of a tensor, read from its shard."""
-    tensor = checkpoint.tensor(name)
+def _matrix(checkpoint: Checkpoint, name: str, stored: Stored, tensor: Tensor) -> Matrix:
+    """What the rules want to know of a tensor."""
     if tensor.is_floating_point() and tensor.dtype.itemsize < 2:  # float8 has no arithmetic
         tensor = tensor.float()
     weight = tensor.transpose(-1, -2) if stored.transposed else tensor

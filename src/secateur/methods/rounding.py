@@ -56,7 +56,7 @@ class OnGrid(NamedTuple):
 
     weight: Tensor
     scales: Tensor
-    zero_points: Tensor | None
+    zero_points: Tensor
 
 
 def with_values(method: Method, values: Values) -> Method:
@@ -94,7 +94,7 @@ def rounding_cost(cost: Cost, values: Values) -> Cost:
         squares=max(cost.squares, 4),
         kept=max(cost.kept, 2),
     )
-    if values.solver == "sweep":
+    if values.solver in ("sweep", "act-order"):
         return swept
     return swept._replace(products=swept.products + 1 + 2 * DESCENTS)
 
@@ -104,12 +104,13 @@ def codes_for(pruned: Pruned, dense: Tensor, stats: Stats, values: Values) -> Co
     problem = with_dead_inputs(normalise(dense, stats), dense)
     start = torch.where(problem.alive, pruned.weight * problem.scale, pruned.weight)
     kept = pruned.kept
-    start = _centre(problem, start, kept)
+    if kept.all() and "cross" in stats.sums:
+        start = unmasked(problem)
     grid = nearest(problem, start, kept, values)
     if values.solver == "nearest":
         return codes_of(problem, grid, kept, values)
     problem = damped(problem, start, stats)
-    order = _order(problem, values)
+    order = largest_first(problem) if values.solver == "act-order" else slice(None)
     answers = stats.once(
         ("rounding", values.solver == "act-order"),
         lambda: responses(problem.gram[order][:, order], WIDTH),
@@ -140,12 +141,10 @@ def with_dead_inputs(problem: Problem, dense: Tensor) -> Problem:
     return problem._replace(weight=weight, target=target)
 
 
-def _centre(problem: Problem, start: Tensor, kept: Tensor) -> Tensor:
-    """What a sweep rounds: the weights that a method solved for its mask, or without one the best
-    for the target, which with dense inputs are not the dense weights.
+def unmasked(problem: Problem) -> Tensor:
+    """The best weights without a mask: where the target is made of dense inputs, not the dense
+    ones.
     """
-    if not kept.all() or torch.equal(problem.target, problem.weight @ problem.gram):
-        return start
     factor = torch.linalg.cholesky(problem.gram)
     return torch.cholesky_solve(problem.target.T, factor).T.contiguous()
 
@@ -155,31 +154,19 @@ def nearest(problem: Problem, start: Tensor, kept: Tensor, values: Values) -> On
     groups = values.groups(start.shape[1])
     weight = (start / problem.scale).where(kept, 0.0).unflatten(1, (groups, -1))
     importance = problem.scale.where(problem.alive, 0.0).square().unflatten(0, (groups, -1))
-    scales, zero_points = _scales_to_try(weight, values)
-    choice = best_scales(weight, importance, scales, values.grid.levels, zero_points)
-    scale = scales.gather(0, choice[None])[0]
-    zeros = None if zero_points is None else zero_points.gather(0, choice[None])[0]
-    wide = None if zeros is None else zeros[..., None]
-    rounded = values.nearest(weight / scale[..., None], wide) * scale[..., None]
-    return OnGrid(rounded.flatten(1) * problem.scale, scale, zeros)
-
-
-def _scales_to_try(weight: Tensor, values: Values) -> tuple[Tensor, Tensor | None]:
-    """Scales, and zero points where the grid has them, `[tries, out, groups]`, the widest first."""
     shares = torch.linspace(1, LEAST, TRIES, device=weight.device)[:, None, None]
-    if not values.asymmetric:
-        return values.storable(shares * weight.abs().amax(2) / values.grid.levels.highest), None
-    lowest, highest = weight.amin(2).clamp_max(0), weight.amax(2).clamp_min(0)
-    most = 2**values.grid.bits - 1
-    scales = values.storable(shares * (highest - lowest) / most)
-    return scales, (-lowest * shares / scales).round().clamp(0, most)
+    tried = values.scales_of(weight, shares)  # [tries, out, groups]
+    zeros = tried[1] if values.asymmetric else None
+    choice = best_scales(weight, importance, tried[0], values.grid.levels, zeros)
+    scales, zero_points = (one.gather(0, choice[None])[0] for one in tried)
+    rounded = values.nearest(weight / scales[..., None], zero_points[..., None])
+    rounded = (rounded * scales[..., None]).flatten(1)
+    return OnGrid(rounded * problem.scale, scales, zero_points)
 
 
-def _order(problem: Problem, values: Values) -> Tensor:
-    """The order in which a sweep takes the columns: as they come, or the largest inputs first."""
-    if values.solver == "act-order":
-        return problem.scale.where(problem.alive, 0.0).argsort(descending=True, stable=True)
-    return torch.arange(len(problem.scale), device=problem.scale.device)
+def largest_first(problem: Problem) -> Tensor:
+    """The inputs with the largest activations first, int64 `[in]`."""
+    return problem.scale.where(problem.alive, 0.0).argsort(descending=True, stable=True)
 
 
 def sweep(
@@ -189,7 +176,7 @@ def sweep(
     kept: Tensor,
     grid: OnGrid,
     values: Values,
-    order: Tensor,
+    order: Tensor | slice = slice(None),
 ) -> OnGrid:
     """GPTQ of the weights `centre`, with the scales of `grid` and pruned weights rounded to 0.
 
@@ -198,7 +185,7 @@ def sweep(
     """
     centre = centre[:, order]
     weight = centre.clone(memory_format=torch.contiguous_format)
-    units, zeros = _units(problem, kept, grid)
+    units, zeros = _units(problem, kept, grid, values)
     units, zeros = units[:, order], None if zeros is None else zeros[:, order]
     for start in range(0, weight.shape[1], WIDTH):
         block = slice(start, start + WIDTH)
@@ -210,17 +197,17 @@ def sweep(
         weight[:, block] = part
         later = weight[:, start + WIDTH :]
         later.addmm_(centre[:, block] - part, answers[block, start + WIDTH :])
-    return grid._replace(weight=weight[:, order.argsort()])
+    swept = torch.empty_like(weight)
+    swept[:, order] = weight
+    return grid._replace(weight=swept)
 
 
 def descend(problem: Problem, kept: Tensor, grid: OnGrid, values: Values) -> OnGrid:
     """Coordinate descent over levels, and then over scales and levels once more."""
     residual = problem.target - grid.weight @ problem.gram
-    for _ in range(DESCENTS - 1):
+    for _ in range(DESCENTS):
         grid = _descent(problem, kept, grid, residual, values)
-    grid = _fitted_scales(
-        problem, _descent(problem, kept, grid, residual, values), residual, values
-    )
+    grid = _fitted_scales(problem, grid, residual, values)
     return _descent(problem, kept, grid, residual, values)
 
 
@@ -228,16 +215,16 @@ def _descent(
     problem: Problem, kept: Tensor, grid: OnGrid, residual: Tensor, values: Values
 ) -> OnGrid:
     """Each weight in turn the best level while the others stand; `residual` is kept up."""
-    weight, units = grid.weight.clone(), _units(problem, kept, grid)
+    weight, (units, zeros) = grid.weight.clone(), _units(problem, kept, grid, values)
     diagonal = problem.gram.diagonal()[0]
     for start in range(0, weight.shape[1], WIDTH):
         block = slice(start, start + WIDTH)
         old = weight[:, block].clone(memory_format=torch.contiguous_format)
         part = old + residual[:, block] / diagonal
         factor = problem.gram[block, block] / diagonal
-        zero_points = None if units[1] is None else units[1][:, block]
+        zero_points = None if zeros is None else zeros[:, block]
         levels = values.grid.levels
-        round_columns(part, units[0][:, block], factor, levels, old=old, zero_points=zero_points)
+        round_columns(part, units[:, block], factor, levels, old=old, zero_points=zero_points)
         weight[:, block] = part
         residual.addmm_(part - old, problem.gram[block], alpha=-1)
     return grid._replace(weight=weight)
@@ -261,25 +248,23 @@ def _fitted_scales(problem: Problem, grid: OnGrid, residual: Tensor, values: Val
     return grid._replace(weight=weight, scales=scales)
 
 
-def _units(problem: Problem, kept: Tensor, grid: OnGrid) -> tuple[Tensor, Tensor | None]:
-    """Of every weight what level 1 is, 0 where it is pruned, and its zero point, `[out, in]`."""
+def _units(
+    problem: Problem, kept: Tensor, grid: OnGrid, values: Values
+) -> tuple[Tensor, Tensor | None]:
+    """Of every weight `[out, in]` what level 1 is, 0 where it is pruned, and its zero point, None
+    where all have the same.
+    """
     size = kept.shape[1] // grid.scales.shape[1]
     units = grid.scales.repeat_interleave(size, 1) * problem.scale * kept
-    zeros = grid.zero_points
-    return units, None if zeros is None else zeros.repeat_interleave(size, 1)
+    zeros = grid.zero_points.repeat_interleave(size, 1) if values.asymmetric else None
+    return units, zeros
 
 
 def codes_of(problem: Problem, grid: OnGrid, kept: Tensor, values: Values) -> Codes:
     """The exact levels of weights that are on the grid but for rounding."""
     groups = (grid.weight / problem.scale).unflatten(1, (grid.scales.shape[1], -1))
-    zeros = grid.zero_points
-    wide = None if zeros is None else zeros[..., None]
-    levels = values.nearest(groups / grid.scales[..., None], wide).flatten(1) * kept
-    lowest = values.grid.levels.lowest
-    given = 0.0 if values.grid.levels.share else -lowest
-    return Codes(
-        levels, grid.scales, torch.full_like(grid.scales, given) if zeros is None else zeros
-    )
+    levels = values.nearest(groups / grid.scales[..., None], grid.zero_points[..., None])
+    return Codes(levels.flatten(1) * kept, grid.scales, grid.zero_points)
 
 
 class Projection:

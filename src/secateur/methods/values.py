@@ -118,15 +118,19 @@ class Values:
         """How many groups a row of so many inputs has."""
         return 1 if self.group is None else columns // self.group
 
-    def check(self, shape: tuple[int, int], name: str) -> None:
-        """Raise BadPattern where the groups do not divide the inputs of a matrix `[out, in]`."""
+    def check(self, shape: tuple[int, int], name: str, *, can_skip: bool = True) -> None:
+        """Raise BadPattern where the groups do not divide the inputs of a matrix `[out, in]`.
+
+        `can_skip`: whether the user may leave the matrix out, with --skip.
+        """
         if self.group and shape[1] % self.group:
-            fits = [g for g in self.grid.groups if g is None or not shape[1] % g]
-            ways = [f"'{replace(self, group=group)}'" for group in fits]
-            instead = f" or say {ways[0]}" if ways else ""
+            ways = [f"leave it out with --skip '*{name.rsplit('.', 1)[-1]}'"] * can_skip
+            fits = (g for g in self.grid.groups if g is None or not shape[1] % g)
+            ways += [f"say '{replace(self, group=group)}'" for group in fits][:1]
+            way = " or ".join(ways) or "choose other values"
             raise BadPattern(
                 f"{self} needs inputs in groups of {self.group}; {name} has {shape[1]}. "
-                f"Leave it out with --skip '*{name.rsplit('.', 1)[-1]}'{instead}."
+                f"{way[0].upper()}{way[1:]}."
             )
 
     def nearest(self, ratios: Tensor, zero_points: Tensor | None = None) -> Tensor:
@@ -149,6 +153,25 @@ class Values:
         if self.asymmetric:
             return highest - lowest < 2**self.grid.bits
         return (lowest >= self.grid.levels.lowest) & (highest <= self.grid.levels.highest)
+
+    @property
+    def zero_point(self) -> float:
+        """The code of level 0 where the grid is not asymmetric."""
+        return 0.0 if self.grid.levels.share else -self.grid.levels.lowest
+
+    def scales_of(self, weight: Tensor, share: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+        """Scales and zero points `[…, out, groups]` for weights `[out, groups, inputs]`.
+
+        The largest weight of a group is `share` times the highest level; of an asymmetric grid, the
+        span of a group that of all levels.
+        """
+        if not self.asymmetric:
+            scales = self.storable(share * weight.abs().amax(2) / self.grid.levels.highest)
+            return scales, torch.full_like(scales, self.zero_point)
+        lowest, highest = weight.amin(2).clamp_max(0), weight.amax(2).clamp_min(0)
+        most = 2**self.grid.bits - 1
+        scales = self.storable(share * (highest - lowest) / most)
+        return scales, (-lowest * share / scales).round().clamp(0, most)
 
     def storable(self, scales: Tensor) -> Tensor:
         """The scales, float32, rounded to what can be stored; 1 for what is not positive."""
@@ -185,6 +208,16 @@ def parse_values(text: str) -> Values | None:
     return Values(match[1], group, bool(match[2]), solver)
 
 
+def nearest_codes(weight: Tensor, values: Values) -> Codes:
+    """The nearest codes of a matrix `[out, in]`, float32: the largest weight of a group has the
+    highest level.
+    """
+    groups = weight.float().unflatten(1, (values.groups(weight.shape[1]), -1))
+    scales, zero_points = values.scales_of(groups)
+    levels = values.nearest(groups / scales[..., None], zero_points[..., None])
+    return Codes(levels.flatten(1) + 0, scales, zero_points)
+
+
 def find_codes(weight: Tensor, values: Values) -> Codes | None:
     """The levels and scales whose products are a stored matrix `[out, in]` to the bit.
 
@@ -210,9 +243,7 @@ def find_codes(weight: Tensor, values: Values) -> Codes | None:
         left = left[~right]
     if len(left):
         return None
-    zero_points = torch.full_like(
-        scales, 0.0 if values.grid.levels.share else -values.grid.levels.lowest
-    )
+    zero_points = torch.full_like(scales, values.zero_point)
     if values.asymmetric:
         zero_points = -levels.amin(1).clamp_max(0)
     shape = (out, values.groups(columns))

@@ -16,7 +16,7 @@ from torch import Tensor
 from secateur.checkpoints.quantised.packed import E2M1
 from secateur.checkpoints.record import record_of
 from secateur.errors import BadPattern
-from secateur.methods.values import Codes, Values, find_codes, parse_values
+from secateur.methods.values import Codes, Values, find_codes, nearest_codes, parse_values
 
 
 class Coded(NamedTuple):
@@ -33,22 +33,7 @@ def codes_of(weight: Tensor, values: Values) -> Coded:
     groups must divide the inputs (`Values.check`), and the weights be finite.
     """
     codes = find_codes(weight, values)
-    return Coded(_nearest(weight, values), True) if codes is None else Coded(codes, False)
-
-
-def _nearest(weight: Tensor, values: Values) -> Codes:
-    grid = values.grid
-    groups = _grouped(weight, values)
-    if values.asymmetric:
-        lowest, highest = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
-        steps = 2.0**grid.bits - 1
-        scales = values.storable((highest - lowest) / steps)
-        zero_points = (-lowest / scales).round().clamp(0, steps)
-    else:
-        scales = values.storable(groups.abs().amax(2) / grid.levels.highest)
-        zero_points = torch.full_like(scales, 0.0 if grid.levels.share else -grid.levels.lowest)
-    levels = values.nearest(groups / scales[..., None], zero_points[..., None])
-    return Codes(levels.flatten(1) + 0, scales, zero_points)
+    return Coded(nearest_codes(weight, values), True) if codes is None else Coded(codes, False)
 
 
 def _grouped(weight: Tensor, values: Values) -> Tensor:

@@ -73,7 +73,7 @@ def write(
     may_stay = {f"{module}.weight" for module in left_out(source.folder)}
     for name in matrices:
         if name not in may_stay:
-            wanted.check(_shape(source, name), name.removesuffix(".weight"))
+            wanted.check(_shape(source, name), name.removesuffix(".weight"), can_skip=False)
     packed, rounded = set[str](), list[str]()
 
     def parts(name: str, tensor: Tensor) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ def _on_grid(
             continue
         if name in may_stay and find_codes(source.tensor(name), grid) is None:
             continue
-        grid.check((shape[0], shape[1]), name.removesuffix(".weight"))
+        grid.check((shape[0], shape[1]), name.removesuffix(".weight"), can_skip=False)
         refuse_non_finite(name, source.tensor(name))
         chosen[name] = entry._replace(type=kind, grid=grid)
     return chosen

@@ -37,7 +37,6 @@ from secateur.evaluation.results.schema import SCHEMA, Results
 from secateur.methods import find_method
 from secateur.methods.pattern_text import parse
 from secateur.methods.structures import Structure
-from secateur.methods.values import AS_STORED
 from secateur.models.context import check_windows, reader_of
 from secateur.models.load import load, resolve
 from secateur.models.mapped_experts import spill_folder
@@ -304,8 +303,7 @@ def _make_rows(context: ComparisonContext, results: Results) -> None:
         for cell in asked.cells:
             row = context.row(cell, context.draws[0])
             results.rows.append(row)
-            if row.values == AS_STORED:
-                results.rows += recovered_rows(context, row, results.not_timed)
+            results.rows += recovered_rows(context, row, results.not_timed)
             if cell.calibrated:
                 results.rows += [context.row(cell, draw) for draw in context.draws[1:]]
         if asked.tolerance is not None:

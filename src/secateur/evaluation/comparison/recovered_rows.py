@@ -19,7 +19,7 @@ from secateur.evaluation.results.schema import Recovered, Row
 from secateur.models.context import check_windows, default_corpus
 from secateur.models.load import load
 from secateur.models.replay import LanguageModel
-from secateur.recovery.checks import pruning_record
+from secateur.recovery.checks import pruning_record, refuse_values
 from secateur.recovery.job import Dense, Job, Pruned
 from secateur.recovery.recover import dtype_of, rate_of
 from secateur.recovery.recover import run as run_recovery
@@ -121,11 +121,13 @@ def _fine_tune(context: ComparisonContext, planned: Recovered, pruned: Path, pla
     models = [
         load(folder, trust_remote_code=asked.trust.trust_remote_code) for folder in (pruned, dense)
     ]
+    model = Pruned(source, pruning_record(source), models[0])
+    refuse_values(model, planned.way)
     job = Job(
         training=Training(way=planned.way, steps=planned.steps, seed=planned.seed),
         rate=planned.rate,
         dtype=planned.dtype,
-        pruned=Pruned(source, pruning_record(source), models[0]),
+        pruned=model,
         dense=Dense(dense, models[1]),
         windows=context.training,
         destination=replace(asked.destination, out=place),

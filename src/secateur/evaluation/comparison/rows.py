@@ -75,6 +75,7 @@ class ComparisonContext:
         self.asked.progress.begin("evaluating the dense model")
         model = self.dense.language_model
         measured = measure(self.dense, None, self.asked.progress)
+        size = size_of(model, self.source.bytes, None)
         row = Row(
             method="dense",
             pattern="-",
@@ -87,8 +88,9 @@ class ComparisonContext:
             top1_agreement=1.0,
             seconds=asdict(Seconds()),
             peak_bytes=None,
-            disk_bytes=self.source.bytes,
-            **_plain_size(model, self.source.bytes),
+            disk_bytes=size.model_bytes,
+            bits=size.bits,
+            stored_as=size.stored_as,
             parameters=model.model.num_parameters(),
             loss=measured.loss.tolist(),
         )
@@ -156,7 +158,8 @@ class ComparisonContext:
     def _judged(self, report: Report, place: Path) -> Row:
         self.asked.progress.begin(f"evaluating {report.method} {report.pattern}")
         pruned, values = self._loaded(place), parse_values(report.values)
-        size = size_of(pruned, open_checkpoint(place).bytes, values)
+        left = [matrix.site for matrix in report.sites if matrix.pattern is None]
+        size = size_of(pruned, open_checkpoint(place).bytes, values, left)
         return Row(
             report.method,
             report.pattern,
@@ -190,12 +193,6 @@ class ComparisonContext:
     def _quality(self, model: LanguageModel) -> dict[str, Any]:
         measured = measure(self.dense.of(model), self.dense, self.asked.progress)
         return {**measured.beside(self.expected), "loss": measured.loss.tolist()}
-
-
-def _plain_size(language_model: LanguageModel, plain_bytes: int) -> dict[str, Any]:
-    """What the row of the model as it came says of its size."""
-    size = size_of(language_model, plain_bytes, None)
-    return {"bits": size.bits, "stored_as": size.stored_as}
 
 
 def _zeros(language_model: LanguageModel) -> float:

@@ -6,16 +6,17 @@ A plain checkpoint stores all weights, zeros too. Levels of a grid are stored si
 weight. What a file says of itself is left out; tests hold the figures against files.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
-from secateur.deployment.packing import can_pack
+from secateur.deployment.packing import LEAST, can_pack
 from secateur.kernels.packed import WORD
 from secateur.methods.values import Values
-from secateur.models.matrices import WeightMatrix, weight_matrices
+from secateur.models.matrices import weight_matrices
 from secateur.models.replay import LanguageModel
+from secateur.system.tensors import count_zeros
 
 PLAIN, SIDE_BY_SIDE, PACKED = "safetensors", "compressed-tensors", "packed"
 
@@ -28,49 +29,65 @@ class Size(NamedTuple):
     stored_as: str
 
 
-def size_of(language_model: LanguageModel, plain_bytes: int, values: Values | None) -> Size:
-    """The size of a model that takes so many `plain_bytes` of tensors as a plain checkpoint."""
-    matrices = [
-        matrix for block in language_model.blocks for matrix in weight_matrices(block).values()
-    ]
-    weights = sum(matrix.stored.numel() for matrix in matrices)
-    plain = sum(matrix.stored.nbytes for matrix in matrices)
+def size_of(
+    language_model: LanguageModel,
+    plain_bytes: int,
+    values: Values | None,
+    left_out: Container[str] = (),
+) -> Size:
+    """The size of a model that takes so many `plain_bytes` of tensors as a plain checkpoint.
+
+    The weight matrices that are `left_out`, by full name, are not on the grid and stay plain.
+    """
+    named = {
+        f"{language_model.block_name(index)}.{name}": matrix.weight
+        for index, block in enumerate(language_model.blocks)
+        for name, matrix in weight_matrices(block).items()
+    }
+    weights = sum(weight.numel() for weight in named.values())
+    plain = sum(map(plain_bits, named.values()))
     if values is None:
-        return Size(8 * plain / weights, plain_bytes, PLAIN)
-    kinds = {SIDE_BY_SIDE: side_by_side(matrices, values)}
-    if can_pack(values):
-        kinds[PACKED] = packed(matrices, values)
-    stored_as = min(kinds, key=lambda name: kinds[name])
-    bits = kinds[stored_as]
-    return Size(bits / weights, round(plain_bytes - plain + bits / 8), stored_as)
+        return Size(plain / weights, plain_bytes, PLAIN)
+    kinds = {SIDE_BY_SIDE: side_by_side} | ({PACKED: packed_bits} if can_pack(values) else {})
+    sizes = {
+        stored_as: sum(
+            plain_bits(weight) if name in left_out else bits_of(weight, values)
+            for name, weight in named.items()
+        )
+        for stored_as, bits_of in kinds.items()
+    }
+    stored_as = min(sizes, key=lambda name: sizes[name])
+    bits = sizes[stored_as]
+    return Size(bits / weights, plain_bytes + round((bits - plain) / 8), stored_as)
 
 
-def side_by_side(matrices: Iterable[WeightMatrix], values: Values) -> float:
-    """The bits of all levels and scales."""
-    return sum(
-        values.grid.bits * matrix.stored.numel() + _groups(matrix, values) * values.scale_bits
-        for matrix in matrices
-    )
+def plain_bits(weight: Tensor) -> int:
+    """The bits of a matrix as it is."""
+    return 8 * weight.numel() * weight.itemsize
 
 
-def packed(matrices: Iterable[WeightMatrix], values: Values) -> float:
-    """The bits of masks, of the levels that are not zero, and of scales.
+def side_by_side(weight: Tensor, values: Values) -> float:
+    """The bits of all levels and scales of a matrix `[out, in]`."""
+    return values.grid.bits * weight.numel() + _groups(weight, values) * values.scale_bits
+
+
+def packed_bits(weight: Tensor, values: Values) -> int:
+    """The bits of a mask, of the levels that are not zero, and of scales.
 
     As packed.c has them: levels of four bits or fewer two a byte, those of every word of the mask
-    from a byte of their own, with scales of bfloat16; those of eight with a float32 for each row.
+    from a byte of their own, with scales of bfloat16; those of eight with a float32 for each row. A
+    matrix with too few zeros stays plain.
     """
-    bits = 0
-    for matrix in matrices:
-        kept = nn.functional.pad(matrix.weight != 0, (0, -matrix.weight.shape[1] % WORD))
-        words = kept.unflatten(1, (-1, WORD)).sum(2)  # [out, words]
-        if values.name == "int8":
-            levels, scale = 8 * int(words.sum()), 32
-        else:
-            levels, scale = 8 * int(((words + 1) // 2).sum()), 16
-        bits += kept.numel() + levels + _groups(matrix, values) * scale
-    return bits
+    if count_zeros(weight) < LEAST * weight.numel():
+        return plain_bits(weight)
+    kept = nn.functional.pad(weight != 0, (0, -weight.shape[1] % WORD))
+    words = kept.unflatten(1, (-1, WORD)).sum(2)  # [out, words]
+    if values.name == "int8":
+        levels, scale = 8 * int(words.sum()), 32
+    else:
+        levels, scale = 8 * int(((words + 1) // 2).sum()), 16
+    return kept.numel() + levels + _groups(weight, values) * scale
 
 
-def _groups(matrix: WeightMatrix, values: Values) -> int:
-    rows, columns = matrix.weight.shape
-    return rows * values.groups(columns)
+def _groups(weight: Tensor, values: Values) -> int:
+    return len(weight) * values.groups(weight.shape[1])

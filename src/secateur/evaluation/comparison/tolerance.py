@@ -10,6 +10,7 @@ from secateur.evaluation.comparison.grid import SEARCHED, Cell
 from secateur.evaluation.comparison.rows import ComparisonContext
 from secateur.evaluation.results.schema import Row, ToleranceResult
 from secateur.methods.pattern_text import parse, share_of
+from secateur.methods.values import AS_STORED
 
 MOST = 95
 """Percent; a search ends there."""
@@ -18,8 +19,8 @@ MOST = 95
 def search_tolerance(
     context: ComparisonContext, cells: Sequence[Cell], rows: Sequence[Row], tolerance: float
 ) -> tuple[list[ToleranceResult], list[Row]]:
-    """For every method, rule and family of shares in `cells` how far it goes, and the rows that
-    were made to find out.
+    """For every method, rule and family of shares in `cells` how far it goes with values as stored,
+    and the rows that were made to find out.
 
     Between two percents the perplexity is taken to rise. Rows at hand are used; what a search
     passed by keeps its figures and loses its checkpoint.
@@ -27,7 +28,8 @@ def search_tolerance(
     dense = context.dense_row()
     most = dense.perplexity * (1 + tolerance)
     reached, made = list[ToleranceResult](), list[Row]()
-    shares = ((cell, share_of(cell.pattern)) for cell in cells)
+    plain = (cell for cell in cells if cell.values == AS_STORED)
+    shares = ((cell, share_of(cell.pattern)) for cell in plain)
     families = (replace(cell, pattern=share[1]) for cell, share in shares if share)
     for family in dict.fromkeys(families):
         if family.pattern not in SEARCHED:
@@ -97,6 +99,6 @@ def _bisect(
 def _percent(row: Row, family: Cell) -> int | None:
     """The whole percent of a row of a family, with values as stored; None for any other row."""
     share = share_of(row.pattern)
-    plain = row.values == "as stored" and row.recovered is None
+    plain = row.values == AS_STORED and row.recovered is None
     alike = share and Cell(row.method, share[1], row.allocation) == family
     return int(share[0]) if share and alike and plain and share[0].is_integer() else None

@@ -79,13 +79,12 @@ def _cells(row: Row) -> dict[str, Figure]:
     low, high = row.delta_interval
     delta = None if row.kind == "dense" else row.delta
     seconds = None if row.kind == "dense" else sum(row.seconds.values())
-    best_rank = float(row.rank.split(" ")[0].split("-")[0]) if row.rank else None
     return {
         **_names(method(row), row.pattern, row.kind),
         "sparsity": _figure(row.sparsity, "{:.2%}"),
         "perplexity": (number(row.perplexity), row.perplexity),
         "difference [95 % interval]": _figure(delta, f"{{:+.3g}} [{low:.3g}, {high:.3g}]"),
-        "rank": _figure(best_rank, row.rank),
+        "rank": _place(row.rank),
         "KL": _figure(row.kl, "{:.4f}"),
         "top-1": _figure(row.top1_agreement, "{:.1%}"),
         "parameters": _figure(row.parameters, _parameters(row.parameters or 0)),
@@ -104,12 +103,17 @@ def _with_bits(row: Row) -> dict[str, Figure]:
 
 def _size_cells(row: Row) -> dict[str, Figure]:
     """What a row takes in the format that is named, and its place among equal bytes."""
-    best_rank = float(row.byte_rank.split(" ")[0].split("-")[0]) if row.byte_rank else None
     return {
         "bits a weight": _figure(row.bits, "{:.2f}"),
         "stored as": _text(row.stored_as or "-"),
-        "rank at equal bytes": _figure(best_rank, row.byte_rank),
+        "rank at equal bytes": _place(row.byte_rank),
     }
+
+
+def _place(rank: str) -> Figure:
+    """A rank, sorted by the best place that it may be."""
+    best = float(rank.split(" ")[0].split("-")[0]) if rank else None
+    return _figure(best, rank)
 
 
 def _names(*texts: str) -> dict[str, Figure]:

@@ -42,8 +42,7 @@ class StraightThrough(nn.Module):
         matrices = matrices if weight.dim() == 3 else matrices[None]  # [matrices, out, in]
         groups = matrices.unflatten(2, (self.scales.shape[2], -1))
         ratios = groups / self.scales[..., None]
-        zeros = self.zero_points[..., None] if self.values.asymmetric else None
-        levels = self.values.nearest(ratios.detach(), zeros)
+        levels = self.values.nearest(ratios.detach(), self.zero_points[..., None])
         rounded = (_passing(ratios, levels) * self.scales[..., None]).flatten(2)
         rounded = torch.where(self.on_grid, rounded, matrices)
         stored = rounded if weight.dim() == 3 else rounded[0]
