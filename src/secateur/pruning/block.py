@@ -53,8 +53,8 @@ class PrunedBlock:
 class _Work:
     """A block while it is pruned: its matrices as they were (`dense`) and as they will be stored.
 
-    Of those that were pruned a note, how many weights the mask keeps, and inputs `[tokens, in]` to
-    measure errors on.
+    Of those that were pruned a note, with values on a grid how many weights the mask keeps, and
+    inputs `[tokens, in]` to measure errors on.
     """
 
     step: Step
@@ -136,7 +136,8 @@ def _solve(
         for name, pruned in zip(names, solved, strict=True):
             put(f"{step.name}.{name}", pruned.weight, (work.targets[name], step.matrices[name]))
             notes[name] = ", ".join(filter(None, (note, pruned.note)))
-            kept[name] = int(pruned.kept.sum())
+            if work.pruning.values is not None:
+                kept[name] = int(pruned.kept.sum())
     return notes, kept
 
 
@@ -165,8 +166,7 @@ def _report(work: _Work, name: str) -> MatrixReport:
     shown = None if pattern is None else str(pattern)
     count = count_zeros(matrix.weight)
     share = count / (rows * columns)
-    rounded = work.pruning.values is not None and short in work.kept
-    vanished = work.kept[short] - (rows * columns - count) if rounded else 0
+    vanished = work.kept[short] - (rows * columns - count) if short in work.kept else 0
     zeros = zeros_in_source(work.dense[short].weight, matrix.weight)
     return MatrixReport(name, (rows, columns), shown, share, error, note, *zeros, vanished)
 
