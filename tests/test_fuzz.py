@@ -532,7 +532,7 @@ def test_packed_tensors_of_another_size(spoilt, refused):
     refused(case, "export dense", "has another size than it had. Pack the model again.")
 
 
-@pytest.mark.parametrize("spoil", [{"values": lambda _: "int4"}, {"sha256": lambda _: 7}, {"header": lambda _: "[]"}])
+@pytest.mark.parametrize("spoil", [{"values": lambda _: "int5"}, {"sha256": lambda _: 7}, {"header": lambda _: "[]"}])
 def test_packed_shards_that_say_something_else(spoilt, refused, spoil):
     case = spoilt("packed")
     tell(case, **spoil)
