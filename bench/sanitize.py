@@ -25,12 +25,13 @@ from secateur.kernels import packed as module
 from secateur.kernels.counts import BITS, Counts, count_in_torch
 from secateur.kernels.gram import KINDS
 from secateur.kernels.masks import best_of_groups_in_torch, without_lowest_in_torch
+from secateur.kernels.rounding import Levels, best_scales_in_torch, round_columns_in_torch
 from secateur.methods.column_sweep import sweep_block_in_torch
 from secateur.methods.patterns import NM, Unstructured
 
 SOURCES = [
     str(Path(native.__file__).parent / "native" / f"{name}.c")
-    for name in ("packed", "packed4", "dense", "masks", "counts", "sweep", "gram")
+    for name in ("packed", "packed_levels", "dense", "masks", "counts", "sweep", "gram", "round")
 ]
 FLAGS = [
     "-O1",
@@ -64,6 +65,8 @@ def main() -> None:
         emulated = native.ISAS[best] != native.isa()
         uses = list(range(native.ISAS.index("avx512") if emulated else 0, best + 1))
         check(compiled, uses)
+        check_levels(compiled, uses)
+        check_rounding(compiled, uses)
         check_masks(compiled)
         check_counts(compiled, uses)
         check_sweep(compiled, uses)
@@ -143,6 +146,79 @@ def check(compiled: ctypes.CDLL, uses: list[int]) -> None:
             heap.empty()
             count += 1
     print(f"{count} products and unpackings, {', '.join(native.ISAS[use] for use in uses)}: nothing found")
+
+
+def check_levels(compiled: ctypes.CDLL, uses: list[int]) -> None:
+    heap, count = Heap(), 0
+    for bits, (rows, columns), sparsity in product((4, 3, 2), [*SHAPES, (6, 1344)], (0.0, 0.5, 0.97, 1.0)):
+        half, words = 2 ** (bits - 1), -(-columns // module.WORD)
+        kept = torch.rand(rows, columns) >= sparsity
+        levels = torch.randint(-half, half, (rows, columns)).float() * kept
+        groups = words if columns % module.WORD == 0 else 1
+        held = module.pack_levels(levels, torch.rand(rows, groups).bfloat16(), bits)
+        assert held.scales is not None
+        stored, sizes = (held.bitmap, held.values, held.starts, held.scales), (rows, words, groups, bits)
+        dense = levels * held.scales.float().repeat_interleave(-(-columns // groups), 1)[:, :columns]
+        places, sums = heap.put(*stored, torch.empty(rows)), torch.empty(rows)
+        compiled.secateur_sums_levels(*places, *sizes, 2)
+        ctypes.memmove(sums.data_ptr(), places[-1], 4 * rows)
+        assert torch.allclose(sums, dense.sum(1), atol=1e-3)
+        for batch, use, threads in product((1, 2, 3, 5, 8), uses, (1, 2)):
+            x = torch.zeros(batch, words * module.WORD)
+            x[:, :columns] = torch.randn(batch, columns)
+            y = torch.empty(batch, rows)
+            places = heap.put(*stored, sums, x, y)
+            assert compiled.secateur_multiply_levels(use, *places, *sizes, batch, threads) == 0
+            ctypes.memmove(y.data_ptr(), places[-1], 4 * y.numel())
+            wanted = x[:, :columns].double() @ dense.double().T
+            assert (y - wanted).abs().max() < 1e-4 * (1 + dense.abs().sum(1).max() * x.abs().max())
+            heap.empty()
+            count += 1
+        for use in uses:
+            out = torch.empty(rows, words * module.WORD)
+            places = heap.put(*stored, out)
+            compiled.secateur_widen_levels(use, *places, *sizes, 2)
+            ctypes.memmove(out.data_ptr(), places[-1], 4 * out.numel())
+            assert torch.equal(out[:, :columns], dense)
+            heap.empty()
+            count += 1
+    print(f"{count} products and unpackings of levels: nothing found")
+
+
+def check_rounding(compiled: ctypes.CDLL, uses: list[int]) -> None:
+    heap, count = Heap(), 0
+    integers, floats = Levels(-4.0, 3.0, 0.0, 1.0), Levels(-6.0, 6.0, 0.5, 0.5)
+    for use, (rows, width), levels, threads in product(uses, [(1, 1), (37, 24), (16, 120)], (integers, floats), (1, 2)):
+        values, units = torch.randn(rows, width), torch.rand(rows, width) * (torch.rand(rows, width) < 0.6)
+        factor = torch.randn(width, width).tril() / width + torch.eye(width)
+        zeros = torch.randint(8, (rows, width)).float() if levels is integers else None
+        for old, zero_points in ((None, None), (torch.randn(rows, width), zeros)):
+            wanted = values.clone()
+            round_columns_in_torch(wanted, units, factor, levels, old=old, zero_points=zero_points)
+            given = {"values": values, "old": old, "units": units, "zeros": zero_points, "factor": factor}
+            places = {name: None if one is None else heap.put(one)[0] for name, one in given.items()}
+            assert compiled.secateur_round_columns(use, *places.values(), rows, width, *levels, threads) == 0
+            found = torch.empty_like(values)
+            ctypes.memmove(found.data_ptr(), places["values"], 4 * values.numel())
+            assert (found - wanted).abs().gt(1e-4).float().mean() < 0.02  # a tie may fall to the other side
+            heap.empty()
+            count += 1
+    for use, (rows, groups, size), threads in product(uses, [(1, 1, 1), (9, 3, 64), (5, 2, 20)], (1, 2)):
+        weight, importance, scales = (
+            torch.randn(rows, groups, size),
+            torch.rand(groups, size),
+            torch.rand(7, rows, groups) + 0.1,
+        )
+        places = heap.put(weight, importance, scales)
+        chosen = torch.empty(rows, groups, dtype=torch.int64)
+        places += [None, *heap.put(chosen)]  # type: ignore[list-item]
+        sizes = (rows, groups, size, len(scales), *integers, threads)
+        assert compiled.secateur_best_scales(use, *places, *sizes) == 0
+        ctypes.memmove(chosen.data_ptr(), places[-1], 8 * chosen.numel())
+        assert torch.equal(chosen, best_scales_in_torch(weight, importance, scales, integers))
+        heap.empty()
+        count += 1
+    print(f"{count} blocks rounded and scales searched: nothing found")
 
 
 def check_masks(compiled: ctypes.CDLL) -> None:

@@ -257,9 +257,10 @@ def bytes_of(row: Row, out: Path, **how: Any) -> int:
     )
 
 
-@pytest.mark.parametrize("pattern", ["0%", "30%", "60%"])
-def test_what_is_left_out_or_has_few_zeros_takes_what_it_takes(options, tmp_path, pattern):
-    grid = {"methods": ["default"], "patterns": [pattern], "values": ["int4 of 64"], "skip": ["*up_proj", "*o_proj"]}
+@pytest.mark.parametrize(("pattern", "bits"), [("0%", 4), ("30%", 4), ("60%", 4), ("60%", 3), ("60%", 2)])
+def test_what_is_left_out_or_has_few_zeros_takes_what_it_takes(options, tmp_path, pattern, bits):
+    values = [f"int{bits} of 64"]
+    grid = {"methods": ["default"], "patterns": [pattern], "values": values, "skip": ["*up_proj", "*o_proj"]}
     row = secateur.compare(**options | grid, out=tmp_path).rows[1]
     assert row.stored_as == ("packed" if pattern == "60%" else "compressed-tensors")
     assert bytes_of(row, tmp_path) == pytest.approx(row.disk_bytes, rel=0.02)  # a header, and slack, of a small model

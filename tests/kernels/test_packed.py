@@ -22,8 +22,8 @@ from secateur.kernels.packed import (
     multiply,
     multiply_unpacked,
     pack,
-    pack_int4,
     pack_int8,
+    pack_levels,
 )
 from secateur.methods.values import Codes
 
@@ -86,15 +86,16 @@ def test_int8_products_equal_float64(shape, use):
             assert (got - wanted).abs().max() <= 2e-6 * max(1.0, wanted.abs().max().item()) * columns**0.5 + rounding
 
 
-def coded(rows: int, columns: int, groups: int, sparsity: float, seed: int = 0) -> Codes:
-    """Random levels of four bits, of which some rows are empty, some full and one has one left, and their scales."""
+def coded(rows: int, columns: int, groups: int, sparsity: float, seed: int = 0, bits: int = 4) -> Codes:
+    """Random levels of so many bits, of which some rows are empty, some full and one has one left, and their scales."""
     draw = torch.Generator().manual_seed(seed)
-    levels = torch.randint(-8, 7, (rows, columns), generator=draw).float()
+    half = 2 ** (bits - 1)
+    levels = torch.randint(-half, half - 1, (rows, columns), generator=draw).float()
     levels[levels >= 0] += 1  # none is zero before the zeros
     levels *= sparse(rows, columns, sparsity, seed=seed) != 0
     levels[-1:, 1:] = 0
     scales = (torch.rand(rows, groups, generator=draw) + 0.01).bfloat16().float()
-    return Codes(levels, scales, torch.full((rows, groups), 8.0))
+    return Codes(levels, scales, torch.full((rows, groups), float(half)))
 
 
 GROUPED = [(512, 256, 2), (37, 128, 1), (1, 64, 1), (13, 1, 1), (9, 65, 1), (64, 100, 1), (5, 1376, 1), (6, 1344, 21),
@@ -104,12 +105,13 @@ GROUPED = [(512, 256, 2), (37, 128, 1), (1, 64, 1), (13, 1, 1), (9, 65, 1), (64,
 @needs_library
 @pytest.mark.parametrize("use", available())
 @pytest.mark.parametrize("shape", GROUPED)
-def test_int4_products_equal_float64(shape, use):
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_products_of_levels_equal_float64(shape, use, bits):
     rows, columns, groups = shape
     before = torch.get_num_threads()
     for sparsity in (0.0, 0.5, 0.97, 1.0):
-        codes = coded(rows, columns, groups, sparsity)
-        held = pack_int4(codes.levels, codes.scales)
+        codes = coded(rows, columns, groups, sparsity, bits=bits)
+        held = pack_levels(codes.levels, codes.scales, bits)
         check(held)
         dense = codes.dense()
         for batch in (1, 2, 3, 5, MOST, MOST + 1):
@@ -126,15 +128,16 @@ def test_int4_products_equal_float64(shape, use):
 
 @given(
     rows=st.integers(1, 20), words=st.integers(1, 6), odd=st.integers(0, 63), sparsity=st.floats(0, 1),
-    seed=st.integers(0, 99),
+    seed=st.integers(0, 99), bits=st.integers(2, 4),
 )  # fmt: skip
-def test_packing_loses_nothing_of_levels_and_scales(rows, words, odd, sparsity, seed):
+def test_packing_loses_nothing_of_levels_and_scales(rows, words, odd, sparsity, seed, bits):
     columns, groups = 64 * words - odd, 1 if odd else words
-    codes = coded(rows, columns, groups, sparsity, seed)
-    held, middle = pack_int4(codes.levels, codes.scales), rows // 2
+    codes = coded(rows, columns, groups, sparsity, seed, bits)
+    held, middle = pack_levels(codes.levels, codes.scales, bits), rows // 2
     check(held)
     wanted = codes.dense()
-    parts = [pack_int4(codes.levels[part], codes.scales[part]) for part in (slice(0, middle), slice(middle, rows))]
+    halves = (slice(0, middle), slice(middle, rows))
+    parts = [pack_levels(codes.levels[part], codes.scales[part], bits) for part in halves]
     together = joined(parts[middle == 0 :])
     assert all(torch.equal(one, other) for one, other in zip(together.tensors, held.tensors, strict=True))
     assert held.kept == int(codes.levels.count_nonzero())
@@ -158,14 +161,24 @@ def test_matrices_packed_in_parts_are_those_packed_at_once(dtype):
     assert all(torch.equal(one, other) for one, other in zip(together.tensors, wanted.tensors, strict=True))
 
 
-def test_int4_takes_the_bytes_that_are_promised_and_refuses_small_groups():
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_levels_take_the_bytes_that_are_promised_and_refuse_small_groups(bits):
     kept = torch.rand(1024, 4096, generator=torch.Generator().manual_seed(0)) < 0.5
-    held = pack_int4(kept * 7.0, torch.ones(1024, 32))
-    assert held.bytes / kept.numel() == pytest.approx(1 / 8 + 1 / 4 + 2 / 128, abs=0.01)
+    held = pack_levels(kept * 1.0, torch.ones(1024, 32), bits)
+    assert held.bytes / kept.numel() == pytest.approx(1 / 8 + bits / 16 + 2 / 128, abs=0.01)
     with pytest.raises(
-        BadPattern, match=r"a multiple of 64 inputs, or for a row; found groups of 32\. Say 'int4 of group 64'"
+        BadPattern, match=rf"a multiple of 64 inputs, or for a row; found groups of 32\. Say 'int{bits} of group 64'"
     ):
-        pack_int4(torch.ones(2, 128), torch.ones(2, 4))
+        pack_levels(torch.ones(2, 128), torch.ones(2, 4), bits)
+
+
+def test_levels_lie_side_by_side_from_the_lowest_bit_on():
+    """Bytes worked out by hand: 3, -4, -1 are 011, 100, 111, written from the right."""
+    levels = torch.zeros(1, 65)
+    levels[0, [0, 7, 63, 64]] = torch.tensor([3.0, -4.0, -1.0, 2.0])
+    held = pack_levels(levels, torch.ones(1, 1), 3)
+    assert held.values[:3].tolist() == [0b11100011, 0b1, 0b010]
+    assert held.starts.tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -240,16 +253,18 @@ def test_what_was_changed_is_refused_or_harmless(which, place, by, cut):
 @needs_library
 @settings(max_examples=300)
 @given(
-    which=st.sampled_from(["bitmap", "values", "starts", "columns", "scales"]), place=st.integers(0, 10**6),
-    by=st.integers(1, 255), cut=st.sampled_from(["no", "rows", "columns", "dtype"]),
+    which=st.sampled_from(["bitmap", "values", "starts", "columns", "scales", "bits"]), place=st.integers(0, 10**6),
+    by=st.integers(1, 255), cut=st.sampled_from(["no", "rows", "columns", "dtype"]), bits=st.integers(2, 4),
 )  # fmt: skip
-def test_what_was_changed_of_int4_is_refused_or_harmless(which, place, by, cut):
-    codes = coded(9, 384, 3, 0.5)
-    held = pack_int4(codes.levels, codes.scales)
-    parts = {name: getattr(held, name) for name in ("bitmap", "values", "starts", "columns", "scales")}
+def test_what_was_changed_of_levels_is_refused_or_harmless(which, place, by, cut, bits):
+    codes = coded(9, 384, 3, 0.5, bits=bits)
+    held = pack_levels(codes.levels, codes.scales, bits)
+    parts = {name: getattr(held, name) for name in ("bitmap", "values", "starts", "columns", "scales", "bits")}
     tensor = parts[which]
     if which == "columns":
         parts["columns"] = (held.columns + by) % 4096
+    elif which == "bits":
+        parts["bits"] = None if cut == "dtype" else by % 10
     elif cut == "dtype":
         parts[which] = tensor.float()
     elif cut == "columns" and tensor.ndim == 2:
@@ -272,13 +287,13 @@ def test_what_was_changed_of_int4_is_refused_or_harmless(which, place, by, cut):
 
 def test_a_scale_is_wanted_for_every_row_and_group():
     codes = coded(6, 256, 2, 0.5)
-    held = pack_int4(codes.levels, codes.scales)
+    held = pack_levels(codes.levels, codes.scales, 4)
     assert held.scales is not None
     for scales in (None, codes.scales, held.scales[:5], held.scales[:, :0], held.scales.repeat(1, 2)[:, ::2]):
         with pytest.raises(BadCheckpoint, match="tensors of the wrong type or shape"):
-            check(Packed(held.bitmap, held.values, held.starts, held.columns, scales))
+            check(Packed(held.bitmap, held.values, held.starts, held.columns, scales, 4))
     with pytest.raises(BadCheckpoint, match="slack"):
-        check(Packed(held.bitmap, held.values[:-1], held.starts, held.columns, held.scales))
+        check(Packed(held.bitmap, held.values[:-1], held.starts, held.columns, held.scales, 4))
 
 
 def test_dtypes_and_slack_are_wanted():

@@ -101,11 +101,11 @@ class Crossovers:
 
     def __init__(self, dtype: torch.dtype, *, keep_dense: bool = False) -> None:
         self.dtype, self.keep_dense = dtype, keep_dense
-        self.measured: dict[tuple[int, int, float, torch.dtype], Crossover] = {}
+        self.measured: dict[tuple[object, ...], Crossover] = {}
 
     def of(self, packed: Packed) -> Crossover:
-        sparsity = round(20 * (1 - int(packed.starts[-1]) / (packed.rows * packed.columns))) / 20
-        kind = (packed.rows, packed.columns, sparsity, packed.values.dtype)
+        sparsity = round(20 * (1 - packed.kept / (packed.rows * packed.columns))) / 20
+        kind = (packed.rows, packed.columns, sparsity, packed.values.dtype, packed.bits)
         if kind not in self.measured:
             self.measured[kind] = measure_crossover(packed, self.dtype, keep_dense=self.keep_dense)
         return self.measured[kind]

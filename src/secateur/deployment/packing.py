@@ -13,7 +13,7 @@ from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import BadPattern
-from secateur.kernels.packed import WORD, Packed, joined, pack, pack_int4, pack_int8
+from secateur.kernels.packed import WORD, Packed, joined, pack, pack_int8, pack_levels
 from secateur.methods.values import (
     AS_STORED,
     SOLVERS,
@@ -26,7 +26,7 @@ from secateur.methods.values import (
 from secateur.system.tensors import count_zeros
 
 INTEGERS = ("int8", "int4", "int3", "int2")
-"""The grids that packed matrices can have. Levels of two and three bits take four."""
+"""The grids that packed matrices can have."""
 PACKED_VALUES = (AS_STORED, "int8", "int4", "int4 of group 64", "int4 of row", "int3", "int2")
 """What can be said of the values, for errors."""
 LEAST = 0.4
@@ -118,7 +118,7 @@ def _codes(weight: Tensor, values: Values) -> Codes | None:
 def _pack_codes(codes: Codes | None, weight: Tensor, values: Values) -> Packed:
     if values.name != "int8":
         codes = codes or nearest_codes(weight, values)
-        return pack_int4(codes.levels, codes.scales)
+        return pack_levels(codes.levels, codes.scales, values.grid.bits)
     if codes is None:
         return pack_int8(weight)
     return replace(pack(codes.levels.to(torch.int8)), scales=codes.scales[:, 0].contiguous())

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from torch import Tensor
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
-PACKED_KINDS = ("f32", "bf16", "i8", "i4")
-"""The values of packed matrices, as packed.c and packed4.c call them."""
+PACKED_KINDS = ("f32", "bf16", "i8", "levels")
+"""The values of packed matrices, as packed.c and packed_levels.c call them."""
 
 
 @cache
@@ -26,15 +26,16 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """A compiled library whose functions know their arguments."""
     whole, size, place = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     for kind in PACKED_KINDS:
-        beside = {"i8": 1, "i4": 2}.get(kind, 0)  # scales, sums
-        sizes = [size] * (3 if kind == "i4" else 2)
+        beside = {"i8": 1, "levels": 2}.get(kind, 0)  # scales, sums
+        sizes = [size, size, size, whole] if kind == "levels" else [size, size]
         multiply = getattr(loaded, f"secateur_multiply_{kind}")
         multiply.argtypes = [whole, *[place] * (5 + beside), *sizes, whole, whole]
-    for name in ("unpack_f32", "unpack_bf16", "widen_bf16", "widen_i8", "widen_i4"):
-        unpack, sizes = getattr(loaded, f"secateur_{name}"), [size] * (3 if "i4" in name else 2)
-        unpack.argtypes, unpack.restype = [whole, *[place] * 5, *sizes, whole], None
-    sums = loaded.secateur_sums_i4
-    sums.argtypes, sums.restype = [*[place] * 5, size, size, size, whole], None
+        for unpack in ("unpack", "widen"):
+            if function := getattr(loaded, f"secateur_{unpack}_{kind}", None):
+                function.argtypes = [whole, *[place] * 5, *sizes, whole]
+                function.restype = None
+    sums = loaded.secateur_sums_levels
+    sums.argtypes, sums.restype = [*[place] * 5, size, size, size, whole, whole], None
     loaded.secateur_dense_bf16.argtypes = [whole, *[place] * 3, size, size, whole]
     loaded.secateur_dense_i8.argtypes = [whole, *[place] * 4, size, size, whole]
     loaded.secateur_without_lowest.argtypes = [*[place] * 2, size, size, whole]

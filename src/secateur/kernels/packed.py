@@ -2,9 +2,9 @@
 
 At batch 1 a matrix product reads every weight once and does little with it, so what counts is
 bytes: with half of the weights gone, bfloat16 takes 1.125 bytes a weight instead of 2, int8 values
-0.625 and values of four bits 0.4. The products are in packed.c and packed4.c, which are compiled
-with the package where there is a compiler; without it matrices are unpacked, row by row, and
-multiplied by torch.
+0.625, values of four bits 0.4 and of three 0.34. The products are in packed.c and packed_levels.c,
+which are compiled with the package where there is a compiler; without it matrices are unpacked, row
+by row, and multiplied by torch.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ WORD, SLACK, MOST = 64, 64, 8
 """Columns of a word of the bitmap, bytes that follow the last value, rows of x of one product."""
 ROWS_AT_ONCE = 1024
 """How many rows are unpacked at a time for a larger batch."""
-FOUR_BITS = torch.uint8
-"""The dtype of values of four bits, two a byte."""
-KINDS = dict(zip((torch.float32, torch.bfloat16, torch.int8, FOUR_BITS), PACKED_KINDS, strict=True))
-"""The values that there are products for, as packed.c calls them."""
+LEVELS = torch.uint8
+"""The dtype of values of four bits or fewer, side by side."""
+KINDS = dict(zip((torch.float32, torch.bfloat16, torch.int8, LEVELS), PACKED_KINDS, strict=True))
+"""The values that there are products for, as the library calls them."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class Packed:
     value of every row. Bit j of word k is column 64 k + j. int8 values have `scales` float32
     `[rows]`: the weight is the value times the scale of its row.
 
-    Values of four bits, -8 to 7, are `values` uint8 `[bytes + slack]`, two a byte, the first in the
-    lower half; those of every word begin at a byte of their own. Their `scales` are bfloat16
-    `[rows, groups]`, each for as many consecutive words as the others.
+    Values of few `bits`, four to two with a sign, are `values` uint8 `[bytes + slack]`, side by
+    side from the lowest bit of a byte on; those of every word begin at a byte of their own, and
+    `starts` count bytes. Their `scales` are bfloat16 `[rows, groups]`, each for as many consecutive
+    words as the others.
     """
 
     bitmap: Tensor
@@ -45,6 +46,7 @@ class Packed:
     starts: Tensor
     columns: int
     scales: Tensor | None = None
+    bits: int | None = None
 
     @property
     def rows(self) -> int:
@@ -57,23 +59,25 @@ class Packed:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Its rows, its words and, with values of four bits, its groups, as the library asks."""
-        groups = (self.scales.shape[1],) if self.scales is not None and self.scales.ndim > 1 else ()
-        return (*self.bitmap.shape, *groups)
+        """Its rows, its words and, with values of few bits, its groups and those bits, as the
+        library asks.
+        """
+        if self.bits is None or self.scales is None:
+            return tuple(self.bitmap.shape)
+        return (*self.bitmap.shape, self.scales.shape[1], self.bits)
 
     @cached_property
     def sums(self) -> Tensor:
-        """The weights of each row of values of four bits added up, float32 `[rows]`."""
+        """The weights of each row of values of few bits added up, float32 `[rows]`."""
         compiled, sums = library(), torch.empty(self.rows)
         assert compiled is not None
-        compiled.secateur_sums_i4(*addresses(*self.tensors, sums), *self.sizes, 1)
+        compiled.secateur_sums_levels(*addresses(*self.tensors, sums), *self.sizes, 1)
         return sums
 
     @cached_property
     def places(self) -> list[int]:
         """Where its tensors lie; looked up once, since small products take microseconds."""
-        four_bits = self.values.dtype == FOUR_BITS
-        return addresses(*self.tensors, *([self.sums] if four_bits else []))
+        return addresses(*self.tensors, *([] if self.bits is None else [self.sums]))
 
     @cached_property
     def kept(self) -> int:
@@ -90,19 +94,19 @@ class Packed:
     ) -> Tensor:
         """Some rows as a dense matrix, zeros +0.0; a view of a wider one where a word is not full.
 
-        As they are stored, int8 and four bits as float32; `dtype` float32 is given as fast.
+        As they are stored, int8 and few bits as float32; `dtype` float32 is given as fast.
         """
         stop = self.rows if stop is None else stop
         given = self.values.dtype
         wide = self.scales is not None or (given == torch.bfloat16 and dtype == torch.float32)
         out_dtype = torch.float32 if wide else given
         if (compiled := library()) is not None and given in KINDS:
-            _, words, *groups = self.sizes
+            _, words, *others = self.sizes
             out = torch.empty(stop - start, words * WORD, dtype=out_dtype)
             unpack = getattr(compiled, f"secateur_{'widen' if wide else 'unpack'}_{KINDS[given]}")
             places = addresses(self.bitmap[start:], self.values, self.starts[start:])
             scales = None if self.scales is None else self.scales[start:].data_ptr()
-            size = (stop - start, words, *groups, torch.get_num_threads())
+            size = (stop - start, words, *others, torch.get_num_threads())
             unpack(best(), *places, scales, out.data_ptr(), *size)
             return out[:, : self.columns].to(dtype)
         weight = torch.zeros(stop - start, self.columns, dtype=out_dtype)
@@ -122,15 +126,18 @@ class Packed:
     def _values(self, start: int, stop: int) -> Tensor:
         """The values of some rows, one after the other."""
         stored = self.values[int(self.starts[start]) : int(self.starts[stop])]
-        if stored.dtype != FOUR_BITS:
+        if self.bits is None:
             return stored
-        halves = torch.stack([stored << 4, stored], 1).view(torch.int8).flatten() >> 4
-        return halves[torch.from_numpy(_halves(_counts(self.bitmap[start:stop])))]
+        bits = np.unpackbits(stored.numpy(), bitorder="little")
+        places = _bit_places(_counts(self.bitmap[start:stop]), self.bits)
+        levels = np.packbits(bits[places], axis=1, bitorder="little")[:, 0]
+        above = 8 - self.bits
+        return torch.from_numpy(levels << above).view(torch.int8) >> above
 
 
 def pack(weight: Tensor) -> Packed:
     """Pack a matrix `[rows, columns]` on the CPU. Raises BadCheckpoint for another dtype."""
-    if weight.dtype not in (*KINDS, torch.float16) or weight.dtype == FOUR_BITS:
+    if weight.dtype not in (*KINDS, torch.float16) or weight.dtype == LEVELS:
         raise BadCheckpoint(
             f"Matrices of float32, bfloat16 and float16 can be packed; found {weight.dtype}."
         )
@@ -151,26 +158,27 @@ def pack_int8(weight: Tensor) -> Packed:
     return replace(pack(whole), scales=scales)
 
 
-def pack_int4(levels: Tensor, scales: Tensor) -> Packed:
-    """Pack a matrix in levels `[rows, columns]`, whole numbers of -8 to 7, and scales `[rows,
-    groups]`, which bfloat16 holds, as values of four bits. A level of 0 is not stored.
+def pack_levels(levels: Tensor, scales: Tensor, bits: int) -> Packed:
+    """Pack a matrix in levels `[rows, columns]`, integers of 2 to 4 `bits` with a sign, and scales
+    `[rows, groups]`, which bfloat16 holds. A level of 0 is not stored.
 
     Raises BadPattern for groups that are no whole words.
     """
     columns, groups = levels.shape[1], scales.shape[1]
     if groups > 1 and columns % (groups * WORD):
         raise BadPattern(
-            f"Packed int4 has a scale for each group of a multiple of {WORD} inputs, or for a row; "
-            f"found groups of {columns // groups}. Say 'int4 of group {WORD}' or 'int4 of row'."
+            f"Packed integers have a scale for each group of a multiple of {WORD} inputs, or for a "
+            f"row; found groups of {columns // groups}. Say 'int{bits} of group {WORD}' or "
+            f"'int{bits} of row'."
         )
     kept = levels != 0
     bitmap = _bitmap(kept)
-    starts = row_starts(bitmap, FOUR_BITS)
-    halves = torch.zeros(2 * (int(starts[-1]) + SLACK), dtype=torch.uint8)
-    places = torch.from_numpy(_halves(_counts(bitmap)))
-    halves[places] = levels[kept].to(torch.int8).view(torch.uint8) & 15
-    values = halves[::2] | halves[1::2] << 4
-    return Packed(bitmap, values, starts, columns, scales.to(torch.bfloat16).contiguous())
+    starts = row_starts(bitmap, bits)
+    stored = np.zeros(8 * (int(starts[-1]) + SLACK), dtype=np.uint8)
+    chosen = levels[kept].to(torch.int8).numpy().view(np.uint8)[:, None]
+    stored[_bit_places(_counts(bitmap), bits)] = chosen >> np.arange(bits, dtype=np.uint8) & 1
+    values = torch.from_numpy(np.packbits(stored, bitorder="little"))
+    return Packed(bitmap, values, starts, columns, scales.to(torch.bfloat16).contiguous(), bits)
 
 
 def _bitmap(kept: Tensor) -> Tensor:
@@ -184,10 +192,12 @@ def _counts(bitmap: Tensor) -> np.ndarray:
     return np.bitwise_count(bitmap.contiguous().numpy().view(np.uint64))
 
 
-def _halves(counts: np.ndarray) -> np.ndarray:
-    """At which half of a byte each value lies: a word of an odd number leaves one out."""
-    odd = (counts & 1).ravel().astype(np.int64)
-    return np.arange(counts.sum(dtype=np.int64)) + np.repeat(odd.cumsum() - odd, counts.ravel())
+def _bit_places(counts: np.ndarray, bits: int) -> np.ndarray:
+    """Where the bits of each value lie `[values, bits]`: those of a word from a whole byte on."""
+    each = counts.ravel().astype(np.int64)
+    unused = -each * bits % 8
+    first = np.arange(each.sum()) * bits + np.repeat(unused.cumsum() - unused, each)
+    return first[:, None] + np.arange(bits)
 
 
 def joined(parts: Sequence[Packed]) -> Packed:
@@ -205,6 +215,7 @@ def joined(parts: Sequence[Packed]) -> Packed:
         torch.cat([*starts, end]),
         first.columns,
         torch.cat(scales) if scales else None,
+        first.bits,
     )
 
 
@@ -216,13 +227,13 @@ def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().clamp(-127, 127).to(torch.int8), scales
 
 
-def row_starts(bitmap: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Where the values of every row begin, and their number last: int64 `[rows + 1]`; bytes for a
-    `dtype` of four bits.
+def row_starts(bitmap: Tensor, bits: int | None = None) -> Tensor:
+    """Where the values of every row begin, and their number last: int64 `[rows + 1]`; of values of
+    few `bits`, which byte.
     """
     counts = _counts(bitmap)
-    if dtype == FOUR_BITS:
-        counts = (counts + 1) // 2
+    if bits is not None:
+        counts = (counts.astype(np.int64) * bits + 7) // 8
     sums = torch.from_numpy(counts.sum(1, dtype=np.int64))
     return torch.cat([torch.zeros(1, dtype=torch.int64), sums]).cumsum(0)
 
@@ -243,7 +254,7 @@ def check(packed: Packed, name: str = "A packed matrix") -> None:
     if not sound:
         raise BadCheckpoint(f"{name} has tensors of the wrong type or shape. Pack the model again.")
     beyond = bitmap.shape[1] * WORD > columns and (bitmap[:, -1] >> (columns % WORD)).any()
-    if not torch.equal(starts, row_starts(bitmap, values.dtype)) or beyond:
+    if not torch.equal(starts, row_starts(bitmap, packed.bits)) or beyond:
         raise BadCheckpoint(
             f"{name} has a bitmap that does not agree with where its rows start. Pack it again."
         )
@@ -256,9 +267,11 @@ def check(packed: Packed, name: str = "A packed matrix") -> None:
 def _scales_fit(packed: Packed) -> bool:
     """Whether the scales are those of such values, as many as there are rows and groups."""
     values, scales, (rows, words) = packed.values, packed.scales, packed.bitmap.shape
+    if (values.dtype == LEVELS) != (packed.bits in (4, 3, 2)):
+        return False
     if scales is None:
-        return values.dtype not in (torch.int8, FOUR_BITS)
-    if values.dtype == FOUR_BITS:
+        return values.dtype not in (torch.int8, LEVELS)
+    if values.dtype == LEVELS:
         shaped = scales.dim() == 2 and scales.shape[1] > 0 and words % scales.shape[1] == 0
         return shaped and scales.dtype == torch.bfloat16 and len(scales) == rows
     return (values.dtype, scales.dtype, scales.shape) == (torch.int8, torch.float32, (rows,))
@@ -267,8 +280,8 @@ def _scales_fit(packed: Packed) -> bool:
 def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     """Multiply x `[…, columns]` by the matrix transposed: `[…, rows]` in the dtype of x.
 
-    bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8 and int4
-    ones take them as float32, or as integers of 16 bits. Larger batches than `MOST` are taken by
+    bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8
+    and fewer bits take them as float32, or as integers of 16 bits. Larger batches than `MOST` are taken by
     and by. Without the library the matrix is unpacked. `use` forces an instruction set of `ISAS`
     that this machine has, for tests.
     """

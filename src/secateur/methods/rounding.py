@@ -8,13 +8,13 @@ dense weights, not at the pruned ones, in the coordinates of least_squares.py:
     sweep     then GPTQ: column by column, later columns take up the errors (Frantar et al. 2023,
               arXiv:2210.17323), pruned ones are rounded to 0
     act-order the sweep, but the columns with the largest inputs first
-    descent   the sweep, then coordinate descent: each weight the best level while all others stand
+    descent   that, then coordinate descent: each weight the best level while all others stand
               (QuantEase, Behdin et al. 2023, arXiv:2309.01885, eq. 8), and scales by least squares
     joint     ADMM whose projection is the pattern and the grid at once, for methods by ADMM; then
               as before
 
 GPTQ's sweep has no way back for what it has rounded, and with a mask it leaves errors on pruned
-weights, from which they go on. Descent starts at the sweep and can only come nearer: each of its
+weights, from which they go on. Descent starts where it ends and can only come nearer: each of its
 steps lowers ‖(W − Q) X‖² as it is damped. A plain quantised model is a pattern of 0 %.
 """
 
@@ -110,9 +110,9 @@ def codes_for(pruned: Pruned, dense: Tensor, stats: Stats, values: Values) -> Co
     if values.solver == "nearest":
         return codes_of(problem, grid, kept, values)
     problem = damped(problem, start, stats)
-    order = largest_first(problem) if values.solver == "act-order" else slice(None)
+    order = slice(None) if values.solver == "sweep" else largest_first(problem)
     answers = stats.once(
-        ("rounding", values.solver == "act-order"),
+        ("rounding", values.solver == "sweep"),
         lambda: responses(problem.gram[order][:, order], WIDTH),
     )
     grid = sweep(answers.to(dense.device), problem, start, kept, grid, values, order)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from secateur.checkpoints.quantised.packed import E2M1
 from secateur.checkpoints.record import record_of
-from secateur.errors import BadPattern
+from secateur.errors import BadPattern, UnknownName
 from secateur.methods.values import Codes, Values, find_codes, nearest_codes, parse_values
 
 
@@ -80,7 +80,7 @@ def values_of(folder: Path) -> Values | None:
     text = (record_of(folder) or {}).get("values")
     try:
         return parse_values(text) if isinstance(text, str) else None
-    except BadPattern:  # of a version with other grids
+    except (BadPattern, UnknownName):  # of a version with other grids
         return None
 
 

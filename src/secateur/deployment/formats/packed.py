@@ -4,16 +4,16 @@ For every shard of the dense checkpoint there is a safetensors file `packed-<sha
 matrix with enough zeros is in it
 
     <tensor>.bitmap   int64 [rows, words]   bit j of word k: is the weight in column 64 k + j kept?
-    <tensor>.scales   with int8 values float32 [rows]: weight = value * its row's scale; with int4
-                      bfloat16 [rows, groups], each for as many consecutive columns
+    <tensor>.scales   with int8 values float32 [rows]: weight = value * its row's scale; with fewer
+                      bits bfloat16 [rows, groups], each for as many consecutive columns
     <tensor>.values   [kept + slack]        the kept weights, row by row, then 64 bytes of zeros;
-                      int4: uint8, two a byte, the first in the lower half, from -8 to 7, those of
-                      every word from a whole byte on
+                      int4, int3, int2: uint8, integers with a sign side by side from the lowest
+                      bit on, those of every word from a whole byte on
 
 and everything else as it was. The file's metadata hold one entry, `secateur.packed`, a JSON object:
 `layout` 1, `values`, `exact`, `columns` by tensor, and of the dense shard its `header` and
 `sha256`, from which it is restored as it was. With 16 bits half of the weights take 56 % of the
-bytes, 30 % of them 36 %; with four bits 20 % and 15 %. Integers are `exact` where the weights lie
+bytes, 30 % of them 36 %; with four bits 20 % and 15 %, with three 17 % and 13 %. Integers are `exact` where the weights lie
 on their grid; other weights are rounded, and come back as float32.
 
 A matrix is packed some rows at a time and written before the next one is read, so that little more
@@ -45,7 +45,7 @@ from secateur.deployment.packing import (
     rows_of,
 )
 from secateur.errors import BadCheckpoint, BadPattern, UnsupportedModel, in_one_line
-from secateur.kernels.packed import SLACK, Packed, check, row_starts
+from secateur.kernels.packed import LEVELS, SLACK, Packed, check, row_starts
 from secateur.methods.values import AS_STORED, Values
 from secateur.models.stored import stored_matrices
 from secateur.system.files import file_sha256, refuse_odd_files
@@ -146,6 +146,12 @@ class Shard:
     names: tuple[str, ...]
 
     @property
+    def bits(self) -> int | None:
+        """The bits of its integers, None where values are as stored."""
+        values = packed_values(self.description["values"])
+        return values and values.grid.bits
+
+    @property
     def exact(self) -> bool:
         """Whether what was packed comes back to the bit."""
         return self.description.get("exact", self.description["values"] == AS_STORED)
@@ -181,7 +187,8 @@ class Shard:
         if bitmap.dtype != torch.int64 or bitmap.dim() != 2:
             raise BadCheckpoint(f"{where} has a bitmap of {bitmap.dtype} {list(bitmap.shape)}.")
         columns = self.description["columns"][name]
-        packed = Packed(bitmap, values, row_starts(bitmap, values.dtype), columns, scales)
+        bits = self.bits if values.dtype == LEVELS else None
+        packed = Packed(bitmap, values, row_starts(bitmap, bits), columns, scales, bits)
         check(packed, where)
         return packed
 

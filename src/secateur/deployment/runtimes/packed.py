@@ -3,7 +3,7 @@
 Matrices are packed as they are read, so that the dense model is never in memory. Beside them the
 same with dense matrices, so that one sees what the kernels give without zeros: the ratio of
 `packed` to `own-dense` is the gain by zeros alone. Both exist with int8 values too, packed ones
-with int4.
+with int4, or with fewer bits where the folder has them.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from secateur.checkpoints.folder import FLOATS, open_checkpoint
-from secateur.checkpoints.record import record_of
+from secateur.deployment.formats.codes import values_of
 from secateur.deployment.packed_loading import ModuleOf, load_packing
 from secateur.deployment.packed_model import own_products
 from secateur.deployment.packing import (
     LEAST,
+    can_pack,
     enough_zeros,
     fitting,
     pack_rows,
@@ -31,6 +32,9 @@ from secateur.errors import UnsupportedModel
 from secateur.kernels.library import isa
 from secateur.kernels.packed import Packed
 from secateur.methods.values import AS_STORED
+
+LIKE = {"int8": ("int8",), "int4": ("int4", "int3", "int2")}
+"""The grids of a folder that are taken as they are where values of such a kind are wanted."""
 
 
 def missing() -> str | None:
@@ -50,8 +54,9 @@ def no_dense() -> str | None:
 def load_packed(folder: Path, dtype: torch.dtype, *, values: str, **trust: Any) -> Stepped:
     """Raises UnsupportedModel where no matrix has enough zeros to be packed."""
     source, packed = open_checkpoint(folder), list[str]()
-    of_folder = str((record_of(folder) or {}).get("values", ""))
-    wanted = packed_values(of_folder if of_folder.startswith(f"{values} of ") else values)
+    of_folder, wanted = values_of(folder), packed_values(values)
+    if wanted and of_folder and of_folder.name in LIKE[wanted.name] and can_pack(of_folder):
+        wanted = packed_values(str(of_folder))
 
     def read(module_of: ModuleOf) -> Iterator[tuple[str, Tensor | Packed]]:
         for name, place in source.places.items():

@@ -74,19 +74,17 @@ def side_by_side(weight: Tensor, values: Values) -> float:
 def packed_bits(weight: Tensor, values: Values) -> int:
     """The bits of a mask, of the levels that are not zero, and of scales.
 
-    As packed.c has them: levels of four bits or fewer two a byte, those of every word of the mask
-    from a byte of their own, with scales of bfloat16; those of eight with a float32 for each row. A
-    matrix with too few zeros stays plain.
+    As packed.c and packed_levels.c have them: levels of four bits or fewer side by side, those of every
+    word of the mask from a byte of their own, with scales of bfloat16; those of eight with a
+    float32 for each row. A matrix with too few zeros stays plain.
     """
     if count_zeros(weight) < LEAST * weight.numel():
         return plain_bits(weight)
     kept = nn.functional.pad(weight != 0, (0, -weight.shape[1] % WORD))
     words = kept.unflatten(1, (-1, WORD)).sum(2)  # [out, words]
-    if values.name == "int8":
-        levels, scale = 8 * int(words.sum()), 32
-    else:
-        levels, scale = 8 * int(((words + 1) // 2).sum()), 16
-    return kept.numel() + levels + _groups(weight, values) * scale
+    levels = 8 * int(((values.grid.bits * words + 7) // 8).sum())
+    scale = 32 if values.name == "int8" else values.scale_bits
+    return kept.numel() + levels + _groups(weight, values) * int(scale)
 
 
 def _groups(weight: Tensor, values: Values) -> int:

@@ -1,4 +1,4 @@
-/* What packed.c, packed4.c and dense.c share: batches, activations as bytes, sums over a vector. */
+/* What packed.c, packed_levels.c and dense.c share: batches, activations as bytes, sums over a vector. */
 #ifndef SECATEUR_PACKED_H
 #define SECATEUR_PACKED_H
 #include "native.h"
