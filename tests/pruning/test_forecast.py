@@ -12,7 +12,9 @@ from secateur import errors
 from secateur.data.windows import Windows
 from secateur.methods import METHODS, find_method
 from secateur.methods.pattern_text import parse_pattern
+from secateur.methods.rounding import with_values
 from secateur.methods.statistics import Stats
+from secateur.methods.values import parse_values
 from secateur.models.hooks import recorded_inputs
 from secateur.models.load import replayable
 from secateur.models.replay import Shell, run_block
@@ -33,12 +35,15 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("values", ["as stored", "int4 of row", "int3 of 64 by sweep", "int4 of 32 by nearest"])
 @pytest.mark.parametrize(
     "name", [*METHODS, "sweep+refit", "wanda+refit", "alps-fast+dense-target", "sweep+dense-target"]
 )
-def test_the_formula_of_a_method_is_what_it_does(name):
+def test_the_formula_of_a_method_is_what_it_does(name, values):
     rows, columns = 48, 64
     method, draw = find_method(name), torch.Generator().manual_seed(0)
+    if kind := parse_values(values):
+        method = with_values(method, kind)
     x, weight = torch.randn(256, columns, generator=draw), torch.randn(rows, columns, generator=draw)
     gram = (x.T @ x).double()
     sums = {"gram": gram, "square": gram.diagonal(), **({"cross": gram} if "cross" in method.need else {})}
@@ -93,6 +98,18 @@ def test_the_operations_of_a_run_are_those_forecast(folder, method, passes):
     run = {"method": method, "pattern": "50%", "batch_size": 2}
     found = counted(lambda: secateur.prune_model(language_model, windows, passes=passes, **run))
     assert forecast(folder, **run).operations[passes].total == pytest.approx(found, rel=1e-9)
+
+
+@pytest.mark.parametrize("pattern", ["0%", "50%"])
+@pytest.mark.parametrize("values", ["int4 of group 32", "int3 of row by sweep"])
+def test_the_operations_of_a_run_with_values_are_those_forecast(folder, pattern, values):
+    language_model = replayable(tiny_model("llama"))
+    windows = Windows(torch.randint(0, 128, (6, 32)), "test", "train", 0, 192)
+    run = {"method": "default", "pattern": pattern, "values": values, "batch_size": 2}
+    found = counted(lambda: secateur.prune_model(language_model, windows, passes="one", **run))
+    said = forecast(folder, **run)
+    assert said.operations["one"].total == pytest.approx(found, rel=1e-9)
+    assert f"with default to {pattern} and {values}: 6 windows" in lines(said)[1]
 
 
 def test_one_pass_takes_less_work_and_more_memory(folder):
@@ -167,6 +184,8 @@ def test_sites_that_are_left_out_are_not_counted(folder):
             "makes a smaller model, and what that takes is not forecast",
         ),
         ({"pattern": "5:17"}, errors.BadPattern, "5:17 needs inputs in groups of 17; model.layers.0.self_attn.q_proj"),
+        ({"values": "int4"}, errors.BadPattern, "int4 of group 128 needs inputs in groups of 128; model.layers.0.self"),
+        ({"values": "int5"}, errors.BadPattern, "'int5' is no kind of values"),
         ({"memory": "much"}, errors.UnknownName, "There is no size 'much'"),
         ({"passes": "three"}, errors.UnknownName, "There is no number of passes 'three'"),
         (

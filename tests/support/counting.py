@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from secateur.kernels import gram
+from secateur.kernels import gram, rounding
 from secateur.methods import column_sweep as sweep
 from secateur.pruning.planning.meta import attention
 
@@ -18,7 +18,7 @@ from secateur.pruning.planning.meta import attention
 def counted(work: Callable[[], object]) -> float:
     """The matrix operations of `work()`, counted while it runs on the CPU; attention with no use of its mask."""
     with ExitStack() as stack:
-        for module in (gram, sweep):  # what is compiled cannot be counted
+        for module in (gram, sweep, rounding):  # what is compiled cannot be counted
             stack.enter_context(patch.object(module, "library", lambda: None))
         counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=_FORMULAS))
         work()

@@ -70,7 +70,6 @@ def prune(
     Trust,
     without=(
         "align",
-        "values",
         "keep_zeros",
         "draft_heads",
         "out",
@@ -91,8 +90,8 @@ def plan(
     """Say what a run will take, from config.json alone; with --out, measure how much each matrix
     can lose.
 
-    What is measured is a plan to edit or to prune by (--allocate FILE). --passes and --memory are
-    for the forecast, --allocate and --seed for the plan.
+    What is measured is a plan to edit or to prune by (--allocate FILE). --values, --passes and
+    --memory are for the forecast, --allocate and --seed for the plan.
     """
     if out is None:
         from secateur.pruning.planning.forecast import lines
@@ -102,7 +101,7 @@ def plan(
         return show(foreseen, as_json, lambda: map(escape, lines(foreseen)))
     with display(quiet) as shows:
         measured = secateur.plan(
-            model, out=out, **_but(given, "passes", "memory"), command=command(), progress=shows
+            model, out=out, **_but(given, "values", "passes", "memory"), command=command(), progress=shows
         )
     removed = {name: str(pattern) for name, pattern in measured.items()}
     lines = [f"{share:>8}  {escape(name)}" for name, share in removed.items()]

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 WIDTH = 128
 """Columns of a block of a sweep."""
+EVERY_COLUMN = 2**62
+"""More columns than a matrix has."""
 
 
 class Cost(NamedTuple):
@@ -23,7 +25,8 @@ class Cost(NamedTuple):
     `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the
     columns; `factors`, Cholesky and what sweeps need of it, made once for all that read the same
     input; `targets`, how many of the products are made a second time where the method aims at what
-    the dense model computes (`dense_target`).
+    the dense model computes (`dense_target`). Rounding has `block_sweeps`, each over the columns of
+    a block of `WIDTH` alone, and fits the scales of groups of so many inputs, `fitted`.
 
     Memory at the worst moment: `matrices` of `[out, in]` and `squares` of `[in, in]` float32, the
     result and `kept` included, but not the weights that came in; `kept` squares stay until the
@@ -37,6 +40,8 @@ class Cost(NamedTuple):
     factors: int = 0
     targets: int = 0
     dense_target: bool = False
+    block_sweeps: int = 0
+    fitted: int = 0
     matrices: float = 4
     squares: float = 0
     kept: int = 0
@@ -48,17 +53,19 @@ class Cost(NamedTuple):
 
     def of_matrix(self, rows: int, columns: int) -> float:
         """Operations of one matrix, without what matrices share."""
+        in_blocks = sum(width * (width - 1) for _, width in _blocks(columns))
         return (
             self.all_products * 2 * rows * columns**2
             + self.inverses * columns**3  # Cholesky ⅓, inverse ⅔
             + self.sweeps * rows * columns * (columns - 1)  # every column updates all later ones
+            + self.block_sweeps * rows * in_blocks
+            + 2 * rows * columns * min(self.fitted, columns)  # with the square of each group
         )
 
     def shared(self, columns: int) -> float:
         """Operations for all matrices with the same inputs."""
-        blocks = [(start, min(WIDTH, columns - start)) for start in range(0, columns, WIDTH)]
         # a triangular solve and a product for each
-        responses = sum(width**3 + 2 * start * width**2 for start, width in blocks)
+        responses = sum(width**3 + 2 * start * width**2 for start, width in _blocks(columns))
         return self.factors * (columns**3 / 3 + responses)
 
     def workspace_bytes(self, rows: int, columns: int) -> int:
@@ -78,6 +85,11 @@ class Cost(NamedTuple):
             squares=max(self.squares, 3),
             kept=max(self.kept, 1),
         )
+
+
+def _blocks(columns: int) -> list[tuple[int, int]]:
+    """The first column of every block, and how many it has."""
+    return [(start, min(WIDTH, columns - start)) for start in range(0, columns, WIDTH)]
 
 
 def refit_products(iterations: int) -> int:

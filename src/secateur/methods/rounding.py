@@ -28,7 +28,7 @@ from secateur.errors import BadPattern
 from secateur.kernels.rounding import best_scales, round_columns
 from secateur.methods.base import Method, Pruned
 from secateur.methods.column_sweep import responses
-from secateur.methods.cost import WIDTH, Cost
+from secateur.methods.cost import EVERY_COLUMN, WIDTH, Cost
 from secateur.methods.least_squares import Problem, normalise, ridge
 from secateur.methods.patterns import Pattern
 from secateur.methods.statistics import Stats
@@ -96,7 +96,11 @@ def rounding_cost(cost: Cost, values: Values) -> Cost:
     )
     if values.solver in ("sweep", "act-order"):
         return swept
-    return swept._replace(products=swept.products + 1 + 2 * DESCENTS)
+    return swept._replace(
+        products=swept.products + 1 + DESCENTS + 1 + 1,  # residual, descents, what scales change
+        block_sweeps=DESCENTS + 1,
+        fitted=values.group or EVERY_COLUMN,
+    )
 
 
 def codes_for(pruned: Pruned, dense: Tensor, stats: Stats, values: Values) -> Codes:

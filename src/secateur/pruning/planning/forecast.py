@@ -20,9 +20,12 @@ from secateur.checkpoints.folder import is_whole, stored_dtype
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
 from secateur.errors import BadPattern, NotEnoughText, UnsupportedModel
 from secateur.methods import find_method
+from secateur.methods.cost import Cost
 from secateur.methods.pattern_text import parse
 from secateur.methods.patterns import Pattern
+from secateur.methods.rounding import with_values
 from secateur.methods.structures import Structure
+from secateur.methods.values import AS_STORED, parse_values
 from secateur.models.context import check_length, context
 from secateur.models.load import checkpoint_config, described_config, locate
 from secateur.models.mapped_experts import too_large
@@ -68,6 +71,7 @@ class Forecast:
     architecture: str
     method: str
     pattern: str
+    values: str
     samples: int
     seq_len: int
     batch_size: int
@@ -101,6 +105,7 @@ def forecast(
     *,
     method: str = Recipe.method,
     pattern: str = Recipe.pattern,
+    values: str = Recipe.values,
     samples: int = CalibrationText.samples,
     seq_len: int | None = CalibrationText.seq_len,
     calibration: str | None = CalibrationText.calibration,
@@ -160,6 +165,7 @@ def _forecast(
         architecture=type(work.built.model).__name__,
         method=recipe.method,
         pattern=str(parse(recipe.pattern)),
+        values=str(parse_values(recipe.values) or AS_STORED),
         samples=text.samples,
         seq_len=work.length,
         batch_size=way.batch,
@@ -216,6 +222,7 @@ def _workload(
 ) -> tuple[Workload, int, bool]:
     """(the run, bytes of the checkpoint, whether they are exact). Refuses what `prune` would."""
     pattern, method = _zeros(recipe.pattern), find_method(recipe.method)
+    values = parse_values(recipe.values)
     remote = trust.trust_remote_code
     if min(text.samples, resources.batch_size) < 1:
         raise NotEnoughText(
@@ -238,10 +245,16 @@ def _workload(
     forward = calibration_dtype(resources.dtype, devices[0], stored) or stored
     built = build(config, forward, trust_remote_code=remote)
     size = checkpoint.bytes if checkpoint else built.model.num_parameters() * stored.itemsize
+    if not pattern.sparsity:  # values alone
+        method = method._replace(cost=method.cost and Cost())
+    shapes = matrix_shapes(built)
+    planned = uniform(shapes, pattern, recipe.skip)
+    for name in planned if values else ():
+        values.check(shapes[name], name)
     work = Workload(
         built=built,
-        method=method,
-        planned=uniform(matrix_shapes(built), pattern, recipe.skip),
+        method=with_values(method, values) if values else method,
+        planned=planned,
         samples=text.samples,
         length=length,
         forward=forward,
@@ -317,12 +330,14 @@ def lines(forecast: Forecast) -> list[str]:
 
 def _run_lines(forecast: Forecast) -> list[str]:
     """The model, the run and the disk."""
+    rounded = "" if forecast.values == AS_STORED else f" and {forecast.values}"
     source = "as their headers say" if forecast.exact else "as the configuration says"
     return [
         f"{forecast.architecture}: {forecast.parameters / 1e9:.4g} B parameters in "
         f"{forecast.stored_dtype}, {forecast.blocks} blocks, {forecast.sites} weight matrices that "
         f"hold {forecast.coverage:.1%} of the block weights.",
-        f"Pruning {forecast.pruned_sites} of them with {forecast.method} to {forecast.pattern}: "
+        f"Pruning {forecast.pruned_sites} of them with {forecast.method} to {forecast.pattern}"
+        f"{rounded}: "
         f"{forecast.samples} windows of {forecast.seq_len} tokens in batches of "
         f"{forecast.batch_size}, {forecast.forward_dtype} on {forecast.device}.",
         "",
