@@ -87,7 +87,7 @@ def change(file, **changes):
 
 SLICE = (
     "header", "index", "files", "config", "record", "plan", "packed", "bitmask", "quantisation", "parts", "quantised",
-    "gguf",
+    "gguf", "values", "onnx",
 )  # fmt: skip
 
 

@@ -311,3 +311,32 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UnsupportedModel, match=r"needs the package onnx: pip install 'secateur\[onnx\]'"):
         secateur.inspect(file)
+
+
+def test_nodes_without_inputs_and_in_circles_are_no_sound_graph(tmp_path):
+    """Found by bench/fuzz.py --kinds onnx."""
+    node = onnx.helper.make_node
+    lone = graph_of([node("MatMul", ["x"], ["y"], "lone")], {})
+    with pytest.raises(BadCheckpoint, match=r"MatMul 'lone' has 1 inputs; 2 are wanted at least\."):
+        secateur.inspect(saved(lone, tmp_path / "lone.onnx"))
+    circle = [node("Identity", ["a"], ["b"]), node("Identity", ["b"], ["a"]), node("Identity", [], ["c"])]
+    made = {name: node("MatMul", ["x", name], [f"y{name}"], f"by_{name}") for name in "ac"}
+    with pytest.raises(BadCheckpoint, match="multiplies by no constant matrix"):
+        secateur.inspect(saved(graph_of([*circle, *made.values()], {}), tmp_path / "circle.onnx"))
+
+
+def test_names_that_are_no_text_and_numbers_that_are_missing(tmp_path):
+    """Found by bench/fuzz.py --kinds onnx."""
+    graph = exported({"w0": torch.ones(4, 4)})
+    file = saved(graph, tmp_path / "sound.onnx")
+    spoilt = tmp_path / "spoilt.onnx"
+    spoilt.write_bytes(file.read_bytes().replace(b"node_val_0", b"node_val_\xff"))
+    with pytest.raises(BadCheckpoint, match="has a name that is no text"):
+        secateur.inspect(spoilt)
+    graph.graph.initializer[0].dims[0] = -4
+    with pytest.raises(BadCheckpoint, match=r"val_0 has the shape \[-4, 4\]"):
+        secateur.inspect(saved(graph, tmp_path / "negative.onnx"))
+    graph.graph.initializer[0].dims[0] = 4
+    graph.graph.initializer[0].raw_data = b""
+    with pytest.raises(BadCheckpoint, match="val_0 cannot be read: cannot reshape array of size 0"):
+        secateur.inspect(saved(graph, tmp_path / "empty.onnx"))

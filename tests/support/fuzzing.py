@@ -43,6 +43,7 @@ from support.multimodal import tiny_multimodal
 from support.mutations import GGUF, HUB, KINDS, RECORD, SINGLE, Case
 from support.quantised import NAMES, fp8_llama, gpt_oss, quantised_llama, write
 from support.spoilt_gguf import requantised
+from support.spoilt_onnx import write_graph
 from support.texts import byte_tokenizer, write_documents
 from support.truth import PLAIN, SOURCES, other_settings, other_tensors, stored_tensors, truth
 
@@ -92,6 +93,11 @@ def bases(place: Path, *, whole: bool = True) -> None:
         secateur.export(place / "pruned", out=place / to, to=to)
     secateur.export(place / "pruned", out=place / "packed-int8", to="packed", values="int8")
     secateur.export(place / "pruned", out=place / "packed-int4", to="packed", values="int4 of group 64")
+    secateur.export(place / "pruned", out=place / "packed-int3", to="packed", values="int3 of row")
+    int4 = small | {"method": "wanda", "pattern": "2:4", "values": "int4 of group 32"}
+    secateur.prune(place / "bfloat16", out=place / "values", **int4)
+    if find_spec("onnx") and find_spec("onnxruntime"):
+        write_graph(place / "onnx")
     secateur.plan(place / "llama", out=place / "plan.json", allocate="uniform", **small)
     quantised_bases(place)
     if whole:

@@ -24,6 +24,7 @@ from transformers import CONFIG_MAPPING
 from support.quantised import NAMES
 from support.spoilt_gguf import spoil_gguf
 from support.spoilt_json import NASTY, spoilt, spoilt_names
+from support.spoilt_onnx import spoil_onnx
 from support.spoilt_quantised import spoil_parts, spoil_settings
 from support.spoilt_shards import spoil_header, spoil_metadata
 from support.spoilt_texts import spoil_text
@@ -376,6 +377,11 @@ def gguf(case: Case) -> str:
     return put_instead(case, file) if case.draw.random() < 0.03 else spoil_gguf(file, case.draw)
 
 
+def onnx(case: Case) -> str:
+    """Change an ONNX graph or the numbers beside it."""
+    return spoil_onnx(case.model, case.draw)
+
+
 READERS = ("inspect", "inspect --json", "validate packed", "validate tensorrt-llm", "open")
 WRITERS = ("prune", "prune magnitude", "evaluate", "export packed", "export sparse-bitmask")
 DENSE = ("llama", "sharded", "pruned")
@@ -384,6 +390,8 @@ PACKED = (*(SOURCES + name for name in (*NAMES, "fp8", "mxfp4")),)
 FILES = (*(SOURCES + name for name in ("gguf-bf16", "gguf-q8", "gguf-q4", "gguf-qwen3")),)
 READ = ("read", "read", "read", "inspect", "inspect --json", "inspect --json", "validate packed")
 WRITE = ("prune", "prune magnitude", "prune magnitude", "evaluate", "export dense", "export gguf", "plain")
+VALUES = ("export compressed-tensors", "export packed", "export gguf", "inspect --json", "recover blocks", "prune")
+PACKED_FORMATS = ("packed", "packed-int8", "packed-int4", "packed-int3")
 KINDS: dict[str, Kind] = {
     "header": Kind(header, DENSE, (*READERS, *READERS, *WRITERS), 20),
     "index": Kind(index, ("sharded",), (*READERS, "prune", "export sparse-bitmask"), 12),
@@ -400,11 +408,13 @@ KINDS: dict[str, Kind] = {
     "rows": Kind(result_rows, ("compared",), ("compare",), 4),
     "results": Kind(results, ("results",), ("report", "recommend quality", "recommend portability"), 4),
     "plan": Kind(plan, ("llama",), ("prune plan",), 4),
-    "packed": Kind(packed, ("packed", "packed-int8", "packed-int4"), ("export dense", "load packed", "inspect"), 8),
+    "packed": Kind(packed, PACKED_FORMATS, ("export dense", "load packed", "inspect"), 8),
     "quantisation": Kind(quantisation, PACKED, (*READ, *WRITE), 20),
     "parts": Kind(parts, PACKED, (*READ, *WRITE), 30),
     "quantised": Kind(quantised, PACKED, (*READ, *WRITE, "export packed"), 10),
     "gguf": Kind(gguf, FILES, (*READ, *WRITE, "export packed"), 25),
+    "onnx": Kind(onnx, ("onnx",), ("inspect", "inspect --json"), 8),
+    "values": Kind(pruned_folder, ("values",), VALUES, 8),
     "smaller": Kind(header, ("pruned",), ("shrink",), 0.3),
     "bitmask": Kind(header, ("sparse-bitmask", "sparse-24-bitmask"), ("export dense", "inspect --json"), 6),
 }  # fmt: skip

@@ -109,10 +109,14 @@ def opened(file: Path) -> Any:
 
 def products(graph: Any, outer: Mapping[str, Any], folder: Path) -> Iterator[Product]:
     """The nodes of a graph, and of those inside it, that multiply by constant matrices."""
+    if not all(isinstance(text, str) for text in _texts(graph)):
+        raise BadCheckpoint(
+            f"A graph in {folder} has a name that is no text. It may be spoilt; export it again."
+        )
     constants = {**outer, **{one.name: one for one in graph.initializer}}
     for node in graph.node:
         attributes = {one.name: one for one in node.attribute}
-        if node.op_type == "Constant" and "value" in attributes:
+        if node.op_type == "Constant" and "value" in attributes and node.output:
             attributes["value"].t.name = node.output[0]
             constants[node.output[0]] = attributes["value"].t
     makers = {node.output[0]: node for node in graph.node if node.output}
@@ -131,14 +135,29 @@ def products(graph: Any, outer: Mapping[str, Any], folder: Path) -> Iterator[Pro
             )
 
 
+def _texts(graph: Any) -> Iterator[Any]:
+    """The names in a graph; protobuf gives bytes for those that are no UTF-8."""
+    for node in graph.node:
+        yield from (node.name, node.op_type, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+    for constant in graph.initializer:
+        yield constant.name
+        for entry in constant.external_data:
+            yield from (entry.key, entry.value)
+
+
 def _product(
     node: Any, constants: Mapping[str, Any], makers: Mapping[str, Any], folder: Path
 ) -> Product | None:
     """What a node multiplies by; None where that is computed."""
-    name, turned = node.input[1], False
-    while name not in constants and (maker := makers.get(name)) is not None:
+    name, turned = _second_input(node), False
+    passed = set[str]()  # nodes that make one another make nothing
+    while name not in constants and (maker := makers.get(name)) and name not in passed:
+        passed.add(name)
         order = next((list(one.ints) for one in maker.attribute if one.name == "perm"), [1, 0])
         swapped = [*range(len(order) - 2), len(order) - 1, len(order) - 2]
+        if not maker.input:
+            return None
         if maker.op_type == "DequantizeLinear" and maker.input[0] in constants:
             places = _places(maker.input, constants, folder)
             return Product(maker, places, _attributes(maker), turned ^ _transposed(node))
@@ -151,6 +170,16 @@ def _product(
     if node.op_type != "MatMulNBits":
         return Product(node, _places([name], constants, folder), {}, turned ^ _transposed(node))
     return Product(node, _places(node.input[1:], constants, folder), _attributes(node), False)
+
+
+def _second_input(node: Any) -> str:
+    """What a product is by. Raises BadCheckpoint for one that has no second input."""
+    if len(node.input) < 2:
+        raise BadCheckpoint(
+            f"{node.op_type} {node.name!r} has {len(node.input)} inputs; 2 are wanted at least. "
+            "Export it again."
+        )
+    return node.input[1]
 
 
 def _transposed(node: Any) -> bool:
@@ -177,6 +206,8 @@ def _places(
         if one is None:
             found.append(None)
             continue
+        if any(size < 0 for size in one.dims):
+            raise BadCheckpoint(f"{name} has the shape {list(one.dims)}. Export it again.")
         known = one.data_type in kinds.values()
         dtype = kinds.Name(one.data_type) if known else "an unknown dtype"
         found.append(Place(one, dtype, tuple(one.dims), folder))
@@ -189,7 +220,10 @@ def _raw(place: Place, size: int) -> Tensor:
     if proto.data_location != proto.EXTERNAL:
         data = proto.raw_data
         if not data:
-            data = import_module("onnx").numpy_helper.to_array(proto).tobytes()
+            try:
+                data = import_module("onnx").numpy_helper.to_array(proto).tobytes()
+            except LIBRARY_ERRORS as error:
+                raise BadCheckpoint(f"{proto.name} cannot be read: {in_one_line(error)}.") from error
         if len(data) != size:
             raise BadCheckpoint(f"{proto.name} has {len(data)} bytes; {size} were wanted.")
         return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))

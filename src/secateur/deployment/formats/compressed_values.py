@@ -107,7 +107,7 @@ def _wanted(folder: Path, text: str | None) -> Values:
         why = "has no values in its record" if text is None else f"cannot be packed '{AS_STORED}'"
         raise BadPattern(
             f"{folder} {why}; compressed-tensors stores few bits. "
-            f"Say which with --values: {', '.join(GRIDS)}, 'int4 of group 64' …"
+            f"Say which with --values: {', '.join(GRIDS)}, or as 'int4 of group 64'."
         )
     return values
 
