@@ -68,14 +68,7 @@ def prune(
     Compute,
     Destination,
     Trust,
-    without=(
-        "align",
-        "keep_zeros",
-        "draft_heads",
-        "out",
-        "restart",
-        "allow_low_coverage",
-    ),
+    without=("align", "keep_zeros", "draft_heads", "out", "restart", "allow_low_coverage"),
 )
 def plan(
     given: dict[str, Any],
@@ -100,9 +93,8 @@ def plan(
         foreseen = secateur.forecast(model, **_but(given, "allocate", "seed", *NOT_FORESEEN))
         return show(foreseen, as_json, lambda: map(escape, lines(foreseen)))
     with display(quiet) as shows:
-        measured = secateur.plan(
-            model, out=out, **_but(given, "values", "passes", "memory"), command=command(), progress=shows
-        )
+        measuring = _but(given, "values", "passes", "memory")
+        measured = secateur.plan(model, out=out, **measuring, command=command(), progress=shows)
     removed = {name: str(pattern) for name, pattern in measured.items()}
     lines = [f"{share:>8}  {escape(name)}" for name, share in removed.items()]
     return show(removed, as_json, lambda: [*lines, f"Written to {escape(str(out))}."])

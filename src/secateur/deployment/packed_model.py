@@ -87,11 +87,11 @@ def pack_model(
     """Replace the linear layers with enough zeros by packed ones, in place; returns their names.
 
     Of layers on the CPU in float32 or bfloat16, those with a share `least` of zeros are packed.
-    `values` is `as stored`, or `int8`, `int4`, `int4 of group 64`, `int3 of row` and so on, to which
-    weights are rounded that do not lie on such a grid. Each kind of matrix is timed for a second or
-    so to find which way to multiply is the fastest at which batch (`measure`); with `keep_dense`
-    the dense weights stay in memory too and are used where they are faster, so that no batch is
-    slower than before. Other bfloat16 layers get our own product for batch 1.
+    `values` is `as stored`, or `int8`, `int4`, `int4 of group 64`, `int3 of row` and so on, to
+    which weights are rounded that do not lie on such a grid. Each kind of matrix is timed for a
+    second or so to find which way to multiply is the fastest at which batch (`measure`); with
+    `keep_dense` the dense weights stay in memory too and are used where they are faster, so that no
+    batch is slower than before. Other bfloat16 layers get our own product for batch 1.
     """
     names, wanted = [], packed_values(values)
     crossovers: dict[torch.dtype, Crossovers] = {}

@@ -280,8 +280,8 @@ def _scales_fit(packed: Packed) -> bool:
 def multiply(packed: Packed, x: Tensor, *, use: str | None = None) -> Tensor:
     """Multiply x `[…, columns]` by the matrix transposed: `[…, rows]` in the dtype of x.
 
-    bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8
-    and fewer bits take them as float32, or as integers of 16 bits. Larger batches than `MOST` are taken by
+    bfloat16 matrices take the activations rounded to bfloat16 and add in float32; int8 and fewer
+    bits take them as float32, or as integers of 16 bits. Larger batches than `MOST` are taken by
     and by. Without the library the matrix is unpacked. `use` forces an instruction set of `ISAS`
     that this machine has, for tests.
     """

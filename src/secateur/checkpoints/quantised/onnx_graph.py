@@ -223,7 +223,8 @@ def _raw(place: Place, size: int) -> Tensor:
             try:
                 data = import_module("onnx").numpy_helper.to_array(proto).tobytes()
             except LIBRARY_ERRORS as error:
-                raise BadCheckpoint(f"{proto.name} cannot be read: {in_one_line(error)}.") from error
+                why = in_one_line(error)
+                raise BadCheckpoint(f"{proto.name} cannot be read: {why}.") from error
         if len(data) != size:
             raise BadCheckpoint(f"{proto.name} has {len(data)} bytes; {size} were wanted.")
         return torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))

@@ -13,8 +13,9 @@ matrix with enough zeros is in it
 and everything else as it was. The file's metadata hold one entry, `secateur.packed`, a JSON object:
 `layout` 1, `values`, `exact`, `columns` by tensor, and of the dense shard its `header` and
 `sha256`, from which it is restored as it was. With 16 bits half of the weights take 56 % of the
-bytes, 30 % of them 36 %; with four bits 20 % and 15 %, with three 17 % and 13 %. Integers are `exact` where the weights lie
-on their grid; other weights are rounded, and come back as float32.
+bytes, 30 % of them 36 %; with four bits 20 % and 15 %, with three 17 % and 13 %. Integers
+are `exact` where the weights lie on their grid; other weights are rounded, and come back as
+float32.
 
 A matrix is packed some rows at a time and written before the next one is read, so that little more
 than a packed matrix is in memory.

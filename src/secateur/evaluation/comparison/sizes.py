@@ -74,8 +74,8 @@ def side_by_side(weight: Tensor, values: Values) -> float:
 def packed_bits(weight: Tensor, values: Values) -> int:
     """The bits of a mask, of the levels that are not zero, and of scales.
 
-    As packed.c and packed_levels.c have them: levels of four bits or fewer side by side, those of every
-    word of the mask from a byte of their own, with scales of bfloat16; those of eight with a
+    As packed.c and packed_levels.c have them: levels of four bits or fewer side by side, those of
+    every word of the mask from a byte of their own, with scales of bfloat16; those of eight with a
     float32 for each row. A matrix with too few zeros stays plain.
     """
     if count_zeros(weight) < LEAST * weight.numel():
