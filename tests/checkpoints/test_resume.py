@@ -26,6 +26,9 @@ CASES = {
     "two passes": ["--method", "wanda", "--pattern", "50%", "--passes", "two", "--memory", "0"],
     "a plan": ["--method", "wanda", "--pattern", "60%", "--allocate", "owl"],
     "a structure": ["--method", "energy+repair", "--pattern", "25% of channels"],
+    "values": ["--method", "sparsegpt", "--pattern", "2:4", "--values", "int4 of group 32"],
+    "values that are refined": ["--method", "alps+refine", "--values", "int3 of row by joint"],
+    "values alone": ["--method", "default", "--pattern", "0%", "--values", "nvfp4"],
     "blocks": ["--method", "influence", "--pattern", "1 blocks"],
 }
 
@@ -293,9 +296,11 @@ def test_differences_in_words():
     assert differences({"plan": None}, {"plan": {"a": 1}}) == ['plan was null, now {"a": 1}']
 
 
-def test_a_comparison_goes_on_inside_a_row(tiny_llama, text_file, out, capfd):
+@pytest.mark.parametrize("values", ["as stored", "int4 of row"])
+def test_a_comparison_goes_on_inside_a_row(tiny_llama, text_file, out, capfd, values):
     given = [
-        "compare", str(tiny_llama), "--out", str(out), "--methods", "wanda", "--patterns", "50%", "--calibration",
+        "compare", str(tiny_llama), "--out", str(out), "--methods", "wanda", "--patterns", "50%", "--values", values,
+        "--calibration",
         str(text_file), "--evaluation", str(text_file), "--samples", "6", "--windows", "8", "--seq-len", "16",
         "--batch-size", "2", "--quiet",
     ]  # fmt: skip
@@ -303,7 +308,8 @@ def test_a_comparison_goes_on_inside_a_row(tiny_llama, text_file, out, capfd):
     assert started(given) == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["dense", "wanda"]
-    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["wanda-50pct"]
+    name = "wanda-50pct" if values == "as stored" else "wanda-50pct-int4-of-row"
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [name]
 
 
 assert torch.get_num_threads() == 1  # forks have none of the threads of their parent
