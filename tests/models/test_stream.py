@@ -11,11 +11,12 @@ from support.families import tiny_model
 from support.streams import CPU, TOKENS, seen_by_hooks, windows
 from support.texts import byte_tokenizer
 
-from secateur.checkpoints.record import LEFT_OUT, UNSEEN
+from secateur.checkpoints.record import LEFT_OUT, UNSEEN, UNSEEN_ROUNDED
 from secateur.errors import NonFinite, UnsupportedModel
 from secateur.methods import METHODS
 from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.statistics import Stats
+from secateur.methods.values import find_codes, parse_values
 from secateur.models.load import load, replayable
 from secateur.models.matrices import matrix_shapes, weight_matrices
 from secateur.models.stream import prefetch
@@ -144,6 +145,24 @@ def test_an_expert_without_tokens_is_reported_and_left_alone():
         "model.layers.1.mlp.experts.0.down_proj": UNSEEN,
     }
     assert torch.equal(chosen.gate_up_proj[0], before)
+
+
+@pytest.mark.parametrize("pattern", ["0%", "50%"])
+def test_an_expert_without_tokens_is_on_the_grid_where_values_are_wanted(pattern):
+    """Formats have one kind of values for all experts."""
+    model, values = tiny_model("mixtral"), parse_values("int4 of row")
+    assert values
+    given = {"method": "default", "pattern": pattern, "values": str(values), "dtype": "float32"}
+    report = prune_model(replayable(model), windows(TOKENS[:1, :3]), **given)
+    unseen = [site for site in report.sites if site.note == UNSEEN_ROUNDED]
+    assert unseen
+    for site in report.sites:
+        if site.note == UNSEEN_ROUNDED:
+            assert site.pattern == "0%"
+            assert site.sparsity < 0.3  # what came to less than half a step
+        if ".experts." in site.site:
+            layer, expert, matrix = site.site.rsplit(".", 2)
+            assert find_codes(model.get_parameter(f"{layer}.{matrix}")[int(expert)], values) is not None
 
 
 def test_magnitude_prunes_experts_without_tokens_too():

@@ -38,6 +38,7 @@ class _Record(Fields):
 
 
 LEFT_OUT, UNSEEN = "left out", "unseen: no calibration token was seen to go through it"
+UNSEEN_ROUNDED = f"{UNSEEN}; rounded to nearest, no weight taken out"
 
 
 @dataclass(frozen=True)

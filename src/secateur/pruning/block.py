@@ -15,14 +15,16 @@ from torch import Tensor
 from secateur.checkpoints.record import (
     LEFT_OUT,
     UNSEEN,
+    UNSEEN_ROUNDED,
     MatrixReport,
     output_error,
     zeros_in_source,
 )
 from secateur.methods.keep_zeros import prune_keeping_zeros
-from secateur.methods.patterns import Pattern
+from secateur.methods.patterns import Pattern, Unstructured
 from secateur.methods.statistics import Stats
 from secateur.methods.together import prune_together, solved_together
+from secateur.methods.values import nearest_codes
 from secateur.models.matrices import WeightMatrix, put, refuse_non_finite_weights, weight_matrices
 from secateur.models.replay import working_copy
 from secateur.models.stream.blocks import Step
@@ -32,6 +34,9 @@ from secateur.pruning.permute import Classes, Permutation
 from secateur.pruning.prepare import Pruning
 from secateur.system.memory import release_memory
 from secateur.system.tensors import count_zeros
+
+NOTHING = Unstructured(0.0)
+"""The pattern of what is rounded and keeps every weight."""
 
 
 @dataclass
@@ -122,6 +127,7 @@ def _solve(
     for names in solved_together(method, group, observed.stats):
         stats = observed.stats.get(names[0], Stats(0, {}))
         if method.need and not stats.tokens:
+            notes |= _round_unseen(work, names)
             continue
         _advance(work, f"{step.name}.{names[0]}")
         patterns = [pattern for name in names if (pattern := work.pattern(name))]
@@ -139,6 +145,21 @@ def _solve(
             if work.pruning.values is not None:
                 kept[name] = int(pruned.kept.sum())
     return notes, kept
+
+
+def _round_unseen(work: _Work, names: Sequence[str]) -> dict[str, str]:
+    """Give experts without tokens the nearest of the values that are wanted; a note on each.
+
+    They lose no weight, since nothing tells which, but all experts of a checkpoint are of one kind.
+    """
+    values, notes = work.pruning.values, dict[str, str]()
+    for name in names if values else ():
+        if work.pattern(name) and work.targets[name].expert:
+            codes = nearest_codes(work.dense[name].weight.to(work.step.device), values)
+            copies = (work.targets[name], work.step.matrices[name])
+            put(f"{work.step.name}.{name}", codes.dense(), copies)
+            notes[name] = UNSEEN_ROUNDED
+    return notes
 
 
 def _hand_round(work: _Work, group: Sequence[str]) -> None:
@@ -159,6 +180,8 @@ def _report(work: _Work, name: str) -> MatrixReport:
     rows, columns = matrix.weight.shape
     if (note := work.notes.get(name)) is None:
         pattern, note = None, UNSEEN if pattern else LEFT_OUT
+    elif note == UNSEEN_ROUNDED:
+        pattern = NOTHING
     elif (probe := work.probes.get(name)) is not None:
         before, after = (m.weight.to(probe.device).float() for m in (work.dense[name], matrix))
         error = output_error(probe, before - after, before)
