@@ -6,7 +6,7 @@ Without a model it is the demo model, calibrated on 32 windows of 512 tokens and
 --data-dir, C4 and WikiText-2. The tables come from `secateur compare`; finished rows are kept in --out, so the same
 command goes on where it was killed. --parts: `bytes` (zeros × bits), `solvers` (each solver, three draws of the
 calibration text), `best` (the preset that takes its time), `cost` (CPU-seconds of `prune` with and without --values,
-three runs each in turn, one thread).
+--rounds runs each in turn, one thread).
 """
 
 from __future__ import annotations
@@ -68,7 +68,14 @@ def line(row: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     given = options(
         __doc__,
-        {"model": "", "data_dir": "", "out": Path("out/quantise"), "parts": "bytes,solvers,best,cost", "windows": 32},
+        {
+            "model": "",
+            "data_dir": "",
+            "out": Path("out/quantise"),
+            "parts": "bytes,solvers,best,cost",
+            "windows": 32,
+            "rounds": 3,
+        },
         {"json": Path},
     )
     model, out = [given.model] if given.model else [], given.out
@@ -85,7 +92,8 @@ def main() -> None:
             result |= {key: table[key] for key in ("evaluation", "calibrations", "model")}
         elif part == "cost":
             rounds = [
-                {name: cpu_seconds(model, drawn, out / "cost", *how) for name, how in COSTS.items()} for _ in range(3)
+                {name: cpu_seconds(model, drawn, out / "cost", *how) for name, how in COSTS.items()}
+                for _ in range(given.rounds)
             ]
             result[part] = {name: statistics.median(one[name] for one in rounds) for name in COSTS}
             result["ratio"] = statistics.median(one["default, int4"] / one["default"] for one in rounds)

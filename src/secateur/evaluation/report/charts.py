@@ -6,9 +6,10 @@ dark. Whoever points at a mark reads what it is. Kinds of sparsity differ in sha
 colour.
 """
 
+import math
 import re
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
@@ -16,6 +17,7 @@ from secateur.evaluation.report.tables import fastest, method, number, text_name
 from secateur.evaluation.report.vega import draw
 from secateur.evaluation.results.schema import KINDS, Results, Row
 from secateur.methods.pattern_text import share_of
+from secateur.methods.values import AS_STORED
 
 COLOURS = [f"var(--c{number})" for number in range(1, 9)]
 """The first is that of the dense model."""
@@ -34,6 +36,8 @@ LOOK = {
     "text": {"color": "currentColor"},
     "rule": {"color": "currentColor"},
 }
+LETTER = 6, 13
+"""Pixels that a letter of a label is wide, and a line of it high."""
 DASHED = {"strokeDash": [4, 3]}
 Spec = dict[str, Any]
 """A piece of a Vega-Lite specification."""
@@ -96,19 +100,22 @@ def _against(results: Results, axis: str, what: str, x: Any, *, least: bool) -> 
     if len(rows) < 3 or len({x(row) for row in rows}) < 2:
         return None
     best = front([(x(row), row.perplexity) for row in rows], least=least)
+    labels, log = _labels(rows), _wide(rows)
+    places = [(x(row), math.log(row.perplexity) if log else row.perplexity) for row in rows]
+    shown = _apart(places, labels, best)
     values = [
         {
             "x": x(row),
             "y": row.perplexity,
             "kind": row.kind,
-            "name": f"{method(row)} {row.pattern}".removesuffix(" -"),
+            "name": labels[i] if i in shown else "",
             "words": f"{method(row)} {row.pattern}, {row.kind}: "
             f"perplexity {number(row.perplexity)}, {x(row):.4g} {axis}",
             "front": i in best,
         }
         for i, row in enumerate(rows)
     ]
-    place = {"x": _axis("x", axis), "y": _axis("y", "perplexity", log=_wide(rows))}
+    place = {"x": _axis("x", axis), "y": _axis("y", "perplexity", log=log)}
     kinds = {"domain": list(KINDS), "range": list(SHAPES)}
     look = {
         "color": _colour("kind", list(KINDS), 0),
@@ -121,9 +128,42 @@ def _against(results: Results, axis: str, what: str, x: Any, *, least: bool) -> 
         _points(place | look, 110),
         _layer("text", name, align="left", dx=8, dy=-6, fontSize=11) | on_front,
     ]
-    names = ", ".join(str(values[i]["name"]) for i in best)
+    names = ", ".join(f"{method(rows[i])} {rows[i].pattern}".removesuffix(" -") for i in best)
     words = f"None is better in both than: {names}."
     return _plan(f"Perplexity against {what}", words, {"layer": layers}, values)
+
+
+def _labels(rows: list[Row]) -> list[str]:
+    """What rows are called in a picture: what they all have in common is left out."""
+    ways = {method(replace(row, values=AS_STORED)) for row in rows if row.kind != "dense"}
+    grids = Counter(
+        row.values.split(" of ")[0] for row in {row.values: row for row in rows}.values()
+    )
+    labels = []
+    for row in rows:
+        grid = row.values.split(" of ")[0]
+        parts = (
+            [method(replace(row, values=AS_STORED))] if len(ways) > 1 or row.kind == "dense" else []
+        )
+        parts += [row.pattern] if row.pattern != "-" else []
+        parts += [grid if grids[grid] == 1 else row.values] if row.values != AS_STORED else []
+        labels.append(" ".join(parts))
+    return labels
+
+
+def _apart(places: list[tuple[float, float]], labels: list[str], chosen: list[int]) -> list[int]:
+    """Those of the `chosen` points whose labels do not lie over one another, the first ones."""
+    wide, high = (max(axis) - min(axis) or 1.0 for axis in zip(*places, strict=True))
+    shown: list[int] = []
+    for i in chosen:
+        over = [
+            j
+            for j in shown
+            if abs(places[i][1] - places[j][1]) / high * HEIGHT < LETTER[1]
+            and abs(places[i][0] - places[j][0]) / wide * WIDTH < LETTER[0] * len(labels[j])
+        ]
+        shown += [] if over else [i]
+    return shown
 
 
 def _sweep(results: Results) -> Plan | None:
@@ -131,7 +171,7 @@ def _sweep(results: Results) -> Plan | None:
     values, families, dense = [], defaultdict(set), results.dense.perplexity
     for row in results.rows:
         share = share_of(row.pattern)
-        if share and not row.calibration and row.values == "as stored":
+        if share and not row.calibration:
             family = f"share{share[1] or ' of single weights'}"
             families[family].add(share[0])
             values.append(

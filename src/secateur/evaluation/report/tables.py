@@ -56,12 +56,18 @@ def comparison(results: Results) -> Sheet:
     bits = any(row.bits_per_byte is not None for row in rows)
     sized = any(row.values != AS_STORED for row in rows)
     lines = [
-        (_with_bits(row) if bits else _cells(row))
-        | (_size_cells(row) if sized else {})
+        (_sized(row) if sized else _cells(row))
         | (_task_cells(row) if answered else {})
         | (_speed_cells(row) if timed else {})
         for row in rows
     ]
+    without = [
+        *(["bits a byte"] if not bits else []),
+        *(["rank"] if sized and not any(row.rank for row in rows) else []),
+    ]
+    for line in lines:
+        for name in without:
+            del line[name]
     patterns = list(dict.fromkeys(row.pattern for row in rows))
     groups = [patterns.index(row.pattern) for row in rows]
     return Sheet(_title(results), lines, _caption(results), groups)
@@ -83,6 +89,7 @@ def _cells(row: Row) -> dict[str, Figure]:
         **_names(method(row), row.pattern, row.kind),
         "sparsity": _figure(row.sparsity, "{:.2%}"),
         "perplexity": (number(row.perplexity), row.perplexity),
+        "bits a byte": _figure(row.bits_per_byte, "{:.4f}"),
         "difference [95 % interval]": _figure(delta, f"{{:+.3g}} [{low:.3g}, {high:.3g}]"),
         "rank": _place(row.rank),
         "KL": _figure(row.kl, "{:.4f}"),
@@ -94,20 +101,16 @@ def _cells(row: Row) -> dict[str, Figure]:
     }
 
 
-def _with_bits(row: Row) -> dict[str, Figure]:
-    """The cells of a row, with bits a byte behind the perplexity."""
+def _sized(row: Row) -> dict[str, Figure]:
+    """The cells of a row behind what it takes: how good it is, is told at equal bytes."""
     cells = _cells(row)
-    first = dict(list(cells.items())[: list(cells).index("perplexity") + 1])
-    return {**first, "bits a byte": _figure(row.bits_per_byte, "{:.4f}"), **cells}
-
-
-def _size_cells(row: Row) -> dict[str, Figure]:
-    """What a row takes in the format that is named, and its place among equal bytes."""
-    return {
+    size = {
         "bits a weight": _figure(row.bits, "{:.2f}"),
-        "stored as": _text(row.stored_as or "-"),
+        "on disk": cells["on disk"],
         "rank at equal bytes": _place(row.byte_rank),
     }
+    names = {name: cells[name] for name in FIRST}
+    return {**names, **size, **cells, "stored as": _text(row.stored_as or "-")}
 
 
 def _place(rank: str) -> Figure:
