@@ -305,26 +305,46 @@ def judged(model: Path, given: Any) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def over_ours(dense: Path, ours: Path, given: Any) -> dict[str, Any]:
+    """How much a quantised model's perplexity is above that of `ours`, with a paired interval."""
+    import secateur
+
+    found = secateur.evaluate(
+        dense, dense=ours, evaluation=given.evaluation, windows=given.judged, seq_len=given.seq_len,
+        data_dir=given.data_dir,
+    )  # fmt: skip
+    return {"over_ours": found.delta, "over_ours_interval": found.delta_interval}
+
+
 def row_of(way: Way, given: Any) -> dict[str, Any]:
     """Quantise by a way, unpack and judge. Raises CalledProcessError where the library does not run."""
-    from secateur.checkpoints.folder import open_checkpoint, stored_dtype
-    from secateur.models.load import resolve
-
-    name = "-".join((way.package, *way.name.replace(",", "").split()))
-    job = Job(
-        way, given.model.resolve(), given.windows.resolve(), given.out.resolve() / name, given.group, given.threads
-    )
+    job = job_of(way, given)
     took = measure(job, fetched(way.package, given.folder))
     packed = job.out / "model.gguf" if way.package == "llama-cpp-python" else job.out
-    os.environ["SECATEUR_CACHE"] = str(given.out.resolve() / "dense")
-    dtype = stored_dtype(open_checkpoint(given.model))
-    dense = resolve(packed, dtype=str(dtype).removeprefix("torch."))
+    dense = dense_of(packed, given)
     matrices = changed(given.model, dense)
     return {
         "package": way.package, "version": PACKAGES[way.package], "way": way.name,
         **({"group": given.group} if way.bits else {}),
         **took, **stored(packed, dense, matrices), "matrices": len(matrices), **judged(dense, given),
     }  # fmt: skip
+
+
+def job_of(way: Way, given: Any) -> Job:
+    """The job of a way, whose folder has its name."""
+    name = "-".join((way.package, *way.name.replace(",", "").split()))
+    out = given.out.resolve() / name
+    return Job(way, given.model.resolve(), given.windows.resolve(), out, given.group, given.threads)
+
+
+def dense_of(packed: Path, given: Any) -> Path:
+    """What was quantised as a dense folder, of the dtype of the model; made once."""
+    from secateur.checkpoints.folder import open_checkpoint, stored_dtype
+    from secateur.models.load import resolve
+
+    os.environ["SECATEUR_CACHE"] = str(given.out.resolve() / "dense")
+    dtype = stored_dtype(open_checkpoint(given.model))
+    return resolve(packed, dtype=str(dtype).removeprefix("torch."))
 
 
 def line(row: dict[str, Any]) -> str:
@@ -342,6 +362,7 @@ def main() -> None:
             windows=(Path, "calibration token ids, .safetensors or .npy"), out=Path("out/quantise-peers"),
             folder=(Path("out/quantisers"), "where the libraries lie"), json=Path,
             ways=("", "a regular expression: the ways to take, by package and name"), group=64, threads=1,
+            ours=("", "rows of bench/quantise.py to be compared with, by bits: 4=FOLDER,3=FOLDER"),
         ),
         dict(evaluation="wikitext2", judged=24, seq_len=512, data_dir=Path, distance=False, work=(str, HIDDEN)),
     )  # fmt: skip
@@ -380,6 +401,15 @@ def run(given: Any) -> None:
             continue
         print(line(rows[-1]), flush=True)
         write(given.json, command=["bench/quantise_peers.py"], beside=BESIDE, models=models)
+    ours = dict(one.split("=") for one in given.ours.split(",") if one)
+    for row, way in (
+        (row, way) for row in rows for way in WAYS if (row["package"], row["way"]) == (way.package, way.name)
+    ):
+        out = job_of(way, given).out
+        if str(way.bits) in ours and "over_ours" not in row and out.is_dir():
+            row |= over_ours(dense_of(out, given), Path(ours[str(way.bits)]), given)
+            write(given.json, command=["bench/quantise_peers.py"], beside=BESIDE, models=models)
+            print(f"{way.package} {way.name}: {row['over_ours']:+.3f} {row['over_ours_interval']}", flush=True)
     print("| quantiser | way | bits of a weight | perplexity | CPU-seconds |")
     print("| --- | --- | --- | --- | --- |")
     print("\n".join(map(line, rows)))
