@@ -195,11 +195,10 @@ def check_rounding(compiled: ctypes.CDLL, uses: list[int]) -> None:
         for old, zero_points in ((None, None), (torch.randn(rows, width), zeros)):
             wanted = values.clone()
             round_columns_in_torch(wanted, units, factor, levels, old=old, zero_points=zero_points)
-            given = {"values": values, "old": old, "units": units, "zeros": zero_points, "factor": factor}
-            places = {name: None if one is None else heap.put(one)[0] for name, one in given.items()}
-            assert compiled.secateur_round_columns(use, *places.values(), rows, width, *levels, threads) == 0
-            found = torch.empty_like(values)
-            ctypes.memmove(found.data_ptr(), places["values"], 4 * values.numel())
+            place, found = heap.put(values)[0], torch.empty_like(values)
+            others = [None if one is None else heap.put(one)[0] for one in (old, units, zero_points, factor)]
+            assert compiled.secateur_round_columns(use, place, *others, rows, width, *levels, threads) == 0
+            ctypes.memmove(found.data_ptr(), place, 4 * values.numel())
             assert (found - wanted).abs().gt(1e-4).float().mean() < 0.02  # a tie may fall to the other side
             heap.empty()
             count += 1
@@ -211,10 +210,10 @@ def check_rounding(compiled: ctypes.CDLL, uses: list[int]) -> None:
         )
         places = heap.put(weight, importance, scales)
         chosen = torch.empty(rows, groups, dtype=torch.int64)
-        places += [None, *heap.put(chosen)]  # type: ignore[list-item]
+        (place,) = heap.put(chosen)
         sizes = (rows, groups, size, len(scales), *integers, threads)
-        assert compiled.secateur_best_scales(use, *places, *sizes) == 0
-        ctypes.memmove(chosen.data_ptr(), places[-1], 8 * chosen.numel())
+        assert compiled.secateur_best_scales(use, *places, None, place, *sizes) == 0
+        ctypes.memmove(chosen.data_ptr(), place, 8 * chosen.numel())
         assert torch.equal(chosen, best_scales_in_torch(weight, importance, scales, integers))
         heap.empty()
         count += 1

@@ -94,7 +94,7 @@ def bases(place: Path, *, whole: bool = True) -> None:
     secateur.export(place / "pruned", out=place / "packed-int8", to="packed", values="int8")
     secateur.export(place / "pruned", out=place / "packed-int4", to="packed", values="int4 of group 64")
     secateur.export(place / "pruned", out=place / "packed-int3", to="packed", values="int3 of row")
-    int4 = small | {"method": "wanda", "pattern": "2:4", "values": "int4 of group 32"}
+    int4: dict[str, Any] = small | {"method": "wanda", "pattern": "2:4", "values": "int4 of group 32"}
     secateur.prune(place / "bfloat16", out=place / "values", **int4)
     if find_spec("onnx") and find_spec("onnxruntime"):
         write_graph(place / "onnx")

@@ -32,7 +32,7 @@ def write_graph(folder: Path) -> None:
     )
     for symmetric, left in ((True, ["node_w1", "node_w2"]), (False, ["node_w2"])):
         settings: Any = DefaultWeightOnlyQuantConfig(block_size=32, is_symmetric=symmetric, bits=4)
-        made = MatMulNBitsQuantizer(model, algo_config=settings, nodes_to_exclude=left)
+        made: Any = MatMulNBitsQuantizer(model, algo_config=settings, nodes_to_exclude=left)
         made.process()
         model = made.model.model
     folder.mkdir()

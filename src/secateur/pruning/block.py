@@ -153,7 +153,9 @@ def _round_unseen(work: _Work, names: Sequence[str]) -> dict[str, str]:
     They lose no weight, since nothing tells which, but all experts of a checkpoint are of one kind.
     """
     values, notes = work.pruning.values, dict[str, str]()
-    for name in names if values else ():
+    if values is None:
+        return notes
+    for name in names:
         if work.pattern(name) and work.targets[name].expert:
             codes = nearest_codes(work.dense[name].weight.to(work.step.device), values)
             copies = (work.targets[name], work.step.matrices[name])

@@ -249,11 +249,13 @@ def _workload(
         method = method._replace(cost=method.cost and Cost())
     shapes = matrix_shapes(built)
     planned = uniform(shapes, pattern, recipe.skip)
-    for name in planned if values else ():
-        values.check(shapes[name], name)
+    if values is not None:
+        method = with_values(method, values)
+        for name in planned:
+            values.check(shapes[name], name)
     work = Workload(
         built=built,
-        method=with_values(method, values) if values else method,
+        method=method,
         planned=planned,
         samples=text.samples,
         length=length,
