@@ -305,15 +305,17 @@ def judged(model: Path, given: Any) -> dict[str, float]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def over_ours(dense: Path, ours: Path, given: Any) -> dict[str, Any]:
-    """How much a quantised model's perplexity is above that of `ours`, with a paired interval."""
+def over_ours(dense: Path, ours: Path, given: Any) -> list[float]:
+    """How much a quantised model's perplexity is above that of `ours`: [difference, its paired interval]."""
     import secateur
 
     found = secateur.evaluate(
         dense, dense=ours, evaluation=given.evaluation, windows=given.judged, seq_len=given.seq_len,
         data_dir=given.data_dir,
     )  # fmt: skip
-    return {"over_ours": found.delta, "over_ours_interval": found.delta_interval}
+    assert found.delta is not None
+    assert found.delta_interval is not None
+    return [found.delta, *found.delta_interval]
 
 
 def row_of(way: Way, given: Any) -> dict[str, Any]:
@@ -407,9 +409,9 @@ def run(given: Any) -> None:
     ):
         out = job_of(way, given).out
         if str(way.bits) in ours and "over_ours" not in row and out.is_dir():
-            row |= over_ours(dense_of(out, given), Path(ours[str(way.bits)]), given)
+            row["over_ours"] = over_ours(dense_of(out, given), Path(ours[str(way.bits)]), given)
             write(given.json, command=["bench/quantise_peers.py"], beside=BESIDE, models=models)
-            print(f"{way.package} {way.name}: {row['over_ours']:+.3f} {row['over_ours_interval']}", flush=True)
+            print(f"{way.package} {way.name}: {row['over_ours']}", flush=True)
     print("| quantiser | way | bits of a weight | perplexity | CPU-seconds |")
     print("| --- | --- | --- | --- | --- |")
     print("\n".join(map(line, rows)))
