@@ -69,7 +69,7 @@ def everything() -> Results:
         row("wanda", "2:4", "semi-structured", 0.4),
         row("sparsegpt", "2:4", "semi-structured", 0.3, uneven=0.05),
         row("energy", "25% of channels", "structured", 0.5, parameters=2_500_000, disk_bytes=5 * 2**20,
-            latency=[timed("eager", 1.2, over=1.2, tokens_per_second=48.0)]),
+            tasks=tasks(0.4), latency=[timed("eager", 1.2, over=1.2, tokens_per_second=48.0)]),
         row("wanda", "50%", "unstructured", 0.15, calibration=1, checkpoint=None),
         row("wanda", "50%", "unstructured", 0.12, calibration=2, checkpoint=None),
         row("wanda", "33%", "unstructured", 0.05, searched=True, checkpoint=None),
@@ -133,8 +133,9 @@ def test_what_a_terminal_or_markdown_would_obey_is_shown_as_text():
 
 def test_every_picture_is_drawn_where_there_are_figures_for_it():
     assert [chart.title for chart in charts(everything())] == [
-        "Perplexity against size", "Perplexity against measured speed", "Perplexity by how much is taken out",
-        "Perplexity by calibration text", "Output error by block", "Sparsity by block, %",
+        "Perplexity against size", "Accuracy on tasks against size", "Perplexity against measured speed",
+        "Perplexity by how much is taken out", "Perplexity by calibration text", "Output error by block",
+        "Sparsity by block, %",
     ]  # fmt: skip
     assert "Perplexity against measured speed" not in [chart.title for chart in charts(plain())]
 
@@ -315,7 +316,7 @@ def test_everybody_can_read_it(opened: Any):
     assert opened.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert opened.title().startswith("<img id=x>")
     assert opened.evaluate("document.images.length") == 0
-    assert opened.locator("svg[role=img]").count() == 6
+    assert opened.locator("svg[role=img]").count() == 7
 
 
 def column(opened: Any, name: str) -> list[str]:

@@ -9,6 +9,7 @@ colour.
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -60,13 +61,38 @@ class Plan(NamedTuple):
     specification: Spec
 
 
+class Scale(NamedTuple):
+    """Something that rows are compared by: the words of its axis and of a title, the value of a
+    row, None where it was not measured, and whether less of it is better.
+    """
+
+    axis: str
+    title: str
+    of: Callable[[Row], float | None]
+    less: bool = True
+
+
+def _speed(row: Row) -> float | None:
+    best = fastest(row)
+    return best["tokens_per_second"] if best else None
+
+
+def _accuracy(row: Row) -> float | None:
+    return 100 * row.tasks["mean"]["accuracy"] if "mean" in row.tasks else None
+
+
+PERPLEXITY = Scale("perplexity", "Perplexity", lambda row: row.perplexity)
+ACCURACY = Scale("accuracy on tasks, %", "Accuracy on tasks", _accuracy, less=False)
+BYTES = Scale("bytes on disk, MiB", "size", lambda row: row.disk_bytes / 2**20)
+SPEED = Scale("tokens/s where measured", "measured speed", _speed, less=False)
+
+
 def charts(results: Results) -> list[Chart]:
     """Every picture that a comparison has the figures for. Raises NotDrawn."""
-    size = "bytes on disk, MiB", "size", lambda row: row.disk_bytes / 2**20
-    speed = "tokens/s where measured", "measured speed", _speed
     drawable = (
-        _against(results, *size, least=True),
-        _against(results, *speed, least=False),
+        _against(results, PERPLEXITY, BYTES),
+        _against(results, ACCURACY, BYTES),
+        _against(results, PERPLEXITY, SPEED),
         _sweep(results),
         _draws(results),
         *_layers(results),
@@ -80,7 +106,9 @@ def charts(results: Results) -> list[Chart]:
 
 
 def front(points: list[tuple[float, float]], *, least: bool) -> list[int]:
-    """The Pareto front by x: points (x, perplexity) that none beats in both. `least`: of x too."""
+    """The Pareto front by x: points (x, y) that none beats in both. `least`: less x is better, as
+    less y is.
+    """
     best: list[int] = []
     sign = 1 if least else -1
     for i in sorted(range(len(points)), key=lambda i: (sign * points[i][0], points[i][1])):
@@ -89,33 +117,33 @@ def front(points: list[tuple[float, float]], *, least: bool) -> list[int]:
     return sorted(best, key=lambda i: points[i][0])
 
 
-def _speed(row: Row) -> float | None:
-    best = fastest(row)
-    return best["tokens_per_second"] if best else None
-
-
-def _against(results: Results, axis: str, what: str, x: Any, *, least: bool) -> Plan | None:
-    """Perplexity against a cost, with the Pareto front; a mark's shape is its kind of sparsity."""
-    rows = [row for row in results.table if x(row) is not None]
-    if len(rows) < 3 or len({x(row) for row in rows}) < 2:
+def _against(results: Results, quality: Scale, cost: Scale) -> Plan | None:
+    """Quality against a cost, with the Pareto front; a mark's shape is its kind of sparsity."""
+    known = [(row, cost.of(row), quality.of(row)) for row in results.table]
+    points = [(row, x, y) for row, x, y in known if x is not None and y is not None]
+    if len(points) < 3 or len({x for _, x, _ in points}) < 2:
         return None
-    best = front([(x(row), row.perplexity) for row in rows], least=least)
-    labels, log = _labels(rows), _wide(rows)
-    places = [(x(row), math.log(row.perplexity) if log else row.perplexity) for row in rows]
-    shown = _apart(places, labels, best)
+    rows, log = (
+        [row for row, _, _ in points],
+        quality is PERPLEXITY and _wide([row for row, _, _ in points]),
+    )
+    sign = 1 if quality.less else -1
+    best = front([(x, sign * y) for _, x, y in points], least=cost.less)
+    labels = _labels(rows)
+    shown = _apart([(x, math.log(y) if log else y) for _, x, y in points], labels, best)
     values = [
         {
-            "x": x(row),
-            "y": row.perplexity,
+            "x": x,
+            "y": y,
             "kind": row.kind,
             "name": labels[i] if i in shown else "",
             "words": f"{method(row)} {row.pattern}, {row.kind}: "
-            f"perplexity {number(row.perplexity)}, {x(row):.4g} {axis}",
+            f"{quality.axis} {number(y)}, {x:.4g} {cost.axis}",
             "front": i in best,
         }
-        for i, row in enumerate(rows)
+        for i, (row, x, y) in enumerate(points)
     ]
-    place = {"x": _axis("x", axis), "y": _axis("y", "perplexity", log=log)}
+    place = {"x": _axis("x", cost.axis), "y": _axis("y", quality.axis, log=log)}
     kinds = {"domain": list(KINDS), "range": list(SHAPES)}
     look = {
         "color": _colour("kind", list(KINDS), 0),
@@ -130,24 +158,22 @@ def _against(results: Results, axis: str, what: str, x: Any, *, least: bool) -> 
     ]
     names = ", ".join(f"{method(rows[i])} {rows[i].pattern}".removesuffix(" -") for i in best)
     words = f"None is better in both than: {names}."
-    return _plan(f"Perplexity against {what}", words, {"layer": layers}, values)
+    return _plan(f"{quality.title} against {cost.title}", words, {"layer": layers}, values)
 
 
 def _labels(rows: list[Row]) -> list[str]:
     """What rows are called in a picture: what they all have in common is left out."""
-    ways = {method(replace(row, values=AS_STORED)) for row in rows if row.kind != "dense"}
-    grids = Counter(
-        row.values.split(" of ")[0] for row in {row.values: row for row in rows}.values()
-    )
+    ways = [method(replace(row, values=AS_STORED)) for row in rows]
+    alike = len({way for way, row in zip(ways, rows, strict=True) if row.kind != "dense"}) == 1
+    grids = Counter(values.split(" of ")[0] for values in {row.values for row in rows})
     labels = []
-    for row in rows:
+    for way, row in zip(ways, rows, strict=True):
+        if row.kind == "dense":
+            labels.append(way)
+            continue
         grid = row.values.split(" of ")[0]
-        parts = (
-            [method(replace(row, values=AS_STORED))] if len(ways) > 1 or row.kind == "dense" else []
-        )
-        parts += [row.pattern] if row.pattern != "-" else []
-        parts += [grid if grids[grid] == 1 else row.values] if row.values != AS_STORED else []
-        labels.append(" ".join(parts))
+        values = "" if row.values == AS_STORED else grid if grids[grid] == 1 else row.values
+        labels.append(" ".join(filter(None, ("" if alike else way, row.pattern, values))))
     return labels
 
 
