@@ -143,7 +143,9 @@ def test_the_command_line_has_the_names_and_defaults_of_the_functions(name):
     function = introspection.signature(getattr(secateur, name)).parameters
     where = next(module for module in (recover, compare, deployment, cli) if callable(getattr(module, name, None)))
     command = introspection.signature(getattr(where, name)).parameters
-    spelled = {"quiet", "as_json", "layers"} | ({"values", "passes", "memory"} if name == "plan" else set())  # of forecast
+    spelled = {"quiet", "as_json", "layers"} | (
+        {"values", "passes", "memory"} if name == "plan" else set()
+    )  # of forecast
     assert command.keys() - spelled == function.keys() - {"command", "progress", "avoid"}
     for option in command.keys() - spelled:
         one, other = command[option].default, function[option].default

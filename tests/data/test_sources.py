@@ -323,6 +323,22 @@ def test_any_text_at_all(text):
     _read_or_refused(text)
 
 
+def test_folders_that_cannot_be_searched_or_hold_a_disk(tmp_path, monkeypatch):
+    """ "/" was walked through, and what lay there and could not be read was a traceback."""
+    for number in range(4):
+        (tmp_path / f"{number}.txt").write_text("a")
+    monkeypatch.setattr("secateur.data.sources.MOST_FILES", 3)
+    with pytest.raises(BadText, match=r"holds more than 3 files\. Name the folder that the text is in, or the files\."):
+        read_source(str(tmp_path))
+
+    def denied(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", denied)
+    with pytest.raises(BadText, match=r"cannot be searched for text: \[Errno 13\] Permission denied"):
+        read_source(str(tmp_path))
+
+
 def _read_or_refused(text: str) -> None:
     try:
         shares = read_shares(text)

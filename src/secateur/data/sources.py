@@ -11,15 +11,18 @@ A name that is there is a name, whatever characters it has.
 
 import glob
 import math
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from secateur.errors import BadText, UnknownName
+from secateur.errors import BadText, UnknownName, in_one_line
 
 CORPORA = ("demo", "c4", "wikitext2")
+MOST_FILES = 100_000
+"""How many files may lie below a folder of text; a disk as a whole has more."""
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 SUFFIXES += tuple(f".{kind}.{packed}" for kind in ("jsonl", "json") for packed in ("zst", "xz"))
 SUFFIXES += tuple(f".txt.{packed}" for packed in ("gz", "zst", "xz"))
@@ -214,8 +217,10 @@ def _files(path: Path, alone: bool) -> Sequence[Path]:
         return [path]
     if not path.is_dir():
         raise BadText(f"{path} is no file that can be read, nor a folder.")
-    below = [file for file in sorted(path.rglob("*")) if file.is_file()]
-    below = [file for file in below if not _hidden(file.relative_to(path))]
+    try:
+        below = [file for file in sorted(_below(path)) if file.is_file()]
+    except OSError as error:
+        raise BadText(f"{path} cannot be searched for text: {in_one_line(error)}.") from error
     if files := [file for file in below if file.name.endswith(SUFFIXES)]:
         return files
     endings = sorted({file.suffix for file in below if file.suffix})[:5]
@@ -227,5 +232,19 @@ def _files(path: Path, alone: bool) -> Sequence[Path]:
     raise BadText(f"{path} holds no text file{';' if endings else '.'} {way}")
 
 
-def _hidden(file: Path) -> bool:
-    return any(part.startswith(".") for part in file.parts)
+def _below(folder: Path) -> list[Path]:
+    """What lies below a folder and is not hidden. Raises OSError, BadText for too much of it."""
+
+    def unlisted(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=unlisted):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if not name.startswith(".")]
+        if len(found) > MOST_FILES:
+            raise BadText(
+                f"{folder} holds more than {MOST_FILES:,} files. Name the folder that the text is "
+                "in, or the files."
+            )
+    return found
