@@ -404,9 +404,9 @@ def run(given: Any) -> None:
         print(line(rows[-1]), flush=True)
         write(given.json, command=["bench/quantise_peers.py"], beside=BESIDE, models=models)
     ours = dict(one.split("=") for one in given.ours.split(",") if one)
-    for row, way in (
-        (row, way) for row in rows for way in WAYS if (row["package"], row["way"]) == (way.package, way.name)
-    ):
+    ways = {(way.package, way.name): way for way in WAYS}
+    for row in rows[1:]:  # the first is the dense model
+        way = ways[row["package"], row["way"]]
         out = job_of(way, given).out
         if str(way.bits) in ours and "over_ours" not in row and out.is_dir():
             row["over_ours"] = over_ours(dense_of(out, given), Path(ours[str(way.bits)]), given)

@@ -20,6 +20,7 @@ from secateur.kernels.library import ISAS, PACKED_KINDS, addresses, best, librar
 
 WORD, SLACK, MOST = 64, 64, 8
 """Columns of a word of the bitmap, bytes that follow the last value, rows of x of one product."""
+EIGHTS = WORD // 8
 ROWS_AT_ONCE = 1024
 """How many rows are unpacked at a time for a larger batch."""
 LEVELS = torch.uint8
@@ -128,11 +129,15 @@ class Packed:
         stored = self.values[int(self.starts[start]) : int(self.starts[stop])]
         if self.bits is None:
             return stored
-        bits = np.unpackbits(stored.numpy(), bitorder="little")
-        places = _bit_places(_counts(self.bitmap[start:stop]), self.bits)
-        levels = np.packbits(bits[places], axis=1, bitorder="little")[:, 0]
-        above = 8 - self.bits
-        return torch.from_numpy(levels << above).view(torch.int8) >> above
+        bits, counts = self.bits, _counts(self.bitmap[start:stop]).reshape(-1, 1)
+        words = np.zeros((len(counts), EIGHTS, 4), np.uint8)
+        held = np.zeros((len(counts), EIGHTS * bits), np.uint8)
+        held[_first(held, _bytes(counts, bits))] = stored.numpy()
+        words[:, :, :bits] = held.reshape(-1, EIGHTS, bits)
+        values = words.view("<u4") >> bits * np.arange(8, dtype=np.uint32)
+        values = values.reshape(-1, WORD)
+        levels = values[_first(values, counts)].astype(np.uint8) << 8 - bits
+        return torch.from_numpy(levels).view(torch.int8) >> 8 - bits
 
 
 def pack(weight: Tensor) -> Packed:
@@ -174,10 +179,14 @@ def pack_levels(levels: Tensor, scales: Tensor, bits: int) -> Packed:
     kept = levels != 0
     bitmap = _bitmap(kept)
     starts = row_starts(bitmap, bits)
-    stored = np.zeros(8 * (int(starts[-1]) + SLACK), dtype=np.uint8)
-    chosen = levels[kept].to(torch.int8).numpy().view(np.uint8)[:, None]
-    stored[_bit_places(_counts(bitmap), bits)] = chosen >> np.arange(bits, dtype=np.uint8) & 1
-    values = torch.from_numpy(np.packbits(stored, bitorder="little"))
+    counts = _counts(bitmap).reshape(-1, 1)
+    words = np.zeros((len(counts), WORD), np.uint32)
+    words[_first(words, counts)] = levels[kept].to(torch.int8).numpy().view(np.uint8) % 2**bits
+    words <<= np.tile(bits * np.arange(8, dtype=np.uint32), EIGHTS)
+    eights = words.reshape(-1, EIGHTS, 8).sum(2, dtype="<u4", keepdims=True).view(np.uint8)
+    held = eights[:, :, :bits].reshape(-1, EIGHTS * bits)  # eight values in as many bytes as bits
+    values = torch.zeros(int(starts[-1]) + SLACK, dtype=LEVELS)
+    values[:-SLACK] = torch.from_numpy(held[_first(held, _bytes(counts, bits))])
     return Packed(bitmap, values, starts, columns, scales.to(torch.bfloat16).contiguous(), bits)
 
 
@@ -192,12 +201,14 @@ def _counts(bitmap: Tensor) -> np.ndarray:
     return np.bitwise_count(bitmap.contiguous().numpy().view(np.uint64))
 
 
-def _bit_places(counts: np.ndarray, bits: int) -> np.ndarray:
-    """Where the bits of each value lie `[values, bits]`: those of a word from a whole byte on."""
-    each = counts.ravel().astype(np.int64)
-    unused = -each * bits % 8
-    first = np.arange(each.sum()) * bits + np.repeat(unused.cumsum() - unused, each)
-    return first[:, None] + np.arange(bits)
+def _bytes(counts: np.ndarray, bits: int) -> np.ndarray:
+    """The bytes that so many values of few bits take, those of a word from a whole byte on."""
+    return (counts.astype(np.int64) * bits + 7) // 8
+
+
+def _first(table: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Which columns of a table are the first ones: so many as `counts` `[rows, 1]` says."""
+    return np.arange(table.shape[1]) < counts
 
 
 def joined(parts: Sequence[Packed]) -> Packed:
@@ -233,7 +244,7 @@ def row_starts(bitmap: Tensor, bits: int | None = None) -> Tensor:
     """
     counts = _counts(bitmap)
     if bits is not None:
-        counts = (counts.astype(np.int64) * bits + 7) // 8
+        counts = _bytes(counts, bits)
     sums = torch.from_numpy(counts.sum(1, dtype=np.int64))
     return torch.cat([torch.zeros(1, dtype=torch.int64), sums]).cumsum(0)
 

@@ -59,8 +59,11 @@ class OnGrid(NamedTuple):
     zero_points: Tensor
 
 
-def with_values(method: Method, values: Values) -> Method:
-    """The method, whose kept weights are on the grid of `values`. Raises BadPattern."""
+def with_values(method: Method, values: Values, *, alone: bool = False) -> Method:
+    """The method, whose kept weights are on the grid of `values`. Raises BadPattern.
+
+    `alone`: for patterns of 0 % only, where the method itself has nothing to do.
+    """
     if values.solver == "joint":
         if method.on_grid is None:
             raise BadPattern(
@@ -77,7 +80,8 @@ def with_values(method: Method, values: Values) -> Method:
         codes = codes_for(pruned, weight, stats, values)
         return pruned._replace(weight=codes.dense())
 
-    cost = method.cost and rounding_cost(method.cost, values)
+    cost = Cost() if alone else method.cost
+    cost = cost and rounding_cost(cost, values)
     return method._replace(need=method.need | {"gram"}, prune=prune, updates=True, cost=cost)
 
 

@@ -1,5 +1,6 @@
 """Whether a method, a pattern and their options go together, asked before any work."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from secateur.errors import BadPattern, UnknownName
@@ -9,6 +10,7 @@ from secateur.methods.patterns import Pattern
 from secateur.methods.rounding import with_values
 from secateur.methods.structures import Structure
 from secateur.methods.values import Values, parse_values
+from secateur.models.matrices import Shapes
 from secateur.pruning.planning.measured import check_allocation
 from secateur.pruning.structured.channel_scores import SELECTIONS
 from secateur.pruning.structured.depth import BLOCKS
@@ -29,6 +31,12 @@ class Zeros(NamedTuple):
     method: Method
     pattern: Pattern
     values: Values | None = None
+
+    def check_groups(self, names: Iterable[str], shapes: Shapes) -> None:
+        """Raise BadPattern where the groups of values do not divide a matrix of those names."""
+        if self.values is not None:
+            for name in names:
+                self.values.check(shapes[name], name)
 
 
 def find_recipe(recipe: Recipe) -> Zeros | Slices:
@@ -78,5 +86,5 @@ def find_recipe(recipe: Recipe) -> Zeros | Slices:
 def find_zeros(recipe: Recipe, method: Method, pattern: Pattern, values: Values | None) -> Zeros:
     """The recipe, with a method that leaves the `values` that are wanted. Raises BadPattern."""
     if values is not None:
-        method = with_values(method, values)
+        method = with_values(method, values, alone=not pattern.sparsity)
     return Zeros(recipe, method, pattern, values)

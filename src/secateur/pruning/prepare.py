@@ -130,9 +130,7 @@ def prepare(
     release_memory()
     plan = {name: parse_pattern(part) for name, part in decided["plan"].items()}
     shapes = matrix_shapes(run.language_model)
-    if values is not None:
-        for name in plan:
-            values.check(shapes[name], name)
+    zeros.check_groups(plan, shapes)
     shown = label(plan, shapes) if is_file(recipe.allocate) else str(pattern)
     rounded = f" and {values}" if values else ""
     run.progress.begin(f"pruning with {recipe.method} to {shown}{rounded}")

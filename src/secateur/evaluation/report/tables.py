@@ -53,7 +53,6 @@ def comparison(results: Results) -> Sheet:
     if results.tolerance:  # what was searched for comes where it belongs
         rows = sorted(rows, key=lambda row: _order(row.pattern))
     answered, timed = any(row.tasks for row in rows), any(row.latency for row in rows)
-    bits = any(row.bits_per_byte is not None for row in rows)
     sized = any(row.values != AS_STORED for row in rows)
     lines = [
         (_sized(row) if sized else _cells(row))
@@ -61,13 +60,9 @@ def comparison(results: Results) -> Sheet:
         | (_speed_cells(row) if timed else {})
         for row in rows
     ]
-    without = [
-        *(["bits a byte"] if not bits else []),
-        *(["rank"] if sized and not any(row.rank for row in rows) else []),
-    ]
-    for line in lines:
-        for name in without:
-            del line[name]
+    spare = ("bits a byte", "rank") if sized else ("bits a byte",)
+    empty = [name for name in spare if all(line[name][1] == "" for line in lines)]
+    lines = [{k: cell for k, cell in line.items() if k not in empty} for line in lines]
     patterns = list(dict.fromkeys(row.pattern for row in rows))
     groups = [patterns.index(row.pattern) for row in rows]
     return Sheet(_title(results), lines, _caption(results), groups)

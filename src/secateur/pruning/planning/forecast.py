@@ -20,16 +20,15 @@ from secateur.checkpoints.folder import is_whole, stored_dtype
 from secateur.checkpoints.quantised.reading import DecodedCheckpoint, readable_checkpoint
 from secateur.errors import BadPattern, NotEnoughText, UnsupportedModel
 from secateur.methods import find_method
-from secateur.methods.cost import Cost
 from secateur.methods.pattern_text import parse
 from secateur.methods.patterns import Pattern
-from secateur.methods.rounding import with_values
 from secateur.methods.structures import Structure
 from secateur.methods.values import AS_STORED, parse_values
 from secateur.models.context import check_length, context
 from secateur.models.load import checkpoint_config, described_config, locate
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
+from secateur.pruning.check import find_zeros
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.planning.drawing import CHARACTERS_A_TOKEN, TextForecast, text_forecast
 from secateur.pruning.planning.memory import UNKNOWN_COST, Moment, arrange, without_forecast
@@ -222,7 +221,7 @@ def _workload(
 ) -> tuple[Workload, int, bool]:
     """(the run, bytes of the checkpoint, whether they are exact). Refuses what `prune` would."""
     pattern, method = _zeros(recipe.pattern), find_method(recipe.method)
-    values = parse_values(recipe.values)
+    zeros = find_zeros(recipe, method, pattern, parse_values(recipe.values))
     remote = trust.trust_remote_code
     if min(text.samples, resources.batch_size) < 1:
         raise NotEnoughText(
@@ -245,17 +244,12 @@ def _workload(
     forward = calibration_dtype(resources.dtype, devices[0], stored) or stored
     built = build(config, forward, trust_remote_code=remote)
     size = checkpoint.bytes if checkpoint else built.model.num_parameters() * stored.itemsize
-    if not pattern.sparsity:  # values alone
-        method = method._replace(cost=method.cost and Cost())
     shapes = matrix_shapes(built)
     planned = uniform(shapes, pattern, recipe.skip)
-    if values is not None:
-        method = with_values(method, values)
-        for name in planned:
-            values.check(shapes[name], name)
+    zeros.check_groups(planned, shapes)
     work = Workload(
         built=built,
-        method=method,
+        method=zeros.method,
         planned=planned,
         samples=text.samples,
         length=length,
