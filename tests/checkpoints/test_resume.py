@@ -17,6 +17,8 @@ from secateur.checkpoints import result as output
 from secateur.checkpoints import result_folder
 from secateur.checkpoints.journal import Journal, differences
 from secateur.errors import Interrupted, OutputRefused
+from secateur.models.stream import distil
+from secateur.pruning import distil as tuning
 from secateur.pruning.prune import prune
 
 DIED = -signal.SIGKILL
@@ -29,6 +31,8 @@ CASES = {
     "values": ["--method", "sparsegpt", "--pattern", "2:4", "--values", "int4 of group 32"],
     "values that are refined": ["--method", "alps+refine", "--values", "int3 of row by joint"],
     "values alone": ["--method", "default", "--pattern", "0%", "--values", "nvfp4"],
+    "tuned together": ["--method", "wanda+distil", "--pattern", "50%"],
+    "values tuned together": ["--method", "alps-fast+distil", "--pattern", "50%", "--values", "int3 of row"],
     "blocks": ["--method", "influence", "--pattern", "1 blocks"],
 }
 
@@ -89,6 +93,31 @@ def test_goes_on_after_the_last_finished_block(arguments, out, case, capfd):
     journal = out.with_name(".out.journal").read_text()
     assert journal.count('["block"') == 2
     assert started(given, (writes, 99, "before")) == 0
+    assert contents(out) == expected
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("place", ["step", "judge", "end", "rewrite", "write"])
+@pytest.mark.parametrize("case", ["tuned together", "values tuned together"])
+@pytest.mark.filterwarnings("ignore")
+def test_goes_on_where_all_blocks_are_tuned(arguments, out, place, case, monkeypatch, capfd):
+    """It dies before and after a step, as it judges, before and after the result is written again."""
+    monkeypatch.setattr(tuning, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(distil, "STEP_TOKENS", 32)
+    monkeypatch.setattr(distil.Distillation, "judge", lambda self: 1 / (1 + self.done))  # so that it is written
+    given = arguments(*CASES[case])
+    expected = undisturbed(given, out)
+    owner = {
+        "rewrite": "secateur.models.stream.block_writer.BlockWriter",
+        "write": "secateur.checkpoints.result.Output",
+    }.get(place, "secateur.models.stream.distil.Distillation")
+    for number, when in ((2 if place == "step" else 1, "before"), (1, "after")):
+        number += 4 * (place == "write")  # the blocks come first
+        assert started(given, (f"{owner}.{place}", number, when)) == DIED
+        if place == "write":
+            shutil.rmtree(out.parent)
+            out.parent.mkdir()
+    assert started(given) == 0
     assert contents(out) == expected
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 

@@ -79,6 +79,9 @@ class Report:
     allocation: str = "uniform"
     refined: dict[str, tuple[float, float]] = field(default_factory=dict)
     """With `+refine`: the relative output error of each block before and after."""
+    distilled: tuple[float, float] | None = None
+    """With `+distil`: KL(dense ‖ pruned) before and after, nats a token of the windows held back.
+    """
     parameters: tuple[int, int] | None = None
     """Of a smaller model: how many parameters it had and has."""
     removed: dict[str, str] = field(default_factory=dict)
@@ -116,6 +119,7 @@ class Report:
             if self.values == "as stored":
                 del matrix["rounded_away"]
         left_out = {"seconds", "peak_bytes", "out"} | ({"note"} if not self.note else set())
+        left_out |= {"distilled"} if self.distilled is None else set()
         left_out |= {"values"} if self.values == "as stored" else set()
         return {key: values[key] for key in values if key not in left_out}
 

@@ -135,6 +135,12 @@ def summary(report: Report) -> Iterator[str]:
     if errors:
         worst, mean = max(errors, key=lambda name: errors[name]), sum(errors.values()) / len(errors)
         yield f"Relative output error: mean {mean:.4f}, most at {worst} ({errors[worst]:.4f})."
+    if report.distilled:
+        before, after = report.distilled
+        yield (
+            "All blocks tuned together: KL to the dense model, on calibration windows held back, "
+            f"{before:.4f} → {after:.4f} nats a token."
+        )
     if report.note:
         yield report.note
     for matrix in matrices:

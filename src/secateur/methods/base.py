@@ -51,8 +51,10 @@ class Method(NamedTuple):
     The rest says what the stream of blocks does for it. `sequential`: inside a block too, the
     inputs of a matrix come from the matrices pruned before it. `permute`: inputs change places
     before an N:M mask is chosen, so that it keeps most of `score`. `refine`: how many times the
-    finished block is tuned on all calibration tokens. `on_grid`: for a method that can choose mask
-    and values together, the method that does, given what makes the projection for a matrix.
+    finished block is tuned on all calibration tokens, and `distil` how many times at least all
+    blocks at once are, towards what the dense model predicts. `on_grid`: for a method that can
+    choose mask and values together, the method that does, given what makes the projection for a
+    matrix.
     """
 
     need: frozenset[str]
@@ -64,6 +66,7 @@ class Method(NamedTuple):
     sequential: bool = False
     permute: bool = False
     refine: int = 0
+    distil: int = 0
     cost: Cost | None = None
     on_grid: Callable[[Callable[[], GridProjection]], Method] | None = None
 

@@ -10,7 +10,9 @@ from secateur.methods import find_method
 from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.values import parse_values
 from secateur.models.replay import LanguageModel
+from secateur.models.stream.distil import aims
 from secateur.pruning.check import find_zeros
+from secateur.pruning.distil import distil_model
 from secateur.pruning.prepare import block_run, prepare
 from secateur.pruning.prune import pruned_blocks
 from secateur.system.devices import find_resources
@@ -52,9 +54,12 @@ def prune_model(
         report, pruning = prepare(
             run, windows, zeros, resources, trust, lambda what, decide: decide()
         )
+        found = aims(run) if pruning.method.distil else None
         for block in pruned_blocks(pruning):
             for name, tensor in block.tensors.items():
                 language_model.model.get_parameter(name).data.copy_(tensor)
             report.take(block.entry(language_model.block_name(block.index)))
+        if found:
+            report.distilled = distil_model(pruning, found, report.sites, resources.limit)
     report.end(peak.bytes)
     return report

@@ -17,6 +17,7 @@ from torch import nn
 from secateur.checkpoints.folder import open_checkpoint
 from secateur.errors import NonFinite
 from secateur.methods.values import AS_STORED, parse_values
+from secateur.models.kept import block_masks, keep_masks, matrix_parameters
 from secateur.models.replay import working_copy
 from secateur.models.stream.block_writer import block_writer, with_room
 from secateur.models.stream.blocks import BlockRun, Step, stream
@@ -24,7 +25,7 @@ from secateur.models.stream.refine import refine
 from secateur.models.stream.straight_through import grids_of
 from secateur.recovery.checks import refuse_blocks
 from secateur.recovery.job import Job, Recovery
-from secateur.recovery.masks import block_masks, keep_masks, matrix_parameters, refuse_other_masks
+from secateur.recovery.masks import refuse_other_masks
 
 STREAMS = 3
 """Of hidden states: those of the pruned model, of the dense one, and what leaves its block."""

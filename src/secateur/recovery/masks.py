@@ -3,11 +3,11 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.checkpoints.folder import Checkpoint
 from secateur.errors import BadCheckpoint
-from secateur.models.matrices import weight_matrices
+from secateur.models.kept import block_masks, matrix_parameters, rounded
 from secateur.models.replay import LanguageModel
 from secateur.models.source import checkpoint_tensors
 
@@ -20,31 +20,6 @@ def masks(language_model: LanguageModel) -> dict[str, Tensor]:
         for name, kept in block_masks(block).items()
         if not kept.all()
     }
-
-
-def block_masks(block: nn.Module) -> dict[str, Tensor]:
-    """Where the parameters of a block that hold weight matrices are not zero, bool, by name."""
-    return {name: parameter != 0 for name, parameter in matrix_parameters(block).items()}
-
-
-def matrix_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a block that hold weight matrices, by name; experts share theirs."""
-    names = sorted({matrix.parameter for matrix in weight_matrices(block).values()})
-    return {name: block.get_parameter(name) for name in names}
-
-
-@torch.no_grad()
-def keep_masks(block: nn.Module, before: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Round trained parameters to the dtype they had `before`; none that is `kept` becomes zero."""
-    for name, mask in kept.items():
-        parameter = block.get_parameter(name)
-        parameter.copy_(_rounded(parameter, before.get_parameter(name).to(mask.device), mask))
-
-
-def _rounded(trained: Tensor, before: Tensor, kept: Tensor) -> Tensor:
-    """Trained weights in the dtype of those before; what is kept does not become zero."""
-    rounded = trained.to(before.dtype)
-    return torch.where((rounded == 0) & kept, before, rounded)
 
 
 @torch.no_grad()
@@ -83,7 +58,7 @@ def _stored(
     stored = checkpoint_tensors(language_model, masked, source.places)
     bits = {name: kept[name].float() for name in tensors if name in kept}
     for name, mask in checkpoint_tensors(language_model, bits, source.places).items():
-        stored[name] = _rounded(stored[name], source.tensor(name), mask != 0)
+        stored[name] = rounded(stored[name], source.tensor(name), mask != 0)
     return stored
 
 

@@ -46,7 +46,7 @@ class Cell:
         if self.structured or self.rule != "uniform" or self.values != AS_STORED:
             return True
         method = find_method(self.method)
-        return bool(method.need) or method.sequential or method.refine > 0
+        return bool(method.need) or method.sequential or method.refine + method.distil > 0
 
     @property
     def name(self) -> str:
@@ -148,7 +148,8 @@ def _without_repeats(rows: Sequence[Cell]) -> list[Cell]:
         key: object = cell
         if cell.pattern == NOTHING:
             method = find_method(cell.method)
-            key = cell.values, cell.rule, method.sequential, method.refine, "cross" in method.need
+            stream = method.sequential, method.refine, method.distil, "cross" in method.need
+            key = cell.values, cell.rule, *stream
         once.setdefault(key, cell)
     return list(once.values())
 

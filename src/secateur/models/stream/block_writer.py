@@ -59,9 +59,18 @@ class BlockWriter:
         """What the first rank knows of the result, on all ranks."""
         return self.ranks.same(lambda: question(self.result) if self.result else None)
 
+    def recorded(self, kind: str) -> list[Any]:
+        """What this run, or the one that died, has recorded of a kind."""
+        return self._asked(lambda result: result.recorded(kind))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the user has asked to stop."""
+        return self.ranks.same(self._stopping)
+
     def once(self, kind: str, decide: Callable[[], Any]) -> Any:
         """What `decide()` gives, as JSON can hold it, or has given to the run that died."""
-        if recorded := self._asked(lambda result: result.recorded(kind)):
+        if recorded := self.recorded(kind):
             return recorded[0]
         decided = self.ranks.same(decide)
         if self.result:
@@ -72,6 +81,8 @@ class BlockWriter:
         """The blocks that are finished already, read from the result."""
         if not self.entries:
             return []
+        if self.result:
+            self.result.settle()
         spill = self.folder.parent if self.language_model.spilled else None
         trusted = self._trust.trust_remote_code
         return load_blocks(self.folder, trust_remote_code=trusted, spill=spill)[: len(self.entries)]
@@ -96,8 +107,15 @@ class BlockWriter:
                 stored = checkpoint_tensors(self.language_model, tensors, places)
             self.result.commit(stored, entry)
         self.entries.append(entry)
-        if self.ranks.same(self._stopping) and not last:
+        if self.stopping and not last:
             raise Interrupted("Stopped.")
+
+    def rewrite(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write parameters of finished blocks once more, by their name in the model."""
+        if self.result:
+            places = self.result.source.places
+            self.result.write(checkpoint_tensors(self.language_model, tensors, places))
+            self.result.sync()
 
     def finish(self, record: dict[str, Any]) -> None:
         """Write the record and give the result its name; no rank goes on before it has it."""

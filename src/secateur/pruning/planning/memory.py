@@ -19,21 +19,28 @@ from itertools import product
 from math import ceil
 from typing import Any, NamedTuple
 
+import torch
+
 from secateur.errors import UnsupportedModel
 from secateur.kernels.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
 from secateur.models.context import width
 from secateur.models.mapped_tensors import hidden_bytes
+from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun
+from secateur.models.stream.distil import LOGITS, STEP_TOKENS
 from secateur.pruning.planning.outline import Kind, Read, build
 from secateur.pruning.planning.passes import MODES, Mode, Workload, needs_dense
 from secateur.system.memory import available_bytes
+from secateur.system.sizes import in_words
 
 PLENTY = 200
 """A run fits for certain where so many times its hidden states and its largest block do."""
 
 PROCESS_BYTES = 360 * 10**6
 """Python, torch, transformers and datasets, used once: 353 to 363 MB with a model of 4 MB."""
+TUNED_BYTES = 4 * 3
+"""Of each weight of all blocks while `+distil` tunes: itself and Adam's two means, in float32."""
 UNKNOWN_COST = (
     "Method {!r} does not say what it costs, so memory, operations and seconds are not forecast; "
     "under a memory limit blocks run in two passes. State it as the method's `cost` "
@@ -134,6 +141,22 @@ def way_through(
     return {"passes": way.passes, "spill": way.spill, "batch_size": way.batch}
 
 
+def refuse_too_large(
+    language_model: LanguageModel, device: torch.device, limit: int | None
+) -> None:
+    """Raise UnsupportedModel where all blocks with Adam's means do not fit."""
+    needed = TUNED_BYTES * sum(
+        p.numel() for block in language_model.blocks for p in block.parameters()
+    )
+    free = available_bytes(device) if limit is None else limit
+    if needed > free:
+        wanted, found = (in_words(count, ("GiB", "MiB"), least=1 / 8) for count in (needed, free))
+        raise UnsupportedModel(
+            f"+distil tunes all blocks at once, which takes {wanted} and more; found {found}. "
+            "Leave it out, or use +refine, which holds one block."
+        )
+
+
 _IN_HOST_MEMORY = (
     "process",
     "allocator",
@@ -148,7 +171,7 @@ def worst(work: Workload, mode: Mode) -> Moment:
     """The moment at which a run holds most."""
     moments: list[Moment] = []
     for kind in work.outline.kinds:
-        for when, sizes in _moments(work, mode, kind):
+        for when, sizes in (*_moments(work, mode, kind), *_distilling(work, kind)):
             parts = {name: int(size) for name, size in sizes.items() if size}
             total = sum(parts.values())
             in_host = sum(parts.get(name, 0) for name in _IN_HOST_MEMORY)
@@ -196,6 +219,30 @@ def _moments(work: Workload, mode: Mode, kind: Kind) -> Iterator[tuple[str, Part
         tuned = {"tuned block": 25 * kind.parameters, "targets": hidden}
         tuning = {"activations of the batch at hand": kind.tuning_bytes + outline.hidden_bytes}
         yield "refining", running | tuned | at_block | tuning
+
+
+def _distilling(work: Workload, kind: Kind) -> Iterator[tuple[str, Parts]]:
+    """What is alive when all blocks are tuned together, and one of a kind has its graph."""
+    if not work.method.distil:
+        return
+    outline, width = work.outline, work.forward.itemsize
+    step = max(1, STEP_TOKENS // work.length) / work.batch
+    weights = sum(one.count * one.parameters for one in outline.kinds)
+    borders = sum(one.count for one in outline.kinds) + 2
+    yield (
+        "tuning all blocks",
+        {
+            "process": PROCESS_BYTES,
+            "allocator": ALLOCATOR_BYTES,
+            "calibration tokens": 8 * work.windows * work.length,
+            "all blocks": TUNED_BYTES * weights,
+            "masks": weights,
+            "gradients": 4 * kind.parameters,
+            "hidden states": outline.hidden_bytes * (work.windows / work.batch + step * borders),
+            "activations of the batch at hand": kind.tuning_bytes * step,
+            "logits": LOGITS * (16 + 3 * width),
+        },
+    )
 
 
 def _running(work: Workload, kind: Kind) -> Parts:

@@ -18,6 +18,7 @@ from secateur.methods.cost import Cost
 from secateur.methods.statistics import OF_DENSE
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS
+from secateur.models.stream.distil import epochs_of, held_back
 from secateur.pruning.planning.outline import Kind, Outline, Read, outline, restacked
 from secateur.system.machine import best_seconds, matrix_rate, square_side
 
@@ -104,14 +105,15 @@ class Workload:
     def outline(self) -> Outline:
         """What a batch makes of the model, computed once for each size of it."""
         if self.batch not in self._outlines:
-            tuning = self.method.refine > 0
+            tuning = self.method.refine + self.method.distil > 0
             self._outlines[self.batch] = outline(self.built, self.batch, self.length, tuning=tuning)
         return self._outlines[self.batch]
 
     @property
     def windows(self) -> int:
         """How many windows go through the blocks: without need of any, those of the first batch."""
-        return self.samples if self.method.need or self.method.refine else self.batch
+        method = self.method
+        return self.samples if method.need or method.refine or method.distil else self.batch
 
     def rows(self, kind: Kind, read: Read) -> list[int]:
         """The outputs of each matrix that reads an input and is pruned."""
@@ -143,7 +145,7 @@ def operations(work: Workload, mode: Mode) -> Operations:
     """The operations of all blocks."""
     kinds = work.outline.kinds
     return Operations(
-        sum(_forward(work, mode, kind) for kind in kinds),
+        sum(_forward(work, mode, kind) for kind in kinds) + _distilling(work),
         sum(_statistics(work, kind) for kind in kinds),
         sum(_solve(work, kind) for kind in kinds),
     )
@@ -163,6 +165,22 @@ def _forward(work: Workload, mode: Mode, kind: Kind) -> float:
         last = [read for read in kind.reads if read.group == end and read.share == 1]
         flops -= sum(2 * tokens * read.columns * sum(read.rows.values()) for read in last)
     return flops
+
+
+def _distilling(work: Workload) -> float:
+    """All blocks tuned together: the dense model on all windows, then each that is tuned on forward
+    twice and backward, and each that judges forward twice; the output embedding at their ends.
+    """
+    if not work.method.distil or work.samples < 2:
+        return 0.0
+    judged, epochs = (
+        held_back(work.samples),
+        epochs_of(work.method.distil, work.samples, work.length),
+    )
+    tuned = epochs * (work.samples - judged)
+    flops = sum(kind.flops * kind.count for kind in work.outline.kinds) / work.batch
+    head = 2 * work.length * work.built.model.get_output_embeddings().weight.numel()
+    return flops * (work.samples + 4 * tuned + 2 * judged) + head * (3 * tuned + 4 * judged)
 
 
 def _statistics(work: Workload, kind: Kind) -> float:

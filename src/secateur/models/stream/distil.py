@@ -1,0 +1,331 @@
+"""`+distil`: all kept weights of a finished model, tuned together so that it predicts what the
+dense one predicts.
+
+A block's output error says little about what becomes of it in the blocks behind. Here the loss is
+that of the end: KL(dense ‖ pruned) of the next tokens, on the calibration tokens and no others.
+Masks stand still, Adam moves what is kept, and windows that are held back judge. A step is
+
+    tokens → hidden states entering every block, which are kept
+           → the gradient of the loss to what leaves the last one, by pieces of the logits
+           → backwards, block by block: run once more with a graph, its gradient, its step
+
+so of gradients and of what a backward pass needs, one block's are in memory, and of the logits one
+piece; weights and Adam's two means of all blocks stay, in float32. The graphs of the last blocks
+stay from the way there as far as there is room, and these blocks run once; the numbers are the
+same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from math import cos, pi
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import NonFinite, NotEnoughText
+from secateur.models.divergence import divergence
+from secateur.models.matrices import weight_matrices
+from secateur.models.replay import Call, Shell, run_block
+from secateur.models.stream.forward import BlockRun, final_hidden
+from secateur.models.stream.straight_through import StraightThrough, put_on_grid, take_off_grid
+
+RATE = 0.2
+"""Adam's highest step, to be divided by the inputs of a matrix (recover.py says why)."""
+SQUARES = 0.98
+"""How Adam's mean of squares decays: over 50 steps."""
+WARM = 0.1
+"""The share of the steps in which the rate rises; then it falls to zero as a cosine."""
+STEP_TOKENS = 1024
+"""About how many tokens make a step."""
+TOKENS, MOST_EPOCHS = 2**17, 8
+"""How many tokens are gone through: few windows come several times, but so often at most."""
+HELD_BACK = 16
+"""One window of so many is not tuned on; it judges."""
+LOGITS = 2**24
+"""How many logits a piece has at most."""
+
+
+class Distilled(NamedTuple):
+    """KL(dense ‖ pruned) on the windows that were held back, nats a token, before and after; the
+    same where tuning did not help.
+    """
+
+    before: float
+    after: float
+
+
+class Windows(NamedTuple):
+    """Windows by batch: `tokens` `[windows, length]`, what leaves the last block of the `dense`
+    model, `[…, windows, length, hidden]`, and whether the `next` token counts, `[windows, length]`.
+    """
+
+    tokens: Sequence[Tensor]
+    dense: Sequence[Tensor]
+    next: Sequence[Tensor]
+
+
+class Aims(NamedTuple):
+    """What the dense model makes of the calibration windows: those to tune on, and those to judge.
+
+    `shell` is what stands before the first block and behind the last.
+    """
+
+    shell: Shell
+    tuned: Windows
+    judged: Windows
+
+
+def held_back(windows: int) -> int:
+    """How many of the windows are not tuned on."""
+    return max(1, windows // HELD_BACK)
+
+
+def epochs_of(least: int, windows: int, length: int) -> int:
+    """How often the windows are gone through, `least` times or more where they are few."""
+    tuned = (windows - held_back(windows)) * length
+    return max(least, min(-(-TOKENS // tuned), MOST_EPOCHS))
+
+
+@torch.no_grad()
+def aims(run: BlockRun) -> Aims:
+    """What to aim at, for a run whose model is still dense. Raises NotEnoughText for one window."""
+    if (count := len(run.tokens)) < 2:
+        raise NotEnoughText(
+            "+distil tunes on some calibration windows and judges on others; found one. Give "
+            "--samples 32, or leave +distil out."
+        )
+    held = held_back(count)
+    shell = Shell(run.language_model, run.devices[0], run.dtype)
+    parts = slice(count - held), slice(count - held, None)
+    return Aims(shell, *(_windows(run, shell, part) for part in parts))
+
+
+def _windows(run: BlockRun, shell: Shell, part: slice) -> Windows:
+    tokens = run.tokens[part]
+    size = max(1, STEP_TOKENS // tokens.shape[1])
+    dense = final_hidden(run.language_model, shell, tokens, run.dtype, size)
+    counts = torch.ones_like(tokens, dtype=torch.bool)
+    counts[:, -1] = False
+    if run.counted is not None:
+        counts[:, :-1] = run.counted[part][:, 1:]
+    return Windows(tokens.split(size), dense.split(size, dim=-3), counts.split(size))
+
+
+class Distillation:
+    """The blocks of a pruned model while they are tuned in place, in float32, where `aims` are.
+
+    `kept` has for each block the parameters that are tuned, bool of their shape, and `grids` those
+    of them that stay on one. `room`: bytes for graphs. `done` of all `steps` are taken.
+    """
+
+    def __init__(
+        self,
+        aims: Aims,
+        blocks: Sequence[nn.Module],
+        kept: Sequence[Mapping[str, Tensor]],
+        *,
+        epochs: int,
+        grids: Sequence[Mapping[str, StraightThrough]] = (),
+        room: int = 0,
+    ) -> None:
+        self.aims, self.blocks, self.kept = aims, blocks, kept
+        self.grids, self.device = grids or [{} for _ in blocks], aims.shell.device
+        self.steps, self.done, self.room = epochs * len(aims.tuned.tokens), 0, room
+        self._graphs: int | None = None
+        self.weights: list[dict[str, nn.Parameter]] = []
+        self._optimisers: list[torch.optim.Adam] = []
+        for block, masks, grid in zip(blocks, kept, self.grids, strict=True):
+            block.requires_grad_(False)
+            weights = {name: block.get_parameter(name).requires_grad_() for name in masks}
+            put_on_grid(block, grid)
+            self.weights.append(weights)
+            inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
+            groups = [
+                {"params": [weight], "lr": 0.0, "highest": RATE / inputs[name]}
+                for name, weight in weights.items()
+            ]
+            self._optimisers.append(
+                torch.optim.Adam(groups or [torch.zeros(0)], betas=(0.9, SQUARES), fused=True)
+            )
+
+    def run(self) -> Iterator[float]:
+        """Take the steps that are left, every batch once an epoch; gives the loss before each."""
+        count = len(self.aims.tuned.tokens)
+        while self.done < self.steps:
+            epoch, place = divmod(self.done, count)
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
+            yield self.step(int(order[place]))
+
+    def step(self, number: int) -> float:
+        """One step of every block on a batch; the loss before it. Raises NonFinite."""
+        tokens, blocks = self.aims.tuned.tokens[number], range(len(self.blocks))
+        entering, calls, graphs = self._forward(tokens, self._graphs or 0)
+        sizes: list[int] | None = [] if self._graphs is None else None
+        loss, gradient = self._end(number, entering.pop())
+        if not (loss < torch.inf):
+            raise NonFinite(
+                f"The loss became {loss} at step {self.done + 1} of {self.steps} of +distil. Leave "
+                "it out."
+            )
+        for index in reversed(blocks):
+            with _counted(sizes):
+                hidden, output = graphs.pop(index, None) or self._run(
+                    index, entering[index], calls[index], graph=True
+                )
+            entering.pop()
+            if sizes and _holds_graph(calls[index]):  # another block reads what this one computes
+                sizes, self._graphs = None, 0
+            output.backward(gradient.to(output.dtype))
+            assert hidden.grad is not None
+            gradient = hidden.grad
+            del hidden, output
+            self._move(index)
+        if sizes:
+            self._graphs = sum(1 for total in accumulate(sizes) if total <= self.room)
+        self.done += 1
+        return loss
+
+    def _move(self, index: int) -> None:
+        """A step of one block, whose gradients are there."""
+        warm = max(1, round(WARM * self.steps))
+        share = min(1.0, (self.done + 1) / warm) * (1 + cos(pi * self.done / self.steps)) / 2
+        optimiser = self._optimisers[index]
+        for group in optimiser.param_groups:
+            group["lr"] = share * group.get("highest", 0.0)
+        for name, weight in self.weights[index].items():
+            if weight.grad is not None:
+                weight.grad.mul_(self.kept[index][name])
+        optimiser.step()
+        optimiser.zero_grad()
+
+    def _run(self, index: int, hidden: Tensor, call: Call, *, graph: bool) -> tuple[Tensor, Tensor]:
+        """What enters a block and what leaves it, with a graph where one is wanted."""
+        hidden = hidden.detach().requires_grad_(graph)
+        with (
+            torch.set_grad_enabled(graph),
+            torch.autocast(self.device.type, hidden.dtype, enabled=hidden.dtype != torch.float32),
+        ):
+            return hidden, run_block(self.blocks[index], hidden, call).to(hidden.dtype)
+
+    def _forward(
+        self, tokens: Tensor, graphs: int = 0
+    ) -> tuple[list[Tensor], list[Call], dict[int, tuple[Tensor, Tensor]]]:
+        """What enters every block and leaves the last, the calls, and the graphs that stay."""
+        with torch.no_grad():
+            hidden, calls = self.aims.shell.enter(tokens)
+        entering, stay = [hidden], dict[int, tuple[Tensor, Tensor]]()
+        for index in range(len(self.blocks)):
+            graph = index >= len(self.blocks) - graphs
+            ends = self._run(index, entering[-1], calls[index], graph=graph)
+            if graph:
+                stay[index] = ends
+            entering.append(ends[1].detach())
+        return entering, calls, stay
+
+    def _end(self, number: int, leaving: Tensor) -> tuple[float, Tensor]:
+        """The mean KL(dense ‖ pruned) of a batch; its gradient to what leaves the last block."""
+        shell = self.aims.shell
+        tokens, dense, counts = (part[number] for part in self.aims.tuned)
+        gradient, lost, total = torch.zeros_like(leaving), 0.0, int(counts.sum())
+        for window, tokens_at_once in _pieces(tokens, shell):
+            where = (window, tokens_at_once)
+            places = counts[where].to(self.device)
+            if not places.any():
+                continue
+            with torch.enable_grad():
+                hidden = leaving[..., *where, :].detach().requires_grad_()
+                given = shell.leave(tokens[where], hidden)
+            with torch.no_grad():
+                aim = shell.leave(tokens[where], dense[..., *where, :].to(self.device))
+                log_p, log_q = (one[places].float().log_softmax(-1) for one in (aim, given))
+                lost += divergence(log_p, log_q).double().sum().item()
+                slope = torch.zeros_like(given)
+                slope[places] = ((log_q.exp_() - log_p.exp_()) / total).to(slope.dtype)
+            (gradient[..., *where, :],) = torch.autograd.grad(given, hidden, slope)
+        return lost / max(total, 1), gradient
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """The mean KL(dense ‖ pruned) on the windows that are held back, nats a token."""
+        lost, shell = torch.zeros((), dtype=torch.float64), self.aims.shell
+        for tokens, dense, counts in zip(*self.aims.judged, strict=True):
+            leaving = self._forward(tokens)[0][-1]
+            for where in _pieces(tokens, shell):
+                places = counts[where].to(self.device)
+                ends = (dense[..., *where, :].to(self.device), leaving[..., *where, :])
+                logits = (shell.leave(tokens[where], hidden)[places] for hidden in ends)
+                log_p, log_q = (one.float().log_softmax(-1) for one in logits)
+                lost += divergence(log_p, log_q).double().sum().cpu()
+        return (lost / sum(int(counts.sum()) for counts in self.aims.judged.next)).item()
+
+    def end(self) -> None:
+        """Make plain blocks of those that were tuned."""
+        for block, grid in zip(self.blocks, self.grids, strict=True):
+            take_off_grid(block, grid)
+            block.requires_grad_(False)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the steps that are left depend on, by name."""
+        tensors = {"done": torch.tensor(self.done)}
+        for name, weight, means in self._moving():
+            tensors |= {f"{name}.weight": weight.detach()}
+            tensors |= {f"{name}.{key}": value for key, value in means.items()}
+        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self.done = int(tensors["done"])
+        for name, weight, means in self._moving():
+            weight.copy_(tensors[f"{name}.weight"])
+            means |= {
+                key: tensors[f"{name}.{key}"].to("cpu" if key == "step" else weight.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in tensors
+            }
+
+    def _moving(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:
+        """(name, weight, Adam's means) of everything that is tuned."""
+        for index, weights in enumerate(self.weights):
+            for name, weight in weights.items():
+                yield f"{index}.{name}", weight, self._optimisers[index].state[weight]
+
+
+@contextmanager
+def _counted(sizes: list[int] | None) -> Iterator[None]:
+    """Append how many bytes the graphs hold that are made meanwhile."""
+    if sizes is None:
+        yield
+        return
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        yield
+    sizes.append(sum(saved.values()))
+
+
+def _holds_graph(value: Any) -> bool:
+    """Whether a block has left something with a graph in the call that others get too."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, Mapping):
+        return any(map(_holds_graph, value.values()))
+    return isinstance(value, (tuple, list)) and any(map(_holds_graph, value))
+
+
+def _pieces(tokens: Tensor, shell: Shell) -> Iterator[tuple[slice, slice]]:
+    """Windows and tokens of a batch `[windows, length]`, in parts with few enough logits."""
+    vocabulary = shell.model.get_output_embeddings().weight.shape[0]
+    length = max(1, LOGITS // vocabulary)
+    for window in range(len(tokens)):
+        for start in range(0, tokens.shape[1], length):
+            yield slice(window, window + 1), slice(start, start + length)

@@ -1,0 +1,135 @@
+"""Tuning towards the end loss: its gradients against autograd through the whole model, and what it must leave alone."""
+
+import pytest
+import torch
+from support.families import tiny_model
+from support.streams import CPU, TOKENS, windows
+
+from secateur.errors import NotEnoughText, UnsupportedModel
+from secateur.methods.values import find_codes, parse_values
+from secateur.models.kept import matrix_parameters
+from secateur.models.load import replayable
+from secateur.models.matrices import weight_matrices
+from secateur.models.replay import working_copy
+from secateur.models.stream import distil
+from secateur.models.stream.distil import Distillation, aims
+from secateur.models.stream.forward import BlockRun
+from secateur.pruning.in_memory import prune_model
+
+FAMILIES = ["llama", "gemma2", "gemma3_text", "cohere", "granite", "gpt2", "mixtral", "qwen3_moe", "mamba", "lfm2"]
+
+
+def masked(model, seed=0):
+    """Half of every matrix in a block is taken out, at random; the masks."""
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for block in model.blocks:
+        kept = {n: torch.rand(p.shape, generator=draw) > 0.5 for n, p in matrix_parameters(block).items()}
+        for name, mask in kept.items():
+            block.get_parameter(name).data.mul_(mask)
+        found.append(kept)
+    return found
+
+
+def slopes_of_autograd(family, tokens, masks):
+    """What one backward pass through the whole model gives, in float64 where it can be, and the loss."""
+    dtype = torch.float32 if family in ("mixtral", "qwen3_moe") else torch.float64  # grouped products have no others
+    dense, pruned = tiny_model(family).to(dtype), tiny_model(family).to(dtype)
+    blocks = replayable(pruned).blocks
+    for block, kept in zip(blocks, masks, strict=True):
+        for name, mask in kept.items():
+            block.get_parameter(name).data.mul_(mask)
+            block.get_parameter(name).requires_grad_()
+    p = dense(tokens, use_cache=False).logits[:, :-1].log_softmax(-1).detach()
+    q = pruned(tokens, use_cache=False).logits[:, :-1].log_softmax(-1)
+    loss = (p.exp() * (p - q)).sum(-1).mean()
+    loss.backward()
+    slopes = [
+        {name: block.get_parameter(name).grad * mask for name, mask in kept.items()}
+        for block, kept in zip(blocks, masks, strict=True)
+    ]
+    return slopes, loss.item()
+
+
+@pytest.mark.parametrize("graphs", [0, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_gradients_are_those_of_the_whole_model(family, graphs, monkeypatch):
+    dense, pruned = replayable(tiny_model(family)), replayable(tiny_model(family))
+    masks = masked(pruned)
+    monkeypatch.setattr(distil, "LOGITS", 128 * 7)  # pieces that do not divide a window
+    run = BlockRun(dense, torch.cat([TOKENS, TOKENS[:1]]), [CPU], torch.float32, 2)
+    blocks = [working_copy(block, CPU, torch.float32) for block in pruned.blocks]
+    with torch.no_grad():
+        distillation = Distillation(aims(run), blocks, masks, epochs=1)
+    monkeypatch.setattr(distillation, "_graphs", graphs)
+    found = {}
+
+    def collect(index):
+        found[index] = {n: blocks[index].get_parameter(n).grad * mask for n, mask in masks[index].items()}
+
+    monkeypatch.setattr(distillation, "_move", collect)
+    loss = distillation.step(0)
+    expected, whole = slopes_of_autograd(family, TOKENS, masks)
+    assert loss == pytest.approx(whole, rel=1e-4)
+    for index, kept in enumerate(expected):
+        for name, slope in kept.items():
+            scale = slope.abs().max().clamp_min(1e-12)
+            assert ((found[index][name] - slope).abs().max() / scale) < 2e-3, (index, name)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gemma3n_text"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_model_comes_nearer_and_masks_stand_still(family, dtype, monkeypatch):
+    monkeypatch.setattr(distil, "STEP_TOKENS", 64)
+    monkeypatch.setattr(distil, "RATE", 0.05)  # for a few windows of random text
+    found = {}
+    for method in ("wanda", "wanda+distil"):
+        model, dense = tiny_model(family), tiny_model(family)
+        report = prune_model(replayable(model), windows(), method=method, pattern="2:4", batch_size=3, dtype=dtype)
+        assert all(site.sparsity == pytest.approx(0.5, abs=1e-3) for site in report.sites)
+        with torch.no_grad():
+            p, q = (m(TOKENS, use_cache=False).logits.log_softmax(-1) for m in (dense, model))
+        found[method] = (p.exp() * (p - q)).sum(-1).mean().item(), model.state_dict()
+        if report.distilled:
+            before, after = report.distilled
+            assert after < before
+    (before, wanda), (after, tuned) = found.values()
+    assert after < before
+    for name, tensor in tuned.items():
+        assert torch.equal(tensor == 0, wanda[name] == 0), name
+        if "norm" in name or "embed" in name:
+            assert torch.equal(tensor, wanda[name]), name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_on_a_grid_stays_on_it(monkeypatch):
+    monkeypatch.setattr(distil, "STEP_TOKENS", 64)
+    values = parse_values("int4 of group 32")
+    assert values is not None
+    model = replayable(tiny_model("llama"))
+    prune_model(model, windows(), method="wanda+distil", pattern="50%", values=str(values), batch_size=3)
+    for block in model.blocks:
+        for name, matrix in weight_matrices(block).items():
+            assert find_codes(matrix.weight, values) is not None, name
+
+
+def test_only_tokens_that_count_are_aimed_at():
+    """The gradient of a window of which some tokens count is that of their losses alone."""
+    counted = torch.zeros_like(TOKENS, dtype=torch.bool)
+    counted[:, 5:9] = True
+    run = BlockRun(replayable(tiny_model("llama")), TOKENS, [CPU], torch.float32, 2, counted=counted)
+    tuned = aims(run).tuned
+    assert torch.equal(torch.cat(list(tuned.next)).nonzero()[:, 1].unique(), torch.arange(4, 8))
+
+
+def test_a_single_window_is_refused():
+    run = BlockRun(replayable(tiny_model("llama")), TOKENS[:1], [CPU], torch.float32, 2)
+    with pytest.raises(NotEnoughText, match=r"tunes on some calibration windows .* Give --samples 32"):
+        aims(run)
+
+
+def test_what_does_not_fit_is_refused_before_any_work():
+    with pytest.raises(UnsupportedModel, match=r"\+distil tunes all blocks at once, .* or use \+refine"):
+        prune_model(replayable(tiny_model("llama")), windows(), method="wanda+distil", memory="1MB")
