@@ -1,11 +1,11 @@
 """How much of what SparseGPT loses on a real model other methods win back, and for how much of its time.
 
-    python bench/real_quality.py out/real/SmolLM2-135M-Instruct.Q4_1.gguf --data-dir DIR --json bench/results/real-quality.json
+    python bench/real_quality.py out/real/SmolLM2-135M-Instruct.Q4_1.gguf --data-dir DIR --json FILE
 
-Calibrated on C4, judged on WikiText-2's test split in windows of 512 tokens (`bench/real.py` fetches the model). Every row
-comes from `secateur compare`, which keeps it in --out: the same command goes on where it was killed, and other methods
-join the table. Without a model it is the demo model with its own text. `removed` is the share of what SparseGPT adds to the dense
-model that a row does not add, in perplexity and in KL; `cost` its seconds over SparseGPT's in the same run.
+Calibrated on C4, judged on WikiText-2's test split in windows of 512 tokens (`bench/real.py` fetches the model). Every
+row comes from `secateur compare`, which keeps it in --out: the same command goes on where it was killed, and other
+methods join the table. Without a model it is the demo model with its own text. `removed` is the share of what SparseGPT
+adds to the dense model that a row does not add, in perplexity and in KL; `cost` its seconds over SparseGPT's.
 """
 
 from __future__ import annotations
@@ -49,7 +49,14 @@ def main() -> None:
     )
     read.add_argument("model", nargs="?")
     given = read.parse_args()
-    command = ["compare", *([given.model] if given.model else []), "--methods", given.methods, "--patterns", given.patterns]
+    command = [
+        "compare",
+        *([given.model] if given.model else []),
+        "--methods",
+        given.methods,
+        "--patterns",
+        given.patterns,
+    ]
     command += ["--samples", str(given.samples), "--seq-len", str(given.seq_len), "--windows", str(given.windows)]
     if given.data_dir:
         command += ["--calibration", "c4", "--evaluation", "wikitext2", "--data-dir", str(given.data_dir)]

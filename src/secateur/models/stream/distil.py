@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.errors import NonFinite, NotEnoughText
+from secateur.models.context import vocabulary_size
 from secateur.models.divergence import divergence
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import Call, Shell, run_block
@@ -100,6 +101,9 @@ def aims(run: BlockRun) -> Aims:
         )
     held = held_back(count)
     shell = Shell(run.language_model, run.devices[0], run.dtype)
+    mapped = set(shell.embedding.parameters()) if shell.embedding else set()
+    for parameter in set(shell.model.parameters()) - mapped:  # the model's own stay as they are
+        parameter.requires_grad_(False)
     parts = slice(count - held), slice(count - held, None)
     return Aims(shell, *(_windows(run, shell, part) for part in parts))
 
@@ -140,7 +144,9 @@ class Distillation:
         self._optimisers: list[torch.optim.Adam] = []
         for block, masks, grid in zip(blocks, kept, self.grids, strict=True):
             block.requires_grad_(False)
-            weights = {name: block.get_parameter(name).requires_grad_() for name in masks}
+            weights = {name: block.get_parameter(name) for name in masks}
+            for weight in weights.values():
+                weight.requires_grad_()
             put_on_grid(block, grid)
             self.weights.append(weights)
             inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
@@ -245,7 +251,9 @@ class Distillation:
                 lost += divergence(log_p, log_q).double().sum().item()
                 slope = torch.zeros_like(given)
                 slope[places] = ((log_q.exp_() - log_p.exp_()) / total).to(slope.dtype)
-            (gradient[..., *where, :],) = torch.autograd.grad(given, hidden, slope)
+            given.backward(slope)
+            assert hidden.grad is not None
+            gradient[..., *where, :] = hidden.grad
         return lost / max(total, 1), gradient
 
     @torch.no_grad()
@@ -324,8 +332,7 @@ def _holds_graph(value: Any) -> bool:
 
 def _pieces(tokens: Tensor, shell: Shell) -> Iterator[tuple[slice, slice]]:
     """Windows and tokens of a batch `[windows, length]`, in parts with few enough logits."""
-    vocabulary = shell.model.get_output_embeddings().weight.shape[0]
-    length = max(1, LOGITS // vocabulary)
+    length = max(1, LOGITS // vocabulary_size(shell.model))
     for window in range(len(tokens)):
         for start in range(0, tokens.shape[1], length):
             yield slice(window, window + 1), slice(start, start + length)

@@ -16,6 +16,7 @@ from secateur.kernels.gram import add_products
 from secateur.methods import Method
 from secateur.methods.cost import Cost
 from secateur.methods.statistics import OF_DENSE
+from secateur.models.context import vocabulary_size, width
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS
 from secateur.models.stream.distil import epochs_of, held_back
@@ -179,7 +180,7 @@ def _distilling(work: Workload) -> float:
     )
     tuned = epochs * (work.samples - judged)
     flops = sum(kind.flops * kind.count for kind in work.outline.kinds) / work.batch
-    head = 2 * work.length * work.built.model.get_output_embeddings().weight.numel()
+    head = 2 * work.length * width(work.built) * vocabulary_size(work.built.model)
     return flops * (work.samples + 4 * tuned + 2 * judged) + head * (3 * tuned + 4 * judged)
 
 
