@@ -202,3 +202,20 @@ def short(values: str) -> str:
 def judged(row: dict[str, Any]) -> str:
     """Perplexity and divergence of a row."""
     return f"{row['perplexity']:.2f}, {row['kl']:.4f}".replace(", 0.0000", ", 0")
+
+
+def test_what_is_won_back_on_a_real_model_is_what_was_measured():
+    page = read("docs/quality.md").split("## A real model")[1].split("\n## ")[0]
+    shown = re.findall(r"^\| (?!pattern|---).*\|$", page, re.M)
+    rows = results()["real-quality"]["rows"]
+    assert shown == [won_back(row) for row in sorted(rows, key=lambda row: row["pattern"], reverse=True)]
+
+
+def won_back(row: dict[str, Any]) -> str:
+    """A line of that table."""
+    low, high = row["delta_interval"]
+    return (
+        f"| {row['pattern']} | {row['method']} | {row['perplexity']:.2f} | "
+        f"+{row['delta']:.2f} [{low:.2f}, {high:.2f}] | "
+        f"{row['kl']:.3f} | {row['removed']:.0%} | {row['removed_kl']:.0%} | {row['cost']:.1f} |"
+    )

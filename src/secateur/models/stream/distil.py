@@ -233,7 +233,9 @@ class Distillation:
         return entering, calls, stay
 
     def _end(self, number: int, leaving: Tensor) -> tuple[float, Tensor]:
-        """The mean KL(dense ‖ pruned) of a batch; its gradient to what leaves the last block."""
+        """The mean KL(dense ‖ pruned) of a batch, and the gradient of the sum, in which float16
+        does not underflow, to what leaves the last block. Adam does not see the scale.
+        """
         shell = self.aims.shell
         tokens, dense, counts = (part[number] for part in self.aims.tuned)
         gradient, lost, total = torch.zeros_like(leaving), 0.0, int(counts.sum())
@@ -250,7 +252,7 @@ class Distillation:
                 log_p, log_q = (one[places].float().log_softmax(-1) for one in (aim, given))
                 lost += divergence(log_p, log_q).double().sum().item()
                 slope = torch.zeros_like(given)
-                slope[places] = ((log_q.exp_() - log_p.exp_()) / total).to(slope.dtype)
+                slope[places] = (log_q.exp_() - log_p.exp_()).to(slope.dtype)
             given.backward(slope)
             assert hidden.grad is not None
             gradient[..., *where, :] = hidden.grad
@@ -291,7 +293,7 @@ class Distillation:
         for name, weight, means in self._moving():
             weight.copy_(tensors[f"{name}.weight"])
             means |= {
-                key: tensors[f"{name}.{key}"].to("cpu" if key == "step" else weight.device)
+                key: tensors[f"{name}.{key}"].to(weight.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"{name}.{key}" in tensors
             }
