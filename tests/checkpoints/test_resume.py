@@ -122,6 +122,17 @@ def test_goes_on_where_all_blocks_are_tuned(arguments, out, place, case, monkeyp
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
+def test_a_refusal_for_memory_keeps_what_is_finished(arguments, out, capfd):
+    """All blocks were pruned when there was room for tuning them; there is none as the run is taken up."""
+    given = arguments(*CASES["tuned together"])
+    expected = undisturbed(given, out)
+    assert started(given, ("secateur.models.stream.distil.Distillation.step", 1, "before")) == DIED
+    assert started([*given, "--memory", "1MB"]) == 2
+    assert "+distil tunes all blocks at once" in capfd.readouterr().err
+    assert started(given) == 0
+    assert contents(out) == expected
+
+
 def test_other_options_are_refused_with_what_differs(arguments, out, capfd):
     assert started(arguments("--method", "wanda"), ("secateur.checkpoints.result.Output._commit", 3, "before")) == DIED
     left = out.with_name(".out.journal").read_bytes()

@@ -46,7 +46,8 @@ class MatrixReport:
     """What became of one weight matrix. `pattern` is None where it was left dense; `note` says why.
 
     `output_error` is ‖(W − W') X‖² / ‖W X‖² on inputs X of about `PROBE_TOKENS` calibration tokens,
-    those that the pruned blocks before give; None where it saw none of them.
+    those that the pruned blocks before give; None where it saw none of them, and where `+distil`
+    has changed the weights since.
     """
 
     site: str

@@ -1,6 +1,6 @@
 """Which weights of a block are kept, and that they stay so when it is stored."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,25 @@ def matrix_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
     return {name: block.get_parameter(name) for name in names}
 
 
+def kept_of(block: nn.Module, names: Iterable[str], pruned: Container[str]) -> dict[str, Tensor]:
+    """Where parameters of a block are not zero, without the experts that were not `pruned`."""
+    kept = {name: block.get_parameter(name) != 0 for name in names}
+    for matrix in weight_matrices(block).values():
+        if matrix.expert and matrix.parameter in kept and matrix.name not in pruned:
+            kept[matrix.parameter][int(matrix.name.rsplit(".", 2)[1])] = False
+    return kept
+
+
 @torch.no_grad()
-def keep_masks(block: nn.Module, before: nn.Module, kept: Mapping[str, Tensor]) -> None:
-    """Round trained parameters to the dtype they had `before`; none that is `kept` becomes zero."""
+def keep_masks(
+    block: nn.Module, before: nn.Module, kept: Mapping[str, Tensor], grids: Container[str] = ()
+) -> None:
+    """Round trained parameters to the dtype they had `before`; none that is `kept` becomes zero,
+    but on one of the `grids`, which have a level for it.
+    """
     for name, mask in kept.items():
+        if name in grids:
+            mask = torch.zeros_like(mask)
         parameter = block.get_parameter(name)
         parameter.copy_(rounded(parameter, before.get_parameter(name).to(mask.device), mask))
 

@@ -7,25 +7,38 @@ Unlike all before it, it holds every block at once, in float32, with Adam's two 
 there is room is asked before any work.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from secateur.checkpoints.record import MatrixReport
+from secateur.checkpoints.record import Report
+from secateur.checkpoints.shards import save
 from secateur.errors import Interrupted
-from secateur.models.kept import block_masks, keep_masks
+from secateur.models.kept import keep_masks, kept_of
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import working_copy
 from secateur.models.stream.block_writer import BlockWriter
-from secateur.models.stream.distil import Aims, Distillation, Distilled, aims, epochs_of
+from secateur.models.stream.distil import (
+    Aims,
+    Distillation,
+    aims,
+    check_windows_for_tuning,
+    epochs_of,
+    refuse_shared,
+)
+from secateur.models.stream.forward import BlockRun
 from secateur.models.stream.straight_through import grids_of
+from secateur.pruning.planning.memory import free_bytes, refuse_too_large
 from secateur.pruning.prepare import Pruning
 from secateur.system.files import disk_errors, sync
-from secateur.system.memory import anonymous_bytes, available_bytes, freed_memory_kept
+from secateur.system.memory import freed_memory_kept
 
 STATE, END = ".distil.safetensors", ".distilled.safetensors"
 """Files in a result that is not finished: from which a run that died goes on, and what came out."""
@@ -33,121 +46,162 @@ SAVE_SECONDS = 300.0
 JUDGED, DISTILLED = "judged", "distilled"
 
 
-def distil_model(
-    pruning: Pruning, found: Aims, reports: Sequence[MatrixReport], limit: int | None
-) -> Distilled:
+class Outcome(NamedTuple):
+    """KL(dense ‖ pruned) on the windows held back before and after, None where it is no number, and
+    how many of all steps were taken.
+    """
+
+    before: float | None
+    after: float | None
+    done: int
+    steps: int
+
+    @property
+    def better(self) -> bool:
+        return self.before is not None and self.after is not None and self.after < self.before
+
+    def into(self, report: Report) -> None:
+        """What the report says of it. Errors of matrices are those of other weights now."""
+        if self.better:
+            report.sites = [
+                one if one.pattern is None else replace(one, output_error=None)
+                for one in report.sites
+            ]
+        if self.before is not None:
+            after = self.before if self.after is None else min(self.after, self.before)
+            report.distilled = self.before, after
+        if self.before is None or self.done < self.steps:
+            report.remark(
+                f"The loss of +distil was no number after {self.done} of {self.steps} steps; "
+                "the model is what it was before them, unless it had come nearer."
+            )
+
+
+def check_distil(run: BlockRun, limit: int | None) -> None:
+    """Raise NotEnoughText or UnsupportedModel where all blocks cannot be tuned together."""
+    counted = run.tokens if run.counted is None else run.counted[:, 1:].any(1).nonzero()
+    check_windows_for_tuning(len(counted))
+    refuse_too_large(run.language_model, run.devices[0], limit)
+    refuse_shared(run)
+
+
+def distil_model(pruning: Pruning, found: Aims, report: Report, limit: int | None) -> None:
     """Tune a model in memory, in place, all of whose blocks are pruned."""
-    blocks = pruning.run.language_model.blocks
-    distillation = distillation_of(pruning, found, blocks, reports, limit)
-    before = distillation.judge()
-    _steps(pruning, distillation)
-    after = distillation.judge()
-    distillation.end()
-    if after < before:
-        for name, tensor in _rounded(pruning, blocks, distillation):
-            pruning.run.language_model.model.get_parameter(name).data.copy_(tensor)
-    return Distilled(before, min(after, before))
+    model = pruning.run.language_model
+    distillation = _distillation(pruning, found, model.blocks, report, limit)
+    outcome, tensors = _tuned(pruning, distillation, model.blocks, distillation.judge())
+    for name, tensor in tensors.items():
+        model.model.get_parameter(name).data.copy_(tensor)
+    outcome.into(report)
 
 
-def distil_result(
-    pruning: Pruning, writer: BlockWriter, reports: Sequence[MatrixReport], limit: int | None
-) -> Distilled:
+def distil_result(pruning: Pruning, writer: BlockWriter, report: Report, limit: int | None) -> None:
     """Tune the result that a writer holds, all of whose blocks are finished, and write it again.
 
     Raises Interrupted, DiskFull; the same command goes on.
     """
-    found, end = writer.recorded(DISTILLED), writer.folder / END
-    if not found:
+    recorded, end = writer.recorded(DISTILLED), writer.folder / END
+    if not recorded:
         stored = writer.finished()
-        distillation = distillation_of(pruning, aims(pruning.run), stored, reports, limit)
-        before = writer.once(JUDGED, distillation.judge)
-        _tune(pruning, distillation, writer)
-        after = distillation.judge()
-        distillation.end()
-        if after < before:
-            _save(end, dict(_rounded(pruning, stored, distillation)))
-        found = [writer.once(DISTILLED, lambda: (before, min(after, before)))]
-    if end.exists():
+        distillation = _distillation(pruning, aims(pruning.run), stored, report, limit)
+        [before] = writer.once(JUDGED, lambda: [_number(distillation.judge())])
+        each = _keeping(distillation, writer)
+        outcome, tensors = _tuned(pruning, distillation, stored, before, each)
+        if tensors:
+            _save(end, tensors)
+        recorded = [writer.once(DISTILLED, lambda: outcome)]
+    outcome = Outcome(*recorded[0])
+    if outcome.better and end.exists():
         writer.rewrite(load_file(end))
-        end.unlink()
-    (writer.folder / STATE).unlink(missing_ok=True)
-    return Distilled(*found[0])
+    for file in (end, writer.folder / STATE):
+        file.unlink(missing_ok=True)
+        file.with_suffix(".partial").unlink(missing_ok=True)
+    outcome.into(report)
 
 
-def _tune(pruning: Pruning, distillation: Distillation, writer: BlockWriter) -> None:
-    """Take the steps that are left, and keep now and then what is needed to go on from there."""
-    state, saved = writer.folder / STATE, perf_counter()
-    if state.exists():
-        distillation.restore(load_file(state))
-
-    def save() -> None:
-        nonlocal saved
-        last = distillation.done == distillation.steps
-        if last or writer.stopping or perf_counter() - saved > SAVE_SECONDS:
-            _save(state, distillation.state())
-            saved = perf_counter()
-        if writer.stopping and not last:
-            raise Interrupted(f"Stopped after step {distillation.done} of {distillation.steps}.")
-
-    _steps(pruning, distillation, save)
-
-
-def distillation_of(
-    pruning: Pruning,
-    found: Aims,
-    stored: Sequence[nn.Module],
-    reports: Sequence[MatrixReport],
-    limit: int | None,
+def _distillation(
+    pruning: Pruning, found: Aims, stored: Sequence[nn.Module], report: Report, limit: int | None
 ) -> Distillation:
     """The tuning of blocks as they are `stored`: of the parameters that hold what was pruned."""
     run, device = pruning.run, pruning.run.devices[0]
-    pruned = {report.site for report in reports if report.pattern is not None}
+    pruned = {one.site for one in report.sites if one.pattern is not None}
     blocks, kept, grids = [], list[Mapping[str, Tensor]](), []
     for index, block in enumerate(stored):
-        start = run.language_model.block_name(index)
-        sites = weight_matrices(block).values()
-        names = {one.parameter for one in sites if f"{start}.{one.name}" in pruned}
+        start, sites = run.language_model.block_name(index), weight_matrices(block).values()
+        here = {one.name: one.parameter for one in sites if f"{start}.{one.name}" in pruned}
         copy = working_copy(block, device, torch.float32)
-        masks = {name: mask for name, mask in block_masks(copy).items() if name in names}
+        masks = kept_of(copy, sorted(set(here.values())), here)
         grids.append(grids_of(block, masks, pruning.values) if pruning.values else {})
         blocks.append(copy)
         kept.append(masks)
-    free = available_bytes(device) if limit is None else limit - (anonymous_bytes() or 0)
     means = 8 * sum(mask.numel() for masks in kept for mask in masks.values())
-    room = max(free - means, 0) // 2
+    room = max(free_bytes(device, limit) - means, 0) // 2
     epochs = epochs_of(pruning.method.distil, *run.tokens.shape)
     return Distillation(found, blocks, kept, epochs=epochs, grids=grids, room=room)
 
 
-def _steps(
-    pruning: Pruning, distillation: Distillation, after_each: Callable[[], None] = lambda: None
-) -> None:
-    progress = pruning.run.progress
+def _tuned(
+    pruning: Pruning,
+    distillation: Distillation,
+    stored: Sequence[nn.Module],
+    before: float | None,
+    after_each: Callable[[], None] = lambda: None,
+) -> tuple[Outcome, dict[str, Tensor]]:
+    """What tuning comes to, and the parameters of all blocks by their name in the model, rounded as
+    they are `stored`; none where they are no better.
+    """
+    progress, steps = pruning.run.progress, distillation.steps
+    if before is None or not isfinite(before):
+        return Outcome(None, None, 0, steps), {}
     progress.begin("tuning all blocks towards the dense model's predictions")
     with pruning.run.seconds.counted("refine"), freed_memory_kept():
         for loss in distillation.run():
             after_each()
-            progress.advance(f"KL {loss:.4f}", distillation.done, distillation.steps)
+            progress.advance(f"KL {loss:.4f}", distillation.done, steps)
+        distillation.end()
+        tensors = dict[str, Tensor]()
+        for index, block in enumerate(stored):
+            tuned, kept = distillation.blocks[index], distillation.kept[index]
+            keep_masks(tuned, block, kept, distillation.grids[index])
+            name = pruning.run.language_model.block_name(index)
+            for one in kept:
+                weight, dtype = tuned.get_parameter(one).detach(), block.get_parameter(one).dtype
+                tensors[f"{name}.{one}"] = weight.to("cpu", dtype).contiguous()
+        outcome = Outcome(before, _number(distillation.judge()), distillation.done, steps)
+    return outcome, tensors if outcome.better else {}
+
+
+def _number(figure: float) -> float | None:
+    """A figure as JSON can hold it."""
+    return figure if isfinite(figure) else None
+
+
+def _keeping(distillation: Distillation, writer: BlockWriter) -> Callable[[], None]:
+    """Take up what a run that died has kept; what to call after each step to keep it."""
+    state, saved = writer.folder / STATE, perf_counter()
+    if state.exists():
+        distillation.restore(load_file(state))
+
+    def keep() -> None:
+        nonlocal saved
+        last, stopping = distillation.done == distillation.steps, writer.stopping
+        if last or stopping or perf_counter() - saved > SAVE_SECONDS:
+            _save(state, distillation.state())
+            saved = perf_counter()
+        if stopping and not last:
+            raise Interrupted(
+                f"Stopped after step {distillation.done} of {distillation.steps} of +distil, which "
+                "is kept."
+            )
+
+    return keep
 
 
 def _save(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a state, whole or not at all."""
+    """Write tensors, whole or not at all."""
     partial = file.with_suffix(".partial")
     with disk_errors(file):
-        save_file(dict(tensors), partial)
+        save(dict(tensors), partial)
         sync(partial)
         partial.replace(file)
         sync(file.parent)
-
-
-def _rounded(
-    pruning: Pruning, stored: Sequence[nn.Module], distillation: Distillation
-) -> Iterator[tuple[str, Tensor]]:
-    """The tuned parameters of all blocks by their name in the model, rounded as they are stored."""
-    blocks = zip(stored, distillation.blocks, distillation.kept, strict=True)
-    for index, (before, tuned, kept) in enumerate(blocks):
-        keep_masks(tuned, before, kept)
-        name = pruning.run.language_model.block_name(index)
-        for one in kept:
-            dtype = before.get_parameter(one).dtype
-            yield f"{name}.{one}", tuned.get_parameter(one).detach().to("cpu", dtype).contiguous()

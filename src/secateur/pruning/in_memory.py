@@ -12,7 +12,7 @@ from secateur.methods.values import parse_values
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.distil import aims
 from secateur.pruning.check import find_zeros
-from secateur.pruning.distil import distil_model
+from secateur.pruning.distil import check_distil, distil_model
 from secateur.pruning.prepare import block_run, prepare
 from secateur.pruning.prune import pruned_blocks
 from secateur.system.devices import find_resources
@@ -51,6 +51,8 @@ def prune_model(
     spill = Path(gettempdir())
     with PeakMemory() as peak:
         run = block_run(language_model, windows, resources, spill, progress or Progress())
+        if zeros.method.distil:
+            check_distil(run, resources.limit)
         report, pruning = prepare(
             run, windows, zeros, resources, trust, lambda what, decide: decide()
         )
@@ -60,6 +62,6 @@ def prune_model(
                 language_model.model.get_parameter(name).data.copy_(tensor)
             report.take(block.entry(language_model.block_name(block.index)))
         if found:
-            report.distilled = distil_model(pruning, found, report.sites, resources.limit)
+            distil_model(pruning, found, report, resources.limit)
     report.end(peak.bytes)
     return report

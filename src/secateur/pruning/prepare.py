@@ -25,7 +25,7 @@ from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.pruning.check import Zeros
 from secateur.pruning.planning.allocation import Plan, is_file, label, left_dense_in_words
 from secateur.pruning.planning.measured import make_plan
-from secateur.pruning.planning.memory import UNKNOWN_COST, refuse_too_large, way_through
+from secateur.pruning.planning.memory import UNKNOWN_COST, way_through
 from secateur.system.devices import Resources, calibration_dtype
 from secateur.system.files import file_sha256
 from secateur.system.machine import versions
@@ -125,8 +125,6 @@ def prepare(
             f"not share; found {run.ranks.size}. Run it in one, or leave +refine, +permute and "
             "+distil out."
         )
-    if method.distil:
-        refuse_too_large(run.language_model, run.devices[0], resources.limit)
     started = perf_counter()
     decided = once("decided", lambda: _decide(run, windows, zeros, resources))
     run.seconds.plan = perf_counter() - started

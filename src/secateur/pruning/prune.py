@@ -22,7 +22,7 @@ from secateur.models.stream.blocks import stream
 from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
 from secateur.pruning.check import Zeros, find_recipe
-from secateur.pruning.distil import distil_result
+from secateur.pruning.distil import check_distil, distil_result
 from secateur.pruning.opening import Opened, opened
 from secateur.pruning.own_text import own_file, refuse_ranks
 from secateur.pruning.permute import groups_by_kind
@@ -127,6 +127,8 @@ def prune_checkpoint(
         return prune_structure(opened, chosen, resources, destination, trust, progress)
     out = Path(destination.out)
     run = block_run(language_model, windows, resources, out.resolve().parent, progress, ranks)
+    if chosen.method.distil:
+        check_distil(run, resources.limit)
     conditions, count = conditions_of(run, windows, chosen, resources), len(language_model.blocks)
     writing = block_writer(source, language_model, destination, trust, conditions, ranks)
     with PeakMemory() as peak, writing as writer:
@@ -141,7 +143,7 @@ def prune_checkpoint(
                 report.take(entry)
                 writer.commit(block.tensors, entry, last=block.index == count - 1)
         if pruning.method.distil:
-            report.distilled = distil_result(pruning, writer, report.sites, resources.limit)
+            distil_result(pruning, writer, report, resources.limit)
         report.end(peak.bytes)
         report.out = out
         options = {"dtype": conditions["dtype"], "batch_size": pruning.run.batch_size}
@@ -156,9 +158,7 @@ def pruned_blocks(pruning: Pruning, finished: Sequence[nn.Module] = ()) -> Itera
     """Prune every block in order, and give it; the first may be `finished`, and are not given."""
     run, method = pruning.run, pruning.method
     count, classes = len(run.language_model.blocks), groups_by_kind(run)
-    if not (
-        method.need or method.refine or method.distil
-    ):  # enough for the probe on which errors are measured
+    if not method.need and not method.refine:  # enough for the probe on which errors are measured
         run = run.first_batch()
     for step in stream(run, dense=needs_dense(method), finished=finished):
         run.progress.advance(f"{step.name} inputs", step.index, count)

@@ -20,19 +20,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from math import cos, pi
+from math import cos, isfinite, pi
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from secateur.errors import NonFinite, NotEnoughText
+from secateur.errors import NotEnoughText, UnsupportedModel
 from secateur.models.context import vocabulary_size
 from secateur.models.divergence import divergence
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import Call, Shell, run_block
 from secateur.models.stream.forward import BlockRun, final_hidden
 from secateur.models.stream.straight_through import StraightThrough, put_on_grid, take_off_grid
+from secateur.system.machine import CPU
 
 RATE = 0.2
 """Adam's highest step, to be divided by the inputs of a matrix (recover.py says why)."""
@@ -48,6 +49,9 @@ HELD_BACK = 16
 """One window of so many is not tuned on; it judges."""
 LOGITS = 2**24
 """How many logits a piece has at most."""
+
+
+Piece = tuple[slice, slice]
 
 
 class Distilled(NamedTuple):
@@ -91,32 +95,56 @@ def epochs_of(least: int, windows: int, length: int) -> int:
     return max(least, min(-(-TOKENS // tuned), MOST_EPOCHS))
 
 
+def check_windows_for_tuning(count: int) -> None:
+    """Raise NotEnoughText unless some windows can be tuned on and others judge."""
+    if count < 2:
+        raise NotEnoughText(
+            "+distil tunes on some calibration windows and judges on others; found "
+            f"{count} with a token that counts behind its first. Give --samples 32, or leave "
+            "+distil out."
+        )
+
+
+def refuse_shared(run: BlockRun) -> None:
+    """Raise UnsupportedModel where a block reads what another computes, beside the hidden states:
+    gradients go from block to block alone.
+    """
+    model = run.language_model
+    hidden, calls = Shell(model, CPU, None, head=False).enter(run.tokens[:1, :16])
+    for block, call in zip(model.blocks, calls, strict=True):
+        with torch.enable_grad():
+            hidden = run_block(block, hidden.detach().requires_grad_(), call).detach()
+        if _holds_graph(call):
+            raise UnsupportedModel(
+                f"The blocks of {type(model.model).__name__} share keys and values, and +distil "
+                "follows gradients from block to block alone. Leave it out, or use +refine."
+            )
+
+
 @torch.no_grad()
 def aims(run: BlockRun) -> Aims:
-    """What to aim at, for a run whose model is still dense. Raises NotEnoughText for one window."""
-    if (count := len(run.tokens)) < 2:
-        raise NotEnoughText(
-            "+distil tunes on some calibration windows and judges on others; found one. Give "
-            "--samples 32, or leave +distil out."
-        )
-    held = held_back(count)
+    """What to aim at, for a run whose model is still dense. Raises NotEnoughText."""
+    tokens, counts = run.tokens, torch.ones_like(run.tokens, dtype=torch.bool)
+    counts[:, -1] = False
+    if run.counted is not None:
+        counts[:, :-1] = run.counted[:, 1:]
+    rows = counts.any(1)
+    tokens, counts = tokens[rows], counts[rows]
+    check_windows_for_tuning(len(tokens))
     shell = Shell(run.language_model, run.devices[0], run.dtype)
     mapped = set(shell.embedding.parameters()) if shell.embedding else set()
     for parameter in set(shell.model.parameters()) - mapped:  # the model's own stay as they are
         parameter.requires_grad_(False)
-    parts = slice(count - held), slice(count - held, None)
-    return Aims(shell, *(_windows(run, shell, part) for part in parts))
-
-
-def _windows(run: BlockRun, shell: Shell, part: slice) -> Windows:
-    tokens = run.tokens[part]
     size = max(1, STEP_TOKENS // tokens.shape[1])
-    dense = final_hidden(run.language_model, shell, tokens, run.dtype, size)
-    counts = torch.ones_like(tokens, dtype=torch.bool)
-    counts[:, -1] = False
-    if run.counted is not None:
-        counts[:, :-1] = run.counted[part][:, 1:]
-    return Windows(tokens.split(size), dense.split(size, dim=-3), counts.split(size))
+
+    def windows(part: slice) -> Windows:
+        dense = final_hidden(run.language_model, shell, tokens[part], run.dtype, size)
+        return Windows(
+            tokens[part].split(size), dense.split(size, dim=-3), counts[part].split(size)
+        )
+
+    first = len(tokens) - held_back(len(tokens))
+    return Aims(shell, windows(slice(first)), windows(slice(first, None)))
 
 
 class Distillation:
@@ -159,32 +187,30 @@ class Distillation:
             )
 
     def run(self) -> Iterator[float]:
-        """Take the steps that are left, every batch once an epoch; gives the loss before each."""
+        """Take the steps that are left, every batch once an epoch; gives the loss before each. They
+        end where it is no number.
+        """
         count = len(self.aims.tuned.tokens)
         while self.done < self.steps:
             epoch, place = divmod(self.done, count)
             order = torch.randperm(count, generator=torch.Generator().manual_seed(epoch))
-            yield self.step(int(order[place]))
+            yield (loss := self.step(int(order[place])))
+            if not isfinite(loss):
+                return
 
     def step(self, number: int) -> float:
-        """One step of every block on a batch; the loss before it. Raises NonFinite."""
-        tokens, blocks = self.aims.tuned.tokens[number], range(len(self.blocks))
-        entering, calls, graphs = self._forward(tokens, self._graphs or 0)
-        sizes: list[int] | None = [] if self._graphs is None else None
+        """One step of every block on a batch, unless the loss is no number; the loss before it."""
+        entering, calls, graphs = self._forward(self.aims.tuned.tokens[number], self._graphs or 0)
         loss, gradient = self._end(number, entering.pop())
-        if not (loss < torch.inf):
-            raise NonFinite(
-                f"The loss became {loss} at step {self.done + 1} of {self.steps} of +distil. Leave "
-                "it out."
-            )
-        for index in reversed(blocks):
+        if not isfinite(loss):
+            return loss
+        sizes: list[int] | None = [] if self._graphs is None else None
+        for index in reversed(range(len(self.blocks))):
             with _counted(sizes):
                 hidden, output = graphs.pop(index, None) or self._run(
                     index, entering[index], calls[index], graph=True
                 )
             entering.pop()
-            if sizes and _holds_graph(calls[index]):  # another block reads what this one computes
-                sizes, self._graphs = None, 0
             output.backward(gradient.to(output.dtype))
             assert hidden.grad is not None
             gradient = hidden.grad
@@ -236,41 +262,42 @@ class Distillation:
         """The mean KL(dense ‖ pruned) of a batch, and the gradient of the sum, in which float16
         does not underflow, to what leaves the last block. Adam does not see the scale.
         """
-        shell = self.aims.shell
+        gradient, lost = torch.zeros_like(leaving), 0.0
         tokens, dense, counts = (part[number] for part in self.aims.tuned)
-        gradient, lost, total = torch.zeros_like(leaving), 0.0, int(counts.sum())
-        for window, tokens_at_once in _pieces(tokens, shell):
-            where = (window, tokens_at_once)
-            places = counts[where].to(self.device)
-            if not places.any():
-                continue
+        for where in _pieces(tokens, counts, self.aims.shell):
+            hidden = leaving[..., *where, :].detach().requires_grad_()
             with torch.enable_grad():
-                hidden = leaving[..., *where, :].detach().requires_grad_()
-                given = shell.leave(tokens[where], hidden)
-            with torch.no_grad():
-                aim = shell.leave(tokens[where], dense[..., *where, :].to(self.device))
-                log_p, log_q = (one[places].float().log_softmax(-1) for one in (aim, given))
-                lost += divergence(log_p, log_q).double().sum().item()
-                slope = torch.zeros_like(given)
-                slope[places] = (log_q.exp_() - log_p.exp_()).to(slope.dtype)
+                given = self.aims.shell.leave(tokens[where], hidden)
+            log_p, log_q, places = self._predictions(tokens, dense, counts, where, given)
+            lost += divergence(log_p, log_q).double().sum().item()
+            slope = torch.zeros_like(given)
+            slope[places] = (log_q.exp_() - log_p.exp_()).to(slope.dtype)
             given.backward(slope)
             assert hidden.grad is not None
             gradient[..., *where, :] = hidden.grad
-        return lost / max(total, 1), gradient
+        return lost / int(counts.sum()), gradient
 
     @torch.no_grad()
     def judge(self) -> float:
         """The mean KL(dense ‖ pruned) on the windows that are held back, nats a token."""
-        lost, shell = torch.zeros((), dtype=torch.float64), self.aims.shell
+        lost, shell = 0.0, self.aims.shell
         for tokens, dense, counts in zip(*self.aims.judged, strict=True):
             leaving = self._forward(tokens)[0][-1]
-            for where in _pieces(tokens, shell):
-                places = counts[where].to(self.device)
-                ends = (dense[..., *where, :].to(self.device), leaving[..., *where, :])
-                logits = (shell.leave(tokens[where], hidden)[places] for hidden in ends)
-                log_p, log_q = (one.float().log_softmax(-1) for one in logits)
-                lost += divergence(log_p, log_q).double().sum().cpu()
-        return (lost / sum(int(counts.sum()) for counts in self.aims.judged.next)).item()
+            for where in _pieces(tokens, counts, shell):
+                given = shell.leave(tokens[where], leaving[..., *where, :])
+                log_p, log_q, _ = self._predictions(tokens, dense, counts, where, given)
+                lost += divergence(log_p, log_q).double().sum().item()
+        return lost / sum(int(counts.sum()) for counts in self.aims.judged.next)
+
+    @torch.no_grad()
+    def _predictions(
+        self, tokens: Tensor, dense: Tensor, counts: Tensor, where: Piece, given: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The log-probabilities of the dense model and of the logits `given`, where they count."""
+        places = counts[where].to(self.device)
+        aim = self.aims.shell.leave(tokens[where], dense[..., *where, :].to(self.device))
+        log_p, log_q = (one[places].float().log_softmax(-1) for one in (aim, given.detach()))
+        return log_p, log_q, places
 
     def end(self) -> None:
         """Make plain blocks of those that were tuned."""
@@ -332,9 +359,13 @@ def _holds_graph(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and any(map(_holds_graph, value))
 
 
-def _pieces(tokens: Tensor, shell: Shell) -> Iterator[tuple[slice, slice]]:
-    """Windows and tokens of a batch `[windows, length]`, in parts with few enough logits."""
+def _pieces(tokens: Tensor, counts: Tensor, shell: Shell) -> Iterator[Piece]:
+    """Windows and tokens of a batch `[windows, length]`, in parts with few enough logits; those of
+    which no token counts are left out.
+    """
     length = max(1, LOGITS // vocabulary_size(shell.model))
     for window in range(len(tokens)):
         for start in range(0, tokens.shape[1], length):
-            yield slice(window, window + 1), slice(start, start + length)
+            where = slice(window, window + 1), slice(start, start + length)
+            if counts[where].any():
+                yield where

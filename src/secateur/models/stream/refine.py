@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.methods.values import Values
+from secateur.models.kept import kept_of
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import run_block, working_copy
 from secateur.models.stream.blocks import Step
@@ -150,10 +151,7 @@ def refine_block(
         block = working_copy(step.block, step.device, torch.float32)
         for name in changed:
             block.get_parameter(name).data.copy_(result.get_parameter(name).data)
-        kept = {name: block.get_parameter(name) != 0 for name in changed}
-        for matrix in weight_matrices(block).values():
-            if matrix.expert and matrix.parameter in kept and matrix.name not in pruned:
-                kept[matrix.parameter][int(matrix.name.rsplit(".", 2)[1])] = False
+        kept = kept_of(block, changed, pruned)
         grids = grids_of(result, kept, values) if values else None
         tuned = refine(block, kept, batches, epochs, grids=grids)
         for name in changed:

@@ -28,10 +28,19 @@ from secateur.models.context import check_length, context
 from secateur.models.load import checkpoint_config, described_config, locate
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
+from secateur.models.stream.distil import check_windows_for_tuning
 from secateur.pruning.check import find_zeros
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.planning.drawing import CHARACTERS_A_TOKEN, TextForecast, text_forecast
-from secateur.pruning.planning.memory import UNKNOWN_COST, Moment, arrange, without_forecast
+from secateur.pruning.planning.memory import (
+    TUNED_BYTES,
+    UNKNOWN_COST,
+    Moment,
+    arrange,
+    tuning,
+    with_tuning,
+    without_forecast,
+)
 from secateur.pruning.planning.outline import build
 from secateur.pruning.planning.passes import (
     MODES,
@@ -144,10 +153,9 @@ def _forecast(
     work, size, exact = _workload(model, recipe, text, resources, trust)
     passes, limit = resources.passes, resources.limit
     batch = min(text.samples, resources.batch_size)
-    if known := work.method.cost is not None:
-        way = arrange(work, batch, passes, limit)
-    else:
-        way = without_forecast(passes, limit, batch)
+    known = work.method.cost is not None
+    arranged = arrange(work, batch, passes, limit) if known else None
+    way = arranged or without_forecast(passes, limit, batch)
     work = replace(work, batch=way.batch)
     flops = {mode: operations(work, mode) for mode in MODES if known}
     speeds = rates(work.devices[0], work.forward) if measure and known else {}
@@ -156,6 +164,7 @@ def _forecast(
     before = drawn.memory.bytes if drawn else 0
     peak = way.peaks.get(way.passes)
     spilled = way.spill * peak.parts["hidden states"] if peak else 0
+    together = tuning(work) if known else None
     blocks, shapes = work.built.blocks, matrix_shapes(work.built)
     in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
     changed = sum(prod(shapes[name]) for name in work.planned)
@@ -181,18 +190,23 @@ def _forecast(
         # the check at load, the copy, every block, and the digests of source and result
         bytes_read=4 * size + in_blocks * work.stored.itemsize,
         bytes_written=size + changed * work.stored.itemsize,
-        disk_bytes=size,
+        disk_bytes=size + (2 * TUNED_BYTES * in_blocks if work.method.distil else 0),
         spill_bytes=spilled + work.spilled * work.stacked_bytes,
-        memory=way.peaks,
+        memory=with_tuning(way.peaks, together),
         memory_limit=limit,
         passes=way.passes,
-        fits=None if limit is None or not peak else max(peak.bytes - spilled, before) <= limit,
+        fits=_fits(limit, before, peak and peak.bytes - spilled, together and together.bytes),
         operations=flops,
         rates=speeds,
         seconds=seconds or None,
         text=drawn,
         left_out=tuple(_left_out(work, recipe.method, drawn)),
     )
+
+
+def _fits(limit: int | None, before: int, peak: int | None, together: int | None) -> bool | None:
+    """Whether every moment stays within a limit; None without one, or where nothing is known."""
+    return None if limit is None or peak is None else max(before, peak, together or 0) <= limit
 
 
 def _text(
@@ -228,6 +242,8 @@ def _workload(
             f"At least one window a batch is needed; found {text.samples} windows in batches of "
             f"{resources.batch_size}."
         )
+    if zeros.method.distil:
+        check_windows_for_tuning(text.samples)
     devices = resources.devices
     folder = locate(model, trust, weights=False)
     checkpoint = readable_checkpoint(folder) if folder.is_file() or is_whole(folder) else None
@@ -291,6 +307,11 @@ def _left_out(work: Workload, method: str, text: TextForecast | None) -> Iterato
         yield (
             "+permute traces one block of each kind and compares it afterwards; that is not "
             "counted."
+        )
+    if work.method.distil:
+        yield (
+            "+distil keeps the graphs of blocks in half of the memory that is free, and computes "
+            "the others twice; its state on disk is twice what all blocks take."
         )
     if len(work.devices) > 1:
         yield (

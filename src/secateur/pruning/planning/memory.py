@@ -24,14 +24,14 @@ import torch
 from secateur.errors import UnsupportedModel
 from secateur.kernels.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
-from secateur.models.context import width
+from secateur.models.context import vocabulary_size, width
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun
 from secateur.models.stream.distil import LOGITS, STEP_TOKENS
 from secateur.pruning.planning.outline import Kind, Read, build
 from secateur.pruning.planning.passes import MODES, Mode, Workload, needs_dense
-from secateur.system.memory import available_bytes
+from secateur.system.memory import anonymous_bytes, available_bytes
 from secateur.system.sizes import in_words
 
 PLENTY = 200
@@ -141,6 +141,15 @@ def way_through(
     return {"passes": way.passes, "spill": way.spill, "batch_size": way.batch}
 
 
+def free_bytes(device: torch.device, limit: int | None) -> int:
+    """What is free on a device: of a `limit`, what is not used of it yet."""
+    free = available_bytes(device)
+    if limit is None:
+        return free
+    used = anonymous_bytes() if device.type == "cpu" else torch.cuda.memory_allocated(device)
+    return min(free, limit - (used or 0))
+
+
 def refuse_too_large(
     language_model: LanguageModel, device: torch.device, limit: int | None
 ) -> None:
@@ -148,8 +157,7 @@ def refuse_too_large(
     needed = TUNED_BYTES * sum(
         p.numel() for block in language_model.blocks for p in block.parameters()
     )
-    free = available_bytes(device) if limit is None else limit
-    if needed > free:
+    if needed > (free := free_bytes(device, limit)):
         wanted, found = (in_words(count, ("GiB", "MiB"), least=1 / 8) for count in (needed, free))
         raise UnsupportedModel(
             f"+distil tunes all blocks at once, which takes {wanted} and more; found {found}. "
@@ -171,12 +179,14 @@ def worst(work: Workload, mode: Mode) -> Moment:
     """The moment at which a run holds most."""
     moments: list[Moment] = []
     for kind in work.outline.kinds:
-        for when, sizes in (*_moments(work, mode, kind), *_distilling(work, kind)):
-            parts = {name: int(size) for name, size in sizes.items() if size}
-            total = sum(parts.values())
-            in_host = sum(parts.get(name, 0) for name in _IN_HOST_MEMORY)
-            moments.append(Moment(when, parts, total, 0 if work.on_host else total - in_host))
+        moments += [_moment(work, when, sizes) for when, sizes in _moments(work, mode, kind)]
     return max(moments, key=lambda moment: moment.bytes)
+
+
+def _moment(work: Workload, when: str, sizes: Parts) -> Moment:
+    parts = {name: int(size) for name, size in sizes.items() if size}
+    total, in_host = sum(parts.values()), sum(parts.get(name, 0) for name in _IN_HOST_MEMORY)
+    return Moment(when, parts, total, 0 if work.on_host else total - in_host)
 
 
 def _moments(work: Workload, mode: Mode, kind: Kind) -> Iterator[tuple[str, Parts]]:
@@ -221,28 +231,40 @@ def _moments(work: Workload, mode: Mode, kind: Kind) -> Iterator[tuple[str, Part
         yield "refining", running | tuned | at_block | tuning
 
 
-def _distilling(work: Workload, kind: Kind) -> Iterator[tuple[str, Parts]]:
-    """What is alive when all blocks are tuned together, and one of a kind has its graph."""
+def tuning(work: Workload) -> Moment | None:
+    """The moment at which `+distil` tunes all blocks together, and one of them has its graph; None
+    without it. Graphs that stay take half of what is free besides, not more.
+    """
     if not work.method.distil:
-        return
-    outline, width = work.outline, work.forward.itemsize
+        return None
+    outline, forward = work.outline, work.forward.itemsize
     step = max(1, STEP_TOKENS // work.length) / work.batch
     weights = sum(one.count * one.parameters for one in outline.kinds)
     borders = sum(one.count for one in outline.kinds) + 2
-    yield (
-        "tuning all blocks",
-        {
-            "process": PROCESS_BYTES,
-            "allocator": ALLOCATOR_BYTES,
-            "calibration tokens": 8 * work.windows * work.length,
-            "all blocks": TUNED_BYTES * weights,
-            "masks": weights,
-            "gradients": 4 * kind.parameters,
-            "hidden states": outline.hidden_bytes * (work.windows / work.batch + step * borders),
-            "activations of the batch at hand": kind.tuning_bytes * step,
-            "logits": LOGITS * (16 + 3 * width),
-        },
-    )
+    vocabulary = vocabulary_size(work.built.model)
+    logits = min(LOGITS, work.length * vocabulary)
+    dense = 2 * outline.hidden_bytes * work.samples / work.batch  # once more as they are joined
+    parts: Parts = {
+        "process": PROCESS_BYTES,
+        "allocator": ALLOCATOR_BYTES,
+        "calibration tokens": 8 * work.samples * work.length,
+        "all blocks": TUNED_BYTES * weights,
+        "masks": weights,
+        "gradients": 4 * max(kind.parameters for kind in outline.kinds),
+        "hidden states": dense + outline.hidden_bytes * step * borders,
+        "activations of the batch at hand": step * max(one.tuning_bytes for one in outline.kinds),
+        "output embedding": forward * vocabulary * width(work.built),
+        "logits": logits * (16 + 3 * forward),
+    }
+    return _moment(work, "tuning all blocks", parts)
+
+
+def with_tuning(peaks: dict[str, Moment], together: Moment | None) -> dict[str, Moment]:
+    """The worst moments by passes, where one may be that of tuning all blocks."""
+    moments = [together] if together else []
+    return {
+        mode: max([peak, *moments], key=lambda moment: moment.bytes) for mode, peak in peaks.items()
+    }
 
 
 def _running(work: Workload, kind: Kind) -> Parts:

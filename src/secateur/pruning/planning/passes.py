@@ -113,8 +113,7 @@ class Workload:
     @property
     def windows(self) -> int:
         """How many windows go through the blocks: without need of any, those of the first batch."""
-        method = self.method
-        return self.samples if method.need or method.refine or method.distil else self.batch
+        return self.samples if self.method.need or self.method.refine else self.batch
 
     def rows(self, kind: Kind, read: Read) -> list[int]:
         """The outputs of each matrix that reads an input and is pruned."""
