@@ -54,15 +54,6 @@ LOGITS = 2**24
 Piece = tuple[slice, slice]
 
 
-class Distilled(NamedTuple):
-    """KL(dense ‖ pruned) on the windows that were held back, nats a token, before and after; the
-    same where tuning did not help.
-    """
-
-    before: float
-    after: float
-
-
 class Windows(NamedTuple):
     """Windows by batch: `tokens` `[windows, length]`, what leaves the last block of the `dense`
     model, `[…, windows, length, hidden]`, and whether the `next` token counts, `[windows, length]`.
