@@ -147,7 +147,7 @@ def free_bytes(device: torch.device, limit: int | None) -> int:
     if limit is None:
         return free
     used = anonymous_bytes() if device.type == "cpu" else torch.cuda.memory_allocated(device)
-    return min(free, limit - (used or 0))
+    return max(min(free, limit - (used or 0)), 0)
 
 
 def refuse_too_large(
