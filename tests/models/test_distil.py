@@ -192,7 +192,9 @@ def test_errors_of_matrices_are_not_those_of_weights_that_are_gone(monkeypatch):
 
 
 def test_what_does_not_fit_is_refused_before_any_work():
-    with pytest.raises(UnsupportedModel, match=r"\+distil tunes all blocks at once, .* found 0.00 MiB\. .*or use \+refine"):
+    with pytest.raises(
+        UnsupportedModel, match=r"\+distil tunes all blocks at once, .* found 0.00 MiB\. .*or use \+refine"
+    ):
         prune_model(replayable(tiny_model("llama")), windows(), method="wanda+distil", memory="1MB")
 
 
