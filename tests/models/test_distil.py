@@ -215,3 +215,17 @@ def test_a_model_that_cannot_be_judged_stays_as_it_is(monkeypatch, tmp_path, tex
     assert "The loss of +distil was no number after 0 of" in report.note
     assert report.distilled is None
     assert not [file for file in (tmp_path / "out").iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize("values", ["as stored", "int3 of row"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_said_is_said_of_what_is_stored(values, monkeypatch):
+    """KL before and after, judged once more on the weights that stay, those that became level 0 among them."""
+    monkeypatch.setattr(distil, "RATE", 0.02)
+    dense, model = replayable(tiny_model("llama")), replayable(tiny_model("llama"))
+    report = prune_model(model, windows(), method="alps-fast+distil", values=values, batch_size=3, dtype="float32")
+    found = aims(BlockRun(dense, windows().ids, [CPU], torch.float32, 3))
+    blocks = [working_copy(block, CPU, torch.float32) for block in model.blocks]
+    assert report.distilled
+    judged = Distillation(found, blocks, [{} for _ in blocks], epochs=1).judge()
+    assert report.distilled[1] == pytest.approx(judged, rel=1e-6)

@@ -111,6 +111,15 @@ def test_the_operations_of_tuning_all_blocks_are_bounded(folder):
     assert "tuning all blocks" in lines(said)[6]
 
 
+def test_tuning_all_blocks_does_not_change_the_way_through_them(folder):
+    """Smaller batches and two passes would take nothing off what is held at the end."""
+    limit = forecast(folder, method="wanda").memory["one"].bytes
+    plain, tuned = (forecast(folder, method=method, memory=limit) for method in ("wanda", "wanda+distil"))
+    assert (tuned.passes, tuned.batch_size) == (plain.passes, plain.batch_size)
+    assert plain.fits
+    assert tuned.fits == (tuned.memory["one"].bytes <= limit)
+
+
 @pytest.mark.parametrize("pattern", ["0%", "50%"])
 @pytest.mark.parametrize("values", ["int4 of group 32", "int3 of row by sweep"])
 def test_the_operations_of_a_run_with_values_are_those_forecast(folder, pattern, values):
