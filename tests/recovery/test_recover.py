@@ -41,6 +41,7 @@ from secateur.errors import (
     UnknownName,
     UnsupportedModel,
 )
+from secateur.models.divergence import Divergence
 from secateur.models.load import load
 from secateur.models.stream import block_writer
 from secateur.recovery import finetune as all_at_once
@@ -255,7 +256,7 @@ def test_the_gradient_of_the_divergence():
     draw = torch.Generator().manual_seed(0)
     given, wanted = (torch.randn(2, 3, 11, generator=draw) for _ in range(2))
     one, two = (given.clone().requires_grad_() for _ in range(2))
-    found = training.Divergence.apply(one, wanted)
+    found = Divergence.apply(one, wanted)
     slow = nn.functional.kl_div(two.double().log_softmax(-1), wanted.double().log_softmax(-1), log_target=True,
                                 reduction="none").sum(-1).mean()  # fmt: skip
     (3 * found).backward()
@@ -265,9 +266,17 @@ def test_the_gradient_of_the_divergence():
     assert two.grad is not None
     assert torch.allclose(one.grad, two.grad, atol=1e-7)
     half = given.bfloat16().requires_grad_()
-    training.Divergence.apply(half, wanted).backward()
+    Divergence.apply(half, wanted).backward()
     assert half.grad is not None
     assert half.grad.dtype == torch.bfloat16
+    masked = wanted.index_fill(-1, torch.tensor([3]), -torch.inf)  # a token that neither model ever says
+    one = given.index_fill(-1, torch.tensor([3]), -torch.inf).requires_grad_()
+    rest = torch.arange(11) != 3
+    found = Divergence.apply(one, masked)
+    found.backward()
+    assert found.item() == pytest.approx(Divergence.apply(given[..., rest], wanted[..., rest]).item(), rel=1e-6)
+    assert one.grad is not None
+    assert one.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("way", ["lora", "masked", "distill"])

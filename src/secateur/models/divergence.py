@@ -1,6 +1,7 @@
 """How far a changed model is from the dense one, by what both predict."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,29 @@ from secateur.models.stream.blocks import BlockRun
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; 0 · log 0 counts as 0."""
     return (log_p.exp() * (log_p - log_q)).where(log_p > -torch.inf, 0.0).sum(-1)
+
+
+class Divergence(torch.autograd.Function):
+    """KL(wanted ‖ given) in nats, the mean over rows, for logits `[…, vocabulary]` of next tokens.
+
+    The gradient is (softmax(given) − softmax(wanted)) / rows. Written out, two tensors of the
+    logits' size are held, and nothing is gone through twice.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, wanted: Tensor) -> Tensor:
+        log_q, log_p = (logits.log_softmax(-1, dtype=torch.float32) for logits in (given, wanted))
+        p, rows = log_p.exp(), given[..., 0].numel()
+        lost = log_p.sub_(log_q).masked_fill_(p == 0, 0.0)  # 0 · log 0, of tokens that are masked
+        ctx.save_for_backward(log_q, p)
+        ctx.rows, ctx.dtype = rows, given.dtype
+        return torch.tensordot(p, lost, p.dim()) / rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        log_q, p = ctx.saved_tensors
+        return log_q.exp().sub_(p).mul_(gradient / ctx.rows).to(ctx.dtype), None
 
 
 class DenseReference:

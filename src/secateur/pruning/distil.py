@@ -29,9 +29,9 @@ from secateur.models.stream.distil import (
     Aims,
     Distillation,
     aims,
-    check_windows_for_tuning,
     epochs_of,
     refuse_shared,
+    windows_that_count,
 )
 from secateur.models.stream.forward import BlockRun
 from secateur.models.stream.straight_through import grids_of
@@ -79,8 +79,7 @@ class Outcome(NamedTuple):
 
 def check_distil(run: BlockRun, limit: int | None) -> None:
     """Raise NotEnoughText or UnsupportedModel where all blocks cannot be tuned together."""
-    counted = run.tokens if run.counted is None else run.counted[:, 1:].any(1).nonzero()
-    check_windows_for_tuning(len(counted))
+    windows_that_count(run)
     refuse_too_large(run.language_model, run.devices[0], limit)
     refuse_shared(run)
 
@@ -89,7 +88,7 @@ def distil_model(pruning: Pruning, found: Aims, report: Report, limit: int | Non
     """Tune a model in memory, in place, all of whose blocks are pruned."""
     model = pruning.run.language_model
     distillation = _distillation(pruning, found, model.blocks, report, limit)
-    outcome, tensors = _tuned(pruning, distillation, model.blocks, distillation.judge())
+    outcome, tensors = _tuned(pruning, distillation, model.blocks, _number(distillation.judge()))
     for name, tensor in tensors.items():
         model.model.get_parameter(name).data.copy_(tensor)
     outcome.into(report)
@@ -151,7 +150,7 @@ def _tuned(
     they are `stored`; none where they are no better.
     """
     progress, steps = pruning.run.progress, distillation.steps
-    if before is None or not isfinite(before):
+    if before is None:
         return Outcome(None, None, 0, steps), {}
     progress.begin("tuning all blocks towards the dense model's predictions")
     with pruning.run.seconds.counted("refine"), freed_memory_kept():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from secateur.errors import DiskFull, NonFinite, in_one_line
+from secateur.models.divergence import Divergence
 from secateur.recovery.job import Job
 from secateur.recovery.training_state import TrainingState
 from secateur.system.files import disk_errors
@@ -23,28 +24,6 @@ _NAMES = {one.name for one in fields(TrainingArguments)}
 _CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
 )
-
-
-class Divergence(torch.autograd.Function):
-    """KL(wanted ‖ given) in nats, the mean over rows, for logits `[…, vocabulary]` of next tokens.
-
-    The gradient is (softmax(given) − softmax(wanted)) / rows. Written out, two tensors of the
-    logits' size are held, and nothing is gone through twice.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, given: Tensor, wanted: Tensor) -> Tensor:
-        log_q, log_p = (logits.log_softmax(-1, dtype=torch.float32) for logits in (given, wanted))
-        p, rows = log_p.exp(), given[..., 0].numel()
-        ctx.save_for_backward(log_q, p)
-        ctx.rows, ctx.dtype = rows, given.dtype
-        return torch.tensordot(p, log_p.sub_(log_q), p.dim()) / rows
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        log_q, p = ctx.saved_tensors
-        return log_q.exp().sub_(p).mul_(gradient / ctx.rows).to(ctx.dtype), None
 
 
 class _Distilling(Trainer):

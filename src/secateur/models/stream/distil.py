@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from secateur.errors import NotEnoughText, UnsupportedModel
 from secateur.models.context import vocabulary_size
-from secateur.models.divergence import divergence
+from secateur.models.divergence import Divergence
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import Call, Shell, run_block
 from secateur.models.stream.forward import BlockRun, final_hidden
@@ -63,6 +63,10 @@ class Windows(NamedTuple):
     dense: Sequence[Tensor]
     next: Sequence[Tensor]
 
+    def batch(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One of them: tokens, what leaves the dense model, which next tokens count."""
+        return self.tokens[number], self.dense[number], self.next[number]
+
 
 class Aims(NamedTuple):
     """What the dense model makes of the calibration windows: those to tune on, and those to judge.
@@ -96,6 +100,19 @@ def check_windows_for_tuning(count: int) -> None:
         )
 
 
+def windows_that_count(run: BlockRun) -> tuple[Tensor, Tensor]:
+    """The windows in which some token is foreseen that counts, and whether the next one of each
+    token is, `[windows, length]`. Raises NotEnoughText.
+    """
+    counts = torch.ones_like(run.tokens, dtype=torch.bool)
+    counts[:, -1] = False
+    if run.counted is not None:
+        counts[:, :-1] = run.counted[:, 1:]
+    rows = counts.any(1)
+    check_windows_for_tuning(int(rows.sum()))
+    return run.tokens[rows], counts[rows]
+
+
 def refuse_shared(run: BlockRun) -> None:
     """Raise UnsupportedModel where a block reads what another computes, beside the hidden states:
     gradients go from block to block alone.
@@ -115,13 +132,7 @@ def refuse_shared(run: BlockRun) -> None:
 @torch.no_grad()
 def aims(run: BlockRun) -> Aims:
     """What to aim at, for a run whose model is still dense. Raises NotEnoughText."""
-    tokens, counts = run.tokens, torch.ones_like(run.tokens, dtype=torch.bool)
-    counts[:, -1] = False
-    if run.counted is not None:
-        counts[:, :-1] = run.counted[:, 1:]
-    rows = counts.any(1)
-    tokens, counts = tokens[rows], counts[rows]
-    check_windows_for_tuning(len(tokens))
+    tokens, counts = windows_that_count(run)
     shell = Shell(run.language_model, run.devices[0], run.dtype)
     mapped = set(shell.embedding.parameters()) if shell.embedding else set()
     for parameter in set(shell.model.parameters()) - mapped:  # the model's own stay as they are
@@ -254,41 +265,36 @@ class Distillation:
         does not underflow, to what leaves the last block. Adam does not see the scale.
         """
         gradient, lost = torch.zeros_like(leaving), 0.0
-        tokens, dense, counts = (part[number] for part in self.aims.tuned)
+        batch = tokens, _, counts = self.aims.tuned.batch(number)
         for where in _pieces(tokens, counts, self.aims.shell):
             hidden = leaving[..., *where, :].detach().requires_grad_()
             with torch.enable_grad():
-                given = self.aims.shell.leave(tokens[where], hidden)
-            log_p, log_q, places = self._predictions(tokens, dense, counts, where, given)
-            lost += divergence(log_p, log_q).double().sum().item()
-            slope = torch.zeros_like(given)
-            slope[places] = (log_q.exp_() - log_p.exp_()).to(slope.dtype)
-            given.backward(slope)
+                loss = self._lost(batch, where, hidden)
+            loss.backward()
             assert hidden.grad is not None
-            gradient[..., *where, :] = hidden.grad
+            gradient[..., *where, :], lost = hidden.grad, lost + loss.item()
         return lost / int(counts.sum()), gradient
 
     @torch.no_grad()
     def judge(self) -> float:
         """The mean KL(dense ‖ pruned) on the windows that are held back, nats a token."""
-        lost, shell = 0.0, self.aims.shell
-        for tokens, dense, counts in zip(*self.aims.judged, strict=True):
-            leaving = self._forward(tokens)[0][-1]
-            for where in _pieces(tokens, counts, shell):
-                given = shell.leave(tokens[where], leaving[..., *where, :])
-                log_p, log_q, _ = self._predictions(tokens, dense, counts, where, given)
-                lost += divergence(log_p, log_q).double().sum().item()
-        return lost / sum(int(counts.sum()) for counts in self.aims.judged.next)
+        lost, judged = 0.0, self.aims.judged
+        for number, tokens in enumerate(judged.tokens):
+            leaving, batch = self._forward(tokens)[0][-1], judged.batch(number)
+            for where in _pieces(tokens, judged.next[number], self.aims.shell):
+                lost += self._lost(batch, where, leaving[..., *where, :]).item()
+        return lost / sum(int(counts.sum()) for counts in judged.next)
 
-    @torch.no_grad()
-    def _predictions(
-        self, tokens: Tensor, dense: Tensor, counts: Tensor, where: Piece, given: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The log-probabilities of the dense model and of the logits `given`, where they count."""
-        places = counts[where].to(self.device)
-        aim = self.aims.shell.leave(tokens[where], dense[..., *where, :].to(self.device))
-        log_p, log_q = (one[places].float().log_softmax(-1) for one in (aim, given.detach()))
-        return log_p, log_q, places
+    def _lost(self, batch: tuple[Tensor, Tensor, Tensor], where: Piece, hidden: Tensor) -> Tensor:
+        """KL(dense ‖ pruned), summed over the tokens of a piece that count, for the hidden states
+        that leave the last block there.
+        """
+        shell, (tokens, dense, counts) = self.aims.shell, batch
+        with torch.no_grad():
+            aim = shell.leave(tokens[where], dense[..., *where, :].to(self.device))
+        given, places = shell.leave(tokens[where], hidden), counts[where].to(self.device)
+        mean: Any = Divergence.apply(given[places], aim[places])
+        return mean * places.sum()
 
     def end(self) -> None:
         """Make plain blocks of those that were tuned."""

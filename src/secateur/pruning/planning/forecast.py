@@ -37,7 +37,7 @@ from secateur.pruning.planning.memory import (
     UNKNOWN_COST,
     Moment,
     arrange,
-    tuning,
+    tuning_moment,
     with_tuning,
     without_forecast,
 )
@@ -164,7 +164,7 @@ def _forecast(
     before = drawn.memory.bytes if drawn else 0
     peak = way.peaks.get(way.passes)
     spilled = way.spill * peak.parts["hidden states"] if peak else 0
-    together = tuning(work) if known else None
+    together = tuning_moment(work) if known else None
     blocks, shapes = work.built.blocks, matrix_shapes(work.built)
     in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
     changed = sum(prod(shapes[name]) for name in work.planned)

@@ -231,7 +231,7 @@ def _moments(work: Workload, mode: Mode, kind: Kind) -> Iterator[tuple[str, Part
         yield "refining", running | tuned | at_block | tuning
 
 
-def tuning(work: Workload) -> Moment | None:
+def tuning_moment(work: Workload) -> Moment | None:
     """The moment at which `+distil` tunes all blocks together, and one of them has its graph; None
     without it. Graphs that stay take half of what is free besides, not more.
     """
