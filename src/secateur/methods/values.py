@@ -231,16 +231,21 @@ def find_codes(weight: Tensor, values: Values) -> Codes | None:
     levels = torch.zeros(groups.shape, dtype=torch.float32, device=weight.device)
     scales = torch.ones(len(groups), dtype=torch.float32, device=weight.device)
     left = groups.ne(0).any(1).nonzero()[:, 0]
+    largest, some = groups[left].abs().amax(1).float(), groups[left, :: _stride(groups.shape[1])]
     for candidate in _candidates(values):
         if not len(left):
             break
-        chosen = groups[left]
-        wide = chosen.float()
-        place = wide.abs().argmax(1, keepdim=True)
-        scale = candidate(wide.gather(1, place)[:, 0])
-        level, right = _matching(values.nearest(wide / scale[:, None]), scale, chosen, values)
-        levels[left[right]], scales[left[right]] = level[right], scale[right]
-        left = left[~right]
+        scale = candidate(largest)
+        here = _may_match(some, scale, values).nonzero()[:, 0]
+        chosen = groups[left[here]]
+        nearest = values.nearest(chosen.float() / scale[here, None])
+        level, right = _matching(nearest, scale[here], chosen, values)
+        if not right.any():
+            continue
+        found, here = left[here[right]], here[right]
+        levels[found], scales[found] = level[right], scale[here]
+        others = torch.ones_like(left, dtype=torch.bool).index_fill(0, here, False)
+        left, largest, some = left[others], largest[others], some[others]
     if len(left):
         return None
     zero_points = torch.full_like(scales, values.zero_point)
@@ -248,6 +253,19 @@ def find_codes(weight: Tensor, values: Values) -> Codes | None:
         zero_points = -levels.amin(1).clamp_max(0)
     shape = (out, values.groups(columns))
     return Codes(levels.reshape(out, columns), scales.view(shape), zero_points.view(shape))
+
+
+def _stride(inputs: int) -> int:
+    """Of a group of so many inputs, every how manieth is looked at before the others."""
+    return max(1, inputs // 16)
+
+
+def _may_match(some: Tensor, scales: Tensor, values: Values) -> Tensor:
+    """In which groups scales may be those of all weights, by `some` `[groups, inputs]` of them."""
+    levels = values.nearest(some.float() / scales[:, None])
+    beside = (0, 1, -1) if values.asymmetric else (0,)
+    match = [((levels + step) * scales[:, None]).to(some.dtype) == some for step in beside]
+    return torch.stack(match).any(0).all(1)
 
 
 def _matching(
