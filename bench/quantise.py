@@ -3,10 +3,11 @@
     python bench/quantise.py --out out/quantise --json bench/results/quantise-demo.json
 
 Without a model it is the demo model, calibrated on 32 windows of 512 tokens and judged on 32. With --model and
---data-dir, C4 and WikiText-2. The tables come from `secateur compare`; finished rows are kept in --out, so the same
-command goes on where it was killed. --parts: `bytes` (zeros × bits), `solvers` (each solver, three draws of the
-calibration text), `best` (the preset that takes its time), `cost` (CPU-seconds of `prune` with and without --values,
---rounds runs each in turn, one thread).
+--data-dir, C4 and WikiText-2; --model random is the random Llama of 29 M weights of bench/prune.py, for its cost. The
+tables come from `secateur compare`; finished rows are kept in --out, so the same command goes on where it was killed.
+--parts: `bytes` (zeros × bits), `solvers` (each solver, three draws of the calibration text), `best` (the preset that
+takes its time), `distil` (wants --samples 128), `cost` (CPU-seconds of `prune` with and without --values, --rounds runs
+each in turn, one thread).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import options, write
+from prune import SMALL, write_inputs
 
 GROUP = "of group 64"
 """128 divides neither the demo's 192 inputs nor SmolLM2's 576."""
@@ -33,6 +35,7 @@ TABLES: dict[str, list[str]] = {
         "--values",
         ",".join(f"int3 {GROUP}{by}" for by in ("", " by sweep", " by act-order", " by nearest", " by joint")),
     ],
+    "distil": ["--methods", "default,default+distil", "--patterns", "50%", "--values", f"int4 {GROUP}"],
     "best": ["--methods", "best", "--patterns", "0%,50%,75%", "--values", f"int4 {GROUP},int3 {GROUP}"],
 }
 COSTS = {
@@ -74,12 +77,17 @@ def main() -> None:
             "out": Path("out/quantise"),
             "parts": "bytes,solvers,best,cost",
             "windows": 32,
+            "samples": 32,
             "rounds": 3,
         },
         {"json": Path},
     )
     model, out = [given.model] if given.model else [], given.out
-    drawn = ["--samples", "32", "--seq-len", "512"]
+    if given.model == "random":
+        out.mkdir(parents=True, exist_ok=True)
+        write_inputs(SMALL, out, "bfloat16")
+        model = [str(out / "model"), "--calibration", "demo"]
+    drawn = ["--samples", str(given.samples), "--seq-len", "512"]
     judged = ["--windows", str(given.windows)]
     if given.data_dir:
         drawn += ["--calibration", "c4", "--data-dir", given.data_dir]

@@ -13,6 +13,11 @@ the tensors that were written: codes, scales, zeros, the order of the inputs whe
 
 The libraries are fetched into --folder beside the packages that are installed here; one that cannot be fetched or does
 not run is named and left out. A way that is in the file of --json already is not run again.
+
+With --zeros the model is one of 2:4, and `secateur inspect` says what became of its zeros in the files:
+
+    secateur prune --method default --pattern 2:4 --out out/demo24
+    python bench/quantise_peers.py out/demo24 --zeros --windows WINDOWS --evaluation demo --judged 32 --json FILE
 """
 
 from __future__ import annotations
@@ -36,7 +41,10 @@ import torch
 from common import HIDDEN, parser, write
 from torch import Tensor
 
-PACKAGES = {"gptqmodel": "7.7.0", "llmcompressor": "0.14.0.1", "llama-cpp-python": "0.3.36"}
+PACKAGES = {
+    "gptqmodel": "7.7.0", "llmcompressor": "0.14.0.1", "llama-cpp-python": "0.3.36", "bitsandbytes": "0.50.2",
+    "torchao": "0.18.0", "hqq": "0.2.8.post1",
+}  # fmt: skip
 BESIDE = {
     "gptqmodel": [
         "Device-SMI==0.5.7", "LogBar==0.4.15", "PyPcre==0.6.4", "TokeNicer==0.0.14", "Defuser==0.0.28",
@@ -47,6 +55,9 @@ BESIDE = {
         "httpcore==1.0.9", "loguru==0.7.3", "nvidia-ml-py==13.615.71",
     ],
     "llama-cpp-python": ["diskcache==5.6.3"],
+    "bitsandbytes": [],
+    "torchao": [],
+    "hqq": ["termcolor==3.3.0"],
 }  # fmt: skip
 """What these need that is not installed with Secateur. GPTQModel asks for a newer torch and runs with 2.13.0."""
 
@@ -77,6 +88,15 @@ WAYS = [
     ],
     *[Way("llama-cpp-python", name, name) for name in ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_0", "Q4_K_S", "Q4_K_M")],
     *[Way("gptqmodel", f"GPTQ, {bits} bits, act-order", "gptq", bits, dict(desc_act=True)) for bits in (4, 3)],
+    Way("gptqmodel", "AWQ, 4 bits", "awq", 4),
+    *[Way("llama-cpp-python", name, name) for name in ("Q8_0", "Q6_K", "Q5_0", "Q5_1", "Q4_1", "IQ4_NL", "IQ4_XS")],
+    Way("bitsandbytes", "NF4", "nf4"),
+    Way("bitsandbytes", "FP4", "fp4"),
+    Way("bitsandbytes", "LLM.int8", "int8"),
+    Way("torchao", "int4", "int4", 4),
+    Way("torchao", "int8", "int8"),
+    Way("torchao", "float8", "float8"),
+    Way("hqq", "4 bits", "hqq", 4),
 ]
 """GPTQ without more words is with the order of inputs that the library takes by itself: GPTQModel sorts them within and
 between groups so that groups stay together (`act_group_aware`), llm-compressor by its `static` order, which is the only
@@ -128,11 +148,12 @@ def of_gptqmodel(job: Job) -> Meter:
     library, config = import_module("gptqmodel"), import_module("gptqmodel.quantization.config")
     import_module("gptqmodel.extension").load("pack_block_cpu")  # compiled once a machine, some 30 CPU-seconds
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in window_ids(job.windows).tolist()]
-    kind = {"gptq": config.GPTQConfig, "rtn": config.RTNConfig}[job.way.method]
+    kind = {"gptq": config.GPTQConfig, "rtn": config.RTNConfig, "awq": config.AWQConfig}[job.way.method]
     with Meter() as meter:
-        settings = kind(bits=job.way.bits, group_size=job.group, sym=True, **job.way.settings)
+        grid = {} if job.way.method == "awq" else {"sym": True}
+        settings = kind(bits=job.way.bits, group_size=job.group, **grid, **job.way.settings)
         model = library.GPTQModel.load(str(job.model), settings, device="cpu")
-        model.quantize(rows if job.way.method == "gptq" else None, batch_size=1)
+        model.quantize(None if job.way.method == "rtn" else rows, batch_size=1)
         model.save(str(job.out))
     return meter
 
@@ -180,10 +201,57 @@ def of_llama_cpp(job: Job) -> Meter:
     return meter
 
 
+def of_transformers(job: Job) -> Meter:
+    """Rounded while transformers loads it, and saved."""
+    transformers = import_module("transformers")
+    with Meter() as meter:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            job.model, dtype="auto", device_map="cpu", quantization_config=rounding_of(job)
+        )
+        model.save_pretrained(job.out)
+    transformers.AutoTokenizer.from_pretrained(job.model).save_pretrained(job.out)
+    return meter
+
+
+def of_hqq(job: Job) -> Meter:
+    """By the library itself; transformers 5 writes no HQQ."""
+    transformers, kinds = import_module("transformers"), import_module("hqq.models.hf.base").AutoHQQHFModel
+    settings = import_module("hqq.core.quantize").BaseQuantizeConfig(nbits=job.way.bits, group_size=job.group)
+    with Meter() as meter:
+        model = transformers.AutoModelForCausalLM.from_pretrained(job.model, dtype="auto")
+        if model.config.tie_word_embeddings:  # which it cannot save
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+            model.config.tie_word_embeddings = False
+        kinds.quantize_model(model, quant_config=settings, compute_dtype=model.dtype, device="cpu")
+        kinds.save_to_safetensors(model, str(job.out))
+    transformers.AutoTokenizer.from_pretrained(job.model).save_pretrained(job.out)
+    return meter
+
+
+def rounding_of(job: Job) -> Any:
+    """The settings with which transformers calls a library that takes no calibration text."""
+    transformers, method = import_module("transformers"), job.way.method
+    if job.way.package == "bitsandbytes":
+        if method == "int8":
+            return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=method)
+    quantization = import_module("torchao.quantization")
+    kinds: dict[str, Any] = {"int8": quantization.Int8WeightOnlyConfig, "float8": quantization.Float8WeightOnlyConfig}
+    if method in kinds:
+        return transformers.TorchAoConfig(quant_type=kinds[method]())
+    config = quantization.IntxWeightOnlyConfig(
+        weight_dtype=getattr(torch, method), granularity=quantization.PerGroup(job.group)
+    )
+    return transformers.TorchAoConfig(quant_type=config)
+
+
 WORKERS: dict[str, Callable[[Job], Meter]] = {
     "gptqmodel": of_gptqmodel,
     "llmcompressor": of_llmcompressor,
     "llama-cpp-python": of_llama_cpp,
+    "bitsandbytes": of_transformers,
+    "torchao": of_transformers,
+    "hqq": of_hqq,
 }
 
 
@@ -249,8 +317,9 @@ def write_gguf(model: Path, folder: Path) -> None:
         gguf.write(open_checkpoint(model), folder, values="bf16")
 
 
-def changed(model: Path, dense: Path) -> list[str]:
-    """The names of the linear layers that differ. Exits where these are not all matrices of the blocks and no more."""
+def changed(model: Path, dense: Path, method: str) -> list[str]:
+    """The names of the linear layers that differ. Exits where these are not all matrices of the blocks and no more;
+    AWQ moves scales to norms."""
     from secateur.checkpoints.folder import open_checkpoint
 
     before, after = open_checkpoint(model), open_checkpoint(dense)
@@ -258,6 +327,8 @@ def changed(model: Path, dense: Path) -> list[str]:
     others = [
         name for name in before.places if not torch.equal(before.tensor(name).float(), after.tensor(name).float())
     ]
+    if method == "awq":
+        others = [name for name in others if not name.endswith("norm.weight")]
     if sorted(wanted) != sorted(others):
         sys.exit(f"{dense} differs from {model} in {others[:3]} …, {len(others)} tensors; wanted: {len(wanted)}.")
     return wanted
@@ -288,8 +359,8 @@ def stored_parts(packed: Path, prefixes: set[str]) -> Iterator[tuple[str, str, i
                 yield "blocks", tensor.tensor_type.name, int(tensor.n_bytes)
         return
     for name, place in open_checkpoint(packed).places.items():
-        prefix, _, part = name.rpartition(".")
-        if f"{prefix}." in prefixes and part != "weight_shape":  # two numbers a matrix
+        prefix = next((one for one in prefixes if name.startswith(one)), None)
+        if prefix and (part := name.removeprefix(prefix)) != "weight_shape":  # two numbers a matrix
             yield part, place.dtype, place.bytes
 
 
@@ -320,15 +391,37 @@ def over_ours(dense: Path, ours: Path, given: Any) -> list[float]:
 
 def row_of(way: Way, given: Any) -> dict[str, Any]:
     """Quantise by a way, unpack and judge. Raises CalledProcessError where the library does not run."""
+    from secateur.system.machine import machine
+
     job = job_of(way, given)
     took = measure(job, fetched(way.package, given.folder))
     packed = job.out / "model.gguf" if way.package == "llama-cpp-python" else job.out
     dense = dense_of(packed, given)
-    matrices = changed(given.model, dense)
+    matrices = changed(given.model, dense, way.method)
     return {
-        "package": way.package, "version": PACKAGES[way.package], "way": way.name,
+        "package": way.package,
+        "version": PACKAGES[way.package],
+        "way": way.name,
+        "processor": machine()["processor"],
         **({"group": given.group} if way.bits else {}),
         **took, **stored(packed, dense, matrices), "matrices": len(matrices), **judged(dense, given),
+        **(zeros_of(packed, given.model) if given.zeros else {}),
+    }  # fmt: skip
+
+
+def zeros_of(packed: Path, pruned: Path) -> dict[str, Any]:
+    """What `secateur inspect` finds of the zeros of a pruned model in the file that was made of it: shares of pruned
+    weights that came back and of kept ones that vanished, and in how many of the matrices 2:4 holds.
+    """
+    command = [sys.executable, "-m", "secateur", "inspect", packed, "--against", pruned, "--json"]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    tensors = [one for one in found["tensors"] if one.get("against")]
+    total = Counter[str]()
+    for one in tensors:
+        total.update(one["against"])
+    return {
+        "came_back": total["came_back"] / total["pruned"], "vanished": total["vanished"] / total["kept"],
+        "holds": [sum("2:4" in one["patterns"] for one in tensors), len(tensors)],
     }  # fmt: skip
 
 
@@ -357,6 +450,16 @@ def line(row: dict[str, Any]) -> str:
     return f"| {words} | {row['way']} | {bits} | {row['perplexity']:.3f} | {seconds} |"
 
 
+def zeros_line(row: dict[str, Any]) -> str:
+    """A row of the table of what became of the zeros of a 2:4 model."""
+    holds, of = row["holds"]
+    return (
+        f"| {row['package']} {row['version']} | {row['way']} | {1 - row['came_back']:.2%} | "
+        f"{'yes' if holds == of else f'in {holds} of {of}' if holds else '**no**'} | {row['vanished']:.2%} | "
+        f"{row['perplexity']:.2f} |"
+    )
+
+
 def main() -> None:
     made = parser(
         __doc__,
@@ -366,7 +469,8 @@ def main() -> None:
             ways=("", "a regular expression: the ways to take, by package and name"), group=64, threads=1,
             ours=("", "rows of bench/quantise.py to be compared with, by bits: 4=FOLDER,3=FOLDER"),
         ),
-        dict(evaluation="wikitext2", judged=24, seq_len=512, data_dir=Path, distance=False, work=(str, HIDDEN)),
+        dict(evaluation="wikitext2", judged=24, seq_len=512, data_dir=Path, distance=False,
+             zeros=(False, "the model is of 2:4: what became of its zeros, by `secateur inspect`"), work=(str, HIDDEN)),
     )  # fmt: skip
     made.add_argument("model", type=Path, nargs="?")
     given = made.parse_args()
@@ -415,6 +519,10 @@ def run(given: Any) -> None:
     print("| quantiser | way | bits of a weight | perplexity | CPU-seconds |")
     print("| --- | --- | --- | --- | --- |")
     print("\n".join(map(line, rows)))
+    if given.zeros:
+        print("| quantiser | way | zeros kept | 2:4 holds | kept weights that become zero | perplexity |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        print("\n".join(map(zeros_line, rows[1:])))
 
 
 RUN = (

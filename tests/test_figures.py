@@ -152,9 +152,18 @@ def test_what_bos_is_worth_is_what_was_measured():
 def test_what_quantisers_do_is_what_was_measured(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     line = runpy.run_path(str(ROOT / "bench" / "quantisers.py"), run_name="quantisers")["line"]
-    page = read("docs/quantising.md").split("## What quantisers do to zeros")[1]
+    page = read("docs/quantising.md").split("## What quantisers do to zeros")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (?!quantiser|---).*\|$", page, re.M)
     assert rows == [line(row) for row in results()["quantisers"]["rows"]]
+
+
+def test_what_tools_do_to_a_pruned_model_is_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    line = runpy.run_path(str(ROOT / "bench" / "quantise_peers.py"), run_name="peers")["zeros_line"]
+    page = read("docs/quantising.md").split("## What their tools do to a pruned model")[1]
+    rows = re.findall(r"^\| (?!quantiser|---).*\|$", page, re.M)
+    (model,) = results()["quantised-zeros"]["models"].values()
+    assert rows == [line(row) for row in model["rows"] if row["package"]]
 
 
 def test_rows_at_equal_bytes_are_those_that_were_measured():
@@ -183,6 +192,8 @@ def test_rows_at_equal_bytes_are_those_that_were_measured():
             assert len(rows) == 3
             found, kl = [row["perplexity"] for row in rows], statistics.mean(row["kl"] for row in rows)
             assert shown == f"{statistics.mean(found):.2f} ({min(found):.2f} to {max(found):.2f}), {kl:.4f}"
+    tuned = {row["method"]: f"{row['perplexity']:.2f}" for row in results()["quantise-distil"]["distil"]}
+    assert f"from\n  {tuned['default']} to {tuned['default+distil']} (" in page
     others = results()["quantise-peers"]["models"]
     assert peers
     for name, way, bits, *figures in peers:
