@@ -21,6 +21,7 @@ from secateur.checkpoints.folder import open_checkpoint
 from secateur.checkpoints.quantised.gguf_tokenizer import SPLITS
 from secateur.data import demo
 from secateur.deployment.formats.gguf import FILE, write
+from secateur.deployment.formats.gguf_blocks import six_bits
 from secateur.deployment.formats.gguf_vocabulary import add_vocabulary, read_vocabulary
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnknownName, UnsupportedModel
 
@@ -127,6 +128,35 @@ def test_values_are_cast_and_zeros_stay(tmp_path):
             np.testing.assert_array_equal(read, exact.float().numpy())
     assert sizes["q5_0"] < sizes["q8_0"] < sizes["bf16"] < sizes["f32"]
     assert abs(sizes["as stored"] - sizes["bf16"]) <= 64  # but for the line that names the values
+
+
+def test_six_bits_are_what_the_package_reads(tmp_path):
+    """Within half a step of 16 weights, by the package's own decoding; rows of other lengths are refused."""
+    six = package.GGMLQuantizationType.Q6_K
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, 512, generator=draw) * torch.randn(8, 512, generator=draw).exp()
+    weight[:, ::2], weight[3, :300], weight[4] = 0, 0, 0
+    made = six_bits(weight, "m")
+    assert made.shape == (8, 2 * 210)
+    read = torch.from_numpy(package.dequantize(made, six))
+    assert (read[weight == 0] == 0).all()
+    groups, error = weight.reshape(8, 2, 16, 16), (read - weight).reshape(8, 2, 16, 16).abs()
+    steps = groups.abs().amax(3, keepdim=True) / 32
+    scale_error = 32 * (steps.amax(2, keepdim=True) / 127 / 2 + steps * 2**-11)
+    assert (error <= 1.001 * steps.clamp_min(1e-30) + 1.001 * scale_error).all()
+    assert error.square().mean() < (steps / 2).square().mean()
+    assert len(read.unique()) > 500
+    with pytest.raises(NonFinite, match=r"m has a scale of .* Q6_K"):
+        six_bits(weight * 1e10, "m")
+    config = tiny_config("llama")
+    config.hidden_size, config.intermediate_size, config.head_dim = 256, 512, 64
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    file = converted(saved(model, tmp_path / "source"), tmp_path / "out", values="q6_k")
+    down = model.get_parameter("model.layers.0.mlp.down_proj.weight").data
+    wanted = package.dequantize(six_bits(down, "m"), six)
+    np.testing.assert_array_equal(tensors(file)["blk.0.ffn_down.weight"], wanted)
+    with pytest.raises(BadPattern, match="q6_k needs rows in 256s"):
+        converted(saved(tiny_model("llama"), tmp_path / "narrow"), tmp_path / "none", values="q6_k")
 
 
 BLOCKS = {"int4 of group 32": "Q4_0", "int8 of group 32": "Q8_0", "mxfp4": "MXFP4"}

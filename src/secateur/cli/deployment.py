@@ -61,10 +61,10 @@ def export(
     values: Annotated[
         str | None,
         typer.Option(
-            help="Of packed: int8, int4, 'int4 of group 64'. Of gguf: f32, f16, bf16, q8_0, q5_0, "
-            "'int4 of group 32' (Q4_0), 'int8 of group 32', mxfp4. Of compressed-tensors: int8, "
-            "'int4 of group 64' …, fp8, nvfp4, mxfp4. Default: what was pruned with, else as "
-            "stored."
+            help="Of packed: int8, int4, 'int4 of group 64'. Of gguf: f32, f16, bf16, q8_0, q6_k, "
+            "q5_0, 'int4 of group 32' (Q4_0), 'int8 of group 32', mxfp4. Of compressed-tensors: "
+            "int8, 'int4 of group 64' …, fp8, nvfp4, mxfp4. Default: what was pruned with, else "
+            "as stored."
         ),
     ] = None,
     ranks: Annotated[

@@ -25,7 +25,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from secateur.checkpoints.folder import FLOATS, Checkpoint
 from secateur.deployment.formats.base import Format, head_size, refuse_non_finite
 from secateur.deployment.formats.codes import left_out, rounding_note, values_of
-from secateur.deployment.formats.gguf_blocks import blocks, find_grid, type_of
+from secateur.deployment.formats.gguf_blocks import (
+    OF_SIX_BITS,
+    blocks,
+    find_grid,
+    six_bits,
+    type_of,
+)
 from secateur.deployment.formats.gguf_vocabulary import add_vocabulary
 from secateur.errors import BadCheckpoint, BadPattern, NonFinite, UnsupportedModel
 from secateur.methods.values import AS_STORED, Values, find_codes
@@ -34,8 +40,8 @@ from secateur.models.parts import architecture_of
 from secateur.system.files import disk_errors
 
 FILE = "model.gguf"
-ROUNDED = ("q8_0", "q5_0")
-"""What every matrix is rounded to, as llama.cpp does it."""
+ROUNDED = {"q8_0": 32, "q6_k": OF_SIX_BITS, "q5_0": 32}
+"""What every matrix is rounded to, as llama.cpp does it, and the weights of a block."""
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"} | {
     name: f"MOSTLY_{name.upper()}" for name in ROUNDED
 }
@@ -158,6 +164,9 @@ def _data(gguf: Any, source: Checkpoint, name: str, entry: Entry) -> tuple[np.nd
         tensor = halves.transpose(1, 2).reshape(tensor.shape)  # [heads, half, 2, in] → [out, in]
     if entry.grid is not None:
         return blocks(tensor, entry.grid, name)
+    if entry.type is gguf.GGMLQuantizationType.Q6_K:
+        refuse_non_finite(name, tensor)
+        return six_bits(tensor, name), False
     value = tensor.float().contiguous().numpy()
     narrow = entry.type is gguf.GGMLQuantizationType.F16
     if narrow and (largest := np.abs(value).max()) > np.finfo(np.float16).max:
@@ -230,9 +239,9 @@ def _tensor_type(gguf: Any, source: Checkpoint, name: str, values: str) -> Any:
         raise UnsupportedModel(
             f"{name} is stored as {place.dtype}; a floating-point tensor was wanted."
         )
-    if values in ROUNDED and place.shape[-1] % 32:
+    if place.shape[-1] % (size := ROUNDED.get(values, 1)):
         raise BadPattern(
-            f"{values} needs rows in 32s; {name} has rows of {place.shape[-1]}. "
+            f"{values} needs rows in {size}s; {name} has rows of {place.shape[-1]}. "
             "Choose other values."
         )
     return gguf.GGMLQuantizationType[place.dtype if values == AS_STORED else values.upper()]
