@@ -244,7 +244,7 @@ def test_ctrl_c_stops_after_the_block_at_hand(tiny_llama, text_file, out, monkey
     words = "Stopped. The same command goes on after the 2 blocks that are finished."
     with pytest.raises(Interrupted, match=words):
         prune(tiny_llama, **options)
-    assert "stopping after this block; Ctrl-C once more stops at once" in capsys.readouterr().err
+    assert "stopping after the block or step at hand; Ctrl-C once more stops at once" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not out.exists()
     prune(tiny_llama, **options)

@@ -32,6 +32,9 @@ from secateur.system.interrupt import asked_to_stop
 from secateur.system.memory import available_bytes
 from secateur.system.settings import Destination, Trust
 
+STOPPING = "after the block or step at hand"
+"""What Ctrl-C says; a step is one of +distil."""
+
 
 class BlockWriter:
     """A result and what is finished of it; made by `block_writer`.
@@ -136,9 +139,9 @@ def block_writer(
 ) -> Iterator[BlockWriter]:
     """Open the result of a run, or take up what a run under the same `conditions` left.
 
-    While open, Ctrl-C stops after the block at hand. `other_weights`: see `result.output`. Raises
-    UnsupportedModel or BadCheckpoint where the model is not what the source holds, OutputRefused,
-    DiskFull, ConditionsDiffer.
+    While open, Ctrl-C stops after the block, or the step of tuning, at hand. `other_weights`: see
+    `result.output`. Raises UnsupportedModel or BadCheckpoint where the model is not what the source
+    holds, OutputRefused, DiskFull, ConditionsDiffer.
     """
     check_dtypes(source, language_model)
     opening = output(
@@ -149,7 +152,7 @@ def block_writer(
         run=conditions,
         restart=destination.restart,
     )
-    with ranks.on_first(opening) as result, asked_to_stop("after this block") as stopping:
+    with ranks.on_first(opening) as result, asked_to_stop(STOPPING) as stopping:
         # From its opening on the result sees whether its source changes; it may have before.
         ranks.same(lambda: result and check_loaded(result.source, language_model))
         yield BlockWriter(language_model, result, trust, ranks, stopping)
