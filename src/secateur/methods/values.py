@@ -256,7 +256,7 @@ def find_codes(weight: Tensor, values: Values) -> Codes | None:
 
 
 def _stride(inputs: int) -> int:
-    """Of a group of so many inputs, every how manieth is looked at before the others."""
+    """The distance of the weights that are looked at before the others, in a group of inputs."""
     return max(1, inputs // 16)
 
 

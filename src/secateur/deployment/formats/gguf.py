@@ -41,7 +41,7 @@ from secateur.system.files import disk_errors
 
 FILE = "model.gguf"
 ROUNDED = {"q8_0": 32, "q6_k": OF_SIX_BITS, "q5_0": 32}
-"""What every matrix is rounded to, as llama.cpp does it, and the weights of a block."""
+"""What every matrix is rounded to, to nearest, and the weights of a block."""
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16"} | {
     name: f"MOSTLY_{name.upper()}" for name in ROUNDED
 }
