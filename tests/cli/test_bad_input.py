@@ -844,6 +844,18 @@ def test_a_disk_with_too_little_space(prune, tiny_llama, out, monkeypatch):
     prune(tiny_llama, words=f"{out} needs {size:.2f} MiB, the disk has 0.06 MiB free.")
 
 
+def test_a_disk_with_too_little_space_for_what_distil_keeps(prune, tiny_llama, out, monkeypatch):
+    """24 bytes for each weight of the blocks, besides the weights themselves."""
+    tensors = load_file(tiny_llama / "model.safetensors")
+    weights = sum(one.numel() for name, one in tensors.items() if ".layers." in name)
+    size = (tiny_llama / "model.safetensors").stat().st_size
+    asked = ("--method", "wanda+distil", "--samples", "4", "--seq-len", "16")
+    wanted = f"{out} needs {(size + 24 * weights) / 2**20:.1f}"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - size * 3, size * 3))
+    prune(tiny_llama, *asked, words=wanted)
+    assert not out.exists()
+
+
 def test_a_disk_that_fills_up_while_copying(prune, tiny_llama, out, monkeypatch):
     monkeypatch.setattr(shutil, "copyfile", raising(errno.ENOSPC, after=2)(shutil.copyfile))
     words = f"The disk filled up while {out / 'a'} was written; nothing was left behind."

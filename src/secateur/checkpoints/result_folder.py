@@ -46,7 +46,7 @@ def output(
     """
     out = out.resolve()  # a link is followed, so that the result lies where it points
     check_output_folder(source, out, overwrite=overwrite)
-    partial, file = out.with_name(f".{out.name}.partial"), journal_of(out)
+    partial, file = _partial(out), journal_of(out)
     made = [folder for folder in out.parents if not folder.exists()]
     result = None
     try:
@@ -90,11 +90,8 @@ def _taken_up(result: Output, conditions: Mapping[str, Any], restart: bool) -> b
 def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | None) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     copied = [file for file in belonging_files(source) if file.name != SOURCE]
-    free = shutil.disk_usage(out.parent).free
     size = source.bytes if other_weights is None else other_weights
-    if free < (size := size + sum(file.stat().st_size for file in copied)):
-        needed, left = (in_words(count, ("GiB", "MiB"), least=1 / 8) for count in (size, free))
-        raise DiskFull(f"{out} needs {needed}, the disk has {left} free.")
+    refuse_full(out, size + sum(file.stat().st_size for file in copied))
     partial.mkdir()
     if other_weights is None:
         copied += [source.folder / shard for shard in source.shards]
@@ -104,6 +101,22 @@ def _copy(source: Checkpoint, out: Path, partial: Path, other_weights: int | Non
         shutil.copyfile(file, copy)
         sync(copy)
     sync(partial)
+
+
+def refuse_full(out: Path, size: int) -> None:
+    """Raise DiskFull where a result of `size` bytes does not fit, beside what of it is there."""
+    partial = _partial(out)
+    there = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    folder = next(folder for folder in out.parents if folder.exists())
+    if (free := shutil.disk_usage(folder).free) < size - there:
+        counts = size - there, free
+        needed, left = (in_words(count, ("GiB", "MiB"), least=1 / 8) for count in counts)
+        raise DiskFull(f"{out} needs {needed}, the disk has {left} free.")
+
+
+def _partial(out: Path) -> Path:
+    """Where a result lies that is not finished."""
+    return out.with_name(f".{out.name}.partial")
 
 
 def _ended(error: BaseException, result: Output | None, made: list[Path]) -> BaseException:

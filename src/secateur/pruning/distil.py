@@ -23,7 +23,7 @@ from secateur.checkpoints.shards import save
 from secateur.errors import Interrupted
 from secateur.models.kept import keep_masks, kept_of
 from secateur.models.matrices import weight_matrices
-from secateur.models.replay import working_copy
+from secateur.models.replay import LanguageModel, working_copy
 from secateur.models.stream.block_writer import BlockWriter
 from secateur.models.stream.distil import (
     Aims,
@@ -35,7 +35,7 @@ from secateur.models.stream.distil import (
 )
 from secateur.models.stream.forward import BlockRun
 from secateur.models.stream.straight_through import grids_of
-from secateur.pruning.planning.memory import free_bytes, refuse_too_large
+from secateur.pruning.planning.memory import free_bytes, refuse_too_large, tuned_bytes
 from secateur.pruning.prepare import Pruning
 from secateur.system.files import disk_errors, sync
 from secateur.system.memory import freed_memory_kept
@@ -82,6 +82,11 @@ def check_distil(run: BlockRun, limit: int | None) -> None:
     windows_that_count(run)
     refuse_too_large(run.language_model, run.devices[0], limit)
     refuse_shared(run)
+
+
+def state_bytes(language_model: LanguageModel) -> int:
+    """What the state takes on disk: the old one stays until the new one is whole."""
+    return 2 * tuned_bytes(language_model)
 
 
 def distil_model(pruning: Pruning, found: Aims, report: Report, limit: int | None) -> None:

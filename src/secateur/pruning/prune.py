@@ -15,6 +15,7 @@ from torch import nn
 from secateur.checkpoints.copied import left_behind_in_words
 from secateur.checkpoints.output_folder import refuse_output
 from secateur.checkpoints.record import Report, pruning_record, read_from
+from secateur.checkpoints.result_folder import refuse_full
 from secateur.data.bos import readable
 from secateur.errors import UnsupportedModel
 from secateur.models.stream.block_writer import block_writer
@@ -22,7 +23,7 @@ from secateur.models.stream.blocks import stream
 from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
 from secateur.pruning.check import Zeros, find_recipe
-from secateur.pruning.distil import check_distil, distil_result
+from secateur.pruning.distil import check_distil, distil_result, state_bytes
 from secateur.pruning.opening import Opened, opened
 from secateur.pruning.own_text import own_file, refuse_ranks
 from secateur.pruning.permute import groups_by_kind
@@ -129,6 +130,7 @@ def prune_checkpoint(
     run = block_run(language_model, windows, resources, out.resolve().parent, progress, ranks)
     if chosen.method.distil:
         check_distil(run, resources.limit)
+        refuse_full(out.resolve(), source.bytes + state_bytes(language_model))
     conditions, count = conditions_of(run, windows, chosen, resources), len(language_model.blocks)
     writing = block_writer(source, language_model, destination, trust, conditions, ranks)
     with PeakMemory() as peak, writing as writer:

@@ -150,13 +150,17 @@ def free_bytes(device: torch.device, limit: int | None) -> int:
     return max(min(free, limit - (used or 0)), 0)
 
 
+def tuned_bytes(language_model: LanguageModel) -> int:
+    """What all blocks with Adam's means take."""
+    parameters = (p for block in language_model.blocks for p in block.parameters())
+    return TUNED_BYTES * sum(p.numel() for p in parameters)
+
+
 def refuse_too_large(
     language_model: LanguageModel, device: torch.device, limit: int | None
 ) -> None:
     """Raise UnsupportedModel where all blocks with Adam's means do not fit."""
-    needed = TUNED_BYTES * sum(
-        p.numel() for block in language_model.blocks for p in block.parameters()
-    )
+    needed = tuned_bytes(language_model)
     if needed > (free := free_bytes(device, limit)):
         wanted, found = (in_words(count, ("GiB", "MiB"), least=1 / 8) for count in (needed, free))
         raise UnsupportedModel(
