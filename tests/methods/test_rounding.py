@@ -20,6 +20,7 @@ from secateur.methods.rounding import (
     _descent,
     _fitted_scales,
     _units,
+    codes_for,
     nearest,
     rounding_cost,
     sweep,
@@ -248,6 +249,20 @@ def test_dense_targets_are_aimed_at_without_a_mask_too():
     wanted, to_dense = (weight.double() @ one.double().T for one in (dense, x))
     ours = pruned.weight.double() @ x.double().T
     assert (ours - wanted).square().sum() < 0.95 * (to_dense - wanted).square().sum()
+
+
+@pytest.mark.parametrize("values", ["int4 of group 32", "int3 of row by sweep", "int4 by act-order"])
+def test_what_was_pruned_towards_dense_inputs_is_rounded_to_itself(values):
+    """Rounding it is rounding these weights as if they were the dense ones, on the inputs that they get."""
+    weight, x = layer(rows=24, columns=128)
+    dense = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(8))
+    method = find_method("default+dense-target")
+    stats, plain = Stats.of(x, method.need, dense), Stats.of(x, frozenset({"gram"}))
+    pruned = method.prune(weight, stats, parse_pattern("50%").within(method.group))
+    ours = codes_for(pruned, weight, stats, grid_of(values))
+    wanted = codes_for(pruned, pruned.weight, plain, grid_of(values))
+    assert (ours.levels != wanted.levels).float().mean() < 0.01  # ties, in float32
+    torch.testing.assert_close(ours.scales, wanted.scales, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("name", ["wanda", "sparsegpt", "default+refit", "wanda+swap"])

@@ -1,7 +1,9 @@
 """Levels and scales for the weights that a method keeps: quantisation that knows the mask.
 
 What is pruned is level 0 and stays so; what is kept may become 0. Solvers aim at the outputs of the
-dense weights, not at the pruned ones, in the coordinates of least_squares.py:
+dense weights, not of the pruned ones, in the coordinates of least_squares.py; where a method aims
+at those on dense inputs, at what the pruned weights give, which have come as near as the tokens
+allow: aimed at once more, a real model follows its calibration text (docs/LOG.md, 2026-11-30).
 
     nearest   each weight to the nearest level; of some scales for a group, that with the least
               Σ H_jj (w_j − q_j)²
@@ -93,7 +95,7 @@ def rounding_cost(cost: Cost, values: Values) -> Cost:
         sweeps=cost.sweeps + 1,
         factors=cost.factors + 1,
         products=cost.products + 1,
-        targets=cost.targets + 1,
+        targets=cost.targets + 2,  # the target, and what the pruned weights give
         matrices=max(cost.matrices, 12),
         squares=max(cost.squares, 4),
         kept=max(cost.kept, 2),
@@ -112,11 +114,14 @@ def codes_for(pruned: Pruned, dense: Tensor, stats: Stats, values: Values) -> Co
     problem = with_dead_inputs(normalise(dense, stats), dense)
     start = torch.where(problem.alive, pruned.weight * problem.scale, pruned.weight)
     kept = pruned.kept
-    if kept.all() and "cross" in stats.sums:
+    aims_at_dense = "cross" in stats.sums
+    if kept.all() and aims_at_dense:
         start = unmasked(problem)
     grid = nearest(problem, start, kept, values)
     if values.solver == "nearest":
         return codes_of(problem, grid, kept, values)
+    if aims_at_dense:
+        problem = problem._replace(target=start @ problem.gram)
     problem = damped(problem, start, stats)
     order = slice(None) if values.solver == "sweep" else largest_first(problem)
     answers = stats.once(
