@@ -74,6 +74,9 @@ def on_gpu(capability: tuple[int, int]) -> None:
             return 132
 
     platforms.current_platform.__class__ = Pretended  # modules hold the object by name
+    for name in ("vllm.utils.import_utils", "vllm.model_executor.kernels.linear.mixed_precision.humming"):
+        module: Any = import_module(name)
+        module.has_humming = lambda: True  # which is there, without what it compiles with
     kernels = import_module("vllm._custom_ops")
     for name in dir(kernels):
         if "_supports_" in name:
@@ -150,8 +153,6 @@ def work(text: str) -> None:
         parallel.initialize_model_parallel()
         settings.model_config = SimpleNamespace(dtype=torch.bfloat16, quantization_config=None)
         on_gpu(tuple(given["capability"]))
-        import_module("vllm.utils.import_utils").has_humming = lambda: True
-        import_module("vllm.model_executor.kernels.linear.mixed_precision.humming").has_humming = lambda: True
         found = {name: tried(Path(folder)) for name, folder in given["folders"].items()}
     print("\n" + json.dumps(found))
 
