@@ -236,6 +236,13 @@ def test_what_is_won_back_on_a_real_model_is_what_was_measured():
     assert shown == [won_back(row) for row in sorted(rows, key=lambda row: row["pattern"], reverse=True)]
 
 
+def test_what_dense_targets_do_to_a_real_model_is_what_was_measured():
+    page, rows = read("docs/quality.md"), results()["real-dense-target"]["rows"]
+    for row in (row for row in rows if row["values"] == "as stored"):
+        figures = rf"`{re.escape(row['method'])}` {row['perplexity']:.2f} \((KL )?{row['kl']:.3f}\)"
+        assert re.search(figures, page), figures
+
+
 def won_back(row: dict[str, Any]) -> str:
     """A line of that table."""
     low, high = row["delta_interval"]
