@@ -104,7 +104,7 @@ def model_lines() -> list[dict]:
 
 def steps(costs: Cost, sites: list[tuple[int, int]]) -> int:
     """Matrix operations that wait for one another: a sweep has one for each input."""
-    return sum(costs.all_products + costs.inverses + costs.factors + costs.sweeps * columns for _, columns in sites)
+    return sum(costs.products + costs.inverses + costs.factors + costs.sweeps * columns for _, columns in sites)
 
 
 def rate(threads: int) -> float:

@@ -43,7 +43,7 @@ def alps(
         return Pruned(problem.restore(solution, kept, weight), kept)
 
     products = stages * updates + refit_products(iterations)
-    cost = Cost(products=products, inverses=stages, targets=1, matrices=12, squares=3, kept=1)
+    cost = Cost(products=products, inverses=stages, matrices=12, squares=3, kept=1)
     on_grid = partial(alps, stages, updates, first, last, iterations)
     need = frozenset({"gram"})
     return Method(need, "matrix", prune, updates=True, cost=cost, on_grid=on_grid)

@@ -24,9 +24,8 @@ class Cost(NamedTuple):
 
     `products` `[out, in] × [in, in]`; `inverses` of `[in, in]` by Cholesky; `sweeps` over the
     columns; `factors`, Cholesky and what sweeps need of it, made once for all that read the same
-    input; `targets`, how many of the products are made a second time where the method aims at what
-    the dense model computes (`dense_target`). Rounding has `block_sweeps`, each over the columns of
-    a block of `WIDTH` alone, and fits the scales of groups of so many inputs, `fitted`.
+    input. Rounding has `block_sweeps`, each over the columns of a block of `WIDTH` alone, and fits
+    the scales of groups of so many inputs, `fitted`.
 
     Memory at the worst moment: `matrices` of `[out, in]` and `squares` of `[in, in]` float32, the
     result and `kept` included, but not the weights that came in; `kept` squares stay until the
@@ -38,24 +37,17 @@ class Cost(NamedTuple):
     inverses: int = 0
     sweeps: int = 0
     factors: int = 0
-    targets: int = 0
-    dense_target: bool = False
     block_sweeps: int = 0
     fitted: int = 0
     matrices: float = 4
     squares: float = 0
     kept: int = 0
 
-    @property
-    def all_products(self) -> int:
-        """Products, those for dense inputs included."""
-        return self.products + self.targets * self.dense_target
-
     def of_matrix(self, rows: int, columns: int) -> float:
         """Operations of one matrix, without what matrices share."""
         in_blocks = sum(width * (width - 1) for _, width in _blocks(columns))
         return (
-            self.all_products * 2 * rows * columns**2
+            self.products * 2 * rows * columns**2
             + self.inverses * columns**3  # Cholesky ⅓, inverse ⅔
             + self.sweeps * rows * columns * (columns - 1)  # every column updates all later ones
             + self.block_sweeps * rows * in_blocks
@@ -80,7 +72,6 @@ class Cost(NamedTuple):
         """The cost of this method and then of a solver with so many products."""
         return self._replace(
             products=self.products + products,
-            targets=self.targets + 1,
             matrices=max(self.matrices + 1, 12),
             squares=max(self.squares, 3),
             kept=max(self.kept, 1),

@@ -19,5 +19,4 @@ def dense_target(method: Method) -> Method:
             "dense-target",
             ("refit",),
         )
-    cost = method.cost and method.cost._replace(dense_target=True)
-    return method._replace(need=method.need | {"cross"}, sequential=True, cost=cost)
+    return method._replace(need=method.need | {"cross"}, sequential=True)

@@ -44,17 +44,20 @@ def ridge(stats: Stats) -> float:
     return min(max(0.01 * 32 / max(tokens_per_channel, 1e-9), 0.01), 0.1)
 
 
-def normalise(weight: Tensor, stats: Stats) -> Problem:
-    """The least-squares problem of a weight `[out, in]` float32."""
+def normalise(weight: Tensor, stats: Stats, *, own_inputs: bool = False) -> Problem:
+    """The least-squares problem of a weight `[out, in]` float32: to give what it gives on dense
+    inputs, where these were seen and its `own_inputs` are not asked for, else on its own.
+    """
     damping = ridge(stats)
     shared = stats.once("normalised", lambda: _normalised(stats, damping))
     gram, scale, alive = (tensor.to(weight.device) for tensor in shared)
     scaled = weight * scale * alive
-    target = scaled @ gram
-    if "cross" in stats.sums:
+    if "cross" in stats.sums and not own_inputs:
         # what the dense model gives: W E[x_dense xᵀ], with the ridge to W as before
         cross = stats.mean("cross").to(weight.device)
         target = (weight @ cross / scale + damping * scaled) * alive
+    else:
+        target = scaled @ gram
     return Problem(scaled, gram, target, scale, alive)
 
 

@@ -90,12 +90,11 @@ def with_values(method: Method, values: Values, *, alone: bool = False) -> Metho
 def rounding_cost(cost: Cost, values: Values) -> Cost:
     """What a method costs that is followed by rounding: the target, and what a solver takes."""
     if values.solver == "nearest":
-        return cost._replace(products=cost.products + 1, targets=cost.targets + 1)
+        return cost._replace(products=cost.products + 1)
     swept = cost._replace(
         sweeps=cost.sweeps + 1,
         factors=cost.factors + 1,
         products=cost.products + 1,
-        targets=cost.targets + 2,  # the target, and what the pruned weights give
         matrices=max(cost.matrices, 12),
         squares=max(cost.squares, 4),
         kept=max(cost.kept, 2),
@@ -111,17 +110,16 @@ def rounding_cost(cost: Cost, values: Values) -> Cost:
 
 def codes_for(pruned: Pruned, dense: Tensor, stats: Stats, values: Values) -> Codes:
     """The codes of a pruned weight `[out, in]` that do what the `dense` one does best."""
-    problem = with_dead_inputs(normalise(dense, stats), dense)
+    kept, dense_inputs = pruned.kept, "cross" in stats.sums
+    own = dense_inputs and not bool(kept.all())
+    aim = pruned.weight if own else dense
+    problem = with_dead_inputs(normalise(aim, stats, own_inputs=own), aim)
     start = torch.where(problem.alive, pruned.weight * problem.scale, pruned.weight)
-    kept = pruned.kept
-    aims_at_dense = "cross" in stats.sums
-    if kept.all() and aims_at_dense:
+    if dense_inputs and not own:
         start = unmasked(problem)
     grid = nearest(problem, start, kept, values)
     if values.solver == "nearest":
         return codes_of(problem, grid, kept, values)
-    if aims_at_dense:
-        problem = problem._replace(target=start @ problem.gram)
     problem = damped(problem, start, stats)
     order = slice(None) if values.solver == "sweep" else largest_first(problem)
     answers = stats.once(

@@ -58,7 +58,7 @@ def sweep(width: int = 128) -> Method:
         kept, swept = sweep_columns(problem.weight, answers, problem.alive, pattern, block)
         return Pruned(problem.restore(swept, kept, weight), kept)
 
-    cost = Cost(products=1, sweeps=1, factors=1, targets=1, matrices=5.5, squares=3, kept=2)
+    cost = Cost(products=1, sweeps=1, factors=1, matrices=5.5, squares=3, kept=2)
     return Method(frozenset({"gram"}), "matrix", prune, updates=True, cost=cost)
 
 
