@@ -177,7 +177,6 @@ def of_llmcompressor(job: Job) -> Meter:
         recipe = kind(config_groups=groups, ignore=["lm_head"], **job.way.settings)
         oneshot(model=model, recipe=recipe, **(text if job.way.method == "gptq" else {}))
         model.save_pretrained(job.out, save_compressed=True)
-    transformers.AutoTokenizer.from_pretrained(job.model).save_pretrained(job.out)
     return meter
 
 
@@ -209,7 +208,6 @@ def of_transformers(job: Job) -> Meter:
             job.model, dtype="auto", device_map="cpu", quantization_config=rounding_of(job)
         )
         model.save_pretrained(job.out)
-    transformers.AutoTokenizer.from_pretrained(job.model).save_pretrained(job.out)
     return meter
 
 
@@ -224,7 +222,6 @@ def of_hqq(job: Job) -> Meter:
             model.config.tie_word_embeddings = False
         kinds.quantize_model(model, quant_config=settings, compute_dtype=model.dtype, device="cpu")
         kinds.save_to_safetensors(model, str(job.out))
-    transformers.AutoTokenizer.from_pretrained(job.model).save_pretrained(job.out)
     return meter
 
 
@@ -262,6 +259,8 @@ def work(text: str) -> None:
     job = Job(**given | paths | {"way": Way(**given["way"])})
     torch.set_num_threads(job.threads)
     meter = WORKERS[job.way.package](job)
+    if not list(job.out.glob("tokenizer*")) and job.way.package != "llama-cpp-python":
+        import_module("transformers").AutoTokenizer.from_pretrained(job.model).save_pretrained(job.out)
     print("\n" + json.dumps({"cpu_seconds": meter.cpu, "wall_seconds": meter.wall}))
 
 
@@ -399,9 +398,7 @@ def row_of(way: Way, given: Any) -> dict[str, Any]:
     dense = dense_of(packed, given)
     matrices = changed(given.model, dense, way.method)
     return {
-        "package": way.package,
-        "version": PACKAGES[way.package],
-        "way": way.name,
+        "package": way.package, "version": PACKAGES[way.package], "way": way.name,
         "processor": machine()["processor"],
         **({"group": given.group} if way.bits else {}),
         **took, **stored(packed, dense, matrices), "matrices": len(matrices), **judged(dense, given),
@@ -413,16 +410,16 @@ def zeros_of(packed: Path, pruned: Path) -> dict[str, Any]:
     """What `secateur inspect` finds of the zeros of a pruned model in the file that was made of it: shares of pruned
     weights that came back and of kept ones that vanished, and in how many of the matrices 2:4 holds.
     """
-    command = [sys.executable, "-m", "secateur", "inspect", packed, "--against", pruned, "--json"]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    tensors = [one for one in found["tensors"] if one.get("against")]
-    total = Counter[str]()
-    for one in tensors:
-        total.update(one["against"])
+    import secateur
+
+    found = secateur.inspect(packed, against=pruned)
+    assert found.against
+    tensors = [one for one in found.tensors if one.against]
     return {
-        "came_back": total["came_back"] / total["pruned"], "vanished": total["vanished"] / total["kept"],
-        "holds": [sum("2:4" in one["patterns"] for one in tensors), len(tensors)],
-    }  # fmt: skip
+        "came_back": found.against.came_back / found.against.pruned,
+        "vanished": found.against.vanished / found.against.kept,
+        "holds": [sum("2:4" in map(str, one.patterns) for one in tensors), len(tensors)],
+    }
 
 
 def job_of(way: Way, given: Any) -> Job:
