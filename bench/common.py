@@ -8,6 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,17 @@ def parser(description: str | None, *groups: dict[str, Any]) -> argparse.Argumen
 def options(description: str | None, *groups: dict[str, Any]) -> argparse.Namespace:
     """The options of a script as they were given, declared as `parser` says."""
     return parser(description, *groups).parse_args()
+
+
+def fetched(place: Path, packages: list[str]) -> Path:
+    """A folder with packages, without what they need, fetched unless it is there. Raises CalledProcessError."""
+    if not place.is_dir():
+        partial = place.with_name(f"{place.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", partial]
+        subprocess.run([*pip, *packages], check=True)
+        partial.rename(place)
+    return place
 
 
 def write(file: Path | None, *, command: list[str] | None = None, **results: Any) -> dict[str, Any]:

@@ -37,15 +37,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import quantisers
 import torch
-from common import HIDDEN, parser, write
+from common import HIDDEN, fetched, parser, write
 from torch import Tensor
 
-PACKAGES = {
-    "gptqmodel": "7.7.0", "llmcompressor": "0.14.0.1", "llama-cpp-python": "0.3.36", "bitsandbytes": "0.50.2",
-    "torchao": "0.18.0", "hqq": "0.2.8.post1",
-}  # fmt: skip
-BESIDE = {
+PACKAGES = quantisers.PACKAGES | {"gptqmodel": "7.7.0", "llmcompressor": "0.14.0.1", "llama-cpp-python": "0.3.36"}
+BESIDE = quantisers.BESIDE | {
     "gptqmodel": [
         "Device-SMI==0.5.7", "LogBar==0.4.15", "PyPcre==0.6.4", "TokeNicer==0.0.14", "Defuser==0.0.28",
         "torchao==0.18.0", "pillow==13.0.0",
@@ -55,9 +53,6 @@ BESIDE = {
         "httpcore==1.0.9", "loguru==0.7.3", "nvidia-ml-py==13.615.71",
     ],
     "llama-cpp-python": ["diskcache==5.6.3"],
-    "bitsandbytes": [],
-    "torchao": [],
-    "hqq": ["termcolor==3.3.0"],
 }  # fmt: skip
 """What these need that is not installed with Secateur. GPTQModel asks for a newer torch and runs with 2.13.0."""
 
@@ -267,15 +262,6 @@ def work(text: str) -> None:
 # What runs here: the libraries are fetched, the processes started, what they wrote is read and judged.
 
 
-def fetched(package: str, folder: Path) -> Path:
-    """Where a package lies, fetched unless it is there."""
-    place = folder / package
-    if not place.is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place]
-        subprocess.run([*pip, f"{package}=={PACKAGES[package]}", *BESIDE[package]], check=True)
-    return place
-
-
 def measure(job: Job, place: Path) -> dict[str, Any]:
     """What a job takes in a fresh process. Raises CalledProcessError where that fails."""
     shutil.rmtree(job.out, ignore_errors=True)
@@ -393,7 +379,8 @@ def row_of(way: Way, given: Any) -> dict[str, Any]:
     from secateur.system.machine import machine
 
     job = job_of(way, given)
-    took = measure(job, fetched(way.package, given.folder))
+    pinned = [f"{way.package}=={PACKAGES[way.package]}", *BESIDE.get(way.package, [])]
+    took = measure(job, fetched(given.folder / way.package, pinned))
     packed = job.out / "model.gguf" if way.package == "llama-cpp-python" else job.out
     dense = dense_of(packed, given)
     matrices = changed(given.model, dense, way.method)

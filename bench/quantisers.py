@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import options, write
+from common import fetched, options, write
 from torch import Tensor
 
 PACKAGES = {
@@ -35,7 +35,7 @@ PACKAGES = {
     "mlx": "0.32.4",
 }
 BESIDE = {
-    "hqq": ["termcolor"],
+    "hqq": ["termcolor==3.3.0"],
     "optimum-quanto": ["ninja"],
     "compressed-tensors": ["loguru"],
     "mlx": ["mlx-cpu==0.32.4"],
@@ -224,15 +224,6 @@ def measured(package: str) -> list[dict[str, Any]]:
     return rows
 
 
-def fetched(package: str, folder: Path) -> Path:
-    """Where a package lies, fetched unless it is there."""
-    place = folder / package
-    if not place.is_dir():
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", place]
-        subprocess.run([*pip, f"{package}=={PACKAGES[package]}", *BESIDE.get(package, [])], check=True)
-    return place
-
-
 def line(row: dict[str, Any]) -> str:
     """A row of the table of docs/quantising.md."""
     magnitude, random = row["magnitude"], row["random"]
@@ -251,7 +242,8 @@ def main() -> None:
     rows = []
     for package in PACKAGES:
         try:
-            place = fetched(package, given.folder)
+            pinned = [f"{package}=={PACKAGES[package]}", *BESIDE.get(package, [])]
+            place = fetched(given.folder / package, pinned)
             command = [sys.executable, "-W", "ignore", "-c", RUN, str(place.resolve()), __file__, package]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             rows += json.loads(done.stdout.splitlines()[-1])

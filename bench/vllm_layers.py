@@ -23,7 +23,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from common import HIDDEN, options, write
+from common import HIDDEN, fetched, options, write
 from torch import Tensor
 
 VERSION = "0.33.0"
@@ -160,20 +160,19 @@ def work(text: str) -> None:
 # What runs here.
 
 
-def fetched(folder: Path) -> Path:
-    """Where the Python code of vLLM and of what it imports lies, fetched unless it is there."""
+def python_of_vllm(folder: Path) -> Path:
+    """Where the Python code of vLLM lies, fetched unless it is there."""
     place = folder / f"vllm-{VERSION}"
-    if place.is_dir():
-        return place
-    partial = folder / "vllm.partial"
-    pip = [sys.executable, "-m", "pip"]
-    subprocess.run([*pip, "install", "--quiet", "--no-deps", "--target", partial, *BESIDE], check=True)
-    subprocess.run([*pip, "download", "--quiet", "--no-deps", "--dest", folder, f"vllm=={VERSION}"], check=True)
-    (wheel,) = folder.glob(f"vllm-{VERSION}-*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(partial, [name for name in archive.namelist() if not name.endswith(".so")])
-    wheel.unlink()
-    return partial.rename(place)
+    if not place.is_dir():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, f"vllm=={VERSION}"]
+        subprocess.run(pip, check=True)
+        (wheel,) = folder.glob(f"vllm-{VERSION}-*.whl")
+        partial = folder / "vllm.partial"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(partial, [name for name in archive.namelist() if not name.endswith(".so")])
+        wheel.unlink()
+        partial.rename(place)
+    return place
 
 
 def exported(values: str, out: Path) -> Path:
@@ -203,9 +202,13 @@ def main() -> None:
         work(given.work)
         return
     given.folder.mkdir(parents=True, exist_ok=True)
-    place = fetched(given.folder).resolve()
+    places = python_of_vllm(given.folder), fetched(given.folder / f"beside-vllm-{VERSION}", BESIDE)
     folders = {values: str(exported(values, given.out)) for values in VALUES}
-    variables = {"VLLM_TARGET_DEVICE": "cpu", "VLLM_LOGGING_LEVEL": "ERROR", "PYTHONPATH": str(place)}
+    variables = {
+        "VLLM_TARGET_DEVICE": "cpu",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "PYTHONPATH": os.pathsep.join(str(one.resolve()) for one in places),
+    }
     found: dict[str, Any] = {}
     for name, capability in CAPABILITIES.items():
         store = given.out.resolve() / "store"
