@@ -16,7 +16,7 @@ from secateur.checkpoints import folder as checkpoint
 from secateur.checkpoints import result as output
 from secateur.checkpoints import result_folder
 from secateur.checkpoints.journal import Journal, differences
-from secateur.errors import Interrupted, OutputRefused
+from secateur.errors import Interrupted, OutputRefused, UnsupportedModel
 from secateur.models.stream import distil
 from secateur.pruning import distil as tuning
 from secateur.pruning.prune import prune
@@ -122,13 +122,31 @@ def test_goes_on_where_all_blocks_are_tuned(arguments, out, place, case, monkeyp
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-def test_a_refusal_for_memory_keeps_what_is_finished(arguments, out, capfd):
+def test_what_was_tuned_in_memory_goes_on_in_a_file(arguments, out, monkeypatch):
+    """And dies there, and goes on in memory."""
+    monkeypatch.setattr(tuning, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(distil, "STEP_TOKENS", 32)
+    given, step = arguments(*CASES["tuned together"]), "secateur.models.stream.distil.Distillation.step"
+    expected = undisturbed(given, out)
+    assert started(given, (step, 2, "before")) == DIED
+    assert started([*given, "--memory", "1MB"], (step, 2, "before")) == DIED
+    assert started(given) == 0
+    assert contents(out) == expected
+
+
+def test_a_refusal_for_memory_keeps_what_is_finished(arguments, out, monkeypatch, capfd):
     """All blocks were pruned when there was room for tuning them; there is none as the run is taken up."""
     given = arguments(*CASES["tuned together"])
     expected = undisturbed(given, out)
     assert started(given, ("secateur.models.stream.distil.Distillation.step", 1, "before")) == DIED
-    assert started([*given, "--memory", "1MB"]) == 2
-    assert "+distil tunes all blocks at once" in capfd.readouterr().err
+
+    def refuse(*_: object) -> bool:
+        raise UnsupportedModel("there is no room")
+
+    with monkeypatch.context() as short:
+        short.setattr(tuning, "tuned_in_file", refuse)
+        assert started(given) == 2
+    assert "there is no room" in capfd.readouterr().err
     assert started(given) == 0
     assert contents(out) == expected
 

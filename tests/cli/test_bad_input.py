@@ -853,6 +853,8 @@ def test_a_disk_with_too_little_space_for_what_distil_keeps(prune, tiny_llama, o
     wanted = f"{out} needs {(size + 24 * weights) / 2**20:.1f}"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**30, 2**30 - size * 3, size * 3))
     prune(tiny_llama, *asked, words=wanted)
+    in_a_file = f"{out} needs {(size + 42 * weights) / 2**20:.2f}"  # and 18 for what memory does not hold
+    prune(tiny_llama, *asked, "--memory", "1MB", words=in_a_file)
     assert not out.exists()
 
 

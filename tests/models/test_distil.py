@@ -1,5 +1,7 @@
 """Tuning towards the end loss: its gradients against autograd through the whole model, and what it must leave alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from support.families import tiny_model
@@ -8,6 +10,7 @@ from torch import nn
 
 from secateur.errors import NotEnoughText, UnsupportedModel
 from secateur.methods.values import find_codes, parse_values
+from secateur.models import mapped_tensors
 from secateur.models.kept import matrix_parameters
 from secateur.models.load import replayable
 from secateur.models.matrices import weight_matrices
@@ -15,7 +18,9 @@ from secateur.models.replay import working_copy
 from secateur.models.stream import distil
 from secateur.models.stream.distil import Distillation, aims
 from secateur.models.stream.forward import BlockRun
+from secateur.pruning import distil as tuning
 from secateur.pruning.in_memory import prune_model
+from secateur.pruning.planning import memory
 from secateur.pruning.prune import prune
 
 FAMILIES = ["llama", "gemma2", "gemma3_text", "cohere", "granite", "gpt2", "mixtral", "qwen3_moe", "mamba", "lfm2"]
@@ -191,11 +196,28 @@ def test_errors_of_matrices_are_not_those_of_weights_that_are_gone(monkeypatch):
     assert report.distilled
 
 
-def test_what_does_not_fit_is_refused_before_any_work():
-    with pytest.raises(
-        UnsupportedModel, match=r"\+distil tunes all blocks at once, .* found 0.00 MiB\. .*or use \+refine"
-    ):
-        prune_model(replayable(tiny_model("llama")), windows(), method="wanda+distil", memory="1MB")
+@pytest.mark.parametrize("values", ["as stored", "int4 of row"])
+def test_what_memory_does_not_hold_lies_in_a_file(values, monkeypatch, tmp_path):
+    """And comes to the same, to the bit."""
+    asked = {"method": "wanda+distil", "values": values, "batch_size": 2}
+    held, filed = replayable(tiny_model("llama")), replayable(tiny_model("llama"))
+    assert prune_model(held, windows(), **asked).distilled
+    files, real = list[Path](), mapped_tensors.TemporaryFile
+    monkeypatch.setattr(mapped_tensors, "TemporaryFile", lambda dir: files.append(dir) or real(dir=dir))
+    monkeypatch.setattr("secateur.pruning.in_memory.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tuning, "tuned_in_file", lambda *_: True)
+    assert prune_model(filed, windows(), **asked).distilled
+    assert files.count(tmp_path) >= 3  # what the dense model gives, to tune on and to judge by, and the blocks
+    for one, other in zip(held.model.parameters(), filed.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_a_device_does_not_hold_is_refused(monkeypatch):
+    monkeypatch.setattr(memory, "free_bytes", lambda device, limit: 2**19)
+    model = replayable(tiny_model("llama"))
+    assert memory.tuned_in_file(model, torch.device("cpu"), None)
+    with pytest.raises(UnsupportedModel, match=r"all blocks at once.* on cuda:0; found 0.50 MiB\. Use --device cpu"):
+        memory.tuned_in_file(model, torch.device("cuda:0"), None)
 
 
 def test_a_loss_that_is_no_number_ends_it_and_weights_stay(monkeypatch):

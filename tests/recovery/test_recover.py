@@ -280,18 +280,31 @@ def test_the_gradient_of_the_divergence():
 
 
 @pytest.mark.parametrize("way", ["lora", "masked", "distill"])
-def test_a_step_is_the_same_in_parts_and_with_less_memory(models, options, tmp_path, way):
-    """Accumulated batches are one batch, and gradients with activations computed again are the same."""
+def test_a_step_is_the_same_in_parts_and_with_less_memory(models, options, tmp_path, monkeypatch, way):
+    """Accumulated batches are one batch, as are those of which a processor takes a part at once, and gradients with
+    activations computed again are the same.
+    """
     curves = []
     ways: dict[str, dict[str, Any]] = {
         "whole": {"batch_size": 4}, "parts": {"accumulate": 2},
-        "again": {"batch_size": 4, "gradient_checkpointing": True},
+        "again": {"batch_size": 4, "gradient_checkpointing": True}, "at once": {"batch_size": 4},
     }  # fmt: skip
     for name, changed in ways.items():
+        if name == "at once":
+            monkeypatch.setattr(training, "TOKENS_AT_ONCE", 2 * options["seq_len"])
         done = recover(models / "llama-pruned", **options | changed | {"way": way, "out": tmp_path / name})
         curves.append([loss for _, loss in done.loss])
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
     assert curves[2] == pytest.approx(curves[0], rel=1e-4)
+    assert curves[3] == pytest.approx(curves[0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "length", "at_once"),
+    [(8, 512, 2), (8, 2048, 1), (6, 256, 3), (7, 256, 1), (1, 4, 1), (8, 64, 8)],
+)
+def test_a_processor_takes_a_thousand_tokens_at_once(batch_size, length, at_once):
+    assert training.windows_at_once(batch_size, length) == at_once
 
 
 # Runs that die.

@@ -52,7 +52,8 @@ class Method(NamedTuple):
     inputs of a matrix come from the matrices pruned before it. `permute`: inputs change places
     before an N:M mask is chosen, so that it keeps most of `score`. `refine`: how many times the
     finished block is tuned on all calibration tokens, and `distil` how many times at least all
-    blocks at once are, towards what the dense model predicts. `on_grid`: for a method that can
+    blocks at once are, towards what the dense model predicts; with `distil_if_it_fits`, only where
+    that can be had, and the report says where it could not. `on_grid`: for a method that can
     choose mask and values together, the method that does, given what makes the projection for a
     matrix.
     """
@@ -67,6 +68,7 @@ class Method(NamedTuple):
     permute: bool = False
     refine: int = 0
     distil: int = 0
+    distil_if_it_fits: bool = False
     cost: Cost | None = None
     on_grid: Callable[[Callable[[], GridProjection]], Method] | None = None
 

@@ -60,8 +60,7 @@ def stacked_on_disk(folder: Path | None) -> Iterator[None]:
             return value
         if value.untyped_storage().nbytes() != value.nbytes:
             return value  # a view of what is mapped, for one
-        file.append(value)
-        return file[len(file) - 1]
+        return file.placed(value)
 
     def converted(self: WeightConverter, *args: Any, **options: Any) -> Any:
         result: Any = convert(self, *args, **options)

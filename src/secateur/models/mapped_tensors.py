@@ -1,4 +1,4 @@
-"""The hidden states of the calibration windows, by batch: in memory, or in a file if too many."""
+"""Tensors that a run works on, as hidden states by batch: in memory, or in a file if too many."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from math import prod
@@ -43,7 +43,11 @@ class HiddenStateStore:
             self.append(tensor)
 
     def append(self, tensor: Tensor) -> None:
-        self._tensors.append(self._mapped(tensor) if self._file else tensor)
+        self._tensors.append(self.placed(tensor))
+
+    def placed(self, tensor: Tensor) -> Tensor:
+        """The tensor where this keeps what it is given, and does not keep it itself."""
+        return self._mapped(tensor) if self._file else tensor
 
     def _mapped(self, tensor: Tensor) -> Tensor:
         """A copy in the file. A mapping costs a file descriptor, so several tensors share one."""

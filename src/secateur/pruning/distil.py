@@ -3,8 +3,9 @@
     what the dense model makes of the calibration windows → the steps of models/stream/distil.py,
     the state of which is written now and then → every block once more, rounded as it is stored
 
-Unlike all before it, it holds every block at once, in float32, with Adam's two means. So whether
-there is room is asked before any work.
+Unlike all before it, it holds every block at once, in float32, with Adam's two means: in memory,
+or on a CPU where that is short in a mapped file, with the same numbers. Whether there is room is
+asked before any work.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,18 +13,21 @@ from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from secateur.checkpoints.record import Report
+from secateur.checkpoints.result_folder import refuse_full
 from secateur.checkpoints.shards import save
-from secateur.errors import Interrupted
+from secateur.errors import DiskFull, Interrupted, NotEnoughText, SecateurError, UnsupportedModel
+from secateur.methods.base import Method
 from secateur.models.kept import keep_masks, kept_of
+from secateur.models.mapped_tensors import HiddenStateStore
 from secateur.models.matrices import weight_matrices
-from secateur.models.replay import LanguageModel, working_copy
+from secateur.models.replay import working_copy
 from secateur.models.stream.block_writer import BlockWriter
 from secateur.models.stream.distil import (
     Aims,
@@ -35,7 +39,7 @@ from secateur.models.stream.distil import (
 )
 from secateur.models.stream.forward import BlockRun
 from secateur.models.stream.straight_through import grids_of
-from secateur.pruning.planning.memory import free_bytes, refuse_too_large, tuned_bytes
+from secateur.pruning.planning.memory import free_bytes, tuned_bytes, tuned_in_file
 from secateur.pruning.prepare import Pruning
 from secateur.system.files import disk_errors, sync
 from secateur.system.memory import freed_memory_kept
@@ -43,7 +47,9 @@ from secateur.system.memory import freed_memory_kept
 STATE, END = ".distil.safetensors", ".distilled.safetensors"
 """Files in a result that is not finished: from which a run that died goes on, and what came out."""
 SAVE_SECONDS = 300.0
-JUDGED, DISTILLED = "judged", "distilled"
+IN_FILE = 1.5
+"""What goes to the mapped file, in states: masks and what comes out too."""
+LEFT_OUT, JUDGED, DISTILLED = "left out", "judged", "distilled"
 
 
 class Outcome(NamedTuple):
@@ -77,22 +83,58 @@ class Outcome(NamedTuple):
             )
 
 
-def check_distil(run: BlockRun, limit: int | None) -> None:
-    """Raise NotEnoughText or UnsupportedModel where all blocks cannot be tuned together."""
-    windows_that_count(run)
-    refuse_too_large(run.language_model, run.devices[0], limit)
-    refuse_shared(run)
+def refusal(
+    run: BlockRun, method: Method, limit: int | None, out: Path, *, others: int = 0, states: int = 2
+) -> SecateurError | None:
+    """Why a method does without tuning all blocks, None where it tunes them or never does.
+
+    On the disk of `out` go `others`, bytes; so many `states` of a run that may die; and all blocks
+    where they are more than memory holds. Raises NotEnoughText, UnsupportedModel or DiskFull for a
+    method that does not do without.
+    """
+    if not method.distil:
+        return None
+    try:
+        windows_that_count(run)
+        in_file = tuned_in_file(run.language_model, run.devices[0], limit)
+        refuse_shared(run)
+        written = (states + IN_FILE * in_file) * tuned_bytes(run.language_model)
+        refuse_full(out, others + int(written))
+    except (NotEnoughText, UnsupportedModel, DiskFull) as error:
+        if not method.distil_if_it_fits:
+            raise
+        return error
+    return None
 
 
-def state_bytes(language_model: LanguageModel) -> int:
-    """What the state takes on disk: the old one stays until the new one is whole."""
-    return 2 * tuned_bytes(language_model)
+def as_it_is_run(
+    method: Method, refused: SecateurError | None, once: Callable[[str, Callable[[], Any]], Any]
+) -> tuple[Method, str]:
+    """The method without its tuning where that is `refused`, and what the report says of it.
+
+    Whoever goes on with a run does as it began; raises the refusal where that cannot be.
+    """
+    if not method.distil:
+        return method, ""
+    [said] = once(LEFT_OUT, lambda: [refused and str(refused)])
+    if said is None:
+        if refused:
+            raise refused
+        return method, ""
+    return method._replace(distil=0), f"All blocks were not tuned together. {said}"
 
 
-def distil_model(pruning: Pruning, found: Aims, report: Report, limit: int | None) -> None:
+def spill_of(run: BlockRun, folder: Path, limit: int | None) -> Path | None:
+    """The `folder` where all blocks are more than memory holds, and go to a file there."""
+    return folder if tuned_in_file(run.language_model, run.devices[0], limit) else None
+
+
+def distil_model(
+    pruning: Pruning, found: Aims, report: Report, limit: int | None, spill: Path | None
+) -> None:
     """Tune a model in memory, in place, all of whose blocks are pruned."""
     model = pruning.run.language_model
-    distillation = _distillation(pruning, found, model.blocks, report, limit)
+    distillation = _distillation(pruning, found, model.blocks, report, limit, spill)
     outcome, tensors = _tuned(pruning, distillation, model.blocks, _number(distillation.judge()))
     for name, tensor in tensors.items():
         model.model.get_parameter(name).data.copy_(tensor)
@@ -106,8 +148,9 @@ def distil_result(pruning: Pruning, writer: BlockWriter, report: Report, limit: 
     """
     recorded, end = writer.recorded(DISTILLED), writer.folder / END
     if not recorded:
-        stored = writer.finished()
-        distillation = _distillation(pruning, aims(pruning.run), stored, report, limit)
+        stored, spill = writer.finished(), spill_of(pruning.run, writer.folder, limit)
+        found = aims(pruning.run, spill)
+        distillation = _distillation(pruning, found, stored, report, limit, spill)
         [before] = writer.once(JUDGED, lambda: [_number(distillation.judge())])
         each = _keeping(distillation, writer)
         outcome, tensors = _tuned(pruning, distillation, stored, before, each)
@@ -124,24 +167,35 @@ def distil_result(pruning: Pruning, writer: BlockWriter, report: Report, limit: 
 
 
 def _distillation(
-    pruning: Pruning, found: Aims, stored: Sequence[nn.Module], report: Report, limit: int | None
+    pruning: Pruning,
+    found: Aims,
+    stored: Sequence[nn.Module],
+    report: Report,
+    limit: int | None,
+    spill: Path | None,
 ) -> Distillation:
-    """The tuning of blocks as they are `stored`: of the parameters that hold what was pruned."""
+    """The tuning of blocks as they are `stored`: of the parameters that hold what was pruned. They
+    lie in a file in the folder `spill`, if there is one.
+    """
     run, device = pruning.run, pruning.run.devices[0]
     pruned = {one.site for one in report.sites if one.pattern is not None}
     blocks, kept, grids = [], list[Mapping[str, Tensor]](), []
+    placed = HiddenStateStore(spill).placed
     for index, block in enumerate(stored):
         start, sites = run.language_model.block_name(index), weight_matrices(block).values()
         here = {one.name: one.parameter for one in sites if f"{start}.{one.name}" in pruned}
         copy = working_copy(block, device, torch.float32)
+        for parameter in copy.parameters():
+            parameter.data = placed(parameter.data)
         masks = kept_of(copy, sorted(set(here.values())), here)
+        masks = {name: placed(mask) for name, mask in masks.items()}
         grids.append(grids_of(block, masks, pruning.values) if pruning.values else {})
         blocks.append(copy)
         kept.append(masks)
     means = 8 * sum(mask.numel() for masks in kept for mask in masks.values())
     room = max(free_bytes(device, limit) - means, 0) // 2
     epochs = epochs_of(pruning.method.distil, *run.tokens.shape)
-    return Distillation(found, blocks, kept, epochs=epochs, grids=grids, room=room)
+    return Distillation(found, blocks, kept, epochs=epochs, grids=grids, room=room, placed=placed)
 
 
 def _tuned(
@@ -170,7 +224,8 @@ def _tuned(
             name = pruning.run.language_model.block_name(index)
             for one in kept:
                 weight, dtype = tuned.get_parameter(one).detach(), block.get_parameter(one).dtype
-                tensors[f"{name}.{one}"] = weight.to("cpu", dtype).contiguous()
+                stored_as = weight.to("cpu", dtype).contiguous()
+                tensors[f"{name}.{one}"] = distillation.placed(stored_as)
         outcome = Outcome(before, _number(distillation.judge()), distillation.done, steps)
     return outcome, tensors if outcome.better else {}
 

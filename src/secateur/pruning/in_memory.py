@@ -1,8 +1,9 @@
 """`prune` for a model in memory: the same loop over the blocks, and nothing on disk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Any
 
 from secateur.checkpoints.record import Report
 from secateur.data.windows import Windows
@@ -12,7 +13,7 @@ from secateur.methods.values import parse_values
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.distil import aims
 from secateur.pruning.check import find_zeros
-from secateur.pruning.distil import check_distil, distil_model
+from secateur.pruning.distil import as_it_is_run, distil_model, refusal, spill_of
 from secateur.pruning.prepare import block_run, prepare
 from secateur.pruning.prune import pruned_blocks
 from secateur.system.devices import find_resources
@@ -51,17 +52,23 @@ def prune_model(
     spill = Path(gettempdir())
     with PeakMemory() as peak:
         run = block_run(language_model, windows, resources, spill, progress or Progress())
-        if zeros.method.distil:
-            check_distil(run, resources.limit)
-        report, pruning = prepare(
-            run, windows, zeros, resources, trust, lambda what, decide: decide()
-        )
-        found = aims(run) if pruning.method.distil else None
+        refused = refusal(run, zeros.method, resources.limit, spill / "distil", states=0)
+        run_as, without = as_it_is_run(zeros.method, refused, _decided)
+        zeros = zeros._replace(method=run_as)
+        report, pruning = prepare(run, windows, zeros, resources, trust, _decided)
+        report.remark(without)
+        large = spill_of(run, spill, resources.limit) if pruning.method.distil else None
+        found = aims(run, large) if pruning.method.distil else None
         for block in pruned_blocks(pruning):
             for name, tensor in block.tensors.items():
                 language_model.model.get_parameter(name).data.copy_(tensor)
             report.take(block.entry(language_model.block_name(block.index)))
         if found:
-            distil_model(pruning, found, report, resources.limit)
+            distil_model(pruning, found, report, resources.limit, large)
     report.end(peak.bytes)
     return report
+
+
+def _decided(_: str, decide: Callable[[], Any]) -> Any:
+    """What is decided in a run that nobody goes on with."""
+    return decide()

@@ -15,7 +15,6 @@ from torch import nn
 from secateur.checkpoints.copied import left_behind_in_words
 from secateur.checkpoints.output_folder import refuse_output
 from secateur.checkpoints.record import Report, pruning_record, read_from
-from secateur.checkpoints.result_folder import refuse_full
 from secateur.data.bos import readable
 from secateur.errors import UnsupportedModel
 from secateur.models.stream.block_writer import block_writer
@@ -23,7 +22,7 @@ from secateur.models.stream.blocks import stream
 from secateur.models.stream.distributed import ALONE, Ranks, joined
 from secateur.pruning.block import PrunedBlock, prune_block
 from secateur.pruning.check import Zeros, find_recipe
-from secateur.pruning.distil import check_distil, distil_result, state_bytes
+from secateur.pruning.distil import as_it_is_run, distil_result, refusal
 from secateur.pruning.opening import Opened, opened
 from secateur.pruning.own_text import own_file, refuse_ranks
 from secateur.pruning.permute import groups_by_kind
@@ -128,13 +127,14 @@ def prune_checkpoint(
         return prune_structure(opened, chosen, resources, destination, trust, progress)
     out = Path(destination.out)
     run = block_run(language_model, windows, resources, out.resolve().parent, progress, ranks)
-    if chosen.method.distil:
-        check_distil(run, resources.limit)
-        refuse_full(out.resolve(), source.bytes + state_bytes(language_model))
+    refused = refusal(run, chosen.method, resources.limit, out.resolve(), others=source.bytes)
     conditions, count = conditions_of(run, windows, chosen, resources), len(language_model.blocks)
     writing = block_writer(source, language_model, destination, trust, conditions, ranks)
     with PeakMemory() as peak, writing as writer:
+        run_as, without = as_it_is_run(chosen.method, refused, writer.once)
+        chosen = chosen._replace(method=run_as)
         report, pruning = prepare(run, windows, chosen, resources, trust, writer.once)
+        report.remark(without)
         report.remark(read_from(source.folder))
         report.remark(left_behind_in_words(source))
         for entry in writer.entries:

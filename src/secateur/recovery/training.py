@@ -20,6 +20,8 @@ WARM = 0.05
 """The share of the steps in which the rate rises."""
 SQUARES = 0.98
 """How Adam's mean of squares decays: over 50 steps, not 1000, which many recoveries do not have."""
+TOKENS_AT_ONCE = 1024
+"""About how many tokens a processor runs forward and back at once; more only take more memory."""
 _NAMES = {one.name for one in fields(TrainingArguments)}
 _CHECKPOINTING = (
     "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
@@ -161,13 +163,22 @@ def train(
     ]
 
 
+def windows_at_once(batch_size: int, length: int) -> int:
+    """How many windows of a batch a processor runs at once: what divides it, of so many tokens."""
+    fit = max(1, TOKENS_AT_ONCE // length)
+    return max(part for part in range(1, batch_size + 1) if not batch_size % part and part <= fit)
+
+
 def _arguments(job: Job, state: TrainingState) -> TrainingArguments:
     training, on_cpu = job.training, job.device.type == "cpu"
+    at_once = training.batch_size
+    if on_cpu:
+        at_once = windows_at_once(at_once, job.windows.ids.shape[1])
     arguments = TrainingArguments(
         output_dir=str(state.folder),
         max_steps=training.steps,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.accumulate,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=training.accumulate * (training.batch_size // at_once),
         learning_rate=job.rate,
         weight_decay=0.0,
         lr_scheduler_type="cosine",

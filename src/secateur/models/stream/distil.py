@@ -10,17 +10,18 @@ Masks stand still, Adam moves what is kept, and windows that are held back judge
            → backwards, block by block: run once more with a graph, its gradient, its step
 
 so of gradients and of what a backward pass needs, one block's are in memory, and of the logits one
-piece; weights and Adam's two means of all blocks stay, in float32. The graphs of the last blocks
-stay from the way there as far as there is room, and these blocks run once; the numbers are the
-same.
+piece; weights and Adam's two means of all blocks stay, in float32, in memory or in a mapped file.
+The graphs of the last blocks stay from the way there as far as there is room, and these blocks run
+once; the numbers are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from math import cos, isfinite, pi
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ from secateur.models.context import vocabulary_size
 from secateur.models.divergence import Divergence
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import Call, Shell, run_block
-from secateur.models.stream.forward import BlockRun, final_hidden
+from secateur.models.stream.forward import BlockRun, final_batches
 from secateur.models.stream.straight_through import StraightThrough, put_on_grid, take_off_grid
 from secateur.system.machine import CPU
 
@@ -45,6 +46,8 @@ STEP_TOKENS = 1024
 """About how many tokens make a step."""
 TOKENS, MOST_EPOCHS = 2**17, 8
 """How many tokens are gone through: few windows come several times, but so often at most."""
+MEANS = ("exp_avg", "exp_avg_sq")
+"""What Adam keeps of each weight, as torch names it."""
 HELD_BACK = 16
 """One window of so many is not tuned on; it judges."""
 LOGITS = 2**24
@@ -130,8 +133,10 @@ def refuse_shared(run: BlockRun) -> None:
 
 
 @torch.no_grad()
-def aims(run: BlockRun) -> Aims:
-    """What to aim at, for a run whose model is still dense. Raises NotEnoughText."""
+def aims(run: BlockRun, spill: Path | None = None) -> Aims:
+    """What to aim at, for a run whose model is still dense; in a file in the folder `spill`, if
+    there is one. Raises NotEnoughText.
+    """
     tokens, counts = windows_that_count(run)
     shell = Shell(run.language_model, run.devices[0], run.dtype)
     mapped = set(shell.embedding.parameters()) if shell.embedding else set()
@@ -140,10 +145,9 @@ def aims(run: BlockRun) -> Aims:
     size = max(1, STEP_TOKENS // tokens.shape[1])
 
     def windows(part: slice) -> Windows:
-        dense = final_hidden(run.language_model, shell, tokens[part], run.dtype, size)
-        return Windows(
-            tokens[part].split(size), dense.split(size, dim=-3), counts[part].split(size)
-        )
+        through = BlockRun(run.language_model, tokens[part], [shell.device], run.dtype, size, spill)
+        dense = final_batches(through, shell)
+        return Windows(tokens[part].split(size), dense, counts[part].split(size))
 
     first = len(tokens) - held_back(len(tokens))
     return Aims(shell, windows(slice(first)), windows(slice(first, None)))
@@ -153,7 +157,8 @@ class Distillation:
     """The blocks of a pruned model while they are tuned in place, in float32, where `aims` are.
 
     `kept` has for each block the parameters that are tuned, bool of their shape, and `grids` those
-    of them that stay on one. `room`: bytes for graphs. `done` of all `steps` are taken.
+    of them that stay on one. `room`: bytes for graphs; `placed` puts Adam's means and what comes
+    out where they shall lie. `done` of all `steps` are taken.
     """
 
     def __init__(
@@ -165,10 +170,12 @@ class Distillation:
         epochs: int,
         grids: Sequence[Mapping[str, StraightThrough]] = (),
         room: int = 0,
+        placed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.aims, self.blocks, self.kept = aims, blocks, kept
         self.grids, self.device = grids or [{} for _ in blocks], aims.shell.device
         self.steps, self.done, self.room = epochs * len(aims.tuned.tokens), 0, room
+        self.placed = placed
         self._graphs: int | None = None
         self.weights: list[dict[str, nn.Parameter]] = []
         self._optimisers: list[torch.optim.Adam] = []
@@ -184,9 +191,11 @@ class Distillation:
                 {"params": [weight], "lr": 0.0, "highest": RATE / inputs[name]}
                 for name, weight in weights.items()
             ]
-            self._optimisers.append(
-                torch.optim.Adam(groups or [torch.zeros(0)], betas=(0.9, SQUARES), fused=True)
-            )
+            adam = torch.optim.Adam(groups or [torch.zeros(0)], betas=(0.9, SQUARES), fused=True)
+            for weight in weights.values():
+                means = {key: placed(torch.zeros_like(weight.data)) for key in MEANS}
+                adam.state[weight] = {"step": torch.zeros((), device=self.device), **means}
+            self._optimisers.append(adam)
 
     def run(self) -> Iterator[float]:
         """Take the steps that are left, every batch once an epoch; gives the loss before each. They
@@ -316,11 +325,8 @@ class Distillation:
         self.done = int(tensors["done"])
         for name, weight, means in self._moving():
             weight.copy_(tensors[f"{name}.weight"])
-            means |= {
-                key: tensors[f"{name}.{key}"].to(weight.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in tensors
-            }
+            for key, mean in means.items():
+                mean.copy_(tensors[f"{name}.{key}"])
 
     def _moving(self) -> Iterator[tuple[str, nn.Parameter, dict[str, Tensor]]]:
         """(name, weight, Adam's means) of everything that is tuned."""

@@ -203,11 +203,18 @@ def final_hidden(
     Most families have nothing before the samples; Gemma 3n has several streams there.
     """
     run = BlockRun(language_model, tokens, [shell.device], dtype, batch_size)
+    return torch.cat(final_batches(run, shell), dim=-3)
+
+
+def final_batches(run: BlockRun, shell: Shell) -> list[Tensor]:
+    """What the last block returns for the tokens of a run, as `final_hidden` by batch; in a file
+    where the run has a folder for it.
+    """
     flow = ForwardPass(run, shell)
-    for index in range(len(language_model.blocks)):
+    for index in range(len(run.language_model.blocks)):
         flow.open(index)
         flow.advance(flow.outputs)
-    return torch.cat([hidden.cpu() for hidden in flow.hidden], dim=-3)
+    return [hidden.cpu() for hidden in flow.hidden]
 
 
 def linear_inputs(

@@ -37,6 +37,7 @@ from secateur.pruning.planning.memory import (
     UNKNOWN_COST,
     Moment,
     arrange,
+    filed_bytes,
     tuning_moment,
     with_tuning,
     without_forecast,
@@ -165,6 +166,7 @@ def _forecast(
     peak = way.peaks.get(way.passes)
     spilled = way.spill * peak.parts["hidden states"] if peak else 0
     together = tuning_moment(work) if known else None
+    filed = filed_bytes(work, together, limit)
     blocks, shapes = work.built.blocks, matrix_shapes(work.built)
     in_blocks = sum(p.numel() for block in blocks for p in block.parameters())
     changed = sum(prod(shapes[name]) for name in work.planned)
@@ -191,11 +193,13 @@ def _forecast(
         bytes_read=4 * size + in_blocks * work.stored.itemsize,
         bytes_written=size + changed * work.stored.itemsize,
         disk_bytes=size + (2 * TUNED_BYTES * in_blocks if work.method.distil else 0),
-        spill_bytes=spilled + work.spilled * work.stacked_bytes,
+        spill_bytes=max(spilled, filed) + work.spilled * work.stacked_bytes,
         memory=with_tuning(way.peaks, together),
         memory_limit=limit,
         passes=way.passes,
-        fits=_fits(limit, before, peak and peak.bytes - spilled, together and together.bytes),
+        fits=_fits(
+            limit, before, peak and peak.bytes - spilled, together and together.bytes - filed
+        ),
         operations=flops,
         rates=speeds,
         seconds=seconds or None,
@@ -242,7 +246,7 @@ def _workload(
             f"At least one window a batch is needed; found {text.samples} windows in batches of "
             f"{resources.batch_size}."
         )
-    if zeros.method.distil:
+    if zeros.method.distil and not zeros.method.distil_if_it_fits:
         check_windows_for_tuning(text.samples)
     devices = resources.devices
     folder = locate(model, trust, weights=False)

@@ -156,17 +156,22 @@ def tuned_bytes(language_model: LanguageModel) -> int:
     return TUNED_BYTES * sum(p.numel() for p in parameters)
 
 
-def refuse_too_large(
-    language_model: LanguageModel, device: torch.device, limit: int | None
-) -> None:
-    """Raise UnsupportedModel where all blocks with Adam's means do not fit."""
+def tuned_in_file(language_model: LanguageModel, device: torch.device, limit: int | None) -> bool:
+    """Whether all blocks with Adam's means are more than memory holds, and lie in a mapped file.
+
+    Raises UnsupportedModel where they do not fit on a device that maps no files.
+    """
     needed = tuned_bytes(language_model)
-    if needed > (free := free_bytes(device, limit)):
-        wanted, found = (in_words(count, ("GiB", "MiB"), least=1 / 8) for count in (needed, free))
-        raise UnsupportedModel(
-            f"+distil tunes all blocks at once, which takes {wanted} and more; found {found}. "
-            "Leave it out, or use +refine, which holds one block."
-        )
+    if needed <= (free := free_bytes(device, limit)):
+        return False
+    if device.type == "cpu":
+        return True
+    wanted, found = (in_words(count, ("GiB", "MiB"), least=1 / 8) for count in (needed, free))
+    raise UnsupportedModel(
+        f"+distil tunes all blocks at once, which takes {wanted} and more on {device}; found "
+        f"{found}. Use --device cpu, where they lie in a file if memory is short, leave +distil "
+        "out, or use +refine, which holds one block."
+    )
 
 
 _IN_HOST_MEMORY = (
@@ -176,6 +181,8 @@ _IN_HOST_MEMORY = (
     "weights that the loader stacks",
     "block as stored",
 )
+_IN_FILE = ("all blocks", "masks", "dense hidden states")
+"""Of what tuning all blocks takes, the parts that lie in a mapped file where memory is short."""
 Parts = dict[str, float]
 
 
@@ -247,7 +254,6 @@ def tuning_moment(work: Workload) -> Moment | None:
     borders = sum(one.count for one in outline.kinds) + 2
     vocabulary = vocabulary_size(work.built.model)
     logits = min(LOGITS, work.length * vocabulary)
-    dense = 2 * outline.hidden_bytes * work.samples / work.batch  # once more as they are joined
     parts: Parts = {
         "process": PROCESS_BYTES,
         "allocator": ALLOCATOR_BYTES,
@@ -255,12 +261,20 @@ def tuning_moment(work: Workload) -> Moment | None:
         "all blocks": TUNED_BYTES * weights,
         "masks": weights,
         "gradients": 4 * max(kind.parameters for kind in outline.kinds),
-        "hidden states": dense + outline.hidden_bytes * step * borders,
+        "dense hidden states": outline.hidden_bytes * work.samples / work.batch,
+        "hidden states": outline.hidden_bytes * step * borders,
         "activations of the batch at hand": step * max(one.tuning_bytes for one in outline.kinds),
         "output embedding": forward * vocabulary * width(work.built),
         "logits": logits * (16 + 3 * forward),
     }
     return _moment(work, "tuning all blocks", parts)
+
+
+def filed_bytes(work: Workload, together: Moment | None, limit: int | None) -> int:
+    """What of that moment lies in a mapped file, because the rest alone is within the limit."""
+    if together is None or limit is None or together.bytes <= limit or not work.on_host:
+        return 0
+    return sum(together.parts.get(name, 0) for name in _IN_FILE)
 
 
 def with_tuning(peaks: dict[str, Moment], together: Moment | None) -> dict[str, Moment]:
