@@ -89,7 +89,8 @@ def main() -> None:
     found = json.loads(child.stdout.splitlines()[-1])
     model = load(dense)
     shapes = [one.weight.shape for block in model.blocks for one in weight_matrices(block).values()]
-    shapes.append(model.model.get_output_embeddings().weight.shape)
+    head = model.model.get_output_embeddings()
+    shapes += [head.weight.shape] if head else []
     tokens = given.batch_size * given.seq_len
     bare = product_seconds(shapes, tokens, getattr(torch, found["dtype"]))
     seconds = statistics.median(found["seconds"])

@@ -41,6 +41,7 @@ from secateur.errors import (
     UnknownName,
     UnsupportedModel,
 )
+from secateur.models import divergence
 from secateur.models.divergence import Divergence
 from secateur.models.load import load
 from secateur.models.stream import block_writer
@@ -252,7 +253,7 @@ def test_the_target_is_what_the_dense_model_says_next(models):
     assert found.item() == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
 
 
-def test_the_gradient_of_the_divergence():
+def test_the_gradient_of_the_divergence(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     given, wanted = (torch.randn(2, 3, 11, generator=draw) for _ in range(2))
     one, two = (given.clone().requires_grad_() for _ in range(2))
@@ -265,6 +266,13 @@ def test_the_gradient_of_the_divergence():
     assert one.grad is not None
     assert two.grad is not None
     assert torch.allclose(one.grad, two.grad, atol=1e-7)
+    monkeypatch.setattr(divergence, "LOGITS_AT_ONCE", 2 * 11)  # a row of each window at once
+    three = given.clone().requires_grad_()
+    parts = Divergence.apply(three, wanted)
+    (3 * parts).backward()
+    assert parts.item() == pytest.approx(found.item(), rel=1e-6)
+    assert three.grad is not None
+    assert torch.allclose(three.grad, one.grad, atol=1e-8)
     half = given.bfloat16().requires_grad_()
     Divergence.apply(half, wanted).backward()
     assert half.grad is not None

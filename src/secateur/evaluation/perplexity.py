@@ -34,15 +34,13 @@ from secateur.evaluation.forward import Forward, mean_loss
 from secateur.evaluation.seen import seen_in_words
 from secateur.evaluation.tasks.answer import answer_tasks, check_tasks, summarise
 from secateur.models.context import check_windows, default_corpus, default_length, reader_of
-from secateur.models.divergence import divergence
+from secateur.models.divergence import LOGITS_AT_ONCE, divergence
 from secateur.models.load import load, resolve
 from secateur.models.replay import LanguageModel
 from secateur.system.devices import find_devices, find_dtype, forward_dtype
 from secateur.system.intervals import Floats, bootstrap_interval
 from secateur.system.progress import Progress
 from secateur.system.settings import Compute, EvaluationText, Trust, ZeroShot, taken
-
-LOGITS_AT_ONCE = 2**22  # small enough for the allocator to use the same memory again
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from secateur.errors import NotEnoughText
 from secateur.models.replay import Shell, run_block, working_copy
 from secateur.models.stream.blocks import BlockRun
 
+LOGITS_AT_ONCE = 2**22
+"""So many fit into caches, and the allocator uses the same memory again."""
+
 
 def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) in nats for log-probabilities `[…, vocabulary]`; 0 · log 0 counts as 0."""
@@ -19,24 +22,28 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 class Divergence(torch.autograd.Function):
     """KL(wanted ‖ given) in nats, the mean over rows, for logits `[…, vocabulary]` of next tokens.
 
-    The gradient is (softmax(given) − softmax(wanted)) / rows. Written out, two tensors of the
-    logits' size are held, and nothing is gone through twice.
+    The gradient is (softmax(given) − softmax(wanted)) / rows. It is made on the way there, some
+    rows at a time, so one tensor of the logits' size is held, and nothing is gone through twice.
     """
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, wanted: Tensor) -> Tensor:
-        log_q, log_p = (logits.log_softmax(-1, dtype=torch.float32) for logits in (given, wanted))
-        p, rows = log_p.exp(), given[..., 0].numel()
-        lost = log_p.sub_(log_q).masked_fill_(p == 0, 0.0)  # 0 · log 0, of tokens that are masked
-        ctx.save_for_backward(log_q, p)
-        ctx.rows, ctx.dtype = rows, given.dtype
-        return torch.tensordot(p, lost, p.dim()) / rows
+        slope, lost = torch.empty_like(given), given.new_zeros((), dtype=torch.float32)
+        length = max(1, LOGITS_AT_ONCE // given[..., :1, :].numel())
+        for each in zip(*(one.split(length, -2) for one in (given, wanted, slope)), strict=True):
+            log_q, log_p = (one.log_softmax(-1, dtype=torch.float32) for one in each[:2])
+            p = log_p.exp()
+            apart = log_p.sub_(log_q).masked_fill_(p == 0, 0.0)  # 0 · log 0, of masked tokens
+            lost += torch.tensordot(p, apart, p.dim())
+            each[2].copy_(log_q.exp_().sub_(p))
+        ctx.save_for_backward(slope)
+        ctx.rows = given[..., 0].numel()
+        return lost / ctx.rows
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        log_q, p = ctx.saved_tensors
-        return log_q.exp().sub_(p).mul_(gradient / ctx.rows).to(ctx.dtype), None
+        (gradient,), (slope,) = gradients, ctx.saved_tensors
+        return slope * (gradient / ctx.rows), None
 
 
 class DenseReference:
