@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_whole_model(family, graphs, monkeypatch):
     run = BlockRun(dense, torch.cat([TOKENS, TOKENS[:1]]), [CPU], torch.float32, 2)
     blocks = [working_copy(block, CPU, torch.float32) for block in pruned.blocks]
     with torch.no_grad():
-        distillation = Distillation(aims(run), blocks, masks, epochs=1)
+        distillation = Distillation(aims(run), blocks, masks, steps=1)
     monkeypatch.setattr(distillation, "_graphs", graphs)
     found = {}
 
@@ -249,5 +249,18 @@ def test_what_is_said_is_said_of_what_is_stored(values, monkeypatch):
     found = aims(BlockRun(dense, windows().ids, [CPU], torch.float32, 3))
     blocks = [working_copy(block, CPU, torch.float32) for block in model.blocks]
     assert report.distilled
-    judged = Distillation(found, blocks, [{} for _ in blocks], epochs=1).judge()
+    judged = Distillation(found, blocks, [{} for _ in blocks], steps=1).judge()
     assert report.distilled[1] == pytest.approx(judged, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "length", "steps"),
+    [
+        (2**15, 128, 2048, 16),  # of one window each; the others are not looked at
+        (2**17, 128, 512, 128),  # 60 steps go through all of them
+        (2**17, 32, 512, 120),  # 15 do, and eight times is enough
+        (2**17, 2, 16, 8),
+    ],
+)
+def test_steps_go_through_so_many_tokens(tokens, count, length, steps):
+    assert distil.steps_of(tokens, count, length) == steps

@@ -19,7 +19,7 @@ from secateur.methods.sparsegpt import sparsegpt, sweep
 from secateur.methods.swap import swap
 from secateur.methods.wanda import wanda
 
-REFINE_EPOCHS, DISTIL_EPOCHS = 5, 2
+REFINE_EPOCHS, DISTIL_TOKENS = 5, 2**17
 _alps_fast = alps(stages=4, updates=4, first=0.1, last=2.0)
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
@@ -41,7 +41,7 @@ SWITCHES: dict[str, Callable[[Method], Method]] = {
     "dense-target": dense_target,
     "permute": lambda method: method._replace(permute=True),
     "refine": lambda method: method._replace(refine=REFINE_EPOCHS),
-    "distil": lambda method: method._replace(distil=DISTIL_EPOCHS),
+    "distil": lambda method: method._replace(distil=DISTIL_TOKENS),
 }
 """What the stream of blocks does for a method, whatever it is."""
 

@@ -33,8 +33,8 @@ from secateur.models.stream.distil import (
     Aims,
     Distillation,
     aims,
-    epochs_of,
     refuse_shared,
+    steps_of,
     windows_that_count,
 )
 from secateur.models.stream.forward import BlockRun
@@ -194,8 +194,9 @@ def _distillation(
         kept.append(masks)
     means = 8 * sum(mask.numel() for masks in kept for mask in masks.values())
     room = max(free_bytes(device, limit) - means, 0) // 2
-    epochs = epochs_of(pruning.method.distil, *run.tokens.shape)
-    return Distillation(found, blocks, kept, epochs=epochs, grids=grids, room=room, placed=placed)
+    windows = sum(len(batch) for part in found[1:] for batch in part.tokens)
+    steps = steps_of(pruning.method.distil, windows, run.tokens.shape[1])
+    return Distillation(found, blocks, kept, steps=steps, grids=grids, room=room, placed=placed)
 
 
 def _tuned(

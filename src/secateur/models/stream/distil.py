@@ -44,8 +44,8 @@ WARM = 0.1
 """The share of the steps in which the rate rises; then it falls to zero as a cosine."""
 STEP_TOKENS = 1024
 """About how many tokens make a step."""
-TOKENS, MOST_EPOCHS = 2**17, 8
-"""How many tokens are gone through: few windows come several times, but so often at most."""
+MOST_EPOCHS = 8
+"""Few windows come several times until enough tokens were seen, but so often at most."""
 MEANS = ("exp_avg", "exp_avg_sq")
 """What Adam keeps of each weight, as torch names it."""
 HELD_BACK = 16
@@ -87,10 +87,16 @@ def held_back(windows: int) -> int:
     return max(1, windows // HELD_BACK)
 
 
-def epochs_of(least: int, windows: int, length: int) -> int:
-    """How often the windows are gone through, `least` times or more where they are few."""
-    tuned = (windows - held_back(windows)) * length
-    return max(least, min(-(-TOKENS // tuned), MOST_EPOCHS))
+def step_windows(length: int) -> int:
+    """How many windows of that many tokens make a step."""
+    return max(1, STEP_TOKENS // length)
+
+
+def steps_of(tokens: int, windows: int, length: int) -> int:
+    """How many steps go through so many tokens, of windows that come several times if need be."""
+    size = step_windows(length)
+    batches = -(-(windows - held_back(windows)) // size)
+    return min(-(-tokens // (size * length)), MOST_EPOCHS * batches)
 
 
 def check_windows_for_tuning(count: int) -> None:
@@ -142,7 +148,7 @@ def aims(run: BlockRun, spill: Path | None = None) -> Aims:
     mapped = set(shell.embedding.parameters()) if shell.embedding else set()
     for parameter in set(shell.model.parameters()) - mapped:  # the model's own stay as they are
         parameter.requires_grad_(False)
-    size = max(1, STEP_TOKENS // tokens.shape[1])
+    size = step_windows(tokens.shape[1])
 
     def windows(part: slice) -> Windows:
         through = BlockRun(run.language_model, tokens[part], [shell.device], run.dtype, size, spill)
@@ -167,14 +173,14 @@ class Distillation:
         blocks: Sequence[nn.Module],
         kept: Sequence[Mapping[str, Tensor]],
         *,
-        epochs: int,
+        steps: int,
         grids: Sequence[Mapping[str, StraightThrough]] = (),
         room: int = 0,
         placed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.aims, self.blocks, self.kept = aims, blocks, kept
         self.grids, self.device = grids or [{} for _ in blocks], aims.shell.device
-        self.steps, self.done, self.room = epochs * len(aims.tuned.tokens), 0, room
+        self.steps, self.done, self.room = steps, 0, room
         self.placed = placed
         self._graphs: int | None = None
         self.weights: list[dict[str, nn.Parameter]] = []
@@ -198,8 +204,8 @@ class Distillation:
             self._optimisers.append(adam)
 
     def run(self) -> Iterator[float]:
-        """Take the steps that are left, every batch once an epoch; gives the loss before each. They
-        end where it is no number.
+        """Take the steps that are left, every batch once before any comes again; gives the loss
+        before each. They end where it is no number.
         """
         count = len(self.aims.tuned.tokens)
         while self.done < self.steps:

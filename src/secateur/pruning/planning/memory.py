@@ -28,7 +28,7 @@ from secateur.models.context import vocabulary_size, width
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun
-from secateur.models.stream.distil import LOGITS, STEP_TOKENS
+from secateur.models.stream.distil import LOGITS, step_windows
 from secateur.pruning.planning.outline import Kind, Read, build
 from secateur.pruning.planning.passes import MODES, Mode, Workload, needs_dense
 from secateur.system.memory import anonymous_bytes, available_bytes
@@ -249,7 +249,7 @@ def tuning_moment(work: Workload) -> Moment | None:
     if not work.method.distil:
         return None
     outline, forward = work.outline, work.forward.itemsize
-    step = max(1, STEP_TOKENS // work.length) / work.batch
+    step = step_windows(work.length) / work.batch
     weights = sum(one.count * one.parameters for one in outline.kinds)
     borders = sum(one.count for one in outline.kinds) + 2
     vocabulary = vocabulary_size(work.built.model)

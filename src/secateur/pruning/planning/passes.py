@@ -19,7 +19,7 @@ from secateur.methods.statistics import OF_DENSE
 from secateur.models.context import vocabulary_size, width
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS
-from secateur.models.stream.distil import epochs_of, held_back
+from secateur.models.stream.distil import held_back, step_windows, steps_of
 from secateur.pruning.planning.outline import Kind, Outline, Read, outline, restacked
 from secateur.system.machine import best_seconds, matrix_rate, square_side
 
@@ -173,11 +173,9 @@ def _distilling(work: Workload) -> float:
     """
     if not work.method.distil or work.samples < 2:
         return 0.0
-    judged, epochs = (
-        held_back(work.samples),
-        epochs_of(work.method.distil, work.samples, work.length),
-    )
-    tuned = epochs * (work.samples - judged)
+    judged = held_back(work.samples)
+    steps = steps_of(work.method.distil, work.samples, work.length)
+    tuned = steps * min(step_windows(work.length), work.samples - judged)
     flops = sum(kind.flops * kind.count for kind in work.outline.kinds) / work.batch
     head = 2 * work.length * width(work.built) * vocabulary_size(work.built.model)
     return flops * (work.samples + 4 * tuned + 2 * judged) + head * (3 * tuned + 4 * judged)
