@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_whole_model(family, graphs, monkeypatch):
     run = BlockRun(dense, torch.cat([TOKENS, TOKENS[:1]]), [CPU], torch.float32, 2)
     blocks = [working_copy(block, CPU, torch.float32) for block in pruned.blocks]
     with torch.no_grad():
-        distillation = Distillation(aims(run), blocks, masks, steps=1)
+        distillation = Distillation(aims(run, 1), blocks, masks)
     monkeypatch.setattr(distillation, "_graphs", graphs)
     found = {}
 
@@ -142,7 +142,7 @@ def test_only_tokens_that_count_are_aimed_at():
     counted = torch.zeros_like(TOKENS, dtype=torch.bool)
     counted[:, 5:9] = True
     run = BlockRun(replayable(tiny_model("llama")), TOKENS, [CPU], torch.float32, 2, counted=counted)
-    tuned = aims(run).tuned
+    tuned = aims(run, 2**17).tuned
     assert torch.equal(torch.cat(list(tuned.next)).nonzero()[:, 1].unique(), torch.arange(4, 8))
 
 
@@ -157,14 +157,14 @@ def test_a_single_window_is_refused_before_any_work(counted, tmp_path, text_file
     few[0] = True
     run = BlockRun(replayable(tiny_model("llama")), TOKENS, [CPU], torch.float32, 2, counted=few)
     with pytest.raises(NotEnoughText, match="found 1 with a token that counts"):
-        aims(run)
+        aims(run, 2**17)
 
 
 def test_windows_without_a_token_that_counts_are_neither_tuned_on_nor_judge():
     counted = torch.ones_like(TOKENS, dtype=torch.bool)
     counted[-1] = False
     run = BlockRun(replayable(tiny_model("llama")), TOKENS, [CPU], torch.float32, 2, counted=counted)
-    found = aims(run)
+    found = aims(run, 2**17)
     assert torch.equal(torch.cat([*found.tuned.tokens, *found.judged.tokens]), TOKENS[:-1])
 
 
@@ -246,10 +246,10 @@ def test_what_is_said_is_said_of_what_is_stored(values, monkeypatch):
     monkeypatch.setattr(distil, "RATE", 0.02)
     dense, model = replayable(tiny_model("llama")), replayable(tiny_model("llama"))
     report = prune_model(model, windows(), method="alps-fast+distil", values=values, batch_size=3, dtype="float32")
-    found = aims(BlockRun(dense, windows().ids, [CPU], torch.float32, 3))
+    found = aims(BlockRun(dense, windows().ids, [CPU], torch.float32, 3), 2**17)
     blocks = [working_copy(block, CPU, torch.float32) for block in model.blocks]
     assert report.distilled
-    judged = Distillation(found, blocks, [{} for _ in blocks], steps=1).judge()
+    judged = Distillation(found, blocks, [{} for _ in blocks]).judge()
     assert report.distilled[1] == pytest.approx(judged, rel=1e-6)
 
 
@@ -264,3 +264,12 @@ def test_what_is_said_is_said_of_what_is_stored(values, monkeypatch):
 )
 def test_steps_go_through_so_many_tokens(tokens, count, length, steps):
     assert distil.steps_of(tokens, count, length) == steps
+
+
+def test_windows_without_a_step_are_not_run(monkeypatch):
+    monkeypatch.setattr(distil, "STEP_TOKENS", 32)
+    run = BlockRun(replayable(tiny_model("llama")), TOKENS, [CPU], torch.float32, 2)
+    found = aims(run, 48)
+    assert found.steps == 2
+    assert torch.equal(torch.cat(list(found.tuned.tokens)), TOKENS[: 2 * distil.step_windows(TOKENS.shape[1])])
+    assert torch.equal(torch.cat(list(found.judged.tokens)), TOKENS[-1:])

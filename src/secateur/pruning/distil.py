@@ -34,7 +34,6 @@ from secateur.models.stream.distil import (
     Distillation,
     aims,
     refuse_shared,
-    steps_of,
     windows_that_count,
 )
 from secateur.models.stream.forward import BlockRun
@@ -149,7 +148,7 @@ def distil_result(pruning: Pruning, writer: BlockWriter, report: Report, limit: 
     recorded, end = writer.recorded(DISTILLED), writer.folder / END
     if not recorded:
         stored, spill = writer.finished(), spill_of(pruning.run, writer.folder, limit)
-        found = aims(pruning.run, spill)
+        found = aims(pruning.run, pruning.method.distil, spill)
         distillation = _distillation(pruning, found, stored, report, limit, spill)
         [before] = writer.once(JUDGED, lambda: [_number(distillation.judge())])
         each = _keeping(distillation, writer)
@@ -194,9 +193,7 @@ def _distillation(
         kept.append(masks)
     means = 8 * sum(mask.numel() for masks in kept for mask in masks.values())
     room = max(free_bytes(device, limit) - means, 0) // 2
-    windows = sum(len(batch) for part in found[1:] for batch in part.tokens)
-    steps = steps_of(pruning.method.distil, windows, run.tokens.shape[1])
-    return Distillation(found, blocks, kept, steps=steps, grids=grids, room=room, placed=placed)
+    return Distillation(found, blocks, kept, grids=grids, room=room, placed=placed)
 
 
 def _tuned(

@@ -57,8 +57,9 @@ def prune_model(
         zeros = zeros._replace(method=run_as)
         report, pruning = prepare(run, windows, zeros, resources, trust, _decided)
         report.remark(without)
-        large = spill_of(run, spill, resources.limit) if pruning.method.distil else None
-        found = aims(run, large) if pruning.method.distil else None
+        tokens = pruning.method.distil
+        large = spill_of(run, spill, resources.limit) if tokens else None
+        found = aims(run, tokens, large) if tokens else None
         for block in pruned_blocks(pruning):
             for name, tensor in block.tensors.items():
                 language_model.model.get_parameter(name).data.copy_(tensor)

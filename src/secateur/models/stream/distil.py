@@ -72,7 +72,8 @@ class Windows(NamedTuple):
 
 
 class Aims(NamedTuple):
-    """What the dense model makes of the calibration windows: those to tune on, and those to judge.
+    """What the dense model makes of the calibration windows: those to tune on in so many `steps`,
+    and those to judge.
 
     `shell` is what stands before the first block and behind the last.
     """
@@ -80,6 +81,7 @@ class Aims(NamedTuple):
     shell: Shell
     tuned: Windows
     judged: Windows
+    steps: int
 
 
 def held_back(windows: int) -> int:
@@ -139,9 +141,9 @@ def refuse_shared(run: BlockRun) -> None:
 
 
 @torch.no_grad()
-def aims(run: BlockRun, spill: Path | None = None) -> Aims:
-    """What to aim at, for a run whose model is still dense; in a file in the folder `spill`, if
-    there is one. Raises NotEnoughText.
+def aims(run: BlockRun, most: int, spill: Path | None = None) -> Aims:
+    """What to aim at, for a run whose model is still dense, on about so many tokens at `most`; in a
+    file in the folder `spill`, if there is one. Raises NotEnoughText.
     """
     tokens, counts = windows_that_count(run)
     shell = Shell(run.language_model, run.devices[0], run.dtype)
@@ -155,8 +157,8 @@ def aims(run: BlockRun, spill: Path | None = None) -> Aims:
         dense = final_batches(through, shell)
         return Windows(tokens[part].split(size), dense, counts[part].split(size))
 
-    first = len(tokens) - held_back(len(tokens))
-    return Aims(shell, windows(slice(first)), windows(slice(first, None)))
+    first, steps = len(tokens) - held_back(len(tokens)), steps_of(most, *tokens.shape)
+    return Aims(shell, windows(slice(min(first, steps * size))), windows(slice(first, None)), steps)
 
 
 class Distillation:
@@ -173,14 +175,13 @@ class Distillation:
         blocks: Sequence[nn.Module],
         kept: Sequence[Mapping[str, Tensor]],
         *,
-        steps: int,
         grids: Sequence[Mapping[str, StraightThrough]] = (),
         room: int = 0,
         placed: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
         self.aims, self.blocks, self.kept = aims, blocks, kept
         self.grids, self.device = grids or [{} for _ in blocks], aims.shell.device
-        self.steps, self.done, self.room = steps, 0, room
+        self.steps, self.done, self.room = aims.steps, 0, room
         self.placed = placed
         self._graphs: int | None = None
         self.weights: list[dict[str, nn.Parameter]] = []

@@ -168,8 +168,9 @@ def _forward(work: Workload, mode: Mode, kind: Kind) -> float:
 
 
 def _distilling(work: Workload) -> float:
-    """All blocks tuned together: the dense model on all windows, then each that is tuned on forward
-    twice and backward, and each that judges forward twice; the output embedding at their ends.
+    """All blocks tuned together: the dense model on the windows that are used, then each that is
+    tuned on forward twice and backward, and each that judges forward twice; the output embedding at
+    their ends.
     """
     if not work.method.distil or work.samples < 2:
         return 0.0
@@ -178,7 +179,8 @@ def _distilling(work: Workload) -> float:
     tuned = steps * min(step_windows(work.length), work.samples - judged)
     flops = sum(kind.flops * kind.count for kind in work.outline.kinds) / work.batch
     head = 2 * work.length * width(work.built) * vocabulary_size(work.built.model)
-    return flops * (work.samples + 4 * tuned + 2 * judged) + head * (3 * tuned + 4 * judged)
+    used = min(tuned, work.samples - judged) + judged
+    return flops * (used + 4 * tuned + 2 * judged) + head * (3 * tuned + 4 * judged)
 
 
 def _statistics(work: Workload, kind: Kind) -> float:
