@@ -1,5 +1,6 @@
 """Tuning towards the end loss: its gradients against autograd through the whole model, and what it must leave alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from support.families import tiny_model
 from support.streams import CPU, TOKENS, windows
 from torch import nn
 
-from secateur.errors import NotEnoughText, UnsupportedModel
+from secateur.errors import NotEnoughText, SecateurError, UnsupportedModel
+from secateur.methods import find_method
 from secateur.methods.values import find_codes, parse_values
 from secateur.models import mapped_tensors
 from secateur.models.kept import matrix_parameters
@@ -273,3 +275,40 @@ def test_windows_without_a_step_are_not_run(monkeypatch):
     assert found.steps == 2
     assert torch.equal(torch.cat(list(found.tuned.tokens)), TOKENS[: 2 * distil.step_windows(TOKENS.shape[1])])
     assert torch.equal(torch.cat(list(found.judged.tokens)), TOKENS[-1:])
+
+
+def test_best_does_without_where_it_does_not_fit(monkeypatch, tmp_path, text_file, tiny_llama):
+    """On a device that is too small, on a disk, with one window; and says so. Whoever asks for it is refused."""
+    options = {"calibration": str(text_file), "seq_len": 16}
+    full = shutil._ntuple_diskusage(2**30, 2**30 - 2**20, 2**20)
+    assert prune(tiny_llama, out=tmp_path / "whole", method="best", samples=6, **options).distilled
+
+    def refuse(*_: object) -> bool:
+        raise UnsupportedModel("+distil tunes all blocks at once, which is too much.")
+
+    changes = {
+        "which is too much": lambda patch: patch.setattr(tuning, "tuned_in_file", refuse),
+        "the disk has 1.00 MiB free": lambda patch: patch.setattr(shutil, "disk_usage", lambda path: full),
+        "found 1 with a token that counts": lambda patch: None,
+    }
+    for number, (words, change) in enumerate(changes.items()):
+        with monkeypatch.context() as patch:
+            change(patch)
+            given = options | {"samples": 1 if number == 2 else 6, "out": tmp_path / str(number)}
+            report = prune(tiny_llama, method="best", **given)
+            assert "All blocks were not tuned together. " in report.note
+            assert words in report.note
+            assert report.distilled is None
+            with pytest.raises(SecateurError, match=words):
+                prune(tiny_llama, method="alps+distil", **given | {"out": tmp_path / "asked"})
+
+
+def test_who_goes_on_does_as_the_run_began():
+    best, refused = find_method("best"), UnsupportedModel("There is no room.")
+    assert tuning.as_it_is_run(best, None, lambda what, decide: [None]) == (best, "")
+    for now in (None, refused):  # without, although there is room by now
+        method, said = tuning.as_it_is_run(best, now, lambda what, decide: ["There is no room."])
+        assert (method.distil, method.refine) == (0, best.refine)
+        assert said.endswith("There is no room.")
+    with pytest.raises(UnsupportedModel, match=r"There is no room\."):
+        tuning.as_it_is_run(best, refused, lambda what, decide: [None])

@@ -157,7 +157,7 @@ def test_memory_is_the_sum_of_its_parts(folder):
     hidden = forecast(folder, method="wanda").memory["two"].parts["hidden states"]
     assert hidden == 6 * 32 * 64 * 4
     assert forecast(folder, method="wanda", dtype="bfloat16").memory["two"].parts["hidden states"] == hidden // 2
-    assert forecast(folder, method="best").memory["two"].parts["hidden states"] == 2 * hidden
+    assert forecast(folder, method="alps+dense-target+refine").memory["two"].parts["hidden states"] == 2 * hidden
 
 
 def test_magnitude_reads_one_batch(folder):
@@ -249,7 +249,7 @@ def test_seconds_are_operations_over_the_measured_rate(folder):
 def test_passes():
     assert passes(find_method("wanda"), 4, "two") == (1, 0, 1)
     assert passes(find_method("wanda+sequential"), 4, "two") == (4, 0, 1)
-    assert passes(find_method("best"), 4, "two") == (4 * 2 + 2 + 15 + 1, 0, 1)
+    assert passes(find_method("alps+dense-target+refine"), 4, "two") == (4 * 2 + 2 + 15 + 1, 0, 1)
     assert passes(find_method("magnitude"), 4, "two") == (0, 1, 1)
     assert passes(find_method("wanda"), 4, "one") == (1, 0, 0)
-    assert passes(find_method("best"), 4, "one") == (2 + 2 + 15, 0, 1)
+    assert passes(find_method("alps+dense-target+refine"), 4, "one") == (2 + 2 + 15, 0, 1)

@@ -3,7 +3,8 @@
 A name may end in refinements, applied in order: `wanda+refit` is Wanda's mask with the best weights
 for it, and `sweep+refit+dense-target` aims at what the dense model computes. Three lines are
 presets, by what they cost: `fast` factorises nothing, `default` is about as fast as SparseGPT,
-`best` takes the time it takes. Figures for all of them: docs/quality.md.
+`best` takes the time it takes, and tunes all blocks together where there is room. Figures for all
+of them: docs/quality.md.
 """
 
 from collections.abc import Callable, Collection
@@ -19,7 +20,7 @@ from secateur.methods.sparsegpt import sparsegpt, sweep
 from secateur.methods.swap import swap
 from secateur.methods.wanda import wanda
 
-REFINE_EPOCHS, DISTIL_TOKENS = 5, 2**17
+REFINE_EPOCHS, DISTIL_TOKENS = 5, 2**15
 _alps_fast = alps(stages=4, updates=4, first=0.1, last=2.0)
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
@@ -31,7 +32,9 @@ METHODS: dict[str, Method] = {
     "alps-fast": _alps_fast,
     "fast": refit(wanda._replace(group="matrix")),
     "default": _alps_fast,
-    "best": dense_target(alps(iterations=20))._replace(refine=REFINE_EPOCHS),
+    "best": alps(iterations=20)._replace(
+        refine=REFINE_EPOCHS, distil=2 * DISTIL_TOKENS, distil_if_it_fits=True
+    ),
 }
 """Every method by name, presets last; `find_method` reads `wanda+refit` and the like."""
 REFINEMENTS: dict[str, Callable[[Method], Method]] = {"refit": refit, "swap": swap}
