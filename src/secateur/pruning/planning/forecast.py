@@ -155,8 +155,7 @@ def _forecast(
     passes, limit = resources.passes, resources.limit
     batch = min(text.samples, resources.batch_size)
     known = work.method.cost is not None
-    arranged = arrange(work, batch, passes, limit) if known else None
-    way = arranged or without_forecast(passes, limit, batch)
+    way = arrange(work, batch, passes, limit) if known else without_forecast(passes, limit, batch)
     work = replace(work, batch=way.batch)
     flops = {mode: operations(work, mode) for mode in MODES if known}
     speeds = rates(work.devices[0], work.forward) if measure and known else {}
@@ -197,15 +196,18 @@ def _forecast(
         memory=with_tuning(way.peaks, together),
         memory_limit=limit,
         passes=way.passes,
-        fits=_fits(
-            limit, before, peak and peak.bytes - spilled, together and together.bytes - filed
-        ),
+        fits=_fits(limit, before, _rest(peak, spilled), _rest(together, filed)),
         operations=flops,
         rates=speeds,
         seconds=seconds or None,
         text=drawn,
         left_out=tuple(_left_out(work, recipe.method, drawn)),
     )
+
+
+def _rest(moment: Moment | None, filed: int) -> int | None:
+    """What a moment holds besides so many bytes in files."""
+    return moment and moment.bytes - filed
 
 
 def _fits(limit: int | None, before: int, peak: int | None, together: int | None) -> bool | None:
