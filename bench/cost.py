@@ -94,6 +94,7 @@ def model_lines() -> list[dict]:
         windows = SAMPLES if method.need else BATCH
         often = passes(method, len(SITES), "two")
         through = ((often.whole + often.after) * windows + often.first * min(windows, BATCH)) / SAMPLES
+        through += 5 * method.distil / TOKENS  # the dense model once, then forward twice and backward
         whole[name] = solving + len(method.need & {"gram", "cross"}) * grams + through * forward
     return [
         {"kind": "derived", "part": part, "block_flops": flops, "model_flops": BLOCKS * flops,
