@@ -59,10 +59,10 @@ def product_seconds(shapes: list[torch.Size], tokens: int, dtype: torch.dtype) -
         rounds = []
         for _ in range(REPEATS + 1):
             started = perf_counter()
-            inputs @ weight.T
-            inputs @ weight.T
-            gradient @ weight
-            gradient.T @ inputs
+            torch.mm(inputs, weight.T)
+            torch.mm(inputs, weight.T)
+            torch.mm(gradient, weight)
+            torch.mm(gradient.T, inputs)
             rounds.append(perf_counter() - started)
         total += shapes.count(shape) * min(rounds[1:]) * tokens / AT_ONCE
     return total
