@@ -14,8 +14,8 @@ import json
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ from real import model_file, texts
 import secateur
 from secateur.models.load import load, resolve
 from secateur.models.matrices import weight_matrices
+from secateur.recovery.training import TOKENS_AT_ONCE
+from secateur.system.clock import best_seconds
 
 TRAIN = """
 import json, sys
@@ -45,9 +47,6 @@ with PeakMemory() as peak:
 ends = Clock.ends
 print(json.dumps({"seconds": [b - a for a, b in zip(ends, ends[1:])], "dtype": done.dtype, "peak_bytes": peak.bytes}))
 """
-AT_ONCE = 1024
-"""Of the tokens of a step, for the bare products."""
-REPEATS = 3
 
 
 def product_seconds(shapes: list[torch.Size], tokens: int, dtype: torch.dtype) -> float:
@@ -55,16 +54,10 @@ def product_seconds(shapes: list[torch.Size], tokens: int, dtype: torch.dtype) -
     total = 0.0
     for shape in sorted(set(shapes)):
         weight = torch.randn(*shape, dtype=dtype)
-        inputs, gradient = (torch.randn(AT_ONCE, size, dtype=dtype) for size in (shape[1], shape[0]))
-        rounds = []
-        for _ in range(REPEATS + 1):
-            started = perf_counter()
-            torch.mm(inputs, weight.T)
-            torch.mm(inputs, weight.T)
-            torch.mm(gradient, weight)
-            torch.mm(gradient.T, inputs)
-            rounds.append(perf_counter() - started)
-        total += shapes.count(shape) * min(rounds[1:]) * tokens / AT_ONCE
+        inputs, gradient = (torch.randn(TOKENS_AT_ONCE, size, dtype=dtype) for size in (shape[1], shape[0]))
+        once = 2 * best_seconds(partial(torch.mm, inputs, weight.T)) + best_seconds(partial(torch.mm, gradient, weight))
+        once += best_seconds(partial(torch.mm, gradient.T, inputs))
+        total += shapes.count(shape) * once * tokens / TOKENS_AT_ONCE
     return total
 
 

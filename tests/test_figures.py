@@ -245,6 +245,11 @@ def test_what_is_won_back_on_a_real_model_is_what_was_measured():
     assert shown == [won_back(row) for row in (*many, *few)]
 
 
+def test_what_training_takes_is_what_was_measured():
+    page, found = read("docs/recovery.md"), results()["recover-speed"]
+    assert f"takes {found['peak_bytes'] / 2**30:.2f} GiB and {found['share']:.2f} of the rate" in page
+
+
 def test_what_dense_targets_do_to_a_real_model_is_what_was_measured():
     page, rows = read("docs/quality.md"), results()["real-dense-target"]["rows"]
     for row in (row for row in rows if row["values"] == "as stored"):

@@ -1,11 +1,14 @@
 """What a run will take, said from the configuration: counts against counted runs, memory against its own sum."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from support.counting import counted
 from support.families import tiny_config, tiny_model
+from support.streams import CPU
+from transformers import LlamaConfig
 
 import secateur
 from secateur import errors
@@ -20,8 +23,11 @@ from secateur.models.load import replayable
 from secateur.models.replay import Shell, run_block
 from secateur.models.stream.observe import Watch
 from secateur.pruning.planning.forecast import lines
+from secateur.pruning.planning.memory import as_it_fits
 from secateur.pruning.planning.outline import build, outline
-from secateur.pruning.planning.passes import passes
+from secateur.pruning.planning.passes import Workload, passes
+
+CUDA = torch.device("cuda")
 
 
 def forecast(folder, **options):
@@ -118,6 +124,35 @@ def test_tuning_all_blocks_does_not_change_the_way_through_them(folder):
     assert (tuned.passes, tuned.batch_size) == (plain.passes, plain.batch_size)
     assert plain.fits
     assert tuned.fits == (tuned.memory["one"].bytes <= limit)
+
+
+def test_all_blocks_lie_in_a_file_where_memory_is_short(tmp_path):
+    """200 M parameters in blocks: 2.4 GB in float32 with Adam's two means, and a limit that holds all but them."""
+    LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_attention_heads=16, vocab_size=4096, num_hidden_layers=16
+    ).save_pretrained(tmp_path)
+    run = {"method": "alps+distil", "samples": 8, "seq_len": 128}
+    held, filed = forecast(tmp_path, **run), forecast(tmp_path, memory="1.8GB", **run)
+    assert held.spill_bytes == 0
+    blocks = filed.memory["one"].parts["all blocks"]
+    assert blocks > 1.8e9
+    assert filed.spill_bytes > blocks
+    assert filed.fits
+
+
+def test_best_is_forecast_without_what_it_does_without(folder):
+    few, many = (forecast(folder, method="best", samples=samples) for samples in (1, 6))
+    said = "All blocks cannot be tuned together, and the run does without."
+    assert said in few.left_out
+    assert said not in many.left_out
+    assert "all blocks" not in few.memory["two"].parts
+    on_gpu = Workload(
+        replayable(tiny_model("llama")), find_method("best"), (), 6, 32, torch.float32, torch.float32, [CUDA]
+    )
+    for limit in (None, 10**12):
+        assert as_it_fits(on_gpu, limit).method.distil
+    assert as_it_fits(on_gpu, 10**6).method == find_method("best")._replace(distil=0)
+    assert as_it_fits(replace(on_gpu, devices=[CPU]), 10**6).method.distil
 
 
 @pytest.mark.parametrize("pattern", ["0%", "50%"])
@@ -250,6 +285,7 @@ def test_passes():
     assert passes(find_method("wanda"), 4, "two") == (1, 0, 1)
     assert passes(find_method("wanda+sequential"), 4, "two") == (4, 0, 1)
     assert passes(find_method("alps+dense-target+refine"), 4, "two") == (4 * 2 + 2 + 15 + 1, 0, 1)
+    assert passes(find_method("best"), 4, "two") == (1 + 2 + 15 + 1, 0, 1)
     assert passes(find_method("magnitude"), 4, "two") == (0, 1, 1)
     assert passes(find_method("wanda"), 4, "one") == (1, 0, 0)
     assert passes(find_method("alps+dense-target+refine"), 4, "one") == (2 + 2 + 15, 0, 1)

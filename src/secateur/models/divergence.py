@@ -23,20 +23,27 @@ class Divergence(torch.autograd.Function):
     """KL(wanted ‖ given) in nats, the mean over rows, for logits `[…, vocabulary]` of next tokens.
 
     The gradient is (softmax(given) − softmax(wanted)) / rows. It is made on the way there, some
-    rows at a time, so one tensor of the logits' size is held, and nothing is gone through twice.
+    rows at a time, so one tensor of the logits' size is held, and nothing is gone through twice;
+    where no gradient is wanted, none.
     """
 
     @staticmethod
     def forward(ctx: Any, given: Tensor, wanted: Tensor) -> Tensor:
-        slope, lost = torch.empty_like(given), given.new_zeros((), dtype=torch.float32)
+        lost = given.new_zeros((), dtype=torch.float32)
+        slope = torch.empty_like(given) if ctx.needs_input_grad[0] else None
         length = max(1, LOGITS_AT_ONCE // given[..., :1, :].numel())
-        for each in zip(*(one.split(length, -2) for one in (given, wanted, slope)), strict=True):
-            log_q, log_p = (one.log_softmax(-1, dtype=torch.float32) for one in each[:2])
+        for start in range(0, given.shape[-2], length):
+            part = ..., slice(start, start + length), slice(None)
+            log_q, log_p = (
+                one[part].log_softmax(-1, dtype=torch.float32) for one in (given, wanted)
+            )
             p = log_p.exp()
             apart = log_p.sub_(log_q).masked_fill_(p == 0, 0.0)  # 0 · log 0, of masked tokens
             lost += torch.tensordot(p, apart, p.dim())
-            each[2].copy_(log_q.exp_().sub_(p))
-        ctx.save_for_backward(slope)
+            if slope is not None:
+                slope[part] = log_q.exp_().sub_(p)
+        if slope is not None:
+            ctx.save_for_backward(slope)
         ctx.rows = given[..., 0].numel()
         return lost / ctx.rows
 

@@ -37,6 +37,7 @@ from secateur.pruning.planning.memory import (
     UNKNOWN_COST,
     Moment,
     arrange,
+    as_it_fits,
     filed_bytes,
     tuning_moment,
     with_tuning,
@@ -156,7 +157,7 @@ def _forecast(
     batch = min(text.samples, resources.batch_size)
     known = work.method.cost is not None
     way = arrange(work, batch, passes, limit) if known else without_forecast(passes, limit, batch)
-    work = replace(work, batch=way.batch)
+    work = as_it_fits(replace(work, batch=way.batch), limit)
     flops = {mode: operations(work, mode) for mode in MODES if known}
     speeds = rates(work.devices[0], work.forward) if measure and known else {}
     seconds = {mode: seconds_of(done, speeds).total for mode, done in flops.items() if speeds}
@@ -314,6 +315,8 @@ def _left_out(work: Workload, method: str, text: TextForecast | None) -> Iterato
             "+permute traces one block of each kind and compares it afterwards; that is not "
             "counted."
         )
+    if work.method.distil_if_it_fits and not work.method.distil:
+        yield "All blocks cannot be tuned together, and the run does without."
     if work.method.distil:
         yield (
             "+distil keeps the graphs of blocks in half of the memory that is free, and computes "

@@ -270,6 +270,19 @@ def tuning_moment(work: Workload) -> Moment | None:
     return _moment(work, "tuning all blocks", parts)
 
 
+def as_it_fits(work: Workload, limit: int | None) -> Workload:
+    """The run without tuning all blocks together, where a method does without and cannot have it:
+    with one window, or on a device that does not hold them.
+    """
+    together = tuning_moment(work) if work.method.distil_if_it_fits else None
+    if together is None:
+        return work
+    too_large = not work.on_host and limit is not None and together.bytes > limit
+    if too_large or work.samples < 2:
+        return replace(work, method=work.method._replace(distil=0))
+    return work
+
+
 def filed_bytes(work: Workload, together: Moment | None, limit: int | None) -> int:
     """What of that moment lies in a mapped file, because the rest alone is within the limit."""
     if together is None or limit is None or together.bytes <= limit or not work.on_host:
