@@ -258,9 +258,11 @@ def test_what_is_said_is_said_of_what_is_stored(values, monkeypatch):
 @pytest.mark.parametrize(
     ("tokens", "count", "length", "steps"),
     [
-        (2**15, 128, 2048, 16),  # of one window each; the others are not looked at
-        (2**17, 128, 512, 128),  # 60 steps go through all of them
-        (2**17, 32, 512, 120),  # 15 do, and eight times is enough
+        (2**15, 128, 2048, 64),  # of a quarter of a window each
+        (2**15, 128, 700, 94),  # of half a window, 350 tokens
+        (2**15, 128, 300, 110),  # of a window, though two would be nearer to 512 tokens
+        (2**17, 128, 512, 256),  # 120 steps go through all of them
+        (2**17, 32, 512, 240),  # 30 do, and eight times is enough
         (2**17, 2, 16, 8),
     ],
 )
@@ -273,8 +275,38 @@ def test_windows_without_a_step_are_not_run(monkeypatch):
     run = BlockRun(replayable(tiny_model("llama")), TOKENS, [CPU], torch.float32, 2)
     found = aims(run, 48)
     assert found.steps == 2
-    assert torch.equal(torch.cat(list(found.tuned.tokens)), TOKENS[: 2 * distil.step_windows(TOKENS.shape[1])])
+    assert torch.equal(torch.cat(list(found.tuned.tokens)), TOKENS[: 2 * distil.step_shape(TOKENS.shape[1])[0]])
     assert torch.equal(torch.cat(list(found.judged.tokens)), TOKENS[-1:])
+
+
+def test_long_windows_are_cut_into_pieces_for_steps(monkeypatch):
+    """First pieces of all windows come first; those that judge stay whole; what a piece foresees lies in it."""
+    monkeypatch.setattr(distil, "STEP_TOKENS", 10)
+    tokens = torch.arange(4 * 23).view(4, 23) % 100
+    counted = torch.ones_like(tokens, dtype=torch.bool)
+    counted[0, 7:] = False  # nothing counts in the second and third piece of the first window
+    run = BlockRun(replayable(tiny_model("llama")), tokens, [CPU], torch.float32, 2, counted=counted)
+    found = aims(run, 10**6)
+    wanted = [tokens[window, 7 * part : 7 * part + 7] for part in range(3) for window in range(3) if window or not part]
+    assert torch.equal(torch.cat(list(found.tuned.tokens)), torch.stack(wanted))
+    assert torch.cat(list(found.tuned.next)).sum(1).tolist() == [6] * 7
+    assert [one.shape for one in found.judged.tokens] == [(1, 23)]
+    assert found.steps == distil.MOST_EPOCHS * 7
+    with torch.no_grad():
+        whole = run.language_model.model.model(wanted[4][None], use_cache=False).last_hidden_state
+        shell = found.shell
+        logits = shell.leave(wanted[4][None], found.tuned.dense[4])
+        expected = run.language_model.model.lm_head(whole)
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_whose_pieces_foresee_nothing_are_refused(monkeypatch):
+    monkeypatch.setattr(distil, "STEP_TOKENS", 10)
+    tokens, counted = torch.arange(40).view(2, 20), torch.zeros(2, 20, dtype=torch.bool)
+    counted[:, 10] = True  # foreseen by the last token of the piece before
+    run = BlockRun(replayable(tiny_model("llama")), tokens, [CPU], torch.float32, 2, counted=counted)
+    with pytest.raises(NotEnoughText, match="found 2 with a token that counts"):
+        aims(run, 100)
 
 
 def test_best_does_without_where_it_does_not_fit(monkeypatch, tmp_path, text_file, tiny_llama):

@@ -39,7 +39,7 @@ def test_it_finds_the_weighted_least_squares_solution():
     block = OneLayer(weight.where(kept, 0.0))
     batches = [Batch(part, Call((), {}), part @ weight.T) for part in x]
     with torch.no_grad():
-        tuned = refine(block, {"layer.weight": kept}, batches, epochs=400, rate=0.1)
+        tuned = refine(block, {"layer.weight": kept}, batches, steps=2400, rate=0.1)
     assert tuned.better
     flat = x.reshape(-1, 12).double()
     scale = 1 / (flat @ weight.double().T).norm(dim=1, keepdim=True)  # each token relative to its target
@@ -58,7 +58,7 @@ def test_a_block_that_gets_no_better_keeps_its_weights():
     block = OneLayer(weight)
     batches = [Batch(part, Call((), {}), part @ weight.T) for part in x]  # perfect already
     with torch.no_grad():
-        tuned = refine(block, {"layer.weight": torch.ones_like(kept)}, batches, epochs=1, rate=1.0)
+        tuned = refine(block, {"layer.weight": torch.ones_like(kept)}, batches, steps=6, rate=1.0)
     assert not tuned.better
     assert torch.equal(block.layer.weight, weight)
 

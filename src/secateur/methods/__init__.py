@@ -20,7 +20,7 @@ from secateur.methods.sparsegpt import sparsegpt, sweep
 from secateur.methods.swap import swap
 from secateur.methods.wanda import wanda
 
-REFINE_EPOCHS, DISTIL_TOKENS = 5, 2**15
+REFINE_STEPS, DISTIL_TOKENS = 160, 2**15
 _alps_fast = alps(stages=4, updates=4, first=0.1, last=2.0)
 METHODS: dict[str, Method] = {
     "magnitude": magnitude,
@@ -33,7 +33,7 @@ METHODS: dict[str, Method] = {
     "fast": refit(wanda._replace(group="matrix")),
     "default": _alps_fast,
     "best": alps(iterations=20)._replace(
-        refine=REFINE_EPOCHS, distil=2 * DISTIL_TOKENS, distil_if_it_fits=True
+        refine=REFINE_STEPS, distil=2 * DISTIL_TOKENS, distil_if_it_fits=True
     ),
 }
 """Every method by name, presets last; `find_method` reads `wanda+refit` and the like."""
@@ -43,7 +43,7 @@ SWITCHES: dict[str, Callable[[Method], Method]] = {
     "sequential": lambda method: method._replace(sequential=True),
     "dense-target": dense_target,
     "permute": lambda method: method._replace(permute=True),
-    "refine": lambda method: method._replace(refine=REFINE_EPOCHS),
+    "refine": lambda method: method._replace(refine=REFINE_STEPS),
     "distil": lambda method: method._replace(distil=DISTIL_TOKENS),
 }
 """What the stream of blocks does for a method, whatever it is."""

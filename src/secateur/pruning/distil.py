@@ -34,7 +34,7 @@ from secateur.models.stream.distil import (
     Distillation,
     aims,
     refuse_shared,
-    windows_that_count,
+    text_of,
 )
 from secateur.models.stream.forward import BlockRun
 from secateur.models.stream.straight_through import grids_of
@@ -94,7 +94,7 @@ def refusal(
     if not method.distil:
         return None
     try:
-        windows_that_count(run)
+        text_of(run)
         in_file = tuned_in_file(run.language_model, run.devices[0], limit)
         refuse_shared(run)
         written = (states + IN_FILE * in_file) * tuned_bytes(run.language_model)

@@ -42,8 +42,8 @@ SQUARES = 0.98
 """How Adam's mean of squares decays: over 50 steps."""
 WARM = 0.1
 """The share of the steps in which the rate rises; then it falls to zero as a cosine."""
-STEP_TOKENS = 1024
-"""About how many tokens make a step."""
+STEP_TOKENS = 512
+"""About how many tokens make a step; windows that are longer are cut into pieces for it."""
 MOST_EPOCHS = 8
 """Few windows come several times until enough tokens were seen, but so often at most."""
 MEANS = ("exp_avg", "exp_avg_sq")
@@ -55,6 +55,27 @@ LOGITS = 2**24
 
 
 Piece = tuple[slice, slice]
+
+
+class Text(NamedTuple):
+    """Windows `[windows, length]`, and whether the `next` token of each of theirs counts."""
+
+    tokens: Tensor
+    next: Tensor
+
+    def that_count(self) -> Text:
+        """The windows in which some token is foreseen that counts."""
+        rows = self.next.any(1)
+        return Text(self.tokens[rows], self.next[rows])
+
+    def in_pieces(self) -> Text:
+        """The windows cut into pieces for steps, the first pieces of all of them coming first, so
+        that few steps see many documents.
+        """
+        length = step_shape(self.tokens.shape[1])[1]
+        tokens, following = (torch.cat(one.split(length, 1)[: one.shape[1] // length]) for one in self)
+        following[:, -1] = False  # the token that would be foreseen is in another piece
+        return Text(tokens, following).that_count()
 
 
 class Windows(NamedTuple):
@@ -72,8 +93,8 @@ class Windows(NamedTuple):
 
 
 class Aims(NamedTuple):
-    """What the dense model makes of the calibration windows: those to tune on in so many `steps`,
-    and those to judge.
+    """What the dense model makes of the calibration windows: pieces to tune on in so many `steps`,
+    and whole ones that judge.
 
     `shell` is what stands before the first block and behind the last.
     """
@@ -89,21 +110,27 @@ def held_back(windows: int) -> int:
     return max(1, windows // HELD_BACK)
 
 
-def step_windows(length: int) -> int:
-    """How many windows of that many tokens make a step."""
-    return max(1, STEP_TOKENS // length)
+def step_shape(length: int) -> tuple[int, int]:
+    """How many pieces make a step, and how many tokens each has, for windows of `length`."""
+    return max(1, STEP_TOKENS // length), length // -(-length // STEP_TOKENS)
 
 
 def steps_of(tokens: int, windows: int, length: int) -> int:
-    """How many steps go through so many tokens, of windows that come several times if need be."""
-    size = step_windows(length)
-    batches = -(-(windows - held_back(windows)) // size)
-    return min(-(-tokens // (size * length)), MOST_EPOCHS * batches)
+    """How many steps go through so many tokens, of windows of `length` that come several times if
+    need be.
+    """
+    return _steps(tokens, (windows - held_back(windows)) * (length // step_shape(length)[1]), length)
 
 
-def check_windows_for_tuning(count: int) -> None:
-    """Raise NotEnoughText unless some windows can be tuned on and others judge."""
-    if count < 2:
+def _steps(tokens: int, pieces: int, length: int) -> int:
+    """As `steps_of`, for so many pieces of such windows."""
+    size, piece = step_shape(length)
+    return min(-(-tokens // (size * piece)), MOST_EPOCHS * -(-pieces // size))
+
+
+def check_windows_for_tuning(count: int, pieces: int = 1) -> None:
+    """Raise NotEnoughText unless some windows, in so many pieces, can be tuned on and others judge."""
+    if count < 2 or not pieces:
         raise NotEnoughText(
             "+distil tunes on some calibration windows and judges on others; found "
             f"{count} with a token that counts behind its first. Give --samples 32, or leave "
@@ -111,17 +138,18 @@ def check_windows_for_tuning(count: int) -> None:
         )
 
 
-def windows_that_count(run: BlockRun) -> tuple[Tensor, Tensor]:
-    """The windows in which some token is foreseen that counts, and whether the next one of each
-    token is, `[windows, length]`. Raises NotEnoughText.
-    """
+def text_of(run: BlockRun) -> tuple[Text, Text]:
+    """The pieces to tune on and the windows that judge, of a run. Raises NotEnoughText."""
     counts = torch.ones_like(run.tokens, dtype=torch.bool)
-    counts[:, -1] = False
     if run.counted is not None:
         counts[:, :-1] = run.counted[:, 1:]
-    rows = counts.any(1)
-    check_windows_for_tuning(int(rows.sum()))
-    return run.tokens[rows], counts[rows]
+    counts[:, -1] = False
+    found = Text(run.tokens, counts).that_count()
+    first = len(found.tokens) - held_back(len(found.tokens))
+    tuned, judged = (Text(*(one[part] for one in found)) for part in (slice(first), slice(first, None)))
+    tuned = tuned.in_pieces() if first > 0 else tuned
+    check_windows_for_tuning(len(found.tokens), len(tuned.tokens))
+    return tuned, judged
 
 
 def refuse_shared(run: BlockRun) -> None:
@@ -145,20 +173,20 @@ def aims(run: BlockRun, most: int, spill: Path | None = None) -> Aims:
     """What to aim at, for a run whose model is still dense, on about so many tokens at `most`; in a
     file in the folder `spill`, if there is one. Raises NotEnoughText.
     """
-    tokens, counts = windows_that_count(run)
+    tuned, judged = text_of(run)
     shell = Shell(run.language_model, run.devices[0], run.dtype)
     mapped = set(shell.embedding.parameters()) if shell.embedding else set()
     for parameter in set(shell.model.parameters()) - mapped:  # the model's own stay as they are
         parameter.requires_grad_(False)
-    size = step_windows(tokens.shape[1])
+    length = run.tokens.shape[1]
+    size, steps = step_shape(length)[0], _steps(most, len(tuned.tokens), length)
 
-    def windows(part: slice) -> Windows:
-        through = BlockRun(run.language_model, tokens[part], [shell.device], run.dtype, size, spill)
-        dense = final_batches(through, shell)
-        return Windows(tokens[part].split(size), dense, counts[part].split(size))
+    def seen(text: Text) -> Windows:
+        through = BlockRun(run.language_model, text.tokens, [shell.device], run.dtype, size, spill)
+        return Windows(text.tokens.split(size), final_batches(through, shell), text.next.split(size))
 
-    first, steps = len(tokens) - held_back(len(tokens)), steps_of(most, *tokens.shape)
-    return Aims(shell, windows(slice(min(first, steps * size))), windows(slice(first, None)), steps)
+    used = Text(*(one[: steps * size] for one in tuned))
+    return Aims(shell, seen(used), seen(judged), steps)
 
 
 class Distillation:

@@ -12,7 +12,8 @@ reads it divides by that; the rate is relative to the size of a parameter's weig
 zero. A block that did not come nearer keeps its weights.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,14 @@ RATE_ON_GRID = 0.5
 demo model.
 """
 
+STEP_TOKENS = 512
+"""About how many tokens make a step, of one window at least: many small ones tune better."""
+
+
+def step_windows(length: int) -> int:
+    """How many windows of so many tokens make a step, and so a batch of a run that refines."""
+    return max(1, STEP_TOKENS // length)
+
 
 class Tuned(NamedTuple):
     """A block's relative output error before and after; the same where tuning did not help."""
@@ -58,14 +67,14 @@ def refine(
     block: nn.Module,
     kept: Mapping[str, Tensor],
     batches: Sequence[Batch],
-    epochs: int,
+    steps: int,
     rate: float = RATE,
     grids: Mapping[str, StraightThrough] | None = None,
 ) -> Tuned:
     """Tune the parameters named in `kept` (bool, of their shape) in place, in float32.
 
-    The `batches` come in a fixed shuffled order, `epochs` times. What `kept` leaves out stays 0,
-    and parameters with one of `grids` stay on it.
+    A step sees one of the `batches`, which come in a fixed shuffled order, all of them before any
+    comes again. What `kept` leaves out stays 0, and parameters with one of `grids` stay on it.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
     inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
@@ -82,22 +91,19 @@ def refine(
         step = rate * (RATE_ON_GRID if name in grids else 1.0)
         groups.append({"params": [parameter], "lr": step * size / inputs[name] ** 0.5})
     optimiser = torch.optim.Adam(groups)
-    steps = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(steps, 1))
-    draw = torch.Generator().manual_seed(0)
     hidden = batches[0].hidden
     # Adam does not see the scale; gradients in float16 would be zero without it.
     scale = float(hidden.shape[-1] * (hidden.numel() // hidden.shape[-1]) ** 0.5)
     with torch.enable_grad():
-        for _ in range(epochs):
-            for number in torch.randperm(len(batches), generator=draw).tolist():
-                optimiser.zero_grad()
-                (scale * _loss(block, batches[number])).backward()
-                for name, parameter in tuned.items():
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(kept[name])
-                optimiser.step()
-                schedule.step()
+        for number in islice(_order(len(batches)), steps):
+            optimiser.zero_grad()
+            (scale * _loss(block, batches[number])).backward()
+            for name, parameter in tuned.items():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(kept[name])
+            optimiser.step()
+            schedule.step()
     for parameter in block.parameters():
         parameter.requires_grad_(False).grad = None
     take_off_grid(block, grids)
@@ -107,6 +113,13 @@ def refine(
     for name in tuned:
         block.get_parameter(name).copy_(start[name])
     return Tuned(before, before)
+
+
+def _order(count: int) -> Iterator[int]:
+    """Which batch a step sees, on and on."""
+    draw = torch.Generator().manual_seed(0)
+    while True:
+        yield from torch.randperm(count, generator=draw).tolist()
 
 
 @torch.no_grad()
@@ -139,7 +152,7 @@ def refine_block(
     result: nn.Module,
     changed: Sequence[str],
     pruned: Container[str],
-    epochs: int,
+    steps: int,
     values: Values | None = None,
 ) -> Tuned:
     """Tune the `changed` parameters of a pruned block, and round them into both copies.
@@ -153,7 +166,7 @@ def refine_block(
             block.get_parameter(name).data.copy_(result.get_parameter(name).data)
         kept = kept_of(block, changed, pruned)
         grids = grids_of(result, kept, values) if values else None
-        tuned = refine(block, kept, batches, epochs, grids=grids)
+        tuned = refine(block, kept, batches, steps, grids=grids)
         for name in changed:
             stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
             step.block.get_parameter(name).data.copy_(stored)

@@ -29,6 +29,7 @@ from secateur.models.load import checkpoint_config, described_config, locate
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.models.stream.distil import check_windows_for_tuning
+from secateur.models.stream.refine import step_windows
 from secateur.pruning.check import find_zeros
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.planning.drawing import CHARACTERS_A_TOKEN, TextForecast, text_forecast
@@ -155,6 +156,8 @@ def _forecast(
     work, size, exact = _workload(model, recipe, text, resources, trust)
     passes, limit = resources.passes, resources.limit
     batch = min(text.samples, resources.batch_size)
+    if work.method.refine:
+        batch = min(batch, step_windows(work.length))
     known = work.method.cost is not None
     way = arrange(work, batch, passes, limit) if known else without_forecast(passes, limit, batch)
     work = as_it_fits(replace(work, batch=way.batch), limit)

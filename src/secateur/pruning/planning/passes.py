@@ -19,7 +19,7 @@ from secateur.methods.statistics import OF_DENSE
 from secateur.models.context import vocabulary_size, width
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS
-from secateur.models.stream.distil import held_back, step_windows, steps_of
+from secateur.models.stream.distil import held_back, step_shape, steps_of
 from secateur.pruning.planning.outline import Kind, Outline, Read, outline, restacked
 from secateur.system.machine import best_seconds, matrix_rate, square_side
 
@@ -36,19 +36,20 @@ class Passes(NamedTuple):
     the finished block, for the inputs of the next one: the last block has none.
     """
 
-    whole: int
+    whole: float
     first: int
     after: int
 
 
-def passes(method: Method, groups: int, mode: Mode) -> Passes:
-    """The passes through a block whose weight matrices read `groups` different inputs.
+def passes(method: Method, groups: int, mode: Mode, batches: int) -> Passes:
+    """The passes of so many batches through a block whose weight matrices read `groups` different
+    inputs.
 
     `two`: one pass looks and the next goes on; a method that is `sequential` looks at every group.
     `one`: the block runs once, all batches waiting at each group until it is solved.
     """
     dense = needs_dense(method)
-    tuning = 2 + 3 * method.refine if method.refine else 0
+    tuning = 2 + 3 * method.refine / batches if method.refine else 0
     if mode == "one":
         return Passes(1 + dense + tuning, 0, 1 if method.refine else 0)
     turns = groups if method.sequential else 1
@@ -154,7 +155,7 @@ def operations(work: Workload, mode: Mode) -> Operations:
 def _forward(work: Workload, mode: Mode, kind: Kind) -> float:
     """Forward passes through blocks of a kind; the model's last has fewer: nothing follows it."""
     windows, count = work.windows, kind.count
-    often = passes(work.method, kind.groups, mode)
+    often = passes(work.method, kind.groups, mode, ceil(windows / work.batch))
     inner = (often.whole * windows + often.first * min(windows, work.batch)) * count
     outer = often.after * windows * (count - kind.has_last)
     flops = (kind.flops * (inner + outer) + kind.watch_flops * inner) / work.batch
@@ -174,12 +175,14 @@ def _distilling(work: Workload) -> float:
     """
     if not work.method.distil or work.samples < 2:
         return 0.0
-    judged = held_back(work.samples)
-    steps = steps_of(work.method.distil, work.samples, work.length)
-    tuned = steps * min(step_windows(work.length), work.samples - judged)
+    judged, (size, piece) = held_back(work.samples), step_shape(work.length)
+    all_of_them = (work.samples - judged) * (work.length // piece)
+    tuned = steps_of(work.method.distil, work.samples, work.length) * min(size, all_of_them)
+    share = piece / work.length
+    used = judged + min(tuned, all_of_them) * share
+    tuned *= share
     flops = sum(kind.flops * kind.count for kind in work.outline.kinds) / work.batch
     head = 2 * work.length * width(work.built) * vocabulary_size(work.built.model)
-    used = min(tuned, work.samples - judged) + judged
     return flops * (used + 4 * tuned + 2 * judged) + head * (3 * tuned + 4 * judged)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from secateur.errors import BadPattern, BadPlan, UnknownName
-from secateur.methods import REFINE_EPOCHS, read_name
+from secateur.methods import REFINE_STEPS, read_name
 from secateur.methods.structures import Budget, Depth, Structure, Units, parts
 from secateur.pruning.structured.channel_scores import SELECTIONS
 from secateur.pruning.structured.depth import BLOCKS
@@ -28,7 +28,7 @@ class StructuredMethod(NamedTuple):
     """A structured method: how it is chosen what of each kind goes, and what makes up for it.
 
     `reconstruct`: what reads the channels is fitted anew by least squares; `dense_target`: to what
-    the dense model gives; `refine`: epochs of tuning the block as a whole.
+    the dense model gives; `refine`: steps of tuning the block as a whole.
     """
 
     selections: Mapping[str, str]
@@ -78,7 +78,7 @@ def find_structured_method(name: str, structure: Structure) -> StructuredMethod:
     otherwise, more = PRESETS.get(first, (BEST, ()))
     chosen = {kind: first if first in tables[kind] else otherwise[kind] for kind in kinds}
     suffixes = [*suffixes, *more]
-    dense, refine = "dense-target" in suffixes, REFINE_EPOCHS if "refine" in suffixes else 0
+    dense, refine = "dense-target" in suffixes, REFINE_STEPS if "refine" in suffixes else 0
     return StructuredMethod(chosen, dense or "repair" in suffixes, dense, refine)
 
 
