@@ -279,12 +279,12 @@ def test_windows_without_a_step_are_not_run(monkeypatch):
     assert torch.equal(torch.cat(list(found.judged.tokens)), TOKENS[-1:])
 
 
-def test_long_windows_are_cut_into_pieces_for_steps(monkeypatch):
-    """First pieces of all windows come first; those that judge stay whole; what a piece foresees lies in it."""
+def test_long_windows_are_cut_into_sections_for_steps(monkeypatch):
+    """First sections of all windows come first; those that judge stay whole; what a section foresees lies in it."""
     monkeypatch.setattr(distil, "STEP_TOKENS", 10)
     tokens = torch.arange(4 * 23).view(4, 23) % 100
     counted = torch.ones_like(tokens, dtype=torch.bool)
-    counted[0, 7:] = False  # nothing counts in the second and third piece of the first window
+    counted[0, 7:] = False  # nothing counts in the second and third section of the first window
     run = BlockRun(replayable(tiny_model("llama")), tokens, [CPU], torch.float32, 2, counted=counted)
     found = aims(run, 10**6)
     wanted = [tokens[window, 7 * part : 7 * part + 7] for part in range(3) for window in range(3) if window or not part]
@@ -300,10 +300,10 @@ def test_long_windows_are_cut_into_pieces_for_steps(monkeypatch):
     assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_windows_whose_pieces_foresee_nothing_are_refused(monkeypatch):
+def test_windows_whose_sections_foresee_nothing_are_refused(monkeypatch):
     monkeypatch.setattr(distil, "STEP_TOKENS", 10)
     tokens, counted = torch.arange(40).view(2, 20), torch.zeros(2, 20, dtype=torch.bool)
-    counted[:, 10] = True  # foreseen by the last token of the piece before
+    counted[:, 10] = True  # foreseen by the last token of the section before
     run = BlockRun(replayable(tiny_model("llama")), tokens, [CPU], torch.float32, 2, counted=counted)
     with pytest.raises(NotEnoughText, match="found 2 with a token that counts"):
         aims(run, 100)

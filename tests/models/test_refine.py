@@ -8,9 +8,10 @@ from torch import nn
 
 from secateur.models.load import replayable
 from secateur.models.replay import Call
+from secateur.models.stream import refine as refining
 from secateur.models.stream.blocks import BlockRun, stream
 from secateur.models.stream.forward import Batch
-from secateur.models.stream.refine import error, refine
+from secateur.models.stream.refine import error, refine, step_windows, steps_on
 from secateur.pruning.in_memory import prune_model
 
 
@@ -51,6 +52,27 @@ def test_it_finds_the_weighted_least_squares_solution():
     assert torch.allclose(block.layer.weight.double(), expected, atol=2e-3)
     assert (block.layer.weight[~kept] == 0).all()
     assert tuned.after == pytest.approx(error(block, batches))
+
+
+@pytest.mark.parametrize(
+    ("windows", "length", "steps"),
+    [(32, 512, 160), (128, 512, 160), (128, 2048, 160), (256, 256, 160), (16, 512, 80), (64, 16, 10)],
+)
+def test_a_step_sees_some_five_hundred_tokens_and_few_windows_come_five_times(windows, length, steps):
+    assert steps_on(160, -(-windows // step_windows(length))) == steps
+
+
+def test_a_batch_is_a_step(monkeypatch):
+    """However many windows a forward pass may take, and however many there are, a block is tuned in as many steps."""
+    weights = []
+    monkeypatch.setattr(refining, "STEP_TOKENS", 128)
+    for most in (1, 8):
+        model = tiny_model("llama")
+        run = windows(torch.randint(0, 100, (6, 128), generator=torch.Generator().manual_seed(1)))
+        report = prune_model(replayable(model), run, method="wanda+refine", pattern="2:4", batch_size=most)
+        assert report.refined
+        weights.append(model.model.layers[3].mlp.down_proj.weight)
+    assert torch.equal(*weights)
 
 
 def test_a_block_that_gets_no_better_keeps_its_weights():

@@ -50,11 +50,11 @@ class Method(NamedTuple):
 
     The rest says what the stream of blocks does for it. `sequential`: inside a block too, the
     inputs of a matrix come from the matrices pruned before it. `permute`: inputs change places
-    before an N:M mask is chosen, so that it keeps most of `score`. `refine`: in how many
-    steps each finished block is tuned, and `distil` on about how many tokens all blocks at once are, towards what the dense model predicts; with `distil_if_it_fits`, only where
-    that can be had, and the report says where it could not. `on_grid`: for a method that can
-    choose mask and values together, the method that does, given what makes the projection for a
-    matrix.
+    before an N:M mask is chosen, so that it keeps most of `score`. `refine`: in how many steps, at
+    most, each finished block is tuned, and `distil` on about how many tokens all blocks at once
+    are, towards what the dense model predicts; with `distil_if_it_fits`, only where that can be
+    had, and the report says where it could not. `on_grid`: for a method that can choose mask and
+    values together, the method that does, given what makes the projection for a matrix.
     """
 
     need: frozenset[str]

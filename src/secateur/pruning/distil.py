@@ -29,13 +29,7 @@ from secateur.models.mapped_tensors import HiddenStateStore
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import working_copy
 from secateur.models.stream.block_writer import BlockWriter
-from secateur.models.stream.distil import (
-    Aims,
-    Distillation,
-    aims,
-    refuse_shared,
-    text_of,
-)
+from secateur.models.stream.distil import Aims, Distillation, aims, refuse_shared, text_of
 from secateur.models.stream.forward import BlockRun
 from secateur.models.stream.straight_through import grids_of
 from secateur.pruning.planning.memory import free_bytes, tuned_bytes, tuned_in_file

@@ -189,7 +189,9 @@ class Compute(Devices):
         "or in calibration bfloat16 as stored if the processor multiplies it.",
     )
     batch_size: int = option(
-        8, "Windows in a forward pass; calibration takes fewer where memory is short.", least=1
+        8,
+        "Windows in a forward pass; fewer in calibration where memory is short, or for +refine.",
+        least=1,
     )
     passes: str = option(
         "auto", "How often blocks run: one, two (less memory), auto: one where that fits."

@@ -43,7 +43,7 @@ SQUARES = 0.98
 WARM = 0.1
 """The share of the steps in which the rate rises; then it falls to zero as a cosine."""
 STEP_TOKENS = 512
-"""About how many tokens make a step; windows that are longer are cut into pieces for it."""
+"""About how many tokens make a step; windows that are longer are cut into sections for it."""
 MOST_EPOCHS = 8
 """Few windows come several times until enough tokens were seen, but so often at most."""
 MEANS = ("exp_avg", "exp_avg_sq")
@@ -63,19 +63,27 @@ class Text(NamedTuple):
     tokens: Tensor
     next: Tensor
 
+    def of(self, windows: slice | Tensor) -> Text:
+        """Some of the windows."""
+        return Text(self.tokens[windows], self.next[windows])
+
     def that_count(self) -> Text:
         """The windows in which some token is foreseen that counts."""
-        rows = self.next.any(1)
-        return Text(self.tokens[rows], self.next[rows])
+        return self.of(self.next.any(1))
 
-    def in_pieces(self) -> Text:
-        """The windows cut into pieces for steps, the first pieces of all of them coming first, so
-        that few steps see many documents.
+    def in_batches(self, size: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Tokens, and whether the next ones count, by batches of so many windows."""
+        return self.tokens.split(size), self.next.split(size)
+
+    def in_sections(self) -> Text:
+        """The windows cut for steps, the first sections of all of them coming first, so that few
+        steps see many documents.
         """
         length = step_shape(self.tokens.shape[1])[1]
-        tokens, following = (torch.cat(one.split(length, 1)[: one.shape[1] // length]) for one in self)
-        following[:, -1] = False  # the token that would be foreseen is in another piece
-        return Text(tokens, following).that_count()
+        count = self.tokens.shape[1] // length
+        cut = Text(*(torch.cat(one.split(length, 1)[:count]) for one in self))
+        cut.next[:, -1] = False  # what would be foreseen is in another section
+        return cut.that_count()
 
 
 class Windows(NamedTuple):
@@ -93,8 +101,8 @@ class Windows(NamedTuple):
 
 
 class Aims(NamedTuple):
-    """What the dense model makes of the calibration windows: pieces to tune on in so many `steps`,
-    and whole ones that judge.
+    """What the dense model makes of the calibration windows: of sections to tune on in so many
+    `steps`, and of whole ones that judge.
 
     `shell` is what stands before the first block and behind the last.
     """
@@ -111,7 +119,7 @@ def held_back(windows: int) -> int:
 
 
 def step_shape(length: int) -> tuple[int, int]:
-    """How many pieces make a step, and how many tokens each has, for windows of `length`."""
+    """How many sections make a step, and how many tokens each has, for windows of `length`."""
     return max(1, STEP_TOKENS // length), length // -(-length // STEP_TOKENS)
 
 
@@ -119,18 +127,21 @@ def steps_of(tokens: int, windows: int, length: int) -> int:
     """How many steps go through so many tokens, of windows of `length` that come several times if
     need be.
     """
-    return _steps(tokens, (windows - held_back(windows)) * (length // step_shape(length)[1]), length)
+    tuned = windows - held_back(windows)
+    return _steps(tokens, tuned * (length // step_shape(length)[1]), length)
 
 
-def _steps(tokens: int, pieces: int, length: int) -> int:
-    """As `steps_of`, for so many pieces of such windows."""
-    size, piece = step_shape(length)
-    return min(-(-tokens // (size * piece)), MOST_EPOCHS * -(-pieces // size))
+def _steps(tokens: int, sections: int, length: int) -> int:
+    """As `steps_of`, for so many sections of such windows."""
+    size, section = step_shape(length)
+    return min(-(-tokens // (size * section)), MOST_EPOCHS * -(-sections // size))
 
 
-def check_windows_for_tuning(count: int, pieces: int = 1) -> None:
-    """Raise NotEnoughText unless some windows, in so many pieces, can be tuned on and others judge."""
-    if count < 2 or not pieces:
+def check_windows_for_tuning(count: int, sections: int = 1) -> None:
+    """Raise NotEnoughText unless some windows, in so many sections, can be tuned on and others can
+    judge.
+    """
+    if count < 2 or not sections:
         raise NotEnoughText(
             "+distil tunes on some calibration windows and judges on others; found "
             f"{count} with a token that counts behind its first. Give --samples 32, or leave "
@@ -139,17 +150,16 @@ def check_windows_for_tuning(count: int, pieces: int = 1) -> None:
 
 
 def text_of(run: BlockRun) -> tuple[Text, Text]:
-    """The pieces to tune on and the windows that judge, of a run. Raises NotEnoughText."""
+    """The sections to tune on and the windows that judge, of a run. Raises NotEnoughText."""
     counts = torch.ones_like(run.tokens, dtype=torch.bool)
     if run.counted is not None:
         counts[:, :-1] = run.counted[:, 1:]
     counts[:, -1] = False
     found = Text(run.tokens, counts).that_count()
     first = len(found.tokens) - held_back(len(found.tokens))
-    tuned, judged = (Text(*(one[part] for one in found)) for part in (slice(first), slice(first, None)))
-    tuned = tuned.in_pieces() if first > 0 else tuned
+    tuned = found.of(slice(first)).in_sections()
     check_windows_for_tuning(len(found.tokens), len(tuned.tokens))
-    return tuned, judged
+    return tuned, found.of(slice(first, None))
 
 
 def refuse_shared(run: BlockRun) -> None:
@@ -183,10 +193,10 @@ def aims(run: BlockRun, most: int, spill: Path | None = None) -> Aims:
 
     def seen(text: Text) -> Windows:
         through = BlockRun(run.language_model, text.tokens, [shell.device], run.dtype, size, spill)
-        return Windows(text.tokens.split(size), final_batches(through, shell), text.next.split(size))
+        tokens, following = text.in_batches(size)
+        return Windows(tokens, final_batches(through, shell), following)
 
-    used = Text(*(one[: steps * size] for one in tuned))
-    return Aims(shell, seen(used), seen(judged), steps)
+    return Aims(shell, seen(tuned.of(slice(steps * size))), seen(judged), steps)
 
 
 class Distillation:

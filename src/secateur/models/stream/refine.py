@@ -47,9 +47,18 @@ STEP_TOKENS = 512
 """About how many tokens make a step, of one window at least: many small ones tune better."""
 
 
+MOST_EPOCHS = 5
+"""Few windows come several times until there were enough steps, but so often at most."""
+
+
 def step_windows(length: int) -> int:
     """How many windows of so many tokens make a step, and so a batch of a run that refines."""
     return max(1, STEP_TOKENS // length)
+
+
+def steps_on(most: int, batches: int) -> int:
+    """In how many steps, at `most`, a block is tuned on so many batches."""
+    return min(most, MOST_EPOCHS * batches)
 
 
 class Tuned(NamedTuple):
@@ -152,10 +161,11 @@ def refine_block(
     result: nn.Module,
     changed: Sequence[str],
     pruned: Container[str],
-    steps: int,
+    most: int,
     values: Values | None = None,
 ) -> Tuned:
-    """Tune the `changed` parameters of a pruned block, and round them into both copies.
+    """Tune the `changed` parameters of a pruned block in so many steps at `most`, and round them
+    into both copies.
 
     Experts that were not `pruned` stay as they are; what is on the grid of `values` stays on it.
     """
@@ -166,7 +176,7 @@ def refine_block(
             block.get_parameter(name).data.copy_(result.get_parameter(name).data)
         kept = kept_of(block, changed, pruned)
         grids = grids_of(result, kept, values) if values else None
-        tuned = refine(block, kept, batches, steps, grids=grids)
+        tuned = refine(block, kept, batches, steps_on(most, len(batches)), grids=grids)
         for name in changed:
             stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
             step.block.get_parameter(name).data.copy_(stored)

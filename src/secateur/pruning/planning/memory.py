@@ -249,8 +249,8 @@ def tuning_moment(work: Workload) -> Moment | None:
     if not work.method.distil:
         return None
     outline, forward = work.outline, work.forward.itemsize
-    size, piece = step_shape(work.length)
-    step = size * piece / (work.length * work.batch)
+    size, section = step_shape(work.length)
+    step = size * section / (work.length * work.batch)
     whole = max(step, 1 / work.batch)  # windows that judge are not cut
     weights = sum(one.count * one.parameters for one in outline.kinds)
     borders = sum(one.count for one in outline.kinds) + 2

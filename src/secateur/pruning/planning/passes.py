@@ -20,6 +20,7 @@ from secateur.models.context import vocabulary_size, width
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS
 from secateur.models.stream.distil import held_back, step_shape, steps_of
+from secateur.models.stream.refine import steps_on
 from secateur.pruning.planning.outline import Kind, Outline, Read, outline, restacked
 from secateur.system.machine import best_seconds, matrix_rate, square_side
 
@@ -49,7 +50,7 @@ def passes(method: Method, groups: int, mode: Mode, batches: int) -> Passes:
     `one`: the block runs once, all batches waiting at each group until it is solved.
     """
     dense = needs_dense(method)
-    tuning = 2 + 3 * method.refine / batches if method.refine else 0
+    tuning = 2 + 3 * steps_on(method.refine, batches) / batches if method.refine else 0
     if mode == "one":
         return Passes(1 + dense + tuning, 0, 1 if method.refine else 0)
     turns = groups if method.sequential else 1
@@ -175,11 +176,11 @@ def _distilling(work: Workload) -> float:
     """
     if not work.method.distil or work.samples < 2:
         return 0.0
-    judged, (size, piece) = held_back(work.samples), step_shape(work.length)
-    all_of_them = (work.samples - judged) * (work.length // piece)
-    tuned = steps_of(work.method.distil, work.samples, work.length) * min(size, all_of_them)
-    share = piece / work.length
-    used = judged + min(tuned, all_of_them) * share
+    judged, (size, section) = held_back(work.samples), step_shape(work.length)
+    sections = (work.samples - judged) * (work.length // section)
+    tuned = steps_of(work.method.distil, work.samples, work.length) * min(size, sections)
+    share = section / work.length
+    used = judged + min(tuned, sections) * share
     tuned *= share
     flops = sum(kind.flops * kind.count for kind in work.outline.kinds) / work.batch
     head = 2 * work.length * width(work.built) * vocabulary_size(work.built.model)
