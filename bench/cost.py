@@ -92,7 +92,7 @@ def model_lines() -> list[dict]:
         solving += sum(costs.shared(group[0][1]) for group in SITES.values())
         parts[name] = (solving, steps(costs, sites))
         windows = SAMPLES if method.need else BATCH
-        often = passes(method, len(SITES), "two", SAMPLES // (1 if method.refine else BATCH))
+        often = passes(method, len(SITES), "two", SAMPLES, 1 if method.refine else BATCH)
         through = ((often.whole + often.after) * windows + often.first * min(windows, BATCH)) / SAMPLES
         through += 5 * method.distil / TOKENS  # the dense model once, then forward twice and backward
         whole[name] = solving + len(method.need & {"gram", "cross"}) * grams + through * forward

@@ -10,8 +10,10 @@ from secateur.models.load import replayable
 from secateur.models.replay import Call
 from secateur.models.stream import refine as refining
 from secateur.models.stream.blocks import BlockRun, stream
+from secateur.models.stream.distil import held_back
 from secateur.models.stream.forward import Batch
-from secateur.models.stream.refine import error, refine, step_windows, steps_on
+from secateur.models.stream.refine import error, refine, step_windows, steps_on, untouched
+from secateur.pruning import in_memory
 from secateur.pruning.in_memory import prune_model
 
 
@@ -60,6 +62,32 @@ def test_it_finds_the_weighted_least_squares_solution():
 )
 def test_a_step_sees_some_five_hundred_tokens_and_few_windows_come_five_times(windows, length, steps):
     assert steps_on(160, -(-windows // step_windows(length))) == steps
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "batches"), [(32, 1, 2), (128, 1, 8), (120, 4, 2), (46, 3, 2), (130, 4, 3), (2, 1, 1), (6, 8, 0)]
+)
+def test_what_distil_judges_on_is_not_touched(count, size, batches):
+    assert untouched(count, size) == batches
+    first = count - held_back(count)
+    assert not batches or (-(-count // size) - batches) * size <= first
+
+
+def test_windows_that_judge_change_nothing_in_a_block(monkeypatch):
+    """With `+distil` behind it; without, they are tuned on like all others."""
+    monkeypatch.setattr(refining, "STEP_TOKENS", TOKENS.shape[1])
+    weights = {}
+    monkeypatch.setattr(in_memory, "distil_model", lambda *_: None)
+    for method in ("magnitude+refine", "magnitude+refine+distil"):
+        for last in (0, 1):
+            tokens = TOKENS.clone()
+            tokens[-1] = tokens[last]
+            seen = windows(tokens)
+            model = tiny_model("llama")
+            prune_model(replayable(model), seen, method=method, pattern="50%")
+            weights[method, last] = model.model.layers[3].mlp.down_proj.weight
+    assert torch.equal(weights["magnitude+refine+distil", 0], weights["magnitude+refine+distil", 1])
+    assert not torch.equal(weights["magnitude+refine", 0], weights["magnitude+refine", 1])
 
 
 def test_a_batch_is_a_step(monkeypatch):

@@ -282,10 +282,10 @@ def test_seconds_are_operations_over_the_measured_rate(folder):
 
 
 def test_passes():
-    assert passes(find_method("wanda"), 4, "two", 32) == (1, 0, 1)
-    assert passes(find_method("wanda+sequential"), 4, "two", 32) == (4, 0, 1)
-    assert passes(find_method("alps+dense-target+refine"), 4, "two", 32) == (4 * 2 + 2 + 15 + 1, 0, 1)
-    assert passes(find_method("best"), 4, "two", 32) == (1 + 2 + 15 + 1, 0, 1)
-    assert passes(find_method("magnitude"), 4, "two", 32) == (0, 1, 1)
-    assert passes(find_method("wanda"), 4, "one", 32) == (1, 0, 0)
-    assert passes(find_method("alps+dense-target+refine"), 4, "one", 32) == (2 + 2 + 15, 0, 1)
+    assert passes(find_method("wanda"), 4, "two", 32, 1) == (1, 0, 1)
+    assert passes(find_method("wanda+sequential"), 4, "two", 32, 1) == (4, 0, 1)
+    assert passes(find_method("alps+dense-target+refine"), 4, "two", 32, 1) == (4 * 2 + 2 + 15 + 1, 0, 1)
+    assert passes(find_method("best"), 4, "two", 32, 1) == (1 + 2 + 3 * 150 / 32 + 1, 0, 1)  # 5 times 30 windows
+    assert passes(find_method("magnitude"), 4, "two", 32, 1) == (0, 1, 1)
+    assert passes(find_method("wanda"), 4, "one", 32, 1) == (1, 0, 0)
+    assert passes(find_method("alps+dense-target+refine"), 4, "one", 32, 1) == (2 + 2 + 15, 0, 1)

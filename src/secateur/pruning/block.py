@@ -112,7 +112,7 @@ def prune_block(step: Step, pruning: Pruning, classes: Mapping[str, Classes]) ->
     tuned = None
     if method.refine and changed:
         _advance(work, f"{step.name} as a whole")
-        tuned = refine_block(step, result, changed, work.notes, method.refine, pruning.values)
+        tuned = refine_block(step, result, changed, work.notes, method, pruning.values)
     written = {*changed, *(permutation.moved if permutation else ())}
     tensors = {f"{step.name}.{n}": result.get_parameter(n).data for n in sorted(written)}
     return PrunedBlock(step.index, tensors, [_report(work, name) for name in step.matrices], tuned)

@@ -19,11 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from secateur.methods.base import Method
 from secateur.methods.values import Values
 from secateur.models.kept import kept_of
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import run_block, working_copy
 from secateur.models.stream.blocks import Step
+from secateur.models.stream.distil import held_back
 from secateur.models.stream.forward import Batch
 from secateur.models.stream.straight_through import (
     StraightThrough,
@@ -45,8 +47,6 @@ demo model.
 
 STEP_TOKENS = 512
 """About how many tokens make a step, of one window at least: many small ones tune better."""
-
-
 MOST_EPOCHS = 5
 """Few windows come several times until there were enough steps, but so often at most."""
 
@@ -59,6 +59,16 @@ def step_windows(length: int) -> int:
 def steps_on(most: int, batches: int) -> int:
     """In how many steps, at `most`, a block is tuned on so many batches."""
     return min(most, MOST_EPOCHS * batches)
+
+
+def untouched(windows: int, size: int) -> int:
+    """How many batches of `size` windows, the last ones, have those that `+distil` judges on.
+
+    Blocks that were tuned on them would be so near to the dense ones there that nothing that
+    `+distil` does could be better. A single batch is tuned on.
+    """
+    batches, first = -(-windows // size), (windows - held_back(windows)) // size
+    return min(batches - first, batches - 1)
 
 
 class Tuned(NamedTuple):
@@ -79,16 +89,19 @@ def refine(
     steps: int,
     rate: float = RATE,
     grids: Mapping[str, StraightThrough] | None = None,
+    untouched: int = 0,
 ) -> Tuned:
     """Tune the parameters named in `kept` (bool, of their shape) in place, in float32.
 
-    A step sees one of the `batches`, which come in a fixed shuffled order, all of them before any
-    comes again. What `kept` leaves out stays 0, and parameters with one of `grids` stay on it.
+    A step sees one of the `batches`, but none of the last `untouched`; they come in a fixed
+    shuffled order, all of them before any comes again. What `kept` leaves out stays 0, and
+    parameters with one of `grids` stay on it.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
     inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
     start = {name: parameter.detach().clone() for name, parameter in tuned.items()}
-    batches = [batch for batch in batches if _weight(batch)]
+    seen = [batch for batch in batches[: len(batches) - untouched] if _weight(batch)]
+    seen = seen or [batch for batch in batches if _weight(batch)]
     before = error(block, batches)
     block.requires_grad_(False)
     grids = grids or {}
@@ -101,13 +114,13 @@ def refine(
         groups.append({"params": [parameter], "lr": step * size / inputs[name] ** 0.5})
     optimiser = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(steps, 1))
-    hidden = batches[0].hidden
+    hidden = seen[0].hidden
     # Adam does not see the scale; gradients in float16 would be zero without it.
     scale = float(hidden.shape[-1] * (hidden.numel() // hidden.shape[-1]) ** 0.5)
     with torch.enable_grad():
-        for number in islice(_order(len(batches)), steps):
+        for number in islice(_order(len(seen)), steps):
             optimiser.zero_grad()
-            (scale * _loss(block, batches[number])).backward()
+            (scale * _loss(block, seen[number])).backward()
             for name, parameter in tuned.items():
                 if parameter.grad is not None:
                     parameter.grad.mul_(kept[name])
@@ -161,22 +174,24 @@ def refine_block(
     result: nn.Module,
     changed: Sequence[str],
     pruned: Container[str],
-    most: int,
+    method: Method,
     values: Values | None = None,
 ) -> Tuned:
-    """Tune the `changed` parameters of a pruned block in so many steps at `most`, and round them
-    into both copies.
+    """Tune the `changed` parameters of a pruned block as the `method` says, and round them into
+    both copies.
 
     Experts that were not `pruned` stay as they are; what is on the grid of `values` stays on it.
     """
-    batches = step.batches()
+    batches, run = step.batches(), step.inputs.run
+    held = untouched(len(run.tokens), run.batch_size) if method.distil else 0
+    steps = steps_on(method.refine, len(batches) - held)
     with step.seconds.counted("refine"):
         block = working_copy(step.block, step.device, torch.float32)
         for name in changed:
             block.get_parameter(name).data.copy_(result.get_parameter(name).data)
         kept = kept_of(block, changed, pruned)
         grids = grids_of(result, kept, values) if values else None
-        tuned = refine(block, kept, batches, steps_on(most, len(batches)), grids=grids)
+        tuned = refine(block, kept, batches, steps, grids=grids, untouched=held)
         for name in changed:
             stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
             step.block.get_parameter(name).data.copy_(stored)

@@ -154,10 +154,7 @@ def _forecast(
     measure: bool,
 ) -> Forecast:
     work, size, exact = _workload(model, recipe, text, resources, trust)
-    passes, limit = resources.passes, resources.limit
-    batch = min(text.samples, resources.batch_size)
-    if work.method.refine:
-        batch = min(batch, step_windows(work.length))
+    passes, limit, batch = resources.passes, resources.limit, work.batch
     known = work.method.cost is not None
     way = arrange(work, batch, passes, limit) if known else without_forecast(passes, limit, batch)
     work = as_it_fits(replace(work, batch=way.batch), limit)
@@ -247,7 +244,8 @@ def _workload(
     pattern, method = _zeros(recipe.pattern), find_method(recipe.method)
     zeros = find_zeros(recipe, method, pattern, parse_values(recipe.values))
     remote = trust.trust_remote_code
-    if min(text.samples, resources.batch_size) < 1:
+    batch = min(text.samples, resources.batch_size)
+    if batch < 1:
         raise NotEnoughText(
             f"At least one window a batch is needed; found {text.samples} windows in batches of "
             f"{resources.batch_size}."
@@ -283,6 +281,7 @@ def _workload(
         stored=stored,
         devices=devices,
         spilled=too_large(size, resources.limit),
+        batch=min(batch, step_windows(length)) if zeros.method.refine else batch,
     )
     return work, size, checkpoint is not None
 

@@ -20,7 +20,7 @@ from secateur.models.context import vocabulary_size, width
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS
 from secateur.models.stream.distil import held_back, step_shape, steps_of
-from secateur.models.stream.refine import steps_on
+from secateur.models.stream.refine import steps_on, untouched
 from secateur.pruning.planning.outline import Kind, Outline, Read, outline, restacked
 from secateur.system.machine import best_seconds, matrix_rate, square_side
 
@@ -42,15 +42,17 @@ class Passes(NamedTuple):
     after: int
 
 
-def passes(method: Method, groups: int, mode: Mode, batches: int) -> Passes:
-    """The passes of so many batches through a block whose weight matrices read `groups` different
-    inputs.
+def passes(method: Method, groups: int, mode: Mode, windows: int, batch: int) -> Passes:
+    """The passes of so many windows, by batches, through a block whose weight matrices read
+    `groups` different inputs.
 
     `two`: one pass looks and the next goes on; a method that is `sequential` looks at every group.
     `one`: the block runs once, all batches waiting at each group until it is solved.
     """
     dense = needs_dense(method)
-    tuning = 2 + 3 * steps_on(method.refine, batches) / batches if method.refine else 0
+    batches = ceil(windows / batch)
+    seen = batches - (untouched(windows, batch) if method.distil else 0)
+    tuning = 2 + 3 * steps_on(method.refine, seen) / batches if method.refine else 0
     if mode == "one":
         return Passes(1 + dense + tuning, 0, 1 if method.refine else 0)
     turns = groups if method.sequential else 1
@@ -156,7 +158,7 @@ def operations(work: Workload, mode: Mode) -> Operations:
 def _forward(work: Workload, mode: Mode, kind: Kind) -> float:
     """Forward passes through blocks of a kind; the model's last has fewer: nothing follows it."""
     windows, count = work.windows, kind.count
-    often = passes(work.method, kind.groups, mode, ceil(windows / work.batch))
+    often = passes(work.method, kind.groups, mode, windows, work.batch)
     inner = (often.whole * windows + often.first * min(windows, work.batch)) * count
     outer = often.after * windows * (count - kind.has_last)
     flops = (kind.flops * (inner + outer) + kind.watch_flops * inner) / work.batch
