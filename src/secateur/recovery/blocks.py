@@ -67,8 +67,7 @@ def _recovered(step: Step, job: Job) -> tuple[nn.Module, dict[str, Any]]:
     kept = block_masks(block)
     values = parse_values(job.pruned.record.get("values", AS_STORED))
     grids = grids_of(original, kept, values) if values else None
-    batches = step.batches()
-    tuned = refine(block, kept, batches, len(batches), job.rate, grids)
+    tuned = refine(block, kept, step.batches(), None, job.rate, grids)
     if not isfinite(tuned.before):
         raise NonFinite(
             f"{step.name} makes NaN or Inf of the text, or the dense block does. Nothing can aim "

@@ -61,14 +61,18 @@ def steps_on(most: int, batches: int) -> int:
     return min(most, MOST_EPOCHS * batches)
 
 
-def untouched(windows: int, size: int) -> int:
-    """How many batches of `size` windows, the last ones, have those that `+distil` judges on.
+def untouched(windows: Sequence[int]) -> int:
+    """How many batches, the last ones, have the windows that `+distil` judges on, where each has so
+    many that count.
 
     Blocks that were tuned on them would be so near to the dense ones there that nothing that
     `+distil` does could be better. A single batch is tuned on.
     """
-    batches, first = -(-windows // size), (windows - held_back(windows)) // size
-    return min(batches - first, batches - 1)
+    left, count = held_back(sum(windows)), 0
+    while left > 0 and count < len(windows) - 1:
+        count += 1
+        left -= windows[-count]
+    return count
 
 
 class Tuned(NamedTuple):
@@ -86,22 +90,26 @@ def refine(
     block: nn.Module,
     kept: Mapping[str, Tensor],
     batches: Sequence[Batch],
-    steps: int,
+    most: int | None = None,
     rate: float = RATE,
     grids: Mapping[str, StraightThrough] | None = None,
-    untouched: int = 0,
+    *,
+    apart: bool = False,
 ) -> Tuned:
     """Tune the parameters named in `kept` (bool, of their shape) in place, in float32.
 
-    A step sees one of the `batches`, but none of the last `untouched`; they come in a fixed
-    shuffled order, all of them before any comes again. What `kept` leaves out stays 0, and
-    parameters with one of `grids` stay on it.
+    A step, of so many at `most` (None: as many as batches), sees one of the `batches` that count,
+    which come in a fixed shuffled order, all of them before any comes again; if `apart`, none of
+    those on which `+distil` judges. What `kept` leaves out stays 0, and parameters with one of
+    `grids` stay on it.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
     inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
     start = {name: parameter.detach().clone() for name, parameter in tuned.items()}
-    seen = [batch for batch in batches[: len(batches) - untouched] if _weight(batch)]
-    seen = seen or [batch for batch in batches if _weight(batch)]
+    batches = [batch for batch in batches if _weight(batch)]
+    held = untouched([_windows(batch) for batch in batches]) if apart else 0
+    seen = batches[: len(batches) - held]
+    steps = len(seen) if most is None else steps_on(most, len(seen))
     before = error(block, batches)
     block.requires_grad_(False)
     grids = grids or {}
@@ -159,6 +167,11 @@ def _weight(batch: Batch) -> int:
     return int(batch.counted.sum())
 
 
+def _windows(batch: Batch) -> int:
+    """How many windows of a batch have a token that counts."""
+    return batch.hidden.shape[-3] if batch.counted is None else int(batch.counted.any(1).sum())
+
+
 def _loss(block: nn.Module, batch: Batch) -> Tensor:
     device = next(block.parameters()).device
     hidden, target = batch.hidden.to(device), batch.target.to(device).float()
@@ -182,16 +195,15 @@ def refine_block(
 
     Experts that were not `pruned` stay as they are; what is on the grid of `values` stays on it.
     """
-    batches, run = step.batches(), step.inputs.run
-    held = untouched(len(run.tokens), run.batch_size) if method.distil else 0
-    steps = steps_on(method.refine, len(batches) - held)
+    batches = step.batches()
     with step.seconds.counted("refine"):
         block = working_copy(step.block, step.device, torch.float32)
         for name in changed:
             block.get_parameter(name).data.copy_(result.get_parameter(name).data)
         kept = kept_of(block, changed, pruned)
         grids = grids_of(result, kept, values) if values else None
-        tuned = refine(block, kept, batches, steps, grids=grids, untouched=held)
+        apart = method.distil > 0
+        tuned = refine(block, kept, batches, method.refine, grids=grids, apart=apart)
         for name in changed:
             stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
             step.block.get_parameter(name).data.copy_(stored)

@@ -51,7 +51,8 @@ def passes(method: Method, groups: int, mode: Mode, windows: int, batch: int) ->
     """
     dense = needs_dense(method)
     batches = ceil(windows / batch)
-    seen = batches - (untouched(windows, batch) if method.distil else 0)
+    by_batch = [min(batch, windows - start) for start in range(0, windows, batch)]
+    seen = batches - (untouched(by_batch) if method.distil else 0)
     tuning = 2 + 3 * steps_on(method.refine, seen) / batches if method.refine else 0
     if mode == "one":
         return Passes(1 + dense + tuning, 0, 1 if method.refine else 0)

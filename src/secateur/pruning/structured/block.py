@@ -22,7 +22,7 @@ from secateur.models.matrices import bias, put, refuse_non_finite_weights, weigh
 from secateur.models.replay import Call, run_block, working_copy
 from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun, Step
 from secateur.models.stream.observe import CalibrationStatistics
-from secateur.models.stream.refine import Tuned, refine, steps_on
+from secateur.models.stream.refine import Tuned, refine
 from secateur.pruning.structured.channel_scores import SELECTIONS, lowest, taylor
 from secateur.pruning.structured.depth import Missing, last_matrix, missing
 from secateur.pruning.structured.expert_scores import EXPERTS, highest_in_groups, routed_to
@@ -100,7 +100,7 @@ class BlockSlicer:
         names = sorted({matrix.parameter for matrix in weight_matrices(smaller).values()})
         parameters = {name: smaller.get_parameter(name) for name in names}
         kept = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}
-        tuned = refine(smaller, kept, batches, steps_on(self.method.refine, len(batches)))
+        tuned = refine(smaller, kept, batches, self.method.refine)
         step.seconds.refine += perf_counter() - started
         return state | {n: p.data.to(state[n].dtype).cpu() for n, p in parameters.items()}, tuned
 
