@@ -18,6 +18,7 @@ from secateur.checkpoints import result_folder
 from secateur.checkpoints.journal import Journal, differences
 from secateur.errors import Interrupted, OutputRefused, UnsupportedModel
 from secateur.models.stream import distil
+from secateur.models.stream import steps as stepping
 from secateur.pruning import distil as tuning
 from secateur.pruning.prune import prune
 
@@ -103,7 +104,7 @@ def test_goes_on_after_the_last_finished_block(arguments, out, case, capfd):
 def test_goes_on_where_all_blocks_are_tuned(arguments, out, place, case, monkeypatch, capfd):
     """It dies before and after a step, as it judges, before and after the result is written again."""
     monkeypatch.setattr(tuning, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(distil, "STEP_TOKENS", 32)
+    monkeypatch.setattr(stepping, "STEP_TOKENS", 32)
     monkeypatch.setattr(distil.Distillation, "judge", lambda self: 1 / (1 + self.done))  # so that it is written
     given = arguments(*CASES[case])
     expected = undisturbed(given, out)
@@ -125,7 +126,7 @@ def test_goes_on_where_all_blocks_are_tuned(arguments, out, place, case, monkeyp
 def test_what_was_tuned_in_memory_goes_on_in_a_file(arguments, out, monkeypatch):
     """And dies there, and goes on in memory."""
     monkeypatch.setattr(tuning, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(distil, "STEP_TOKENS", 32)
+    monkeypatch.setattr(stepping, "STEP_TOKENS", 32)
     given, step = arguments(*CASES["tuned together"]), "secateur.models.stream.distil.Distillation.step"
     expected = undisturbed(given, out)
     assert started(given, (step, 2, "before")) == DIED

@@ -18,6 +18,7 @@ from secateur.models.load import replayable
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import working_copy
 from secateur.models.stream import distil
+from secateur.models.stream import steps as stepping
 from secateur.models.stream.distil import Distillation, aims
 from secateur.models.stream.forward import BlockRun
 from secateur.pruning import distil as tuning
@@ -94,7 +95,7 @@ def test_gradients_are_those_of_the_whole_model(family, graphs, monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gemma3_text"])
 @pytest.mark.filterwarnings("ignore")
 def test_the_model_comes_nearer_and_masks_stand_still(family, dtype, monkeypatch):
-    monkeypatch.setattr(distil, "STEP_TOKENS", 64)
+    monkeypatch.setattr(stepping, "STEP_TOKENS", 64)
     monkeypatch.setattr(distil, "RATE", 0.05)  # for a few windows of random text
     found = {}
     for method in ("wanda", "wanda+distil"):
@@ -119,7 +120,7 @@ def test_the_model_comes_nearer_and_masks_stand_still(family, dtype, monkeypatch
 @pytest.mark.filterwarnings("ignore")
 def test_other_architectures_are_tuned_too(family, monkeypatch):
     """States, biases by position, experts and shared ones: zeros stay, nothing is made worse."""
-    monkeypatch.setattr(distil, "STEP_TOKENS", 64)
+    monkeypatch.setattr(stepping, "STEP_TOKENS", 64)
     language_model = replayable(tiny_model(family))
     report = prune_model(language_model, windows(), method="magnitude+distil", pattern="50%", batch_size=3)
     assert report.sparsity == pytest.approx(0.5, abs=2e-3)
@@ -129,7 +130,7 @@ def test_other_architectures_are_tuned_too(family, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_on_a_grid_stays_on_it(monkeypatch):
-    monkeypatch.setattr(distil, "STEP_TOKENS", 64)
+    monkeypatch.setattr(stepping, "STEP_TOKENS", 64)
     values = parse_values("int4 of group 32")
     assert values is not None
     model = replayable(tiny_model("llama"))
@@ -267,21 +268,22 @@ def test_what_is_said_is_said_of_what_is_stored(values, monkeypatch):
     ],
 )
 def test_steps_go_through_so_many_tokens(tokens, count, length, steps):
-    assert distil.steps_of(tokens, count, length) == steps
+    sections = (count - stepping.held_back(count)) * (length // stepping.section_length(length))
+    assert distil.steps_of(tokens, sections, length) == steps
 
 
 def test_windows_without_a_step_are_not_run(monkeypatch):
-    monkeypatch.setattr(distil, "STEP_TOKENS", 32)
+    monkeypatch.setattr(stepping, "STEP_TOKENS", 32)
     run = BlockRun(replayable(tiny_model("llama")), TOKENS, [CPU], torch.float32, 2)
     found = aims(run, 48)
     assert found.steps == 2
-    assert torch.equal(torch.cat(list(found.tuned.tokens)), TOKENS[: 2 * distil.step_shape(TOKENS.shape[1])[0]])
+    assert torch.equal(torch.cat(list(found.tuned.tokens)), TOKENS[: 2 * stepping.step_windows(TOKENS.shape[1])])
     assert torch.equal(torch.cat(list(found.judged.tokens)), TOKENS[-1:])
 
 
 def test_long_windows_are_cut_into_sections_for_steps(monkeypatch):
     """First sections of all windows come first; those that judge stay whole; what a section foresees lies in it."""
-    monkeypatch.setattr(distil, "STEP_TOKENS", 10)
+    monkeypatch.setattr(stepping, "STEP_TOKENS", 10)
     tokens = torch.arange(4 * 23).view(4, 23) % 100
     counted = torch.ones_like(tokens, dtype=torch.bool)
     counted[0, 7:] = False  # nothing counts in the second and third section of the first window
@@ -301,7 +303,7 @@ def test_long_windows_are_cut_into_sections_for_steps(monkeypatch):
 
 
 def test_windows_whose_sections_foresee_nothing_are_refused(monkeypatch):
-    monkeypatch.setattr(distil, "STEP_TOKENS", 10)
+    monkeypatch.setattr(stepping, "STEP_TOKENS", 10)
     tokens, counted = torch.arange(40).view(2, 20), torch.zeros(2, 20, dtype=torch.bool)
     counted[:, 10] = True  # foreseen by the last token of the section before
     run = BlockRun(replayable(tiny_model("llama")), tokens, [CPU], torch.float32, 2, counted=counted)

@@ -9,10 +9,11 @@ from torch import nn
 from secateur.models.load import replayable
 from secateur.models.replay import Call
 from secateur.models.stream import refine as refining
+from secateur.models.stream import steps as stepping
 from secateur.models.stream.blocks import BlockRun, stream
-from secateur.models.stream.distil import held_back
 from secateur.models.stream.forward import Batch
-from secateur.models.stream.refine import error, refine, step_windows, steps_on, untouched
+from secateur.models.stream.refine import error, refine, steps_on
+from secateur.models.stream.steps import held_back, step_windows, untouched
 from secateur.pruning import in_memory
 from secateur.pruning.in_memory import prune_model
 
@@ -77,7 +78,7 @@ def test_what_distil_judges_on_is_not_touched(count, size, batches):
 
 def test_windows_that_judge_change_nothing_in_a_block(monkeypatch):
     """With `+distil` behind it; without, they are tuned on like all others."""
-    monkeypatch.setattr(refining, "STEP_TOKENS", TOKENS.shape[1])
+    monkeypatch.setattr(stepping, "STEP_TOKENS", TOKENS.shape[1])
     weights = {}
     monkeypatch.setattr(in_memory, "distil_model", lambda *_: None)
     for method in ("magnitude+refine", "magnitude+refine+distil"):
@@ -95,7 +96,7 @@ def test_windows_that_judge_change_nothing_in_a_block(monkeypatch):
 def test_a_batch_is_a_step(monkeypatch):
     """However many windows a forward pass may take, and however many there are, a block is tuned in as many steps."""
     weights = []
-    monkeypatch.setattr(refining, "STEP_TOKENS", 128)
+    monkeypatch.setattr(stepping, "STEP_TOKENS", 128)
     for most in (1, 8):
         model = tiny_model("llama")
         run = windows(torch.randint(0, 100, (6, 128), generator=torch.Generator().manual_seed(1)))

@@ -22,7 +22,6 @@ from secateur.models.replay import LanguageModel
 from secateur.models.source import ignored_in_words
 from secateur.models.stream.blocks import BlockRun
 from secateur.models.stream.distributed import ALONE, Ranks
-from secateur.models.stream.refine import step_windows
 from secateur.pruning.check import Zeros
 from secateur.pruning.planning.allocation import Plan, is_file, label, left_dense_in_words
 from secateur.pruning.planning.measured import make_plan
@@ -119,8 +118,7 @@ def prepare(
     """
     recipe, method, pattern, values = zeros
     check_windows(run.language_model, windows, run.batch_size)
-    if method.refine:
-        run = replace(run, batch_size=min(run.batch_size, step_windows(run.tokens.shape[1])))
+    run = run.by_steps() if method.refine else run
     share = _checked_coverage(run.language_model, zeros, trust)
     if run.ranks.size > 1 and (method.refine or method.permute or method.distil):
         raise UnsupportedModel(

@@ -33,6 +33,7 @@ from secateur.models.divergence import Divergence
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import Call, Shell, run_block
 from secateur.models.stream.forward import BlockRun, final_batches
+from secateur.models.stream.steps import held_back, section_length, step_windows
 from secateur.models.stream.straight_through import StraightThrough, put_on_grid, take_off_grid
 from secateur.system.machine import CPU
 
@@ -42,14 +43,10 @@ SQUARES = 0.98
 """How Adam's mean of squares decays: over 50 steps."""
 WARM = 0.1
 """The share of the steps in which the rate rises; then it falls to zero as a cosine."""
-STEP_TOKENS = 512
-"""About how many tokens make a step; windows that are longer are cut into sections for it."""
 MOST_EPOCHS = 8
 """Few windows come several times until enough tokens were seen, but so often at most."""
 MEANS = ("exp_avg", "exp_avg_sq")
 """What Adam keeps of each weight, as torch names it."""
-HELD_BACK = 16
-"""One window of so many is not tuned on; it judges."""
 LOGITS = 2**24
 """How many logits a piece has at most."""
 
@@ -71,15 +68,11 @@ class Text(NamedTuple):
         """The windows in which some token is foreseen that counts."""
         return self.of(self.next.any(1))
 
-    def in_batches(self, size: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Tokens, and whether the next ones count, by batches of so many windows."""
-        return self.tokens.split(size), self.next.split(size)
-
     def in_sections(self) -> Text:
         """The windows cut for steps, the first sections of all of them coming first, so that few
         steps see many documents.
         """
-        length = step_shape(self.tokens.shape[1])[1]
+        length = section_length(self.tokens.shape[1])
         count = self.tokens.shape[1] // length
         cut = Text(*(torch.cat(one.split(length, 1)[:count]) for one in self))
         cut.next[:, -1] = False  # what would be foreseen is in another section
@@ -113,27 +106,11 @@ class Aims(NamedTuple):
     steps: int
 
 
-def held_back(windows: int) -> int:
-    """How many of the windows are not tuned on."""
-    return max(1, windows // HELD_BACK)
-
-
-def step_shape(length: int) -> tuple[int, int]:
-    """How many sections make a step, and how many tokens each has, for windows of `length`."""
-    return max(1, STEP_TOKENS // length), length // -(-length // STEP_TOKENS)
-
-
-def steps_of(tokens: int, windows: int, length: int) -> int:
-    """How many steps go through so many tokens, of windows of `length` that come several times if
-    need be.
+def steps_of(tokens: int, sections: int, length: int) -> int:
+    """How many steps go through so many tokens, in so many sections of windows of `length`, which
+    come several times if need be.
     """
-    tuned = windows - held_back(windows)
-    return _steps(tokens, tuned * (length // step_shape(length)[1]), length)
-
-
-def _steps(tokens: int, sections: int, length: int) -> int:
-    """As `steps_of`, for so many sections of such windows."""
-    size, section = step_shape(length)
+    size, section = step_windows(length), section_length(length)
     return min(-(-tokens // (size * section)), MOST_EPOCHS * -(-sections // size))
 
 
@@ -189,12 +166,13 @@ def aims(run: BlockRun, most: int, spill: Path | None = None) -> Aims:
     for parameter in set(shell.model.parameters()) - mapped:  # the model's own stay as they are
         parameter.requires_grad_(False)
     length = run.tokens.shape[1]
-    size, steps = step_shape(length)[0], _steps(most, len(tuned.tokens), length)
+    size, steps = step_windows(length), steps_of(most, len(tuned.tokens), length)
 
     def seen(text: Text) -> Windows:
         through = BlockRun(run.language_model, text.tokens, [shell.device], run.dtype, size, spill)
-        tokens, following = text.in_batches(size)
-        return Windows(tokens, final_batches(through, shell), following)
+        return Windows(
+            text.tokens.split(size), final_batches(through, shell), text.next.split(size)
+        )
 
     return Aims(shell, seen(tuned.of(slice(steps * size))), seen(judged), steps)
 
@@ -314,6 +292,13 @@ class Distillation:
             entering.append(ends[1].detach())
         return entering, calls, stay
 
+    def _leaving(self, tokens: Tensor) -> Tensor:
+        """What leaves the last block; nothing else is kept."""
+        hidden, calls = self.aims.shell.enter(tokens)
+        for index, call in enumerate(calls):
+            _, hidden = self._run(index, hidden, call, graph=False)
+        return hidden
+
     def _end(self, number: int, leaving: Tensor) -> tuple[float, Tensor]:
         """The mean KL(dense ‖ pruned) of a batch, and the gradient of the sum, in which float16
         does not underflow, to what leaves the last block. Adam does not see the scale.
@@ -334,7 +319,7 @@ class Distillation:
         """The mean KL(dense ‖ pruned) on the windows that are held back, nats a token."""
         lost, judged = 0.0, self.aims.judged
         for number, tokens in enumerate(judged.tokens):
-            leaving, batch = self._forward(tokens)[0][-1], judged.batch(number)
+            leaving, batch = self._leaving(tokens), judged.batch(number)
             for where in _pieces(tokens, judged.next[number], self.aims.shell):
                 lost += self._lost(batch, where, leaving[..., *where, :]).item()
         return lost / sum(int(counts.sum()) for counts in judged.next)

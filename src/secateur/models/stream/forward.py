@@ -23,6 +23,7 @@ from secateur.models.mapped_tensors import HiddenStateStore
 from secateur.models.replay import Call, LanguageModel, Shell, own, run_block, same, working_copy
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.models.stream.prefetch import Prefetch
+from secateur.models.stream.steps import step_windows
 from secateur.system.memory import release_memory, will_need
 from secateur.system.progress import Progress
 
@@ -51,6 +52,10 @@ class BlockRun:
     seconds: Seconds = field(default_factory=Seconds)
     progress: Progress = field(default_factory=Progress)
     counted: Tensor | None = None
+
+    def by_steps(self) -> BlockRun:
+        """The same run with batches that each make a step of tuning, where they are larger."""
+        return replace(self, batch_size=min(self.batch_size, step_windows(self.tokens.shape[1])))
 
     def first_batch(self) -> BlockRun:
         """The same run on its first batch alone."""

@@ -25,8 +25,8 @@ from secateur.models.kept import kept_of
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import run_block, working_copy
 from secateur.models.stream.blocks import Step
-from secateur.models.stream.distil import held_back
 from secateur.models.stream.forward import Batch
+from secateur.models.stream.steps import untouched
 from secateur.models.stream.straight_through import (
     StraightThrough,
     grids_of,
@@ -44,35 +44,13 @@ RATE_ON_GRID = 0.5
 """Of that, where weights stay on a grid and jump from level to level: 0.25 to 3 were tried on the
 demo model.
 """
-
-STEP_TOKENS = 512
-"""About how many tokens make a step, of one window at least: many small ones tune better."""
 MOST_EPOCHS = 5
 """Few windows come several times until there were enough steps, but so often at most."""
-
-
-def step_windows(length: int) -> int:
-    """How many windows of so many tokens make a step, and so a batch of a run that refines."""
-    return max(1, STEP_TOKENS // length)
 
 
 def steps_on(most: int, batches: int) -> int:
     """In how many steps, at `most`, a block is tuned on so many batches."""
     return min(most, MOST_EPOCHS * batches)
-
-
-def untouched(windows: Sequence[int]) -> int:
-    """How many batches, the last ones, have the windows that `+distil` judges on, where each has so
-    many that count.
-
-    Blocks that were tuned on them would be so near to the dense ones there that nothing that
-    `+distil` does could be better. A single batch is tuned on.
-    """
-    left, count = held_back(sum(windows)), 0
-    while left > 0 and count < len(windows) - 1:
-        count += 1
-        left -= windows[-count]
-    return count
 
 
 class Tuned(NamedTuple):

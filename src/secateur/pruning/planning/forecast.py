@@ -29,7 +29,7 @@ from secateur.models.load import checkpoint_config, described_config, locate
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
 from secateur.models.stream.distil import check_windows_for_tuning
-from secateur.models.stream.refine import step_windows
+from secateur.models.stream.steps import step_windows
 from secateur.pruning.check import find_zeros
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.planning.drawing import CHARACTERS_A_TOKEN, TextForecast, text_forecast

@@ -28,7 +28,8 @@ from secateur.models.context import vocabulary_size, width
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun
-from secateur.models.stream.distil import LOGITS, step_shape
+from secateur.models.stream.distil import LOGITS
+from secateur.models.stream.steps import section_length, step_windows
 from secateur.pruning.planning.outline import Kind, Read, build
 from secateur.pruning.planning.passes import MODES, Mode, Workload, needs_dense
 from secateur.system.memory import anonymous_bytes, available_bytes
@@ -249,8 +250,8 @@ def tuning_moment(work: Workload) -> Moment | None:
     if not work.method.distil:
         return None
     outline, forward = work.outline, work.forward.itemsize
-    size, section = step_shape(work.length)
-    step = size * section / (work.length * work.batch)
+    tokens = step_windows(work.length) * section_length(work.length)
+    step = tokens / (work.length * work.batch)
     whole = max(step, 1 / work.batch)  # windows that judge are not cut
     weights = sum(one.count * one.parameters for one in outline.kinds)
     borders = sum(one.count for one in outline.kinds) + 2
@@ -264,8 +265,10 @@ def tuning_moment(work: Workload) -> Moment | None:
         "masks": weights,
         "gradients": 4 * max(kind.parameters for kind in outline.kinds),
         "dense hidden states": outline.hidden_bytes * work.samples / work.batch,
-        "hidden states": outline.hidden_bytes * whole * borders,
-        "activations of the batch at hand": step * max(one.tuning_bytes for one in outline.kinds),
+        "hidden states": outline.hidden_bytes * max(step * borders, 2 * whole),
+        "activations of the batch at hand": max(
+            max(step * one.tuning_bytes, whole * one.peak_bytes) for one in outline.kinds
+        ),
         "output embedding": forward * vocabulary * width(work.built),
         "logits": logits * (16 + 3 * forward),
     }

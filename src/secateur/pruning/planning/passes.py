@@ -19,8 +19,9 @@ from secateur.methods.statistics import OF_DENSE
 from secateur.models.context import vocabulary_size, width
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS
-from secateur.models.stream.distil import held_back, step_shape, steps_of
-from secateur.models.stream.refine import steps_on, untouched
+from secateur.models.stream.distil import steps_of
+from secateur.models.stream.refine import steps_on
+from secateur.models.stream.steps import held_back, section_length, step_windows, untouched
 from secateur.pruning.planning.outline import Kind, Outline, Read, outline, restacked
 from secateur.system.machine import best_seconds, matrix_rate, square_side
 
@@ -50,10 +51,9 @@ def passes(method: Method, groups: int, mode: Mode, windows: int, batch: int) ->
     `one`: the block runs once, all batches waiting at each group until it is solved.
     """
     dense = needs_dense(method)
-    batches = ceil(windows / batch)
-    by_batch = [min(batch, windows - start) for start in range(0, windows, batch)]
-    seen = batches - (untouched(by_batch) if method.distil else 0)
-    tuning = 2 + 3 * steps_on(method.refine, seen) / batches if method.refine else 0
+    batches = [min(batch, windows - start) for start in range(0, windows, batch)]
+    seen = len(batches) - (untouched(batches) if method.distil else 0)
+    tuning = 2 + 3 * steps_on(method.refine, seen) / len(batches) if method.refine else 0
     if mode == "one":
         return Passes(1 + dense + tuning, 0, 1 if method.refine else 0)
     turns = groups if method.sequential else 1
@@ -179,12 +179,11 @@ def _distilling(work: Workload) -> float:
     """
     if not work.method.distil or work.samples < 2:
         return 0.0
-    judged, (size, section) = held_back(work.samples), step_shape(work.length)
+    judged, section = held_back(work.samples), section_length(work.length)
     sections = (work.samples - judged) * (work.length // section)
-    tuned = steps_of(work.method.distil, work.samples, work.length) * min(size, sections)
-    share = section / work.length
-    used = judged + min(tuned, sections) * share
-    tuned *= share
+    steps = steps_of(work.method.distil, sections, work.length)
+    seen, share = steps * min(step_windows(work.length), sections), section / work.length
+    used, tuned = judged + min(seen, sections) * share, seen * share  # in windows
     flops = sum(kind.flops * kind.count for kind in work.outline.kinds) / work.batch
     head = 2 * work.length * width(work.built) * vocabulary_size(work.built.model)
     return flops * (used + 4 * tuned + 2 * judged) + head * (3 * tuned + 4 * judged)

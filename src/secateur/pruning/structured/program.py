@@ -31,7 +31,6 @@ from secateur.models.parts import other_parts
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
 from secateur.models.stream.block_writer import BlockWriter, block_writer, with_room
 from secateur.models.stream.blocks import BlockRun, stream
-from secateur.models.stream.refine import step_windows
 from secateur.pruning.opening import Opened
 from secateur.pruning.structured.block import BlockSlicer
 from secateur.pruning.structured.depth import BLOCKS
@@ -76,11 +75,11 @@ def prune_structure(
     source, language_model, windows = opened
     recipe, method, structure = slices
     devices = resources.devices
-    run = _block_run(opened, resources, progress, steps=method.refine > 0)
-    batch_size = run.batch_size
-    check_windows(language_model, windows, batch_size)
+    check_windows(language_model, windows, resources.batch_size)
+    run = _block_run(opened, resources, progress)
+    run = run.by_steps() if method.refine else run
     feasibility = feasibility or Feasibility(language_model, devices[0])
-    options = {"dtype": resources.dtype, "batch_size": batch_size, "align": recipe.align}
+    options = {"dtype": resources.dtype, "batch_size": run.batch_size, "align": recipe.align}
     conditions = {
         "method": recipe.method,
         "pattern": str(structure),
@@ -117,19 +116,14 @@ def prune_structure(
     return report
 
 
-def _block_run(
-    opened: Opened, resources: Resources, progress: Progress, *, steps: bool
-) -> BlockRun:
-    """The calibration windows on their way through the blocks; each batch makes a step of tuning
-    where there are `steps`.
-    """
-    most = step_windows(opened.windows.ids.shape[1]) if steps else resources.batch_size
+def _block_run(opened: Opened, resources: Resources, progress: Progress) -> BlockRun:
+    """The calibration windows on their way through the blocks."""
     return BlockRun(
         opened.language_model,
         opened.windows.ids,
         resources.devices,
         forward_dtype(resources.dtype, resources.devices[0]),
-        min(resources.batch_size, most),
+        resources.batch_size,
         progress=progress,
         counted=opened.windows.counted,
     )
