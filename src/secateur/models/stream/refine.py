@@ -9,7 +9,8 @@ more for each of its weights.
 
 Departures: each token's error is taken relative to the power of its target, since the norm that
 reads it divides by that; the rate is relative to the size of a parameter's weights and falls to
-zero. A block that did not come nearer keeps its weights.
+zero. Windows that are not tuned on judge, and a block that did not come nearer there keeps its
+weights.
 """
 
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -54,7 +55,9 @@ def steps_on(most: int, batches: int) -> int:
 
 
 class Tuned(NamedTuple):
-    """A block's relative output error before and after; the same where tuning did not help."""
+    """A block's relative output error, on windows that it is not tuned on, before and after; the
+    same where tuning did not help.
+    """
 
     before: float
     after: float
@@ -71,24 +74,22 @@ def refine(
     most: int | None = None,
     rate: float = RATE,
     grids: Mapping[str, StraightThrough] | None = None,
-    *,
-    apart: bool = False,
 ) -> Tuned:
     """Tune the parameters named in `kept` (bool, of their shape) in place, in float32.
 
     A step, of so many at `most` (None: as many as batches), sees one of the `batches` that count,
-    which come in a fixed shuffled order, all of them before any comes again; if `apart`, none of
-    those on which `+distil` judges. What `kept` leaves out stays 0, and parameters with one of
+    which come in a fixed shuffled order, all of them before any comes again; the last of them
+    judge, unless there is one alone. What `kept` leaves out stays 0, and parameters with one of
     `grids` stay on it.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
     inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
     start = {name: parameter.detach().clone() for name, parameter in tuned.items()}
     batches = [batch for batch in batches if _weight(batch)]
-    held = untouched([_windows(batch) for batch in batches]) if apart else 0
-    seen = batches[: len(batches) - held]
+    first = len(batches) - untouched([_windows(batch) for batch in batches])
+    seen, judged = batches[:first], batches[first:] or batches
     steps = len(seen) if most is None else steps_on(most, len(seen))
-    before = error(block, batches)
+    before = error(block, judged)
     block.requires_grad_(False)
     grids = grids or {}
     put_on_grid(block, grids)
@@ -115,7 +116,7 @@ def refine(
     for parameter in block.parameters():
         parameter.requires_grad_(False).grad = None
     take_off_grid(block, grids)
-    after = error(block, batches)
+    after = error(block, judged)
     if after < before:
         return Tuned(before, after)
     for name in tuned:
@@ -180,8 +181,7 @@ def refine_block(
             block.get_parameter(name).data.copy_(result.get_parameter(name).data)
         kept = kept_of(block, changed, pruned)
         grids = grids_of(result, kept, values) if values else None
-        apart = method.distil > 0
-        tuned = refine(block, kept, batches, method.refine, grids=grids, apart=apart)
+        tuned = refine(block, kept, batches, method.refine, grids=grids)
         for name in changed:
             stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
             step.block.get_parameter(name).data.copy_(stored)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 STEP_TOKENS = 512
 """About how many tokens make a step."""
 HELD_BACK = 16
-"""One window of so many is not tuned on where all blocks are tuned together; it judges."""
+"""One window of so many is not tuned on; it judges."""
 
 
 def step_windows(length: int) -> int:
@@ -32,8 +32,8 @@ def untouched(windows: Sequence[int]) -> int:
     """How many batches, the last ones, have the windows that judge, where each has so many that
     count.
 
-    Blocks that were tuned on them one by one would be so near to the dense ones there that nothing
-    that tuning them together does could be better. A single batch is tuned on.
+    The same windows judge blocks one by one and together: blocks that had been tuned on them would
+    be so near to the dense ones there that nothing could be better. A single batch is tuned on.
     """
     left, count = held_back(sum(windows)), 0
     while left > 0 and count < len(windows) - 1:

@@ -52,8 +52,9 @@ def passes(method: Method, groups: int, mode: Mode, windows: int, batch: int) ->
     """
     dense = needs_dense(method)
     batches = [min(batch, windows - start) for start in range(0, windows, batch)]
-    seen = len(batches) - (untouched(batches) if method.distil else 0)
-    tuning = 2 + 3 * steps_on(method.refine, seen) / len(batches) if method.refine else 0
+    held = untouched(batches)
+    steps = steps_on(method.refine, len(batches) - held)
+    tuning = (2 * (held or len(batches)) + 3 * steps) / len(batches) if method.refine else 0
     if mode == "one":
         return Passes(1 + dense + tuning, 0, 1 if method.refine else 0)
     turns = groups if method.sequential else 1
