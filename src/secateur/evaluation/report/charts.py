@@ -93,6 +93,7 @@ def charts(results: Results) -> list[Chart]:
         _against(results, PERPLEXITY, BYTES),
         _against(results, ACCURACY, BYTES),
         _against(results, PERPLEXITY, SPEED),
+        _effort(results),
         _sweep(results),
         _draws(results),
         *_layers(results),
@@ -225,6 +226,38 @@ def _sweep(results: Results) -> Plan | None:
         layers.append(_layer("rule", {"y": {"datum": dense * (1 + share)}}, **DASHED))
     spec = _facets(layers, "of", values)
     return _plan("Perplexity by how much is taken out", words, spec, values)
+
+
+def _effort(results: Results) -> Plan | None:
+    """Perplexity against what it took to prune, and to fine-tune: a panel a pattern."""
+    rows = [(row, seconds) for row in results.table if (seconds := _seconds(row))]
+    panels = Counter(row.pattern for row, _ in rows)
+    values = [
+        {
+            "x": seconds,
+            "y": row.perplexity,
+            "method": method(row),
+            "pattern": row.pattern,
+            "words": f"{method(row)} {row.pattern}: perplexity {number(row.perplexity)}, "
+            f"{seconds:.3g} seconds",
+        }
+        for row, seconds in rows
+        if panels[row.pattern] >= 3
+    ]
+    if not values:
+        return None
+    log = _wide([row for row, _ in rows])
+    x, y = _axis("x", "seconds of pruning", log=True), _axis("y", "perplexity", log=log)
+    place = {"x": x, "y": y, "color": _colour("method", _methods(results))}
+    words = f"Dense: {number(results.dense.perplexity)}. What pruning took, without reading, "
+    words += "writing and evaluating."
+    spec = _facets([_points(place, 90)], "pattern", values)
+    return _plan("Perplexity against what pruning took", words, spec, values)
+
+
+def _seconds(row: Row) -> float:
+    """What it took to make a row."""
+    return sum(row.seconds.values()) + (row.recovered.seconds if row.recovered else 0.0)
 
 
 def _draws(results: Results) -> Plan | None:

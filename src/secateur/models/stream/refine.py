@@ -99,7 +99,7 @@ def refine(
         size = parameter.detach().square().sum().div(kept[name].sum().clamp_min(1)).sqrt().item()
         step = rate * (RATE_ON_GRID if name in grids else 1.0)
         groups.append({"params": [parameter], "lr": step * size / inputs[name] ** 0.5})
-    optimiser = torch.optim.Adam(groups)
+    optimiser = torch.optim.Adam(groups, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / max(steps, 1))
     hidden = seen[0].hidden
     # Adam does not see the scale; gradients in float16 would be zero without it.
