@@ -30,6 +30,7 @@ from secateur.methods import find_method
 from secateur.methods.cost import Cost
 from secateur.methods.pattern_text import parse_pattern
 from secateur.methods.statistics import Stats
+from secateur.models.stream.steps import batch_of_a_step
 from secateur.pruning.planning.passes import passes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -92,7 +93,8 @@ def model_lines() -> list[dict]:
         solving += sum(costs.shared(group[0][1]) for group in SITES.values())
         parts[name] = (solving, steps(costs, sites))
         windows = SAMPLES if method.need else BATCH
-        often = passes(method, len(SITES), "two", SAMPLES, 1 if method.refine else BATCH)
+        batch = batch_of_a_step(SAMPLES, CONTEXT, BATCH) if method.refine else BATCH
+        often = passes(method, len(SITES), "two", SAMPLES, batch)
         through = ((often.whole + often.after) * windows + often.first * min(windows, BATCH)) / SAMPLES
         through += 5 * method.distil / TOKENS  # the dense model once, then forward twice and backward
         whole[name] = solving + len(method.need & {"gram", "cross"}) * grams + through * forward

@@ -19,7 +19,7 @@ from secateur.models.matrices import weight_matrices
 from secateur.models.replay import working_copy
 from secateur.models.stream import distil
 from secateur.models.stream import steps as stepping
-from secateur.models.stream.distil import Distillation, aims
+from secateur.models.stream.distil import Distillation, aims, text_of
 from secateur.models.stream.forward import BlockRun
 from secateur.pruning import distil as tuning
 from secateur.pruning.in_memory import prune_model
@@ -242,18 +242,30 @@ def test_a_model_that_cannot_be_judged_stays_as_it_is(monkeypatch, tmp_path, tex
     assert not [file for file in (tmp_path / "out").iterdir() if file.name.startswith(".")]
 
 
-@pytest.mark.parametrize("values", ["as stored", "int3 of row"])
+@pytest.mark.parametrize("values", ["as stored", "int4 of row"])
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_said_is_said_of_what_is_stored(values, monkeypatch):
     """KL before and after, judged once more on the weights that stay, those that became level 0 among them."""
-    monkeypatch.setattr(distil, "RATE", 0.02)
+    monkeypatch.setattr(distil, "RATE", 0.1)
+    many = windows(torch.randint(3, 128, (40, 24), generator=torch.Generator().manual_seed(3)))
     dense, model = replayable(tiny_model("llama")), replayable(tiny_model("llama"))
-    report = prune_model(model, windows(), method="alps-fast+distil", values=values, batch_size=3, dtype="float32")
-    found = aims(BlockRun(dense, windows().ids, [CPU], torch.float32, 3), 2**17)
+    report = prune_model(model, many, method="alps-fast+distil", values=values, batch_size=3, dtype="float32")
+    found = aims(BlockRun(dense, many.ids, [CPU], torch.float32, 3), 2**17)
     blocks = [working_copy(block, CPU, torch.float32) for block in model.blocks]
     assert report.distilled
+    assert report.distilled[1] < report.distilled[0]
     judged = Distillation(found, blocks, [{} for _ in blocks]).judge()
     assert report.distilled[1] == pytest.approx(judged, rel=1e-6)
+    zeros = {
+        f"{model.block_name(index)}.{name}": int((matrix.weight == 0).sum())
+        for index, block in enumerate(model.blocks)
+        for name, matrix in weight_matrices(block).items()
+    }
+    assert {one.site: one.sparsity * one.shape[0] * one.shape[1] for one in report.sites} == pytest.approx(zeros)
+    kept_but_zero = sum(one.rounded_away for one in report.sites)
+    removed = sum(count // 2 for count in (a * b for a, b in (one.shape for one in report.sites)))
+    assert kept_but_zero == sum(zeros.values()) - removed
+    assert report.sparsity == pytest.approx(sum(zeros.values()) / (2 * removed))
 
 
 @pytest.mark.parametrize(
@@ -302,6 +314,19 @@ def test_long_windows_are_cut_into_sections_for_steps(monkeypatch):
     assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_sections_begin_with_bos_where_windows_do(monkeypatch):
+    """Models that lean on it make nothing of a text without (data/bos.py)."""
+    monkeypatch.setattr(stepping, "STEP_TOKENS", 10)
+    tokens = torch.arange(4 * 23).view(4, 23) % 100
+    tokens[:, 0] = 101
+    run = BlockRun(replayable(tiny_model("llama")), tokens, [CPU], torch.float32, 2, bos=True)
+    tuned, judged = text_of(run)
+    assert torch.equal(tuned.tokens[:, 0], torch.full((9,), 101))
+    assert torch.equal(tuned.tokens[4, 1:], tokens[1, 7:13])  # the second section of the second window
+    assert tuned.next.tolist() == [[False, *[True] * 5, False]] * 9
+    assert torch.equal(judged.tokens, tokens[-1:])
+
+
 def test_windows_whose_sections_foresee_nothing_are_refused(monkeypatch):
     monkeypatch.setattr(stepping, "STEP_TOKENS", 10)
     tokens, counted = torch.arange(40).view(2, 20), torch.zeros(2, 20, dtype=torch.bool)
@@ -335,6 +360,12 @@ def test_best_does_without_where_it_does_not_fit(monkeypatch, tmp_path, text_fil
             assert report.distilled is None
             with pytest.raises(SecateurError, match=words):
                 prune(tiny_llama, method="alps+distil", **given | {"out": tmp_path / "asked"})
+
+
+def test_who_asks_for_it_by_name_gets_no_less():
+    asked, best = find_method("best+distil"), find_method("best")
+    assert asked.distil == best.distil > find_method("default+distil").distil
+    assert not asked.distil_if_it_fits
 
 
 def test_who_goes_on_does_as_the_run_began():

@@ -1,22 +1,23 @@
 """Tuning a finished block: against the closed form where there is one, and what it must leave alone."""
 
+from math import nan
+
 import pytest
 import torch
 from support.families import tiny_model
 from support.streams import CPU, TOKENS, windows
 from torch import nn
 
+from secateur.errors import NonFinite
 from secateur.models.load import replayable
 from secateur.models.replay import Call
-from secateur.models.stream import refine as refining
 from secateur.models.stream import steps as stepping
 from secateur.models.stream.blocks import BlockRun, stream
 from secateur.models.stream.forward import Batch
-from secateur.models.stream.refine import error, refine, steps_on
-from secateur.models.stream.steps import held_back, step_windows, untouched
+from secateur.models.stream.refine import error, refine, shared_out, steps_on
+from secateur.models.stream.steps import batch_of_a_step, held_back, judging_batches, step_windows
 from secateur.pruning import in_memory
 from secateur.pruning.in_memory import prune_model
-
 
 MANY = torch.randint(3, 128, (80, 24), generator=torch.Generator().manual_seed(3))
 """Enough of it that what is tuned on some is better on others."""
@@ -42,15 +43,14 @@ def problem():
     return weight, x, kept
 
 
-def test_it_finds_the_weighted_least_squares_solution(monkeypatch):
-    monkeypatch.setattr(refining, "MOST_EPOCHS", 400)
+def test_it_finds_the_weighted_least_squares_solution():
     weight, x, kept = problem()
     block = OneLayer(weight.where(kept, 0.0))
     batches = [Batch(part, Call((), {}), part @ weight.T) for part in x]
     with torch.no_grad():
-        tuned = refine(block, {"layer.weight": kept}, batches, most=2400, rate=0.1)
+        tuned = refine(block, {"layer.weight": kept}, batches, batches[:1], 2400, rate=0.1)
     assert tuned.better
-    flat = x[:-1].reshape(-1, 12).double()  # the last batch judges
+    flat = x.reshape(-1, 12).double()
     scale = 1 / (flat @ weight.double().T).norm(dim=1, keepdim=True)  # each token relative to its target
     expected = torch.zeros(8, 12, dtype=torch.float64)
     for row in range(8):
@@ -59,7 +59,7 @@ def test_it_finds_the_weighted_least_squares_solution(monkeypatch):
         expected[row, index] = torch.linalg.lstsq((flat * scale)[:, index], target).solution[:, 0]
     assert torch.allclose(block.layer.weight.double(), expected, atol=2e-3)
     assert (block.layer.weight[~kept] == 0).all()
-    assert tuned.after == pytest.approx(error(block, batches[-1:]))
+    assert tuned.after == pytest.approx(error(block, batches[:1]))
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,27 @@ def test_a_step_sees_some_five_hundred_tokens_and_few_windows_come_five_times(wi
 )
 def test_what_judges_is_not_touched(count, size, batches):
     sizes = [min(size, count - start) for start in range(0, count, size)]
-    assert untouched(sizes) == batches
+    assert judging_batches(sizes) == batches
     first = count - held_back(count)
     assert not batches or (-(-count // size) - batches) * size <= first
+
+
+@pytest.mark.parametrize(
+    ("count", "length", "most", "size"),
+    [(128, 512, 8, 1), (128, 128, 8, 4), (16, 32, 16, 15), (8, 64, 8, 7), (2, 16, 8, 1), (1, 16, 8, 1)],
+)
+def test_a_batch_leaves_windows_that_judge(count, length, most, size):
+    """Few and short windows would be one batch, which would judge what was tuned on it."""
+    assert batch_of_a_step(count, length, most) == size
+
+
+def test_windows_judge_in_which_a_token_counts_that_is_foreseen():
+    """As `+distil` has it: what stands first in a window is foreseen by nothing."""
+    counted = torch.ones(16, 4, dtype=torch.bool)
+    counted[-1, 1:] = False
+    batches = [Batch(torch.ones(1, 4, 2), Call((), {}), torch.ones(1, 4, 2), one[None]) for one in counted]
+    seen, judged = shared_out(batches)
+    assert (len(seen), len(judged)) == (14, 2)  # one of 15 judges
 
 
 @pytest.mark.parametrize("method", ["magnitude+refine", "magnitude+refine+distil"])
@@ -113,9 +131,23 @@ def test_a_block_that_gets_no_better_keeps_its_weights():
     block = OneLayer(weight)
     batches = [Batch(part, Call((), {}), part @ weight.T) for part in x]  # perfect already
     with torch.no_grad():
-        tuned = refine(block, {"layer.weight": torch.ones_like(kept)}, batches, most=6, rate=1.0)
+        tuned = refine(block, {"layer.weight": torch.ones_like(kept)}, batches, batches, 6, rate=1.0)
     assert not tuned.better
     assert torch.equal(block.layer.weight, weight)
+
+
+@pytest.mark.parametrize("where", [0, -1])
+def test_a_block_that_makes_no_numbers_is_refused(where):
+    """Whether it does so where it is tuned or where it is judged."""
+    weight, x, kept = problem()
+    block = OneLayer(weight.where(kept, 0.0))
+    x[where, 0, 0, 0] = nan
+    batches = [Batch(part, Call((), {}), part @ weight.T) for part in x]
+    with torch.no_grad():
+        tuned = refine(block, {"layer.weight": kept}, batches[:-1], batches[-1:], 6)
+    assert torch.equal(block.layer.weight, weight.where(kept, 0.0))
+    with pytest.raises(NonFinite, match=r"model.layers.3 makes NaN or Inf of the text.*--dtype float32"):
+        tuned.refuse_non_finite("model.layers.3")
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])

@@ -22,6 +22,7 @@ from secateur.models.hooks import recorded_inputs
 from secateur.models.load import replayable
 from secateur.models.replay import Shell, run_block
 from secateur.models.stream.observe import Watch
+from secateur.pruning.planning import memory
 from secateur.pruning.planning.forecast import lines
 from secateur.pruning.planning.memory import as_it_fits
 from secateur.pruning.planning.outline import build, outline
@@ -140,7 +141,7 @@ def test_all_blocks_lie_in_a_file_where_memory_is_short(tmp_path):
     assert filed.fits
 
 
-def test_best_is_forecast_without_what_it_does_without(folder):
+def test_best_is_forecast_without_what_it_does_without(folder, monkeypatch):
     few, many = (forecast(folder, method="best", samples=samples) for samples in (1, 6))
     said = "All blocks cannot be tuned together, and the run does without."
     assert said in few.left_out
@@ -149,10 +150,20 @@ def test_best_is_forecast_without_what_it_does_without(folder):
     on_gpu = Workload(
         replayable(tiny_model("llama")), find_method("best"), (), 6, 32, torch.float32, torch.float32, [CUDA]
     )
-    for limit in (None, 10**12):
-        assert as_it_fits(on_gpu, limit).method.distil
-    assert as_it_fits(on_gpu, 10**6).method == find_method("best")._replace(distil=0)
+    without = find_method("best")._replace(distil=0)
+    for free, limit, fits in ((10**12, None, True), (10**12, 10**12, True), (10**12, 10**6, False), (1, None, False)):
+        monkeypatch.setattr(memory, "available_bytes", lambda device, free=free: free)
+        assert as_it_fits(on_gpu, limit).method == (find_method("best") if fits else without)
     assert as_it_fits(replace(on_gpu, devices=[CPU]), 10**6).method.distil
+    shared = replace(on_gpu, built=replayable(tiny_model("gemma3n_text")), devices=[CPU])
+    assert as_it_fits(shared, None).method == without
+
+
+def test_a_plan_refuses_what_a_run_would(tmp_path):
+    tiny_config("gemma3n_text").save_pretrained(tmp_path)
+    with pytest.raises(errors.UnsupportedModel, match="share keys and values"):
+        forecast(tmp_path, method="alps+distil")
+    assert "all blocks" not in forecast(tmp_path, method="best").memory["two"].parts
 
 
 @pytest.mark.parametrize("pattern", ["0%", "50%"])
@@ -284,8 +295,9 @@ def test_seconds_are_operations_over_the_measured_rate(folder):
 def test_passes():
     assert passes(find_method("wanda"), 4, "two", 32, 1) == (1, 0, 1)
     assert passes(find_method("wanda+sequential"), 4, "two", 32, 1) == (4, 0, 1)
-    assert passes(find_method("alps+dense-target+refine"), 4, "two", 32, 1) == (4 * 2 + 2 + 15 + 1, 0, 1)
-    assert passes(find_method("best"), 4, "two", 32, 1) == (1 + 2 + 3 * 150 / 32 + 1, 0, 1)  # 5 times 30 windows
+    tuning = (2 * 2 + 3 * 150) / 32  # two windows judge before and after, five times 30 are tuned on
+    assert passes(find_method("alps+dense-target+refine"), 4, "two", 32, 1) == (4 * 2 + tuning + 1, 0, 1)
+    assert passes(find_method("best"), 4, "two", 32, 1) == (1 + tuning + 1, 0, 1)
     assert passes(find_method("magnitude"), 4, "two", 32, 1) == (0, 1, 1)
     assert passes(find_method("wanda"), 4, "one", 32, 1) == (1, 0, 0)
-    assert passes(find_method("alps+dense-target+refine"), 4, "one", 32, 1) == (2 + 2 + 15, 0, 1)
+    assert passes(find_method("alps+dense-target+refine"), 4, "one", 32, 1) == (2 + tuning, 0, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -63,6 +63,15 @@ class MatrixReport:
     rounded_away: int = 0
     """How many weights that its mask keeps became zero by rounding to `--values`."""
 
+    def tuned(self, zeros: int | None) -> MatrixReport:
+        """The same after its kept weights were tuned; with so many zeros where some came to be."""
+        if zeros is None:
+            return replace(self, output_error=None)
+        size = self.shape[0] * self.shape[1]
+        more = zeros - round(self.sparsity * size)
+        rounded_away = self.rounded_away + more
+        return replace(self, output_error=None, sparsity=zeros / size, rounded_away=rounded_away)
+
 
 @dataclass
 class Report:
@@ -79,7 +88,9 @@ class Report:
     calibration: dict[str, Any]
     allocation: str = "uniform"
     refined: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """With `+refine`: the relative output error of each block before and after."""
+    """With `+refine`: the relative output error of each block before and after, on the windows that
+    judge.
+    """
     distilled: tuple[float, float] | None = None
     """With `+distil`: KL(dense ‖ pruned) before and after, nats a token of the windows held back.
     """

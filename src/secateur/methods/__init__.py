@@ -3,8 +3,8 @@
 A name may end in refinements, applied in order: `wanda+refit` is Wanda's mask with the best weights
 for it, and `sweep+refit+dense-target` aims at what the dense model computes. Three lines are
 presets, by what they cost: `fast` factorises nothing, `default` is about as fast as SparseGPT,
-`best` takes the time it takes, and tunes all blocks together where there is room. Figures for all
-of them: docs/quality.md.
+`best` takes the time it takes, and tunes each block, and all of them together where there is room.
+Figures for all of them: docs/quality.md.
 """
 
 from collections.abc import Callable, Collection
@@ -44,7 +44,9 @@ SWITCHES: dict[str, Callable[[Method], Method]] = {
     "dense-target": dense_target,
     "permute": lambda method: method._replace(permute=True),
     "refine": lambda method: method._replace(refine=REFINE_STEPS),
-    "distil": lambda method: method._replace(distil=DISTIL_TOKENS),
+    "distil": lambda method: method._replace(
+        distil=max(method.distil, DISTIL_TOKENS), distil_if_it_fits=False
+    ),
 }
 """What the stream of blocks does for a method, whatever it is."""
 

@@ -9,7 +9,6 @@ asked before any work.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
@@ -36,6 +35,7 @@ from secateur.pruning.planning.memory import free_bytes, tuned_bytes, tuned_in_f
 from secateur.pruning.prepare import Pruning
 from secateur.system.files import disk_errors, sync
 from secateur.system.memory import freed_memory_kept
+from secateur.system.tensors import count_zeros
 
 STATE, END = ".distil.safetensors", ".distilled.safetensors"
 """Files in a result that is not finished: from which a run that died goes on, and what came out."""
@@ -47,13 +47,15 @@ LEFT_OUT, JUDGED, DISTILLED = "left out", "judged", "distilled"
 
 class Outcome(NamedTuple):
     """KL(dense ‖ pruned) on the windows held back before and after, None where it is no number, and
-    how many of all steps were taken.
+    how many of all steps were taken; `zeros` of the matrices in blocks that are on a grid, where
+    weights may have come to the level 0.
     """
 
     before: float | None
     after: float | None
     done: int
     steps: int
+    zeros: Mapping[str, int] | None = None
 
     @property
     def better(self) -> bool:
@@ -61,15 +63,16 @@ class Outcome(NamedTuple):
 
     def into(self, report: Report) -> None:
         """What the report says of it. Errors of matrices are those of other weights now."""
+        zeros = self.zeros or {}
         if self.better:
             report.sites = [
-                one if one.pattern is None else replace(one, output_error=None)
+                one if one.pattern is None else one.tuned(zeros.get(one.site))
                 for one in report.sites
             ]
         if self.before is not None:
             after = self.before if self.after is None else min(self.after, self.before)
             report.distilled = self.before, after
-        if self.before is None or self.done < self.steps:
+        if None in (self.before, self.after) or self.done < self.steps:
             report.remark(
                 f"The loss of +distil was no number after {self.done} of {self.steps} steps; "
                 "the model is what it was before them, unless it had come nearer."
@@ -118,8 +121,12 @@ def as_it_is_run(
 
 
 def spill_of(run: BlockRun, folder: Path, limit: int | None) -> Path | None:
-    """The `folder` where all blocks are more than memory holds, and go to a file there."""
-    return folder if tuned_in_file(run.language_model, run.devices[0], limit) else None
+    """The `folder` where all blocks are more than memory holds, and go to a file there; on a device
+    that maps no files they fit, or were refused.
+    """
+    device = run.devices[0]
+    in_file = device.type == "cpu" and tuned_in_file(run.language_model, device, limit)
+    return folder if in_file else None
 
 
 def distil_model(
@@ -209,16 +216,20 @@ def _tuned(
             after_each()
             progress.advance(f"KL {loss:.4f}", distillation.done, steps)
         distillation.end()
-        tensors = dict[str, Tensor]()
+        tensors, zeros = dict[str, Tensor](), dict[str, int]()
         for index, block in enumerate(stored):
             tuned, kept = distillation.blocks[index], distillation.kept[index]
-            keep_masks(tuned, block, kept, distillation.grids[index])
+            keep_masks(tuned, block, kept, grids := distillation.grids[index])
             name = pruning.run.language_model.block_name(index)
+            if grids:
+                sites = weight_matrices(tuned)
+                zeros |= {f"{name}.{one}": count_zeros(m.weight) for one, m in sites.items()}
             for one in kept:
                 weight, dtype = tuned.get_parameter(one).detach(), block.get_parameter(one).dtype
                 stored_as = weight.to("cpu", dtype).contiguous()
                 tensors[f"{name}.{one}"] = distillation.placed(stored_as)
-        outcome = Outcome(before, _number(distillation.judge()), distillation.done, steps)
+        after, done = _number(distillation.judge()), distillation.done
+        outcome = Outcome(before, after, done, steps, zeros)
     return outcome, tensors if outcome.better else {}
 
 

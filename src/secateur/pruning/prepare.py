@@ -77,6 +77,7 @@ def block_run(
         ranks,
         progress=progress,
         counted=windows.counted,
+        bos=windows.bos == "each-window",
     )
 
 

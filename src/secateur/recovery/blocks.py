@@ -7,7 +7,6 @@ block also makes up for what earlier ones could not. Only the linear layers are 
 of windows once. What is on a grid of values stays on it.
 """
 
-from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from torch import nn
 
 from secateur.checkpoints.folder import open_checkpoint
-from secateur.errors import NonFinite
 from secateur.methods.values import AS_STORED, parse_values
 from secateur.models.kept import block_masks, keep_masks, matrix_parameters
 from secateur.models.replay import working_copy
@@ -67,11 +65,8 @@ def _recovered(step: Step, job: Job) -> tuple[nn.Module, dict[str, Any]]:
     kept = block_masks(block)
     values = parse_values(job.pruned.record.get("values", AS_STORED))
     grids = grids_of(original, kept, values) if values else None
-    tuned = refine(block, kept, step.batches(), None, job.rate, grids)
-    if not isfinite(tuned.before):
-        raise NonFinite(
-            f"{step.name} makes NaN or Inf of the text, or the dense block does. Nothing can aim "
-            "at that."
-        )
+    batches = step.batches()  # each is seen once, so that what they judge was not learnt by heart
+    tuned = refine(block, kept, batches, batches, len(batches), job.rate, grids)
+    tuned.refuse_non_finite(step.name)
     keep_masks(block, original, kept)
     return block, {"block": step.name, "before": tuned.before, "after": tuned.after}

@@ -28,7 +28,8 @@ _CGROUP_FILES = [
 def available_bytes(device: torch.device) -> int:
     """Memory still free on a device; on the CPU, what the system and control groups allow."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # what torch keeps of freed memory
     system = _bytes_in(Path("/proc/meminfo"), "MemAvailable")
     free = [] if system is None else [system]
     for folder, names in product(_memory_groups(), _CGROUP_FILES):

@@ -31,7 +31,7 @@ from secateur.errors import NotEnoughText, UnsupportedModel
 from secateur.models.context import vocabulary_size
 from secateur.models.divergence import Divergence
 from secateur.models.matrices import weight_matrices
-from secateur.models.replay import Call, Shell, run_block
+from secateur.models.replay import Call, LanguageModel, Shell, run_block
 from secateur.models.stream.forward import BlockRun, final_batches
 from secateur.models.stream.steps import held_back, section_length, step_windows
 from secateur.models.stream.straight_through import StraightThrough, put_on_grid, take_off_grid
@@ -68,14 +68,22 @@ class Text(NamedTuple):
         """The windows in which some token is foreseen that counts."""
         return self.of(self.next.any(1))
 
-    def in_sections(self) -> Text:
+    def in_sections(self, bos: bool = False) -> Text:
         """The windows cut for steps, the first sections of all of them coming first, so that few
         steps see many documents.
+
+        With `bos` each window begins with it, and so does each section.
         """
         length = section_length(self.tokens.shape[1])
-        count = self.tokens.shape[1] // length
-        cut = Text(*(torch.cat(one.split(length, 1)[:count]) for one in self))
+        if (count := self.tokens.shape[1] // length) == 1:
+            return self
+        start, size = (1, length - 1) if bos else (0, length)
+        cut = Text(*(torch.cat(one[:, start:].split(size, 1)[:count]) for one in self))
         cut.next[:, -1] = False  # what would be foreseen is in another section
+        if bos:
+            first = Text(self.tokens[:, :1], torch.zeros_like(self.next[:, :1]))
+            first = (one.repeat(count, 1) for one in first)
+            cut = Text(*(torch.cat(pair, 1) for pair in zip(first, cut, strict=True)))
         return cut.that_count()
 
 
@@ -134,7 +142,7 @@ def text_of(run: BlockRun) -> tuple[Text, Text]:
     counts[:, -1] = False
     found = Text(run.tokens, counts).that_count()
     first = len(found.tokens) - held_back(len(found.tokens))
-    tuned = found.of(slice(first)).in_sections()
+    tuned = found.of(slice(first)).in_sections(run.bos)
     check_windows_for_tuning(len(found.tokens), len(tuned.tokens))
     return tuned, found.of(slice(first, None))
 
@@ -144,15 +152,26 @@ def refuse_shared(run: BlockRun) -> None:
     gradients go from block to block alone.
     """
     model = run.language_model
+    refuse_said_to_share(model)
     hidden, calls = Shell(model, CPU, None, head=False).enter(run.tokens[:1, :16])
     for block, call in zip(model.blocks, calls, strict=True):
         with torch.enable_grad():
             hidden = run_block(block, hidden.detach().requires_grad_(), call).detach()
         if _holds_graph(call):
-            raise UnsupportedModel(
-                f"The blocks of {type(model.model).__name__} share keys and values, and +distil "
-                "follows gradients from block to block alone. Leave it out, or use +refine."
-            )
+            raise _shared(model)
+
+
+def refuse_said_to_share(model: LanguageModel) -> None:
+    """The same by what the configuration says, for a model without weights."""
+    if getattr(model.model.config.get_text_config(), "num_kv_shared_layers", 0):
+        raise _shared(model)
+
+
+def _shared(model: LanguageModel) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"The blocks of {type(model.model).__name__} share keys and values, and +distil follows "
+        "gradients from block to block alone. Leave it out, or use +refine."
+    )
 
 
 @torch.no_grad()
@@ -251,7 +270,8 @@ class Distillation:
             del hidden, output
             self._move(index)
         if sizes:
-            self._graphs = sum(1 for total in accumulate(sizes) if total <= self.room)
+            shown = len(self.aims.tuned.tokens[0]) / len(self.aims.tuned.tokens[number])
+            self._graphs = sum(1 for total in accumulate(sizes) if shown * total <= self.room)
         self.done += 1
         return loss
 

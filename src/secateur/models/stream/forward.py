@@ -23,7 +23,7 @@ from secateur.models.mapped_tensors import HiddenStateStore
 from secateur.models.replay import Call, LanguageModel, Shell, own, run_block, same, working_copy
 from secateur.models.stream.distributed import ALONE, Ranks
 from secateur.models.stream.prefetch import Prefetch
-from secateur.models.stream.steps import step_windows
+from secateur.models.stream.steps import batch_of_a_step
 from secateur.system.memory import release_memory, will_need
 from secateur.system.progress import Progress
 
@@ -39,7 +39,7 @@ class BlockRun:
     `tokens` `[samples, length]` go through in batches of `batch_size` windows, shared by `devices`
     and `ranks`, in `dtype` (None: as stored). `spill` is a folder for hidden states that should not
     lie in memory. `seconds` counts where the time goes. `counted` `[samples, length]` bool: the
-    tokens that statistics are taken on, None for all.
+    tokens that statistics are taken on, None for all. `bos`: whether every window begins with BOS.
     """
 
     language_model: LanguageModel
@@ -52,10 +52,11 @@ class BlockRun:
     seconds: Seconds = field(default_factory=Seconds)
     progress: Progress = field(default_factory=Progress)
     counted: Tensor | None = None
+    bos: bool = False
 
     def by_steps(self) -> BlockRun:
         """The same run with batches that each make a step of tuning, where they are larger."""
-        return replace(self, batch_size=min(self.batch_size, step_windows(self.tokens.shape[1])))
+        return replace(self, batch_size=batch_of_a_step(*self.tokens.shape, self.batch_size))
 
     def first_batch(self) -> BlockRun:
         """The same run on its first batch alone."""

@@ -15,19 +15,21 @@ weights.
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import islice
+from math import isfinite, nan
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import NonFinite
 from secateur.methods.base import Method
 from secateur.methods.values import Values
-from secateur.models.kept import kept_of
+from secateur.models.kept import keep_masks, kept_of
 from secateur.models.matrices import weight_matrices
 from secateur.models.replay import run_block, working_copy
 from secateur.models.stream.blocks import Step
 from secateur.models.stream.forward import Batch
-from secateur.models.stream.steps import untouched
+from secateur.models.stream.steps import judging_batches
 from secateur.models.stream.straight_through import (
     StraightThrough,
     grids_of,
@@ -54,9 +56,16 @@ def steps_on(most: int, batches: int) -> int:
     return min(most, MOST_EPOCHS * batches)
 
 
+def shared_out(batches: Sequence[Batch]) -> tuple[Sequence[Batch], Sequence[Batch]]:
+    """The batches to tune a block on and those that judge it; those that count."""
+    batches = [batch for batch in batches if _weight(batch)]
+    first = len(batches) - judging_batches([_windows(batch) for batch in batches])
+    return batches[:first], batches[first:] or batches
+
+
 class Tuned(NamedTuple):
-    """A block's relative output error, on windows that it is not tuned on, before and after; the
-    same where tuning did not help.
+    """A block's relative output error where it is judged, before and after; the same where tuning
+    did not help, NaN where there is none.
     """
 
     before: float
@@ -66,29 +75,33 @@ class Tuned(NamedTuple):
     def better(self) -> bool:
         return self.after < self.before
 
+    def refuse_non_finite(self, block: str) -> None:
+        """Raise NonFinite where the block, or the dense one, makes no numbers of the text."""
+        if not isfinite(self.before):
+            raise NonFinite(
+                f"{block} makes NaN or Inf of the text, or the dense block does. Nothing can aim "
+                "at that. Check the model with 'secateur inspect', or use --dtype float32."
+            )
+
 
 def refine(
     block: nn.Module,
     kept: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-    most: int | None = None,
+    seen: Sequence[Batch],
+    judged: Sequence[Batch],
+    steps: int,
     rate: float = RATE,
     grids: Mapping[str, StraightThrough] | None = None,
 ) -> Tuned:
     """Tune the parameters named in `kept` (bool, of their shape) in place, in float32.
 
-    A step, of so many at `most` (None: as many as batches), sees one of the `batches` that count,
-    which come in a fixed shuffled order, all of them before any comes again; the last of them
-    judge, unless there is one alone. What `kept` leaves out stays 0, and parameters with one of
-    `grids` stay on it.
+    Each of the `steps` sees one of the batches `seen`, which come in a fixed shuffled order, all of
+    them before any comes again; the batches `judged` say whether that helped. What `kept` leaves
+    out stays 0, and parameters with one of `grids` stay on it.
     """
     tuned = {name: block.get_parameter(name) for name in kept}
     inputs = {one.parameter: one.weight.shape[1] for one in weight_matrices(block).values()}
     start = {name: parameter.detach().clone() for name, parameter in tuned.items()}
-    batches = [batch for batch in batches if _weight(batch)]
-    first = len(batches) - untouched([_windows(batch) for batch in batches])
-    seen, judged = batches[:first], batches[first:] or batches
-    steps = len(seen) if most is None else steps_on(most, len(seen))
     before = error(block, judged)
     block.requires_grad_(False)
     grids = grids or {}
@@ -121,6 +134,8 @@ def refine(
         return Tuned(before, after)
     for name in tuned:
         block.get_parameter(name).copy_(start[name])
+    if not isfinite(after) and not isfinite(error(block, seen)):
+        return Tuned(nan, nan)
     return Tuned(before, before)
 
 
@@ -147,8 +162,10 @@ def _weight(batch: Batch) -> int:
 
 
 def _windows(batch: Batch) -> int:
-    """How many windows of a batch have a token that counts."""
-    return batch.hidden.shape[-3] if batch.counted is None else int(batch.counted.any(1).sum())
+    """How many windows of a batch have a token that counts and is foreseen, as for `+distil`."""
+    if batch.counted is None:
+        return batch.hidden.shape[-3]
+    return int(batch.counted[:, 1:].any(1).sum())
 
 
 def _loss(block: nn.Module, batch: Batch) -> Tensor:
@@ -170,18 +187,21 @@ def refine_block(
     values: Values | None = None,
 ) -> Tuned:
     """Tune the `changed` parameters of a pruned block as the `method` says, and round them into
-    both copies.
+    both copies. Raises NonFinite.
 
     Experts that were not `pruned` stay as they are; what is on the grid of `values` stays on it.
     """
-    batches = step.batches()
+    seen, judged = shared_out(step.batches())
     with step.seconds.counted("refine"):
         block = working_copy(step.block, step.device, torch.float32)
         for name in changed:
             block.get_parameter(name).data.copy_(result.get_parameter(name).data)
         kept = kept_of(block, changed, pruned)
-        grids = grids_of(result, kept, values) if values else None
-        tuned = refine(block, kept, batches, method.refine, grids=grids)
+        grids = grids_of(result, kept, values) if values else {}
+        steps = steps_on(method.refine, len(seen))
+        tuned = refine(block, kept, seen, judged, steps, grids=grids)
+        tuned.refuse_non_finite(step.name)
+        keep_masks(block, result, kept, grids)
         for name in changed:
             stored = result.get_parameter(name).data.copy_(block.get_parameter(name).data)
             step.block.get_parameter(name).data.copy_(stored)

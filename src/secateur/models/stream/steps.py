@@ -28,12 +28,20 @@ def held_back(windows: int) -> int:
     return max(1, windows // HELD_BACK)
 
 
-def untouched(windows: Sequence[int]) -> int:
+def batch_of_a_step(windows: int, length: int, most: int) -> int:
+    """How many of so many windows go through a block at once, at `most`, where each batch makes a
+    step of tuning and the last ones judge.
+    """
+    return max(1, min(most, step_windows(length), windows - held_back(windows)))
+
+
+def judging_batches(windows: Sequence[int]) -> int:
     """How many batches, the last ones, have the windows that judge, where each has so many that
     count.
 
-    The same windows judge blocks one by one and together: blocks that had been tuned on them would
-    be so near to the dense ones there that nothing could be better. A single batch is tuned on.
+    A block does not judge itself by what it has learnt; and the same windows judge blocks one by
+    one and together, or those that had been tuned on them would be so near to the dense ones there
+    that nothing could be better. A single batch is tuned on.
     """
     left, count = held_back(sum(windows)), 0
     while left > 0 and count < len(windows) - 1:

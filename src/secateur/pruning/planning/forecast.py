@@ -28,8 +28,8 @@ from secateur.models.context import check_length, context
 from secateur.models.load import checkpoint_config, described_config, locate
 from secateur.models.mapped_experts import too_large
 from secateur.models.matrices import matrix_shapes, model_coverage
-from secateur.models.stream.distil import check_windows_for_tuning
-from secateur.models.stream.steps import step_windows
+from secateur.models.stream.distil import check_windows_for_tuning, refuse_said_to_share
+from secateur.models.stream.steps import batch_of_a_step
 from secateur.pruning.check import find_zeros
 from secateur.pruning.planning.allocation import uniform
 from secateur.pruning.planning.drawing import CHARACTERS_A_TOKEN, TextForecast, text_forecast
@@ -250,8 +250,6 @@ def _workload(
             f"At least one window a batch is needed; found {text.samples} windows in batches of "
             f"{resources.batch_size}."
         )
-    if zeros.method.distil and not zeros.method.distil_if_it_fits:
-        check_windows_for_tuning(text.samples)
     devices = resources.devices
     folder = locate(model, trust, weights=False)
     checkpoint = readable_checkpoint(folder) if folder.is_file() or is_whole(folder) else None
@@ -271,6 +269,9 @@ def _workload(
     shapes = matrix_shapes(built)
     planned = uniform(shapes, pattern, recipe.skip)
     zeros.check_groups(planned, shapes)
+    if zeros.method.distil and not zeros.method.distil_if_it_fits:
+        check_windows_for_tuning(text.samples)
+        refuse_said_to_share(built)
     work = Workload(
         built=built,
         method=zeros.method,
@@ -281,7 +282,7 @@ def _workload(
         stored=stored,
         devices=devices,
         spilled=too_large(size, resources.limit),
-        batch=min(batch, step_windows(length)) if zeros.method.refine else batch,
+        batch=batch_of_a_step(text.samples, length, batch) if zeros.method.refine else batch,
     )
     return work, size, checkpoint is not None
 

@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from secateur.errors import UnsupportedModel
+from secateur.errors import NotEnoughText, UnsupportedModel
 from secateur.kernels.gram import TOKENS_AT_A_TIME, panel_width
 from secateur.methods import Method
 from secateur.models.context import vocabulary_size, width
 from secateur.models.mapped_tensors import hidden_bytes
 from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun
-from secateur.models.stream.distil import LOGITS
+from secateur.models.stream.distil import LOGITS, check_windows_for_tuning, refuse_said_to_share
 from secateur.models.stream.steps import section_length, step_windows
 from secateur.pruning.planning.outline import Kind, Read, build
 from secateur.pruning.planning.passes import MODES, Mode, Workload, needs_dense
@@ -277,13 +277,15 @@ def tuning_moment(work: Workload) -> Moment | None:
 
 def as_it_fits(work: Workload, limit: int | None) -> Workload:
     """The run without tuning all blocks together, where a method does without and cannot have it:
-    with one window, or on a device that does not hold them.
+    with one window, where blocks share keys and values, or on a device that does not hold them.
     """
-    together = tuning_moment(work) if work.method.distil_if_it_fits else None
-    if together is None:
+    if not work.method.distil_if_it_fits:
         return work
-    too_large = not work.on_host and limit is not None and together.bytes > limit
-    if too_large or work.samples < 2:
+    try:
+        check_windows_for_tuning(work.samples)
+        refuse_said_to_share(work.built)
+        tuned_in_file(work.built, work.devices[0], limit)
+    except (NotEnoughText, UnsupportedModel):
         return replace(work, method=work.method._replace(distil=0))
     return work
 

@@ -21,7 +21,7 @@ from secateur.models.replay import LanguageModel
 from secateur.models.stream.blocks import PROBE_TOKENS
 from secateur.models.stream.distil import steps_of
 from secateur.models.stream.refine import steps_on
-from secateur.models.stream.steps import held_back, section_length, step_windows, untouched
+from secateur.models.stream.steps import held_back, judging_batches, section_length, step_windows
 from secateur.pruning.planning.outline import Kind, Outline, Read, outline, restacked
 from secateur.system.machine import best_seconds, matrix_rate, square_side
 
@@ -52,7 +52,7 @@ def passes(method: Method, groups: int, mode: Mode, windows: int, batch: int) ->
     """
     dense = needs_dense(method)
     batches = [min(batch, windows - start) for start in range(0, windows, batch)]
-    held = untouched(batches)
+    held = judging_batches(batches)
     steps = steps_on(method.refine, len(batches) - held)
     tuning = (2 * (held or len(batches)) + 3 * steps) / len(batches) if method.refine else 0
     if mode == "one":

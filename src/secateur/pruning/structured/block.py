@@ -18,11 +18,12 @@ from secateur.checkpoints.record import MatrixReport, output_error
 from secateur.methods.statistics import OF_DENSE, Stats
 from secateur.methods.structures import NAMES
 from secateur.models.channels.groups import ChannelGroup
+from secateur.models.kept import matrix_parameters
 from secateur.models.matrices import bias, put, refuse_non_finite_weights, weight_matrices
 from secateur.models.replay import Call, run_block, working_copy
 from secateur.models.stream.blocks import PROBE_TOKENS, BlockRun, Step
 from secateur.models.stream.observe import CalibrationStatistics
-from secateur.models.stream.refine import Tuned, refine
+from secateur.models.stream.refine import Tuned, refine, shared_out, steps_on
 from secateur.pruning.structured.channel_scores import SELECTIONS, lowest, taylor
 from secateur.pruning.structured.depth import Missing, last_matrix, missing
 from secateur.pruning.structured.expert_scores import EXPERTS, highest_in_groups, routed_to
@@ -95,13 +96,13 @@ class BlockSlicer:
                 b._replace(target=run_block(block, b.target.to(step.device), call))
                 for b, call in zip(batches, calls, strict=True)
             ]
-        started = perf_counter()
-        smaller = smaller.to(step.device).float()
-        names = sorted({matrix.parameter for matrix in weight_matrices(smaller).values()})
-        parameters = {name: smaller.get_parameter(name) for name in names}
-        kept = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}
-        tuned = refine(smaller, kept, batches, self.method.refine)
-        step.seconds.refine += perf_counter() - started
+        seen, judged = shared_out(batches)
+        with step.seconds.counted("refine"):
+            smaller = smaller.to(step.device).float()
+            parameters = matrix_parameters(smaller)
+            kept = {n: torch.ones_like(p, dtype=torch.bool) for n, p in parameters.items()}
+            tuned = refine(smaller, kept, seen, judged, steps_on(self.method.refine, len(seen)))
+        tuned.refuse_non_finite(step.name)
         return state | {n: p.data.to(state[n].dtype).cpu() for n, p in parameters.items()}, tuned
 
     def _span_blocks(self) -> list[tuple[int, nn.Module]]:
