@@ -20,7 +20,7 @@ needs_library = pytest.mark.skipif(library() is None, reason="the package was in
 FIELDS = {
     "method", "pattern", "kind", "sparsity", "perplexity", "delta", "delta_interval", "kl", "top1_agreement",
     "seconds", "peak_bytes", "disk_bytes", "rank", "ties", "checkpoint", "allocation", "parameters", "values",
-    "latency", "calibration", "tasks", "sites", "loss", "searched", "recovered", "bits_per_byte",
+    "latency", "calibration", "tasks", "sites", "loss", "searched", "recovered", "bits_per_byte", "acceptance",
     "bits", "stored_as", "byte_rank", "byte_ties",
 }  # fmt: skip
 TOP = [

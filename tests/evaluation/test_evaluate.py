@@ -72,6 +72,9 @@ def test_distance_from_the_dense_model(tiny_llama, text_file, tmp_path):
     agreement = (log_p.argmax(-1) == log_q.argmax(-1)).float().mean().item()
     assert found.kl == pytest.approx(kl, rel=1e-4)
     assert found.top1_agreement == pytest.approx(agreement, abs=1e-6)
+    p, q = (log.double().exp() for log in (log_p, log_q))
+    rejected = (p - q).clamp_min(0).sum(-1).mean().item()  # what the dense model draws in place of it
+    assert found.acceptance == pytest.approx(1 - rejected, abs=1e-6)
     dense, sparse = (plain_losses(f, ids).double().mean().exp().item() for f in (tiny_llama, pruned))
     assert found.dense_perplexity == pytest.approx(dense, rel=1e-5)
     assert found.delta == pytest.approx(sparse - dense, abs=1e-3)
@@ -86,6 +89,7 @@ def test_a_model_does_not_differ_from_itself(tiny_llama, text_file):
     assert (found.delta, found.delta_interval) == (0, (0, 0))
     assert found.kl == pytest.approx(0, abs=1e-9)
     assert found.top1_agreement == 1
+    assert found.acceptance == pytest.approx(1, abs=1e-6)
 
 
 def test_spilled_hidden_states_give_the_same(tiny_llama, tmp_path):
@@ -144,7 +148,8 @@ def test_tokens_that_neither_model_can_say_cost_no_divergence(tiny_llama):
     ids = torch.randint(3, 100, (4, 32), generator=torch.Generator().manual_seed(0))
     run = (language_model, ids, torch.device("cpu"), torch.float32, 2)
     found = measure(Forward(*run), Forward(*run), Progress())
-    assert found.mean_kl == pytest.approx(0, abs=1e-9)
+    assert found.kl is not None
+    assert found.kl.mean() == pytest.approx(0, abs=1e-9)
 
 
 def test_a_disk_too_small_to_spill_is_one_sentence(tiny_llama, tmp_path, monkeypatch):

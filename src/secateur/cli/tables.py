@@ -169,7 +169,8 @@ def evaluation_lines(evaluation: Evaluation) -> Iterator[str]:
             f"difference {evaluation.delta:+.4f} "
             f"(95 % interval {low:+.4f} to {high:+.4f}), KL {evaluation.kl:.4f} nats"
             f"{_within(evaluation.kl_interval)}, "
-            f"the same top token {evaluation.top1_agreement:.1%} of the time."
+            f"the same top token {evaluation.top1_agreement:.1%} of the time, "
+            f"{evaluation.acceptance:.1%} of what it drafts would be accepted."
         )
     yield from task_lines(evaluation.tasks or {})
     if evaluation.note:

@@ -3,8 +3,10 @@
 Perplexity is exp of the mean next-token loss over windows that do not overlap, every predicted
 token weighing the same. Against a dense model, on the same windows: the difference in perplexity
 with a 95 % interval from a paired bootstrap over windows, the mean KL divergence of the next-token
-distributions (dense ‖ pruned, nats), and how often both models predict the same token. With
-`tasks`, also what it answers on zero-shot tasks.
+distributions (dense ‖ pruned, nats), how often both models predict the same token, and what share
+of tokens drawn from the model the dense one would accept in speculative decoding: Σ min(p, q)
+(Leviathan et al. 2023, arXiv:2211.17192, theorem 3.5). With `tasks`, also what it answers on
+zero-shot tasks.
 
 The model runs block by block over a group of windows at a time, so neither it nor the logits need
 to fit in memory at once. Nothing is rounded to the dtype of the checkpoint: on the CPU the
@@ -46,21 +48,18 @@ from secateur.system.settings import Compute, EvaluationText, Trust, ZeroShot, t
 @dataclass(frozen=True)
 class Measured:
     """One model on the evaluation windows, a figure for each: mean loss in nats, and against a
-    dense model KL, agreement and that model's own loss.
+    dense model KL, agreement, acceptance and that model's own loss.
     """
 
     loss: Floats
     kl: Floats | None = None
     top1_agreement: Floats | None = None
+    acceptance: Floats | None = None
     dense_loss: Floats | None = None
 
     @property
     def perplexity(self) -> float:
         return float(np.exp(self.loss.mean()))
-
-    @property
-    def mean_kl(self) -> float | None:
-        return None if self.kl is None else float(self.kl.mean())
 
     @property
     def kl_interval(self) -> tuple[float, float] | None:
@@ -72,14 +71,11 @@ class Measured:
     def beside(self, dense: Measured) -> dict[str, Any]:
         """What is said of a model beside the dense one, by the names of the fields that have it."""
         delta, interval = perplexity_difference(self.loss, dense.loss)
-        agreement = None if self.top1_agreement is None else float(self.top1_agreement.mean())
-        return {
-            "perplexity": self.perplexity,
-            "delta": delta,
-            "delta_interval": interval,
-            "kl": self.mean_kl,
-            "top1_agreement": agreement,
+        means = {
+            name: None if (figures := getattr(self, name)) is None else float(figures.mean())
+            for name in ("kl", "top1_agreement", "acceptance")
         }
+        return {"perplexity": self.perplexity, "delta": delta, "delta_interval": interval, **means}
 
 
 @dataclass(frozen=True)
@@ -94,6 +90,7 @@ class Evaluation:
     kl: float | None = None
     kl_interval: tuple[float, float] | None = None
     top1_agreement: float | None = None
+    acceptance: float | None = None
     tasks: dict[str, dict[str, Any]] | None = None
     bits_per_byte: float | None = None
     dense_bits_per_byte: float | None = None
@@ -211,11 +208,11 @@ def _check_vocabularies(pruned: Forward, dense: Forward, name: str, other: str) 
 
 @torch.no_grad()
 def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measured:
-    """The loss of every window, and KL and agreement where a dense model is given.
+    """The loss of every window; KL, agreement and acceptance where a dense model is given.
 
     Raises NonFinite, and UnsupportedModel where the vocabularies differ.
     """
-    loss, kl, agreement, dense_loss = [], [], [], []
+    loss, kl, agreement, acceptance, dense_loss = [], [], [], [], []
     step = max(1, LOGITS_AT_ONCE // (model.tokens.shape[1] * model.vocabulary))
     for windows in model.groups():
         hidden = model.hidden(windows)
@@ -238,13 +235,14 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
                 dense_loss.append(mean_loss(log_p, target))
                 kl.append(divergence(log_p, log_q).double().mean(1).cpu())
                 agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).cpu())
+                shared = torch.minimum(log_p, log_q).exp_().sum(-1)
+                acceptance.append(shared.double().mean(1).cpu())
         progress.advance("evaluating", windows.stop, len(model.tokens))
     losses = _finite(loss)
     if dense is None:
         return Measured(losses)
-    return Measured(
-        losses, torch.cat(kl).numpy(), torch.cat(agreement).numpy(), _finite(dense_loss)
-    )
+    beside = (torch.cat(each).numpy() for each in (kl, agreement, acceptance))
+    return Measured(losses, *beside, _finite(dense_loss))
 
 
 def _finite(loss: list[Tensor]) -> Floats:

@@ -86,6 +86,7 @@ class ComparisonContext:
             delta_interval=(0.0, 0.0),
             kl=0.0,
             top1_agreement=1.0,
+            acceptance=1.0,
             seconds=asdict(Seconds()),
             peak_bytes=None,
             disk_bytes=size.model_bytes,

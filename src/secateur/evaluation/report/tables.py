@@ -60,7 +60,7 @@ def comparison(results: Results) -> Sheet:
         | (_speed_cells(row) if timed else {})
         for row in rows
     ]
-    spare = ("bits a byte", "rank") if sized else ("bits a byte",)
+    spare = ("bits a byte", "accepted", *(["rank"] if sized else []))
     empty = [name for name in spare if all(line[name][1] == "" for line in lines)]
     lines = [{k: cell for k, cell in line.items() if k not in empty} for line in lines]
     patterns = list(dict.fromkeys(row.pattern for row in rows))
@@ -89,6 +89,7 @@ def _cells(row: Row) -> dict[str, Figure]:
         "rank": _place(row.rank),
         "KL": _figure(row.kl, "{:.4f}"),
         "top-1": _figure(row.top1_agreement, "{:.1%}"),
+        "accepted": _figure(row.acceptance, "{:.1%}"),
         "parameters": _figure(row.parameters, _parameters(row.parameters or 0)),
         "seconds": _figure(seconds, "{:.1f}"),
         "peak memory": _figure(row.peak_bytes, f"{(row.peak_bytes or 0) / 2**20:.0f} MiB"),

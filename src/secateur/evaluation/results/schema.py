@@ -208,6 +208,7 @@ class Row:
     searched: bool = False
     recovered: Recovered | None = None
     bits_per_byte: Number | None = None
+    acceptance: Number | None = None
     bits: Number | None = None
     stored_as: str | None = None
     byte_rank: Annotated[str, Field(pattern=RANK)] = ""
