@@ -211,14 +211,17 @@ def test_reap_counts_what_is_routed(family):
     x, chosen, gates = caught[0]
     x, chosen = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
     gates = gates.reshape(len(x), -1)
+    if gates.shape != chosen.shape:
+        gates = gates.gather(1, chosen)
     for expert in range(4):
         mask = chosen == expert
-        if gates.shape != chosen.shape:
-            gates = gates.gather(1, chosen)
         alone = module(x, chosen, gates * mask)  # gates of all others are zero
         assert routed.tokens[expert] == mask.any(1).sum()
         assert torch.isclose(routed.contribution[expert], alone.double().norm(dim=1).sum(), rtol=1e-4)
+        shares = module(x, chosen, gates * mask / gates.sum(1, keepdim=True))
+        assert torch.isclose(routed.renormalised[expert], shares.double().norm(dim=1).sum(), rtol=1e-4)
     assert torch.equal(EXPERTS["reap"](routed), routed.contribution / routed.tokens)
+    assert torch.equal(EXPERTS["reap-renormalised"](routed), routed.renormalised / routed.tokens)
     assert torch.equal(EXPERTS["frequency"](routed), routed.tokens)
 
 

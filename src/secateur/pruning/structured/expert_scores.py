@@ -1,9 +1,13 @@
 """Which experts go: scores of the experts of a mixture, from what is routed to them.
 
-`reap`        mean over the tokens routed to an expert of gate · ‖expert output‖ (REAP, Lasby et al.
-              2025, arXiv:2510.13999, eq. 9)
-`frequency`   how many tokens are routed to an expert
-`random`      any
+`reap`                mean over the tokens routed to an expert of gate · ‖expert output‖, with the
+                      gate that the model applies (REAP, Lasby et al. 2025, arXiv:2510.13999, eq. 9)
+`reap-renormalised`   with gates that sum to one over a token's experts, whatever the model does
+`frequency`           how many tokens are routed to an expert
+`random`              any
+
+The authors' code renormalises since March 2026: where the configuration says that the model does,
+which is `reap`, and in its pass by layers (April 2026) everywhere (CerebrasResearch/reap, 1970473).
 """
 
 from collections.abc import Callable, Iterable
@@ -23,15 +27,22 @@ from secateur.models.stream.observe import chosen_tokens
 
 @dataclass
 class Routed:
-    """Tokens of each expert, and the sum of gate · ‖output‖ over them, float64 `[experts]`."""
+    """Tokens of each expert, and the sum of gate · ‖output‖ over them, float64 `[experts]`; once
+    more with the gates of a token divided by their sum.
+    """
 
     tokens: Tensor
     contribution: Tensor
+    renormalised: Tensor
 
 
 def reap(routed: Routed) -> Tensor:
     """The mean contribution over routed tokens; an expert without any comes first."""
     return routed.contribution / routed.tokens.clamp_min(1)
+
+
+def reap_renormalised(routed: Routed) -> Tensor:
+    return routed.renormalised / routed.tokens.clamp_min(1)
 
 
 def frequency(routed: Routed) -> Tensor:
@@ -44,6 +55,7 @@ def at_random(routed: Routed) -> Tensor:
 
 EXPERTS: dict[str, Callable[[Routed], Tensor]] = {
     "reap": reap,
+    "reap-renormalised": reap_renormalised,
     "frequency": frequency,
     "random": at_random,
 }
@@ -72,7 +84,7 @@ def routed_to(
     def see(counted: Tensor | None, name: str, arguments: list[Any]) -> None:
         module, (hidden, chosen, gates) = fused[name], arguments[:3]
         nothing = torch.zeros(experts.count(module), dtype=torch.float64)
-        seen = routed.setdefault(name, Routed(nothing, nothing.clone()))
+        seen = routed.setdefault(name, Routed(nothing, nothing.clone(), nothing.clone()))
         chosen = chosen.reshape(-1, chosen.shape[-1])
         gates = gates.reshape(len(chosen), -1)
         hidden, chosen, gates = (
@@ -81,15 +93,19 @@ def routed_to(
         )
         if not len(chosen):
             return
+        if gates.shape != chosen.shape:  # one gate for every expert, chosen or not
+            taken = (chosen >= 0) & (chosen < gates.shape[1])
+            gates = gates.gather(1, chosen.where(taken, 0)) * taken
+        whole = gates.double().abs().sum(1)
         for expert, tokens, x in experts.routed(module, hidden, chosen):
             _, second = experts.matrices(module)
             output = experts.product(module, second, expert, experts.inner(module, expert, x))
             mine = chosen == expert
-            whole = gates.shape != chosen.shape  # one gate for every expert, chosen or not
-            gate = gates[tokens, expert] if whole else (gates * mine).sum(1)[tokens]
+            gate = (gates * mine).sum(1)[tokens]
             seen.tokens[expert] += len(output)
             norms = gate.double().abs() * output.double().norm(dim=1)
             seen.contribution[expert] += norms.sum().cpu()
+            seen.renormalised[expert] += (norms / whole[tokens].clamp_min(1e-30)).sum().cpu()
 
     for (hidden, call), counted in zip(batches, masks, strict=False):
         with watched(fused, partial(see, counted)):
