@@ -1,12 +1,16 @@
 """Calibration text: token windows `[samples, length]`, drawn by a seed.
 
 c4 and wikitext2 are sampled as the SparseGPT and Wanda code does (random documents longer than the
-window, one random window each; random windows of the joined text). Other corpora are cut into
-windows that do not overlap, at a random shift, and a random choice of them is taken.
+window, one random window each; random windows of the joined text), but that no document of c4 comes
+twice before all that are long enough came. Other corpora are cut into windows that do not overlap,
+at a random shift, and a random choice of them is taken. Windows that share text with others come
+first: the last ones judge what was tuned on those before (models/stream/steps.py).
 """
 
 import random
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -119,6 +123,9 @@ def _windows_of_stream(
         )
     if source.corpus == "wikitext2":
         starts = [draw.randint(0, max(len(stream) - length - 1, 0)) for _ in range(samples)]
+        close = {a for a, b in pairwise(sorted(starts)) if b - a < length}
+        close |= {b for a, b in pairwise(sorted(starts)) if b - a < length}
+        starts.sort(key=lambda start: start not in close)
     else:
         spare = len(stream) - samples * length
         shift = draw.randint(0, min(spare, length - 1))
@@ -188,9 +195,12 @@ def _windows_of_documents(
     length: int,
     draw: random.Random,
 ) -> Tensor:
-    """One random window from each of `samples` random documents that are longer than the window."""
-    windows: list[Tensor] = []
+    """One random window from each of `samples` random documents that are longer than the window;
+    several from one where there are fewer.
+    """
+    windows: list[tuple[int, Tensor]] = []  # with the document
     lengths: dict[int, int] = {}
+    taken: set[int] = set()  # since all of them were
     wanted, most = samples * length, 2000 + 500 * samples  # tokens; documents that are looked at
 
     def long_enough() -> list[int]:
@@ -203,11 +213,16 @@ def _windows_of_documents(
         number = draw.randint(0, len(texts) - 1)
         if lengths.get(number, length + 1) <= length:
             continue
+        if number in taken:
+            if not looked or len(taken) < len(long_enough()):
+                continue
+            taken.clear()
         ids = encode(tokenizer, [texts[number]])[0]
         lengths[number] = len(ids)
         if len(ids) > length:
             start = draw.randint(0, len(ids) - length - 1)
-            windows.append(torch.tensor(ids[start : start + length]))
+            windows.append((number, torch.tensor(ids[start : start + length])))
+            taken.add(number)
     distinct = sum(long_enough())
     for number in range(len(texts)):  # repeated draws may have left out long documents
         if distinct >= wanted or len(lengths) > most:
@@ -221,4 +236,6 @@ def _windows_of_documents(
             f"than {length}; the {len(lengths):,} documents looked at have {distinct:,} in "
             f"{len(long_enough())} such documents. Use fewer --samples or a smaller --seq-len."
         )
-    return torch.stack(windows)
+    often = Counter(number for number, _ in windows)
+    windows.sort(key=lambda window: often[window[0]] == 1)
+    return torch.stack([ids for _, ids in windows])
