@@ -8,9 +8,8 @@ first: the last ones judge what was tuned on those before (models/stream/steps.p
 """
 
 import random
-from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from secateur.data.corpora import corpus_of, corpus_texts
 from secateur.data.id_stream import HELD
 from secateur.data.long_text import Document
+from secateur.data.overlap import sharing
 from secateur.data.readers import LARGE, is_packed, kind_of
 from secateur.data.sampling import BYTES_A_TOKEN, Sampling, sampled
 from secateur.data.sources import Share, Source, read_shares, read_source
@@ -42,9 +42,13 @@ def calibration_windows(
         raise NotEnoughText(
             f"Calibration needs at least 1 sample of 2 tokens; found {samples} of {length}."
         )
+    how = samples, length, seed
     if shares := read_shares(source):
-        return _mixed(tokenizer, source, shares, (samples, length, seed), data_dir)
-    return _drawn(tokenizer, read_source(source), (samples, length, seed), data_dir)
+        drawn = _mixed(tokenizer, source, shares, how, data_dir)
+    else:
+        drawn = _drawn(tokenizer, read_source(source), how, data_dir)
+    order = sorted(range(samples), key=sharing(drawn.ids).__contains__, reverse=True)
+    return replace(drawn, ids=drawn.ids[order])
 
 
 Draw = tuple[int, int, int]
@@ -123,9 +127,6 @@ def _windows_of_stream(
         )
     if source.corpus == "wikitext2":
         starts = [draw.randint(0, max(len(stream) - length - 1, 0)) for _ in range(samples)]
-        close = {a for a, b in pairwise(sorted(starts)) if b - a < length}
-        close |= {b for a, b in pairwise(sorted(starts)) if b - a < length}
-        starts.sort(key=lambda start: start not in close)
     else:
         spare = len(stream) - samples * length
         shift = draw.randint(0, min(spare, length - 1))
@@ -198,7 +199,7 @@ def _windows_of_documents(
     """One random window from each of `samples` random documents that are longer than the window;
     several from one where there are fewer.
     """
-    windows: list[tuple[int, Tensor]] = []  # with the document
+    windows: list[Tensor] = []
     lengths: dict[int, int] = {}
     taken: set[int] = set()  # since all of them were
     wanted, most = samples * length, 2000 + 500 * samples  # tokens; documents that are looked at
@@ -221,7 +222,7 @@ def _windows_of_documents(
         lengths[number] = len(ids)
         if len(ids) > length:
             start = draw.randint(0, len(ids) - length - 1)
-            windows.append((number, torch.tensor(ids[start : start + length])))
+            windows.append(torch.tensor(ids[start : start + length]))
             taken.add(number)
     distinct = sum(long_enough())
     for number in range(len(texts)):  # repeated draws may have left out long documents
@@ -236,6 +237,4 @@ def _windows_of_documents(
             f"than {length}; the {len(lengths):,} documents looked at have {distinct:,} in "
             f"{len(long_enough())} such documents. Use fewer --samples or a smaller --seq-len."
         )
-    often = Counter(number for number, _ in windows)
-    windows.sort(key=lambda window: often[window[0]] == 1)
-    return torch.stack([ids for _, ids in windows])
+    return torch.stack(windows)

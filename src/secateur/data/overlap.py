@@ -89,6 +89,22 @@ def overlapping(windows: Tensor, other: Tensor) -> int:
     return sum(known.has(window, size) for window in windows)
 
 
+def sharing(windows: Tensor) -> set[int]:
+    """Which of the windows `[windows, length]` share two runs of tokens in a row with another."""
+    size = run_length(windows.shape[1], [])
+    marks = [np.unique(_runs(window, size)[::size]) for window in windows]
+    owners = np.repeat(np.arange(len(marks)), [len(one) for one in marks])
+    known, first, count = np.unique(np.concatenate(marks), return_index=True, return_counts=True)
+    owner = np.where(count == 1, owners[first], -1)  # of several none
+    found = set[int]()
+    for number, window in enumerate(windows):
+        runs = _runs(window, size)
+        places = np.searchsorted(known, runs).clip(max=len(known) - 1) if len(known) else runs[:0]
+        if (owner[places][known[places] == runs[: len(places)]] != number).any():
+            found.add(number)
+    return found
+
+
 def _runs(ids: Tensor, size: int) -> np.ndarray:
     """A hash of every run of `size` tokens in ids `[n]`, int64: a polynomial modulo 2^64.
 
