@@ -1,12 +1,18 @@
 """Marks of a text: enough of it, kept on disk, to find out whether another text has a part of it."""
 
+import json
 import random
 from base64 import b64decode, b64encode
+from collections import Counter
+from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
+from support.texts import byte_tokenizer
 
-from secateur.data.overlap import MARKS, MOST_MARKS, Marks
+from secateur.data.calibration import calibration_windows
+from secateur.data.overlap import MARKS, MOST_MARKS, Marks, run_length, sharing
 from secateur.system.typed import read_as
 
 STREAM = torch.tensor(random.Random(0).choices(range(50_000), k=40_000))
@@ -76,3 +82,34 @@ def test_marks_on_disk_mean_the_same_for_good():
 def test_marks_that_are_none(spoilt, words):
     with pytest.raises(ValueError, match=words):
         read_as(Marks, spoilt)
+
+
+def test_windows_that_share_text_with_others_are_found():
+    """Against every pair, run by run."""
+    windows = torch.randint(0, 1000, (9, 200), generator=torch.Generator().manual_seed(0))
+    windows[4, 30:120] = windows[1, 100:190]  # 90 tokens, at no whole number of runs apart
+    windows[7, :31] = windows[2, :31]  # less than a run
+    windows[8] = windows[0]
+    size = run_length(200, [])
+    assert sharing(windows) == {0, 1, 4, 8}
+    runs = [{tuple(ids[i : i + size]) for i in range(len(ids) - size + 1)} for ids in windows.tolist()]
+    assert {i for i, j in permutations(range(9), 2) if runs[i] & runs[j]} == {0, 1, 4, 8}
+    assert sharing(windows[2:4, :5]) == set()
+
+
+@pytest.mark.parametrize(("documents", "long"), [(40, 24), (12, 12), (60, 5)])
+def test_no_document_of_c4_comes_twice_before_all_came(documents, long, tmp_path):
+    """The papers' code draws with replacement: of a small copy windows that judge would be tuned on."""
+    (tmp_path / "c4").mkdir()
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdefgh ", k=400 if n < long else 20)) for n in range(documents)]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "c4" / "train.jsonl").write_text(rows)
+    tokenizer: Any = byte_tokenizer()
+    windows = calibration_windows(tokenizer, "c4", samples=20, length=64, seed=0, data_dir=tmp_path).ids
+    said = [tokenizer.decode(ids, skip_special_tokens=True) for ids in windows]
+    owners = [next(n for n, text in enumerate(texts) if one in text) for one in said]
+    often = Counter(owners)
+    assert {often[n] for n in range(long)} <= {20 // long, -(-20 // long)}
+    apart = [n for n in range(20) if n not in sharing(windows)]
+    assert apart == list(range(20 - len(apart), 20))
