@@ -32,6 +32,8 @@ HYBRID = """
     nemotron_h olmo_hybrid qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma zamba zamba2
 """.split()  # noqa: SIM905
 FAMILIES = tuple(DENSE + MIXTURE + HYBRID)
+FUSED = "mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3 olmoe jamba glm4_moe minimax_m2 lfm2_moe".split()  # noqa: SIM905
+"""Of those with fused experts that lose some: one of each arrangement."""
 
 # Families that keep block weights neither in Linear or Conv1D nor in experts with transformers' flags
 # (is_transposed, has_bias, has_gate), so that less than 95 % of a block is visible to the general rules.

@@ -47,6 +47,17 @@ def outputs(module: nn.Module, part: str) -> int:
     return getattr(module, part).shape[2 if is_transposed(module) else 1]
 
 
+def inputs(module: nn.Module, part: str) -> int:
+    """How many inputs a matrix of every expert has."""
+    return getattr(module, part).shape[1 if is_transposed(module) else 2]
+
+
+def matrix(module: nn.Module, part: str, expert: int) -> Tensor:
+    """A matrix of an expert, `[out, in]`."""
+    weight: Tensor = getattr(module, part)[expert]
+    return weight.T if is_transposed(module) else weight
+
+
 def routed(
     module: nn.Module, hidden: Tensor, chosen: Tensor
 ) -> Iterator[tuple[int, Tensor, Tensor]]:

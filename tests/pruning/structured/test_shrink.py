@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support.families import tiny_config, tiny_model
+from support.families import FUSED, tiny_config, tiny_model
 from support.pruning import prune_opened
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -39,7 +39,6 @@ HEADS = """
     qwen2_moe qwen3_moe qwen3_next jamba lfm2 falcon_h1
 """.split()  # noqa: SIM905
 BLOCKS = "llama gpt2 gemma2 qwen3_next deepseek_v3 lfm2 nemotron_h olmo_hybrid exaone_moe".split()  # noqa: SIM905
-EXPERTS = "mixtral qwen2_moe qwen3_moe gpt_oss deepseek_v3 olmoe jamba glm4_moe minimax_m2 lfm2_moe".split()  # noqa: SIM905
 REFUSED = {
     ("bloom", "25% of channels"): "it has no field for the number of channels alone",
     ("bitnet", "25% of channels"): "no feed-forward channels that can go",
@@ -164,7 +163,7 @@ def entering(args, kwargs, output):
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("family", FUSED)
 def test_experts_leave_and_the_router_chooses_among_the_rest(family: str, tmp_path: Path, in_process):
     report, source, out = smaller(family, tmp_path, "25% of experts", "reap")
     before, after = AutoModelForCausalLM.from_pretrained(source), AutoModelForCausalLM.from_pretrained(out)
@@ -186,6 +185,35 @@ def test_experts_leave_and_the_router_chooses_among_the_rest(family: str, tmp_pa
                     assert torch.equal(module.get_parameter("weight")[rows], smaller_router.get_parameter("weight"))
     assert kept
     assert report.removed
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_a_merged_mixture_is_the_one_that_reap_leaves_but_for_what_was_merged(family: str, tmp_path: Path, in_process):
+    """Router and all else are those of `reap`; of three experts two stand as they did."""
+    folders = {}
+    for method in ("reap", "ream"):
+        report, _, out = smaller(family, tmp_path, "25% of experts", method, overwrite=True)
+        assert report.removed
+        folders[method] = dict(AutoModelForCausalLM.from_pretrained(out).named_parameters())
+    first = next(name for name in folders["reap"] if "experts" in name)
+    changed = {
+        name
+        for name, tensor in folders["ream"].items()
+        if tensor.shape != folders["reap"][name].shape or not torch.equal(tensor, folders["reap"][name])
+    }
+    assert changed
+    early = first.split("experts")[0]  # later blocks have other inputs, and may lose others
+    for name in (name for name in changed if name.startswith(early)):
+        assert "experts" in name
+        same = [torch.equal(*pair) for pair in zip(folders["ream"][name], folders["reap"][name], strict=True)]
+        assert same.count(True) == 2
+
+
+def test_experts_whose_neurons_are_not_known_are_refused_before_any_work(tmp_path: Path, in_process, monkeypatch):
+    monkeypatch.setattr(experts, "activated", lambda module, z: z[:, : z.shape[1] // 2].cumsum(1))
+    with pytest.raises(UnsupportedModel, match=r"MixtralExperts makes 128 inputs.*Use reap"):
+        smaller("mixtral", tmp_path, "25% of experts", "ream")
+    assert [file.name for file in tmp_path.iterdir()] == ["source"]
 
 
 @pytest.mark.parametrize(("family", "pattern"), REFUSED)

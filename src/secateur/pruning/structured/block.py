@@ -26,6 +26,7 @@ from secateur.models.stream.observe import CalibrationStatistics
 from secateur.models.stream.refine import Tuned, refine, shared_out, steps_on
 from secateur.pruning.structured.channel_scores import SELECTIONS, lowest, taylor
 from secateur.pruning.structured.depth import Missing, last_matrix, missing
+from secateur.pruning.structured.expert_merging import merge
 from secateur.pruning.structured.expert_scores import EXPERTS, highest_in_groups, routed_to
 from secateur.pruning.structured.feasibility import BlockRemoval, Choice
 from secateur.pruning.structured.method import StructuredMethod
@@ -114,11 +115,15 @@ class BlockSlicer:
         routed = routed_to(self.step.block, self._batches(), self.step.inputs.masks())
         # of every group in which a router looks for experts the same number goes
         groups = getattr(self.run.language_model.model.config, "n_group", None) or 1
-        score = EXPERTS[self.method.selections["experts"]]
-        return {
-            name: highest_in_groups(score(routed[name]), choice.left, groups)
-            for name, choice in removal.items()
-        }
+        selection = self.method.selections["experts"]
+        kept: dict[str, Tensor] = {}
+        for name, choice in removal.items():
+            score = EXPERTS[selection](routed[name])
+            kept[name] = highest_in_groups(score, choice.left, groups)
+            if selection == "ream":
+                copies = [one.get_submodule(name) for one in (self.step.block, self.stored)]
+                merge(copies, routed[name], score, kept[name], groups)
+        return kept
 
     def _batches(self) -> Iterator[tuple[Tensor, Call]]:
         """The hidden states of every batch as they enter the block, and its calls."""

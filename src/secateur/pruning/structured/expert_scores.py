@@ -3,12 +3,15 @@
 `reap`                mean over the tokens routed to an expert of gate · ‖expert output‖, with the
                       gate that the model applies (REAP, Lasby et al. 2025, arXiv:2510.13999, eq. 9)
 `reap-renormalised`   with gates that sum to one over a token's experts, whatever the model does
+`ream`                as `reap`, and the experts that go are merged into others (expert_merging.py)
 `frequency`           how many tokens are routed to an expert
 `random`              any
 
 The authors' code renormalises since March 2026: where the configuration says that the model does,
 which is `reap`, and in its pass by layers (April 2026) everywhere (CerebrasResearch/reap, 1970473).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,16 +27,33 @@ from secateur.models.hooks import watched
 from secateur.models.replay import Call, run_block
 from secateur.models.stream.observe import chosen_tokens
 
+SHOWN = 512
+"""So many tokens are kept to compare neurons on."""
+
 
 @dataclass
 class Routed:
-    """Tokens of each expert, and the sum of gate · ‖output‖ over them, float64 `[experts]`; once
-    more with the gates of a token divided by their sum.
+    """What experts were given and what they did, float64: of each, how many tokens it had, and over
+    them the sums of gate · ‖output‖, of the same with the gates of a token divided by their sum,
+    and of gate · output.
+
+    `together` `[experts, experts]` has the products of gates, summed over tokens; `shown` the first
+    tokens that entered, `[tokens, in]`.
     """
 
     tokens: Tensor
     contribution: Tensor
     renormalised: Tensor
+    output: Tensor
+    together: Tensor
+    shown: Tensor
+
+    @classmethod
+    def nothing(cls, count: int, width: int) -> Routed:
+        """Of so many experts that have had no token."""
+        sums = [torch.zeros(count, dtype=torch.float64) for _ in range(3)]
+        wide = [torch.zeros(count, size, dtype=torch.float64) for size in (width, count)]
+        return cls(*sums, *wide, torch.empty(0, width))
 
 
 def reap(routed: Routed) -> Tensor:
@@ -56,6 +76,7 @@ def at_random(routed: Routed) -> Tensor:
 EXPERTS: dict[str, Callable[[Routed], Tensor]] = {
     "reap": reap,
     "reap-renormalised": reap_renormalised,
+    "ream": reap,
     "frequency": frequency,
     "random": at_random,
 }
@@ -83,8 +104,8 @@ def routed_to(
 
     def see(counted: Tensor | None, name: str, arguments: list[Any]) -> None:
         module, (hidden, chosen, gates) = fused[name], arguments[:3]
-        nothing = torch.zeros(experts.count(module), dtype=torch.float64)
-        seen = routed.setdefault(name, Routed(nothing, nothing.clone(), nothing.clone()))
+        count, width = experts.count(module), hidden.shape[-1]
+        seen = routed.setdefault(name, Routed.nothing(count, width))
         chosen = chosen.reshape(-1, chosen.shape[-1])
         gates = gates.reshape(len(chosen), -1)
         hidden, chosen, gates = (
@@ -97,15 +118,20 @@ def routed_to(
             taken = (chosen >= 0) & (chosen < gates.shape[1])
             gates = gates.gather(1, chosen.where(taken, 0)) * taken
         whole = gates.double().abs().sum(1)
+        seen.shown = torch.cat([seen.shown, hidden[: SHOWN - len(seen.shown)].float().cpu()])
+        of_all = torch.zeros(len(gates), count, dtype=torch.float64)
         for expert, tokens, x in experts.routed(module, hidden, chosen):
             _, second = experts.matrices(module)
             output = experts.product(module, second, expert, experts.inner(module, expert, x))
             mine = chosen == expert
             gate = (gates * mine).sum(1)[tokens]
             seen.tokens[expert] += len(output)
+            of_all[tokens.cpu(), expert] = gate.double().cpu()
+            seen.output[expert] += (gate.double() @ output.double()).cpu()
             norms = gate.double().abs() * output.double().norm(dim=1)
             seen.contribution[expert] += norms.sum().cpu()
             seen.renormalised[expert] += (norms / whole[tokens].clamp_min(1e-30)).sum().cpu()
+        seen.together += of_all.T @ of_all
 
     for (hidden, call), counted in zip(batches, masks, strict=False):
         with watched(fused, partial(see, counted)):

@@ -34,6 +34,7 @@ from secateur.models.stream.blocks import BlockRun, stream
 from secateur.pruning.opening import Opened
 from secateur.pruning.structured.block import BlockSlicer
 from secateur.pruning.structured.depth import BLOCKS
+from secateur.pruning.structured.expert_merging import refuse_unknown_neurons
 from secateur.pruning.structured.feasibility import Feasibility, Removal, block_parameters
 from secateur.pruning.structured.method import Slices, StructuredMethod
 from secateur.pruning.structured.names import Names
@@ -90,6 +91,8 @@ def prune_structure(
     }
     refuse_other_parts(language_model, structure)
     drafts = refuse_draft_heads(language_model, structure, recipe.draft_heads)
+    if method.selections.get("experts") == "ream":
+        refuse_unknown_neurons(language_model)
     with PeakMemory() as peak:
         removal = _removal(run, method, feasibility, structure, source.bytes, recipe.align)
         names = Names(source, language_model, removal, drafts)
