@@ -1,7 +1,8 @@
 """Train the demo model on the standard library's own text; save often, resume where it stopped.
 
     python bench/train_demo.py --out out/train            # tokenizer, then training; the same command resumes
-    python bench/train_demo.py --out out/train --export   # the last step as bf16 package data
+    python bench/train_demo.py --out out/train --export out/model    # the last step in bf16
+    python bench/train_demo.py --out out/mixture8 --experts 8 --active 2     # a mixture, as active as that
 
 The loss on the calibration part is the held-out curve; the evaluation part is never looked at here.
 The schedule is warm-up, constant, then linear decay to zero over the last 30 % of the steps.
@@ -17,29 +18,38 @@ import numpy as np
 import torch
 from common import options
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch.nn.functional import cross_entropy
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from secateur.data import demo
 
 VOCABULARY, CONTEXT, END = 4096, 512, "<|endoftext|>"
 
 
-def new_model() -> LlamaForCausalLM:
-    """The untrained model: six blocks, grouped-query attention with three heads on each key/value head."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        rms_norm_eps=1e-5,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config)
+def new_model(experts: int, active: int) -> PreTrainedModel:
+    """The untrained model: six blocks, grouped-query attention with three heads on each key/value head.
+
+    With `experts`, the `active` ones of a token have together 640 channels, where the feed-forward without has 512.
+    """
+    shared = {
+        "vocab_size": VOCABULARY, "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-5, "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+    if not experts:
+        return LlamaForCausalLM(LlamaConfig(**shared, intermediate_size=512))
+    config = Qwen3MoeConfig(
+        **shared, num_experts=experts, num_experts_per_tok=active, moe_intermediate_size=640 // active, head_dim=32,
+        intermediate_size=512, norm_topk_prob=True, output_router_logits=True, router_aux_loss_coef=0.01,
+    )  # fmt: skip
+    return Qwen3MoeForCausalLM(config)
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -72,16 +82,18 @@ def rate(step: int, steps: int, peak: float, warmup: int = 100) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(model: LlamaForCausalLM, ids: np.ndarray, windows: int) -> float:
+def held_out_loss(model: PreTrainedModel, ids: np.ndarray, windows: int) -> float:
     """Mean next-token loss in nats over the first windows of the calibration part."""
     model.eval()
     x = torch.from_numpy(ids[: windows * CONTEXT].astype(np.int64)).view(windows, CONTEXT)
-    losses = [model(batch, labels=batch).loss.item() for batch in x.split(16)]
+    losses = [  # without what balances the router of a mixture
+        cross_entropy(model(part).logits[:, :-1].flatten(0, 1), part[:, 1:].flatten()).item() for part in x.split(16)
+    ]
     model.train()
     return sum(losses) / len(losses)
 
 
-def train(out: Path, steps: int, batch: int, peak: float, every: int) -> None:
+def train(out: Path, model: PreTrainedModel, steps: int, batch: int, peak: float, every: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "tokenizer/tokenizer.json").exists():
         train_tokenizer().save_pretrained(out / "tokenizer")
@@ -90,11 +102,9 @@ def train(out: Path, steps: int, batch: int, peak: float, every: int) -> None:
     held_out = encode(tokenizer, "calibration", out / "calibration.npy")
     print(f"training tokens {len(text):,}  held-out tokens {len(held_out):,}", flush=True)
 
-    torch.manual_seed(0)
-    model = new_model()
     print(f"parameters {model.num_parameters():,}", flush=True)
-    matrices = [p for p in model.parameters() if p.dim() == 2]
-    vectors = [p for p in model.parameters() if p.dim() != 2]
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
     optimiser = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
         lr=peak,
@@ -139,10 +149,10 @@ def train(out: Path, steps: int, batch: int, peak: float, every: int) -> None:
             (out / "curve.json").write_text(json.dumps(curve, indent=1) + "\n")
 
 
-def export(out: Path, folder: Path) -> None:
-    """Write the last state as the package's model folder, in bf16."""
-    model = new_model()
+def export(out: Path, model: PreTrainedModel, folder: Path) -> None:
+    """Write the last state as a model folder, in bf16."""
     model.load_state_dict(torch.load(out / "state.pt")["model"])
+    model.config.output_router_logits = False
     model.bfloat16().save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(out / "tokenizer").save_pretrained(folder)
 
@@ -150,11 +160,14 @@ def export(out: Path, folder: Path) -> None:
 if __name__ == "__main__":
     arguments = options(
         __doc__,
-        dict(out=Path("out/train"), steps=3200, batch=8, peak=3e-3, threads=2, export=False),
-        dict(every=(100, "steps between held-out loss and save")),
+        dict(out=Path("out/train"), steps=3200, batch=8, peak=3e-3, threads=2),
+        dict(experts=(0, "of a mixture, none for a dense model"), active=2, seed=0),
+        dict(every=(100, "steps between held-out loss and save"), export=(Path, "write the last step to this folder")),
     )
     torch.set_num_threads(arguments.threads)
+    torch.manual_seed(arguments.seed)
+    untrained = new_model(arguments.experts, arguments.active)
     if arguments.export:
-        export(arguments.out, demo.model_folder())
+        export(arguments.out, untrained, arguments.export)
     else:
-        train(arguments.out, arguments.steps, arguments.batch, arguments.peak, arguments.every)
+        train(arguments.out, untrained, arguments.steps, arguments.batch, arguments.peak, arguments.every)
