@@ -40,7 +40,7 @@ class Forward:
 
     @property
     def vocabulary(self) -> int:
-        return self.language_model.model.config.get_text_config().vocab_size
+        return self.language_model.text_config.vocab_size
 
     def of(self, other: LanguageModel) -> Forward:
         """Another model, run over the same windows in the same way."""

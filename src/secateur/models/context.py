@@ -35,7 +35,7 @@ def reader_of(
     counted: str = "all",
 ) -> Reader:
     """The tokenizer of a model, which puts BOS as `--bos` says. Raises UnsupportedModel."""
-    kind = language_model.model.config.get_text_config().model_type
+    kind = language_model.text_config.model_type
     return Reader(tokenizer, bos_way(tokenizer, kind, bos), counted)
 
 

@@ -54,6 +54,11 @@ class LanguageModel:
     def blocks(self) -> list[nn.Module]:
         return list(self.model.get_submodule(self.stack).children())
 
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the text, which may be a part of that of the model."""
+        return self.model.config.get_text_config()
+
     def block_name(self, index: int) -> str:
         return f"{self.stack}.{index}"
 

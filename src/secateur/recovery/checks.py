@@ -95,7 +95,7 @@ def refuse_values(pruned: Pruned, way: str) -> None:
 
 def refuse_dropout(pruned: Pruned) -> None:
     """Raise BadCheckpoint for a share of dropout, which only training uses, that is none."""
-    config = pruned.language_model.model.config.get_text_config()
+    config = pruned.language_model.text_config
     for name, value in config.to_dict().items():
         share = ("dropout" in name or "pdrop" in name) and type(value) in (int, float)
         if share and not 0 <= value < 1:

@@ -163,7 +163,7 @@ def refuse_shared(run: BlockRun) -> None:
 
 def refuse_said_to_share(model: LanguageModel) -> None:
     """The same by what the configuration says, for a model without weights."""
-    if getattr(model.model.config.get_text_config(), "num_kv_shared_layers", 0):
+    if getattr(model.text_config, "num_kv_shared_layers", 0):
         raise _shared(model)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.checkpoints.record import MatrixReport, output_error
+from secateur.errors import UnsupportedModel
 from secateur.methods.statistics import OF_DENSE, Stats
 from secateur.methods.structures import NAMES
 from secateur.models.channels.groups import ChannelGroup
@@ -114,10 +115,16 @@ class BlockSlicer:
     def _kept_experts(self, removal: BlockRemoval) -> dict[str, Tensor]:
         routed = routed_to(self.step.block, self._batches(), self.step.inputs.masks())
         # of every group in which a router looks for experts the same number goes
-        groups = getattr(self.run.language_model.model.config, "n_group", None) or 1
+        groups = getattr(self.run.language_model.text_config, "n_group", None) or 1
         selection = self.method.selections["experts"]
         kept: dict[str, Tensor] = {}
         for name, choice in removal.items():
+            if name not in routed:
+                raise UnsupportedModel(
+                    f"No token of the text reaches {self.step.name}.{name}, as of experts for "
+                    "pictures, so which of its experts could go is not known. Take channels, heads "
+                    "or blocks out, or use a pattern of zeros."
+                )
             score = EXPERTS[selection](routed[name])
             kept[name] = highest_in_groups(score, choice.left, groups)
             if selection == "ream":

@@ -255,7 +255,7 @@ def _counted(
 ) -> BlockRemoval:
     """The same with the numbers that go. Raises BadPattern."""
     asked: dict[str, Units] = {p.of: p for p in parts(structure) if isinstance(p, Units)}
-    config, family = language_model.model.config, type(language_model.model).__name__
+    config, family = language_model.text_config, type(language_model.model).__name__
     # Kernels that multiply by all experts at once take rows of whole 16 bytes only.
     least = 16 // (getattr(config, "dtype", None) or torch.float32).itemsize
     counted = {}
@@ -298,7 +298,7 @@ def _check_routing(config: Any, name: str, total: int, kept: int, asked: Units) 
 def _numbers(language_model: LanguageModel, kinds: Mapping[Any, BlockRemoval]) -> list[Number]:
     """The numbers of a configuration that change."""
     numbers: list[Number] = []
-    query_heads = getattr(language_model.model.config, "num_attention_heads", None)
+    query_heads = getattr(language_model.text_config, "num_attention_heads", None)
     for choice in (choice for removal in kinds.values() for choice in removal.values()):
         olds = [choice.total]
         if choice.of == "heads" and query_heads:

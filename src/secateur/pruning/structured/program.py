@@ -27,7 +27,7 @@ from secateur.methods.structures import NAMES, Depth, Structure, parts
 from secateur.models.context import check_windows
 from secateur.models.draft_heads import draft_tensors, without_draft_heads
 from secateur.models.matrices import coverage, model_coverage
-from secateur.models.parts import other_parts
+from secateur.models.parts import parts_in_words
 from secateur.models.replay import LanguageModel, Shell, run_block, working_copy
 from secateur.models.stream.block_writer import BlockWriter, block_writer, with_room
 from secateur.models.stream.blocks import BlockRun, stream
@@ -89,7 +89,6 @@ def prune_structure(
         "device": devices[0].type,
         "versions": versions(),
     }
-    refuse_other_parts(language_model, structure)
     drafts = refuse_draft_heads(language_model, structure, recipe.draft_heads)
     if method.selections.get("experts") == "ream":
         refuse_unknown_neurons(language_model)
@@ -98,6 +97,7 @@ def prune_structure(
         names = Names(source, language_model, removal, drafts)
         report = _report(recipe, structure, opened, run, removal)
         report.remark(read_from(source.folder))
+        report.remark(parts_in_words(language_model.model))
         report.remark(windows.empty_in_words())
         report.remark(left_behind_in_words(source))
         if drafts:
@@ -139,7 +139,7 @@ def _write(slicing: Slicing, writer: BlockWriter, report: Report, trust: Trust) 
     assert result is not None  # structures are taken out in one process
     result.places = resized(result.source, result.partial, names.places, again=again)
     if not again:
-        config = run.language_model.model.config
+        config = run.language_model.text_config
         changes = {**removal.changes, **(without_draft_heads(config) if names.left_out else {})}
         configure(result, changes, config.model_type)
         result.sync()
@@ -159,23 +159,11 @@ def refuse_structure(
     feasibility: Feasibility, structure: Structure, size: int, align: int | None
 ) -> None:
     """Raise BadPattern or UnsupportedModel where a model of `size` bytes cannot lose that."""
-    refuse_other_parts(feasibility.language_model, structure)
     structure = within_budget(feasibility, structure, size, align)
     feasibility.removal(structure, align)
     for part in parts(structure):
         if isinstance(part, Depth):
             part.removed(len(feasibility.language_model.blocks))
-
-
-def refuse_other_parts(language_model: LanguageModel, structure: Structure) -> None:
-    """Raise UnsupportedModel for a model that is more than its language model."""
-    if others := other_parts(language_model.model):
-        named = ", ".join(name.replace("_", " ") for name in sorted(others))
-        raise UnsupportedModel(
-            f"{type(language_model.model).__name__} has more than a language model ({named}), and "
-            f"is not made smaller by {structure}. Use a pattern of zeros, such as '50%' or '2:4': "
-            "it goes into the language model and leaves the rest as it is."
-        )
 
 
 def refuse_draft_heads(

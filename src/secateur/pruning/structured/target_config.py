@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from secateur.errors import UnsupportedModel
 from secateur.models.load import find_stack
 from secateur.models.replay import LanguageModel
 
@@ -59,23 +60,44 @@ def find_target(
     language_model: LanguageModel, shapes: Shapes, numbers: Sequence[Number], kept: Sequence[int]
 ) -> tuple[LanguageModel, Mapping[str, Any]] | None:
     """The model with exactly these `shapes` by name, on the meta device, and what it changes in the
-    source's `config.json`; None where no configuration has them.
+    source's `config.json`, in the part for the text; None where no configuration has them.
 
     `numbers` are those that change, `kept` the blocks that stay.
     """
     config = language_model.model.config
+    text, path = config.get_text_config(), path_of_text(config)
     bases: list[tuple[Any, dict[str, Any]]] = [(type(config), {})]
-    if config.model_type in CARRIERS:
-        family, fields = CARRIERS[config.model_type]
-        bases.append((type(AutoConfig.for_model(family)), fields))
+    if text.model_type in CARRIERS:
+        family, fields = CARRIERS[text.model_type]
+        bases.append((type(config) if path else type(AutoConfig.for_model(family)), fields))
     for kind, fields in bases:
-        for changes in _candidates(config, numbers, kept):
-            model = _built(kind, {**config.to_dict(), **changes, **fields}, language_model)
+        for changes in _candidates(text, numbers, kept):
+            model = _built(kind, _changed(config, path, changes | fields), language_model)
             if model is not None and tensor_shapes(model) == shapes:
                 tuples = tuple(language_model.tuples[i] for i in kept)
                 smaller = LanguageModel(model, find_stack(model), tuples)
                 return smaller, {**changes, **fields}
     return None
+
+
+def path_of_text(config: Any) -> tuple[str, ...]:
+    """Under which names a configuration holds the one for the text; none where it is that."""
+    text = config.get_text_config()
+    if text is config:
+        return ()
+    for name, part in vars(config).items():
+        if isinstance(part, PreTrainedConfig) and (part is text or part.get_text_config() is text):
+            return (name, *path_of_text(part))
+    raise UnsupportedModel(f"{type(config).__name__} does not say where its text part is.")
+
+
+def _changed(config: Any, path: Sequence[str], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as a dictionary, with changes to the part at the end of the path."""
+    fields = part = config.to_dict()
+    for name in path:
+        part = part[name]
+    part.update(changes)
+    return fields
 
 
 def tensor_shapes(model: nn.Module) -> Shapes:
