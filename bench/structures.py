@@ -51,8 +51,8 @@ def check(folder: Path, tokens: torch.Tensor, logits: torch.Tensor, **options: b
 def tried(source: Path, out: Path, pattern: str, method: str) -> str:
     """`held`, or why not."""
     ids = torch.randint(3, 128, (8, 32), generator=torch.Generator().manual_seed(1))
-    opened = Opened(open_checkpoint(source), load(source), Windows(ids, "random", "none", 1, None))
     try:
+        opened = Opened(open_checkpoint(source), load(source), Windows(ids, "random", "none", 1, None))
         prune_checkpoint(
             opened,
             find_recipe(Recipe(method=method, pattern=pattern)),
