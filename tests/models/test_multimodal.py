@@ -180,6 +180,15 @@ def test_a_picture_goes_through_the_smaller_model(family, tmp_path):
     assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_experts_that_only_pictures_reach_are_not_judged_by_text(tmp_path):
+    tiny_multimodal("ernie4_5_vl_moe").save_pretrained(tmp_path / "source")
+    source = open_checkpoint(tmp_path / "source"), load(tmp_path / "source")
+    with pytest.raises(
+        UnsupportedModel, match=r"No token of the text reaches .*vision_moe.experts, .*or use a pattern"
+    ):
+        prune_opened(*source, windows(), tmp_path / "out", method="reap", pattern="25% of experts")
+
+
 def passed_by(args: Any, kwargs: Any, output: Any) -> Any:
     """What a block gives that does nothing."""
     hidden = args[0] if args else kwargs["hidden_states"]
