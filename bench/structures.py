@@ -91,4 +91,4 @@ if __name__ == "__main__":
         for pattern, method in PATTERNS:
             held = sum(said[f"{pattern}, {method}"] == "held" for said in families.values())
             print(f"{kind}, {pattern} by {method}: held by {held} of {len(families)} families")
-    write(chosen.json, **found)
+    write(chosen.json, text=found["text"], multimodal=found["multimodal"])

@@ -46,9 +46,10 @@ def new_model(experts: int, active: int) -> PreTrainedModel:
     if not experts:
         return LlamaForCausalLM(LlamaConfig(**shared, intermediate_size=512))
     config = Qwen3MoeConfig(
-        **shared, num_experts=experts, num_experts_per_tok=active, moe_intermediate_size=640 // active, head_dim=32,
+        **shared, num_experts=experts, num_experts_per_tok=active, moe_intermediate_size=640 // active,
         intermediate_size=512, norm_topk_prob=True, output_router_logits=True, router_aux_loss_coef=0.01,
     )  # fmt: skip
+    config.head_dim = 32
     return Qwen3MoeForCausalLM(config)
 
 

@@ -241,8 +241,11 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
     losses = _finite(loss)
     if dense is None:
         return Measured(losses)
-    beside = (torch.cat(each).numpy() for each in (kl, agreement, acceptance))
-    return Measured(losses, *beside, _finite(dense_loss))
+    beside = {
+        name: torch.cat(each).numpy()
+        for name, each in (("kl", kl), ("top1_agreement", agreement), ("acceptance", acceptance))
+    }
+    return Measured(losses, **beside, dense_loss=_finite(dense_loss))
 
 
 def _finite(loss: list[Tensor]) -> Floats:

@@ -58,9 +58,8 @@ def test_the_mean_is_weighted_by_score():
     score = torch.tensor([1.0, 3.0, 0.0, 4.0])
     orders = {one: aligned(module, 3, one, x, neurons) for one in (0, 1)} | {3: torch.arange(len(neurons))}
     for name, tensor in merged(module, [3, 0, 1], score, x, neurons).items():
-        wanted = sum(
-            share / 8 * in_order(module, name, one, orders[one], neurons) for one, share in ((3, 4), (0, 1), (1, 3))
-        )
+        parts = [share / 8 * in_order(module, name, e, orders[e], neurons) for e, share in ((3, 4), (0, 1), (1, 3))]
+        wanted = torch.stack(parts).sum(0)
         assert torch.allclose(tensor, wanted, rtol=1e-5, atol=1e-7)
 
 

@@ -56,7 +56,8 @@ class BlockRun:
 
     def by_steps(self) -> BlockRun:
         """The same run with batches that each make a step of tuning, where they are larger."""
-        return replace(self, batch_size=batch_of_a_step(*self.tokens.shape, self.batch_size))
+        windows, length = self.tokens.shape
+        return replace(self, batch_size=batch_of_a_step(windows, length, self.batch_size))
 
     def first_batch(self) -> BlockRun:
         """The same run on its first batch alone."""

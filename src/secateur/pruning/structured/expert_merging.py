@@ -104,8 +104,8 @@ def aligned(module: nn.Module, centre: int, other: int, x: Tensor, neurons: Neur
     """
     cost = torch.zeros(len(neurons), len(neurons), dtype=torch.float64)
     for of in (_activations, _weights):
-        pair = [normalize(of(module, one, x, neurons).double(), dim=1) for one in (centre, other)]
-        cost += torch.cdist(*pair).cpu()
+        mine, its = (normalize(of(module, e, x, neurons).double(), dim=1) for e in (centre, other))
+        cost += torch.cdist(mine, its).cpu()
     return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
 
 

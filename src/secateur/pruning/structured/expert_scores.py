@@ -51,9 +51,11 @@ class Routed:
     @classmethod
     def nothing(cls, count: int, width: int) -> Routed:
         """Of so many experts that have had no token."""
-        sums = [torch.zeros(count, dtype=torch.float64) for _ in range(3)]
-        wide = [torch.zeros(count, size, dtype=torch.float64) for size in (width, count)]
-        return cls(*sums, *wide, torch.empty(0, width))
+        tokens, contribution, renormalised = torch.zeros(3, count, dtype=torch.float64)
+        output = torch.zeros(count, width, dtype=torch.float64)
+        together = torch.zeros(count, count, dtype=torch.float64)
+        shown = torch.empty(0, width)
+        return cls(tokens, contribution, renormalised, output, together, shown)
 
 
 def reap(routed: Routed) -> Tensor:

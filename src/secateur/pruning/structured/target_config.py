@@ -117,6 +117,8 @@ def _built(kind: Any, fields: dict[str, Any], language_model: LanguageModel) -> 
     try:
         config = kind.from_dict(fields)
         config._attn_implementation = language_model.model.config._attn_implementation
+        text = config.get_text_config()  # which may attend in another way than the whole says
+        text._attn_implementation = language_model.text_config._attn_implementation
         with torch.device("meta"):
             own = type(language_model.model) if kind is type(language_model.model.config) else None
             model = own(config) if own else AutoModelForCausalLM.from_config(config)
