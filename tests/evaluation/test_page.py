@@ -134,7 +134,7 @@ def test_what_a_terminal_or_markdown_would_obey_is_shown_as_text():
 def test_every_picture_is_drawn_where_there_are_figures_for_it():
     assert [chart.title for chart in charts(everything())] == [
         "Perplexity against size", "Accuracy on tasks against size", "Perplexity against measured speed",
-        "Perplexity against what pruning took", "Perplexity by how much is taken out", "Perplexity by calibration text",
+        "Perplexity against what it took", "Perplexity by how much is taken out", "Perplexity by calibration text",
         "Output error by block", "Sparsity by block, %",
     ]  # fmt: skip
     assert "Perplexity against measured speed" not in [chart.title for chart in charts(plain())]

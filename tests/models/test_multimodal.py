@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.families import tiny_model
 from support.multimodal import MULTIMODAL, tiny_multimodal
 from support.pruning import prune_opened
@@ -25,6 +25,7 @@ from secateur.errors import UnsupportedModel
 from secateur.models.load import find_stack, load, load_config, replayable
 from secateur.models.parts import architecture_of, language_part, other_parts
 from secateur.pruning.in_memory import prune_model
+from secateur.pruning.structured.feasibility import Feasibility
 
 REFUSED = {
     "ernie4_5_vl_moe": "transformers cannot put single weights of Ernie4_5_VLMoeForConditionalGeneration back",
@@ -178,6 +179,40 @@ def test_a_picture_goes_through_the_smaller_model(family, tmp_path):
     smaller = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out").eval()
     one, other = (model(input_ids=ids, use_cache=False, **picture).logits for model in (smaller, dense))
     assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_flat_configuration_gets_a_part_for_the_text(tmp_path):
+    """Qwen2.5-VL has its fields for the text beside the others on the hub; transformers reads both."""
+    tiny_multimodal("qwen2_5_vl").save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "config.json"
+    config = json.loads(file.read_text())
+    text = config.pop("text_config")
+    file.write_text(json.dumps({**text, **config}))
+    source = open_checkpoint(tmp_path / "source"), load(tmp_path / "source")
+    prune_opened(*source, windows(), tmp_path / "out", method="energy", pattern="25% of channels")
+    smaller = AutoModelForMultimodalLM.from_pretrained(tmp_path / "out").config
+    assert smaller.text_config.intermediate_size == source[1].text_config.intermediate_size * 3 // 4
+    assert smaller.vision_config.to_dict() == source[1].model.config.vision_config.to_dict()
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
+def test_names_on_disk_may_be_those_of_the_modules(family, tmp_path):
+    model = tiny_multimodal(family)
+    model.save_pretrained(tmp_path / "source")
+    once = {tensor.data_ptr(): name for name, tensor in reversed(model.state_dict().items())}  # a head may be tied
+    state = {name: model.state_dict()[name].contiguous() for name in once.values()}
+    save_file(state, tmp_path / "source" / "model.safetensors", {"format": "pt"})
+    source = open_checkpoint(tmp_path / "source"), load(tmp_path / "source")
+    prune_opened(*source, windows(), tmp_path / "out", method="influence", pattern="1 block")
+    written = open_checkpoint(tmp_path / "out").places
+    assert not any(".layers.3." in name for name in written if "language_model" in name)
+    assert set(written) <= set(source[0].places)
+
+
+def test_blocks_behind_which_pictures_enter_stay():
+    """DeepStack counts blocks: were one of the first gone, a picture would enter elsewhere."""
+    feasible = Feasibility(replayable(tiny_multimodal("qwen3_vl")), torch.device("cpu"))
+    assert [feasible.holds([index]) for index in range(4)] == [False, False, False, True]
 
 
 def test_experts_that_only_pictures_reach_are_not_judged_by_text(tmp_path):

@@ -1,7 +1,7 @@
 """A result folder begun, taken up where a run died, or given up."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -148,16 +148,28 @@ def _ended(error: BaseException, result: Output | None, made: list[Path]) -> Bas
     return error
 
 
-def configure(result: Output, changes: Mapping[str, Any], model_type: str) -> None:
-    """Change fields of `config.json`, in the part for a model of that type."""
+def configure(
+    result: Output, changes: Mapping[str, Any], text: Mapping[str, Any], path: Sequence[str] = ()
+) -> None:
+    """Change fields of `config.json`, in the part for the text: at the end of the path, where a
+    file that has its fields elsewhere (Qwen2.5-VL on the hub) gets the `text` part whole, or
+    without a path the first of the same type.
+    """
     file = result.partial / "config.json"
-    config = json_object(file)
-    parts = [part for part in (config, *config.values()) if isinstance(part, dict)]
-    parts = [part for part in parts if part.get("model_type") == model_type]
-    if not parts:
-        raise BadCheckpoint(
-            f"{result.source.folder / 'config.json'} has no part for a {model_type!r} model."
-        )
-    parts[0].update(changes)
+    config = part = json_object(file)
+    for number, name in enumerate(path, 1):
+        if not isinstance(part.get(name), dict):
+            part[name] = dict(text) if number == len(path) else {}
+        part = part[name]
+    if not path:
+        parts = [one for one in (config, *config.values()) if isinstance(one, dict)]
+        parts = [one for one in parts if one.get("model_type") == text["model_type"]]
+        if not parts:
+            raise BadCheckpoint(
+                f"{result.source.folder / 'config.json'} has no part for a {text['model_type']!r} "
+                "model."
+            )
+        part = parts[0]
+    part.update(changes)
     with disk_errors(result.out):
         write_json(file, config, 2)

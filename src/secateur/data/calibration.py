@@ -3,8 +3,8 @@
 c4 and wikitext2 are sampled as the SparseGPT and Wanda code does (random documents longer than the
 window, one random window each; random windows of the joined text), but that no document of c4 comes
 twice before all that are long enough came. Other corpora are cut into windows that do not overlap,
-at a random shift, and a random choice of them is taken. Windows that share text with others come
-first: the last ones judge what was tuned on those before (models/stream/steps.py).
+at a random shift, and a random choice of them is taken. The last eighth shares no text with others,
+if there is so much: it judges what was tuned on the windows before (models/stream/steps.py).
 """
 
 import random
@@ -47,7 +47,9 @@ def calibration_windows(
         drawn = _mixed(tokenizer, source, shares, how, data_dir)
     else:
         drawn = _drawn(tokenizer, read_source(source), how, data_dir)
-    order = sorted(range(samples), key=sharing(drawn.ids).__contains__, reverse=True)
+    shared = sharing(drawn.ids)
+    last = [number for number in range(samples) if number not in shared][-max(1, samples // 8) :]
+    order = [*(number for number in range(samples) if number not in last), *last]
     return replace(drawn, ids=drawn.ids[order])
 
 
@@ -200,41 +202,43 @@ def _windows_of_documents(
     several from one where there are fewer.
     """
     windows: list[Tensor] = []
-    lengths: dict[int, int] = {}
-    taken: set[int] = set()  # since all of them were
-    wanted, most = samples * length, 2000 + 500 * samples  # tokens; documents that are looked at
-
-    def long_enough() -> list[int]:
-        return [tokens for tokens in lengths.values() if tokens > length]
-
+    long: dict[int, int] = {}  # documents that are long enough, with their tokens
+    short, taken = set[int](), set[int]()  # taken, since all that are long were
+    distinct, wanted = 0, samples * length
+    most = 2000 + 500 * samples  # documents that are looked at
     while len(windows) < samples:
-        looked = len(lengths) == len(texts) or len(lengths) > most
-        if looked and (not long_enough() or sum(long_enough()) < wanted):
+        looked = len(long) + len(short)
+        if (looked == len(texts) or looked > most) and distinct < wanted:
             break
         number = draw.randint(0, len(texts) - 1)
-        if lengths.get(number, length + 1) <= length:
+        if number in short:
             continue
         if number in taken:
-            if not looked or len(taken) < len(long_enough()):
+            if len(taken) < len(long) or len(long) + len(short) < min(len(texts), most):
                 continue
             taken.clear()
         ids = encode(tokenizer, [texts[number]])[0]
-        lengths[number] = len(ids)
-        if len(ids) > length:
-            start = draw.randint(0, len(ids) - length - 1)
-            windows.append(torch.tensor(ids[start : start + length]))
-            taken.add(number)
-    distinct = sum(long_enough())
+        if len(ids) <= length:
+            short.add(number)
+            continue
+        distinct += 0 if number in long else len(ids)
+        long[number] = len(ids)
+        start = draw.randint(0, len(ids) - length - 1)
+        windows.append(torch.tensor(ids[start : start + length]))
+        taken.add(number)
     for number in range(len(texts)):  # repeated draws may have left out long documents
-        if distinct >= wanted or len(lengths) > most:
+        if distinct >= wanted or len(long) + len(short) > most:
             break
-        if number not in lengths:
-            lengths[number] = len(encode(tokenizer, [texts[number]])[0])
-            distinct += lengths[number] if lengths[number] > length else 0
+        if number not in long and number not in short:
+            tokens = len(encode(tokenizer, [texts[number]])[0])
+            if tokens > length:
+                long[number], distinct = tokens, distinct + tokens
+            else:
+                short.add(number)
     if len(windows) < samples or distinct < wanted:
         raise NotEnoughText(
             f"{samples} samples of {length} tokens need {wanted:,} tokens from documents longer "
-            f"than {length}; the {len(lengths):,} documents looked at have {distinct:,} in "
-            f"{len(long_enough())} such documents. Use fewer --samples or a smaller --seq-len."
+            f"than {length}; the {len(long) + len(short):,} documents looked at have {distinct:,} "
+            f"in {len(long)} such documents. Use fewer --samples or a smaller --seq-len."
         )
     return torch.stack(windows)

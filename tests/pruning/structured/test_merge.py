@@ -47,7 +47,7 @@ def test_neurons_in_another_order_do_the_same_and_find_back(family):
     assert torch.allclose(what_it_does(module, 1, x), what_it_does(module, 2, x), rtol=1e-4, atol=1e-6)
     assert torch.equal(order[aligned(module, 1, 2, x, neurons)], torch.arange(len(neurons)))
     score = torch.tensor([1.0, 0.5, 2.0, 1.0])
-    for name, tensor in merged(module, [1, 2], score, x, neurons).items():
+    for name, tensor in merged(module, module, [1, 2], score, x, neurons).items():
         assert torch.allclose(tensor, getattr(module, name)[1], rtol=1e-5, atol=1e-7)
 
 
@@ -57,7 +57,7 @@ def test_the_mean_is_weighted_by_score():
     neurons, x = neurons_of(module), tokens_for(module)
     score = torch.tensor([1.0, 3.0, 0.0, 4.0])
     orders = {one: aligned(module, 3, one, x, neurons) for one in (0, 1)} | {3: torch.arange(len(neurons))}
-    for name, tensor in merged(module, [3, 0, 1], score, x, neurons).items():
+    for name, tensor in merged(module, module, [3, 0, 1], score, x, neurons).items():
         parts = [share / 8 * in_order(module, name, e, orders[e], neurons) for e, share in ((3, 4), (0, 1), (1, 3))]
         wanted = torch.stack(parts).sum(0)
         assert torch.allclose(tensor, wanted, rtol=1e-5, atol=1e-7)
@@ -69,7 +69,7 @@ def test_how_near_experts_are(family):
     """Against what every expert adds to every token, and every gate, one by one in float64."""
     language_model = replayable(tiny_model(family))
     block, hidden, call = entering(language_model, 1, TOKENS, CPU, torch.float32)
-    ((name, routed),) = routed_to(block, [(hidden, call), (hidden, call)]).items()
+    ((name, routed),) = routed_to(block, [(hidden, call), (hidden, call)], merging=True).items()
     module, caught = block.get_submodule(name), []
     hook = module.register_forward_pre_hook(lambda m, a, k: caught.append((*a, *k.values())), with_kwargs=True)
     block(hidden, *call.args, **call.kwargs)

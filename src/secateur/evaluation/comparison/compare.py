@@ -46,6 +46,7 @@ from secateur.models.stream.blocks import BlockRun
 from secateur.pruning.opening import draw_calibration
 from secateur.pruning.own_text import Workplace
 from secateur.pruning.planning.memory import way_through
+from secateur.pruning.structured.expert_merging import refuse_unknown_neurons
 from secateur.pruning.structured.feasibility import Feasibility
 from secateur.pruning.structured.program import refuse_draft_heads, refuse_structure
 from secateur.system.devices import calibration_dtype, forward_dtype
@@ -212,6 +213,8 @@ def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:
         if isinstance(structure := parse(pattern), Structure):
             refuse_structure(feasibility, structure, source.bytes, asked.grid.align)
             refuse_draft_heads(language_model, structure, asked.grid.draft_heads)
+    if any(cell.method.partition("+")[0] == "ream" for cell in asked.cells):
+        refuse_unknown_neurons(language_model)
     return source, language_model, feasibility
 
 

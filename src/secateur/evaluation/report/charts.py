@@ -247,17 +247,17 @@ def _effort(results: Results) -> Plan | None:
     if not values:
         return None
     log = _wide([row for row, _ in rows])
-    x, y = _axis("x", "seconds of pruning", log=True), _axis("y", "perplexity", log=log)
+    x, y = _axis("x", "seconds", log=True), _axis("y", "perplexity", log=log)
     place = {"x": x, "y": y, "color": _colour("method", _methods(results))}
-    words = f"Dense: {number(results.dense.perplexity)}. What pruning took, without reading, "
-    words += "writing and evaluating."
+    words = f"Dense: {number(results.dense.perplexity)}. What pruning and fine-tuning took, "
+    words += "without reading, writing and evaluating."
     spec = _facets([_points(place, 90)], "pattern", values)
-    return _plan("Perplexity against what pruning took", words, spec, values)
+    return _plan("Perplexity against what it took", words, spec, values)
 
 
 def _seconds(row: Row) -> float:
-    """What it took to make a row."""
-    return sum(row.seconds.values()) + (row.recovered.seconds if row.recovered else 0.0)
+    """What it took to make a row, fine-tuning with it."""
+    return sum(row.seconds.values())
 
 
 def _draws(results: Results) -> Plan | None:

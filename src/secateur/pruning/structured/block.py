@@ -1,7 +1,7 @@
 """One block made smaller: which of its channels go, what makes up for them, and its tensors in
 their new shapes.
 
-Until its end the block keeps its shape, with zeros where something will be removed; so whatever is
+Until its end the block keeps its shape, with zeros where channels will be removed; so whatever is
 observed later in it comes from what was removed before. As in `pruning.block`, the copy that the
 stream runs and the one that is stored change alike. Heads go before channels, since the
 feed-forward reads what attention leaves.
@@ -113,10 +113,11 @@ class BlockSlicer:
         return [(i, working_copy(blocks[i], self.step.device, self.run.dtype)) for i in self.span]
 
     def _kept_experts(self, removal: BlockRemoval) -> dict[str, Tensor]:
-        routed = routed_to(self.step.block, self._batches(), self.step.inputs.masks())
+        selection = self.method.selections["experts"]
+        merging, masks = selection == "ream", self.step.inputs.masks()
+        routed = routed_to(self.step.block, self._batches(), masks, merging=merging)
         # of every group in which a router looks for experts the same number goes
         groups = getattr(self.run.language_model.text_config, "n_group", None) or 1
-        selection = self.method.selections["experts"]
         kept: dict[str, Tensor] = {}
         for name, choice in removal.items():
             if name not in routed:
@@ -127,9 +128,9 @@ class BlockSlicer:
                 )
             score = EXPERTS[selection](routed[name])
             kept[name] = highest_in_groups(score, choice.left, groups)
-            if selection == "ream":
-                copies = [one.get_submodule(name) for one in (self.step.block, self.stored)]
-                merge(copies, routed[name], score, kept[name], groups)
+            if merging:
+                copies = (one.get_submodule(name) for one in (self.step.block, self.stored))
+                merge(*copies, routed[name], score, kept[name], groups)
         return kept
 
     def _batches(self) -> Iterator[tuple[Tensor, Call]]:

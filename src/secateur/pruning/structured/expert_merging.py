@@ -9,10 +9,12 @@ How near two experts are: the mean of two likenesses from 0 to 1, the cosine of 
 tokens on average, and how alike their gates are over the tokens. Which neuron is which: the
 assignment with the least distance between normalised activations, and between normalised weights.
 
-Departures: gates are those that the model applies to the experts it chooses, where the authors take
-the softmax over all of them, so only experts that are chosen run. Activations of all experts are
-of the same tokens, weights are compared whole and not by 64 principal components. Groups hold as
-many more as it takes where experts left are few.
+Departures: only experts that are chosen run, with the gates that the model applies to them. The
+authors run all, weigh them by the softmax of the router, and compare its logits: so experts that
+stand in for one another are near there, and here those that work together. Where no token has two
+experts, outputs alone count. Activations are those of the same 512 tokens for all experts, weights
+are compared whole and not by 64 principal components. Groups hold as many more as it takes where
+few experts stay.
 """
 
 from collections.abc import Sequence
@@ -22,7 +24,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from secateur.errors import UnsupportedModel
+from secateur.errors import NonFinite, UnsupportedModel
 from secateur.models import experts
 from secateur.models.replay import LanguageModel
 from secateur.pruning.structured.expert_scores import Routed
@@ -39,6 +41,8 @@ def apart(routed: Routed) -> Tensor:
     """How far experts are from one another, 0 to 1, float64 `[experts, experts]`."""
     added = normalize(routed.output, dim=1)
     likeness = (added @ added.T + 1) / 2
+    if not routed.together.clone().fill_diagonal_(0).any():
+        return 1 - likeness
     power = routed.together.diagonal().clamp_min(1e-30).sqrt()
     cosine = routed.together / (power[:, None] * power)
     gap = (2 - 2 * cosine).clamp_min(0).sqrt().fill_diagonal_(0)
@@ -76,7 +80,7 @@ def neurons_of(module: nn.Module) -> Neurons:
     if outputs == 2 * inputs:
         ways = [torch.stack([order, inputs + order], 1), torch.stack([2 * order, 2 * order + 1], 1)]
     draw = torch.Generator().manual_seed(0)
-    z, moved = torch.randn(1, outputs, generator=draw), torch.randperm(inputs, generator=draw)
+    z, moved = torch.randn(1, outputs, generator=draw), order.roll(1)
     z = z.to(getattr(module, first).device)
     for neurons in ways:
         shuffled = z.clone()
@@ -100,12 +104,17 @@ def refuse_unknown_neurons(language_model: LanguageModel) -> None:
 
 def aligned(module: nn.Module, centre: int, other: int, x: Tensor, neurons: Neurons) -> Tensor:
     """The neurons of another expert in the order of the centre's, int64, for tokens x
-    `[tokens, in]`.
+    `[tokens, in]`. Raises NonFinite.
     """
     cost = torch.zeros(len(neurons), len(neurons), dtype=torch.float64)
     for of in (_activations, _weights):
         mine, its = (normalize(of(module, e, x, neurons).double(), dim=1) for e in (centre, other))
         cost += torch.cdist(mine, its).cpu()
+    if not cost.isfinite().all():
+        raise NonFinite(
+            f"Expert {centre} or {other} makes NaN or Inf of tokens that the router does not send "
+            "there, so that their neurons cannot be compared. Use --dtype float32, or reap."
+        )
     return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
 
 
@@ -121,9 +130,16 @@ def _weights(module: nn.Module, expert: int, x: Tensor, neurons: Neurons) -> Ten
 
 
 def merged(
-    module: nn.Module, group: Sequence[int], score: Tensor, x: Tensor, neurons: Neurons
+    module: nn.Module,
+    stored: nn.Module,
+    group: Sequence[int],
+    score: Tensor,
+    x: Tensor,
+    neurons: Neurons,
 ) -> dict[str, Tensor]:
-    """The parameters of the first expert of a group, merged with the others, float32 by name."""
+    """The parameters of the first expert of a group as they are `stored`, merged with the others,
+    float32 by name. `module` says which neuron is which. Raises NonFinite.
+    """
     names = [*experts.matrices(module)]
     names += [f"{name}_bias" for name in names if hasattr(module, f"{name}_bias")]
     shares = score[list(group)].double().clamp_min(1e-30)
@@ -133,7 +149,7 @@ def merged(
         if expert != group[0]:
             order = aligned(module, group[0], expert, x, neurons)
         for name in names:
-            part = in_order(module, name, expert, order, neurons).float().mul(share)
+            part = in_order(stored, name, expert, order, neurons).float().mul(share)
             total[name] = total[name] + part if name in total else part
     return total
 
@@ -156,17 +172,22 @@ def in_order(module: nn.Module, name: str, expert: int, order: Tensor, neurons: 
 
 @torch.no_grad()
 def merge(
-    copies: Sequence[nn.Module], routed: Routed, score: Tensor, kept: Tensor, router_groups: int
+    module: nn.Module,
+    stored: nn.Module,
+    routed: Routed,
+    score: Tensor,
+    kept: Tensor,
+    router_groups: int,
 ) -> None:
-    """Merge the experts that are not `kept` into those that are, in every copy of a module, of
-    which the first runs. Raises UnsupportedModel.
+    """Merge the experts that are not `kept` into those that are, in the copy of their module that
+    is `stored` and in the one that runs. Raises UnsupportedModel, NonFinite.
     """
-    module = copies[0]
     neurons, (first, _) = neurons_of(module), experts.matrices(module)
     x = routed.shown.to(getattr(module, first))
     for group in grouped(apart(routed), score, kept, router_groups):
         if len(group) == 1:
             continue
-        for name, tensor in merged(module, group, score, x, neurons).items():
-            for copy in copies:
-                getattr(copy, name).data[group[0]] = tensor  # rounded to what it is stored in
+        for name, tensor in merged(module, stored, group, score, x, neurons).items():
+            rounded = getattr(stored, name).data
+            rounded[group[0]] = tensor
+            getattr(module, name).data[group[0]] = rounded[group[0]]

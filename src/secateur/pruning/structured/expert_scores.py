@@ -96,10 +96,13 @@ def routed_to(
     block: nn.Module,
     batches: Iterable[tuple[Tensor, Call]],
     masks: Iterable[Tensor | None] = repeat(None),
+    *,
+    merging: bool = False,
 ) -> dict[str, Routed]:
     """What every fused experts module of a block sees while batches go through it, by its name.
 
-    `masks`: by batch, the tokens that count, `[windows, length]` bool; None for all.
+    `masks`: by batch, the tokens that count, `[windows, length]` bool; None for all. With `merging`
+    also what expert_merging.py asks of it: `output`, `together` and `shown`.
     """
     fused = experts.fused_experts(block)
     routed: dict[str, Routed] = {}
@@ -120,20 +123,23 @@ def routed_to(
             taken = (chosen >= 0) & (chosen < gates.shape[1])
             gates = gates.gather(1, chosen.where(taken, 0)) * taken
         whole = gates.double().abs().sum(1)
-        seen.shown = torch.cat([seen.shown, hidden[: SHOWN - len(seen.shown)].float().cpu()])
-        of_all = torch.zeros(len(gates), count, dtype=torch.float64)
+        of_all = torch.zeros(len(gates), count if merging else 0, dtype=torch.float64)
+        if merging:
+            seen.shown = torch.cat([seen.shown, hidden[: SHOWN - len(seen.shown)].float().cpu()])
         for expert, tokens, x in experts.routed(module, hidden, chosen):
             _, second = experts.matrices(module)
             output = experts.product(module, second, expert, experts.inner(module, expert, x))
             mine = chosen == expert
             gate = (gates * mine).sum(1)[tokens]
             seen.tokens[expert] += len(output)
-            of_all[tokens.cpu(), expert] = gate.double().cpu()
-            seen.output[expert] += (gate.double() @ output.double()).cpu()
+            if merging:
+                of_all[tokens.cpu(), expert] = gate.double().cpu()
+                seen.output[expert] += (gate.double() @ output.double()).cpu()
             norms = gate.double().abs() * output.double().norm(dim=1)
             seen.contribution[expert] += norms.sum().cpu()
             seen.renormalised[expert] += (norms / whole[tokens].clamp_min(1e-30)).sum().cpu()
-        seen.together += of_all.T @ of_all
+        if merging:
+            seen.together += of_all.T @ of_all
 
     for (hidden, call), counted in zip(batches, masks, strict=False):
         with watched(fused, partial(see, counted)):

@@ -79,6 +79,17 @@ class Removal:
         return self.kinds[signature(block)]
 
 
+def blocks_for_pictures(language_model: LanguageModel) -> int:
+    """Behind how many of the first blocks something of a picture is added, by their number
+    (DeepStack, Qwen3-VL): none of them can go.
+    """
+    whole = language_model.model.config
+    if getattr(whole, "deepstack_layer_map", None):
+        return len(language_model.blocks)
+    vision = getattr(whole, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
+
 class Feasibility:
     """What a model can lose so that a stock configuration of transformers holds the rest.
 
@@ -114,8 +125,12 @@ class Feasibility:
         raise UnsupportedModel(self._no_target(structure, available, kept))
 
     def holds(self, removed: Sequence[int]) -> bool:
-        """Whether a stock configuration holds the model without these blocks."""
+        """Whether a stock configuration holds the model without these blocks, and pictures enter
+        where they did.
+        """
         blocks = self.language_model.blocks
+        if removed and min(removed) < blocks_for_pictures(self.language_model):
+            return False
         nothing: dict[Any, BlockRemoval] = {signature(block): {} for block in blocks}
         kept = [index for index in range(len(blocks)) if index not in removed]
         return len(nothing) == 1 or self._target(nothing, kept) is not None

@@ -9,6 +9,7 @@ dense model.
 Whatever can be refused is refused when feasibility is asked, before any work.
 """
 
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,7 @@ from secateur.pruning.structured.method import Slices, StructuredMethod
 from secateur.pruning.structured.names import Names
 from secateur.pruning.structured.size_budget import within_budget
 from secateur.pruning.structured.slicing import module_of
+from secateur.pruning.structured.target_config import path_of_text
 from secateur.pruning.structured.verify import refuse_unequal
 from secateur.system.devices import Resources, forward_dtype
 from secateur.system.machine import versions
@@ -139,9 +141,10 @@ def _write(slicing: Slicing, writer: BlockWriter, report: Report, trust: Trust) 
     assert result is not None  # structures are taken out in one process
     result.places = resized(result.source, result.partial, names.places, again=again)
     if not again:
-        config = run.language_model.text_config
+        config, whole = run.language_model.text_config, run.language_model.model.config
         changes = {**removal.changes, **(without_draft_heads(config) if names.left_out else {})}
-        configure(result, changes, config.model_type)
+        text = json.loads(config.to_json_string(use_diff=False))
+        configure(result, changes, text, path_of_text(whole))
         result.sync()
     run.progress.begin(f"shrinking with {report.method} to {report.pattern}")
     logits = _slice_blocks(slicing, writer, report)

@@ -35,6 +35,8 @@ LEADING = ("first_k_dense_replace", "max_window_layers", "num_dense_layers")
 """Fields that say something of the first so many blocks."""
 
 
+CONVERSIONS = "_weight_conversions"
+"""What transformers keeps of the renamings of a checkpoint that it has loaded."""
 FIELDS = {
     "channels": ("inter", "inner", "ffn", "ff", "mlp", "expansion"),
     "heads": ("head",),
@@ -74,6 +76,9 @@ def find_target(
         for changes in _candidates(text, numbers, kept):
             model = _built(kind, _changed(config, path, changes | fields), language_model)
             if model is not None and tensor_shapes(model) == shapes:
+                # how names on disk become those of modules: what the loader found for the source
+                if hasattr(language_model.model, CONVERSIONS):
+                    setattr(model, CONVERSIONS, getattr(language_model.model, CONVERSIONS))
                 tuples = tuple(language_model.tuples[i] for i in kept)
                 smaller = LanguageModel(model, find_stack(model), tuples)
                 return smaller, {**changes, **fields}
