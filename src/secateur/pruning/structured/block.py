@@ -129,8 +129,8 @@ class BlockSlicer:
             score = EXPERTS[selection](routed[name])
             kept[name] = highest_in_groups(score, choice.left, groups)
             if merging:
-                copies = (one.get_submodule(name) for one in (self.step.block, self.stored))
-                merge(*copies, routed[name], score, kept[name], groups)
+                module, stored = (m.get_submodule(name) for m in (self.step.block, self.stored))
+                merge(module, stored, routed[name], score, kept[name], groups)
         return kept
 
     def _batches(self) -> Iterator[tuple[Tensor, Call]]:
