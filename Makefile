@@ -37,7 +37,7 @@ real: .venv/demo  ## a real model from the package index, compared at 50 % and 2
 
 train: .venv/ready  ## train the embedded model again (hours on two cores); the same command resumes
 	$(BIN)/python bench/train_demo.py --out out/train
-	$(BIN)/python bench/train_demo.py --out out/train --export src/secateur/demo/model
+	$(BIN)/python bench/train_demo.py --out out/train --export src/secateur/data/demo/model
 
 SOURCES := pyproject.toml constraints.txt $(wildcard src/secateur/kernels/native/*)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
