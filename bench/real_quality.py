@@ -59,7 +59,7 @@ def peer_row(method: str, given: Any, source: Path, base: dict[str, Any]) -> dic
     )  # fmt: skip
     row = {name: getattr(found, name) for name in ("perplexity", "delta", "delta_interval", "kl")}
     row |= {"method": PEER.replace("==", " ") + f" {method}", "pattern": "50%"}
-    row |= {"seconds": {"whole": took["wall_seconds"]}, "rank": "", "peak_bytes": took["peak_bytes"]}
+    row |= {"seconds": {"whole": took["wall_seconds"]}, "rank": ""}
     row = line(row, [base]) | {"peak_bytes": took["peak_bytes"]}
     save(kept, row)
     shutil.rmtree(job.out)
@@ -70,18 +70,17 @@ def write_inputs(given: Any, source: Path, work: Path) -> Path:
     """The model as a dense folder in float32 and the calibration windows, for bench/prune.py; made once."""
     import torch
 
-    import secateur
     from secateur.data.calibration import calibration_windows
     from secateur.data.tokenizer import load_tokenizer
-    from secateur.models.load import load
+    from secateur.models.load import load, resolve
 
     work.mkdir(parents=True, exist_ok=True)
     model, tokens = work / "model", work / "calibration.pt"
     if not tokens.is_file():
-        shutil.rmtree(model, ignore_errors=True)
-        secateur.prune(source, out=model, method="magnitude", pattern="0%", calibration="demo", samples=1, seq_len=64)
-        tokenizer = load_tokenizer(model)
-        load(model).model.float().save_pretrained(model)
+        dense = resolve(source)
+        tokenizer = load_tokenizer(dense)
+        load(dense).model.float().save_pretrained(model)
+        tokenizer.save_pretrained(model)
         drawn = calibration_windows(
             tokenizer, "c4", samples=given.samples, length=given.seq_len, seed=0, data_dir=given.data_dir
         )

@@ -68,9 +68,8 @@ class MatrixReport:
         if zeros is None:
             return replace(self, output_error=None)
         size = self.shape[0] * self.shape[1]
-        more = zeros - round(self.sparsity * size)
-        rounded_away = self.rounded_away + more
-        return replace(self, output_error=None, sparsity=zeros / size, rounded_away=rounded_away)
+        away = self.rounded_away + zeros - round(self.sparsity * size)
+        return replace(self, output_error=None, sparsity=zeros / size, rounded_away=away)
 
 
 @dataclass

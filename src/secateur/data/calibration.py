@@ -49,7 +49,7 @@ def calibration_windows(
         drawn = _drawn(tokenizer, read_source(source), how, data_dir)
     shared = sharing(drawn.ids)
     last = [number for number in range(samples) if number not in shared][-max(1, samples // 8) :]
-    order = [*(number for number in range(samples) if number not in last), *last]
+    order = sorted(range(samples), key=set(last).__contains__)
     return replace(drawn, ids=drawn.ids[order])
 
 
@@ -202,43 +202,42 @@ def _windows_of_documents(
     several from one where there are fewer.
     """
     windows: list[Tensor] = []
-    long: dict[int, int] = {}  # documents that are long enough, with their tokens
-    short, taken = set[int](), set[int]()  # taken, since all that are long were
+    lengths: dict[int, int] = {}  # of documents that were looked at
+    long, taken = (
+        set[int](),
+        set[int](),
+    )  # those that are long enough; taken, since all of them were
     distinct, wanted = 0, samples * length
-    most = 2000 + 500 * samples  # documents that are looked at
-    while len(windows) < samples:
-        looked = len(long) + len(short)
-        if (looked == len(texts) or looked > most) and distinct < wanted:
-            break
-        number = draw.randint(0, len(texts) - 1)
-        if number in short:
-            continue
-        if number in taken:
-            if len(taken) < len(long) or len(long) + len(short) < min(len(texts), most):
-                continue
-            taken.clear()
+    most = min(len(texts), 2000 + 500 * samples)  # documents that are looked at
+
+    def look(number: int) -> list[int]:
+        nonlocal distinct
         ids = encode(tokenizer, [texts[number]])[0]
-        if len(ids) <= length:
-            short.add(number)
+        if number not in lengths and len(ids) > length:
+            long.add(number)
+            distinct += len(ids)
+        lengths[number] = len(ids)
+        return ids
+
+    while len(windows) < samples and (len(lengths) < most or distinct >= wanted):
+        number = draw.randint(0, len(texts) - 1)
+        if number in taken and len(lengths) >= most and len(taken) == len(long):
+            taken.clear()
+        if number in taken or lengths.get(number, length + 1) <= length:
             continue
-        distinct += 0 if number in long else len(ids)
-        long[number] = len(ids)
-        start = draw.randint(0, len(ids) - length - 1)
-        windows.append(torch.tensor(ids[start : start + length]))
-        taken.add(number)
+        if len(ids := look(number)) > length:
+            start = draw.randint(0, len(ids) - length - 1)
+            windows.append(torch.tensor(ids[start : start + length]))
+            taken.add(number)
     for number in range(len(texts)):  # repeated draws may have left out long documents
-        if distinct >= wanted or len(long) + len(short) > most:
+        if distinct >= wanted or len(lengths) >= most:
             break
-        if number not in long and number not in short:
-            tokens = len(encode(tokenizer, [texts[number]])[0])
-            if tokens > length:
-                long[number], distinct = tokens, distinct + tokens
-            else:
-                short.add(number)
+        if number not in lengths:
+            look(number)
     if len(windows) < samples or distinct < wanted:
         raise NotEnoughText(
             f"{samples} samples of {length} tokens need {wanted:,} tokens from documents longer "
-            f"than {length}; the {len(long) + len(short):,} documents looked at have {distinct:,} "
-            f"in {len(long)} such documents. Use fewer --samples or a smaller --seq-len."
+            f"than {length}; the {len(lengths):,} documents looked at have {distinct:,} in "
+            f"{len(long)} such documents. Use fewer --samples or a smaller --seq-len."
         )
     return torch.stack(windows)

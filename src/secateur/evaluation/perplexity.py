@@ -212,7 +212,8 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
 
     Raises NonFinite, and UnsupportedModel where the vocabularies differ.
     """
-    loss, kl, agreement, acceptance, dense_loss = [], [], [], [], []
+    loss, dense_loss = [], []
+    beside: dict[str, list[Tensor]] = {"kl": [], "top1_agreement": [], "acceptance": []}
     step = max(1, LOGITS_AT_ONCE // (model.tokens.shape[1] * model.vocabulary))
     for windows in model.groups():
         hidden = model.hidden(windows)
@@ -233,19 +234,19 @@ def measure(model: Forward, dense: Forward | None, progress: Progress) -> Measur
                     )
                 log_p = expected.log_softmax(-1)
                 dense_loss.append(mean_loss(log_p, target))
-                kl.append(divergence(log_p, log_q).double().mean(1).cpu())
-                agreement.append((log_p.argmax(-1) == log_q.argmax(-1)).double().mean(1).cpu())
-                shared = torch.minimum(log_p, log_q).exp_().sum(-1)
-                acceptance.append(shared.double().mean(1).cpu())
+                figures = (  # of each token, in the order of their names
+                    divergence(log_p, log_q),
+                    log_p.argmax(-1) == log_q.argmax(-1),
+                    torch.minimum(log_p, log_q).exp_().sum(-1),
+                )
+                for several, of_tokens in zip(beside.values(), figures, strict=True):
+                    several.append(of_tokens.double().mean(1).cpu())
         progress.advance("evaluating", windows.stop, len(model.tokens))
     losses = _finite(loss)
     if dense is None:
         return Measured(losses)
-    beside = {
-        name: torch.cat(each).numpy()
-        for name, each in (("kl", kl), ("top1_agreement", agreement), ("acceptance", acceptance))
-    }
-    return Measured(losses, **beside, dense_loss=_finite(dense_loss))
+    found = {name: torch.cat(several).numpy() for name, several in beside.items()}
+    return Measured(losses, **found, dense_loss=_finite(dense_loss))
 
 
 def _finite(loss: list[Tensor]) -> Floats:

@@ -32,6 +32,12 @@ def matrices(module: nn.Module) -> tuple[str, str]:
     return "gate_up_proj" if gated else "up_proj", "down_proj"
 
 
+def parameters(module: nn.Module) -> list[str]:
+    """The names of an experts module's two matrices, and of their biases where there are any."""
+    names = [*matrices(module)]
+    return [*names, *(f"{name}_bias" for name in names if getattr(module, "has_bias", False))]
+
+
 def count(module: nn.Module) -> int:
     """How many experts an experts module holds."""
     return len(getattr(module, matrices(module)[0]))
@@ -76,8 +82,7 @@ def routed(
 
 def product(module: nn.Module, part: str, expert: int, x: Tensor) -> Tensor:
     """A matrix of an expert, with its bias, times inputs `[tokens, in]`: `[tokens, out]`."""
-    weight: Tensor = getattr(module, part)[expert]
-    z = x @ weight if is_transposed(module) else x @ weight.T
+    z = x @ matrix(module, part, expert).T
     return z + getattr(module, f"{part}_bias")[expert] if getattr(module, "has_bias", False) else z
 
 

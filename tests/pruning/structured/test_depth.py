@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import tiny_model
+from support.routing import caught_at
 from torch import nn
 
 from secateur.models.channels.groups import ChannelGroup, removable_groups
@@ -204,15 +205,7 @@ def test_reap_counts_what_is_routed(family):
     language_model = replayable(tiny_model(family))
     block, hidden, call = entering(language_model, 1, TOKENS, CPU, torch.float32)
     ((name, routed),) = routed_to(block, [(hidden, call)]).items()
-    module, caught = block.get_submodule(name), []
-    hook = module.register_forward_pre_hook(lambda m, a, k: caught.append((*a, *k.values())), with_kwargs=True)
-    block(hidden, *call.args, **call.kwargs)
-    hook.remove()
-    x, chosen, gates = caught[0]
-    x, chosen = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
-    gates = gates.reshape(len(x), -1)
-    if gates.shape != chosen.shape:
-        gates = gates.gather(1, chosen)
+    module, (x, chosen, gates) = block.get_submodule(name), caught_at(block, name, hidden, call)
     for expert in range(4):
         mask = chosen == expert
         alone = module(x, chosen, gates * mask)  # gates of all others are zero

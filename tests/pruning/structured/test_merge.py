@@ -5,6 +5,7 @@ from itertools import chain, product
 import pytest
 import torch
 from support.families import FUSED, tiny_model
+from support.routing import caught_at
 from support.streams import CPU, TOKENS
 from torch import Tensor, nn
 
@@ -19,11 +20,6 @@ def first_experts(family: str) -> nn.Module:
     """The first fused experts of a tiny model."""
     model = replayable(tiny_model(family))
     return next(module for block in model.blocks for module in experts.fused_experts(block).values())
-
-
-def parameters(module: nn.Module) -> list[str]:
-    names = [*experts.matrices(module)]
-    return [*names, *(f"{name}_bias" for name in names if hasattr(module, f"{name}_bias"))]
 
 
 def tokens_for(module: nn.Module) -> Tensor:
@@ -42,7 +38,7 @@ def test_neurons_in_another_order_do_the_same_and_find_back(family):
     module = first_experts(family)
     neurons, x = neurons_of(module), tokens_for(module)
     order = torch.randperm(len(neurons), generator=torch.Generator().manual_seed(1))
-    for name in parameters(module):
+    for name in experts.parameters(module):
         getattr(module, name).data[2] = in_order(module, name, 1, order, neurons)
     assert torch.allclose(what_it_does(module, 1, x), what_it_does(module, 2, x), rtol=1e-4, atol=1e-6)
     assert torch.equal(order[aligned(module, 1, 2, x, neurons)], torch.arange(len(neurons)))
@@ -70,14 +66,7 @@ def test_how_near_experts_are(family):
     language_model = replayable(tiny_model(family))
     block, hidden, call = entering(language_model, 1, TOKENS, CPU, torch.float32)
     ((name, routed),) = routed_to(block, [(hidden, call), (hidden, call)], merging=True).items()
-    module, caught = block.get_submodule(name), []
-    hook = module.register_forward_pre_hook(lambda m, a, k: caught.append((*a, *k.values())), with_kwargs=True)
-    block(hidden, *call.args, **call.kwargs)
-    hook.remove()
-    x, chosen, gates = caught[0]
-    x, chosen = x.reshape(-1, x.shape[-1]), chosen.reshape(-1, chosen.shape[-1])
-    gates = gates.reshape(len(x), -1)
-    gates = gates if gates.shape == chosen.shape else gates.gather(1, chosen)
+    module, (x, chosen, gates) = block.get_submodule(name), caught_at(block, name, hidden, call)
     count = experts.count(module)
     of_all = torch.stack([(gates * (chosen == one)).sum(1) for one in range(count)]).double()
     added = [(of_all[one][:, None] * what_it_does(module, one, x).double()).mean(0) for one in range(count)]

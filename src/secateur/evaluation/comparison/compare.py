@@ -48,6 +48,7 @@ from secateur.pruning.own_text import Workplace
 from secateur.pruning.planning.memory import way_through
 from secateur.pruning.structured.expert_merging import refuse_unknown_neurons
 from secateur.pruning.structured.feasibility import Feasibility
+from secateur.pruning.structured.method import find_structured_method
 from secateur.pruning.structured.program import refuse_draft_heads, refuse_structure
 from secateur.system.devices import calibration_dtype, forward_dtype
 from secateur.system.files import file_sha256, write_whole
@@ -213,8 +214,9 @@ def _load(asked: Comparison) -> tuple[Checkpoint, LanguageModel, Feasibility]:
         if isinstance(structure := parse(pattern), Structure):
             refuse_structure(feasibility, structure, source.bytes, asked.grid.align)
             refuse_draft_heads(language_model, structure, asked.grid.draft_heads)
-    if any(cell.method.partition("+")[0] == "ream" for cell in asked.cells):
-        refuse_unknown_neurons(language_model)
+            names = {cell.method for cell in asked.cells if cell.pattern == pattern}
+            if any(find_structured_method(name, structure).merges for name in names):
+                refuse_unknown_neurons(language_model)
     return source, language_model, feasibility
 
 

@@ -230,34 +230,29 @@ def _sweep(results: Results) -> Plan | None:
 
 def _effort(results: Results) -> Plan | None:
     """Perplexity against what it took to prune, and to fine-tune: a panel a pattern."""
-    rows = [(row, seconds) for row in results.table if (seconds := _seconds(row))]
-    panels = Counter(row.pattern for row, _ in rows)
+    rows = [row for row in results.table if row.took]
+    panels = Counter(row.pattern for row in rows)
     values = [
         {
-            "x": seconds,
+            "x": row.took,
             "y": row.perplexity,
             "method": method(row),
             "pattern": row.pattern,
             "words": f"{method(row)} {row.pattern}: perplexity {number(row.perplexity)}, "
-            f"{seconds:.3g} seconds",
+            f"{row.took:.3g} seconds",
         }
-        for row, seconds in rows
+        for row in rows
         if panels[row.pattern] >= 3
     ]
     if not values:
         return None
-    log = _wide([row for row, _ in rows])
+    log = _wide(rows)
     x, y = _axis("x", "seconds", log=True), _axis("y", "perplexity", log=log)
     place = {"x": x, "y": y, "color": _colour("method", _methods(results))}
     words = f"Dense: {number(results.dense.perplexity)}. What pruning and fine-tuning took, "
     words += "without reading, writing and evaluating."
     spec = _facets([_points(place, 90)], "pattern", values)
     return _plan("Perplexity against what it took", words, spec, values)
-
-
-def _seconds(row: Row) -> float:
-    """What it took to make a row, fine-tuning with it."""
-    return sum(row.seconds.values())
 
 
 def _draws(results: Results) -> Plan | None:

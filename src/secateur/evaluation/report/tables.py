@@ -79,7 +79,7 @@ def _order(pattern: str) -> tuple[int, str, float]:
 def _cells(row: Row) -> dict[str, Figure]:
     low, high = row.delta_interval
     delta = None if row.kind == "dense" else row.delta
-    seconds = None if row.kind == "dense" else sum(row.seconds.values())
+    seconds = None if row.kind == "dense" else row.took
     return {
         **_names(method(row), row.pattern, row.kind),
         "sparsity": _figure(row.sparsity, "{:.2%}"),

@@ -219,6 +219,11 @@ class Row:
         return row_name(self.method, self.pattern, self.allocation, self.values, self.recovered)
 
     @property
+    def took(self) -> float:
+        """What it took to make it, fine-tuning with it, in seconds."""
+        return sum(self.seconds.values())
+
+    @property
     def peers(self) -> tuple[Any, ...]:
         """What rows that are ranked against each other share: pattern, values, recovery text."""
         return self.pattern, self.values, self.recovered and self.recovered.text["sha256"]

@@ -81,9 +81,9 @@ class Text(NamedTuple):
         cut = Text(*(torch.cat(one[:, start:].split(size, 1)[:count]) for one in self))
         cut.next[:, -1] = False  # what would be foreseen is in another section
         if bos:
-            first = Text(self.tokens[:, :1], torch.zeros_like(self.next[:, :1]))
-            first = (one.repeat(count, 1) for one in first)
-            cut = Text(*(torch.cat(pair, 1) for pair in zip(first, cut, strict=True)))
+            first = self.tokens[:, :1].repeat(count, 1)
+            foreseen = torch.zeros_like(first, dtype=torch.bool)
+            cut = Text(torch.cat([first, cut.tokens], 1), torch.cat([foreseen, cut.next], 1))
         return cut.that_count()
 
 
@@ -270,6 +270,7 @@ class Distillation:
             del hidden, output
             self._move(index)
         if sizes:
+            # what the largest batch takes, where this one is the rest
             shown = len(self.aims.tuned.tokens[0]) / len(self.aims.tuned.tokens[number])
             self._graphs = sum(1 for total in accumulate(sizes) if shown * total <= self.room)
         self.done += 1

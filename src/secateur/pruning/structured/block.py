@@ -113,8 +113,7 @@ class BlockSlicer:
         return [(i, working_copy(blocks[i], self.step.device, self.run.dtype)) for i in self.span]
 
     def _kept_experts(self, removal: BlockRemoval) -> dict[str, Tensor]:
-        selection = self.method.selections["experts"]
-        merging, masks = selection == "ream", self.step.inputs.masks()
+        masks, merging = self.step.inputs.masks(), self.method.merges
         routed = routed_to(self.step.block, self._batches(), masks, merging=merging)
         # of every group in which a router looks for experts the same number goes
         groups = getattr(self.run.language_model.text_config, "n_group", None) or 1
@@ -126,7 +125,7 @@ class BlockSlicer:
                     "pictures, so which of its experts could go is not known. Take channels, heads "
                     "or blocks out, or use a pattern of zeros."
                 )
-            score = EXPERTS[selection](routed[name])
+            score = EXPERTS[self.method.selections["experts"]](routed[name])
             kept[name] = highest_in_groups(score, choice.left, groups)
             if merging:
                 module, stored = (m.get_submodule(name) for m in (self.step.block, self.stored))

@@ -140,15 +140,13 @@ def merged(
     """The parameters of the first expert of a group as they are `stored`, merged with the others,
     float32 by name. `module` says which neuron is which. Raises NonFinite.
     """
-    names = [*experts.matrices(module)]
-    names += [f"{name}_bias" for name in names if hasattr(module, f"{name}_bias")]
     shares = score[list(group)].double().clamp_min(1e-30)
     total: dict[str, Tensor] = {}
     for share, expert in zip((shares / shares.sum()).tolist(), group, strict=True):
         order = torch.arange(len(neurons))
         if expert != group[0]:
             order = aligned(module, group[0], expert, x, neurons)
-        for name in names:
+        for name in experts.parameters(module):
             part = in_order(stored, name, expert, order, neurons).float().mul(share)
             total[name] = total[name] + part if name in total else part
     return total

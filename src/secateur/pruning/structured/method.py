@@ -37,6 +37,11 @@ class StructuredMethod(NamedTuple):
     refine: int = 0
 
     @property
+    def merges(self) -> bool:
+        """Whether experts that go are merged into others."""
+        return self.selections.get("experts") == "ream"
+
+    @property
     def second_stream(self) -> bool:
         """Whether what the dense model gives is wanted beside what the smaller one gives."""
         return self.dense_target or self.refine > 0

@@ -92,7 +92,7 @@ def prune_structure(
         "versions": versions(),
     }
     drafts = refuse_draft_heads(language_model, structure, recipe.draft_heads)
-    if method.selections.get("experts") == "ream":
+    if method.merges:
         refuse_unknown_neurons(language_model)
     with PeakMemory() as peak:
         removal = _removal(run, method, feasibility, structure, source.bytes, recipe.align)

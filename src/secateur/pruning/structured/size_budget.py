@@ -19,7 +19,11 @@ from secateur.methods.structures import (
     Units,
     default_alignment,
 )
-from secateur.pruning.structured.feasibility import Feasibility, block_parameters
+from secateur.pruning.structured.feasibility import (
+    Feasibility,
+    block_parameters,
+    blocks_for_pictures,
+)
 
 MOST, MOST_BLOCKS = 0.5, 0.25
 
@@ -59,7 +63,8 @@ def within_budget(
         chosen.append(Units(taken / experts.total, "experts"))
         missing -= taken / experts.removed * experts.parameters
     per_block = (block_parameters(language_model) - (total * (1 - share) - missing)) / count
-    blocks = int(MOST_BLOCKS * count) if feasibility.holds([1]) else 0
+    first = min(max(1, blocks_for_pictures(language_model)), count - 1)
+    blocks = int(MOST_BLOCKS * count) if feasibility.holds([first]) else 0
     for half_of_heads in (None, heads):
         for fewer in range(blocks + 1):
             left = (count - fewer) / count  # of everything that is taken out of each block
